@@ -1,0 +1,1 @@
+"""Shardsmith: the checkpoint layer of a sharded PyTorch training run."""

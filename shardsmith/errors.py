@@ -1,0 +1,138 @@
+"""Every exception that Shardsmith raises on purpose.
+
+    ShardsmithError
+    ├── UsageError (ValueError)                 the call makes no sense; nothing was touched
+    ├── CheckpointError                         something on disk cannot be used
+    │   ├── CheckpointNotFoundError (FileNotFoundError)
+    │   ├── IncompleteCheckpointError           missing or truncated files, tensors with holes
+    │   ├── CorruptCheckpointError              the bytes are not what they should be
+    │   ├── UnsafeCheckpointError               it asks for code to be run, or points outside its directory
+    │   ├── UnsupportedFormatError              not a layout, version, dtype or transform that we read
+    │   └── MismatchError                       names, shapes or dtypes differ from what was asked for
+    ├── TargetError                             the place to write to cannot be used
+    │   ├── TargetExistsError (FileExistsError)
+    │   └── ProtectedPathError                  it is, holds, or lies in something that must not be written
+    ├── WriteError (OSError)                    a write failed; nothing became visible
+    └── RankError (RuntimeError)
+        ├── RankFailedError                     a rank raised; every rank raises this, naming it
+        ├── RankTimeoutError (TimeoutError)     a rank did not answer in time
+        └── RanksDisagreeError                  the ranks were called with different things
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class ShardsmithError(Exception):
+    """Base of all errors of this package."""
+
+
+class UsageError(ShardsmithError, ValueError):
+    """The arguments contradict each other or the state of the object. Nothing was touched."""
+
+
+class CheckpointError(ShardsmithError):
+    """A checkpoint, or a file of one, cannot be used.
+
+    Attributes:
+        path: The file or directory at fault.
+    """
+
+    def __init__(self, path: str | Path, message: str) -> None:
+        super().__init__(f"{path}: {message}")
+        self.path = Path(path)
+
+
+class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
+    """There is no checkpoint where one was asked for."""
+
+
+class IncompleteCheckpointError(CheckpointError):
+    """Files are missing or truncated, or a tensor is not covered by its chunks."""
+
+
+class CorruptCheckpointError(CheckpointError):
+    """The content contradicts itself or its recorded digest."""
+
+
+class UnsafeCheckpointError(CheckpointError):
+    """Reading it would run code or leave its directory; it was not read."""
+
+
+class UnsupportedFormatError(CheckpointError):
+    """A layout, version, dtype or transform that this version does not read."""
+
+
+class MismatchError(CheckpointError):
+    """Tensors differ from what was asked for.
+
+    Attributes:
+        problems: One line per tensor at fault, all of them.
+    """
+
+    def __init__(self, path: str | Path, summary: str, problems: list[str], advice: str) -> None:
+        super().__init__(path, "\n  ".join([summary, *problems]) + f"\n{advice}")
+        self.problems = list(problems)
+
+
+class TargetError(ShardsmithError):
+    """Nothing can be written there.
+
+    Attributes:
+        path: The target.
+    """
+
+    def __init__(self, path: str | Path, message: str) -> None:
+        super().__init__(f"{path}: {message}")
+        self.path = Path(path)
+
+
+class TargetExistsError(TargetError, FileExistsError):
+    """The target exists already; it was left as it is."""
+
+
+class ProtectedPathError(TargetError):
+    """The target is the same as, inside, around, or linked to something that must not be written."""
+
+
+class WriteError(ShardsmithError, OSError):
+    """A write failed. What was being written is not visible; what was there before is untouched."""
+
+
+class RankError(ShardsmithError, RuntimeError):
+    """The ranks could not act together."""
+
+
+class RankFailedError(RankError):
+    """Some rank raised, so all ranks raise.
+
+    Attributes:
+        phase: What the ranks were doing.
+        failures: Rank -> "Type: message" of the original error.
+    """
+
+    def __init__(self, phase: str, failures: dict[int, str], world_size: int) -> None:
+        lines = [f"rank {rank}: {text}" for rank, text in sorted(failures.items())]
+        super().__init__(f"{phase} failed on {len(failures)} of {world_size} ranks\n  " + "\n  ".join(lines))
+        self.phase = phase
+        self.failures = dict(failures)
+
+
+class RankTimeoutError(RankError, TimeoutError):
+    """Some ranks did not answer in time.
+
+    Attributes:
+        phase: What the ranks were doing.
+        missing: The ranks that were not heard of.
+    """
+
+    def __init__(self, phase: str, missing: list[int], timeout_secs: float) -> None:
+        names = ", ".join(map(str, missing))
+        super().__init__(f"{phase}: no word from rank {names} within {timeout_secs:g} s; it died, hangs or is slow")
+        self.phase = phase
+        self.missing = list(missing)
+
+
+class RanksDisagreeError(RankError):
+    """The ranks were called with different arguments or hold different models. Nothing was written."""

@@ -1,0 +1,84 @@
+"""Every name that Shardsmith gives to something on disk, and how such names are read back.
+
+    run/checkpoints/step-500/                    complete: only a rename makes this name
+    run/checkpoints/.step-500.tmp-<attempt>/     being written, or left by an attempt that died
+    run/checkpoints/.step-500.trash-<attempt>/   being deleted
+
+Names are matched whole, never searched for: ``old-step-500.bak`` is not step 500.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from pathlib import Path
+
+METADATA_FILE = "metadata.json"
+"""Our manifest of a sharded checkpoint directory."""
+PROVENANCE_FILE = "shardsmith.json"
+"""Where an exported Hugging Face directory came from."""
+DCP_INDEX_FILE = ".metadata"
+"""torch.distributed.checkpoint's own index (a pickle)."""
+EMA_PREFIX = "ema_model."
+"""FQN prefix of the averaged weights in a DCP directory. Not ``ema.``: TorchTitan keeps its own there."""
+
+MAIN_WEIGHTS = "model"
+EMA_WEIGHTS = "ema"
+"""Stems of the weight files in a Hugging Face directory."""
+
+_STEP = re.compile(r"step-(0|[1-9][0-9]{0,17})")
+_TEMPORARY = re.compile(r"\.(?P<target>.+)\.(?P<kind>tmp|trash)-(?P<attempt>[0-9a-f]{16})")
+
+
+def new_attempt_id() -> str:
+    """A fresh random attempt id: 16 lower-case hexadecimal digits."""
+    return secrets.token_hex(8)
+
+
+def step_name(step: int) -> str:
+    """Name of the directory of one step. Inverse of ``parse_step``."""
+    return f"step-{step}"
+
+
+def parse_step(name: str) -> int | None:
+    """The step that a directory name stands for, or None if it is no step of ours."""
+    match = _STEP.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def temporary_path(target: Path, attempt: str) -> Path:
+    """Where an attempt writes before its rename to ``target``: beside it, on the same file system."""
+    return target.with_name(f".{target.name}.tmp-{attempt}")
+
+
+def trash_path(target: Path, attempt: str) -> Path:
+    """Where ``target`` is moved to before it is deleted."""
+    return target.with_name(f".{target.name}.trash-{attempt}")
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a name is one that only an unfinished attempt or deletion of ours leaves behind."""
+    return _TEMPORARY.fullmatch(name) is not None
+
+
+def leftover_target(name: str) -> str | None:
+    """The final name that a leftover was meant for, or None if it is no leftover."""
+    match = _TEMPORARY.fullmatch(name)
+    return match["target"] if match else None
+
+
+def shard_file_names(stem: str, count: int) -> list[str]:
+    """Hub-style names of ``count`` safetensors files: one is ``model.safetensors``, several are numbered."""
+    if count == 1:
+        return [f"{stem}.safetensors"]
+    return [f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+
+
+def index_file_name(stem: str) -> str:
+    """Name of the index that goes with several files of one stem."""
+    return f"{stem}.safetensors.index.json"
+
+
+def rank_file_name(rank: int) -> str:
+    """File that one rank writes into a DCP directory (torch's own naming)."""
+    return f"__{rank}_0.distcp"

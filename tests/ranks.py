@@ -1,0 +1,30 @@
+"""Run a function on several real ranks (Gloo, spawned processes, file:// rendezvous); a failing rank fails the test."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def run_on_ranks(body: Callable[..., None], world_size: int, tmp_path: Path, *args: Any, timeout_secs: int = 60) -> None:
+    """Call ``body(*args)`` on each of ``world_size`` ranks. ``body`` is a module-level function, ``run_...`` by custom."""
+    store = tmp_path / f"store-{uuid.uuid4().hex}"
+    mp.start_processes(_rank, (body, world_size, f"file://{store}", timeout_secs, args), world_size, start_method="spawn")
+
+
+def _rank(rank: int, body: Callable[..., None], world_size: int, store: str, timeout_secs: int, args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_secs)
+    )
+    try:
+        body(*args)
+    finally:
+        dist.destroy_process_group()
