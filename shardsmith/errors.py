@@ -1,22 +1,22 @@
 """Every exception that Shardsmith raises on purpose.
 
-    ShardsmithError
-    ├── UsageError (ValueError)                 the call makes no sense; nothing was touched
-    ├── CheckpointError                         something on disk cannot be used
-    │   ├── CheckpointNotFoundError (FileNotFoundError)
-    │   ├── IncompleteCheckpointError           missing or truncated files, tensors with holes
-    │   ├── CorruptCheckpointError              the bytes are not what they should be
-    │   ├── UnsafeCheckpointError               it asks for code to be run, or points outside its directory
-    │   ├── UnsupportedFormatError              not a layout, version, dtype or transform that we read
-    │   └── MismatchError                       names, shapes or dtypes differ from what was asked for
-    ├── TargetError                             the place to write to cannot be used
-    │   ├── TargetExistsError (FileExistsError)
-    │   └── ProtectedPathError                  it is, holds, or lies in something that must not be written
-    ├── WriteError (OSError)                    a write failed; nothing became visible
-    └── RankError (RuntimeError)
-        ├── RankFailedError                     a rank raised; every rank raises this, naming it
-        ├── RankTimeoutError (TimeoutError)     a rank did not answer in time
-        └── RanksDisagreeError                  the ranks were called with different things
+ShardsmithError
+├── UsageError (ValueError)                 the call makes no sense; nothing was touched
+├── CheckpointError                         something on disk cannot be used
+│   ├── CheckpointNotFoundError (FileNotFoundError)
+│   ├── IncompleteCheckpointError           missing or truncated files, tensors with holes
+│   ├── CorruptCheckpointError              the bytes are not what they should be
+│   ├── UnsafeCheckpointError               it asks for code to be run, or points outside its directory
+│   ├── UnsupportedFormatError              not a layout, version, dtype or transform that we read
+│   └── MismatchError                       names, shapes or dtypes differ from what was asked for
+├── TargetError                             the place to write to cannot be used
+│   ├── TargetExistsError (FileExistsError)
+│   └── ProtectedPathError                  it is, holds, or lies in something that must not be written
+├── WriteError (OSError)                    a write failed; nothing became visible
+└── RankError (RuntimeError)
+    ├── RankFailedError                     a rank raised; every rank raises this, naming it
+    ├── RankTimeoutError (TimeoutError)     a rank did not answer in time
+    └── RanksDisagreeError                  the ranks were called with different things
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
     run/checkpoints/step-500/                    complete: only a rename makes this name
     run/checkpoints/.step-500.tmp-<attempt>/     being written, or left by an attempt that died
     run/checkpoints/.step-500.trash-<attempt>/   being deleted
+    run/checkpoints/.step-500.damaged-<attempt>/ found damaged at a resume and set aside
 
 Names are matched whole, never searched for: ``old-step-500.bak`` is not step 500.
 """
@@ -56,15 +57,14 @@ def trash_path(target: Path, attempt: str) -> Path:
     return target.with_name(f".{target.name}.trash-{attempt}")
 
 
+def damaged_path(target: Path, attempt: str) -> Path:
+    """Where a damaged checkpoint is set aside; nothing of ours reads or deletes it there."""
+    return target.with_name(f".{target.name}.damaged-{attempt}")
+
+
 def is_leftover(name: str) -> bool:
     """Whether a name is one that only an unfinished attempt or deletion of ours leaves behind."""
     return _TEMPORARY.fullmatch(name) is not None
-
-
-def leftover_target(name: str) -> str | None:
-    """The final name that a leftover was meant for, or None if it is no leftover."""
-    match = _TEMPORARY.fullmatch(name)
-    return match["target"] if match else None
 
 
 def shard_file_names(stem: str, count: int) -> list[str]:
@@ -77,8 +77,3 @@ def shard_file_names(stem: str, count: int) -> list[str]:
 def index_file_name(stem: str) -> str:
     """Name of the index that goes with several files of one stem."""
     return f"{stem}.safetensors.index.json"
-
-
-def rank_file_name(rank: int) -> str:
-    """File that one rank writes into a DCP directory (torch's own naming)."""
-    return f"__{rank}_0.distcp"

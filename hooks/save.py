@@ -1,0 +1,240 @@
+"""``ShardedSave``: sharded checkpoints of a run that is training, and the way back."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from shardsmith.dcp import load_into
+from torch import nn
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.stateful import Stateful
+from torch.optim import Optimizer
+
+from shardsmith.checkpoints import committed_steps, find_damage, set_aside
+from shardsmith.commit import prove_writable, remove, sweep
+from shardsmith.errors import IncompleteCheckpointError, ShardsmithError
+from shardsmith.layout import step_name
+from shardsmith.metadata import read_metadata
+from shardsmith.ranks import Ranks
+from shardsmith.save import SaveInProgress
+
+from .base import Hook
+from .ema import EMA
+from .retention import Retention, steps_to_remove
+from .schedule import Schedule
+from .train_state import TrainState
+
+log = logging.getLogger(__name__)
+
+
+class ShardedSave(Hook):
+    """Saves model, average, optimizer, scheduler, random number generators and more as one DCP directory a step.
+
+        ShardedSave("run/checkpoints", model=model, optimizer=optimizer, ema=ema, when=every(500) | last())
+
+    Each rank writes its own shards; nothing is gathered. A step's directory appears when all of it is on disk. Make it
+    on all ranks at the same point, after ``fully_shard`` / FSDP / DDP: it communicates (a Gloo group of its own).
+
+    Attributes:
+        directory: Where the step directories are.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        model: nn.Module,
+        when: Schedule,
+        optimizer: Optimizer | Iterable[Optimizer] | None = None,
+        scheduler: Stateful | None = None,
+        ema: EMA | None = None,
+        stateful: Mapping[str, Stateful] | None = None,
+        keep: Retention | None = None,
+        async_mode: Literal["async", "disabled"] = "async",
+        layout: Literal["flat", "nested"] = "flat",
+        timeout_secs: float = 1800.0,
+    ) -> None:
+        """Prove that the directory can be written to and remove what dead attempts left there.
+
+        Args:
+            directory: Made if missing; on a file system that all ranks share.
+            when: At which steps to save.
+            optimizer: One, or all of the model's.
+            stateful: More things to save, by top-level key; each has ``state_dict`` and ``load_state_dict``.
+            keep: Which committed steps outlive a new one; None keeps all. The newest is always kept.
+            async_mode: ``"async"`` copies the state to CPU memory, returns, and writes in the background, one save at
+                a time; ``"disabled"`` returns when the checkpoint is committed.
+            layout: ``"nested"`` puts the model's keys under ``model.``, as TorchTitan before 0.2 wants them.
+            timeout_secs: How long to wait for a rank before a save is given up.
+
+        Raises:
+            UsageError: a name in ``stateful`` is taken.
+            RankFailedError, WriteError: the directory cannot be written to.
+        """
+        self.directory = Path(directory)
+        self.when = when
+        self.keep = keep
+        self._ranks = Ranks(timeout_secs)
+        self._state = TrainState(
+            model,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            ema=ema,
+            stateful=stateful,
+            nested=layout == "nested",
+            rank=self._ranks.rank,
+        )
+        self._group = dist.new_group(backend="gloo") if self._ranks.size > 1 else None
+        self._writer = ThreadPoolExecutor(1, "shardsmith-save") if async_mode == "async" else None
+        self._stager = _stager() if self._writer else None
+        self._in_flight: tuple[int, Future[Path]] | None = None
+        self._saved_step: int | None = None
+        self._ranks.lead(f"preparing {self.directory}", self._prepare_directory)
+
+    def on_step_end(self, step: int) -> None:
+        """Report a save that has ended, and save if it is time. All ranks; communicates when it saves."""
+        self._report(wait=False)
+        if self.when.due(step):
+            self.save(step)
+
+    def on_train_end(self, step: int) -> None:
+        """Save the last step if that is wanted and was not done. All ranks; communicates when it saves."""
+        if self.when.due(step, last=True) and step != self._saved_step:
+            self.save(step)
+
+    def close(self) -> None:
+        """Wait for the save in flight; raise what failed in it."""
+        try:
+            self._report(wait=True)
+        finally:
+            if self._writer:
+                self._writer.shutdown()
+            if self._stager:
+                self._stager.close()
+
+    def save(self, step: int) -> None:
+        """Save now, as ``step-<step>``. All ranks; communicates.
+
+        A save that is still in flight is waited for first. On return the live state may change again.
+
+        Raises:
+            RankFailedError: on all ranks, if any failed. Nothing became visible, and a later save starts afresh. With
+                one rank, the original error. What fails in the background is raised by the next moment of this hook.
+        """
+        self._report(wait=True)
+        job = SaveInProgress(self.directory / step_name(step), self._ranks, self._group)
+        with self._state.ema.staging() if self._state.ema else contextlib.nullcontext():
+            job.begin(lambda: self._state.collect(step))
+            if self._stager:
+                job.stage(self._stager)
+        self._saved_step = step
+        if self._writer:
+            self._in_flight = (step, self._writer.submit(self._finish, job))
+        else:
+            self._announce(step, self._finish(job))
+
+    def resume(self) -> int | None:
+        """Load the newest checkpoint that is sound; its step, or None without any. All ranks; communicates.
+
+        All its files are read and compared with their hashes first. One that is damaged is set aside, and said so in
+        the log, and the one before it is taken. It may have been saved by another number of ranks.
+
+        Raises:
+            IncompleteCheckpointError: there are checkpoints, but none is sound.
+            MismatchError: it does not hold what model, optimizer and so on need. Nothing was loaded.
+        """
+        steps = self._ranks.lead("looking for checkpoints", lambda: committed_steps(self.directory))
+        for step in reversed(steps):
+            if self._is_sound(self.directory / step_name(step)):
+                self.load(self.directory / step_name(step))
+                self._saved_step = step
+                return step
+        if steps:
+            names = ", ".join(map(step_name, steps))
+            raise IncompleteCheckpointError(self.directory, f"every checkpoint is damaged and was set aside: {names}")
+        return None
+
+    def load(self, checkpoint: Path) -> None:
+        """Load everything from one checkpoint directory. All ranks; communicates.
+
+        Random number generators are restored on the ranks that the saving run had, too.
+        """
+        metadata = read_metadata(checkpoint)
+        state = self._state.collect(metadata.step, with_rng=self._ranks.rank < metadata.world_size).state_dict
+        load_into(state, checkpoint, process_group=self._group)
+        self._state.restore(state)
+        if metadata.ema is not None and self._state.ema is None:
+            log.warning("%s holds an EMA, but no EMA is attached: it was not loaded", checkpoint)
+        log.info("resumed from %s", checkpoint)
+
+    def _finish(self, job: SaveInProgress) -> Path:
+        """Write, commit, then retention. In the background thread, if there is one."""
+        try:
+            job.write()
+            path = job.commit()
+        except BaseException:
+            log.exception("%s was not saved", job.target)  # loud even if nobody comes to ask for the result
+            raise
+        if self._ranks.is_leader:
+            self._remove_old()
+        return path
+
+    def _remove_old(self) -> None:
+        for step in steps_to_remove(self.keep, committed_steps(self.directory)):
+            try:
+                remove(self.directory / step_name(step))
+            except ShardsmithError as error:  # the checkpoint is saved all the same, and the next one tries again
+                log.warning("could not remove an old checkpoint: %s", error)
+
+    def _report(self, *, wait: bool) -> None:
+        """If a background save has ended, or is waited for: announce it, or raise what failed in it."""
+        if self._in_flight is None or not (wait or self._in_flight[1].done()):
+            return
+        step, future = self._in_flight
+        self._in_flight = None
+        self._announce(step, future.result())
+
+    def _announce(self, step: int, path: Path) -> None:
+        if self.announce_saved:
+            self.announce_saved(step, path)
+
+    def _is_sound(self, checkpoint: Path) -> bool:
+        """Look at all files, divided among the ranks; set the checkpoint aside if any is damaged. Communicates."""
+        phase = f"verifying {checkpoint.name}"
+        found = self._ranks.gather(
+            phase, lambda: find_damage(checkpoint, part=self._ranks.rank, parts=self._ranks.size)
+        )
+        return self._ranks.lead(phase, lambda: _set_aside_if_damaged(checkpoint, [*chain(*found)]))
+
+    def _prepare_directory(self) -> None:
+        prove_writable(self.directory)
+        sweep(self.directory)
+
+
+def _set_aside_if_damaged(checkpoint: Path, damage: list[str]) -> bool:
+    if damage:
+        log.warning(
+            "%s is damaged and was set aside as %s\n  %s", checkpoint, set_aside(checkpoint), "\n  ".join(damage)
+        )
+    return not damage
+
+
+def _stager() -> DefaultStager:
+    """Copies to CPU memory, into buffers that later saves use again."""
+    on_accelerator = torch.accelerator.is_available()
+    return DefaultStager(
+        StagingOptions(
+            use_pinned_memory=on_accelerator,
+            use_shared_memory=False,
+            use_async_staging=False,
+            use_non_blocking_copy=on_accelerator,
+        )
+    )

@@ -1,0 +1,76 @@
+"""The checkpoints of a run directory: which are there, whether they are sound, and how they go.
+
+Only committed checkpoints of ours count: a directory named ``step-<n>`` that holds our ``metadata.json``.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import xxhash
+
+from shardsmith import layout
+from shardsmith.errors import CheckpointError
+from shardsmith.metadata import FileRecord, read_metadata
+
+_READ_BYTES = 8 << 20
+
+
+def committed_steps(directory: Path) -> list[int]:
+    """Steps of the checkpoints in a run directory, ascending. An absent directory has none."""
+    if not directory.is_dir():
+        return []
+    steps = (layout.parse_step(path.name) for path in directory.iterdir() if (path / layout.METADATA_FILE).is_file())
+    return sorted(step for step in steps if step is not None)
+
+
+def find_damage(checkpoint: Path, *, contents: bool = True, part: int = 0, parts: int = 1) -> list[str]:
+    """What is wrong with the files of a committed checkpoint, one line each; empty if nothing is.
+
+    Args:
+        contents: Also read every file and compare its XXH3-128; otherwise only presence and size.
+        part: Which share of the files to look at, so that ranks can divide them. No communication.
+        parts: Into how many shares.
+    """
+    try:
+        files = read_metadata(checkpoint).files
+    except CheckpointError as error:
+        return [str(error)]
+    chosen = sorted(files)[part::parts]
+    if foreign := [name for name in chosen if Path(name).name != name]:
+        return [f"{name!r}: is not the name of a file in it" for name in foreign]
+    return [f"{name}: {problem}" for name in chosen if (problem := _damage(checkpoint / name, files[name], contents))]
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Rename a damaged checkpoint so that it counts no more and its step can be saved again; the new path."""
+    aside = layout.damaged_path(checkpoint, layout.new_attempt_id())
+    checkpoint.rename(aside)
+    return aside
+
+
+def hash_file(path: Path) -> str:
+    """XXH3-128 of a file's bytes, 32 hexadecimal digits. Raises OSError."""
+    digest = xxhash.xxh3_128()
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb", buffering=0) as file:
+        buffer = memoryview(bytearray(_READ_BYTES))
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+    return digest.hexdigest()
+
+
+def _damage(path: Path, expected: FileRecord, contents: bool) -> str | None:
+    try:
+        status = path.lstat()
+        if not stat.S_ISREG(status.st_mode):
+            return f"is not a regular file ({stat.filemode(status.st_mode)})"
+        if status.st_size != expected.size:
+            return f"has {status.st_size} bytes, expected {expected.size}"
+        if contents and (found := hash_file(path)) != expected.xxh3_128:
+            return f"has changed since it was written: XXH3-128 {found}, expected {expected.xxh3_128}"
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    return None

@@ -1,0 +1,226 @@
+"""The one rule for everything that is written: under a temporary name first, complete and durable, then renamed.
+
+An attempt writes into ``.<name>.tmp-<id>`` beside its target. Its files are fsynced by whoever wrote them; ``commit``
+checks that the directory holds exactly what was meant to be there, fsyncs the directories, renames, and fsyncs the
+parent. So a name without the temporary mark is complete, also after a power loss, and nothing is written in place.
+
+This is the only module that makes anything visible or deletes it. Nothing here communicates: rank 0 calls it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Self
+
+from shardsmith import layout
+from shardsmith.errors import IncompleteCheckpointError, TargetError, TargetExistsError, WriteError
+
+log = logging.getLogger(__name__)
+
+
+class Attempt:
+    """A directory being made. Until ``commit`` it has a temporary name, and it is gone if ``commit`` is never reached.
+
+    While the attempt is alive it holds a lock on its directory, by which ``sweep`` tells it from a dead one.
+
+    Attributes:
+        id: Random id of 16 hexadecimal digits.
+        target: The final name.
+        directory: The temporary directory, where files are written meanwhile.
+    """
+
+    def __init__(self, target: Path, attempt_id: str | None = None) -> None:
+        """Make the temporary directory, and missing parents of the target.
+
+        Raises:
+            TargetExistsError: there is something at the target already.
+            WriteError: the directory cannot be made.
+        """
+        self.id = attempt_id or layout.new_attempt_id()
+        self.target = target
+        self.directory = layout.temporary_path(target, self.id)
+        refuse_existing(target)
+        with writing(self.directory, "making the directory"):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self.directory.mkdir()
+            self._lock: int | None = _lock(self.directory)
+
+    def commit(self, files: Mapping[str, int]) -> Path:
+        """Make the directory visible under its final name and return that.
+
+        Args:
+            files: Every file it must hold, by path relative to it, with its size in bytes. Each was fsynced.
+
+        Raises:
+            IncompleteCheckpointError: it holds something else. It is not made visible.
+            TargetExistsError: somebody else made the target meanwhile.
+            WriteError: fsync or rename failed.
+        """
+        _check_listing(self.directory, files)
+        with writing(self.directory, "fsync of the directory"):
+            for folder in {self.directory, *((self.directory / name).parent for name in files)}:
+                sync(folder)
+        refuse_existing(self.target)
+        with writing(self.target, "rename"):
+            try:
+                self.directory.rename(self.target)
+            except OSError as error:
+                if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                    raise TargetExistsError(self.target, "was made by somebody else meanwhile") from error
+                raise
+            sync(self.target.parent)
+        self._release()
+        return self.target
+
+    def abandon(self) -> None:
+        """Delete what was written so far. Never raises: it runs while another error is on its way."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+        self._release()
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Abandon the attempt unless it was committed."""
+        if self._lock is not None:
+            self.abandon()
+
+
+def write_file(path: Path, data: bytes) -> int:
+    """Make a new file with this content, durable in itself; its size in bytes.
+
+    Raises:
+        WriteError: also if something with that name exists.
+    """
+    with writing(path, "write"):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    return len(data)
+
+
+def sync(path: Path) -> None:
+    """fsync a file or a directory. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove(directory: Path) -> None:
+    """Delete a committed directory: rename it to trash first, so that it is never visible half-deleted.
+
+    Raises:
+        WriteError: it could not be renamed, or not wholly deleted; then ``sweep`` finishes the job later.
+    """
+    trash = layout.trash_path(directory, layout.new_attempt_id())
+    with writing(directory, "deletion"):
+        directory.rename(trash)
+        shutil.rmtree(trash)
+
+
+def sweep(parent: Path) -> list[Path]:
+    """Delete what dead attempts and unfinished deletions of ours left in a directory; what was deleted.
+
+    Attempts whose process is alive hold a lock and are left alone, as is everything that is not named by us.
+    """
+    swept = []
+    for path in sorted(parent.iterdir()) if parent.is_dir() else []:
+        if layout.is_leftover(path.name) and path.is_dir() and not path.is_symlink() and not _is_alive(path):
+            log.info("removing %s, left by an attempt that did not finish", path)
+            shutil.rmtree(path, ignore_errors=True)
+            swept.append(path)
+    return swept
+
+
+def prove_writable(directory: Path) -> None:
+    """Go once through write, fsync, rename and delete in a directory, made if missing: better now than at a save.
+
+    Raises:
+        WriteError: one of them fails there.
+    """
+    with Attempt(directory / "probe") as attempt:
+        attempt.commit({"probe": write_file(attempt.directory / "probe", b"probe")})
+    remove(attempt.target)
+
+
+def refuse_existing(target: Path) -> None:
+    """Raise TargetExistsError if there is anything at ``target``, a dangling link included."""
+    if os.path.lexists(target):
+        raise TargetExistsError(target, "exists already and was left as it is; remove it or choose another name")
+
+
+@contextlib.contextmanager
+def writing(path: Path, phase: str) -> Iterator[None]:
+    """Turn an OSError of the body into a WriteError that says what was being done, where, and the free space."""
+    try:
+        yield
+    except (TargetError, WriteError):
+        raise
+    except OSError as error:
+        raise WriteError(
+            error.errno, f"{path}: {phase} failed: {error.strerror or error}{_space(path, error)}"
+        ) from error
+
+
+def _space(path: Path, error: OSError) -> str:
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return ""
+    existing = next(p for p in (path, *path.parents) if p.exists())
+    return f" ({shutil.disk_usage(existing).free / 1e9:.2f} GB free on {existing})"
+
+
+def _check_listing(directory: Path, files: Mapping[str, int]) -> None:
+    found = {
+        str(path.relative_to(directory)): path.lstat().st_size
+        for path in directory.rglob("*")
+        if path.is_symlink() or not path.is_dir()
+    }
+    problems = [f"{name}: {found[name]} bytes that nobody meant to write" for name in found.keys() - files.keys()]
+    problems += [f"{name}: missing" for name in files.keys() - found.keys()]
+    problems += [
+        f"{name}: {found[name]} bytes, expected {files[name]}"
+        for name in files.keys() & found.keys()
+        if found[name] != files[name]
+    ]
+    if problems:
+        lines = "\n  ".join(sorted(problems))
+        raise IncompleteCheckpointError(directory, f"does not hold what was written to it; not committed\n  {lines}")
+
+
+def _lock(directory: Path) -> int:
+    """Take the lock that says that this attempt is alive; it goes with the process."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    with contextlib.suppress(OSError):  # a file system without locks: sweep leaves attempts there alone
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return descriptor
+
+
+def _is_alive(directory: Path) -> bool:
+    """Whether some process still holds the lock; also when locks do not work there, since nobody can tell."""
+    try:
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False

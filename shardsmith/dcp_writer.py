@@ -1,0 +1,158 @@
+"""Write this rank's shards of a DCP directory through torch, digesting every byte and every tensor on the way."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import warnings
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import xxhash
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
+from torch.distributed.checkpoint.metadata import StorageMeta
+from torch.distributed.checkpoint.planner import WriteItem
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from shardsmith.digest import Digest, digest_box
+from shardsmith.errors import WriteError
+from shardsmith.metadata import FileRecord
+from shardsmith.tensors import Chunk
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What one rank wrote."""
+
+    files: dict[str, FileRecord]
+    """By file name; each was fsynced, except ``.metadata``."""
+    digests: dict[str, Digest]
+    """This rank's share, by key."""
+
+
+def write_shards(
+    state_dict: Mapping[str, Any], directory: Path, attempt: str, process_group: dist.ProcessGroup | None
+) -> Receipt:
+    """Write the local shards of a state dict into an empty directory; rank 0 also writes ``.metadata``.
+
+    All ranks of the group call it. Communicates over the group (object collectives, so Gloo), from the calling thread.
+    A replicated tensor is written by one rank.
+
+    Args:
+        state_dict: As for ``torch.distributed.checkpoint.save``; nested or flat. Not changed.
+        attempt: Recorded in ``.metadata`` as its save id.
+        process_group: None without ``torch.distributed``.
+
+    Raises:
+        WriteError: on every rank, when the write failed on any.
+    """
+    writer = _ShardWriter(directory, attempt)
+    planner = _DigestingPlanner()
+    try:
+        with _without_single_process_warning():
+            save(dict(state_dict), storage_writer=writer, planner=planner, process_group=process_group)
+    except CheckpointException as error:  # it derives from BaseException and would pass through `except Exception`
+        causes = "; ".join(f"rank {rank}: {cause[0]}" for rank, cause in sorted(error.failures.items()))
+        raise WriteError(f"{directory}: torch.distributed.checkpoint could not write: {causes}") from error
+    return Receipt(writer.hashing.files, planner.digests)
+
+
+class _DigestingPlanner(DefaultSavePlanner):
+    """Adds each box to its tensor's digest at the moment it is handed out to be written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.digests: dict[str, Digest] = {}
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
+        data = super().resolve_data(write_item)
+        if isinstance(data, Tensor) and write_item.tensor_data is not None:
+            place = write_item.tensor_data
+            box = Chunk(tuple(place.chunk.offsets), tuple(place.chunk.sizes))
+            share = digest_box(data, box, tuple(place.size))
+            key = write_item.index.fqn
+            self.digests[key] = self.digests.get(key, Digest()) + share
+        return data
+
+
+class _ShardWriter(FileSystemWriter):
+    """One file a rank, one thread (errors of further threads would be lost), new files only, hashed as written."""
+
+    def __init__(self, directory: Path, attempt: str) -> None:
+        super().__init__(directory, single_file_per_rank=True, sync_files=True, thread_count=1, overwrite=False)
+        self.hashing = self.fs = _HashingFileSystem()
+        self._attempt = attempt
+
+    def storage_meta(self) -> StorageMeta:
+        """Without the path: it would be a temporary one, and is nobody's business."""
+        return StorageMeta(checkpoint_id=None, save_id=self._attempt)
+
+
+class _HashingFileSystem(FileSystem):
+    """Files are made new, never through a link, and their hash is taken while they are written."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, FileRecord] = {}
+
+    @contextlib.contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[io.IOBase, None, None]:
+        if mode != "wb":
+            with super().create_stream(path, mode) as stream:
+                yield stream
+            return
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        with os.fdopen(descriptor, "wb") as file:
+            stream = _HashingStream(file)
+            yield stream
+        self.files[Path(path).name] = FileRecord(size=stream.size, xxh3_128=stream.hash.hexdigest())
+
+    def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
+        super().rename(path, new_path)
+        self.files[Path(new_path).name] = self.files.pop(Path(path).name)
+
+
+class _HashingStream(io.RawIOBase):
+    """A file being written front to back."""
+
+    def __init__(self, file: io.BufferedWriter) -> None:
+        self._file = file
+        self.hash = xxhash.xxh3_128()
+        self.size = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.hash.update(data)
+        written = self._file.write(data)
+        self.size += written
+        return written
+
+    def tell(self) -> int:
+        return self.size
+
+    def flush(self) -> None:
+        if not self._file.closed:
+            self._file.flush()
+
+    def fileno(self) -> int:
+        self.flush()  # whoever asks wants to fsync, and an fsync before the flush would be worth nothing
+        return self._file.fileno()
+
+
+@contextlib.contextmanager
+def _without_single_process_warning() -> Generator[None, None, None]:
+    """torch warns when there is no process group; a single process is a normal way to train."""
+    if dist.is_available() and dist.is_initialized():
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield

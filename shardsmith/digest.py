@@ -1,0 +1,172 @@
+"""A 128-bit digest per tensor that does not depend on how the tensor is sharded.
+
+Take the tensor's bytes in row-major order, little-endian, as they stand in a safetensors file; append zero bytes up
+to a multiple of 8; read them as unsigned 32-bit words ``u[0], u[1], ...``. The digest is the pair
+
+    total    = sum of u[i]            mod 2**64
+    weighted = sum of (i + 1) * u[i]  mod 2**64
+
+written as 32 hexadecimal digits, total first. Both are sums over elements, so the digests of the boxes that make up a
+tensor add up to the digest of the tensor, in any order and for any way of cutting.
+
+Every change of one or two words and every exchange of two different words is found in a tensor of less than 32 GiB:
+the words are half as wide as the sums, so nothing is lost to the modulus. It finds accidents; it does not stop
+somebody who means to deceive. docs/format.md specifies it byte by byte.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shardsmith.tensors import Chunk, Shape
+
+_MASK = (1 << 64) - 1
+_LOW_WORD = 0xFFFFFFFF
+_ROW_WORDS = 4096
+_BLOCK_BYTES = 1 << 19  # a block and its scratch copy stay in a core's second-level cache
+
+
+@dataclass(frozen=True, slots=True)
+class Digest:
+    """Digest of a tensor, or the share that a box of it contributes. ``a + b`` joins the shares of disjoint boxes."""
+
+    total: int = 0
+    weighted: int = 0
+
+    def __add__(self, other: Digest) -> Digest:
+        return Digest((self.total + other.total) & _MASK, (self.weighted + other.weighted) & _MASK)
+
+    def __str__(self) -> str:
+        return f"{self.total:016x}{self.weighted:016x}"
+
+    @classmethod
+    def parse(cls, text: str) -> Digest:
+        """Inverse of ``str``. Raises ValueError unless given 32 hexadecimal digits."""
+        if len(text) != 32 or not text.isascii() or not text.isalnum():
+            raise ValueError(f"not a digest of 32 hexadecimal digits: {text!r}")
+        return cls(int(text[:16], 16), int(text[16:], 16))
+
+
+def digest_tensor(tensor: Tensor) -> Digest:
+    """Digest of a whole tensor of any shape, dtype, strides and device. No communication."""
+    return digest_box(tensor, Chunk.whole(tuple(tensor.shape)), tuple(tensor.shape))
+
+
+def digest_box(values: Tensor, box: Chunk, shape: Shape) -> Digest:
+    """The share of one box in the digest of the global tensor.
+
+    Args:
+        values: The box's values, shape ``box.sizes``, any strides and device. Not changed.
+        box: Where they stand in the global tensor.
+        shape: Shape of the global tensor.
+    """
+    if box.numel == 0:
+        return Digest()
+    depth = _run_dimension(box, shape)
+    starts = _run_starts(box, shape, depth)
+    rows = values.detach().contiguous().reshape(len(starts), -1).view(torch.uint8)
+    starts = starts.to(rows.device) * values.element_size()
+    if len(starts) == 1:
+        return _digest_run(rows[0], int(starts[0]))
+    return _digest_rows(rows, starts)
+
+
+def digest_run(values: Tensor, first_element: int) -> Digest:
+    """The share of a contiguous run that begins at a flat row-major index of the global tensor."""
+    data = values.detach().contiguous().reshape(-1).view(torch.uint8)
+    return _digest_run(data, first_element * values.element_size())
+
+
+def _run_dimension(box: Chunk, shape: Shape) -> int:
+    """The outermost dimension below which the box covers the tensor's full extent."""
+    depth = len(shape)
+    while depth > 0 and box.sizes[depth - 1] == shape[depth - 1]:
+        depth -= 1
+    return max(0, depth - 1)
+
+
+def _run_starts(box: Chunk, shape: Shape, depth: int) -> Tensor:
+    """Flat index of the first element of each contiguous run of the box, in row-major order; int64."""
+    strides = [math.prod(shape[d + 1 :]) for d in range(len(shape))]
+    starts = torch.tensor([sum(o * s for o, s in zip(box.offsets, strides, strict=True))])
+    for size, stride in zip(box.sizes[:depth], strides[:depth], strict=True):
+        starts = (starts[:, None] + torch.arange(size) * stride).reshape(-1)
+    return starts
+
+
+def _digest_run(data: Tensor, start: int) -> Digest:
+    """Share of consecutive bytes that begin at byte ``start`` of the tensor. ``data``: uint8, 1-D."""
+    result = Digest()
+    done = 0
+    while done < len(data):
+        block = data[done : done + _BLOCK_BYTES - (start + done) % 8]
+        result += _digest_block(block, start + done)
+        done += len(block)
+    return result
+
+
+def _digest_block(block: Tensor, start: int) -> Digest:
+    """Share of at most ``_BLOCK_BYTES`` consecutive bytes, all but the last few as one matrix of words."""
+    lead = start % 8
+    if lead or block.storage_offset() % 8 or block.data_ptr() % 8:
+        block = torch.nn.functional.pad(block, (lead, 0))
+    whole = len(block) // (8 * _ROW_WORDS) * (8 * _ROW_WORDS)
+    result = Digest()
+    first_word = start // 8
+    if whole:
+        words = block[:whole].view(torch.int64).view(-1, _ROW_WORDS)
+        bases = torch.arange(len(words), device=block.device) * _ROW_WORDS + first_word
+        result += _sum_block(words, bases)
+    rest = block[whole:]
+    if len(rest):
+        words = torch.nn.functional.pad(rest, (0, -len(rest) % 8)).view(torch.int64)[None]
+        result += _sum_block(words, torch.tensor([first_word + whole // 8], device=block.device))
+    return result
+
+
+def _digest_rows(rows: Tensor, starts: Tensor) -> Digest:
+    """Share of many equally long runs. ``rows``: uint8 [n, length]; ``starts``: byte positions, int64 [n]."""
+    leads = starts % 8
+    if rows.shape[1] % 8 == 0 and not bool(leads.any()):
+        return _digest_words(rows.view(torch.int64), starts // 8)
+    result = Digest()
+    for lead in leads.unique().tolist():
+        (chosen,) = torch.nonzero(leads == lead, as_tuple=True)
+        for index in chosen.split(max(1, _BLOCK_BYTES // rows.shape[1])):
+            padding = (lead, -(lead + rows.shape[1]) % 8)
+            words = torch.nn.functional.pad(rows[index], padding).view(torch.int64)
+            result += _digest_words(words, starts[index] // 8)
+    return result
+
+
+def _digest_words(words: Tensor, bases: Tensor) -> Digest:
+    """Share of rows of 64-bit words, int64 [n, k], block by block; row r begins at word ``bases[r]``, int64 [n]."""
+    count = max(1, _BLOCK_BYTES // 8 // words.shape[1])
+    blocks = zip(words.split(count), bases.split(count), strict=True)
+    return sum((_sum_block(block, base) for block, base in blocks), Digest())
+
+
+def _sum_block(words: Tensor, bases: Tensor) -> Digest:
+    """Both sums over one block of 64-bit words, each of which holds two 32-bit ones, low half first.
+
+    Word j has its halves at the 1-based positions 2j + 1 and 2j + 2. The sums over the low halves follow from those
+    over the words and the high halves, mod 2**64, which is how two's complement wraps around.
+    """
+    high = (words >> 32).bitwise_and_(_LOW_WORD)
+    sum_words, place_words, sum_high, place_high = torch.stack([*_sums(words, bases), *_sums(high, bases)]).tolist()
+    sum_low = sum_words - (sum_high << 32)
+    place_low = place_words - (place_high << 32)
+    total = sum_low + sum_high
+    weighted = 2 * (place_low + place_high) + sum_low + 2 * sum_high
+    return Digest(total & _MASK, weighted & _MASK)
+
+
+def _sums(words: Tensor, bases: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of the words and sum of word times place. Marginal sums first: they are what a processor does fastest."""
+    rows, columns = words.sum(1), words.sum(0)
+    place = (rows * bases).sum() + (columns * torch.arange(len(columns), device=words.device)).sum()
+    return rows.sum(), place

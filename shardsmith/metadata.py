@@ -1,0 +1,215 @@
+"""``metadata.json``: what a sharded checkpoint says of itself. Reading it never unpickles anything.
+
+The field names here are the names in the file; docs/format.md specifies them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import platform
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shardsmith import layout
+from shardsmith.digest import Digest
+from shardsmith.errors import (
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    UnsupportedFormatError,
+)
+from shardsmith.tensors import TensorSpec
+
+SCHEMA_VERSION = 1
+CHECKPOINT_TYPE = "sharded"
+_MAX_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileRecord:
+    """One file of the checkpoint."""
+
+    size: int
+    """Bytes."""
+    xxh3_128: str
+    """XXH3-128 of its bytes, 32 hexadecimal digits."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorRecord:
+    """One tensor of the checkpoint, by its key in the DCP index."""
+
+    shape: tuple[int, ...]
+    """Global shape."""
+    dtype: str
+    """As torch names it, without ``torch.``."""
+    digest: str
+    """``shardsmith.digest`` of the global tensor, 32 hexadecimal digits."""
+
+    def spec(self, name: str) -> TensorSpec:
+        """As a ``TensorSpec`` of that name."""
+        return TensorSpec(name, self.shape, getattr(torch, self.dtype))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelRecord:
+    """Counts of one model in the checkpoint."""
+
+    tensors: int
+    elements: int
+    """Aliases of a tied tensor are not counted."""
+    dtypes: dict[str, int]
+    """Elements by dtype."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointMetadata:
+    """The content of ``metadata.json``."""
+
+    attempt: str
+    """Id of the attempt that wrote it, 16 hexadecimal digits."""
+    step: int
+    """Optimizer steps done."""
+    created_at: str
+    """UTC, ISO 8601."""
+    models: tuple[str, ...]
+    """``main``, ``ema``."""
+    counts: dict[str, ModelRecord]
+    """By model."""
+    ema: dict[str, Any] | None
+    """Decay, updates, start and so on of the average, or None without one."""
+    tied: dict[str, str]
+    """Model FQN -> the FQN it is the same tensor as, and under which a Hugging Face directory keeps it."""
+    world_size: int
+    mesh: dict[str, Any] | None
+    """``shape`` and ``dim_names`` of the device mesh of the parameters, or None if they are not DTensors."""
+    files: dict[str, FileRecord]
+    """Every file beside metadata.json, by name."""
+    tensors: dict[str, TensorRecord]
+    """Every tensor, by key."""
+    libraries: dict[str, str] = field(default_factory=lambda: _libraries())
+    checkpoint_type: str = CHECKPOINT_TYPE
+    schema_version: int = SCHEMA_VERSION
+
+    def to_json(self) -> bytes:
+        """As the bytes of the file."""
+        return (json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False) + "\n").encode()
+
+
+def now() -> str:
+    """The present time as ``created_at`` wants it."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def read_metadata(directory: Path) -> CheckpointMetadata:
+    """Read and validate ``metadata.json`` of a checkpoint directory.
+
+    Raises:
+        CheckpointNotFoundError: there is none.
+        CorruptCheckpointError: it is not what ``to_json`` writes.
+        UnsupportedFormatError: another kind of file of that name, or of a newer version.
+    """
+    path = directory / layout.METADATA_FILE
+    content = read_json(path)
+    if content.get("checkpoint_type") != CHECKPOINT_TYPE or "schema_version" not in content:
+        raise UnsupportedFormatError(path, "is not a checkpoint manifest of Shardsmith")
+    if content["schema_version"] != SCHEMA_VERSION:
+        found = content["schema_version"]
+        raise UnsupportedFormatError(path, f"has schema version {found!r}; this version reads {SCHEMA_VERSION}")
+    try:
+        return _parse(content)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CorruptCheckpointError(path, f"is damaged: {type(error).__name__}: {error}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a regular file.
+
+    Raises:
+        CheckpointNotFoundError: no such file.
+        CorruptCheckpointError: not a regular file, larger than 1 GiB, or no JSON object.
+    """
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise CheckpointNotFoundError(path, "does not exist") from error
+    if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_BYTES:
+        raise CorruptCheckpointError(
+            path, f"is not a JSON file: {stat.filemode(status.st_mode)} {status.st_size} bytes"
+        )
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CorruptCheckpointError(path, f"is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CorruptCheckpointError(path, f"holds a JSON {type(content).__name__}, expected an object")
+    return content
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``bfloat16`` for ``torch.bfloat16``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _parse(content: Mapping[str, Any]) -> CheckpointMetadata:
+    fields = {item.name for item in dataclasses.fields(CheckpointMetadata)}
+    if set(content) != fields:
+        raise ValueError(f"fields {sorted(set(content) ^ fields)} are missing or unknown")
+    return CheckpointMetadata(
+        attempt=_typed(content["attempt"], str),
+        step=_count(content["step"]),
+        created_at=_typed(content["created_at"], str),
+        models=tuple(_typed(name, str) for name in _typed(content["models"], list)),
+        counts={name: _model_record(record) for name, record in _typed(content["counts"], dict).items()},
+        ema=content["ema"] and _typed(content["ema"], dict),
+        tied={name: _typed(kept, str) for name, kept in _typed(content["tied"], dict).items()},
+        world_size=_count(content["world_size"]),
+        mesh=content["mesh"] and _typed(content["mesh"], dict),
+        files={name: _file_record(record) for name, record in _typed(content["files"], dict).items()},
+        tensors={name: _tensor_record(record) for name, record in _typed(content["tensors"], dict).items()},
+        libraries=_typed(content["libraries"], dict),
+    )
+
+
+def _file_record(record: Any) -> FileRecord:
+    Digest.parse(record["xxh3_128"])
+    return FileRecord(size=_count(record["size"]), xxh3_128=record["xxh3_128"])
+
+
+def _tensor_record(record: Any) -> TensorRecord:
+    Digest.parse(record["digest"])
+    if not isinstance(getattr(torch, _typed(record["dtype"], str)), torch.dtype):
+        raise ValueError(f"not a dtype: {record['dtype']!r}")
+    shape = tuple(_count(size) for size in _typed(record["shape"], list))
+    return TensorRecord(shape=shape, dtype=record["dtype"], digest=record["digest"])
+
+
+def _model_record(record: Any) -> ModelRecord:
+    return ModelRecord(
+        tensors=_count(record["tensors"]),
+        elements=_count(record["elements"]),
+        dtypes={name: _count(count) for name, count in _typed(record["dtypes"], dict).items()},
+    )
+
+
+def _typed(value: Any, kind: type) -> Any:
+    if type(value) is not kind:
+        raise TypeError(f"{value!r} is not of type {kind.__name__}")
+    return value
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError(f"{value!r} is not a count")
+    return value
+
+
+def _libraries() -> dict[str, str]:
+    return {"shardsmith": version("shardsmith"), "torch": version("torch"), "python": platform.python_version()}

@@ -1,0 +1,93 @@
+"""The names of a model's tensors as they belong in a file: without wrappers, and one for each tensor.
+
+FSDP1, DDP, torch.compile and activation checkpointing put a segment of their own into the names of what they wrap;
+FSDP2 does not. ``torch.distributed.checkpoint.state_dict.get_model_state_dict`` leaves the same segments out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+_WRAPPER_SEGMENTS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+
+
+def clean_fqn(name: str, model: nn.Module | None = None) -> str:
+    """The name without the segments that wrappers put into it. A clean name stays as it is.
+
+    Args:
+        model: The module that ``name`` starts from. A ``module`` segment goes only where this shows it to be that of
+            a DistributedDataParallel: many models have a ``module`` of their own.
+    """
+    kept: list[str] = []
+    here: object = model
+    for segment in name.split("."):
+        of_ddp = segment == "module" and isinstance(here, DistributedDataParallel)
+        if not of_ddp and segment not in _WRAPPER_SEGMENTS:
+            kept.append(segment)
+        here = getattr(here, segment, None)
+    return ".".join(kept)
+
+
+def tied_weights(model: nn.Module) -> dict[str, str]:
+    """Alias -> the name kept for it, for parameters and persistent buffers that are one tensor under several names.
+
+    Of several names the first in the model is kept, or, where the model or a part of it is from transformers, the
+    one that ``save_pretrained`` writes. Names are clean. Ties that a wrapper has broken are no ties any more.
+    """
+    names_of: dict[int, dict[str, None]] = {}
+    for name, tensor in _saved_tensors(model):
+        names_of.setdefault(id(tensor), {})[clean_fqn(name, model)] = None
+    declared = _declared_aliases(model)
+    kept: dict[str, str] = {}
+    for names in map(list, names_of.values()):
+        if len(names) > 1:
+            kept |= _choose(names, declared)
+    return kept
+
+
+def non_persistent_buffers(model: nn.Module) -> list[str]:
+    """Clean names of the buffers that no state dict holds, such as a rotary embedding's ``inv_freq``."""
+    names: dict[str, None] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name in module._non_persistent_buffers_set:
+                names[clean_fqn(f"{prefix}.{name}" if prefix else name, model)] = None
+    return list(names)
+
+
+def _saved_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, then persistent buffers, under every name that they have."""
+    yield from model.named_parameters(remove_duplicate=False)
+    transient = set(non_persistent_buffers(model))
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        if clean_fqn(name, model) not in transient:
+            yield name, buffer
+
+
+def _declared_aliases(model: nn.Module) -> list[re.Pattern[str]]:
+    """What transformers models say about their ties: patterns of the names to leave out of a file.
+
+    As ``_get_tied_weight_keys`` of transformers.modeling_utils reads them: the keys of ``_tied_weights_keys`` (a
+    mapping alias -> kept in transformers 5, a list of aliases before), below the name of the submodule that has them.
+    """
+    patterns = []
+    for prefix, module in model.named_modules():
+        path = clean_fqn(prefix, model)
+        for pattern in getattr(module, "_tied_weights_keys", None) or ():
+            patterns.append(re.compile(f"{path}.{pattern}" if path else pattern))
+    return patterns
+
+
+def _choose(names: list[str], declared: list[re.Pattern[str]]) -> dict[str, str]:
+    """Alias -> kept among the names of one tensor, as ``remove_tied_weights_from_state_dict`` of transformers does.
+
+    There, what matches a declaration is left out, in sorted order, except for the last if all of them match.
+    """
+    matching = sorted(name for name in names if any(pattern.search(name) for pattern in declared))
+    dropped = set(matching[: len(names) - 1])
+    kept = next(name for name in names if name not in dropped)
+    return {name: kept for name in names if name != kept}

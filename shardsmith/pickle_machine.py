@@ -1,0 +1,243 @@
+"""Reads a pickle as data: no class is imported, nothing is called, no attribute is set.
+
+Python's own unpickler runs what the bytes ask for, and even a restricted one hands real classes to the instructions
+that build and alter objects. This one knows the instructions that a pickle of plain records needs, and answers "call X
+with these arguments" with a ``Made`` that says so. What the records mean is for the caller to decide.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from shardsmith.errors import CorruptCheckpointError, UnsafeCheckpointError
+
+
+class Name(NamedTuple):
+    """A global that a pickle names. Only a name: it is never looked up."""
+
+    module: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.module}.{self.name}"
+
+
+class Made:
+    """What a pickle says about one object: ``of(*args)``, then ``state`` put into it."""
+
+    __slots__ = ("args", "of", "state")
+
+    def __init__(self, of: Name, args: tuple[object, ...]) -> None:
+        self.of = of
+        self.args = args
+        self.state: object = None
+
+
+PERSISTENT = Name("", "persistent id")
+"""What a persistent id is made of, where the caller expects some: its one argument is the id."""
+
+
+def read_pickle(data: bytes, path: Path, known: frozenset[Name], *, persistent_ids: bool = False) -> object:
+    """The object that a pickle of protocol 2 to 5 describes.
+
+    Values are None, bool, int, str, tuple, list, dict (with str, int and ``Made`` keys), ``Name`` and ``Made``. They
+    may be shared and may even contain themselves, so never walk them without a bound.
+
+    Args:
+        path: Where the bytes come from, for the errors.
+        known: The globals that may be named. Compared as a whole: ``("torch", "os.system")`` is not in ``torch``.
+        persistent_ids: Whether objects outside the pickle may be referred to.
+
+    Raises:
+        UnsafeCheckpointError: when it names another global, or uses an instruction that exists to run code.
+        CorruptCheckpointError: when it is no such pickle, is cut off, or has something behind its end.
+    """
+    machine = _Machine(data, path, known, persistent_ids)
+    try:
+        return machine.run()
+    except (IndexError, KeyError, UnicodeDecodeError) as error:
+        raise machine.corrupt(f"it breaks off or contradicts itself ({type(error).__name__})") from error
+
+
+class _Machine:
+    """The state of one reading: position, stack, marks and memo, as the pickle protocol has them."""
+
+    def __init__(self, data: bytes, path: Path, known: frozenset[Name], persistent_ids: bool) -> None:
+        self.data = data
+        self.path = path
+        self.known = known
+        self.persistent_ids = persistent_ids
+        self.position = 0
+        self.stack: list[object] = []
+        self.outer: list[list[object]] = []  # the stacks below each open mark
+        self.memo: dict[int, object] = {}  # not a list: a pickle may number an entry 2**32 - 1
+
+    def run(self) -> object:
+        if self.data[:1] != b"\x80" or not 2 <= self.data[1] <= 5:
+            raise self.corrupt("it does not begin with a pickle protocol of 2 to 5")
+        self.position = 2
+        while (code := self.number(1)) != _STOP:
+            handler = _HANDLERS.get(code)
+            if handler is None:
+                raise self.refused(code)
+            handler(self)
+        if len(self.stack) != 1 or self.outer or self.position != len(self.data):
+            raise self.corrupt("something is left over behind its end")
+        return self.stack[0]
+
+    def corrupt(self, reason: str) -> CorruptCheckpointError:
+        return CorruptCheckpointError(self.path, f"is no readable pickle: at byte {self.position}, {reason}")
+
+    def unsafe(self, reason: str) -> UnsafeCheckpointError:
+        return UnsafeCheckpointError(
+            self.path, f"{reason} (pickle, byte {self.position}). Nothing was run. Only load it if you trust its author"
+        )
+
+    def refused(self, code: int) -> Exception:
+        name = _RUN_CODE.get(bytes([code]))
+        if name is not None:
+            return self.unsafe(f"uses the instruction {name}, which plain records do not need")
+        return self.corrupt(f"the instruction {code:#04x} does not occur in plain records")
+
+    def take(self, length: int) -> bytes:
+        end = self.position + length
+        if end > len(self.data):
+            raise self.corrupt("it is cut off")
+        chunk = self.data[self.position : end]
+        self.position = end
+        return chunk
+
+    def number(self, length: int) -> int:
+        return int.from_bytes(self.take(length), "little")
+
+    def line(self) -> str:
+        end = self.data.find(b"\n", self.position, self.position + 200)
+        if end < 0:
+            raise self.corrupt("a name does not end")
+        text = self.take(end - self.position).decode("ascii")
+        self.position += 1
+        return text
+
+    def push(self, value: object) -> None:
+        self.stack.append(value)
+
+    def pop_mark(self) -> list[object]:
+        items = self.stack
+        self.stack = self.outer.pop()
+        return items
+
+    def name(self, module: object, name: object) -> None:
+        if type(module) is not str or type(name) is not str:
+            raise self.corrupt("a global is not named by two strings")
+        found = Name(module, name)
+        if found not in self.known:
+            raise self.unsafe(f"asks for {found!s:.200}, which is not needed to describe tensors")
+        self.push(found)
+
+    def make(self) -> None:
+        args, of = self.stack.pop(), self.stack.pop()
+        if type(args) is not tuple or type(of) is not Name:
+            raise self.corrupt("something that is not a known global is called")
+        self.push(Made(of, args))
+
+    def build(self) -> None:
+        state, target = self.stack.pop(), self.stack[-1]
+        if type(target) is not Made or target.state is not None:
+            raise self.corrupt("state is put into something that takes none")
+        target.state = state
+
+    def extend_list(self, items: list[object]) -> None:
+        target = self.stack[-1]
+        if type(target) is not list:
+            raise self.corrupt("something is appended to what is no list")
+        target.extend(items)
+
+    def update_dict(self, items: list[object]) -> None:
+        target = self.stack[-1]
+        if type(target) is not dict or len(items) % 2:
+            raise self.corrupt("an item is put into what is no dict")
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            if type(key) not in _KEY_TYPES or key in target:
+                raise self.corrupt("a key of a dict occurs twice or is neither a string, a number nor a record")
+            target[key] = value
+
+    def pop_many(self, count: int) -> list[object]:
+        if len(self.stack) < count:
+            raise self.corrupt("the stack is empty")
+        items = self.stack[-count:]
+        del self.stack[-count:]
+        return items
+
+    def frame(self) -> None:
+        if self.number(8) > len(self.data) - self.position:
+            raise self.corrupt("it is cut off")
+
+    def open_mark(self) -> None:
+        self.outer.append(self.stack)
+        self.stack = []
+
+    def persistent_id(self) -> None:
+        if not self.persistent_ids:
+            raise self.unsafe("refers to an object outside the file")
+        self.push(Made(PERSISTENT, (self.stack.pop(),)))
+
+    def remember(self, index: int) -> None:
+        self.memo[index] = self.stack[-1]
+
+
+_KEY_TYPES = (str, int, Made)
+_STOP = pickle.STOP[0]
+_RUN_CODE = {
+    pickle.PERSID: "PERSID",
+    pickle.INST: "INST",
+    pickle.OBJ: "OBJ",
+    pickle.EXT1: "EXT1",
+    pickle.EXT2: "EXT2",
+    pickle.EXT4: "EXT4",
+    pickle.NEWOBJ_EX: "NEWOBJ_EX",
+    pickle.NEXT_BUFFER: "NEXT_BUFFER",
+    pickle.READONLY_BUFFER: "READONLY_BUFFER",
+}
+_INSTRUCTIONS: dict[bytes, Callable[[_Machine], None]] = {
+    pickle.FRAME: _Machine.frame,
+    # values
+    pickle.NONE: lambda m: m.push(None),
+    pickle.NEWTRUE: lambda m: m.push(True),
+    pickle.NEWFALSE: lambda m: m.push(False),
+    pickle.BININT: lambda m: m.push(int.from_bytes(m.take(4), "little", signed=True)),
+    pickle.BININT1: lambda m: m.push(m.number(1)),
+    pickle.BININT2: lambda m: m.push(m.number(2)),
+    pickle.LONG1: lambda m: m.push(int.from_bytes(m.take(m.number(1)), "little", signed=True)),
+    pickle.SHORT_BINUNICODE: lambda m: m.push(m.take(m.number(1)).decode()),
+    pickle.BINUNICODE: lambda m: m.push(m.take(m.number(4)).decode()),
+    # containers
+    pickle.MARK: _Machine.open_mark,
+    pickle.EMPTY_LIST: lambda m: m.push([]),
+    pickle.EMPTY_DICT: lambda m: m.push({}),
+    pickle.EMPTY_TUPLE: lambda m: m.push(()),
+    pickle.TUPLE: lambda m: m.push(tuple(m.pop_mark())),
+    pickle.TUPLE1: lambda m: m.push(tuple(m.pop_many(1))),
+    pickle.TUPLE2: lambda m: m.push(tuple(m.pop_many(2))),
+    pickle.TUPLE3: lambda m: m.push(tuple(m.pop_many(3))),
+    pickle.APPEND: lambda m: m.extend_list(m.pop_many(1)),
+    pickle.APPENDS: lambda m: m.extend_list(m.pop_mark()),
+    pickle.SETITEM: lambda m: m.update_dict(m.pop_many(2)),
+    pickle.SETITEMS: lambda m: m.update_dict(m.pop_mark()),
+    # records
+    pickle.GLOBAL: lambda m: m.name(m.line(), m.line()),
+    pickle.STACK_GLOBAL: lambda m: m.name(*m.pop_many(2)),
+    pickle.REDUCE: _Machine.make,
+    pickle.NEWOBJ: _Machine.make,
+    pickle.BUILD: _Machine.build,
+    pickle.BINPERSID: _Machine.persistent_id,
+    # sharing
+    pickle.MEMOIZE: lambda m: m.remember(len(m.memo)),
+    pickle.BINPUT: lambda m: m.remember(m.number(1)),
+    pickle.LONG_BINPUT: lambda m: m.remember(m.number(4)),
+    pickle.BINGET: lambda m: m.push(m.memo[m.number(1)]),
+    pickle.LONG_BINGET: lambda m: m.push(m.memo[m.number(4)]),
+}
+_HANDLERS = {code[0]: handler for code, handler in _INSTRUCTIONS.items()}

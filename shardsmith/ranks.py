@@ -1,0 +1,177 @@
+"""Who we are among how many, and how the ranks agree: an error on one rank is an error on all.
+
+Ranks talk through the job's key-value store, on a connection of their own, and never by collectives: so a background
+thread may use it while the main thread trains, and a rank that raises leaves no other rank waiting in a barrier.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+
+from shardsmith.errors import RankFailedError, RankTimeoutError
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+_numbers = itertools.count()
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """What one rank has to say after a phase: a value, or the text of an error."""
+
+    value: Any = None
+    error: str | None = None
+
+    def encode(self) -> str:
+        return json.dumps([self.value, self.error])
+
+    @classmethod
+    def decode(cls, data: bytes) -> _Outcome:
+        return cls(*json.loads(data))
+
+
+class Ranks:
+    """The ranks of a job, acting in phases. Make it on every rank at the same point, as one makes a process group.
+
+    Attributes:
+        rank: This process, 0 .. size - 1.
+        size: Number of ranks; 1 without ``torch.distributed``.
+        timeout_secs: How long a phase may wait for a rank before it is given up.
+    """
+
+    def __init__(self, timeout_secs: float = 1800.0) -> None:
+        distributed = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if distributed else 0
+        self.size = dist.get_world_size() if distributed else 1
+        self.timeout_secs = timeout_secs
+        self._phases = itertools.count()
+        self._name = f"shardsmith/{next(_numbers)}"
+        self._answered: list[str] = []
+        self._store: Any = _own_connection() if self.size > 1 else None
+
+    @property
+    def is_leader(self) -> bool:
+        """Whether this is rank 0, which alone makes, renames and deletes directories."""
+        return self.rank == 0
+
+    def gather(self, phase: str, body: Callable[[], T]) -> list[T]:
+        """Run ``body`` on every rank; rank 0 returns all values in rank order, the others an empty list.
+
+        All ranks call it with the same phase, in the same order, from any thread. Communicates through the store.
+
+        Args:
+            phase: What is being done, for error messages.
+            body: Its value must survive JSON.
+
+        Raises:
+            RankFailedError: on every rank, if ``body`` raised on any. With one rank, the original error.
+            RankTimeoutError: if a rank was not heard of in time.
+        """
+        if self.size == 1:
+            return [body()]
+        mine, cause = _attempt(body)
+        key = f"{self._name}/{next(self._phases)}"
+        outcomes = self._collect(key, phase, mine) if self.is_leader else {}
+        if not self.is_leader:
+            self._put(f"{key}/{self.rank}", mine)
+        verdict = self._publish_verdict(key, outcomes) if self.is_leader else self._await_verdict(key, phase)
+        if verdict:
+            raise RankFailedError(phase, {int(rank): text for rank, text in verdict.items()}, self.size) from cause
+        return [outcomes[rank].value for rank in range(self.size)] if self.is_leader else []
+
+    def lead(self, phase: str, body: Callable[[], T]) -> T:
+        """Run ``body`` on rank 0 alone and return its value on every rank.
+
+        All ranks call it. Communicates through the store. The value must survive JSON.
+
+        Raises:
+            RankFailedError: on every rank, if ``body`` raised. With one rank, the original error.
+        """
+        if self.size == 1:
+            return body()
+        key = f"{self._name}/{next(self._phases)}"
+        outcome, cause = _attempt(body) if self.is_leader else (None, None)
+        if outcome is not None:
+            self._put(key, outcome)
+            self._answered.append(key)
+        else:
+            outcome = self._get(key, phase, [0], time.monotonic() + self.timeout_secs)
+        if outcome.error is not None:
+            raise RankFailedError(phase, {0: outcome.error}, self.size) from cause
+        value: T = outcome.value
+        return value
+
+    def _collect(self, key: str, phase: str, mine: _Outcome) -> dict[int, _Outcome]:
+        deadline = time.monotonic() + self.timeout_secs
+        outcomes = {0: mine}
+        try:
+            for rank in range(1, self.size):
+                silent = list(range(rank, self.size))
+                outcomes[rank] = self._get(f"{key}/{rank}", phase, silent, deadline)
+        except RankTimeoutError as error:
+            missing = [rank for rank in error.missing if not self._has(f"{key}/{rank}")]
+            self._put(f"{key}/verdict", _Outcome(dict.fromkeys(missing, "no answer")))
+            raise RankTimeoutError(phase, missing, self.timeout_secs) from None
+        return outcomes
+
+    def _publish_verdict(self, key: str, outcomes: dict[int, _Outcome]) -> dict[Any, str]:
+        failures = {rank: outcome.error for rank, outcome in outcomes.items() if outcome.error is not None}
+        # every rank has spoken in this phase, so it has read what was put for the phases before
+        for old in [*self._answered, *(f"{key}/{rank}" for rank in range(1, self.size))]:
+            self._delete(old)
+        self._put(f"{key}/verdict", _Outcome(failures))
+        self._answered = [f"{key}/verdict"]
+        return failures
+
+    def _await_verdict(self, key: str, phase: str) -> dict[Any, str]:
+        # rank 0 may itself wait for timeout_secs before it gives up, so the others allow it a little longer
+        deadline = time.monotonic() + self.timeout_secs * 1.1 + 5
+        verdict: dict[Any, str] = self._get(f"{key}/verdict", phase, [0], deadline).value
+        return verdict
+
+    def _put(self, key: str, outcome: _Outcome) -> None:
+        self._store.set(key, outcome.encode())
+
+    def _has(self, key: str) -> bool:
+        return bool(self._store.check([key]))
+
+    def _delete(self, key: str) -> None:
+        try:
+            self._store.delete_key(key)
+        except RuntimeError as error:  # some stores cannot delete; the keys are small
+            log.debug("could not delete %s: %s", key, error)
+
+    def _get(self, key: str, phase: str, silent: list[int], deadline: float) -> _Outcome:
+        remaining = max(0.01, deadline - time.monotonic())
+        try:
+            self._store.wait([key], timedelta(seconds=remaining))
+        except RuntimeError:  # DistStoreError derives from it; a file store raises it bare
+            if not self._has(key):
+                raise RankTimeoutError(phase, silent, self.timeout_secs) from None
+        return _Outcome.decode(self._store.get(key))
+
+
+def _attempt(body: Callable[[], T]) -> tuple[_Outcome, BaseException | None]:
+    """Run ``body``; an error becomes an outcome, so that this rank can still tell the others."""
+    try:
+        return _Outcome(body()), None
+    except (Exception, CheckpointException) as error:  # the latter is no Exception
+        log.debug("failed", exc_info=True)
+        return _Outcome(error=f"{type(error).__name__}: {error}"), error
+
+
+def _own_connection() -> Any:
+    """A store client that no other thread uses: a blocking wait on a shared one would block the trainer's groups."""
+    store: Any = dist.distributed_c10d._get_default_store()  # there is no public way to the job's store
+    return store.clone()
