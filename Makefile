@@ -15,7 +15,7 @@ $(READY): pyproject.toml setup.cfg
 	touch $@
 
 demo: $(READY)  ## two FSDP2 ranks train, are killed, come back and end as Hugging Face directories
-	$(BIN)/python examples/fsdp2_loop.py $(DEMO_ARGS)
+	$(BIN)/python examples/demo.py $(DEMO_ARGS)
 
 test: $(READY)  ## every test
 	$(BIN)/python -m pytest $(TEST_ARGS)

@@ -1,1 +1,21 @@
 """What a training loop attaches."""
+
+from .base import Hook, Hooks
+from .ema import EMA
+from .retention import Retention, latest, multiples_of
+from .save import ShardedSave
+from .schedule import Schedule, at, every, last
+
+__all__ = [
+    "EMA",
+    "Hook",
+    "Hooks",
+    "Retention",
+    "Schedule",
+    "ShardedSave",
+    "at",
+    "every",
+    "last",
+    "latest",
+    "multiples_of",
+]

@@ -130,7 +130,8 @@ class EMA(Hook):
         if not self._is_fsdp1:
             return dict(self._average)
         with self._replaced_weights():
-            state = get_model_state_dict(self._model, options=StateDictOptions(cpu_offload=self.offload))
+            options = StateDictOptions(cpu_offload=self.offload)
+            state: dict[str, Any] = get_model_state_dict(self._model, options=options)
             # what FSDP1 does not shard is the live weight itself, and is about to change back
             return {name: state[name].clone() if type(state[name]) is Tensor else state[name] for name in self._average}
 
@@ -253,7 +254,7 @@ class EMA(Hook):
     def _load_fsdp1(self, loaded: Mapping[str, Tensor]) -> None:
         """Let FSDP1, which alone knows the way into its flat shards, load into the weights, and take it from there."""
         with self._replaced_weights():
-            state = get_model_state_dict(self._model)
+            state: dict[str, Any] = get_model_state_dict(self._model)
             _check_alike({name: state[name] for name in self._average}, loaded)
             aliases = {alias: loaded[kept] for alias, kept in self._tied.items() if kept in loaded}
             set_model_state_dict(self._model, {**state, **loaded, **aliases})
@@ -315,8 +316,8 @@ def _check_averageable(slots: Mapping[str, _Slot], is_fsdp1: bool) -> None:
             raise UsageError(f"{name} is on the meta device: build EMA after the weights are there")
         if is_fsdp1 and slot.parameter.dtype != torch.float32:
             raise UsageError(
-                f"{name} is {slot.parameter.dtype}: FSDP1 can save an average only through its own storage, which would "
-                "round it. Keep the parameters in float32 and compute in MixedPrecision(param_dtype=...)"
+                f"{name} is {slot.parameter.dtype}: FSDP1 can save an average only through its own storage, which "
+                "would round it. Keep the parameters in float32 and compute in MixedPrecision(param_dtype=...)"
             )
 
 

@@ -79,7 +79,7 @@ class _Machine:
         if self.data[:1] != b"\x80" or not 2 <= self.data[1] <= 5:
             raise self.corrupt("it does not begin with a pickle protocol of 2 to 5")
         self.position = 2
-        while (code := self.number(1)) != _STOP:
+        while (code := self.byte()) != _STOP:
             handler = _HANDLERS.get(code)
             if handler is None:
                 raise self.refused(code)
@@ -109,6 +109,11 @@ class _Machine:
         chunk = self.data[self.position : end]
         self.position = end
         return chunk
+
+    def byte(self) -> int:
+        position = self.position
+        self.position = position + 1
+        return self.data[position]
 
     def number(self, length: int) -> int:
         return int.from_bytes(self.take(length), "little")
@@ -208,10 +213,10 @@ _INSTRUCTIONS: dict[bytes, Callable[[_Machine], None]] = {
     pickle.NEWTRUE: lambda m: m.push(True),
     pickle.NEWFALSE: lambda m: m.push(False),
     pickle.BININT: lambda m: m.push(int.from_bytes(m.take(4), "little", signed=True)),
-    pickle.BININT1: lambda m: m.push(m.number(1)),
+    pickle.BININT1: lambda m: m.push(m.byte()),
     pickle.BININT2: lambda m: m.push(m.number(2)),
-    pickle.LONG1: lambda m: m.push(int.from_bytes(m.take(m.number(1)), "little", signed=True)),
-    pickle.SHORT_BINUNICODE: lambda m: m.push(m.take(m.number(1)).decode()),
+    pickle.LONG1: lambda m: m.push(int.from_bytes(m.take(m.byte()), "little", signed=True)),
+    pickle.SHORT_BINUNICODE: lambda m: m.push(m.take(m.byte()).decode()),
     pickle.BINUNICODE: lambda m: m.push(m.take(m.number(4)).decode()),
     # containers
     pickle.MARK: _Machine.open_mark,
@@ -235,9 +240,9 @@ _INSTRUCTIONS: dict[bytes, Callable[[_Machine], None]] = {
     pickle.BINPERSID: _Machine.persistent_id,
     # sharing
     pickle.MEMOIZE: lambda m: m.remember(len(m.memo)),
-    pickle.BINPUT: lambda m: m.remember(m.number(1)),
+    pickle.BINPUT: lambda m: m.remember(m.byte()),
     pickle.LONG_BINPUT: lambda m: m.remember(m.number(4)),
-    pickle.BINGET: lambda m: m.push(m.memo[m.number(1)]),
+    pickle.BINGET: lambda m: m.push(m.memo[m.byte()]),
     pickle.LONG_BINGET: lambda m: m.push(m.memo[m.number(4)]),
 }
 _HANDLERS = {code[0]: handler for code, handler in _INSTRUCTIONS.items()}

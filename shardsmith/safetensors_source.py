@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from shardsmith.tensors import Chunk, TensorSpec
 
 _MAX_INDEX_BYTES = 100_000_000
 _PLAIN_NAME = re.compile(r"[^/\\:\0\ud800-\udfff]+\.safetensors")
-_WEIGHTS_NAME = re.compile(r"(?P<stem>.+?)(-[0-9]{5}-of-[0-9]{5})?\.safetensors(\.index\.json)?")
+_WEIGHTS_NAME = re.compile(r"(?P<stem>.+?)(-[0-9]{5}-of-(?P<count>[0-9]{5}))?\.safetensors(\.index\.json)?")
 
 
 class SafetensorsSource:
@@ -130,10 +131,8 @@ def open_safetensors_directory(directory: str | Path, stem: str | None = None) -
     weight_map = _read_weight_map(directory / index)
     shards = sorted(set(weight_map.values()))
     if missing := [name for name in shards if not os.path.lexists(directory / name)]:
-        lines = "\n  ".join(map(quote, missing))
-        raise IncompleteCheckpointError(
-            directory, f"{len(missing)} of {len(shards)} weight files are missing\n  {lines}"
-        )
+        lines = "\n  ".join([f"{len(missing)} of {len(shards)} weight files are missing", *map(quote, missing)])
+        raise IncompleteCheckpointError(directory, lines)
     source = SafetensorsSource(directory, {name: _resolve(directory, name) for name in shards})
     _check_weight_map(directory / index, weight_map, source.file_of)
     return source
@@ -183,11 +182,18 @@ def _checked_weight_map(index: Path, content: Any) -> dict[str, str]:
     if strange := [name for name, file in weight_map.items() if not isinstance(file, str)]:
         raise CorruptCheckpointError(index, f"names no file for {', '.join(map(quote, strange))}")
     if outside := sorted({file for file in weight_map.values() if not _PLAIN_NAME.fullmatch(file)}):
-        lines = "\n  ".join(map(quote, outside))
-        raise UnsafeCheckpointError(
-            index, f"names what is not a safetensors file beside it; nothing was read\n  {lines}"
-        )
+        lines = "\n  ".join(["names what is no safetensors file beside it; nothing was read", *map(quote, outside)])
+        raise UnsafeCheckpointError(index, lines)
+    if gaps := _gaps(set(weight_map.values())):
+        raise CorruptCheckpointError(index, "\n  ".join(["does not list all files of a numbered series", *gaps]))
     return weight_map
+
+
+def _gaps(files: set[str]) -> list[str]:
+    """What is missing if files called model-00001-of-00003.safetensors are to be 3: one line for each series."""
+    matches = filter(None, map(_WEIGHTS_NAME.fullmatch, files))
+    listed = Counter((match["stem"], int(match["count"])) for match in matches if match["count"])
+    return [f"{quote(stem)}: {found} of {count}" for (stem, count), found in sorted(listed.items()) if found != count]
 
 
 def _check_weight_map(index: Path, weight_map: Mapping[str, str], file_of: Mapping[str, str]) -> None:

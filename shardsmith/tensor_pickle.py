@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,7 +101,9 @@ def _record(value: object) -> TensorRecord:
     storage, offset, size, stride, _requires_grad, hooks = args
     _no_hooks(hooks)
     record = TensorRecord(*_storage(storage, dtype), _number(offset), _numbers(size), _numbers(stride))
-    if len(record.size) != len(record.stride) or record.end > record.storage_nbytes:
+    if len(record.size) != len(record.stride) or math.prod(record.size) >= 1 << 63:
+        raise _UnusualError
+    if record.end > record.storage_nbytes:
         raise _UnusualError
     return record
 

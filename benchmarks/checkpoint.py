@@ -1,0 +1,67 @@
+"""Make the checkpoint to be converted: a float32 Llama, sharded by FSDP2, saved by real ranks.
+
+python -m benchmarks.checkpoint CHECKPOINT BASE PARAMETERS SHARDS
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from shardsmith.ranks import Ranks
+from shardsmith.save import Contents, SaveInProgress
+
+
+def config_of(parameters: int) -> LlamaConfig:
+    """A Llama of about that many parameters, by its number of layers."""
+    hidden, inner, vocabulary = (2048, 5632, 32000) if parameters >= 250_000_000 else (512, 1408, 8000)
+    layers = round((parameters - 2 * vocabulary * hidden) / (4 * hidden**2 + 3 * hidden * inner))
+    return LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=max(1, layers),
+        num_attention_heads=hidden // 64,
+        tie_word_embeddings=False,
+        architectures=["LlamaForCausalLM"],
+    )
+
+
+def _save(rank: int, checkpoint: str, parameters: int, shards: int, store: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=shards)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config_of(parameters))
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    model.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(rank)
+    for parameter in model.parameters():
+        parameter.data.to_local().normal_(std=0.02, generator=generator)
+    # nested and without anything beside the model: the only form that every tool here can read
+    contents = Contents(step=0, state_dict={"model": get_model_state_dict(model)})
+    save = SaveInProgress(Path(checkpoint), Ranks(), dist.new_group(backend="gloo"))
+    save.begin(lambda: contents)
+    save.write()
+    save.commit()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    target, base, count, ranks = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+    config_of(count).save_pretrained(base)
+    with tempfile.TemporaryDirectory() as folder:
+        mp.start_processes(_save, (target, count, ranks, f"{folder}/store"), nprocs=ranks, start_method="spawn")
+    with torch.device("meta"):
+        largest = max(tensor.nbytes for tensor in AutoModelForCausalLM.from_config(config_of(count)).parameters())
+    print(json.dumps({"largest_tensor": largest}))

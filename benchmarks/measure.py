@@ -1,0 +1,53 @@
+"""Time and peak anonymous memory of a process, from outside."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+_POLL_SECS = 0.005
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One run of a command."""
+
+    seconds: float
+    peak_bytes: int
+    """Most anonymous memory at any moment, the command's children included."""
+
+
+def measure(command: Sequence[str]) -> Measurement:
+    """Run a command to its end. Raises CalledProcessError if it fails."""
+    began = time.perf_counter()
+    process = subprocess.Popen(command)
+    peak = 0
+    while process.poll() is None:
+        peak = max(peak, sum(_anonymous_bytes(pid) for pid in _family(process.pid)))
+        time.sleep(_POLL_SECS)
+    seconds = time.perf_counter() - began
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, list(command))
+    return Measurement(seconds, peak)
+
+
+def _family(pid: int) -> Iterator[int]:
+    """A process and all its descendants."""
+    yield pid
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return
+    for child in children:
+        yield from _family(int(child))
+
+
+def _anonymous_bytes(pid: int) -> int:
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:  # it has just ended
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))

@@ -1,0 +1,190 @@
+"""Work out a Hugging Face directory before a byte is written: what goes where, and everything that is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from shardsmith import layout
+from shardsmith.commit import refuse_existing
+from shardsmith.errors import CheckpointNotFoundError, MismatchError
+from shardsmith.formats import HUGGINGFACE, detect_checkpoint_format, model_names, open_source
+from shardsmith.hf_directory import files_to_copy, protect, read_config
+from shardsmith.model_keys import EMA, MAIN
+from shardsmith.models import ModelSource
+from shardsmith.safetensors_files import WeightsPlan, parse_size, plan_files
+from shardsmith.safetensors_source import open_safetensors_directory
+from shardsmith.tensors import TensorSpec
+from shardsmith.ties import tied_by_config
+
+CASTABLE = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
+"""Dtypes that a dtype option changes. Integers, bools and float8 (quantised) stay as they are."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportOptions:
+    """How to write a Hugging Face directory."""
+
+    dtype: torch.dtype | None = torch.bfloat16
+    """Of all floating-point tensors; None keeps what the checkpoint has."""
+    max_shard_size: str | None = None
+    """Such as "5GB": more than one file if the weights are larger. None: one file."""
+    trust_remote_code: bool = False
+    """Also copy the base model's Python files. They are never run."""
+    allow: tuple[str, ...] = ()
+    """Patterns of tensor names that may differ from the base model's weights."""
+    verify: bool = True
+    """Compare the checkpoint's files with their recorded hashes first, where it has some."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelPlan:
+    """One model of the checkpoint on its way into one set of files."""
+
+    model: str
+    source: ModelSource
+    specs: tuple[TensorSpec, ...]
+    """As they will be written."""
+    weights: WeightsPlan
+    aliases: Mapping[str, str]
+    """Tied names that are not written -> the name that is."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors as they will be written."""
+        return sum(spec.nbytes for spec in self.specs)
+
+
+@dataclass(frozen=True, slots=True)
+class DirectoryPlan:
+    """One directory to make."""
+
+    checkpoint: Path
+    output: Path
+    base: Path
+    options: ExportOptions
+    models: tuple[ModelPlan, ...]
+    config: dict[str, Any]
+    """The base model's config.json."""
+    copies: tuple[str, ...]
+    """Other files of the base model."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights."""
+        return sum(model.nbytes for model in self.models)
+
+
+def plan_directory(
+    checkpoint: Path, output: Path, base: Path, stems: Mapping[str, str], options: ExportOptions
+) -> DirectoryPlan:
+    """Work out a directory and refuse what cannot be done. Writes nothing.
+
+    Args:
+        stems: Model name ("main", "ema") -> stem of its weight files.
+
+    Raises:
+        ProtectedPathError, TargetExistsError: the output is no place to write to.
+        CheckpointError: the checkpoint or the base cannot be used, or the weights do not fit the base's.
+    """
+    protect(output, checkpoint, base)
+    refuse_existing(output)
+    copies = files_to_copy(base, trust_remote_code=options.trust_remote_code)
+    config = read_config(base)
+    template = _base_specs(base)
+    models = tuple(_plan_model(checkpoint, config, template, *item, options) for item in stems.items())
+    return DirectoryPlan(checkpoint, output, base, options, models, config, tuple(copies))
+
+
+def choose_stems(
+    checkpoint: Path,
+    base: Path,
+    models: Literal["main", "ema", "both", "all"],
+    ema_as: Literal["auto", "file", "directory"],
+) -> list[tuple[str, dict[str, str]]]:
+    """Which directories to make: suffix of the output's name and, per model in it, the stem of its files.
+
+    An average beside the main weights is ``ema.safetensors``. Alone it is the directory's own weights, which
+    ``from_pretrained`` loads, unless the base model itself keeps its weights in ``ema.safetensors``.
+
+    Raises:
+        CheckpointNotFoundError: the checkpoint does not hold what was asked for.
+    """
+    present = model_names(checkpoint)
+    wanted = {"both": [MAIN, EMA], "all": present or [MAIN]}.get(models, [models])
+    if missing := [model for model in wanted if model not in present]:
+        found = (
+            f"it holds only {present[0]}: ask for --models {present[0]}" if present else "it holds none that we know"
+        )
+        raise CheckpointNotFoundError(checkpoint, f"has no {' and no '.join(missing)} weights; {found}")
+    both = len(wanted) == 2
+    if both and ema_as == "directory":
+        return [("", {MAIN: layout.MAIN_WEIGHTS}), ("-ema", {EMA: layout.MAIN_WEIGHTS})]
+    as_file = ema_as == "file" or both
+    if not both and ema_as == "auto":
+        as_file = (base / f"{layout.EMA_WEIGHTS}.safetensors").is_file()
+    stems = {MAIN: layout.MAIN_WEIGHTS, EMA: layout.EMA_WEIGHTS if as_file else layout.MAIN_WEIGHTS}
+    return [("", {model: stems[model] for model in wanted})]
+
+
+def _plan_model(
+    checkpoint: Path,
+    config: dict[str, Any],
+    template: Mapping[str, TensorSpec],
+    model: str,
+    stem: str,
+    options: ExportOptions,
+) -> ModelPlan:
+    source = open_source(checkpoint, model)
+    aliases = source.aliases or tied_by_config(source, config, template)
+    specs = tuple(_cast(spec, options.dtype) for name, spec in source.specs.items() if name not in aliases)
+    _compare(checkpoint, specs, template, aliases, options.allow)
+    limit = parse_size(options.max_shard_size) if options.max_shard_size else None
+    return ModelPlan(model, source, specs, plan_files(specs, stem, limit), aliases)
+
+
+def _base_specs(base: Path) -> Mapping[str, TensorSpec]:
+    """The base model's own tensors, from its headers; empty if it comes without weights."""
+    if detect_checkpoint_format(base).name != HUGGINGFACE:
+        return {}
+    source = open_safetensors_directory(base)
+    source.close()
+    return source.specs
+
+
+def _cast(spec: TensorSpec, dtype: torch.dtype | None) -> TensorSpec:
+    return TensorSpec(spec.name, spec.shape, dtype) if dtype and spec.dtype in CASTABLE else spec
+
+
+def _compare(
+    checkpoint: Path,
+    specs: Sequence[TensorSpec],
+    template: Mapping[str, TensorSpec],
+    aliases: Mapping[str, str],
+    allow: Sequence[str],
+) -> None:
+    """Raise MismatchError if names or shapes are not those of the base model's weights."""
+    if not template:
+        return
+    ours = {spec.name: spec for spec in specs}
+    problems = {name: "in the base model, not in the checkpoint" for name in template if name not in ours}
+    problems |= {name: "in the checkpoint, not in the base model" for name in ours if name not in template}
+    problems |= {
+        name: f"{spec.shape} in the checkpoint, {template[name].shape} in the base model"
+        for name, spec in ours.items()
+        if name in template and spec.shape != template[name].shape
+    }
+    lines = [
+        f"{name}: {problem}"
+        for name, problem in sorted(problems.items())
+        if name not in aliases and not any(fnmatchcase(name, pattern) for pattern in allow)
+    ]
+    if lines:
+        summary = f"{len(lines)} tensors are not as in the base model"
+        advice = "Nothing was written. If a difference is meant, allow it by name: --allow 'PATTERN'."
+        raise MismatchError(checkpoint, summary, lines, advice)

@@ -1,0 +1,147 @@
+"""What makes a Hugging Face directory complete beside its weights, and the protection of what it is made from.
+
+The base model's directory is only ever read. Files are copied as bytes (a Hugging Face cache consists of links), so
+the result stands on its own.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shardsmith.commit import sync, writing
+from shardsmith.errors import CheckpointNotFoundError, ProtectedPathError, UnsafeCheckpointError
+from shardsmith.layout import PROVENANCE_FILE
+from shardsmith.metadata import dtype_name, read_json
+
+CONFIG_FILE = "config.json"
+
+_OWN_WEIGHTS = (
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "ema.safetensors",
+    "ema-*-of-*.safetensors",
+    "*.safetensors.index.json",
+    "pytorch_model*",
+    "tf_model*",
+    "flax_model*",
+    "consolidated*",
+    "*.bin.index.json",
+    "*.pth",
+    "*.pt",
+    "*.ckpt",
+    "*.h5",
+    "*.msgpack",
+    "*.gguf",
+    "*.onnx",
+)
+"""The model's own weights and their indexes, in any framework: replaced by ours, never copied beside them."""
+_NOT_THE_MODEL = (PROVENANCE_FILE, ".*")
+
+
+def files_to_copy(base: Path, *, trust_remote_code: bool = False) -> list[str]:
+    """Files of the base model that belong into a directory with new weights, as relative paths, sorted.
+
+    All but its own weights: configs, tokenizer, processor, chat template, and weights of other parts (a VAE). Python
+    files only with ``trust_remote_code``. Hidden files and folders are left out.
+
+    Raises:
+        CheckpointNotFoundError: no such directory.
+    """
+    if not base.is_dir():
+        raise CheckpointNotFoundError(base, "the base model must be a local directory with at least its config.json")
+    unwanted = (*_OWN_WEIGHTS, *_NOT_THE_MODEL, *(() if trust_remote_code else ("*.py",)))
+    found = []
+    for folder, folders, names in os.walk(base):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [
+            os.path.relpath(os.path.join(folder, name), base)
+            for name in names
+            if not any(fnmatch.fnmatchcase(name, pattern) for pattern in unwanted)
+        ]
+    return sorted(found)
+
+
+def copy_files(base: Path, names: Iterable[str], directory: Path) -> dict[str, int]:
+    """Copy files, contents only, and fsync them; name -> size in bytes.
+
+    Raises:
+        UnsafeCheckpointError: one is no regular file.
+        WriteError: the copy failed.
+    """
+    sizes = {}
+    for name in names:
+        source, target = base / name, directory / name
+        if not source.is_file():
+            raise UnsafeCheckpointError(source, "is not a regular file, so it cannot be copied")
+        with writing(target, f"copying {source}"):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+            sync(target)
+            sizes[name] = target.stat().st_size
+    return sizes
+
+
+def read_config(base: Path) -> dict[str, Any]:
+    """The base model's ``config.json``.
+
+    Raises:
+        CheckpointNotFoundError: it has none, and nobody can load weights without one.
+        CorruptCheckpointError: it is no JSON object.
+    """
+    return read_json(base / CONFIG_FILE)
+
+
+def config_for(config: dict[str, Any], dtype: torch.dtype) -> bytes:
+    """``config.json`` for weights of this dtype: every dtype that the config states is replaced, at any depth.
+
+    A config that states none gets one, under the name that it would use: ``dtype``, or ``torch_dtype`` before
+    transformers 5.
+    """
+    changed = _with_dtype(config, dtype_name(dtype))
+    if "dtype" not in changed and "torch_dtype" not in changed:
+        changed["dtype"] = dtype_name(dtype)
+    return (json.dumps(changed, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def ties_word_embeddings(config: dict[str, Any]) -> bool:
+    """Whether the config says that input and output embeddings are one tensor, for the model or its text part."""
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    return any(part.get("tie_word_embeddings") is True for part in parts)
+
+
+def protect(output: Path, *inputs: Path) -> None:
+    """Raise ProtectedPathError if writing to ``output`` could touch an input: the same, inside, around, or linked."""
+    place = Path(os.path.realpath(output))
+    for given in inputs:
+        source = Path(os.path.realpath(given))
+        if any(_same(folder, source) for folder in (place, *place.parents)):
+            raise ProtectedPathError(output, f"lies in or is {given}, which is only read; choose another output")
+        if any(_same(folder, place) for folder in source.parents):
+            raise ProtectedPathError(output, f"holds {given}, which is only read; choose another output")
+
+
+def _same(one: Path, other: Path) -> bool:
+    """Whether two paths are one file or folder, also through a bind mount or a hard link."""
+    try:
+        return one == other or os.path.samefile(one, other)
+    except OSError:  # one does not exist
+        return False
+
+
+def _with_dtype(config: dict[str, Any], name: str) -> dict[str, Any]:
+    return {
+        key: name
+        if key in ("dtype", "torch_dtype") and isinstance(value, str)
+        else _with_dtype(value, name)
+        if isinstance(value, dict) and key != "quantization_config"
+        else value
+        for key, value in config.items()
+    }

@@ -1,0 +1,126 @@
+"""What is in a checkpoint, as data; printing it is the command line's business."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shardsmith.checkpoints import find_damage
+from shardsmith.dcp_index import read_index
+from shardsmith.errors import CheckpointError
+from shardsmith.formats import DCP, SHARDED, detect_checkpoint_format, model_names, open_source
+from shardsmith.metadata import dtype_name, read_metadata
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSummary:
+    """One model of a checkpoint."""
+
+    name: str
+    """``main`` or ``ema``."""
+    tensors: int
+    parameters: int
+    """Elements of all tensors; tied ones count once."""
+    nbytes: int
+    dtypes: dict[str, int]
+    """Elements by dtype."""
+    tied: dict[str, str]
+    """Alias -> the tensor that it is."""
+    from_main: int
+    """Tensors that the model does not have itself and takes from main (what an average does not cover)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What ``inspect`` found."""
+
+    path: str
+    format: str
+    reason: str
+    step: int | None
+    models: tuple[ModelSummary, ...]
+    ema: dict[str, Any] | None
+    world_size: int | None
+    mesh: dict[str, Any] | None
+    beside: dict[str, int]
+    """Bytes of what lies beside the models, by its first name: optimizer, rng, ..."""
+    files: dict[str, int]
+    """Bytes by file."""
+    created_at: str | None
+    libraries: dict[str, str]
+    damage: tuple[str, ...]
+    """What is wrong, one line each; empty if nothing was found."""
+
+
+def inspect_checkpoint(path: str | Path, *, verify: bool = False) -> Inspection:
+    """Look into a checkpoint of any format. Reads indexes and headers; with ``verify`` every byte, against its hashes.
+
+    Raises:
+        CheckpointNotFoundError: there is nothing at the path.
+    """
+    path = Path(path)
+    found = detect_checkpoint_format(path)
+    metadata = read_metadata(path) if found.name == SHARDED else None
+    models, damage = _summaries(path)
+    if metadata is not None and verify:
+        damage += find_damage(path)
+    return Inspection(
+        path=str(path),
+        format=found.name,
+        reason=found.reason,
+        step=metadata.step if metadata else None,
+        models=tuple(models),
+        ema=metadata.ema if metadata else None,
+        world_size=metadata.world_size if metadata else None,
+        mesh=metadata.mesh if metadata else None,
+        beside=_beside(path) if found.name in (SHARDED, DCP) else {},
+        files=_files(path),
+        created_at=metadata.created_at if metadata else None,
+        libraries=metadata.libraries if metadata else {},
+        damage=tuple(damage),
+    )
+
+
+def _summaries(path: Path) -> tuple[list[ModelSummary], list[str]]:
+    """The models that can be opened, and why others cannot."""
+    try:
+        return [_summary(path, name) for name in model_names(path)], []
+    except CheckpointError as error:
+        return [], [str(error)]
+
+
+def _summary(path: Path, name: str) -> ModelSummary:
+    source = open_source(path, name)
+    dtypes: dict[str, int] = {}
+    for spec in source.specs.values():
+        dtypes[dtype_name(spec.dtype)] = dtypes.get(dtype_name(spec.dtype), 0) + spec.numel
+    summary = ModelSummary(
+        name=name,
+        tensors=len(source.specs),
+        parameters=sum(dtypes.values()),
+        nbytes=sum(spec.nbytes for spec in source.specs.values()),
+        dtypes=dtypes,
+        tied=source.aliases,
+        from_main=len(source.filled),
+    )
+    source.close()
+    return summary
+
+
+def _beside(path: Path) -> dict[str, int]:
+    """Bytes of tensors that belong to no model, by the first part of their path."""
+    index = read_index(path)
+    of_models = {key for name in model_names(path) for key in open_source(path, name).keys.values()}
+    sizes: dict[str, int] = {}
+    for key, entry in index.tensors.items():
+        if key not in of_models:
+            first = str(index.containers.get(key, (key,))[0]).split(".", 1)[0]
+            sizes[first] = sizes.get(first, 0) + entry.spec.nbytes
+    return sizes
+
+
+def _files(path: Path) -> dict[str, int]:
+    if path.is_file():
+        return {path.name: path.stat().st_size}
+    return {file.name: file.lstat().st_size for file in sorted(path.iterdir()) if not file.is_dir()}

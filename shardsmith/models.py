@@ -1,0 +1,93 @@
+"""One model out of a checkpoint that holds several things: its tensors under its own names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Self
+
+from torch import Tensor
+
+from shardsmith.dcp import DcpSource
+from shardsmith.errors import CheckpointNotFoundError, UnsupportedFormatError
+from shardsmith.metadata import CheckpointMetadata, read_metadata
+from shardsmith.model_keys import EMA, MAIN, find_models
+from shardsmith.tensors import Chunk, TensorSource, TensorSpec
+
+
+class ModelSource:
+    """Some tensors of a source under other names (a ``TensorSource``).
+
+    Attributes:
+        keys: The model's name of each tensor -> its name in the source.
+        filled: Names that the model lacked and that were taken from the main weights.
+        aliases: Names left out because they are tied to one that is there: alias -> kept name.
+    """
+
+    def __init__(
+        self, source: TensorSource, keys: Mapping[str, str], *, filled: frozenset[str], aliases: Mapping[str, str]
+    ) -> None:
+        self.keys = dict(keys)
+        self.filled = filled
+        self.aliases = dict(aliases)
+        self._source = source
+        self._specs = {
+            name: TensorSpec(name, source.specs[key].shape, source.specs[key].dtype) for name, key in keys.items()
+        }
+
+    @classmethod
+    def whole(cls, source: TensorSource) -> Self:
+        """All of a source that holds nothing but one model."""
+        return cls(source, {name: name for name in source.specs}, filled=frozenset(), aliases={})
+
+    @property
+    def path(self) -> Path:
+        """What was opened."""
+        return self._source.path
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """The model's tensors by its own names."""
+        return self._specs
+
+    def pieces(self, name: str, box: Chunk) -> Iterator[tuple[Chunk, Tensor]]:
+        """As ``TensorSource.pieces``."""
+        if name not in self.keys:
+            raise CheckpointNotFoundError(self.path, f"has no tensor named {name!r}")
+        return self._source.pieces(self.keys[name], box)
+
+    def close(self) -> None:
+        """Let go of the files."""
+        self._source.close()
+
+
+def open_dcp_model(directory: Path, model: str = MAIN) -> ModelSource:
+    """One model of a DCP directory, with our ``metadata.json`` or without.
+
+    Args:
+        model: ``"main"`` or ``"ema"``. An average covers trained weights only; the rest comes from main.
+
+    Raises:
+        CheckpointNotFoundError: the checkpoint has no such model.
+    """
+    source = DcpSource(directory)
+    models = find_models(source.specs, source.index.containers)
+    if model not in models:
+        found = ", ".join(models) or "no model at all"
+        raise CheckpointNotFoundError(directory, f"has no {model!r} weights; it holds {found}")
+    metadata = _metadata(directory)
+    tied = metadata.tied if metadata else {}
+    main = models.get(MAIN, {})
+    own = models[model]
+    filled = frozenset(name for name in main if name not in own) if model == EMA else frozenset()
+    names = list(dict.fromkeys([*main, *own])) if model == EMA else list(own)
+    aliases = {alias: kept for alias, kept in tied.items() if alias in names and kept in names}
+    keys = {name: own.get(name) or main[name] for name in names if name not in aliases}
+    return ModelSource(source, keys, filled=filled - aliases.keys(), aliases=aliases)
+
+
+def _metadata(directory: Path) -> CheckpointMetadata | None:
+    try:
+        return read_metadata(directory)
+    except (CheckpointNotFoundError, UnsupportedFormatError):
+        return None

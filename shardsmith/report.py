@@ -1,0 +1,130 @@
+"""How the command line shows things: progress bars, tables, JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from shardsmith.export_plan import DirectoryPlan
+    from shardsmith.inspection import Inspection
+
+
+@contextlib.contextmanager
+def progress_bar(plan: DirectoryPlan, *, quiet: bool) -> Iterator[Callable[[int], None] | None]:
+    """A bar over the bytes of weights; what it yields may be called from any thread."""
+    if quiet:
+        yield None
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(file=sys.stderr), transient=True) as bar:
+        task = bar.add_task(plan.output.name, total=plan.nbytes)
+        yield lambda nbytes: bar.advance(task, nbytes)
+
+
+def print_plan(plan: DirectoryPlan) -> None:
+    """What a dry run would write."""
+    console = Console(soft_wrap=True)
+    console.print(f"{plan.output} would be made from {plan.checkpoint} and {plan.base}:", highlight=False)
+    console.print(_files_table(plan))
+
+
+def print_written(plan: DirectoryPlan) -> None:
+    """What was written."""
+    console = Console(soft_wrap=True)
+    console.print(f"{plan.output}", highlight=False)
+    console.print(_files_table(plan))
+    for model in plan.models:
+        for alias, kept in model.aliases.items():
+            console.print(f"{model.model}: {alias} is tied to {kept} and is not written twice", highlight=False)
+        if model.source.filled:
+            console.print(f"{model.model}: {len(model.source.filled)} tensors it does not average come from main")
+
+
+def print_inspection(inspection: Inspection, *, as_json: bool) -> None:
+    """A table, or JSON on one line."""
+    if as_json:
+        print(json.dumps(dataclasses.asdict(inspection)))
+        return
+    console = Console(soft_wrap=True)
+    console.print(f"{inspection.path}\n[bold]{inspection.format}[/]: {inspection.reason}", highlight=False)
+    console.print(_facts_table(inspection))
+    if inspection.models:
+        console.print(_models_table(inspection))
+    for line in inspection.damage:
+        console.print(f"[red]damaged[/] {line}", highlight=False)
+    if not inspection.damage:
+        console.print("[green]no damage found[/]")
+
+
+def size_text(nbytes: int) -> str:
+    """``1.23 GB``."""
+    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if nbytes >= factor:
+            return f"{nbytes / factor:.2f} {unit}"
+    return f"{nbytes} B"
+
+
+def _files_table(plan: DirectoryPlan) -> Table:
+    table = Table("file", "holds", "tensors", "size")
+    for model in plan.models:
+        for file in model.weights.files:
+            dtypes = ", ".join(sorted({str(t.spec.dtype).removeprefix("torch.") for t in file.tensors.values()}))
+            table.add_row(file.name, f"{model.model}, {dtypes}", str(len(file.tensors)), size_text(file.size))
+    table.add_row("config.json, shardsmith.json", "written", "", "")
+    for name in plan.copies:
+        if name != "config.json":
+            table.add_row(name, "from the base model", "", size_text((plan.base / name).stat().st_size))
+    return table
+
+
+def _facts_table(inspection: Inspection) -> Table:
+    table = Table(show_header=False, box=None)
+    facts = {
+        "step": inspection.step,
+        "saved": inspection.created_at,
+        "world size": inspection.world_size,
+        "mesh": _listed(inspection.mesh),
+        "EMA": _listed(inspection.ema),
+        "files": f"{len(inspection.files)}, {size_text(sum(inspection.files.values()))}",
+        "beside the models": ", ".join(f"{name} {size_text(size)}" for name, size in inspection.beside.items()),
+        "written by": _listed(inspection.libraries),
+    }
+    for name, value in facts.items():
+        if value not in (None, ""):
+            table.add_row(name, str(value))
+    return table
+
+
+def _models_table(inspection: Inspection) -> Table:
+    table = Table("model", "tensors", "parameters", "size", "dtypes", "notes")
+    for model in inspection.models:
+        notes = [f"{alias} = {kept}" for alias, kept in model.tied.items()]
+        notes += [f"{model.from_main} tensors from main"] if model.from_main else []
+        table.add_row(
+            model.name,
+            str(model.tensors),
+            f"{model.parameters:,}",
+            size_text(model.nbytes),
+            ", ".join(model.dtypes),
+            "; ".join(notes),
+        )
+    return table
+
+
+def _listed(facts: dict[str, object] | dict[str, str] | None) -> str:
+    return ", ".join(f"{name} {value}" for name, value in (facts or {}).items())
