@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import xxhash
@@ -15,7 +16,7 @@ from shardsmith import layout
 from shardsmith.errors import CheckpointError
 from shardsmith.metadata import FileRecord, read_metadata
 
-_READ_BYTES = 8 << 20
+_READ_BYTES = 1 << 20
 
 
 def committed_steps(directory: Path) -> list[int]:
@@ -41,7 +42,9 @@ def find_damage(checkpoint: Path, *, contents: bool = True, part: int = 0, parts
     chosen = sorted(files)[part::parts]
     if foreign := [name for name in chosen if Path(name).name != name]:
         return [f"{name!r}: is not the name of a file in it" for name in foreign]
-    return [f"{name}: {problem}" for name in chosen if (problem := _damage(checkpoint / name, files[name], contents))]
+    with ThreadPoolExecutor(min(len(chosen), os.cpu_count() or 1) or 1, "shardsmith-verify") as pool:
+        problems = pool.map(lambda name: _damage(checkpoint / name, files[name], contents), chosen)
+        return [f"{name}: {problem}" for name, problem in zip(chosen, problems, strict=True) if problem]
 
 
 def set_aside(checkpoint: Path) -> Path:

@@ -17,6 +17,7 @@ somebody who means to deceive. docs/format.md specifies it byte by byte.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 
 import torch
@@ -46,7 +47,7 @@ class Digest:
     @classmethod
     def parse(cls, text: str) -> Digest:
         """Inverse of ``str``. Raises ValueError unless given 32 hexadecimal digits."""
-        if len(text) != 32 or not text.isascii() or not text.isalnum():
+        if not re.fullmatch("[0-9a-f]{32}", text):
             raise ValueError(f"not a digest of 32 hexadecimal digits: {text!r}")
         return cls(int(text[:16], 16), int(text[16:], 16))
 
@@ -68,7 +69,7 @@ def digest_box(values: Tensor, box: Chunk, shape: Shape) -> Digest:
         return Digest()
     depth = _run_dimension(box, shape)
     starts = _run_starts(box, shape, depth)
-    rows = values.detach().contiguous().reshape(len(starts), -1).view(torch.uint8)
+    rows = _plain(values).reshape(len(starts), -1).view(torch.uint8)
     starts = starts.to(rows.device) * values.element_size()
     if len(starts) == 1:
         return _digest_run(rows[0], int(starts[0]))
@@ -77,8 +78,13 @@ def digest_box(values: Tensor, box: Chunk, shape: Shape) -> Digest:
 
 def digest_run(values: Tensor, first_element: int) -> Digest:
     """The share of a contiguous run that begins at a flat row-major index of the global tensor."""
-    data = values.detach().contiguous().reshape(-1).view(torch.uint8)
+    data = _plain(values).reshape(-1).view(torch.uint8)
     return _digest_run(data, first_element * values.element_size())
+
+
+def _plain(values: Tensor) -> Tensor:
+    """The values as they would stand in a file: contiguous, no conjugation or negation put off."""
+    return values.detach().resolve_conj().resolve_neg().contiguous()
 
 
 def _run_dimension(box: Chunk, shape: Shape) -> int:

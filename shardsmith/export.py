@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,9 @@ def write_directory(plan: DirectoryPlan, progress: Callable[[int], None] | None 
         CorruptCheckpointError: the checkpoint's bytes are not those that were saved.
         WriteError: writing failed. The output does not exist, and nothing else was touched.
     """
-    if plan.options.verify:
-        verify_source(plan.checkpoint)
     sweep(plan.output.parent)
-    with Attempt(plan.output) as attempt:
+    with Attempt(plan.output) as attempt, ThreadPoolExecutor(1, "shardsmith-verify") as pool:
+        verified = pool.submit(verify_source, plan.checkpoint) if plan.options.verify else None
         sizes: dict[str, int] = {}
         digests: dict[str, dict[str, Digest]] = {}
         for model in plan.models:
@@ -48,6 +48,8 @@ def write_directory(plan: DirectoryPlan, progress: Callable[[int], None] | None 
         sizes |= copy_files(plan.base, [name for name in plan.copies if name not in sizes], attempt.directory)
         provenance = json.dumps(_provenance(plan, digests), indent=1).encode() + b"\n"
         sizes[layout.PROVENANCE_FILE] = write_file(attempt.directory / layout.PROVENANCE_FILE, provenance)
+        if verified:
+            verified.result()
         return attempt.commit(sizes)
 
 
@@ -55,11 +57,11 @@ def verify_source(checkpoint: Path) -> None:
     """Raise CorruptCheckpointError if a file of a checkpoint with recorded hashes has changed. Others pass."""
     if detect_checkpoint_format(checkpoint).name == SHARDED and (damage := find_damage(checkpoint)):
         lines = "\n  ".join(damage)
-        raise CorruptCheckpointError(checkpoint, f"is damaged; nothing was written\n  {lines}")
+        raise CorruptCheckpointError(checkpoint, f"is damaged; nothing was made from it\n  {lines}")
 
 
 def _write_model(
-    plan: ModelPlan, directory: Path, sizes: dict[str, int], progress: Callable[[int], None] | None | None
+    plan: ModelPlan, directory: Path, sizes: dict[str, int], progress: Callable[[int], None] | None
 ) -> dict[str, Digest]:
     """Write and fsync the weight files of one model and their index, adding their sizes; the digests by name."""
     writers = []
