@@ -10,21 +10,20 @@ from itertools import chain
 from pathlib import Path
 from typing import Literal
 
-import torch
 import torch.distributed as dist
-from shardsmith.dcp import load_into
 from torch import nn
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim import Optimizer
 
 from shardsmith.checkpoints import committed_steps, find_damage, set_aside
 from shardsmith.commit import prove_writable, remove, sweep
+from shardsmith.dcp import load_into
 from shardsmith.errors import IncompleteCheckpointError, ShardsmithError
 from shardsmith.layout import step_name
 from shardsmith.metadata import read_metadata
 from shardsmith.ranks import Ranks
 from shardsmith.save import SaveInProgress
+from shardsmith.staging import Stager
 
 from .base import Hook
 from .ema import EMA
@@ -94,7 +93,7 @@ class ShardedSave(Hook):
         )
         self._group = dist.new_group(backend="gloo") if self._ranks.size > 1 else None
         self._writer = ThreadPoolExecutor(1, "shardsmith-save") if async_mode == "async" else None
-        self._stager = _stager() if self._writer else None
+        self._stager = Stager() if self._writer else None
         self._in_flight: tuple[int, Future[Path]] | None = None
         self._saved_step: int | None = None
         self._ranks.lead(f"preparing {self.directory}", self._prepare_directory)
@@ -225,16 +224,3 @@ def _set_aside_if_damaged(checkpoint: Path, damage: list[str]) -> bool:
             "%s is damaged and was set aside as %s\n  %s", checkpoint, set_aside(checkpoint), "\n  ".join(damage)
         )
     return not damage
-
-
-def _stager() -> DefaultStager:
-    """Copies to CPU memory, into buffers that later saves use again."""
-    on_accelerator = torch.accelerator.is_available()
-    return DefaultStager(
-        StagingOptions(
-            use_pinned_memory=on_accelerator,
-            use_shared_memory=False,
-            use_async_staging=False,
-            use_non_blocking_copy=on_accelerator,
-        )
-    )

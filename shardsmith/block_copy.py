@@ -36,14 +36,19 @@ def copy_blocks(
         progress: Called from the threads with the number of bytes just written.
 
     Raises:
-        CheckpointError, WriteError: from reading or writing. The first one; the other threads stop at their next block.
+        CheckpointError, WriteError: from reading or writing. The other threads stop at their next block; none is left
+            running, also after a KeyboardInterrupt.
     """
     copier = _Copier(source, writers, progress)
     threads = min(_MOST_THREADS, os.cpu_count() or 1)
     with _one_thread_per_operator(), ThreadPoolExecutor(threads, "shardsmith-copy") as pool:
         futures = [pool.submit(copier.work) for _ in range(threads)]
-    for future in futures:
-        future.result()
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:
+            copier.stop()
+            raise
     return copier.digests
 
 
@@ -58,7 +63,7 @@ class _Copier:
         self._blocks = _blocks(writers)
         self._progress = progress
         self._lock = threading.Lock()
-        self._failed = False
+        self._stopped = False
 
     def work(self) -> None:
         scratch = torch.empty(_BLOCK_BYTES, dtype=torch.uint8)
@@ -66,12 +71,16 @@ class _Copier:
             while (block := self._next()) is not None:
                 self._copy(*block, scratch)
         except BaseException:
-            self._failed = True
+            self.stop()
             raise
+
+    def stop(self) -> None:
+        """Hand out no more blocks."""
+        self._stopped = True
 
     def _next(self) -> Block | None:
         with self._lock:
-            return None if self._failed else next(self._blocks, None)
+            return None if self._stopped else next(self._blocks, None)
 
     def _copy(self, writer: SafetensorsFileWriter, spec: TensorSpec, first: int, box: Chunk, scratch: Tensor) -> None:
         values = _read(self._source, spec, box, scratch)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from shardsmith.tensors import Chunk
 
-_MAX_COMPARISONS = 10_000_000
+_MAX_COMPARISONS = 128  # for each box, on average: enough for any sharding of a few thousand ranks
 
 
 class IrregularBoxesError(ValueError):
@@ -60,7 +60,7 @@ def find_overlap(boxes: Sequence[Chunk]) -> tuple[Chunk, Chunk] | None:
     for box in sorted(boxes, key=lambda b: b.offsets[dim]):
         near = [other for other in near if other.offsets[dim] + other.sizes[dim] > box.offsets[dim]]
         comparisons += len(near)
-        if comparisons > _MAX_COMPARISONS:
+        if comparisons > _MAX_COMPARISONS * len(boxes):
             raise IrregularBoxesError(f"{len(boxes)} boxes")
         for other in near:
             if box.intersect(other) is not None:

@@ -39,16 +39,17 @@ def to_hf(
     Example: shardsmith to-hf --checkpoint_dir run/checkpoints/step-500 --output_dir run/hf-500 --base_model_path base
 
     Args:
-        checkpoint_dir: A DCP directory (ours, TorchTitan's, a plain dcp.save), a Hugging Face directory, or a
-            safetensors file.
+        checkpoint_dir: DCP directory (ours, TorchTitan's, plain dcp.save), Hugging Face directory or safetensors file.
         output_dir: The directory to make. It must not exist.
-        base_model_path: Local directory with config.json, tokenizer and so on. If it has weights, names and shapes
-            must be the same.
-        models: What to write. "both" fails where one is missing, "all" takes what is there.
+        base_model_path: Local directory with config.json, tokenizer and so on.
+            If it has weights too, those of the checkpoint must have the same names and shapes.
+        models: What to write: "both" fails where one is missing, "all" takes what is there.
         dtype: Of all floating-point tensors; "original" keeps what the checkpoint has.
-        max_shard_size: Write several files with an index if the weights are larger, such as 5GB.
-        ema_as: "file" writes ema.safetensors, "directory" a directory that loads the average on its own (with both
-            models: OUTPUT_DIR-ema). "auto": a file beside the main weights; alone, whatever the base model does.
+        max_shard_size: Write several files with an index if the weights are larger than this, such as 5GB.
+        ema_as: Where the average goes.
+            "file": ema.safetensors, which nothing loads unasked.
+            "directory": model.safetensors of its own directory, OUTPUT_DIR-ema where main is written too.
+            "auto": ema.safetensors beside main or where the base model has one, else a directory.
         allow: Patterns of tensor names that may differ from the base model's, such as 'lm_head.*'.
         trust_remote_code: Also copy the base model's Python files. They are not run.
         verify: Compare the checkpoint's files with their recorded hashes first.
@@ -58,7 +59,7 @@ def to_hf(
     import torch
 
     from shardsmith import report
-    from shardsmith.export import write_directory
+    from shardsmith.export import write_directories
     from shardsmith.export_plan import ExportOptions, choose_stems, plan_directory
 
     options = ExportOptions(
@@ -70,17 +71,16 @@ def to_hf(
     )
     stems = choose_stems(checkpoint_dir, base_model_path, models, ema_as)
     plans = [
-        plan_directory(checkpoint_dir, output_dir.with_name(output_dir.name + suffix), base_model_path, names, options)
+        plan_directory(checkpoint_dir, Path(f"{output_dir}{suffix}"), base_model_path, names, options)
         for suffix, names in stems
     ]
-    for plan in plans:
-        if dry_run:
-            report.print_plan(plan)
-            continue
-        with report.progress_bar(plan, quiet=quiet) as progress:
-            write_directory(plan, progress)
-        if not quiet:
-            report.print_written(plan)
+    if dry_run:
+        report.print_plans(plans)
+        return 0
+    with report.progress_bar(plans, quiet=quiet) as progress:
+        write_directories(plans, progress)
+    if not quiet:
+        report.print_written(plans)
     return 0
 
 
@@ -136,8 +136,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ShardsmithError as error:
         print(f"shardsmith: {type(error).__name__}\n{error}", file=sys.stderr)
         return 2
+    except OSError as error:  # what nobody foresaw, such as a file that may not be read
+        print(f"shardsmith: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
-        print("interrupted; nothing half-done stays on disk", file=sys.stderr)
+        print("shardsmith: interrupted; nothing half-done stays on disk", file=sys.stderr)
         return 130
 
 

@@ -15,6 +15,7 @@ import fcntl
 import logging
 import os
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Self
@@ -48,9 +49,11 @@ class Attempt:
         self.directory = layout.temporary_path(target, self.id)
         refuse_existing(target)
         with writing(self.directory, "making the directory"):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            self.directory.mkdir()
-            self._lock: int | None = _lock(self.directory)
+            _make_durably(target.parent)
+            self._lock: int | None = None
+            while self._lock is None:  # once, unless a sweep looked in between mkdir and lock and took it for dead
+                self.directory.mkdir()
+                self._lock = _lock(self.directory)
 
     def commit(self, files: Mapping[str, int]) -> Path:
         """Make the directory visible under its final name and return that.
@@ -75,7 +78,11 @@ class Attempt:
                 if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                     raise TargetExistsError(self.target, "was made by somebody else meanwhile") from error
                 raise
-            sync(self.target.parent)
+            try:
+                sync(self.target.parent.resolve())
+            except OSError:  # it might be gone after a power loss, so it must not be seen before one either
+                self.target.rename(self.directory)
+                raise
         self._release()
         return self.target
 
@@ -129,7 +136,7 @@ def remove(directory: Path) -> None:
         WriteError: it could not be renamed, or not wholly deleted; then ``sweep`` finishes the job later.
     """
     trash = layout.trash_path(directory, layout.new_attempt_id())
-    with writing(directory, "deletion"):
+    with writing(directory, "deletion"), _claim(directory):  # a sweep leaves it alone meanwhile
         directory.rename(trash)
         shutil.rmtree(trash)
 
@@ -141,9 +148,13 @@ def sweep(parent: Path) -> list[Path]:
     """
     swept = []
     for path in sorted(parent.iterdir()) if parent.is_dir() else []:
-        if layout.is_leftover(path.name) and path.is_dir() and not path.is_symlink() and not _is_alive(path):
-            log.info("removing %s, left by an attempt that did not finish", path)
-            shutil.rmtree(path, ignore_errors=True)
+        if not layout.is_leftover(path.name) or not path.is_dir() or path.is_symlink():
+            continue
+        with _claim(path) as dead:
+            if dead:
+                log.info("removing %s, left by an attempt that did not finish", path)
+                shutil.rmtree(path, ignore_errors=True)
+        if not path.exists():
             swept.append(path)
     return swept
 
@@ -154,9 +165,11 @@ def prove_writable(directory: Path) -> None:
     Raises:
         WriteError: one of them fails there.
     """
-    with Attempt(directory / "probe") as attempt:
-        attempt.commit({"probe": write_file(attempt.directory / "probe", b"probe")})
-    remove(attempt.target)
+    with Attempt(directory / f"probe-{layout.new_attempt_id()}") as attempt:  # never visible, and swept if we die here
+        write_file(attempt.directory / "probe", b"probe")
+        with writing(attempt.directory, "fsync of the directory"):
+            sync(attempt.directory)
+        remove(attempt.directory)
 
 
 def refuse_existing(target: Path) -> None:
@@ -186,41 +199,58 @@ def _space(path: Path, error: OSError) -> str:
 
 
 def _check_listing(directory: Path, files: Mapping[str, int]) -> None:
-    found = {
-        str(path.relative_to(directory)): path.lstat().st_size
-        for path in directory.rglob("*")
-        if path.is_symlink() or not path.is_dir()
-    }
-    problems = [f"{name}: {found[name]} bytes that nobody meant to write" for name in found.keys() - files.keys()]
+    meant = {folder for name in files for folder in Path(name).parents}
+    entries = {path.relative_to(directory): path.lstat() for path in directory.rglob("*")}
+    wanted = (name for name in entries if name not in meant or not stat.S_ISDIR(entries[name].st_mode))
+    found = {str(name): entries[name] for name in wanted}
+    problems = [f"{name}: {_kind(found[name])} that nobody meant to write" for name in found.keys() - files.keys()]
     problems += [f"{name}: missing" for name in files.keys() - found.keys()]
     problems += [
-        f"{name}: {found[name]} bytes, expected {files[name]}"
+        f"{name}: {_kind(found[name])}, expected {files[name]} bytes"
         for name in files.keys() & found.keys()
-        if found[name] != files[name]
+        if _kind(found[name]) != f"{files[name]} bytes"
     ]
     if problems:
         lines = "\n  ".join(sorted(problems))
         raise IncompleteCheckpointError(directory, f"does not hold what was written to it; not committed\n  {lines}")
 
 
-def _lock(directory: Path) -> int:
-    """Take the lock that says that this attempt is alive; it goes with the process."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def _kind(status: os.stat_result) -> str:
+    """What is there, in words: the size of a regular file, or the mode of anything else."""
+    return f"{status.st_size} bytes" if stat.S_ISREG(status.st_mode) else stat.filemode(status.st_mode)
+
+
+def _make_durably(directory: Path) -> None:
+    """Make a directory and its missing parents, and fsync the entries that name them."""
+    missing = [path for path in (directory, *directory.parents) if not path.exists()]
+    directory.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        sync(path.parent.resolve())
+
+
+def _lock(directory: Path) -> int | None:
+    """Take the lock that says that this attempt is alive; it goes with the process. None if the directory is gone."""
+    try:
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
     with contextlib.suppress(OSError):  # a file system without locks: sweep leaves attempts there alone
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return descriptor
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # waits for a sweep that is just looking
+    if directory.exists():
+        return descriptor
+    os.close(descriptor)
+    return None
 
 
-def _is_alive(directory: Path) -> bool:
-    """Whether some process still holds the lock; also when locks do not work there, since nobody can tell."""
-    try:
-        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except OSError:
-        return True
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False
+@contextlib.contextmanager
+def _claim(directory: Path) -> Iterator[bool]:
+    """Hold a lock that nobody holds. False if a process does, or locks do not work there, so that nobody can tell."""
+    with contextlib.ExitStack() as stack:
+        try:
+            descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            claimed = True
+        except OSError:
+            claimed = False
+        yield claimed

@@ -6,8 +6,9 @@ the mapped source, casts it into its own buffer and writes that to its final pla
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,30 +28,28 @@ from shardsmith.metadata import dtype_name, now, read_metadata
 from shardsmith.safetensors_writer import SafetensorsFileWriter
 
 
-def write_directory(plan: DirectoryPlan, progress: Callable[[int], None] | None = None) -> Path:
-    """Write a planned directory and make it visible when all of it is on disk; the path.
+def write_directories(plans: Sequence[DirectoryPlan], progress: Callable[[int], None] | None = None) -> list[Path]:
+    """Write planned directories of one checkpoint and make them visible when all of them are on disk; their paths.
 
     Args:
         progress: Called from several threads with the number of bytes of weights just written.
 
     Raises:
         CorruptCheckpointError: the checkpoint's bytes are not those that were saved.
-        WriteError: writing failed. The output does not exist, and nothing else was touched.
+        WriteError: writing failed. No output exists, and nothing else was touched.
     """
-    sweep(plan.output.parent)
-    with Attempt(plan.output) as attempt, ThreadPoolExecutor(1, "shardsmith-verify") as pool:
-        verified = pool.submit(verify_source, plan.checkpoint) if plan.options.verify else None
-        sizes: dict[str, int] = {}
-        digests: dict[str, dict[str, Digest]] = {}
-        for model in plan.models:
-            digests[model.model] = _write_model(model, attempt.directory, sizes, progress)
-        sizes |= _write_config(plan, attempt.directory)
-        sizes |= copy_files(plan.base, [name for name in plan.copies if name not in sizes], attempt.directory)
-        provenance = json.dumps(_provenance(plan, digests), indent=1).encode() + b"\n"
-        sizes[layout.PROVENANCE_FILE] = write_file(attempt.directory / layout.PROVENANCE_FILE, provenance)
-        if verified:
-            verified.result()
-        return attempt.commit(sizes)
+    for parent in {plan.output.parent for plan in plans}:
+        sweep(parent)
+    with contextlib.ExitStack() as attempts, ThreadPoolExecutor(1, "shardsmith-verify") as pool:
+        checkpoints = {plan.checkpoint for plan in plans if plan.options.verify}
+        verified = [pool.submit(verify_source, checkpoint) for checkpoint in checkpoints]
+        written = []
+        for plan in plans:
+            attempt = attempts.enter_context(Attempt(plan.output))
+            written.append((attempt, _write_directory(plan, attempt.directory, progress)))
+        for verification in verified:
+            verification.result()
+        return [attempt.commit(sizes) for attempt, sizes in written]
 
 
 def verify_source(checkpoint: Path) -> None:
@@ -100,11 +99,11 @@ def _provenance(plan: DirectoryPlan, digests: Mapping[str, Mapping[str, Digest]]
     return {
         "schema_version": 1,
         "created_at": now(),
-        "source": plan.checkpoint.name,
+        "source": plan.checkpoint.resolve().name,
         "source_attempt": metadata.attempt if metadata else None,
         "step": metadata.step if metadata else None,
         "ema": metadata.ema if metadata else None,
-        "base_model": plan.base.name,
+        "base_model": plan.base.resolve().name,
         "models": {
             model.model: {
                 "files": [file.name for file in model.weights.files],

@@ -118,10 +118,9 @@ def choose_stems(
     present = model_names(checkpoint)
     wanted = {"both": [MAIN, EMA], "all": present or [MAIN]}.get(models, [models])
     if missing := [model for model in wanted if model not in present]:
-        found = (
-            f"it holds only {present[0]}: ask for --models {present[0]}" if present else "it holds none that we know"
-        )
-        raise CheckpointNotFoundError(checkpoint, f"has no {' and no '.join(missing)} weights; {found}")
+        kind = detect_checkpoint_format(checkpoint)
+        here = f"it holds only {present[0]}: --models {present[0]}" if present else f"it is {kind.name}: {kind.reason}"
+        raise CheckpointNotFoundError(checkpoint, f"has no {' and no '.join(missing)} weights; {here}")
     both = len(wanted) == 2
     if both and ema_as == "directory":
         return [("", {MAIN: layout.MAIN_WEIGHTS}), ("-ema", {EMA: layout.MAIN_WEIGHTS})]
@@ -141,18 +140,31 @@ def _plan_model(
     options: ExportOptions,
 ) -> ModelPlan:
     source = open_source(checkpoint, model)
-    aliases = source.aliases or tied_by_config(source, config, template)
+    aliases = source.aliases or _tied_by_config(checkpoint, source, config, template)
     specs = tuple(_cast(spec, options.dtype) for name, spec in source.specs.items() if name not in aliases)
     _compare(checkpoint, specs, template, aliases, options.allow)
     limit = parse_size(options.max_shard_size) if options.max_shard_size else None
     return ModelPlan(model, source, specs, plan_files(specs, stem, limit), aliases)
 
 
+def _tied_by_config(
+    checkpoint: Path, source: ModelSource, config: dict[str, Any], template: Mapping[str, TensorSpec]
+) -> dict[str, str]:
+    """As ``tied_by_config``. What an average took from main is compared there: here its twin has moved on."""
+    if not source.filled:
+        return tied_by_config(source, config, template)
+    main = open_source(checkpoint, MAIN)
+    aliases = tied_by_config(main, config, template)
+    main.close()
+    return aliases
+
+
 def _base_specs(base: Path) -> Mapping[str, TensorSpec]:
     """The base model's own tensors, from its headers; empty if it comes without weights."""
     if detect_checkpoint_format(base).name != HUGGINGFACE:
         return {}
-    source = open_safetensors_directory(base)
+    stem = layout.MAIN_WEIGHTS if MAIN in model_names(base) else layout.EMA_WEIGHTS
+    source = open_safetensors_directory(base, stem)
     source.close()
     return source.specs
 

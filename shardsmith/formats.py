@@ -76,9 +76,7 @@ def open_source(path: str | Path, model: str = MAIN) -> ModelSource:
         CheckpointNotFoundError: nothing there, or not this model.
     """
     path = Path(path)
-    found = detect_checkpoint_format(path)
-    if found.name == INCOMPLETE:
-        raise IncompleteCheckpointError(path, found.reason)
+    found = _detect_readable(path)
     if found.name in (SHARDED, DCP):
         return open_dcp_model(path, model)
     if found.name == HUGGINGFACE:
@@ -89,19 +87,35 @@ def open_source(path: str | Path, model: str = MAIN) -> ModelSource:
 
 
 def model_names(path: str | Path) -> list[str]:
-    """Which of ``main`` and ``ema`` a checkpoint holds; none where ``open_source`` finds no weights.
+    """Which of ``main`` and ``ema`` a checkpoint holds; none where there are no weights in a format that we read.
 
     Raises:
         CheckpointNotFoundError: there is nothing at the path.
+        CheckpointError: it is half-written or damaged, or its index cannot be read.
     """
     path = Path(path)
-    found = detect_checkpoint_format(path).name
+    found = _detect_readable(path).name
     if found in (SHARDED, DCP):
         index = read_index(path)
         return list(find_models(index.tensors, index.containers))
     if found == HUGGINGFACE:
         return [model for model, stem in _WEIGHTS_STEMS.items() if _weights(path, stem)]
     return [MAIN] if found == SAFETENSORS else []
+
+
+def _detect_readable(path: Path) -> DetectedFormat:
+    """The format, unless it is clear that the weights cannot be read from there: then the error that says why."""
+    found = detect_checkpoint_format(path)
+    if found.name == UNKNOWN and (path / layout.DCP_INDEX_FILE).exists():
+        read_index(path)
+    if found.name == INCOMPLETE:
+        raise IncompleteCheckpointError(path, found.reason)
+    return found
+
+
+def _reason(error: CheckpointError, path: Path) -> str:
+    """What an error says, without the path that whoever asked knows."""
+    return str(error).removeprefix(f"{path}: ").removeprefix(f"{path}{os.sep}")
 
 
 def _detect_directory(path: Path) -> DetectedFormat:
@@ -130,7 +144,7 @@ def _detect_sharded(path: Path) -> DetectedFormat:
     except UnsupportedFormatError:
         return _detect_dcp(path)  # somebody else's metadata.json
     except CheckpointError as error:
-        return DetectedFormat(INCOMPLETE, str(error))
+        return DetectedFormat(INCOMPLETE, _reason(error, path))
     if damage := find_damage(path, contents=False):
         return DetectedFormat(INCOMPLETE, "; ".join(damage))
     return DetectedFormat(SHARDED, f"{layout.METADATA_FILE} of step {metadata.step}, {', '.join(metadata.models)}")
@@ -140,9 +154,9 @@ def _detect_dcp(path: Path) -> DetectedFormat:
     try:
         index = read_index(path)
     except IncompleteCheckpointError as error:
-        return DetectedFormat(INCOMPLETE, str(error))
+        return DetectedFormat(INCOMPLETE, _reason(error, path))
     except CheckpointError as error:
-        return DetectedFormat(UNKNOWN, f"{layout.DCP_INDEX_FILE} cannot be read: {error}")
+        return DetectedFormat(UNKNOWN, f"its index cannot be read: {_reason(error, path)}")
     return DetectedFormat(
         DCP, f"{layout.DCP_INDEX_FILE} lists {len(index.tensors)} tensors in {len(index.files)} files"
     )
@@ -155,7 +169,7 @@ def _detect_huggingface(path: Path) -> DetectedFormat:
             try:
                 source = open_safetensors_directory(path, stem)
             except CheckpointError as error:
-                return DetectedFormat(INCOMPLETE, str(error))
+                return DetectedFormat(INCOMPLETE, _reason(error, path))
             found.append(f"{len(source.specs)} tensors in {', '.join(source.headers)}")
             source.close()
     return DetectedFormat(HUGGINGFACE, "; ".join(found))
@@ -171,7 +185,7 @@ def _detect_file(path: Path) -> DetectedFormat:
         try:
             source = SafetensorsSource(path)
         except CheckpointError as error:
-            return DetectedFormat(INCOMPLETE, str(error))
+            return DetectedFormat(INCOMPLETE, _reason(error, path))
         source.close()
         return DetectedFormat(SAFETENSORS, f"a header of {len(source.specs)} tensors")
     with path.open("rb") as file:

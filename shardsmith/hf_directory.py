@@ -54,6 +54,7 @@ def files_to_copy(base: Path, *, trust_remote_code: bool = False) -> list[str]:
 
     Raises:
         CheckpointNotFoundError: no such directory.
+        UnsafeCheckpointError: a file is no regular file, such as a pipe or a link that leads nowhere.
     """
     if not base.is_dir():
         raise CheckpointNotFoundError(base, "the base model must be a local directory with at least its config.json")
@@ -66,6 +67,9 @@ def files_to_copy(base: Path, *, trust_remote_code: bool = False) -> list[str]:
             for name in names
             if not any(fnmatch.fnmatchcase(name, pattern) for pattern in unwanted)
         ]
+    for name in found:
+        if not (base / name).is_file():
+            raise UnsafeCheckpointError(base / name, "is not a regular file, so it cannot be copied; remove it")
     return sorted(found)
 
 
@@ -73,14 +77,11 @@ def copy_files(base: Path, names: Iterable[str], directory: Path) -> dict[str, i
     """Copy files, contents only, and fsync them; name -> size in bytes.
 
     Raises:
-        UnsafeCheckpointError: one is no regular file.
         WriteError: the copy failed.
     """
     sizes = {}
     for name in names:
         source, target = base / name, directory / name
-        if not source.is_file():
-            raise UnsafeCheckpointError(source, "is not a regular file, so it cannot be copied")
         with writing(target, f"copying {source}"):
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target)
@@ -96,6 +97,8 @@ def read_config(base: Path) -> dict[str, Any]:
         CheckpointNotFoundError: it has none, and nobody can load weights without one.
         CorruptCheckpointError: it is no JSON object.
     """
+    if not (base / CONFIG_FILE).is_file():
+        raise CheckpointNotFoundError(base, f"has no {CONFIG_FILE}; give the directory of the original model")
     return read_json(base / CONFIG_FILE)
 
 

@@ -49,12 +49,16 @@ class Inspection:
     """Bytes by file."""
     created_at: str | None
     libraries: dict[str, str]
+    verified: bool
+    """Whether every byte was read and compared with a recorded hash."""
     damage: tuple[str, ...]
     """What is wrong, one line each; empty if nothing was found."""
 
 
 def inspect_checkpoint(path: str | Path, *, verify: bool = False) -> Inspection:
     """Look into a checkpoint of any format. Reads indexes and headers; with ``verify`` every byte, against its hashes.
+
+    Only our own checkpoints have hashes of their files.
 
     Raises:
         CheckpointNotFoundError: there is nothing at the path.
@@ -78,6 +82,7 @@ def inspect_checkpoint(path: str | Path, *, verify: bool = False) -> Inspection:
         files=_files(path),
         created_at=metadata.created_at if metadata else None,
         libraries=metadata.libraries if metadata else {},
+        verified=verify and metadata is not None,
         damage=tuple(damage),
     )
 

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from shardsmith.errors import RankFailedError, RankTimeoutError
+from shardsmith.errors import RankFailedError, RanksDisagreeError, RankTimeoutError
 
 log = logging.getLogger(__name__)
 
@@ -30,11 +30,12 @@ _numbers = itertools.count()
 class _Outcome:
     """What one rank has to say after a phase: a value, or the text of an error."""
 
+    phase: str
     value: Any = None
     error: str | None = None
 
     def encode(self) -> str:
-        return json.dumps([self.value, self.error])
+        return json.dumps([self.phase, self.value, self.error])
 
     @classmethod
     def decode(cls, data: bytes) -> _Outcome:
@@ -75,17 +76,21 @@ class Ranks:
             body: Its value must survive JSON.
 
         Raises:
-            RankFailedError: on every rank, if ``body`` raised on any. With one rank, the original error.
-            RankTimeoutError: if a rank was not heard of in time.
+            RankFailedError: on every rank, if ``body`` raised on any, or one is in another phase. With one rank, the
+                original error.
+            RankTimeoutError: on every rank, if one was not heard of in time.
         """
         if self.size == 1:
             return [body()]
-        mine, cause = _attempt(body)
+        mine, cause = _attempt(phase, body)
         key = f"{self._name}/{next(self._phases)}"
-        outcomes = self._collect(key, phase, mine) if self.is_leader else {}
-        if not self.is_leader:
-            self._put(f"{key}/{self.rank}", mine)
-        verdict = self._publish_verdict(key, outcomes) if self.is_leader else self._await_verdict(key, phase)
+        try:
+            outcomes = self._collect(key, phase, mine) if self.is_leader else {}
+            if not self.is_leader:
+                self._put(f"{key}/{self.rank}", mine)
+            verdict = self._publish_verdict(key, phase, outcomes) if self.is_leader else self._await_verdict(key, phase)
+        except RankTimeoutError as error:
+            raise error from cause
         if verdict:
             raise RankFailedError(phase, {int(rank): text for rank, text in verdict.items()}, self.size) from cause
         return [outcomes[rank].value for rank in range(self.size)] if self.is_leader else []
@@ -97,16 +102,20 @@ class Ranks:
 
         Raises:
             RankFailedError: on every rank, if ``body`` raised. With one rank, the original error.
+            RankTimeoutError: rank 0 was not heard of in time.
+            RanksDisagreeError: rank 0 is in another phase.
         """
         if self.size == 1:
             return body()
         key = f"{self._name}/{next(self._phases)}"
-        outcome, cause = _attempt(body) if self.is_leader else (None, None)
+        outcome, cause = _attempt(phase, body) if self.is_leader else (None, None)
         if outcome is not None:
             self._put(key, outcome)
             self._answered.append(key)
         else:
             outcome = self._get(key, phase, [0], time.monotonic() + self.timeout_secs)
+        if outcome.phase != phase:
+            raise RanksDisagreeError(f"rank {self.rank} is at {phase!r}, rank 0 at {outcome.phase!r}")
         if outcome.error is not None:
             raise RankFailedError(phase, {0: outcome.error}, self.size) from cause
         value: T = outcome.value
@@ -119,32 +128,40 @@ class Ranks:
             for rank in range(1, self.size):
                 silent = list(range(rank, self.size))
                 outcomes[rank] = self._get(f"{key}/{rank}", phase, silent, deadline)
+                if (other := outcomes[rank].phase) != phase:  # it gave up an earlier phase that we still waited in
+                    outcomes[rank] = _Outcome(phase, error=f"RanksDisagreeError: is at {other!r} instead")
         except RankTimeoutError as error:
             missing = [rank for rank in error.missing if not self._has(f"{key}/{rank}")]
-            self._put(f"{key}/verdict", _Outcome(dict.fromkeys(missing, "no answer")))
+            self._put(f"{key}/verdict", _Outcome(phase, missing, error="no answer"))
             raise RankTimeoutError(phase, missing, self.timeout_secs) from None
         return outcomes
 
-    def _publish_verdict(self, key: str, outcomes: dict[int, _Outcome]) -> dict[Any, str]:
+    def _publish_verdict(self, key: str, phase: str, outcomes: dict[int, _Outcome]) -> dict[Any, str]:
         failures = {rank: outcome.error for rank, outcome in outcomes.items() if outcome.error is not None}
         # every rank has spoken in this phase, so it has read what was put for the phases before
         for old in [*self._answered, *(f"{key}/{rank}" for rank in range(1, self.size))]:
             self._delete(old)
-        self._put(f"{key}/verdict", _Outcome(failures))
+        self._put(f"{key}/verdict", _Outcome(phase, failures))
         self._answered = [f"{key}/verdict"]
         return failures
 
     def _await_verdict(self, key: str, phase: str) -> dict[Any, str]:
         # rank 0 may itself wait for timeout_secs before it gives up, so the others allow it a little longer
         deadline = time.monotonic() + self.timeout_secs * 1.1 + 5
-        verdict: dict[Any, str] = self._get(f"{key}/verdict", phase, [0], deadline).value
-        return verdict
+        verdict = self._get(f"{key}/verdict", phase, [0], deadline)
+        if verdict.error is not None:
+            raise RankTimeoutError(phase, verdict.value, self.timeout_secs)
+        failures: dict[Any, str] = verdict.value
+        return failures
 
     def _put(self, key: str, outcome: _Outcome) -> None:
         self._store.set(key, outcome.encode())
 
     def _has(self, key: str) -> bool:
-        return bool(self._store.check([key]))
+        try:
+            return bool(self._store.check([key]))
+        except RuntimeError:  # the store is gone, and the rank that held it
+            return False
 
     def _delete(self, key: str) -> None:
         try:
@@ -162,13 +179,13 @@ class Ranks:
         return _Outcome.decode(self._store.get(key))
 
 
-def _attempt(body: Callable[[], T]) -> tuple[_Outcome, BaseException | None]:
+def _attempt(phase: str, body: Callable[[], T]) -> tuple[_Outcome, BaseException | None]:
     """Run ``body``; an error becomes an outcome, so that this rank can still tell the others."""
     try:
-        return _Outcome(body()), None
+        return _Outcome(phase, body()), None
     except (Exception, CheckpointException) as error:  # the latter is no Exception
         log.debug("failed", exc_info=True)
-        return _Outcome(error=f"{type(error).__name__}: {error}"), error
+        return _Outcome(phase, error=f"{type(error).__name__}: {error}"), error
 
 
 def _own_connection() -> Any:

@@ -6,12 +6,13 @@ import contextlib
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from shardsmith.export_plan import DirectoryPlan
@@ -19,40 +20,39 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def progress_bar(plan: DirectoryPlan, *, quiet: bool) -> Iterator[Callable[[int], None] | None]:
-    """A bar over the bytes of weights; what it yields may be called from any thread."""
-    if quiet:
+def progress_bar(plans: Sequence[DirectoryPlan], *, quiet: bool) -> Iterator[Callable[[int], None] | None]:
+    """A bar over the bytes of weights; what it yields may be called from any thread. None where nobody would see it."""
+    console = _console(sys.stderr)
+    if quiet or not console.is_terminal:
         yield None
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(file=sys.stderr), transient=True) as bar:
-        task = bar.add_task(plan.output.name, total=plan.nbytes)
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(plans[0].output.name, total=sum(plan.nbytes for plan in plans))
         yield lambda nbytes: bar.advance(task, nbytes)
 
 
-def print_plan(plan: DirectoryPlan) -> None:
+def print_plans(plans: Sequence[DirectoryPlan]) -> None:
     """What a dry run would write."""
-    console = Console(soft_wrap=True)
-    console.print(f"{plan.output} would be made from {plan.checkpoint} and {plan.base}:", highlight=False)
-    console.print(_files_table(plan))
+    console = _console()
+    for plan in plans:
+        console.print(f"would write {plan.output} from {plan.checkpoint} and {plan.base}")
+        _print_contents(console, plan)
+    console.print("dry run: nothing was written")
 
 
-def print_written(plan: DirectoryPlan) -> None:
+def print_written(plans: Sequence[DirectoryPlan]) -> None:
     """What was written."""
-    console = Console(soft_wrap=True)
-    console.print(f"{plan.output}", highlight=False)
-    console.print(_files_table(plan))
-    for model in plan.models:
-        for alias, kept in model.aliases.items():
-            console.print(f"{model.model}: {alias} is tied to {kept} and is not written twice", highlight=False)
-        if model.source.filled:
-            console.print(f"{model.model}: {len(model.source.filled)} tensors it does not average come from main")
+    console = _console()
+    for plan in plans:
+        console.print(f"wrote {plan.output} from {plan.checkpoint} and {plan.base}")
+        _print_contents(console, plan)
 
 
 def print_inspection(inspection: Inspection, *, as_json: bool) -> None:
@@ -60,15 +60,16 @@ def print_inspection(inspection: Inspection, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(dataclasses.asdict(inspection)))
         return
-    console = Console(soft_wrap=True)
-    console.print(f"{inspection.path}\n[bold]{inspection.format}[/]: {inspection.reason}", highlight=False)
+    console = _console()
+    console.print(inspection.path)
+    console.print(Text.assemble((inspection.format, "bold"), f": {inspection.reason}"))
     console.print(_facts_table(inspection))
     if inspection.models:
         console.print(_models_table(inspection))
     for line in inspection.damage:
-        console.print(f"[red]damaged[/] {line}", highlight=False)
+        console.print(Text.assemble(("damaged", "red"), f" {line}"))
     if not inspection.damage:
-        console.print("[green]no damage found[/]")
+        console.print(Text("no damage found", "green"), _extent(inspection))
 
 
 def size_text(nbytes: int) -> str:
@@ -77,6 +78,28 @@ def size_text(nbytes: int) -> str:
         if nbytes >= factor:
             return f"{nbytes / factor:.2f} {unit}"
     return f"{nbytes} B"
+
+
+def _console(file: TextIO | None = None) -> Console:
+    """Prints texts as they are: names and paths may hold what rich would take for markup."""
+    return Console(file=file, soft_wrap=True, markup=False, emoji=False, highlight=False)
+
+
+def _extent(inspection: Inspection) -> str:
+    """How far a search for damage has gone."""
+    if inspection.verified:
+        return "in any byte of its files"
+    hashed = inspection.format == "sharded"
+    return "in names, sizes and indexes" + ("; --verify reads every byte" if hashed else "; it has no hashes of its files")
+
+
+def _print_contents(console: Console, plan: DirectoryPlan) -> None:
+    console.print(_files_table(plan))
+    for model in plan.models:
+        for alias, kept in model.aliases.items():
+            console.print(f"{model.model}: {alias} is tied to {kept}, which alone is in the file")
+        if model.source.filled:
+            console.print(f"{model.model}: {len(model.source.filled)} tensors that it does not average are those of main")
 
 
 def _files_table(plan: DirectoryPlan) -> Table:

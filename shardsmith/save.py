@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 import xxhash
 from torch import Tensor
-from torch.distributed.checkpoint.staging import AsyncStager
 
 from shardsmith import layout
 from shardsmith.commit import Attempt, sync, write_file
@@ -30,6 +29,7 @@ from shardsmith.errors import IncompleteCheckpointError, RanksDisagreeError
 from shardsmith.metadata import CheckpointMetadata, FileRecord, ModelRecord, TensorRecord, dtype_name, now
 from shardsmith.model_keys import find_models
 from shardsmith.ranks import Ranks
+from shardsmith.staging import Stager
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ class SaveInProgress:
             self._ranks.lead(phase, lambda: _refuse_disagreement(specs))
         self._attempt_id = self._ranks.lead(f"making the directory for {self.target.name}", self._make_directory)
 
-    def stage(self, stager: AsyncStager) -> None:
+    def stage(self, stager: Stager) -> None:
         """Replace the contents by a copy, so that the live state may change while it is written. Main thread.
 
         Raises:
@@ -122,10 +122,8 @@ class SaveInProgress:
                 self._attempt.abandon()
             raise
 
-    def _stage(self, stager: AsyncStager) -> None:
-        staged = stager.stage(self.contents.state_dict)
-        assert isinstance(staged, dict), "the stager must copy before it returns"
-        self.contents = replace(self.contents, state_dict=staged)
+    def _stage(self, stager: Stager) -> None:
+        self.contents = replace(self.contents, state_dict=stager.stage(self.contents.state_dict))
 
     def _collect(self, collect: Callable[[], Contents]) -> Contents:
         self.contents = collect()

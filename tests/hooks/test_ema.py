@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -288,6 +288,7 @@ def sharded(kind: str) -> nn.Module:
         device_id=torch.device("cpu"),
         # the mesh decides which kind of sharded tensor its state dict holds
         device_mesh=mesh if kind == "fsdp1-dtensor" else None,
+        sharding_strategy=ShardingStrategy.NO_SHARD if kind == "fsdp1-no-shard" else None,
     )
 
 
@@ -323,7 +324,7 @@ def average_of_net(steps: int) -> Tensor:
     return evaluate(model)
 
 
-@pytest.mark.parametrize("kinds", [["fsdp2", "ddp"], ["fsdp1", "fsdp1-dtensor"]], ids=str)
+@pytest.mark.parametrize("kinds", [["fsdp2", "ddp"], ["fsdp1", "fsdp1-dtensor", "fsdp1-no-shard"]], ids=str)
 def test_however_it_is_sharded_the_average_is_that_of_one_process(kinds: list[str], tmp_path: Path) -> None:
     run_on_ranks(run_average_and_save, 2, tmp_path, tmp_path, kinds)
     for kind in kinds:
@@ -349,6 +350,23 @@ def test_resumed_on_other_ranks_it_goes_on_as_if_uninterrupted(tmp_path: Path) -
         assert_same(loaded(tmp_path / kind), uninterrupted(8))
 
 
+def run_tied_and_ignored() -> None:
+    model = nn.Sequential(*(nn.Linear(5, 5, bias=False) for _ in range(3)))
+    model[1].weight = model[0].weight
+    ignored = model[2]
+    model = FullyShardedDataParallel(
+        model, use_orig_params=True, device_id=torch.device("cpu"), ignored_modules=[ignored]
+    )
+    start = evaluate(model)
+    ema = EMA(model)
+    model.load_state_dict({f"{i}.weight": torch.zeros(5, 5) for i in range(3)})
+    other = EMA(model)
+    other.load_state_dict(ema.state_dict())
+    with other.swapped_in():
+        assert torch.equal(evaluate(model), start)
+    assert not evaluate(model).any()
+
+
 def run_shards() -> None:
     model = sharded("fsdp2")
     state = EMA(model, offload=True).model_state_dict()
@@ -371,6 +389,7 @@ def run_shards() -> None:
 
 def run_shards_and_collect() -> None:
     run_shards()
+    run_tied_and_ignored()
     gc.collect()  # as above
 
 

@@ -1,0 +1,258 @@
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.distributed.checkpoint.api import CheckpointException
+
+from shardsmith.errors import RankError, RankFailedError, RanksDisagreeError, RankTimeoutError
+from shardsmith.ranks import Ranks
+from tests.ranks import run_on_ranks
+
+PROMPT_SECS = 5.0
+
+
+def fail(error: BaseException) -> None:
+    raise error
+
+
+def caught(act: Callable[[], object], kind: type[RankError] = RankFailedError) -> RankError:
+    """The error that ``act`` raises, and promptly."""
+    started = time.monotonic()
+    with pytest.raises(kind) as error:
+        act()
+    assert time.monotonic() - started < PROMPT_SECS
+    return error.value
+
+
+def assert_in_step(ranks: Ranks) -> None:
+    """Ranks and the process group can go on together."""
+    gathered = ranks.gather("after", lambda: ranks.rank)
+    assert gathered == (list(range(ranks.size)) if ranks.is_leader else [])
+    assert ranks.lead("after", lambda: "word") == "word"
+    total = torch.ones(())
+    dist.all_reduce(total)
+    assert total == ranks.size
+
+
+def test_ranks_agree_and_tell_each_other_of_their_errors(tmp_path: Path) -> None:
+    run_on_ranks(run_agreement, 3, tmp_path)
+
+
+def run_agreement() -> None:
+    check_gather_gives_rank_0_all_values_in_rank_order()
+    check_lead_gives_all_ranks_the_value_of_rank_0()
+    check_two_of_them_do_not_mix()
+    check_an_error_on_any_rank_is_raised_on_all_with_its_rank_phase_and_type()
+    check_errors_on_several_ranks_are_all_named()
+    check_torchs_checkpoint_exception_is_carried_too()
+    check_the_cause_is_kept_on_the_rank_that_raised()
+    check_a_rank_in_another_phase_is_an_error_and_not_an_answer()
+    check_the_store_does_not_grow()
+
+
+def check_gather_gives_rank_0_all_values_in_rank_order() -> None:
+    ranks = Ranks()
+    assert (ranks.rank, ranks.size, ranks.is_leader) == (dist.get_rank(), 3, dist.get_rank() == 0)
+    values = ranks.gather("counting", lambda: {"rank": ranks.rank, "text": "ä\n", "none": None, "list": [1.5]})
+    expected = [{"rank": r, "text": "ä\n", "none": None, "list": [1.5]} for r in range(3)]
+    assert values == (expected if ranks.is_leader else [])
+
+
+def check_lead_gives_all_ranks_the_value_of_rank_0() -> None:
+    ranks = Ranks()
+    assert ranks.lead("leading", lambda: f"from {ranks.rank}") == "from 0"
+    assert ranks.lead("leading", lambda: None) is None
+    acted: list[int] = []
+    ranks.lead("leading", lambda: acted.append(ranks.rank))
+    assert acted == ([0] if ranks.is_leader else [])
+
+
+def check_two_of_them_do_not_mix() -> None:
+    first, second = Ranks(), Ranks()
+    assert first.lead("phase", lambda: "first") == "first"
+    assert second.lead("phase", lambda: "second") == "second"
+
+
+def check_an_error_on_any_rank_is_raised_on_all_with_its_rank_phase_and_type() -> None:
+    ranks = Ranks()
+    for culprit in range(3):
+        error = caught(
+            lambda who=culprit: ranks.gather("writing step-3", lambda: ranks.rank == who and fail(OSError("full")))
+        )
+        assert error.failures == {culprit: "OSError: full"}
+        assert error.phase == "writing step-3"
+        assert str(error) == f"writing step-3 failed on 1 of 3 ranks\n  rank {culprit}: OSError: full"
+        assert_in_step(ranks)
+    error = caught(lambda: ranks.lead("committing", lambda: fail(KeyError("x"))))
+    assert (error.phase, error.failures) == ("committing", {0: "KeyError: 'x'"})
+    assert_in_step(ranks)
+
+
+def check_errors_on_several_ranks_are_all_named() -> None:
+    ranks = Ranks()
+    error = caught(lambda: ranks.gather("writing", lambda: fail(ValueError(ranks.rank))))
+    assert error.failures == {rank: f"ValueError: {rank}" for rank in range(3)}
+    assert_in_step(ranks)
+
+
+def check_torchs_checkpoint_exception_is_carried_too() -> None:
+    ranks = Ranks()
+    assert not issubclass(CheckpointException, Exception)
+    raised = CheckpointException("upload", {2: (OSError("full"), None)})
+    error = caught(lambda: ranks.gather("writing", lambda: ranks.rank == 1 and fail(raised)))
+    assert error.failures[1].startswith("CheckpointException: ")
+    assert_in_step(ranks)
+
+
+def check_the_cause_is_kept_on_the_rank_that_raised() -> None:
+    ranks = Ranks()
+    original = ValueError("here")
+    error = caught(lambda: ranks.gather("writing", lambda: ranks.rank == 1 and fail(original)))
+    assert error.__cause__ is (original if ranks.rank == 1 else None)
+    error = caught(lambda: ranks.lead("leading", lambda: fail(original)))
+    assert error.__cause__ is (original if ranks.is_leader else None)
+
+
+def check_a_rank_in_another_phase_is_an_error_and_not_an_answer() -> None:
+    ranks = Ranks()
+    name = "writing step-1" if ranks.rank else "writing step-2"
+    error = caught(lambda: ranks.gather(name, lambda: 1))
+    assert error.failures.keys() == {1, 2}
+    assert "writing step-1" in error.failures[1]
+    if ranks.is_leader:
+        ranks.lead(name, lambda: 1)
+    else:
+        assert "rank 0 at 'writing step-2'" in str(caught(lambda: ranks.lead(name, lambda: 1), RanksDisagreeError))
+    assert_in_step(ranks)
+
+
+def check_the_store_does_not_grow() -> None:
+    ranks = Ranks()
+    store = dist.distributed_c10d._get_default_store()
+
+    def go_through_the_phases_of_a_save() -> None:
+        ranks.gather("collecting", lambda: 1)
+        ranks.lead("making the directory", lambda: 1)
+        ranks.lead("agreeing", lambda: 1)
+        ranks.gather("writing", lambda: 1)
+        ranks.lead("committing", lambda: 1)
+
+    go_through_the_phases_of_a_save()
+    dist.barrier()
+    before = store.num_keys()
+    dist.barrier()
+    for _ in range(10):
+        go_through_the_phases_of_a_save()
+    dist.barrier()
+    assert store.num_keys() <= before + 2  # a barrier of Gloo may leave one of its own
+
+
+def test_a_background_thread_may_use_it_while_the_main_thread_trains(tmp_path: Path) -> None:
+    run_on_ranks(run_in_background, 2, tmp_path)
+
+
+def run_in_background() -> None:
+    ranks = Ranks()
+    rounds: list[list[int]] = []
+
+    def work() -> None:
+        for i in range(60):
+            rounds.append(ranks.gather(f"round {i}", lambda: ranks.rank))
+            assert ranks.lead(f"round {i}", lambda i=i: i) == i
+            if i % 20 == 19:  # errors do not disturb the main thread either
+                caught(lambda: ranks.gather("failing", lambda: fail(OSError("full"))))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    collectives = 0
+    go_on = torch.ones(())
+    while go_on:  # until the threads of both ranks have ended
+        dist.barrier()
+        group = dist.new_group(backend="gloo")
+        go_on.fill_(thread.is_alive())
+        dist.all_reduce(go_on, op=dist.ReduceOp.MAX, group=group)
+        collectives += 1
+    thread.join()
+    assert collectives > 1
+    assert rounds == [[0, 1] if ranks.is_leader else []] * 60
+
+
+def test_a_dead_rank_is_named_by_all_others_in_time(tmp_path: Path) -> None:
+    run_on_ranks(run_without_rank, 3, tmp_path, 2)
+
+
+def test_a_dead_rank_0_is_named_by_all_others_in_time(tmp_path: Path) -> None:
+    run_on_ranks(run_without_rank, 3, tmp_path, 0)
+
+
+def run_without_rank(dead: int) -> None:
+    ranks = Ranks(timeout_secs=1.0)
+    ranks.gather("meeting", lambda: 1)
+    if ranks.rank == dead:
+        os._exit(0)
+    started = time.monotonic()
+    with pytest.raises(RankTimeoutError, match="writing step-3: no word from rank") as error:
+        ranks.gather("writing step-3", lambda: 1)
+    assert (error.value.phase, error.value.missing) == ("writing step-3", [dead])
+    assert time.monotonic() - started < 1.0 * 1.1 + 5 + 2
+
+
+def test_a_rank_that_dies_with_the_store_it_holds_is_named_too(tmp_path: Path) -> None:
+    mp.start_processes(_run_with_tcp_store, (tmp_path / "port",), 2, start_method="spawn")
+
+
+def _run_with_tcp_store(rank: int, port_file: Path) -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if rank == 0 else None
+    if store is not None:
+        port_file.with_suffix(".tmp").write_text(str(store.port))
+        port_file.with_suffix(".tmp").rename(port_file)
+    while not port_file.exists():
+        os.sched_yield()
+    store = store or dist.TCPStore("127.0.0.1", int(port_file.read_text()))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    ranks = Ranks(timeout_secs=30)
+    ranks.gather("meeting", lambda: 1)
+    if rank == 0:
+        os._exit(0)
+    error = caught(lambda: ranks.lead("committing", lambda: 1), RankTimeoutError)
+    assert error.missing == [0]
+    os._exit(0)  # without the store the group cannot be taken down in good order
+
+
+def test_a_slow_rank_finds_its_place_again_after_the_others_gave_up(tmp_path: Path) -> None:
+    run_on_ranks(run_with_slow_rank, 2, tmp_path)
+
+
+def run_with_slow_rank() -> None:
+    ranks = Ranks(timeout_secs=0.5)
+    arrived = threading.Event()
+    if ranks.rank == 1:
+        ranks._get(f"{ranks._name}/0/verdict", "waiting", [0], time.monotonic() + 30)  # rank 0 has given us up
+        arrived.set()
+    with pytest.raises(RankTimeoutError) as error:
+        ranks.gather("writing", lambda: 1)
+    assert error.value.missing == [1]
+    assert arrived.is_set() == (ranks.rank == 1)
+    dist.barrier()
+    assert_in_step(ranks)
+
+
+def test_one_rank_needs_no_process_group_and_raises_the_original_error() -> None:
+    assert not dist.is_initialized()
+    ranks = Ranks()
+    assert (ranks.rank, ranks.size, ranks.is_leader) == (0, 1, True)
+    assert ranks.gather("gathering", lambda: (1, 2)) == [(1, 2)]
+    assert ranks.lead("leading", lambda: {1: 2}) == {1: 2}
+    with pytest.raises(ZeroDivisionError):
+        ranks.gather("gathering", lambda: 1 // 0)
+    with pytest.raises(CheckpointException):
+        ranks.lead("leading", lambda: fail(CheckpointException("upload", {})))
