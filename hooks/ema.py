@@ -4,21 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.distributed.fsdp._flat_param import FlatParameter
-from torch.distributed.fsdp._runtime_utils import _reshard as reshard_fsdp1
 from torch.distributed.tensor import DTensor
 
 from shardsmith.errors import UsageError
-from shardsmith.names import clean_fqn, tied_weights
 
 from .base import Hook
+from .local_weights import LocalWeights, local
 
 
 class EMA(Hook):
@@ -64,15 +60,11 @@ class EMA(Hook):
         self.offload = offload
         self.updates = 0
         self._model = model
-        self._is_fsdp1 = any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
-        _forget_gathered(model)
-        self._tied = tied_weights(model)
-        self._slots = _trainable(model, self._tied)
-        _check_averageable(self._slots, self._is_fsdp1)
+        self._weights = LocalWeights(model)
         self._average: dict[str, Tensor] = {}
-        for name, slot in self._slots.items():
-            device = torch.device("cpu") if offload else slot.parameter.device
-            self._average[name] = slot.parameter.detach().to(device, torch.float32, copy=True)
+        for name, parameter in self._weights.parameters.items():
+            device = torch.device("cpu") if offload else parameter.device
+            self._average[name] = parameter.detach().to(device, torch.float32, copy=True)
         self._was_loaded = False
         self._swapped_in = False
         self._stagings = 0
@@ -95,7 +87,7 @@ class EMA(Hook):
             UsageError: while the average is swapped in or copied, or when the model's parameters were replaced.
         """
         self._refuse_while_in_use("update the average")
-        averages, weights = self._averages(), self._weights()
+        averages, weights = self._averages(), self._weights.tensors()
         if self._has_started:
             lerp_(averages, weights, 1 - self._current_decay())
         else:
@@ -106,7 +98,7 @@ class EMA(Hook):
     def reset(self) -> None:
         """Start over: the average is the weights as they are now, with no update. All ranks; no communication."""
         self._refuse_while_in_use("reset the average")
-        torch._foreach_copy_(self._averages(), self._weights())
+        torch._foreach_copy_(self._averages(), self._weights.tensors())
         self.updates = 0
 
     def facts(self) -> dict[str, float | int | bool]:
@@ -127,9 +119,9 @@ class EMA(Hook):
         update; only under FSDP1 are they copies (DTensor or ShardedTensor).
         """
         self._follow_weights()
-        if not self._is_fsdp1:
+        if not self._weights.is_fsdp1:
             return dict(self._average)
-        with self._replaced_weights():
+        with self._weights.replaced_by(self._averages()):
             options = StateDictOptions(cpu_offload=self.offload)
             state: dict[str, Any] = get_model_state_dict(self._model, options=options)
             # what FSDP1 does not shard is the live weight itself, and is about to change back
@@ -162,11 +154,11 @@ class EMA(Hook):
                 f"the average to load has decay {decay}, this one {self.decay}: build EMA(..., decay={decay}), "
                 "or pass allow_other_decay=True to load_state_dict"
             )
-        if self._is_fsdp1:
+        if self._weights.is_fsdp1:
             self._load_fsdp1(loaded)
         else:
             _check_alike(self._average, loaded)
-            torch._foreach_copy_(self._averages(), [_local(loaded[name]) for name in self._average])
+            torch._foreach_copy_(self._averages(), [local(loaded[name]) for name in self._average])
         self.updates = int(state_dict["updates"])
         self._was_loaded = True
 
@@ -186,7 +178,7 @@ class EMA(Hook):
         """
         self._refuse_while_in_use("swap the average in")
         self._follow_weights()
-        with self._replaced_weights():
+        with self._weights.replaced_by(self._averages()):
             self._swapped_in = True
             try:
                 yield
@@ -221,44 +213,19 @@ class EMA(Hook):
     def _follow_weights(self) -> None:
         """Keep the promise that the average is a copy of the weights until ``start_step``."""
         if not self._has_started and not self._swapped_in:
-            torch._foreach_copy_(self._averages(), self._weights())
+            torch._foreach_copy_(self._averages(), self._weights.tensors())
 
     def _averages(self) -> list[Tensor]:
-        return [_local(average) for average in self._average.values()]
-
-    def _weights(self) -> list[Tensor]:
-        """This rank's live weights in the order of ``_average``. Looked up each time: FSDP may move them."""
-        weights = []
-        for name, slot in self._slots.items():
-            weight = _local(slot.parameter)
-            if slot.was_replaced() or weight.shape != _local(self._average[name]).shape:
-                raise UsageError(f"{name} is no longer the parameter that EMA was built with: build EMA after sharding")
-            weights.append(weight)
-        return weights
-
-    @contextmanager
-    def _replaced_weights(self) -> Iterator[None]:
-        with torch.no_grad():
-            kept = [weight.clone() for weight in self._weights()]
-        try:
-            self._overwrite_weights(self._averages())
-            yield
-        finally:
-            self._overwrite_weights(kept)
-
-    @torch.no_grad()
-    def _overwrite_weights(self, values: list[Tensor]) -> None:
-        torch._foreach_copy_(self._weights(), values)
-        _forget_gathered(self._model)
+        return [local(average) for average in self._average.values()]
 
     def _load_fsdp1(self, loaded: Mapping[str, Tensor]) -> None:
         """Let FSDP1, which alone knows the way into its flat shards, load into the weights, and take it from there."""
-        with self._replaced_weights():
+        with self._weights.replaced_by(self._averages()):
             state: dict[str, Any] = get_model_state_dict(self._model)
             _check_alike({name: state[name] for name in self._average}, loaded)
-            aliases = {alias: loaded[kept] for alias, kept in self._tied.items() if kept in loaded}
+            aliases = {alias: loaded[kept] for alias, kept in self._weights.tied.items() if kept in loaded}
             set_model_state_dict(self._model, {**state, **loaded, **aliases})
-            torch._foreach_copy_(self._averages(), self._weights())
+            torch._foreach_copy_(self._averages(), self._weights.tensors())
 
     def _refuse_while_in_use(self, action: str) -> None:
         if self._swapped_in:
@@ -279,48 +246,6 @@ def lerp_(averages: list[Tensor], weights: list[Tensor], fraction: float) -> Non
             average.lerp_(weight.to(average), fraction)
 
 
-@dataclass(frozen=True, slots=True)
-class _Slot:
-    """A parameter and where it sits in the model."""
-
-    module: nn.Module
-    attribute: str
-    parameter: nn.Parameter
-
-    def was_replaced(self) -> bool:
-        """Whether the model has another parameter there, and not only what FSDP2 gathers: that has fewer mesh axes."""
-        current = self.module._parameters.get(self.attribute)
-        if current is self.parameter or not isinstance(current, nn.Parameter):
-            return False
-        return _mesh_ndim(current) >= _mesh_ndim(self.parameter)
-
-
-def _trainable(model: nn.Module, tied: Mapping[str, str]) -> dict[str, _Slot]:
-    """Clean FQN -> slot of each trainable floating-point parameter; of tied ones under the name that is kept."""
-    slots: dict[str, _Slot] = {}
-    for prefix, module in model.named_modules():
-        for attribute, parameter in module._parameters.items():
-            if parameter is not None and parameter.requires_grad and parameter.is_floating_point():
-                name = clean_fqn(f"{prefix}.{attribute}" if prefix else attribute, model)
-                slots.setdefault(tied.get(name, name), _Slot(module, attribute, parameter))
-    return slots
-
-
-def _check_averageable(slots: Mapping[str, _Slot], is_fsdp1: bool) -> None:
-    if not slots:
-        raise UsageError("the model has no trainable floating-point parameter: there is nothing to average")
-    for name, slot in slots.items():
-        if isinstance(slot.parameter, FlatParameter):
-            raise UsageError(f"{name} is a flat parameter of FSDP1: build FSDP(..., use_orig_params=True)")
-        if slot.parameter.is_meta:
-            raise UsageError(f"{name} is on the meta device: build EMA after the weights are there")
-        if is_fsdp1 and slot.parameter.dtype != torch.float32:
-            raise UsageError(
-                f"{name} is {slot.parameter.dtype}: FSDP1 can save an average only through its own storage, which "
-                "would round it. Keep the parameters in float32 and compute in MixedPrecision(param_dtype=...)"
-            )
-
-
 def _check_alike(ours: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> None:
     """All differences at once, as a UsageError."""
     problems = [f"{name}: not in what was loaded" for name in ours.keys() - loaded.keys()]
@@ -336,30 +261,3 @@ def _check_alike(ours: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> No
 def _layout(tensor: Tensor) -> tuple[object, ...]:
     sharding = (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else ()
     return (tuple(tensor.shape), *sharding)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """This rank's part of a DTensor; any other tensor is local already. Shares memory. Call it without grad."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _mesh_ndim(tensor: Tensor) -> int:
-    return tensor.device_mesh.ndim if isinstance(tensor, DTensor) else 0
-
-
-def _forget_gathered(model: nn.Module) -> None:
-    """Drop the weights that FSDP has gathered and kept for its next forward: the shards behind them have changed.
-
-    Without communication. After a forward without a backward, at least those of the root module are still there.
-    """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-        elif isinstance(module, FullyShardedDataParallel) and _may_have_gathered(module):
-            reshard_fsdp1(module, module._handle, True)
-
-
-def _may_have_gathered(module: FullyShardedDataParallel) -> bool:
-    """Not before the first forward, which sets ``_is_root``, and not with NO_SHARD. FSDP1 refuses to reshard then."""
-    handle = module._handle
-    return handle is not None and handle.uses_sharded_strategy and module._is_root is not None

@@ -18,9 +18,9 @@ from torch.optim import Optimizer
 from shardsmith.checkpoints import committed_steps, find_damage, set_aside
 from shardsmith.commit import prove_writable, remove, sweep
 from shardsmith.dcp import load_into
-from shardsmith.errors import IncompleteCheckpointError, ShardsmithError
+from shardsmith.errors import IncompleteCheckpointError, ShardsmithError, UsageError
 from shardsmith.layout import step_name
-from shardsmith.metadata import read_metadata
+from shardsmith.metadata import CheckpointMetadata, read_metadata
 from shardsmith.ranks import Ranks
 from shardsmith.save import SaveInProgress
 from shardsmith.staging import Stager
@@ -165,14 +165,27 @@ class ShardedSave(Hook):
         """Load everything from one checkpoint directory. All ranks; communicates.
 
         Random number generators are restored on the ranks that the saving run had, too.
+
+        Raises:
+            UsageError: the average in it has another decay than ours. Nothing was loaded.
+            MismatchError: it does not hold what is needed. Nothing was loaded.
         """
         metadata = read_metadata(checkpoint)
+        self._refuse_other_average(checkpoint, metadata)
         state = self._state.collect(metadata.step, with_rng=self._ranks.rank < metadata.world_size).state_dict
         load_into(state, checkpoint, process_group=self._group)
         self._state.restore(state)
-        if metadata.ema is not None and self._state.ema is None:
-            log.warning("%s holds an EMA, but no EMA is attached: it was not loaded", checkpoint)
         log.info("resumed from %s", checkpoint)
+
+    def _refuse_other_average(self, checkpoint: Path, metadata: CheckpointMetadata) -> None:
+        ema, saved = self._state.ema, metadata.ema
+        if saved is not None and ema is None:
+            log.warning("%s holds an EMA, but no EMA is attached: it is not loaded", checkpoint)
+        if saved is not None and ema is not None and saved["decay"] != ema.decay:
+            raise UsageError(
+                f"{checkpoint} holds an average with decay {saved['decay']}, but EMA(decay={ema.decay}) is attached. "
+                f"Nothing was loaded; attach EMA(decay={saved['decay']})"
+            )
 
     def _finish(self, job: SaveInProgress) -> Path:
         """Write, commit, then retention. In the background thread, if there is one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import uuid
 from collections.abc import Callable
 from datetime import timedelta
@@ -13,13 +14,19 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def run_on_ranks(body: Callable[..., None], world_size: int, tmp_path: Path, *args: Any, timeout_secs: int = 60) -> None:
+def run_on_ranks(
+    body: Callable[..., None], world_size: int, tmp_path: Path, *args: Any, timeout_secs: int = 60
+) -> None:
     """Call ``body(*args)`` on each of ``world_size`` ranks. ``body`` is a module-level function, ``run_...`` by custom."""
     store = tmp_path / f"store-{uuid.uuid4().hex}"
-    mp.start_processes(_rank, (body, world_size, f"file://{store}", timeout_secs, args), world_size, start_method="spawn")
+    mp.start_processes(
+        _rank, (body, world_size, f"file://{store}", timeout_secs, args), world_size, start_method="spawn"
+    )
 
 
-def _rank(rank: int, body: Callable[..., None], world_size: int, store: str, timeout_secs: int, args: tuple[Any, ...]) -> None:
+def _rank(
+    rank: int, body: Callable[..., None], world_size: int, store: str, timeout_secs: int, args: tuple[Any, ...]
+) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_secs)
@@ -27,4 +34,5 @@ def _rank(rank: int, body: Callable[..., None], world_size: int, store: str, tim
     try:
         body(*args)
     finally:
+        gc.collect()  # FSDP1 modules are reference cycles that hold the group, whose threads would outlive it
         dist.destroy_process_group()

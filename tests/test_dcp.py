@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed._shard.sharded_tensor import Shard as OldShard
+from torch.distributed._shard.sharded_tensor import ShardedTensor, ShardMetadata, init_from_local_shards
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -86,12 +88,20 @@ def sharded_tensors() -> dict[str, Any]:
     return {"model": model.state_dict(), "flat.name": tensors, **values}
 
 
+def old_sharded_tensor(full: Tensor) -> ShardedTensor:
+    """Rows of a tensor as FSDP1 shards them."""
+    rank, parts = dist.get_rank(), full.clone().tensor_split(dist.get_world_size())
+    above = sum(len(part) for part in parts[:rank])
+    place = ShardMetadata([above, 0], list(parts[rank].shape), f"rank:{rank}/cpu")
+    return init_from_local_shards([OldShard(parts[rank], place)], full.size())
+
+
 def whole(value: Any) -> Any:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def flatten(state: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in state.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
@@ -107,8 +117,9 @@ def same(found: Tensor, expected: Tensor) -> bool:
 
 def run_save(directory: str) -> None:
     state = sharded_tensors()
-    dcp.save(state | {"lr": 0.25, "names": ["a", {"b": torch.ones(2)}]}, checkpoint_id=directory)
-    full = {key: whole(value) for key, value in flatten(state).items()}
+    full = {key: whole(value) for key, value in flatten(state).items()} | {"old": plain_tensors()["float"]}
+    state |= {"lr": 0.25, "names": ["a", {"b": torch.ones(2)}], "old": old_sharded_tensor(full["old"])}
+    dcp.save(state, checkpoint_id=directory)
     if dist.get_rank() == 0:
         torch.save(full, f"{directory}.pt")
 
@@ -209,7 +220,8 @@ def test_views_outlive_a_closed_source(one: Path) -> None:
 
 
 def test_many_threads_read_the_same_as_one(saved: Path) -> None:
-    source, tensors, wrong = DcpSource(saved), expected(saved), []
+    source, tensors = DcpSource(saved), expected(saved)
+    wrong: list[str] = []
 
     def read_all() -> None:
         wrong.extend(name for name, tensor in tensors.items() if not same(read_tensor(source, name), tensor))
@@ -224,9 +236,8 @@ def test_many_threads_read_the_same_as_one(saved: Path) -> None:
 
 def test_a_chunk_that_is_not_what_the_index_says_is_corrupt(copy: Path) -> None:
     def swap(metadata: Metadata) -> None:
-        keys = [MetadataIndex("model.float", torch.Size((0, 0))), MetadataIndex("model.complex", torch.Size((0,)))]
-        places = metadata.storage_data
-        places[keys[0]] = places[MetadataIndex("model.channels_last", torch.Size((0, 0, 0, 0)))]
+        other = metadata.storage_data[MetadataIndex("model.channels_last", torch.Size((0, 0, 0, 0)))]
+        metadata.storage_data[MetadataIndex("model.float", torch.Size((0, 0)))] = other
 
     dcp_directories.edit_index(copy, swap)
     with pytest.raises(CorruptCheckpointError, match=r"'model.float'.*\(2, 3, 4, 5\).*\(7, 5\)"):
@@ -359,8 +370,10 @@ def run_load(directories: list[str]) -> None:
         state = sharded_tensors()
         state["flat.name"] = {k: v for k, v in state["flat.name"].items() if k not in ("d_two_ways", "d_hsdp")}
         zero(state)
-        load_into(state | {"lr": None}, directory)
         tensors = expected(Path(directory))
+        old = old_sharded_tensor(torch.zeros_like(tensors["old"]))
+        load_into(state | {"lr": None, "old": old}, directory)
+        assert same(old.local_tensor(), old_sharded_tensor(tensors["old"]).local_tensor())
         for key, value in flatten(state).items():
             assert same(whole(value), tensors[key]), key
 

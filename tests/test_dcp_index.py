@@ -21,7 +21,6 @@ from torch.distributed.checkpoint.metadata import (
 
 from shardsmith.dcp_index import read_index
 from shardsmith.errors import (
-    CheckpointError,
     CheckpointNotFoundError,
     CorruptCheckpointError,
     IncompleteCheckpointError,
@@ -165,6 +164,12 @@ def test_a_directory_of_something_else_is_not_found(tmp_path: Path) -> None:
             read_index(path)
 
 
+def grow(metadata: Metadata, shape: tuple[int, ...]) -> None:
+    """Claim that model.w has another shape, in one chunk."""
+    tensor(metadata).size = torch.Size(shape)
+    tensor(metadata).chunks[:] = [chunk((0, 0), shape)]
+
+
 CONTRADICTIONS: dict[str, Callable[[Metadata], object]] = {
     "overlap": lambda m: tensor(m).chunks.append(chunk((2, 0), (1, 4))),
     "sticks out": lambda m: tensor(m).chunks.append(chunk((2, 0), (2, 4))),
@@ -172,14 +177,10 @@ CONTRADICTIONS: dict[str, Callable[[Metadata], object]] = {
     "too few dimensions": lambda m: tensor(m).chunks.append(chunk((0,), (3,))),
     "offsets and sizes differ": lambda m: tensor(m).chunks.append(chunk((0, 0), (3,))),
     "sum of end overflows": lambda m: tensor(m).chunks.append(chunk((2**63 - 1, 0), (2**63 - 1, 1))),
-    "larger than its bytes": lambda m: (setattr(tensor(m), "size", torch.Size((3, 4000))), _grow(m, (3, 4000))),
+    "larger than its bytes": lambda m: grow(m, (3, 4000)),
     "an endless list": lambda m: m.planner_data.update({"lr": ("a", 2**40)}),
     "nowhere": lambda m: m.planner_data.update({"lr": ()}),
 }
-
-
-def _grow(metadata: Metadata, sizes: tuple[int, ...]) -> None:
-    tensor(metadata).chunks[:] = [chunk((0, 0), sizes)]
 
 
 @pytest.mark.parametrize("case", CONTRADICTIONS)
@@ -238,13 +239,9 @@ def test_an_empty_list_of_transforms_is_none(directory: Path) -> None:
 
 
 def test_a_huge_sparse_shard_costs_nothing(directory: Path) -> None:
-    def edit(metadata: Metadata) -> None:
-        tensor(metadata).size = torch.Size((2**40, 2**22))
-        tensor(metadata).chunks[:] = [chunk((0, 0), (2**40, 2**22))]
-
-    dcp_directories.edit_index(directory, edit)
+    dcp_directories.edit_index(directory, lambda metadata: grow(metadata, (2**40, 2**22)))
     os.truncate(directory / FILE, 1 << 40)
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CorruptCheckpointError, match="cannot hold the chunk"):
         read_index(directory)
 
 

@@ -57,7 +57,8 @@ sys.addaudithook(_watch)  # for the life of the process: there is no way to take
 def watched() -> Iterator[list[str]]:
     """The audit events of the body: imports, opened files, started processes, executed code and so on."""
     global _events
-    _events = events = []
+    events: list[str] = []
+    _events = events
     try:
         yield events
     finally:

@@ -393,5 +393,5 @@ def run_shards_and_collect() -> None:
     gc.collect()  # as above
 
 
-def test_averages_are_sharded_like_the_weights_and_wrong_wraps_are_refused(tmp_path: Path) -> None:
+def test_sharded_like_the_weights_with_ties_kept_and_wrong_wraps_refused(tmp_path: Path) -> None:
     run_on_ranks(run_shards_and_collect, 2, tmp_path)

@@ -65,7 +65,7 @@ def run_training(
     kill_after: int | None = None,
     **options: Any,
 ) -> None:
-    """Train up to ``steps``, saving every five by default, from the last checkpoint if there is one; SIGKILL to ourselves after a step if asked."""
+    """Train up to ``steps``, from the last checkpoint if there is one; by default, save every five steps."""
     model = build(sharding)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=100)

@@ -1,0 +1,140 @@
+"""This rank's part of the live weights, to be read and written in place whatever shards them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.fsdp._flat_param import FlatParameter
+from torch.distributed.fsdp._runtime_utils import _reshard as reshard_fsdp1
+from torch.distributed.tensor import DTensor
+
+from shardsmith.errors import UsageError
+from shardsmith.names import clean_fqn, tied_weights
+
+
+class LocalWeights:
+    """The trainable floating-point parameters of a model by clean FQN; tied ones once, under the name that is kept.
+
+    No communication anywhere. Nothing here needs gradients.
+
+    Attributes:
+        parameters: FQN -> parameter: a DTensor under FSDP2, this rank's flat part under FSDP1, else plain.
+        tied: Alias -> kept FQN.
+        is_fsdp1: Whether FSDP1 shards any part of the model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        """Find them. Raises UsageError if there are none, or one that cannot be averaged exactly."""
+        self._model = model
+        self.is_fsdp1 = any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
+        _forget_gathered(model)
+        self.tied = tied_weights(model)
+        self._slots = _trainable(model, self.tied)
+        _check_averageable(self._slots, self.is_fsdp1)
+        self.parameters = {name: slot.parameter for name, slot in self._slots.items()}
+        self._shapes = [local(parameter).shape for parameter in self.parameters.values()]
+
+    @torch.no_grad()
+    def tensors(self) -> list[Tensor]:
+        """This rank's live weights in the order of ``parameters``. Looked up each time: FSDP may move them.
+
+        Raises:
+            UsageError: the model's parameters were replaced since.
+        """
+        weights = []
+        for (name, slot), shape in zip(self._slots.items(), self._shapes, strict=True):
+            weight = local(slot.parameter)
+            if slot.was_replaced() or weight.shape != shape:
+                raise UsageError(f"{name} is no longer the parameter that EMA was built with: build EMA after sharding")
+            weights.append(weight)
+        return weights
+
+    @contextmanager
+    def replaced_by(self, values: list[Tensor]) -> Iterator[None]:
+        """Within it the live weights are ``values``, cast to their dtypes; then they are back, bit for bit."""
+        with torch.no_grad():
+            kept = [weight.clone() for weight in self.tensors()]
+        try:
+            self._overwrite(values)
+            yield
+        finally:
+            self._overwrite(kept)
+
+    @torch.no_grad()
+    def _overwrite(self, values: list[Tensor]) -> None:
+        torch._foreach_copy_(self.tensors(), values)
+        _forget_gathered(self._model)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor; any other tensor is local already. Shares memory. Call it without grad."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    """A parameter and where it sits in the model."""
+
+    module: nn.Module
+    attribute: str
+    parameter: nn.Parameter
+
+    def was_replaced(self) -> bool:
+        """Whether the model has another parameter there, and not only what FSDP2 gathers: that has fewer mesh axes."""
+        current = self.module._parameters.get(self.attribute)
+        if current is self.parameter or not isinstance(current, nn.Parameter):
+            return False
+        return _mesh_ndim(current) >= _mesh_ndim(self.parameter)
+
+
+def _trainable(model: nn.Module, tied: Mapping[str, str]) -> dict[str, _Slot]:
+    """Clean FQN -> slot of each trainable floating-point parameter; of tied ones under the name that is kept."""
+    slots: dict[str, _Slot] = {}
+    for prefix, module in model.named_modules():
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None and parameter.requires_grad and parameter.is_floating_point():
+                name = clean_fqn(f"{prefix}.{attribute}" if prefix else attribute, model)
+                slots.setdefault(tied.get(name, name), _Slot(module, attribute, parameter))
+    return slots
+
+
+def _check_averageable(slots: Mapping[str, _Slot], is_fsdp1: bool) -> None:
+    if not slots:
+        raise UsageError("the model has no trainable floating-point parameter: there is nothing to average")
+    for name, slot in slots.items():
+        if isinstance(slot.parameter, FlatParameter):
+            raise UsageError(f"{name} is a flat parameter of FSDP1: build FSDP(..., use_orig_params=True)")
+        if slot.parameter.is_meta:
+            raise UsageError(f"{name} is on the meta device: build EMA after the weights are there")
+        if is_fsdp1 and slot.parameter.dtype != torch.float32:
+            raise UsageError(
+                f"{name} is {slot.parameter.dtype}: FSDP1 can save an average only through its own storage, which "
+                "would round it. Keep the parameters in float32 and compute in MixedPrecision(param_dtype=...)"
+            )
+
+
+def _mesh_ndim(tensor: Tensor) -> int:
+    return tensor.device_mesh.ndim if isinstance(tensor, DTensor) else 0
+
+
+def _forget_gathered(model: nn.Module) -> None:
+    """Drop the weights that FSDP has gathered and kept for its next forward: the shards behind them have changed.
+
+    Without communication. After a forward without a backward, at least those of the root module are still there.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+        elif isinstance(module, FullyShardedDataParallel) and _may_have_gathered(module):
+            reshard_fsdp1(module, module._handle, True)
+
+
+def _may_have_gathered(module: FullyShardedDataParallel) -> bool:
+    """Not before the first forward, which sets ``_is_root``, and not with NO_SHARD. FSDP1 refuses to reshard then."""
+    handle = module._handle
+    return handle is not None and handle.uses_sharded_strategy and module._is_root is not None

@@ -1,0 +1,37 @@
+"""The examples are run, as they are."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_the_demo_passes_all_its_checks(tmp_path: Path) -> None:
+    command = [sys.executable, ROOT / "examples" / "demo.py", "--run", tmp_path / "run", "--steps", "60"]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert "11 of 11 checks passed" in found.stdout
+    assert sorted(path.name for path in (tmp_path / "run" / "hf").iterdir()) == [
+        "bfloat16",
+        "bfloat16-ema",
+        "float32",
+        "float32-ema",
+    ]
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_the_benchmark_runs_every_tool(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks", "--parameters", "12M", "--shards", "2", "--runs", "1"]
+    options = ["--directory", tmp_path, "--json", tmp_path / "figures.json"]
+    found = subprocess.run([*command, *options], capture_output=True, text=True, cwd=ROOT)
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert found.stdout.count("run 1:") == 4
+    assert (tmp_path / "figures.json").is_file()

@@ -1,0 +1,59 @@
+"""hooks/ and integrations/ stand at the top of the repository and install under the one import name."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PARTS = ("pyproject.toml", "setup.cfg", "README.md", "LICENSE", "shardsmith", "hooks", "integrations")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("options", [["."], ["--editable", "."]], ids=["regular", "editable"])
+def test_the_package_installs_under_one_name(tmp_path: Path, options: list[str]) -> None:
+    source, python = copy_of_the_source(tmp_path), new_environment(tmp_path)
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        str(python),
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+    ]
+    subprocess.run([*pip, *options], check=True, cwd=source)
+    code = "import shardsmith.hooks as h, shardsmith.integrations as i; print(h.ShardedSave.__module__, h.__file__)"
+    module, file = subprocess.check_output([python, "-c", code], text=True, cwd=tmp_path).split()
+    assert module == "shardsmith.hooks.save"
+    expected = source / "hooks" if "--editable" in options else python.parent.parent / "lib"
+    assert Path(file).is_relative_to(expected)
+    assert b"to-hf" in subprocess.check_output([python.parent / "shardsmith", "--help"])
+
+
+def copy_of_the_source(folder: Path) -> Path:
+    """So that a build leaves nothing in the working tree."""
+    for part in PARTS:
+        if (ROOT / part).is_dir():
+            shutil.copytree(ROOT / part, folder / "source" / part, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            (folder / "source").mkdir(exist_ok=True)
+            shutil.copy(ROOT / part, folder / "source")
+    return folder / "source"
+
+
+def new_environment(folder: Path) -> Path:
+    """Python of an environment that sees what this one has installed, except editable packages like ours."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "env"], check=True)
+    python = folder / "env" / "bin" / "python"
+    code = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    site = Path(subprocess.check_output([python, "-c", code], text=True).strip())
+    (site / "outer.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return python
