@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from shardsmith.checkpoints import committed_steps, find_damage, set_aside
 from shardsmith.commit import prove_writable, remove, sweep
-from shardsmith.dcp import load_into
+from shardsmith.dcp_load import load_into
 from shardsmith.errors import IncompleteCheckpointError, ShardsmithError, UsageError
 from shardsmith.layout import step_name
 from shardsmith.metadata import CheckpointMetadata, read_metadata

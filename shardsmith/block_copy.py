@@ -42,8 +42,8 @@ def copy_blocks(
     copier = _Copier(source, writers, progress)
     threads = min(_MOST_THREADS, os.cpu_count() or 1)
     with _one_thread_per_operator(), ThreadPoolExecutor(threads, "shardsmith-copy") as pool:
-        futures = [pool.submit(copier.work) for _ in range(threads)]
         try:
+            futures = [pool.submit(copier.work) for _ in range(threads)]
             for future in futures:
                 future.result()
         except BaseException:

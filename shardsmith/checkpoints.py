@@ -76,4 +76,6 @@ def _damage(path: Path, expected: FileRecord, contents: bool) -> str | None:
             return f"has changed since it was written: XXH3-128 {found}, expected {expected.xxh3_128}"
     except OSError as error:
         return f"cannot be read: {error.strerror}"
+    except ValueError as error:  # a name with a zero byte
+        return f"cannot be read: {error}"
     return None

@@ -52,7 +52,7 @@ def to_hf(
             "auto": ema.safetensors beside main or where the base model has one, else a directory.
         allow: Patterns of tensor names that may differ from the base model's, such as 'lm_head.*'.
         trust_remote_code: Also copy the base model's Python files. They are not run.
-        verify: Compare the checkpoint's files with their recorded hashes first.
+        verify: Also compare the checkpoint's files with their recorded hashes, where it has any.
         dry_run: Say what would be done, and write nothing.
         quiet: No progress bar and no summary.
     """

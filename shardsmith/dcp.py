@@ -1,4 +1,4 @@
-"""A DCP directory: its tensors as mapped views, and a load through torch that trusts nothing and leaves nothing out."""
+"""The tensors of a DCP directory as mapped views."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
 
 from shardsmith.boxes import BoxFinder
 from shardsmith.dcp_index import DcpIndex, StoredChunk, read_index
-from shardsmith.dcp_load import load_through_torch
 from shardsmith.errors import CheckpointNotFoundError, CorruptCheckpointError, UsageError
 from shardsmith.mapped import MappedFile
 from shardsmith.tensors import Chunk, TensorSpec
@@ -111,40 +109,3 @@ class DcpSource:
             if name not in self._files:
                 self._files[name] = MappedFile(self.path / name, follow_links=self._follow_links)
             return self._files[name]
-
-
-def load_into(
-    state_dict: dict[str, Any],
-    directory: str | Path,
-    *,
-    process_group: dist.ProcessGroup | None = None,
-    allow_pickle: bool = False,
-    allow_cast: bool = False,
-    follow_links: bool = False,
-) -> None:
-    """Fill a state dict from a DCP directory, of which everything asked for must be stored just so.
-
-    All ranks of the group call it with the same keys. Communicates (object collectives of the group) from the calling
-    thread; without an initialised process group it loads into this process alone. What is stored and not asked for is
-    passed over.
-
-    Args:
-        state_dict: Nested or flat, of tensors, DTensors, ShardedTensors and other values, as for
-            ``torch.distributed.checkpoint.load``. Tensors are filled in place, other values are replaced.
-        allow_pickle: Read values of any type, **which runs whatever code they hold**. Only for authors you trust.
-        allow_cast: Convert tensors that were saved in another dtype.
-        follow_links: Accept files that are symbolic links, as in a Hugging Face cache.
-
-    Raises:
-        MismatchError: naming all keys that are missing or have another kind, global shape or dtype. Nothing was loaded.
-        CheckpointError: when the directory cannot be read; see ``read_index`` and ``DcpSource``. On a rank on which
-            nothing failed, the errors of the others.
-    """
-    load_through_torch(
-        state_dict,
-        Path(directory),
-        lambda: DcpSource(directory, follow_links=follow_links),
-        process_group,
-        allow_pickle=allow_pickle,
-        allow_cast=allow_cast,
-    )

@@ -12,9 +12,6 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
-
 from shardsmith.boxes import IrregularBoxesError, find_overlap
 from shardsmith.errors import (
     CheckpointError,
@@ -26,8 +23,8 @@ from shardsmith.errors import (
 )
 from shardsmith.layout import DCP_INDEX_FILE
 from shardsmith.mapped import MappedFile
-from shardsmith.tensors import Chunk, TensorSpec
-from shardsmith.unpickle import MAX_INDEX_BYTES, load_dcp_index
+from shardsmith.tensors import Chunk, Shape, TensorSpec
+from shardsmith.unpickle import MAX_INDEX_BYTES, SavedBytes, SavedIndex, SavedTensor, load_dcp_index
 
 _PLAIN_NAME = re.compile(r"(?!\.{1,2}$)[^/\\:\0-\x1f\ud800-\udfff]{1,255}")
 _MAX_LIST_INDEX = 1_000_000  # torch makes a list of that length
@@ -73,8 +70,6 @@ class DcpIndex:
     """Where each key lies in the nested state dict that was saved; ``(key,)`` if it was flat."""
     files: dict[str, int]
     """Name of each file that the index uses -> its size on disk in bytes."""
-    metadata: Metadata
-    """The same for torch. Rebuilt, not unpickled."""
 
 
 def read_index(directory: str | Path, *, follow_links: bool = False) -> DcpIndex:
@@ -91,8 +86,8 @@ def read_index(directory: str | Path, *, follow_links: bool = False) -> DcpIndex
         CorruptCheckpointError: when it is no index, or contradicts itself.
     """
     path = Path(directory)
-    metadata = load_dcp_index(_read_bytes(path / DCP_INDEX_FILE, follow_links), path / DCP_INDEX_FILE)
-    return _Checker(path, metadata, follow_links).index()
+    saved = load_dcp_index(_read_bytes(path / DCP_INDEX_FILE, follow_links), path / DCP_INDEX_FILE)
+    return _Checker(path, saved, follow_links).index()
 
 
 def _read_bytes(path: Path, follow_links: bool) -> bytes:
@@ -114,39 +109,37 @@ def _read_bytes(path: Path, follow_links: bool) -> bytes:
 class _Checker:
     """Rebuilds an index part by part. What is missing is collected; what is wrong ends the reading at once."""
 
-    def __init__(self, directory: Path, metadata: Metadata, follow_links: bool) -> None:
+    def __init__(self, directory: Path, saved: SavedIndex, follow_links: bool) -> None:
         self.directory = directory
-        self.metadata = metadata
+        self.saved = saved
         self.follow_links = follow_links
-        self.storage: dict[MetadataIndex, _StorageInfo] = metadata.storage_data
         self.sizes: dict[str, int | None] = {}
         self.holes: list[str] = []
 
     def index(self) -> DcpIndex:
         tensors, objects = {}, {}
-        for name, entry in self.metadata.state_dict_metadata.items():
-            if isinstance(entry, TensorStorageMetadata):
+        for name, entry in self.saved.entries.items():
+            if entry is not None:
                 tensors[name] = self.tensor(name, entry)
-            elif (place := self.place(MetadataIndex(name), f"object {name!r}")) is not None:
-                objects[name] = StoredObject(place.relative_path, place.offset, place.length)
+            elif (place := self.place(name, None)) is not None:
+                objects[name] = StoredObject(place.file, place.offset, place.length)
         self.report_missing()
         files = {name: size for name, size in self.sizes.items() if size is not None}
-        return DcpIndex(self.directory, tensors, objects, self.containers(), files, self.metadata)
+        return DcpIndex(self.directory, tensors, objects, self.containers(), files)
 
-    def tensor(self, name: str, entry: TensorStorageMetadata) -> DcpEntry:
-        spec = TensorSpec(name, tuple(entry.size), entry.properties.dtype)
-        boxes = self.boxes(spec, entry)
+    def tensor(self, name: str, entry: SavedTensor) -> DcpEntry:
+        spec = TensorSpec(name, entry.shape, entry.dtype)
+        boxes = self.boxes(spec, entry.chunks)
         self.check_apart(spec, boxes)
         absent = spec.numel - sum(box.numel for box in boxes)
         if absent:
             self.holes.append(f"tensor {name!r}: {absent} of {spec.numel} elements are in no chunk")
         return DcpEntry(spec, tuple(chunk for box in boxes if (chunk := self.chunk(spec, box)) is not None))
 
-    def boxes(self, spec: TensorSpec, entry: TensorStorageMetadata) -> list[Chunk]:
+    def boxes(self, spec: TensorSpec, saved: tuple[Chunk, ...]) -> list[Chunk]:
         """The chunks that hold anything, each once: of a rank without rows the chunk is empty."""
         boxes: dict[Chunk, None] = {}
-        for stored in entry.chunks:
-            box = Chunk(tuple(stored.offsets), tuple(stored.sizes))
+        for box in saved:
             if not len(box.offsets) == len(box.sizes) == len(spec.shape):
                 raise self.corrupt(f"tensor {spec.name!r} of shape {spec.shape} has a chunk of another rank: {box}")
             if any(start + n > whole for start, n, whole in zip(box.offsets, box.sizes, spec.shape, strict=True)):
@@ -156,12 +149,12 @@ class _Checker:
         return list(boxes)
 
     def chunk(self, spec: TensorSpec, box: Chunk) -> StoredChunk | None:
-        place = self.place(MetadataIndex(spec.name, box.offsets), f"tensor {spec.name!r}, chunk at {box.offsets}")
+        place = self.place(spec.name, box.offsets)
         if place is None:
             return None
         if place.length < box.numel * spec.dtype.itemsize:
             raise self.corrupt(f"tensor {spec.name!r}: {place.length} bytes cannot hold the chunk {box}")
-        return StoredChunk(box, place.relative_path, place.offset, place.length)
+        return StoredChunk(box, place.file, place.offset, place.length)
 
     def check_apart(self, spec: TensorSpec, boxes: list[Chunk]) -> None:
         try:
@@ -171,20 +164,19 @@ class _Checker:
         if overlap:
             raise self.corrupt(f"tensor {spec.name!r} has chunks that overlap: {overlap[0]} and {overlap[1]}")
 
-    def place(self, key: MetadataIndex, what: str) -> _StorageInfo | None:
-        """Where something is stored, or None, noted down, when it is not all there."""
-        place = self.storage.get(key)
+    def place(self, name: str, offsets: Shape | None) -> SavedBytes | None:
+        """Where a chunk, or an object without offsets, is stored; None, noted down, when it is not all there."""
+        place = self.saved.places.get((name, offsets))
         if place is None:
-            self.holes.append(f"{what}: was never written")
+            self.holes.append(f"{_called(name, offsets)}: was never written")
             return None
-        if place.transform_descriptors:
-            raise UnsupportedFormatError(
-                self.directory, f"{what} was saved through {list(place.transform_descriptors)}; only plain data is read"
-            )
-        size = self.size_of(place.relative_path)
-        if size is None or size < place.offset + place.length:
-            fault = "is missing" if size is None else f"ends at byte {size}, not {place.offset + place.length} or later"
-            self.holes.append(f"{what}: its file {place.relative_path} {fault}")
+        if place.transforms:
+            reason = f"{_called(name, offsets)} was saved through {list(place.transforms)}; only plain data is read"
+            raise UnsupportedFormatError(self.directory, reason)
+        size, end = self.size_of(place.file), place.offset + place.length
+        if size is None or size < end:
+            fault = "is missing" if size is None else f"ends at byte {size}, not {end} or later"
+            self.holes.append(f"{_called(name, offsets)}: its file {place.file} {fault}")
             return None
         return place
 
@@ -197,8 +189,7 @@ class _Checker:
         return self.sizes[name]
 
     def containers(self) -> dict[str, tuple[str | int, ...]]:
-        saved: dict[str, tuple[str | int, ...]] = self.metadata.planner_data or {}
-        paths = {name: saved.get(name, (name,)) for name in self.metadata.state_dict_metadata}
+        paths = {name: self.saved.containers.get(name, (name,)) for name in self.saved.entries}
         for name, path in paths.items():
             if not path or any(isinstance(step, int) and step > _MAX_LIST_INDEX for step in path):
                 raise self.corrupt(f"{name!r} has no usable place in the nested state dict")
@@ -214,6 +205,10 @@ class _Checker:
 
     def corrupt(self, reason: str) -> CorruptCheckpointError:
         return CorruptCheckpointError(self.directory / DCP_INDEX_FILE, reason)
+
+
+def _called(name: str, offsets: Shape | None) -> str:
+    return f"object {name!r}" if offsets is None else f"tensor {name!r}, chunk at {offsets}"
 
 
 def _file_size(path: Path, follow_links: bool) -> int | None:

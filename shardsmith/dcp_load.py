@@ -1,59 +1,73 @@
-"""A load through torch.distributed.checkpoint that reads from a source of ours and compares everything first.
+"""A load through torch.distributed.checkpoint that trusts nothing and leaves nothing out.
 
-torch plans the load (which rank needs which part of which DTensor) and carries errors from rank to rank; the reading,
-the comparing and the unpacking of objects are replaced.
+torch plans the load (which rank needs which part of which DTensor) and carries errors from rank to rank; the index,
+the comparing, the reading and the unpacking of objects are ours.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
-import warnings
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, create_default_local_load_plan
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from shardsmith.dcp_index import DcpIndex
+from shardsmith.dcp import DcpSource
+from shardsmith.dcp_index import DcpEntry, DcpIndex
 from shardsmith.errors import CheckpointError, MismatchError, ShardsmithError
-from shardsmith.tensors import Chunk, TensorSource, read_into
+from shardsmith.ranks import single_process_is_fine
+from shardsmith.tensors import Chunk, read_into
 
 
-class ObjectSource(TensorSource, Protocol):
-    """A source of tensors and of other values, with a DCP index."""
-
-    index: DcpIndex
-
-    def read_object(self, key: str, *, allow_pickle: bool = False) -> Any:
-        """A value that is no tensor."""
-        ...
-
-
-def load_through_torch(
+def load_into(
     state_dict: dict[str, Any],
-    directory: Path,
-    open_source: Callable[[], ObjectSource],
-    process_group: dist.ProcessGroup | None,
+    directory: str | Path,
     *,
-    allow_pickle: bool,
-    allow_cast: bool,
+    process_group: dist.ProcessGroup | None = None,
+    allow_pickle: bool = False,
+    allow_cast: bool = False,
+    follow_links: bool = False,
 ) -> None:
-    """Fill a state dict in place; see ``dcp.load_into``."""
-    attempt = _Attempt(directory, open_source)
+    """Fill a state dict from a DCP directory, of which everything asked for must be stored just so.
+
+    All ranks of the group call it with the same keys. Communicates (object collectives of the group) from the calling
+    thread; without an initialised process group it loads into this process alone. What is stored and not asked for is
+    passed over.
+
+    Args:
+        state_dict: Nested or flat, of tensors, DTensors, ShardedTensors and other values, as for
+            ``torch.distributed.checkpoint.load``. Tensors are filled in place, other values are replaced.
+        allow_pickle: Read values of any type, **which runs whatever code they hold**. Only for authors you trust.
+        allow_cast: Convert tensors that were saved in another dtype.
+        follow_links: Accept files that are symbolic links, as in a Hugging Face cache.
+
+    Raises:
+        MismatchError: naming all keys that are missing or have another kind, global shape or dtype. Nothing was loaded.
+        CheckpointError: when the directory cannot be read; see ``read_index`` and ``DcpSource``. On a rank on which
+            nothing failed, the errors of the others.
+    """
+    attempt = _Attempt(Path(directory), follow_links)
     planner = _StrictPlanner(attempt, allow_pickle, allow_cast)
     try:
-        with _single_process_is_fine():
+        with single_process_is_fine():
             load(state_dict, storage_reader=_SourceReader(attempt), planner=planner, process_group=process_group)
     except CheckpointException as error:  # derives from BaseException: it would pass through `except Exception`
         raise attempt.error_of(error) from error
@@ -68,16 +82,16 @@ class _Attempt:
     its type and attributes, stays here and is raised on this rank in the end.
     """
 
-    def __init__(self, directory: Path, open_source: Callable[[], ObjectSource]) -> None:
+    def __init__(self, directory: Path, follow_links: bool) -> None:
         self.directory = directory
-        self.source: ObjectSource | None = None
+        self.source: DcpSource | None = None
         self.error: Exception | None = None
         try:
-            self.source = open_source()
+            self.source = DcpSource(directory, follow_links=follow_links)
         except Exception as error:  # raised later: the other ranks are about to wait for us in torch
             self.error = error
 
-    def run(self, part: Callable[[ObjectSource], None]) -> None:
+    def run(self, part: Callable[[DcpSource], None]) -> None:
         """Do a part of the load on the source, or tell torch why it cannot be done."""
         try:
             if self.source is not None:
@@ -120,7 +134,7 @@ class _StrictPlanner(DefaultLoadPlanner):
         assert self.metadata is not None
         return create_default_local_load_plan(self.state_dict, self.metadata, strict=True)
 
-    def load_object(self, source: ObjectSource, key: str) -> None:
+    def load_object(self, source: DcpSource, key: str) -> None:
         """Put a value that is no tensor into its place in the state dict."""
         value = source.read_object(key, allow_pickle=self._allow_pickle)
         set_element(self.original_state_dict, self.mappings[key], value)
@@ -143,7 +157,7 @@ class _SourceReader(StorageReader):
     def read_metadata(self) -> Metadata:
         """The checked index. An error waits for the planner: here torch would log it and look for another index."""
         source = self._attempt.source
-        return Metadata({}) if source is None else source.index.metadata
+        return Metadata({}) if source is None else metadata_for_torch(source.index)
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool) -> None:
         pass
@@ -165,7 +179,7 @@ class _SourceReader(StorageReader):
         return Path(checkpoint_id).is_dir()
 
 
-def _read(source: ObjectSource, plan: LoadPlan, planner: LoadPlanner) -> None:
+def _read(source: DcpSource, plan: LoadPlan, planner: LoadPlanner) -> None:
     """Load all items; objects first, for one of them may be refused."""
     assert isinstance(planner, _StrictPlanner)
     for item in plan.items:
@@ -183,6 +197,21 @@ def _box(item: ReadItem) -> Chunk:
     assert item.storage_index.offset is not None
     offsets = tuple(a + b for a, b in zip(item.storage_index.offset, item.storage_offsets, strict=True))
     return Chunk(offsets, tuple(item.lengths))
+
+
+def metadata_for_torch(index: DcpIndex) -> Metadata:
+    """The checked index, as far as torch needs it to plan: without empty and repeated chunks and without files."""
+    tensors = {name: _tensor_metadata(entry) for name, entry in index.tensors.items()}
+    return Metadata(tensors | {name: BytesStorageMetadata() for name in index.objects})
+
+
+def _tensor_metadata(entry: DcpEntry) -> TensorStorageMetadata:
+    boxes = [stored.chunk for stored in entry.chunks]
+    return TensorStorageMetadata(
+        properties=TensorProperties(dtype=entry.spec.dtype),
+        size=torch.Size(entry.spec.shape),
+        chunks=[ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes)) for box in boxes],
+    )
 
 
 def compare(wanted: Mapping[str, Any], index: DcpIndex, allow_cast: bool) -> None:
@@ -231,12 +260,3 @@ def _advice(wanted: Mapping[str, Any], index: DcpIndex) -> str:
     if inner in index.containers:
         return f"{nothing} The keys are stored without {first.partition('.')[0]!r}: pass the inner state dict."
     return f"{nothing} Ask only for what was saved."
-
-
-@contextlib.contextmanager
-def _single_process_is_fine() -> Generator[None, None, None]:
-    """torch warns when there is no process group; a load in one process is nothing to warn about."""
-    with warnings.catch_warnings():
-        if not (dist.is_available() and dist.is_initialized()):
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import warnings
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from shardsmith.digest import Digest, digest_box
 from shardsmith.errors import WriteError
 from shardsmith.metadata import FileRecord
+from shardsmith.ranks import single_process_is_fine
 from shardsmith.tensors import Chunk
 
 
@@ -56,7 +56,7 @@ def write_shards(
     writer = _ShardWriter(directory, attempt)
     planner = _DigestingPlanner()
     try:
-        with _without_single_process_warning():
+        with single_process_is_fine():
             save(dict(state_dict), storage_writer=writer, planner=planner, process_group=process_group)
     except CheckpointException as error:  # it derives from BaseException and would pass through `except Exception`
         causes = "; ".join(f"rank {rank}: {cause[0]}" for rank, cause in sorted(error.failures.items()))
@@ -145,14 +145,3 @@ class _HashingStream(io.RawIOBase):
     def fileno(self) -> int:
         self.flush()  # whoever asks wants to fsync, and an fsync before the flush would be worth nothing
         return self._file.fileno()
-
-
-@contextlib.contextmanager
-def _without_single_process_warning() -> Generator[None, None, None]:
-    """torch warns when there is no process group; a single process is a normal way to train."""
-    if dist.is_available() and dist.is_initialized():
-        yield
-        return
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield

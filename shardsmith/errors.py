@@ -22,10 +22,22 @@ ShardsmithError
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 
 class ShardsmithError(Exception):
-    """Base of all errors of this package."""
+    """Base of all errors of this package. They survive a pickle, as on their way out of a worker process."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Python would call the class with ``args``, the finished message, and __init__ wants what it is made of.
+        return _rebuild, (type(self), self.args), self.__dict__
+
+
+def _rebuild(kind: type[ShardsmithError], args: tuple[Any, ...]) -> ShardsmithError:
+    base = OSError if issubclass(kind, OSError) else Exception  # the one whose fields it has
+    error = base.__new__(kind, *args)
+    error.args = args
+    return error
 
 
 class UsageError(ShardsmithError, ValueError):

@@ -56,7 +56,21 @@ def verify_source(checkpoint: Path) -> None:
     """Raise CorruptCheckpointError if a file of a checkpoint with recorded hashes has changed. Others pass."""
     if detect_checkpoint_format(checkpoint).name == SHARDED and (damage := find_damage(checkpoint)):
         lines = "\n  ".join(damage)
-        raise CorruptCheckpointError(checkpoint, f"is damaged; nothing was made from it\n  {lines}")
+        advice = "Nothing was written. Copy these files again, or take another step."
+        raise CorruptCheckpointError(checkpoint, f"is damaged\n  {lines}\n{advice}")
+
+
+def _write_directory(plan: DirectoryPlan, directory: Path, progress: Callable[[int], None] | None) -> dict[str, int]:
+    """Write and fsync everything that belongs into a directory; the size of each file."""
+    sizes: dict[str, int] = {}
+    digests: dict[str, dict[str, Digest]] = {}
+    for model in plan.models:
+        digests[model.model] = _write_model(model, directory, sizes, progress)
+    sizes |= _write_config(plan, directory)
+    sizes |= copy_files(plan.base, [name for name in plan.copies if name not in sizes], directory)
+    provenance = json.dumps(_provenance(plan, digests), indent=1).encode() + b"\n"
+    sizes[layout.PROVENANCE_FILE] = write_file(directory / layout.PROVENANCE_FILE, provenance)
+    return sizes
 
 
 def _write_model(

@@ -9,8 +9,9 @@ from typing import Any
 from shardsmith.checkpoints import find_damage
 from shardsmith.dcp_index import read_index
 from shardsmith.errors import CheckpointError
-from shardsmith.formats import DCP, SHARDED, detect_checkpoint_format, model_names, open_source
+from shardsmith.formats import DCP, SHARDED, UNKNOWN, detect_checkpoint_format, model_names, open_source
 from shardsmith.metadata import dtype_name, read_metadata
+from shardsmith.model_keys import find_models
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +89,11 @@ def inspect_checkpoint(path: str | Path, *, verify: bool = False) -> Inspection:
 
 
 def _summaries(path: Path) -> tuple[list[ModelSummary], list[str]]:
-    """The models that can be opened, and why others cannot."""
+    """The models that can be opened, or why they cannot."""
     try:
-        return [_summary(path, name) for name in model_names(path)], []
+        models = [_summary(path, name) for name in model_names(path)]
+        unknown = detect_checkpoint_format(path).name == UNKNOWN
+        return models, [f"{path}: is no checkpoint that we know"] if unknown else []
     except CheckpointError as error:
         return [], [str(error)]
 
@@ -116,7 +119,7 @@ def _summary(path: Path, name: str) -> ModelSummary:
 def _beside(path: Path) -> dict[str, int]:
     """Bytes of tensors that belong to no model, by the first part of their path."""
     index = read_index(path)
-    of_models = {key for name in model_names(path) for key in open_source(path, name).keys.values()}
+    of_models = {key for names in find_models(index.tensors, index.containers).values() for key in names.values()}
     sizes: dict[str, int] = {}
     for key, entry in index.tensors.items():
         if key not in of_models:

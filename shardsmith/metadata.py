@@ -9,6 +9,7 @@ import dataclasses
 import datetime
 import json
 import platform
+import reprlib
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ import torch
 from shardsmith import layout
 from shardsmith.digest import Digest
 from shardsmith.errors import (
+    CheckpointError,
     CheckpointNotFoundError,
     CorruptCheckpointError,
     UnsupportedFormatError,
@@ -120,12 +122,12 @@ def read_metadata(directory: Path) -> CheckpointMetadata:
     content = read_json(path)
     if content.get("checkpoint_type") != CHECKPOINT_TYPE or "schema_version" not in content:
         raise UnsupportedFormatError(path, "is not a checkpoint manifest of Shardsmith")
-    if content["schema_version"] != SCHEMA_VERSION:
-        found = content["schema_version"]
+    found = content["schema_version"]
+    if type(found) is not int or found != SCHEMA_VERSION:
         raise UnsupportedFormatError(path, f"has schema version {found!r}; this version reads {SCHEMA_VERSION}")
     try:
         return _parse(content)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise CorruptCheckpointError(path, f"is damaged: {type(error).__name__}: {error}") from error
 
 
@@ -148,6 +150,8 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise CorruptCheckpointError(path, f"is not JSON: {error}") from error
+    except OSError as error:
+        raise CheckpointError(path, f"cannot be read: {error.strerror}") from error
     if not isinstance(content, dict):
         raise CorruptCheckpointError(path, f"holds a JSON {type(content).__name__}, expected an object")
     return content
@@ -159,39 +163,42 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def _parse(content: Mapping[str, Any]) -> CheckpointMetadata:
-    fields = {item.name for item in dataclasses.fields(CheckpointMetadata)}
-    if set(content) != fields:
-        raise ValueError(f"fields {sorted(set(content) ^ fields)} are missing or unknown")
+    _require_fields(content, CheckpointMetadata)
+    models = tuple(_typed(name, str) for name in _typed(content["models"], list))
+    if set(models) != set(_typed(content["counts"], dict)):
+        raise ValueError(f"counts of {sorted(content['counts'])}, but the models are {sorted(models)}")
     return CheckpointMetadata(
         attempt=_typed(content["attempt"], str),
         step=_count(content["step"]),
         created_at=_typed(content["created_at"], str),
-        models=tuple(_typed(name, str) for name in _typed(content["models"], list)),
-        counts={name: _model_record(record) for name, record in _typed(content["counts"], dict).items()},
-        ema=content["ema"] and _typed(content["ema"], dict),
+        models=models,
+        counts={name: _model_record(record) for name, record in content["counts"].items()},
+        ema=None if content["ema"] is None else _typed(content["ema"], dict),
         tied={name: _typed(kept, str) for name, kept in _typed(content["tied"], dict).items()},
         world_size=_count(content["world_size"]),
-        mesh=content["mesh"] and _typed(content["mesh"], dict),
+        mesh=None if content["mesh"] is None else _typed(content["mesh"], dict),
         files={name: _file_record(record) for name, record in _typed(content["files"], dict).items()},
         tensors={name: _tensor_record(record) for name, record in _typed(content["tensors"], dict).items()},
-        libraries=_typed(content["libraries"], dict),
+        libraries={name: _typed(found, str) for name, found in _typed(content["libraries"], dict).items()},
     )
 
 
 def _file_record(record: Any) -> FileRecord:
-    Digest.parse(record["xxh3_128"])
-    return FileRecord(size=_count(record["size"]), xxh3_128=record["xxh3_128"])
+    _require_fields(record, FileRecord)
+    return FileRecord(size=_count(record["size"]), xxh3_128=_digest(record["xxh3_128"]))
 
 
 def _tensor_record(record: Any) -> TensorRecord:
-    Digest.parse(record["digest"])
-    if not isinstance(getattr(torch, _typed(record["dtype"], str)), torch.dtype):
-        raise ValueError(f"not a dtype: {record['dtype']!r}")
+    _require_fields(record, TensorRecord)
+    dtype = record["dtype"]
+    if type(dtype) is not str or not isinstance(vars(torch).get(dtype), torch.dtype):
+        raise ValueError(f"not a dtype: {reprlib.repr(dtype)}")
     shape = tuple(_count(size) for size in _typed(record["shape"], list))
-    return TensorRecord(shape=shape, dtype=record["dtype"], digest=record["digest"])
+    return TensorRecord(shape=shape, dtype=dtype, digest=_digest(record["digest"]))
 
 
 def _model_record(record: Any) -> ModelRecord:
+    _require_fields(record, ModelRecord)
     return ModelRecord(
         tensors=_count(record["tensors"]),
         elements=_count(record["elements"]),
@@ -199,15 +206,25 @@ def _model_record(record: Any) -> ModelRecord:
     )
 
 
+def _require_fields(record: Any, kind: type) -> None:
+    fields = {item.name for item in dataclasses.fields(kind)}
+    if wrong := sorted(set(_typed(record, dict)) ^ fields):
+        raise ValueError(f"fields of {kind.__name__} are missing or unknown: {reprlib.repr(wrong)}")
+
+
 def _typed(value: Any, kind: type) -> Any:
     if type(value) is not kind:
-        raise TypeError(f"{value!r} is not of type {kind.__name__}")
+        raise TypeError(f"{reprlib.repr(value)} is not of type {kind.__name__}")
     return value
+
+
+def _digest(value: Any) -> str:
+    return str(Digest.parse(_typed(value, str)))
 
 
 def _count(value: Any) -> int:
     if type(value) is not int or not 0 <= value < 2**63:
-        raise ValueError(f"{value!r} is not a count")
+        raise ValueError(f"{reprlib.repr(value)} is not a count")
     return value
 
 

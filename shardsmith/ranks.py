@@ -6,11 +6,13 @@ thread may use it while the main thread trains, and a rank that raises leaves no
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import logging
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -173,10 +175,20 @@ class Ranks:
         remaining = max(0.01, deadline - time.monotonic())
         try:
             self._store.wait([key], timedelta(seconds=remaining))
-        except RuntimeError:  # DistStoreError derives from it; a file store raises it bare
-            if not self._has(key):
-                raise RankTimeoutError(phase, silent, self.timeout_secs) from None
-        return _Outcome.decode(self._store.get(key))
+            return _Outcome.decode(self._store.get(key))
+        except RuntimeError as error:  # too late; or the store is gone, and the rank that held it
+            raise RankTimeoutError(phase, silent, self.timeout_secs) from error
+
+
+@contextlib.contextmanager
+def single_process_is_fine() -> Generator[None, None, None]:
+    """torch warns of a save or load without a process group; a single process is a normal way to train."""
+    if dist.is_available() and dist.is_initialized():
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _attempt(phase: str, body: Callable[[], T]) -> tuple[_Outcome, BaseException | None]:

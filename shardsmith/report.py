@@ -67,9 +67,9 @@ def print_inspection(inspection: Inspection, *, as_json: bool) -> None:
     if inspection.models:
         console.print(_models_table(inspection))
     for line in inspection.damage:
-        console.print(Text.assemble(("damaged", "red"), f" {line}"))
+        console.print(Text.assemble(("problem", "red"), f" {line}"))
     if not inspection.damage:
-        console.print(Text("no damage found", "green"), _extent(inspection))
+        console.print(Text("no problem found", "green"), _extent(inspection))
 
 
 def size_text(nbytes: int) -> str:
@@ -86,11 +86,11 @@ def _console(file: TextIO | None = None) -> Console:
 
 
 def _extent(inspection: Inspection) -> str:
-    """How far a search for damage has gone."""
+    """How far the search for problems has gone."""
     if inspection.verified:
         return "in any byte of its files"
-    hashed = inspection.format == "sharded"
-    return "in names, sizes and indexes" + ("; --verify reads every byte" if hashed else "; it has no hashes of its files")
+    more = "--verify reads every byte" if inspection.format == "sharded" else "no hashes of its files are recorded"
+    return f"in names, sizes and indexes; {more}"
 
 
 def _print_contents(console: Console, plan: DirectoryPlan) -> None:
@@ -99,7 +99,7 @@ def _print_contents(console: Console, plan: DirectoryPlan) -> None:
         for alias, kept in model.aliases.items():
             console.print(f"{model.model}: {alias} is tied to {kept}, which alone is in the file")
         if model.source.filled:
-            console.print(f"{model.model}: {len(model.source.filled)} tensors that it does not average are those of main")
+            console.print(f"{model.model}: {len(model.source.filled)} tensors that are not averaged are from main")
 
 
 def _files_table(plan: DirectoryPlan) -> Table:

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path, PurePosixPath
+from dataclasses import dataclass
+from pathlib import Path
 from typing import NoReturn
 
 import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 
 from shardsmith.errors import CorruptCheckpointError, UnsupportedFormatError
 from shardsmith.pickle_machine import Made, Name, read_pickle
+from shardsmith.tensors import Chunk, Shape
 
 MAX_INDEX_BYTES = 1 << 30
 MAX_DIMS = 64
@@ -53,8 +45,41 @@ _INDEX_NAMES = frozenset(
 )
 
 
-def load_dcp_index(data: bytes, path: Path) -> Metadata:
-    """The index of a DCP directory, rebuilt from what ``.metadata`` says.
+@dataclass(frozen=True, slots=True)
+class SavedTensor:
+    """A tensor and the boxes it was saved in: empty, repeated, overlapping or too few, as the index has them."""
+
+    shape: Shape
+    dtype: torch.dtype
+    chunks: tuple[Chunk, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SavedBytes:
+    """Where something lies: a byte range of a file."""
+
+    file: str
+    """Whatever the index says: not yet known to be a plain name."""
+    offset: int
+    length: int
+    transforms: tuple[str, ...]
+    """Names of what the bytes went through, such as compression."""
+
+
+@dataclass(frozen=True, slots=True)
+class SavedIndex:
+    """What ``.metadata`` says, as far as it is needed to read the directory."""
+
+    entries: dict[str, SavedTensor | None]
+    """By key; None is a value that is no tensor."""
+    containers: dict[str, tuple[str | int, ...]]
+    """Where a key lay in the nested state dict; keys may be absent."""
+    places: dict[tuple[str, Shape | None], SavedBytes]
+    """By key and offsets of the chunk, None where the value is no tensor."""
+
+
+def load_dcp_index(data: bytes, path: Path) -> SavedIndex:
+    """What ``.metadata`` of a DCP directory says.
 
     Every field has its exact type and every number lies in 0..2**63-1; whether they make sense together is left to
     ``dcp_index.read_index``.
@@ -70,11 +95,11 @@ def load_dcp_index(data: bytes, path: Path) -> Metadata:
     """
     if len(data) > MAX_INDEX_BYTES:
         raise UnsupportedFormatError(path, f"has {len(data)} bytes; an index may have up to {MAX_INDEX_BYTES}")
-    return _IndexDecoder(path, len(data)).metadata(read_pickle(data, path, _INDEX_NAMES))
+    return _IndexDecoder(path, len(data)).index(read_pickle(data, path, _INDEX_NAMES))
 
 
 class _IndexDecoder:
-    """Turns the records of an index into torch's own classes. Extra fields of newer versions are passed over.
+    """Turns the records of an index into plain values. Fields that are not needed are passed over.
 
     The parts of a pickle may be shared, so a short one can describe a structure of any size. In an honest one every
     part has bytes of its own, and ``budget`` ends the reading when the parts by far outnumber the bytes.
@@ -84,32 +109,29 @@ class _IndexDecoder:
         self.path = path
         self.budget = 4 * nbytes
 
-    def metadata(self, value: object) -> Metadata:
+    def index(self, value: object) -> SavedIndex:
         fields = self.fields(value, {_METADATA})
         entries = self.mapping(fields.get("state_dict_metadata"), "state_dict_metadata")
-        storage = self.mapping(fields.get("storage_data"), "storage_data")
+        places = self.mapping(fields.get("storage_data"), "storage_data")
         names = fields.get("planner_data")
-        version = fields.get("version")
-        return Metadata(
-            state_dict_metadata={self.text(k): self.entry(v) for k, v in entries.items()},
-            planner_data=None if names is None else self.planner_data(names),
-            storage_data={self.index(k): self.storage_info(v) for k, v in storage.items()},
-            storage_meta=self.storage_meta(fields.get("storage_meta")),
-            version=None if version is None else self.text(version),
+        return SavedIndex(
+            entries={self.text(k): self.entry(v) for k, v in entries.items()},
+            containers={} if names is None else self.containers(names),
+            places={self.place(k): self.bytes(v) for k, v in places.items()},
         )
 
-    def entry(self, value: object) -> TensorStorageMetadata | BytesStorageMetadata:
+    def entry(self, value: object) -> SavedTensor | None:
         fields = self.fields(value, {_TENSOR, _BYTES})
         if isinstance(value, Made) and value.of == _BYTES:
-            return BytesStorageMetadata()
-        return TensorStorageMetadata(
-            properties=self.properties(fields.get("properties")),
-            size=self.size(fields.get("size")),
-            chunks=[self.chunk(c) for c in self.items(fields.get("chunks"), "chunks")],
+            return None
+        return SavedTensor(
+            shape=self.size(fields.get("size")),
+            dtype=self.dtype(fields.get("properties")),
+            chunks=tuple(self.chunk(c) for c in self.items(fields.get("chunks"), "chunks")),
         )
 
-    def properties(self, value: object) -> TensorProperties:
-        """Of these only the dtype still means something; the other fields are deprecated."""
+    def dtype(self, value: object) -> torch.dtype:
+        """Of a tensor's properties only this still means something; the other fields are deprecated."""
         if type(value) is not Made or value.of not in _PROPERTIES or type(value.state) is not tuple:
             self.fail("tensor properties", value)
         dtype, layout = value.state[:2] if len(value.state) == 5 else (None, None)
@@ -117,57 +139,42 @@ class _IndexDecoder:
             self.fail("dtype and layout", value.state)
         if layout.args != ("torch.strided",):
             raise UnsupportedFormatError(self.path, "holds a sparse tensor; only dense ones are read")
-        return TensorProperties(dtype=DTYPES[dtype])
+        return DTYPES[dtype]
 
-    def chunk(self, value: object) -> ChunkStorageMetadata:
+    def chunk(self, value: object) -> Chunk:
         fields = self.fields(value, {_CHUNK})
-        return ChunkStorageMetadata(offsets=self.size(fields.get("offsets")), sizes=self.size(fields.get("sizes")))
+        return Chunk(offsets=self.size(fields.get("offsets")), sizes=self.size(fields.get("sizes")))
 
-    def index(self, value: object) -> MetadataIndex:
+    def place(self, value: object) -> tuple[str, Shape | None]:
         fields = self.fields(value, {_INDEX})
-        offset, hint = fields.get("offset"), fields.get("index")
-        return MetadataIndex(
-            self.text(fields.get("fqn")),
-            None if offset is None else self.size(offset),
-            None if hint is None else self.number(hint),
-        )
+        offsets = fields.get("offset")
+        return self.text(fields.get("fqn")), None if offsets is None else self.size(offsets)
 
-    def storage_info(self, value: object) -> _StorageInfo:
+    def bytes(self, value: object) -> SavedBytes:
         fields = self.fields(value, {_STORAGE_INFO})
         transforms = fields.get("transform_descriptors")
-        return _StorageInfo(
+        return SavedBytes(
             self.text(fields.get("relative_path")),
             self.number(fields.get("offset")),
             self.number(fields.get("length")),
-            None if transforms is None else [self.text(t) for t in self.items(transforms, "transforms")],
+            () if transforms is None else tuple(self.text(t) for t in self.items(transforms, "transforms")),
         )
 
-    def planner_data(self, value: object) -> dict[str, tuple[str | int, ...]]:
+    def containers(self, value: object) -> dict[str, tuple[str | int, ...]]:
         names = self.mapping(value, "planner_data")
         return {self.text(k): tuple(self.step(s) for s in self.items(v, "a path")) for k, v in names.items()}
 
     def step(self, value: object) -> str | int:
         return value if type(value) is str else self.number(value)
 
-    def storage_meta(self, value: object) -> StorageMeta | None:
-        if value is None:
-            return None
-        fields = self.fields(value, {_STORAGE_META})
-        where, save_id = fields.get("checkpoint_id"), fields.get("save_id")
-        if type(where) is Made and where.of in _PATHS:
-            where = PurePosixPath(*(self.text(part) for part in self.items(where.args, "a path")))
-        elif where is not None:
-            where = self.text(where)
-        return StorageMeta(checkpoint_id=where, save_id=None if save_id is None else self.text(save_id))
-
-    def size(self, value: object) -> torch.Size:
+    def size(self, value: object) -> Shape:
         """A shape or a position. Some writers leave plain sequences in the place of ``torch.Size``."""
         if type(value) is Made and value.of == _SIZE and len(value.args) == 1:
             value = value.args[0]
         numbers = self.items(value, "a size")
         if len(numbers) > MAX_DIMS:
             self.fail(f"at most {MAX_DIMS} dimensions", value)
-        return torch.Size([self.number(n) for n in numbers])
+        return tuple(map(self.number, numbers))
 
     def fields(self, value: object, kinds: set[Name]) -> dict[str | int | Made, object]:
         self.spend(1)

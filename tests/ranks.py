@@ -17,7 +17,7 @@ import torch.multiprocessing as mp
 def run_on_ranks(
     body: Callable[..., None], world_size: int, tmp_path: Path, *args: Any, timeout_secs: int = 60
 ) -> None:
-    """Call ``body(*args)`` on each of ``world_size`` ranks. ``body`` is a module-level function, ``run_...`` by custom."""
+    """Call ``body(*args)`` on each of ``world_size`` ranks. ``body`` is a function of a module."""
     store = tmp_path / f"store-{uuid.uuid4().hex}"
     mp.start_processes(
         _rank, (body, world_size, f"file://{store}", timeout_secs, args), world_size, start_method="spawn"

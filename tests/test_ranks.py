@@ -56,6 +56,7 @@ def run_agreement() -> None:
     check_torchs_checkpoint_exception_is_carried_too()
     check_the_cause_is_kept_on_the_rank_that_raised()
     check_a_rank_in_another_phase_is_an_error_and_not_an_answer()
+    check_a_background_thread_may_use_it_while_the_main_thread_trains()
     check_the_store_does_not_grow()
 
 
@@ -85,9 +86,8 @@ def check_two_of_them_do_not_mix() -> None:
 def check_an_error_on_any_rank_is_raised_on_all_with_its_rank_phase_and_type() -> None:
     ranks = Ranks()
     for culprit in range(3):
-        error = caught(
-            lambda who=culprit: ranks.gather("writing step-3", lambda: ranks.rank == who and fail(OSError("full")))
-        )
+        body = (lambda: fail(OSError("full"))) if ranks.rank == culprit else (lambda: None)
+        error = caught(lambda body=body: ranks.gather("writing step-3", body))
         assert error.failures == {culprit: "OSError: full"}
         assert error.phase == "writing step-3"
         assert str(error) == f"writing step-3 failed on 1 of 3 ranks\n  rank {culprit}: OSError: full"
@@ -156,11 +156,7 @@ def check_the_store_does_not_grow() -> None:
     assert store.num_keys() <= before + 2  # a barrier of Gloo may leave one of its own
 
 
-def test_a_background_thread_may_use_it_while_the_main_thread_trains(tmp_path: Path) -> None:
-    run_on_ranks(run_in_background, 2, tmp_path)
-
-
-def run_in_background() -> None:
+def check_a_background_thread_may_use_it_while_the_main_thread_trains() -> None:
     ranks = Ranks()
     rounds: list[list[int]] = []
 
@@ -183,27 +179,47 @@ def run_in_background() -> None:
         collectives += 1
     thread.join()
     assert collectives > 1
-    assert rounds == [[0, 1] if ranks.is_leader else []] * 60
+    assert rounds == [[0, 1, 2] if ranks.is_leader else []] * 60
 
 
-def test_a_dead_rank_is_named_by_all_others_in_time(tmp_path: Path) -> None:
-    run_on_ranks(run_without_rank, 3, tmp_path, 2)
+def test_slow_and_dead_ranks_are_named_by_all_others_in_time(tmp_path: Path) -> None:
+    run_on_ranks(run_with_slow_and_dead_rank, 3, tmp_path)
 
 
-def test_a_dead_rank_0_is_named_by_all_others_in_time(tmp_path: Path) -> None:
-    run_on_ranks(run_without_rank, 3, tmp_path, 0)
+def test_a_dead_rank_0_is_named_by_the_others_in_time(tmp_path: Path) -> None:
+    run_on_ranks(run_without_rank, 2, tmp_path, 0)
+
+
+def run_with_slow_and_dead_rank() -> None:
+    check_a_slow_rank_finds_its_place_again_after_the_others_gave_up()
+    run_without_rank(2)
+
+
+def check_a_slow_rank_finds_its_place_again_after_the_others_gave_up() -> None:
+    ranks = Ranks(timeout_secs=1.0)
+    dist.barrier()
+    store = dist.distributed_c10d._get_default_store()
+    if ranks.rank == 1:
+        store.wait(["gave up"])
+    with pytest.raises(RankTimeoutError) as error:
+        ranks.gather("writing", lambda: 1)
+    assert error.value.missing == [1]
+    if ranks.is_leader:
+        store.set("gave up", "")
+    dist.barrier()
+    assert_in_step(ranks)
 
 
 def run_without_rank(dead: int) -> None:
-    ranks = Ranks(timeout_secs=1.0)
-    ranks.gather("meeting", lambda: 1)
+    ranks = Ranks(timeout_secs=2.0)
+    dist.barrier()
     if ranks.rank == dead:
         os._exit(0)
     started = time.monotonic()
     with pytest.raises(RankTimeoutError, match="writing step-3: no word from rank") as error:
         ranks.gather("writing step-3", lambda: 1)
     assert (error.value.phase, error.value.missing) == ("writing step-3", [dead])
-    assert time.monotonic() - started < 1.0 * 1.1 + 5 + 2
+    assert time.monotonic() - started < 2.0 * 1.1 + 5 + 2
 
 
 def test_a_rank_that_dies_with_the_store_it_holds_is_named_too(tmp_path: Path) -> None:
@@ -220,30 +236,12 @@ def _run_with_tcp_store(rank: int, port_file: Path) -> None:
     store = store or dist.TCPStore("127.0.0.1", int(port_file.read_text()))
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
     ranks = Ranks(timeout_secs=30)
-    ranks.gather("meeting", lambda: 1)
     if rank == 0:
+        ranks.gather("meeting", lambda: 1)
         os._exit(0)
-    error = caught(lambda: ranks.lead("committing", lambda: 1), RankTimeoutError)
+    error = caught(lambda: [ranks.gather("meeting", lambda: 1), ranks.lead("committing", lambda: 1)], RankTimeoutError)
     assert error.missing == [0]
     os._exit(0)  # without the store the group cannot be taken down in good order
-
-
-def test_a_slow_rank_finds_its_place_again_after_the_others_gave_up(tmp_path: Path) -> None:
-    run_on_ranks(run_with_slow_rank, 2, tmp_path)
-
-
-def run_with_slow_rank() -> None:
-    ranks = Ranks(timeout_secs=0.5)
-    arrived = threading.Event()
-    if ranks.rank == 1:
-        ranks._get(f"{ranks._name}/0/verdict", "waiting", [0], time.monotonic() + 30)  # rank 0 has given us up
-        arrived.set()
-    with pytest.raises(RankTimeoutError) as error:
-        ranks.gather("writing", lambda: 1)
-    assert error.value.missing == [1]
-    assert arrived.is_set() == (ranks.rank == 1)
-    dist.barrier()
-    assert_in_step(ranks)
 
 
 def test_one_rank_needs_no_process_group_and_raises_the_original_error() -> None:

@@ -1,0 +1,44 @@
+"""What several test modules share: runs of real ranks, made once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import run_on_ranks
+from tests.trained_runs import FROM_TRANSFORMERS, Trained, make_base, read_run, run_training
+
+KINDS = (*FROM_TRANSFORMERS, "odd")
+RUNS = {1: KINDS, 2: KINDS, 4: ("odd",)}
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], Trained]:
+    """Kind of model and number of ranks -> its finished run. Read only."""
+    root = tmp_path_factory.mktemp("trained")
+    runs = {}
+    for ranks, kinds in RUNS.items():
+        directory = root / f"{ranks}-ranks"
+        directory.mkdir()
+        if ranks == 1:
+            run_training(kinds, directory)
+        else:
+            run_on_ranks(run_training, ranks, directory, kinds, directory)
+        for kind in kinds:
+            make_base(kind, directory / f"base-{kind}")
+            runs[kind, ranks] = read_run(kind, directory)
+    return runs
+
+
+@pytest.fixture(scope="session")
+def odd(trained: dict[tuple[str, int], Trained]) -> Trained:
+    """A checkpoint of 2 ranks with everything that is hard: uneven shards, frozen weights, other dtypes. Read only."""
+    return trained["odd", 2]
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    """Where an export may go: a place of its own, so that whatever is left behind is seen."""
+    (tmp_path / "exports").mkdir()
+    return tmp_path / "exports" / "out"

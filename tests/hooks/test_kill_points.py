@@ -1,0 +1,340 @@
+"""A rank is killed at every point at which it touches the disk; the next run goes on as if nothing had happened.
+
+A server process imports torch once and forks the ranks, so that a run takes a fraction of a second. In the rank that
+is to die, an audit hook and a wrapper of ``os.fsync`` count everything that touches the run directory.
+"""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+from shardsmith.checkpoints import find_damage
+from shardsmith.dcp import DcpSource
+from shardsmith.digest import digest_tensor
+from shardsmith.hooks import EMA, Hooks, ShardedSave, every, latest
+from shardsmith.layout import is_leftover, parse_step
+from shardsmith.metadata import read_metadata
+from shardsmith.tensors import read_tensor
+
+pytestmark = pytest.mark.long
+
+Mode = Literal["async", "disabled"]
+RANKS = 2
+WATCHED = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One run of all ranks, from the last checkpoint if there is one, that saves every step and keeps the last."""
+
+    directory: Path
+    """The run directory; files that belong to the test are beside it."""
+    steps: int
+    mode: Mode
+    victim: int | None = None
+    """The rank that writes down what it does to the disk."""
+    point: int | None = None
+    """It dies before it does this one of these things, counted from 0."""
+    file_limit: int | None = None
+    """It dies when it makes a file longer than this."""
+    width: int = 8
+    spare_others: bool = False
+    """Let the other ranks find out by themselves; otherwise they are killed too, as a launcher does."""
+
+    def beside(self, name: str) -> Path:
+        return self.directory.with_name(f"{self.directory.name}.{name}")
+
+    def events(self) -> list[str]:
+        """What the victim was about to do, the last of which it did not do if it was killed."""
+        return self.beside("events").read_text().splitlines()
+
+
+def train(run: Run) -> None:
+    """Train with Shardsmith attached. All ranks."""
+    torch.manual_seed(7)
+    random.seed(7)
+    model = nn.Sequential(nn.Linear(run.width, 5), nn.Dropout(0.5), nn.Linear(5, run.width))
+    fully_shard(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    ema = EMA(model, decay=0.5)
+    save = ShardedSave(
+        run.directory,
+        model=model,
+        optimizer=optimizer,
+        ema=ema,
+        when=every(1),
+        keep=latest(1),
+        async_mode=run.mode,
+        timeout_secs=1 if run.spare_others else 30,
+    )
+    hooks = Hooks(ema, save)
+    step = hooks.resume()
+    if dist.get_rank() == 0:
+        run.beside("resumed").write_text(str(step))
+    if run.file_limit is not None and dist.get_rank() == run.victim:
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (run.file_limit, resource.RLIM_INFINITY))
+    while step < run.steps:
+        model(torch.ones(3, run.width)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        hooks.step(step)
+    hooks.close()
+
+
+def die_at(run: Run) -> None:
+    """From now on write down everything that this process does to the run directory, and die at the chosen point."""
+    root = str(run.directory)
+    log = os.open(run.beside("events"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    count = 0
+
+    def reached(what: str, path: str, goal: str = "") -> None:
+        nonlocal count
+        if path != root and not path.startswith(f"{root}/"):
+            return
+        os.write(log, f"{what} {path.removeprefix(root)} {goal.removeprefix(root)}\n".encode())
+        if count == run.point:
+            os.kill(os.getpid(), signal.SIGKILL)
+        count += 1
+
+    def audit(event: str, args: tuple[object, ...]) -> None:
+        if event not in WATCHED or isinstance(args[0], int):
+            return
+        path = os.fsdecode(os.fspath(args[0]))  # type: ignore[call-overload]
+        folder = args[-1] if event != "open" and isinstance(args[-1], int) else -1
+        if folder >= 0:
+            path = f"{os.readlink(f'/proc/self/fd/{folder}')}/{path}"
+        reached(event, path, str(args[1]) if event == "os.rename" else "")
+
+    fsync = os.fsync
+
+    @functools.wraps(fsync)
+    def watched_fsync(descriptor: int) -> None:
+        reached("fsync", os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    os.fsync = watched_fsync
+    sys.addaudithook(audit)
+
+
+def run_rank(rank: int, run: Run) -> None:
+    """The life of one rank; it never returns."""
+    log = os.open(run.beside(f"rank-{rank}.log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    signal.alarm(60)  # whatever happens, no rank outlives the test
+    status = 1
+    try:
+        torch.set_num_threads(1)
+        store = f"file://{run.beside('store')}"
+        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS, timeout=timedelta(seconds=30))
+        if rank == run.victim:
+            die_at(run)
+        train(run)
+        dist.destroy_process_group()
+        status = 0
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def run_ranks(run: Run) -> list[int]:
+    """Fork the ranks and wait for all of them; how each ended: its exit status, or minus the signal."""
+    run.beside("store").unlink(missing_ok=True)
+    ranks = {}
+    for rank in range(RANKS):
+        pid = os.fork()
+        if pid == 0:
+            run_rank(rank, run)
+        ranks[pid] = rank
+    ends: dict[int, int] = {}
+    while len(ends) < RANKS:
+        pid, status = os.wait()
+        ends[ranks[pid]] = os.waitstatus_to_exitcode(status)
+        if status and not run.spare_others:
+            for other, rank in ranks.items():
+                if rank not in ends:
+                    os.kill(other, signal.SIGKILL)
+    return [ends[rank] for rank in range(RANKS)]
+
+
+def serve(connection: Connection) -> None:
+    """Do runs until told to stop."""
+    import torch._dynamo  # the first fully_shard and the first optimizer want it, which would take each rank a second
+    import torch.profiler  # noqa: F401
+
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    while (run := connection.recv()) is not None:
+        connection.send(run_ranks(run))
+
+
+class Server:
+    """Starts runs in a process that has threads of neither Gloo nor pytest."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def run(self, run: Run) -> list[int]:
+        self._connection.send(run)
+        return self._connection.recv()  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=serve, args=(theirs,))
+    process.start()
+    yield Server(ours)
+    ours.send(None)
+    process.join()
+
+
+def digests(checkpoint: Path) -> dict[str, str]:
+    return {key: record.digest for key, record in read_metadata(checkpoint).tensors.items()}
+
+
+def visible_steps(directory: Path) -> list[int]:
+    """The steps that can be seen, each of which must be whole; nothing else may be seen."""
+    names = [path.name for path in directory.iterdir() if not is_leftover(path.name)] if directory.exists() else []
+    for name in names:
+        assert find_damage(directory / name) == []
+        source = DcpSource(directory / name)
+        assert {key: str(digest_tensor(read_tensor(source, key))) for key in source.specs} == digests(directory / name)
+        source.close()
+    return sorted(int(str(parse_step(name))) for name in names)
+
+
+def committed_in(events: list[str]) -> list[int]:
+    """The steps that rank 0 had renamed to their names before it was killed, by its own account."""
+    goals = [line.split()[-1] for line in events[:-1] if line.startswith("os.rename ")]
+    return [step for goal in goals if (step := parse_step(goal.strip("/"))) is not None]
+
+
+def goes_on_and_ends_like(server: Server, killed: Run, straight: Path) -> None:
+    """A new run takes up the newest checkpoint that can be seen and ends as the uninterrupted one did."""
+    seen = visible_steps(killed.directory)
+    last = int(straight.name.removeprefix("step-"))
+    again = Run(directory=killed.directory, steps=last, mode=killed.mode, width=killed.width)
+    assert server.run(again) == [0, 0], again.beside("rank-0.log").read_text()
+    assert int(again.beside("resumed").read_text()) == max(seen, default=0)
+    assert [path.name for path in killed.directory.iterdir()] == [straight.name]
+    assert visible_steps(killed.directory) == [last]
+    assert digests(killed.directory / straight.name) == digests(straight)
+
+
+def uninterrupted(server: Server, directory: Path, width: int = 8) -> Path:
+    """The last checkpoint of a run that nobody disturbs."""
+    run = Run(directory=directory / "straight", steps=3, mode="disabled", width=width)
+    assert server.run(run) == [0, 0], run.beside("rank-0.log").read_text()
+    return run.directory / "step-3"
+
+
+@pytest.fixture(scope="module")
+def straight(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return uninterrupted(server, tmp_path_factory.mktemp("uninterrupted"))
+
+
+def points(server: Server, tmp_path: Path, mode: Mode, victim: int) -> list[str]:
+    """Everything that the victim does to the disk in a run that saves two steps and removes the first."""
+    run = Run(directory=tmp_path / "count", steps=2, mode=mode, victim=victim)
+    assert server.run(run) == [0, 0], run.beside("rank-0.log").read_text()
+    return run.events()
+
+
+def test_the_points_are_those_of_probe_write_commit_and_retention(server: Server, tmp_path: Path) -> None:
+    events = "\n".join(points(server, tmp_path, "disabled", 0))
+    order = [
+        r"mkdir /\.probe",
+        r"mkdir /\.step-1\.tmp",
+        r"fsync \S+/__0_0\.distcp",
+        r"fsync \S+/\.metadata ",
+        r"fsync \S+json",
+    ]
+    order += [r"rename /\.step-1\.tmp-\w+ /step-1\n", r"rename \S+ /step-2\n", r"rename /step-1 /\.step-1\.trash"]
+    order += [r"remove \S+trash\S+/__0_0\.distcp", r"rmdir /\.step-1\.trash"]
+    assert re.search("(?s:.*)".join(order), events)
+
+
+@pytest.mark.parametrize("mode", ["disabled", "async"])
+@pytest.mark.parametrize("victim", range(RANKS))
+def test_a_kill_at_any_point_leaves_whole_checkpoints_and_a_run_that_goes_on(
+    server: Server, straight: Path, tmp_path: Path, mode: Mode, victim: int
+) -> None:
+    events = points(server, tmp_path, mode, victim)
+    # the background thread runs the same code: there, from the second save on
+    first = 0 if mode == "disabled" else next(i for i, line in enumerate(events) if "/.step-2.tmp" in line)
+    for point in range(first, len(events)):
+        run = Run(directory=tmp_path / f"run-{point}", steps=2, mode=mode, victim=victim, point=point)
+        assert server.run(run)[victim] == -signal.SIGKILL
+        if victim == 0:
+            assert max(visible_steps(run.directory), default=0) == max(committed_in(run.events()), default=0)
+        goes_on_and_ends_like(server, run, straight)
+        shutil.rmtree(run.directory)
+
+
+def test_a_kill_while_the_leftovers_of_a_kill_are_swept_is_no_worse(
+    server: Server, straight: Path, tmp_path: Path
+) -> None:
+    events = points(server, tmp_path, "disabled", 0)
+    (in_retention,) = (i for i, line in enumerate(events) if "trash" in line and line.endswith("/__1_0.distcp "))
+    first = next(i for i, line in enumerate(events) if "/.step-1.tmp" in line)  # what is before is done at each start
+    for point in range(first, first + 8):
+        run = Run(directory=tmp_path / f"run-{point}", steps=2, mode="disabled", victim=0, point=in_retention)
+        assert server.run(run)[0] == -signal.SIGKILL
+        assert server.run(replace(run, steps=3, point=point))[0] == -signal.SIGKILL
+        goes_on_and_ends_like(server, run, straight)
+
+
+@pytest.mark.parametrize("victim", range(RANKS))
+@pytest.mark.parametrize("limit", [40_000, 90_000, 150_000])
+def test_a_kill_in_the_middle_of_a_write_is_no_worse(server: Server, tmp_path: Path, victim: int, limit: int) -> None:
+    straight = uninterrupted(server, tmp_path, width=3000)
+    run = Run(directory=tmp_path / "run", steps=2, mode="async", victim=victim, file_limit=limit, width=3000)
+    assert server.run(run)[victim] == -signal.SIGXFSZ
+    (torn,) = run.directory.glob(f".step-1.tmp-*/__{victim}_0.distcp")
+    assert torn.stat().st_size == limit
+    goes_on_and_ends_like(server, run, straight)
+
+
+# in the first save: before its shard is opened, and before it is fsynced
+@pytest.mark.parametrize("what", ["open", "fsync"])
+@pytest.mark.parametrize("victim", range(RANKS))
+def test_a_rank_that_is_left_behind_ends_with_an_error_that_names_the_dead_one(
+    server: Server, straight: Path, tmp_path: Path, victim: int, what: str
+) -> None:
+    mode: Mode = "disabled"  # in the background too, unless the training itself notices first
+    events = points(server, tmp_path, mode, victim)
+    point = next(i for i, line in enumerate(events) if re.match(rf"{what} \S+distcp", line))
+    run = Run(directory=tmp_path / "run", steps=2, mode=mode, victim=victim, point=point, spare_others=True)
+    ends = server.run(run)
+    assert ends[victim] == -signal.SIGKILL
+    assert ends[1 - victim] == 1
+    assert re.search(rf"Rank\w+Error: writing step-1.*rank {victim}", run.beside(f"rank-{1 - victim}.log").read_text())
+    assert visible_steps(run.directory) == []
+    if victim != 0:
+        assert list(run.directory.iterdir()) == []
+    goes_on_and_ends_like(server, run, straight)

@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from shardsmith.errors import CheckpointNotFoundError, ProtectedPathError, UnsafeCheckpointError, WriteError
+from shardsmith.hf_directory import config_for, copy_files, files_to_copy, protect, read_config, ties_word_embeddings
+
+KEPT = [
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "README.md",
+    "LICENSE",
+    "ae.safetensors",
+    "diffusion_pytorch_model.safetensors",
+    "vae/config.json",
+    "additional_chat_templates/tool.jinja",
+]
+LEFT_OUT = [
+    "model.safetensors",
+    "model-00001-of-00002.safetensors",
+    "model.safetensors.index.json",
+    "ema.safetensors",
+    "ema-00001-of-00002.safetensors",
+    "ema.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model-00001-of-00002.bin",
+    "pytorch_model.bin.index.json",
+    "tf_model.h5",
+    "flax_model.msgpack",
+    "original/consolidated.00.pth",
+    "onnx/model.onnx",
+    "model-q4.gguf",
+    "optimizer.pt",
+    "shardsmith.json",
+    ".gitattributes",
+    ".cache/huggingface/download.lock",
+    ".git/config",
+    "vae/.gitignore",
+]
+CODE = ["modeling_x.py", "parts/tools.py"]
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    for name in (*KEPT, *LEFT_OUT, *CODE):
+        (tmp_path / "base" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "base" / name).write_text(name)
+    return tmp_path / "base"
+
+
+def test_everything_but_weights_code_and_hidden_files_is_copied(base: Path) -> None:
+    assert files_to_copy(base) == sorted(KEPT)
+
+
+def test_code_is_copied_if_it_is_trusted(base: Path) -> None:
+    assert files_to_copy(base, trust_remote_code=True) == sorted(KEPT + CODE)
+
+
+def test_a_copy_has_the_content_and_the_size_that_is_reported(base: Path, tmp_path: Path) -> None:
+    sizes = copy_files(base, files_to_copy(base), tmp_path / "copy")
+    assert sizes == {name: len(name) for name in KEPT}
+    assert all((tmp_path / "copy" / name).read_text() == name for name in KEPT)
+
+
+def test_links_are_copied_as_what_they_lead_to(tmp_path: Path) -> None:
+    (tmp_path / "blob").write_text("{}")
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").symlink_to("../blob")
+    copy_files(tmp_path / "base", files_to_copy(tmp_path / "base"), tmp_path / "copy")
+    assert not (tmp_path / "copy" / "config.json").is_symlink()
+    assert (tmp_path / "copy" / "config.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("nowhere")], ids=["pipe", "dangling link"])
+def test_what_cannot_be_copied_is_refused_before_anything_is(make: Callable[[Path], object], base: Path) -> None:
+    make(base / "extra.json")
+    with pytest.raises(UnsafeCheckpointError, match=r"extra\.json: is not a regular file"):
+        files_to_copy(base)
+
+
+def test_a_file_that_goes_missing_is_a_write_error(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(WriteError, match=r"copying .*gone\.json failed: No such file"):
+        copy_files(base, ["gone.json"], tmp_path / "copy")
+
+
+def test_a_base_must_be_a_directory_with_a_config(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointNotFoundError, match="must be a local directory"):
+        files_to_copy(tmp_path / "org" / "name")
+    with pytest.raises(CheckpointNotFoundError, match=r"has no config\.json"):
+        read_config(tmp_path)
+
+
+def test_a_config_keeps_its_letters_and_the_order_of_its_keys() -> None:
+    config = {"z": "ä日本", "dtype": "float32", "a": [1, {"dtype": "float32"}]}
+    text = config_for(config, torch.float16).decode()
+    assert "ä日本" in text
+    assert list(json.loads(text).items()) == [*(config | {"dtype": "float16"}).items()]
+
+
+@pytest.mark.parametrize(
+    ("config", "ties"),
+    [
+        ({}, False),
+        ({"tie_word_embeddings": False}, False),
+        ({"tie_word_embeddings": True}, True),
+        ({"text_config": {"tie_word_embeddings": True}}, True),
+        ({"tie_word_embeddings": "yes"}, False),
+    ],
+)
+def test_ties_are_what_the_config_or_its_text_part_says(config: dict[str, object], ties: bool) -> None:
+    assert ties_word_embeddings(config) is ties
+
+
+def test_outputs_beside_the_inputs_are_not_refused(base: Path, tmp_path: Path) -> None:
+    for output in (tmp_path / "out", tmp_path / "base-2", tmp_path / "a" / "base", base / ".." / "out"):
+        protect(output, base, base / "model.safetensors")
+
+
+def test_an_output_beside_a_weights_file_is_not_in_it(base: Path) -> None:
+    protect(base / "out", base / "model.safetensors")
+    with pytest.raises(ProtectedPathError):
+        protect(base / "model.safetensors", base / "model.safetensors")
+
+
+def test_a_file_that_is_another_name_of_an_input_is_protected(base: Path, tmp_path: Path) -> None:
+    os.link(base / "model.safetensors", tmp_path / "other-name")
+    with pytest.raises(ProtectedPathError, match="only read"):
+        protect(tmp_path / "other-name", base / "model.safetensors")

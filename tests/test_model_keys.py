@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict
+from torch.distributed.checkpoint.stateful import Stateful
+
+from shardsmith.dcp_index import read_index
+from shardsmith.model_keys import NOT_A_MODEL, find_models
+from tests.dcp_directories import save
+
+ONE = torch.ones(1)
+
+
+def saved(state: dict[str, Any], tmp_path: Path) -> dict[str, dict[str, str]]:
+    """The models in what torch makes of this state dict."""
+    index = read_index(save(state, tmp_path / "dcp"))
+    return find_models(index.tensors, index.containers)
+
+
+def test_flat_keys_are_the_model_and_the_rest_is_not(tmp_path: Path) -> None:
+    beside = {name: {"x": ONE} for name in NOT_A_MODEL - {"ema_model"}}
+    found = saved({"layers.0.w": ONE, "norm.w": ONE, **beside}, tmp_path)
+    assert found == {"main": {"layers.0.w": "layers.0.w", "norm.w": "norm.w"}}
+
+
+def test_keys_nested_under_model_are_the_model_and_the_rest_is_not(tmp_path: Path) -> None:
+    state = {"model": {"layers.0.w": ONE, "norm.w": ONE}, "optimizer": {"state": {"norm.w": ONE}}, "other": ONE}
+    assert saved(state, tmp_path) == {"main": {"layers.0.w": "model.layers.0.w", "norm.w": "model.norm.w"}}
+
+
+def test_a_nested_model_may_be_a_tree(tmp_path: Path) -> None:
+    state = {"model": {"layers": {"0": {"w": ONE}}, "list": [ONE, ONE]}}
+    found = saved(state, tmp_path)["main"]
+    assert found == {"layers.0.w": "model.layers.0.w", "list.0": "model.list.0", "list.1": "model.list.1"}
+
+
+class AppState(Stateful):
+    """As in torch's tutorial of distributed checkpoints."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self.model, self.optimizer = model, optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        model, optimizer = get_state_dict(self.model, self.optimizer)
+        return {"model": model, "optim": optimizer}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+
+def test_the_app_state_of_torchs_tutorial_is_read(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(2)).sum().backward()
+    optimizer.step()
+    found = saved({"app": AppState(model, optimizer)}, tmp_path)
+    assert found == {"main": {"0.weight": "app.model.0.weight", "0.bias": "app.model.0.bias"}}
+
+
+@pytest.mark.parametrize("suffix", ["", ".0", ".default"], ids=["one average", "numbered", "named"])
+def test_the_average_of_torchtitan_is_read(tmp_path: Path, suffix: str) -> None:
+    key = f"ema.state.layers.0.w.ema_params{suffix}"
+    found = saved({"layers.0.w": ONE, key: ONE, "ema.state.layers.0.w.step": ONE}, tmp_path)
+    assert found == {"main": {"layers.0.w": "layers.0.w"}, "ema": {"layers.0.w": key}}
+
+
+def test_our_average_is_read_beside_a_flat_model(tmp_path: Path) -> None:
+    state = {"w": ONE, "ema_model": {"w": ONE}, "ema_state": {"updates": ONE}, "train_state": {"step": ONE}}
+    assert saved(state, tmp_path) == {"main": {"w": "w"}, "ema": {"w": "ema_model.w"}}
+
+
+def test_our_average_is_read_beside_a_nested_model(tmp_path: Path) -> None:
+    state = {"model": {"w": ONE}, "ema_model": {"w": ONE}}
+    assert saved(state, tmp_path) == {"main": {"w": "model.w"}, "ema": {"w": "ema_model.w"}}
+
+
+def test_a_flat_model_whose_own_names_begin_with_model_keeps_them(tmp_path: Path) -> None:
+    names = ["model.layers.0.w", "model.norm.w", "lm_head.w"]
+    found = saved({**dict.fromkeys(names, ONE), "optimizer": {"state": {"model.norm.w": ONE}}}, tmp_path)
+    assert found == {"main": {name: name for name in names}}
+
+
+def test_a_nested_model_whose_own_names_begin_with_model_keeps_them_too(tmp_path: Path) -> None:
+    state = {"model": {"model.layers.0.w": ONE, "lm_head.w": ONE}}
+    found = saved(state, tmp_path)
+    assert found == {"main": {"model.layers.0.w": "model.model.layers.0.w", "lm_head.w": "model.lm_head.w"}}
+
+
+def test_our_average_of_a_model_whose_names_begin_with_model_keeps_them(tmp_path: Path) -> None:
+    state = {"model.norm.w": ONE, "ema_model": {"model.norm.w": ONE}}
+    found = saved(state, tmp_path)
+    assert found == {"main": {"model.norm.w": "model.norm.w"}, "ema": {"model.norm.w": "ema_model.model.norm.w"}}
+
+
+@pytest.mark.parametrize("aside", ["optimizer", "optim", "dataloader", "train_state"])
+def test_something_called_model_inside_of_something_else_is_no_model(tmp_path: Path, aside: str) -> None:
+    assert saved({"w": ONE, aside: {"model": {"w": ONE}}}, tmp_path) == {"main": {"w": "w"}}
+
+
+def test_a_name_that_only_begins_like_one_set_aside_is_the_models(tmp_path: Path) -> None:
+    names = ["optimizer_head.w", "emanate.w", "rng_net.w", "ema_models.w"]
+    assert saved(dict.fromkeys(names, ONE), tmp_path) == {"main": {name: name for name in names}}
+
+
+def test_keys_without_paths_are_flat() -> None:
+    assert find_models(["model.w", "b"], {}) == {"main": {"model.w": "model.w", "b": "b"}}
+
+
+def test_order_is_kept() -> None:
+    keys = ["c", "a", "b"]
+    assert list(find_models(keys, {})["main"]) == keys
+
+
+def test_a_checkpoint_without_a_model_has_none(tmp_path: Path) -> None:
+    assert saved({"optimizer": {"state": {"w": ONE}}}, tmp_path) == {}
