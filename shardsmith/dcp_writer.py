@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from shardsmith.commit import writing
 from shardsmith.digest import Digest, digest_box
 from shardsmith.errors import WriteError
 from shardsmith.metadata import FileRecord
@@ -108,9 +109,12 @@ class _HashingFileSystem(FileSystem):
                 yield stream
             return
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-        with os.fdopen(descriptor, "wb") as file:
+        with writing(Path(path), "write"), os.fdopen(descriptor, "wb") as file:
             stream = _HashingStream(file)
-            yield stream
+            try:
+                yield stream
+            except RuntimeError as error:  # torch's archive writer notices that bytes are missing, but not why
+                raise stream.error or error from error
         self.files[Path(path).name] = FileRecord(size=stream.size, xxh3_128=stream.hash.hexdigest())
 
     def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
@@ -125,13 +129,18 @@ class _HashingStream(io.RawIOBase):
         self._file = file
         self.hash = xxhash.xxh3_128()
         self.size = 0
+        self.error: OSError | None = None
 
     def writable(self) -> bool:
         return True
 
     def write(self, data: Any) -> int:
         self.hash.update(data)
-        written = self._file.write(data)
+        try:
+            written = self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
         self.size += written
         return written
 

@@ -1,4 +1,4 @@
-"""Work out a Hugging Face directory before a byte is written: what goes where, and everything that is refused."""
+"""Work out what ``to-hf`` makes of a checkpoint before a byte is written, and refuse what cannot be done."""
 
 from __future__ import annotations
 
@@ -12,18 +12,16 @@ import torch
 
 from shardsmith import layout
 from shardsmith.commit import refuse_existing
+from shardsmith.directory_plan import DirectoryPlan, ModelPlan, Origin, plan_model
 from shardsmith.errors import CheckpointNotFoundError, MismatchError
-from shardsmith.formats import HUGGINGFACE, detect_checkpoint_format, model_names, open_source
+from shardsmith.formats import HUGGINGFACE, SHARDED, detect_checkpoint_format, model_names, open_source
 from shardsmith.hf_directory import files_to_copy, protect, read_config
+from shardsmith.metadata import read_metadata
 from shardsmith.model_keys import EMA, MAIN
 from shardsmith.models import ModelSource
-from shardsmith.safetensors_files import WeightsPlan, parse_size, plan_files
 from shardsmith.safetensors_source import open_safetensors_directory
 from shardsmith.tensors import TensorSpec
 from shardsmith.ties import tied_by_config
-
-CASTABLE = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
-"""Dtypes that a dtype option changes. Integers, bools and float8 (quantised) stay as they are."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,46 +41,20 @@ class ExportOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class ModelPlan:
-    """One model of the checkpoint on its way into one set of files."""
+class ExportPlan:
+    """A directory, and the checkpoint that it is made from."""
 
-    model: str
-    source: ModelSource
-    specs: tuple[TensorSpec, ...]
-    """As they will be written."""
-    weights: WeightsPlan
-    aliases: Mapping[str, str]
-    """Tied names that are not written -> the name that is."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors as they will be written."""
-        return sum(spec.nbytes for spec in self.specs)
-
-
-@dataclass(frozen=True, slots=True)
-class DirectoryPlan:
-    """One directory to make."""
-
+    directory: DirectoryPlan
     checkpoint: Path
-    output: Path
     base: Path
-    options: ExportOptions
-    models: tuple[ModelPlan, ...]
-    config: dict[str, Any]
-    """The base model's config.json."""
-    copies: tuple[str, ...]
-    """Other files of the base model."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all weights."""
-        return sum(model.nbytes for model in self.models)
+    sources: Mapping[str, ModelSource]
+    """By model."""
+    verify: bool
 
 
 def plan_directory(
     checkpoint: Path, output: Path, base: Path, stems: Mapping[str, str], options: ExportOptions
-) -> DirectoryPlan:
+) -> ExportPlan:
     """Work out a directory and refuse what cannot be done. Writes nothing.
 
     Args:
@@ -97,8 +69,10 @@ def plan_directory(
     copies = files_to_copy(base, trust_remote_code=options.trust_remote_code)
     config = read_config(base)
     template = _base_specs(base)
-    models = tuple(_plan_model(checkpoint, config, template, *item, options) for item in stems.items())
-    return DirectoryPlan(checkpoint, output, base, options, models, config, tuple(copies))
+    sources = {model: open_source(checkpoint, model) for model in stems}
+    models = tuple(_plan_model(sources[model], model, stem, config, template, options) for model, stem in stems.items())
+    directory = DirectoryPlan(output, models, _origin(checkpoint), config, base, tuple(copies))
+    return ExportPlan(directory, checkpoint, base, sources, options.verify)
 
 
 def choose_stems(
@@ -132,31 +106,42 @@ def choose_stems(
 
 
 def _plan_model(
-    checkpoint: Path,
-    config: dict[str, Any],
-    template: Mapping[str, TensorSpec],
+    source: ModelSource,
     model: str,
     stem: str,
+    config: dict[str, Any],
+    template: Mapping[str, TensorSpec],
     options: ExportOptions,
 ) -> ModelPlan:
-    source = open_source(checkpoint, model)
-    aliases = source.aliases or _tied_by_config(checkpoint, source, config, template)
-    specs = tuple(_cast(spec, options.dtype) for name, spec in source.specs.items() if name not in aliases)
-    _compare(checkpoint, specs, template, aliases, options.allow)
-    limit = parse_size(options.max_shard_size) if options.max_shard_size else None
-    return ModelPlan(model, source, specs, plan_files(specs, stem, limit), aliases)
+    plan = plan_model(
+        model,
+        list(source.specs.values()),
+        stem=stem,
+        dtype=options.dtype,
+        max_shard_size=options.max_shard_size,
+        aliases=source.aliases or _tied_by_config(source, config, template),
+        filled=source.filled,
+    )
+    _compare(source.path, plan, template, options.allow)
+    return plan
 
 
-def _tied_by_config(
-    checkpoint: Path, source: ModelSource, config: dict[str, Any], template: Mapping[str, TensorSpec]
-) -> dict[str, str]:
+def _tied_by_config(source: ModelSource, config: dict[str, Any], template: Mapping[str, TensorSpec]) -> dict[str, str]:
     """As ``tied_by_config``. What an average took from main is compared there: here its twin has moved on."""
     if not source.filled:
         return tied_by_config(source, config, template)
-    main = open_source(checkpoint, MAIN)
+    main = open_source(source.path, MAIN)
     aliases = tied_by_config(main, config, template)
     main.close()
     return aliases
+
+
+def _origin(checkpoint: Path) -> Origin:
+    name = checkpoint.resolve().name
+    if detect_checkpoint_format(checkpoint).name != SHARDED:
+        return Origin(name)
+    metadata = read_metadata(checkpoint)
+    return Origin(name, metadata.attempt, metadata.step, metadata.ema)
 
 
 def _base_specs(base: Path) -> Mapping[str, TensorSpec]:
@@ -169,21 +154,11 @@ def _base_specs(base: Path) -> Mapping[str, TensorSpec]:
     return source.specs
 
 
-def _cast(spec: TensorSpec, dtype: torch.dtype | None) -> TensorSpec:
-    return TensorSpec(spec.name, spec.shape, dtype) if dtype and spec.dtype in CASTABLE else spec
-
-
-def _compare(
-    checkpoint: Path,
-    specs: Sequence[TensorSpec],
-    template: Mapping[str, TensorSpec],
-    aliases: Mapping[str, str],
-    allow: Sequence[str],
-) -> None:
+def _compare(checkpoint: Path, plan: ModelPlan, template: Mapping[str, TensorSpec], allow: Sequence[str]) -> None:
     """Raise MismatchError if names or shapes are not those of the base model's weights."""
     if not template:
         return
-    ours = {spec.name: spec for spec in specs}
+    ours = {spec.name: spec for spec in plan.specs}
     problems = {name: "in the base model, not in the checkpoint" for name in template if name not in ours}
     problems |= {name: "in the checkpoint, not in the base model" for name in ours if name not in template}
     problems |= {
@@ -194,7 +169,7 @@ def _compare(
     lines = [
         f"{name}: {problem}"
         for name, problem in sorted(problems.items())
-        if name not in aliases and not any(fnmatchcase(name, pattern) for pattern in allow)
+        if name not in plan.aliases and not any(fnmatchcase(name, pattern) for pattern in allow)
     ]
     if lines:
         summary = f"{len(lines)} tensors are not as in the base model"

@@ -15,7 +15,7 @@ from shardsmith.errors import (
     IncompleteCheckpointError,
     UnsupportedFormatError,
 )
-from shardsmith.metadata import read_metadata
+from shardsmith.metadata import has_manifest, read_metadata
 from shardsmith.model_keys import EMA, MAIN, find_models
 from shardsmith.models import ModelSource, open_dcp_model
 from shardsmith.safetensors_source import SafetensorsSource, open_safetensors_directory
@@ -121,10 +121,8 @@ def _reason(error: CheckpointError, path: Path) -> str:
 def _detect_directory(path: Path) -> DetectedFormat:
     if layout.is_leftover(path.name):
         return DetectedFormat(INCOMPLETE, "its name says that it was being written or deleted")
-    if (path / layout.METADATA_FILE).is_file() and (path / layout.DCP_INDEX_FILE).exists():
-        return _detect_sharded(path)
     if (path / layout.DCP_INDEX_FILE).exists():
-        return _detect_dcp(path)
+        return _detect_sharded(path) if has_manifest(path) else _detect_dcp(path)
     names = sorted(os.listdir(path))
     if shards := [name for name in names if name.endswith(".distcp")]:
         return DetectedFormat(INCOMPLETE, f"{len(shards)} .distcp files without {layout.DCP_INDEX_FILE}")
@@ -141,8 +139,8 @@ def _detect_directory(path: Path) -> DetectedFormat:
 def _detect_sharded(path: Path) -> DetectedFormat:
     try:
         metadata = read_metadata(path)
-    except UnsupportedFormatError:
-        return _detect_dcp(path)  # somebody else's metadata.json
+    except UnsupportedFormatError as error:
+        return DetectedFormat(UNKNOWN, _reason(error, path))
     except CheckpointError as error:
         return DetectedFormat(INCOMPLETE, _reason(error, path))
     if damage := find_damage(path, contents=False):

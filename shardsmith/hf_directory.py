@@ -43,14 +43,16 @@ _OWN_WEIGHTS = (
     "*.onnx",
 )
 """The model's own weights and their indexes, in any framework: replaced by ours, never copied beside them."""
-_NOT_THE_MODEL = (PROVENANCE_FILE, ".*")
+_OTHER_COPIES = ("consolidated*", "*.pth", "*.gguf", "*.onnx")
+"""The same weights once more, in folders below; safetensors there are other parts of the model, and are copied."""
+_NEVER = (PROVENANCE_FILE, ".*")
 
 
 def files_to_copy(base: Path, *, trust_remote_code: bool = False) -> list[str]:
     """Files of the base model that belong into a directory with new weights, as relative paths, sorted.
 
-    All but its own weights: configs, tokenizer, processor, chat template, and weights of other parts (a VAE). Python
-    files only with ``trust_remote_code``. Hidden files and folders are left out.
+    All but its own weights: configs, tokenizer, processor, chat template, and weights of other parts (a VAE, or what
+    lies in folders). Python files only with ``trust_remote_code``. Hidden files and folders are left out.
 
     Raises:
         CheckpointNotFoundError: no such directory.
@@ -58,10 +60,11 @@ def files_to_copy(base: Path, *, trust_remote_code: bool = False) -> list[str]:
     """
     if not base.is_dir():
         raise CheckpointNotFoundError(base, "the base model must be a local directory with at least its config.json")
-    unwanted = (*_OWN_WEIGHTS, *_NOT_THE_MODEL, *(() if trust_remote_code else ("*.py",)))
+    never = (*_NEVER, *(() if trust_remote_code else ("*.py",)))
     found = []
     for folder, folders, names in os.walk(base):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "checkpoint-")))
+        unwanted = (*never, *(_OWN_WEIGHTS if Path(folder) == base else _OTHER_COPIES))
         found += [
             os.path.relpath(os.path.join(folder, name), base)
             for name in names

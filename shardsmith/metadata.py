@@ -110,6 +110,17 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
+def has_manifest(directory: Path) -> bool:
+    """Whether there is a ``metadata.json`` of ours, of any version and in any state; not somebody else's."""
+    path = directory / layout.METADATA_FILE
+    if not path.exists():
+        return False
+    try:
+        return _is_ours(read_json(path))
+    except CorruptCheckpointError:
+        return True
+
+
 def read_metadata(directory: Path) -> CheckpointMetadata:
     """Read and validate ``metadata.json`` of a checkpoint directory.
 
@@ -120,7 +131,7 @@ def read_metadata(directory: Path) -> CheckpointMetadata:
     """
     path = directory / layout.METADATA_FILE
     content = read_json(path)
-    if content.get("checkpoint_type") != CHECKPOINT_TYPE or "schema_version" not in content:
+    if not _is_ours(content):
         raise UnsupportedFormatError(path, "is not a checkpoint manifest of Shardsmith")
     found = content["schema_version"]
     if type(found) is not int or found != SCHEMA_VERSION:
@@ -129,6 +140,10 @@ def read_metadata(directory: Path) -> CheckpointMetadata:
         return _parse(content)
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptCheckpointError(path, f"is damaged: {type(error).__name__}: {error}") from error
+
+
+def _is_ours(content: Mapping[str, Any]) -> bool:
+    return content.get("checkpoint_type") == CHECKPOINT_TYPE and "schema_version" in content
 
 
 def read_json(path: Path) -> dict[str, Any]:

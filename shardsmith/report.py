@@ -15,12 +15,12 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from shardsmith.export_plan import DirectoryPlan
+    from shardsmith.export_plan import ExportPlan
     from shardsmith.inspection import Inspection
 
 
 @contextlib.contextmanager
-def progress_bar(plans: Sequence[DirectoryPlan], *, quiet: bool) -> Iterator[Callable[[int], None] | None]:
+def progress_bar(plans: Sequence[ExportPlan], *, quiet: bool) -> Iterator[Callable[[int], None] | None]:
     """A bar over the bytes of weights; what it yields may be called from any thread. None where nobody would see it."""
     console = _console(sys.stderr)
     if quiet or not console.is_terminal:
@@ -34,24 +34,24 @@ def progress_bar(plans: Sequence[DirectoryPlan], *, quiet: bool) -> Iterator[Cal
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(plans[0].output.name, total=sum(plan.nbytes for plan in plans))
+        task = bar.add_task(plans[0].directory.output.name, total=sum(plan.directory.nbytes for plan in plans))
         yield lambda nbytes: bar.advance(task, nbytes)
 
 
-def print_plans(plans: Sequence[DirectoryPlan]) -> None:
+def print_plans(plans: Sequence[ExportPlan]) -> None:
     """What a dry run would write."""
     console = _console()
     for plan in plans:
-        console.print(f"would write {plan.output} from {plan.checkpoint} and {plan.base}")
+        console.print(f"would write {plan.directory.output} from {plan.checkpoint} and {plan.base}")
         _print_contents(console, plan)
     console.print("dry run: nothing was written")
 
 
-def print_written(plans: Sequence[DirectoryPlan]) -> None:
+def print_written(plans: Sequence[ExportPlan]) -> None:
     """What was written."""
     console = _console()
     for plan in plans:
-        console.print(f"wrote {plan.output} from {plan.checkpoint} and {plan.base}")
+        console.print(f"wrote {plan.directory.output} from {plan.checkpoint} and {plan.base}")
         _print_contents(console, plan)
 
 
@@ -93,23 +93,23 @@ def _extent(inspection: Inspection) -> str:
     return f"in names, sizes and indexes; {more}"
 
 
-def _print_contents(console: Console, plan: DirectoryPlan) -> None:
+def _print_contents(console: Console, plan: ExportPlan) -> None:
     console.print(_files_table(plan))
-    for model in plan.models:
+    for model in plan.directory.models:
         for alias, kept in model.aliases.items():
             console.print(f"{model.model}: {alias} is tied to {kept}, which alone is in the file")
-        if model.source.filled:
-            console.print(f"{model.model}: {len(model.source.filled)} tensors that are not averaged are from main")
+        if model.filled:
+            console.print(f"{model.model}: {len(model.filled)} tensors that are not averaged are from main")
 
 
-def _files_table(plan: DirectoryPlan) -> Table:
+def _files_table(plan: ExportPlan) -> Table:
     table = Table("file", "holds", "tensors", "size")
-    for model in plan.models:
+    for model in plan.directory.models:
         for file in model.weights.files:
             dtypes = ", ".join(sorted({str(t.spec.dtype).removeprefix("torch.") for t in file.tensors.values()}))
             table.add_row(file.name, f"{model.model}, {dtypes}", str(len(file.tensors)), size_text(file.size))
     table.add_row("config.json, shardsmith.json", "written", "", "")
-    for name in plan.copies:
+    for name in plan.directory.copies:
         if name != "config.json":
             table.add_row(name, "from the base model", "", size_text((plan.base / name).stat().st_size))
     return table

@@ -16,6 +16,8 @@ from shardsmith.tensors import TensorSource, read_tensor
 from tests import dcp_directories
 from tests.trained_runs import Trained
 
+GOLDEN = Path(__file__).parent / "golden" / "sharded" / "step-3"
+
 WEIGHTS = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor(7)}
 
 
@@ -213,3 +215,12 @@ def test_a_model_that_is_not_there_is_not_found(tmp_path: Path) -> None:
         open_source(tmp_path, "ema")
     with pytest.raises(CheckpointNotFoundError, match="no tensor named 'c'"):
         read_tensor(open_source(tmp_path), "c")
+
+
+def test_a_newer_manifest_is_not_taken_for_a_plain_dcp_directory(tmp_path: Path) -> None:
+    checkpoint = shutil.copytree(GOLDEN, tmp_path / "step-3")
+    manifest = json.loads((checkpoint / "metadata.json").read_text())
+    (checkpoint / "metadata.json").write_text(json.dumps({**manifest, "schema_version": 2}))
+    found = detect_checkpoint_format(checkpoint)
+    assert found.name == "unknown"
+    assert "schema version 2" in found.reason
