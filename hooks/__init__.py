@@ -2,12 +2,14 @@
 
 from .base import Hook, Hooks
 from .ema import EMA
+from .export import HFExport
 from .retention import Retention, latest, multiples_of
 from .save import ShardedSave
 from .schedule import Schedule, at, every, last
 
 __all__ = [
     "EMA",
+    "HFExport",
     "Hook",
     "Hooks",
     "Retention",

@@ -19,11 +19,15 @@ from shardsmith.metadata import FileRecord, read_metadata
 _READ_BYTES = 1 << 20
 
 
-def committed_steps(directory: Path) -> list[int]:
-    """Steps of the checkpoints in a run directory, ascending. An absent directory has none."""
+def committed_steps(directory: Path, mark: str = layout.METADATA_FILE) -> list[int]:
+    """Steps of the checkpoints in a run directory, ascending. An absent directory has none.
+
+    Args:
+        mark: The file that makes a ``step-<n>`` one of ours.
+    """
     if not directory.is_dir():
         return []
-    steps = (layout.parse_step(path.name) for path in directory.iterdir() if (path / layout.METADATA_FILE).is_file())
+    steps = (layout.parse_step(path.name) for path in directory.iterdir() if (path / mark).is_file())
     return sorted(step for step in steps if step is not None)
 
 

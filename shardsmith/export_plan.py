@@ -68,7 +68,7 @@ def plan_directory(
     refuse_existing(output)
     copies = files_to_copy(base, trust_remote_code=options.trust_remote_code)
     config = read_config(base)
-    template = _base_specs(base)
+    template = base_specs(base)
     sources = {model: open_source(checkpoint, model) for model in stems}
     models = tuple(_plan_model(sources[model], model, stem, config, template, options) for model, stem in stems.items())
     directory = DirectoryPlan(output, models, _origin(checkpoint), config, base, tuple(copies))
@@ -122,7 +122,7 @@ def _plan_model(
         aliases=source.aliases or _tied_by_config(source, config, template),
         filled=source.filled,
     )
-    _compare(source.path, plan, template, options.allow)
+    compare_with_base(source.path, plan, template, options.allow)
     return plan
 
 
@@ -144,7 +144,7 @@ def _origin(checkpoint: Path) -> Origin:
     return Origin(name, metadata.attempt, metadata.step, metadata.ema)
 
 
-def _base_specs(base: Path) -> Mapping[str, TensorSpec]:
+def base_specs(base: Path) -> Mapping[str, TensorSpec]:
     """The base model's own tensors, from its headers; empty if it comes without weights."""
     if detect_checkpoint_format(base).name != HUGGINGFACE:
         return {}
@@ -154,7 +154,9 @@ def _base_specs(base: Path) -> Mapping[str, TensorSpec]:
     return source.specs
 
 
-def _compare(checkpoint: Path, plan: ModelPlan, template: Mapping[str, TensorSpec], allow: Sequence[str]) -> None:
+def compare_with_base(
+    path: Path, plan: ModelPlan, template: Mapping[str, TensorSpec], allow: Sequence[str] = ()
+) -> None:
     """Raise MismatchError if names or shapes are not those of the base model's weights."""
     if not template:
         return
@@ -174,4 +176,4 @@ def _compare(checkpoint: Path, plan: ModelPlan, template: Mapping[str, TensorSpe
     if lines:
         summary = f"{len(lines)} tensors are not as in the base model"
         advice = "Nothing was written. If a difference is meant, allow it by name: --allow 'PATTERN'."
-        raise MismatchError(checkpoint, summary, lines, advice)
+        raise MismatchError(path, summary, lines, advice)

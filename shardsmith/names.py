@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterator
 
 from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 _WRAPPER_SEGMENTS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
@@ -30,6 +32,13 @@ def clean_fqn(name: str, model: nn.Module | None = None) -> str:
             kept.append(segment)
         here = getattr(here, segment, None)
     return ".".join(kept)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself, without DDP, FSDP1 and torch.compile around it. FSDP2 changes the model in place."""
+    while isinstance(model, DistributedDataParallel | FullyShardedDataParallel | OptimizedModule):
+        model = model._orig_mod if isinstance(model, OptimizedModule) else model.module
+    return model
 
 
 def tied_weights(model: nn.Module) -> dict[str, str]:

@@ -1,0 +1,225 @@
+"""``HFExport``: complete Hugging Face directories at selected steps, while the run trains."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from torch import nn
+
+from shardsmith.checkpoints import committed_steps
+from shardsmith.commit import prove_writable, remove, sweep
+from shardsmith.errors import ShardsmithError, UsageError
+from shardsmith.layout import PROVENANCE_FILE, step_name
+from shardsmith.live_boxes import StagingBuffer
+from shardsmith.live_export import LiveExport, LiveExporter
+from shardsmith.ranks import Ranks
+
+from .base import Hook
+from .ema import EMA
+from .live_state import LiveDirectory, LiveState, ModelFiles
+from .retention import Retention, steps_to_remove
+from .schedule import Schedule
+
+log = logging.getLogger(__name__)
+
+_SLOTS = 2  # one export being written, one staged behind it
+
+
+class HFExport(Hook):
+    """Writes ``directory/step-<n>`` as a complete Hugging Face directory, straight from the sharded live weights.
+
+        HFExport("run/hf", model=model, ema=ema, base_model="assets/base", when=every(1000) | last())
+
+    The training waits while each rank copies its own shards, cast, into CPU memory. A background thread of each rank
+    writes them to their final places in the final files and reads them back; then rank 0 adds the other files and
+    renames the directory. Make it on all ranks at the same point, after ``fully_shard`` / FSDP / DDP.
+
+    Attributes:
+        directory: Where the step directories are.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        model: nn.Module,
+        when: Schedule,
+        ema: EMA | None = None,
+        models: Literal["main", "ema", "both"] | None = None,
+        dtype: str = "bfloat16",
+        max_shard_size: str | None = "5GB",
+        base_model: str | Path | None = None,
+        processor: object | None = None,
+        ema_as: Literal["file", "directory"] = "file",
+        trust_remote_code: bool = False,
+        keep: Retention | None = None,
+        extra_files: Mapping[str, str | Path] | None = None,
+        on_exported: Callable[[int, Path], None] | None = None,
+        when_busy: Literal["wait", "skip", "raise"] = "wait",
+        on_error: Literal["raise", "warn"] = "raise",
+        timeout_secs: float = 1800.0,
+    ) -> None:
+        """Prove that the directory can be written to, and that model and base model fit each other.
+
+        Args:
+            directory: Made if missing; on a file system that all ranks share, and where no trainer looks for its own.
+            when: At which steps to export; independent of any checkpoint.
+            models: What to export; default everything there is.
+            dtype: Of all floating-point tensors, such as ``"bfloat16"``; ``"original"`` keeps each tensor's.
+            max_shard_size: Several files with an index if the weights are larger; None makes one file.
+            base_model: Local directory with config, tokenizer and so on, which are copied. Without one, config.json
+                and generation_config.json come from the live model, if it is one of transformers.
+            processor: Tokenizer or processor to save in each directory, instead of the base model's.
+            ema_as: ``"file"`` puts ``ema.safetensors`` beside the main weights, ``"directory"`` makes ``step-<n>-ema``.
+            trust_remote_code: Also copy the base model's Python files. They are not run.
+            keep: Which exports outlive a new one; None keeps all. The newest is always kept.
+            extra_files: More files to copy, by their name in the directory.
+            on_exported: Called on every rank, on the main thread, when a directory has appeared: step and path.
+            when_busy: What to do if one export is being written and one waits behind it: ``"wait"`` until there is
+                room, ``"skip"`` this one, or ``"raise"``.
+            on_error: What a failed export does: ``"raise"`` at the next moment, or ``"warn"`` in the log.
+            timeout_secs: How long to wait for a rank before an export is given up.
+
+        Raises:
+            UsageError: an average is asked for, but there is none.
+            RankFailedError, WriteError, CheckpointError: the directory cannot be written to, or the base does not fit.
+        """
+        if models in ("ema", "both") and ema is None:
+            raise UsageError(f'HFExport(models="{models}") needs ema=: attach EMA(model) and pass it')
+        self.directory = Path(directory)
+        self.when = when
+        self.keep = keep
+        self._on_exported = on_exported
+        self._when_busy = when_busy
+        self._on_error = on_error
+        files = ModelFiles(
+            base=Path(base_model) if base_model is not None else None,
+            processor=processor,
+            extra={name: Path(path) for name, path in (extra_files or {}).items()},
+            trust_remote_code=trust_remote_code,
+        )
+        chosen = models or ("both" if ema is not None else "main")
+        self._state = LiveState(model, ema, files, dtype=dtype, max_shard_size=max_shard_size)
+        self._directories = LiveDirectory.choose(chosen, ema_as)
+        self._ranks, self._writer_ranks = Ranks(timeout_secs), Ranks(timeout_secs)  # one for each thread
+        self._exporter = LiveExporter(self._ranks)
+        self._writer = ThreadPoolExecutor(1, "shardsmith-export")
+        self._free = [[StagingBuffer() for _ in self._directories] for _ in range(_SLOTS)]
+        self._running: deque[_Running] = deque()
+        self._exported_step: int | None = None
+        self._ranks.lead(f"preparing {self.directory}", self._prepare_directory)
+        self._ranks.gather("looking at the base model", self._state.check)
+
+    def on_step_end(self, step: int) -> None:
+        """Report exports that have ended, and export if it is time. All ranks; communicates when it exports."""
+        self._report(wait=0)
+        if self.when.due(step):
+            self.export(step)
+
+    def on_train_end(self, step: int) -> None:
+        """Export the last step if that is wanted and was not done. All ranks; communicates when it exports."""
+        if self.when.due(step, last=True) and step != self._exported_step:
+            self.export(step)
+
+    def close(self) -> None:
+        """Wait for the exports in flight; raise what failed in them."""
+        try:
+            self._report(wait=len(self._running))
+        finally:
+            self._writer.shutdown()
+
+    def export(self, step: int) -> None:
+        """Export now, as ``step-<step>``. All ranks; communicates. On return the weights may change.
+
+        Raises:
+            RankFailedError: on all ranks, if any could not stage its part. Nothing became visible. What fails in the
+                background is raised by the next moment of this hook.
+            UsageError: two exports are in flight, and ``when_busy`` is ``"raise"``.
+        """
+        self._exported_step = step
+        if not self._make_room(step):
+            return
+        buffers = self._free[-1]
+        jobs = []
+        with self._state.staging():
+            for directory, buffer in zip(self._directories, buffers, strict=True):
+                models = self._state.models(directory)
+                path = self.directory / (step_name(step) + directory.suffix)
+                plan = self._state.plan(path, step, directory, [model.plan for model in models])
+                boxes = self._exporter.begin(f"exporting {path.name}", directory.suffix, models)
+                jobs.append(LiveExport(plan, self._ranks, self._writer_ranks, buffer))
+                jobs[-1].stage(boxes)
+        self._free.pop()
+        self._running.append(_Running(step, buffers, self._writer.submit(self._finish, jobs)))
+
+    def _make_room(self, step: int) -> bool:
+        """Whether there is a free slot in the end. Rank 0 decides; the others follow, and wait if they are behind."""
+        busy = self._ranks.lead("looking for a free slot", lambda: not self._free_slot())
+        if busy and self._when_busy == "raise":
+            raise UsageError(f"step {step} cannot be exported: two exports are in flight. Export less often, or wait")
+        if busy and self._when_busy == "skip":
+            log.warning("step %s was not exported: two exports are in flight", step)
+            return False
+        while not self._free_slot():
+            self._report(wait=1)
+        return True
+
+    def _free_slot(self) -> bool:
+        self._report(wait=0)
+        return bool(self._free)
+
+    def _finish(self, jobs: list[LiveExport]) -> list[Path]:
+        """Write and commit. In the background thread."""
+        with contextlib.ExitStack() as unfinished:
+            for job in jobs:
+                unfinished.enter_context(job)
+                job.write()
+            paths = [job.commit() for job in jobs]
+        if self._writer_ranks.is_leader:
+            self._remove_old()
+        return paths
+
+    def _remove_old(self) -> None:
+        for step in steps_to_remove(self.keep, committed_steps(self.directory, PROVENANCE_FILE)):
+            for directory in self._directories:
+                path = self.directory / (step_name(step) + directory.suffix)
+                try:
+                    if path.is_dir():
+                        remove(path)
+                except ShardsmithError as error:  # the export is there all the same, and the next one tries again
+                    log.warning("could not remove an old export: %s", error)
+
+    def _report(self, *, wait: int) -> None:
+        """Announce what has ended, waiting for this many exports first; raise what failed, or warn."""
+        while self._running and (wait > 0 or self._running[0].future.done()):
+            running = self._running.popleft()
+            wait -= 1
+            try:
+                paths = running.future.result()
+            except ShardsmithError as error:
+                if self._on_error == "raise":
+                    raise
+                log.warning("step %s was not exported: %s", running.step, error)
+            else:
+                if self._on_exported:
+                    self._on_exported(running.step, paths[0])
+            finally:
+                self._free.append(running.buffers)
+
+    def _prepare_directory(self) -> None:
+        prove_writable(self.directory)
+        sweep(self.directory)
+
+
+@dataclass(frozen=True, slots=True)
+class _Running:
+    step: int
+    buffers: list[StagingBuffer]
+    future: Future[list[Path]]

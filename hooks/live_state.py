@@ -1,0 +1,155 @@
+"""What a run's Hugging Face directories hold: live weights under the names of the files, and everything beside them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.fsdp import FSDPModule
+
+from shardsmith.directory_plan import DirectoryPlan, ModelPlan, Origin, plan_model
+from shardsmith.errors import UsageError
+from shardsmith.export_plan import base_specs, compare_with_base
+from shardsmith.hf_directory import files_to_copy, read_config
+from shardsmith.layout import EMA_WEIGHTS, MAIN_WEIGHTS
+from shardsmith.live_export import LiveModel
+from shardsmith.model_keys import EMA as AVERAGE
+from shardsmith.model_keys import MAIN
+from shardsmith.names import tied_weights, unwrapped
+from shardsmith.tensors import TensorSpec
+
+from .ema import EMA
+
+
+@dataclass(frozen=True, slots=True)
+class LiveDirectory:
+    """One of the directories that a step becomes."""
+
+    suffix: str
+    """Of its name."""
+    stems: dict[str, str]
+    """Model ("main", "ema") -> stem of its files' names."""
+
+    @classmethod
+    def choose(cls, models: Literal["main", "ema", "both"], ema_as: Literal["file", "directory"]) -> list[Self]:
+        """As ``to-hf`` does: an average alone is a directory's own weights, which ``from_pretrained`` loads."""
+        if models != "both":
+            return [cls("", {models: MAIN_WEIGHTS})]
+        if ema_as == "file":
+            return [cls("", {MAIN: MAIN_WEIGHTS, AVERAGE: EMA_WEIGHTS})]
+        return [cls("", {MAIN: MAIN_WEIGHTS}), cls("-ema", {AVERAGE: MAIN_WEIGHTS})]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelFiles:
+    """What lies beside the weights."""
+
+    base: Path | None
+    """The base model's directory."""
+    processor: Any
+    """Has ``save_pretrained``, or None."""
+    extra: dict[str, Path]
+    """Name in the directory -> file to copy."""
+    trust_remote_code: bool
+
+    def write(self, model: nn.Module, directory: Path) -> None:
+        """Write what does not come from the base model. Rank 0, in the background; reads no weights."""
+        generation = getattr(unwrapped(model), "generation_config", None)
+        if self.base is None and generation is not None:
+            generation.save_pretrained(directory)
+        if self.processor is not None:
+            self.processor.save_pretrained(directory)
+        for name, path in self.extra.items():
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, directory / name)
+
+
+class LiveState:
+    """Model and average as they are at the moment of asking, and the plan of what they become."""
+
+    def __init__(
+        self, model: nn.Module, ema: EMA | None, files: ModelFiles, *, dtype: str, max_shard_size: str | None
+    ) -> None:
+        """Raises UsageError if torch knows no such dtype."""
+        self._model = model
+        self._ema = ema
+        self._files = files
+        self._dtype = _parse_dtype(dtype)
+        self._max_shard_size = max_shard_size
+        self._config = self._read_config()
+        self._copies: tuple[str, ...] = ()
+        if files.base is not None:
+            self._copies = tuple(files_to_copy(files.base, trust_remote_code=files.trust_remote_code))
+
+    def staging(self) -> contextlib.AbstractContextManager[None]:
+        """Within it nothing of ours changes weights or average."""
+        return self._ema.staging() if self._ema is not None else contextlib.nullcontext()
+
+    def models(self, directory: LiveDirectory) -> list[LiveModel]:
+        """What goes into one directory. All ranks; communicates under FSDP1 only. Shares memory with the live state."""
+        aliases = tied_weights(self._model)
+        main = {name: value for name, value in get_model_state_dict(self._model).items() if isinstance(value, Tensor)}
+        return [self._live_model(name, stem, main, aliases) for name, stem in directory.stems.items()]
+
+    def plan(self, output: Path, step: int, directory: LiveDirectory, models: Sequence[ModelPlan]) -> DirectoryPlan:
+        """The directory of one step."""
+        facts = self._ema.facts() if self._ema is not None and AVERAGE in directory.stems else None
+        return DirectoryPlan(
+            output=output,
+            models=tuple(models),
+            origin=Origin(output.parent.name, step=step, ema=facts),
+            config=self._config,
+            base=self._files.base,
+            copies=self._copies,
+            companions=lambda directory: self._files.write(self._model, directory),
+        )
+
+    def check(self) -> None:
+        """Raise MismatchError unless names and shapes are those of the base model's weights, where it has some."""
+        if self._files.base is not None:
+            (model,) = self.models(LiveDirectory("", {MAIN: MAIN_WEIGHTS}))
+            compare_with_base(self._files.base, model.plan, base_specs(self._files.base))
+
+    def _live_model(self, name: str, stem: str, main: Mapping[str, Tensor], aliases: Mapping[str, str]) -> LiveModel:
+        average = self._ema.model_state_dict() if name == AVERAGE and self._ema is not None else {}
+        tensors = {fqn: average.get(fqn, tensor) for fqn, tensor in main.items() if fqn not in aliases}
+        plan = plan_model(
+            name,
+            [TensorSpec(fqn, tuple(tensor.shape), tensor.dtype) for fqn, tensor in tensors.items()],
+            stem=stem,
+            dtype=self._dtype,
+            max_shard_size=self._max_shard_size,
+            aliases=aliases,
+            filled=frozenset(tensors.keys() - average.keys()) if name == AVERAGE else frozenset(),
+        )
+        return LiveModel(plan, tensors)
+
+    def _read_config(self) -> dict[str, Any] | None:
+        """config.json of the base model, else of the live one, else None."""
+        if self._files.base is not None:
+            return read_config(self._files.base)
+        model = unwrapped(self._model)
+        to_json: Callable[[], str] | None = getattr(getattr(model, "config", None), "to_json_string", None)
+        if to_json is None:
+            return None
+        content: dict[str, Any] = json.loads(to_json())
+        if not content.get("architectures"):  # transformers fills it in when it saves; FSDP2 makes a class of its own
+            content["architectures"] = [next(c.__name__ for c in type(model).__mro__ if not issubclass(c, FSDPModule))]
+        return content
+
+
+def _parse_dtype(name: str) -> torch.dtype | None:
+    if name == "original":
+        return None
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise UsageError(f'dtype="{name}": give a floating-point dtype of torch, such as "bfloat16", or "original"')
+    return dtype

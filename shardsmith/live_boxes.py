@@ -1,0 +1,79 @@
+"""The share of one rank in an export of live weights: what it holds, what it is to write, and a staged copy of that."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shardsmith.local_boxes import local_boxes
+from shardsmith.tensors import Chunk, TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class LiveBox:
+    """A box of a global tensor, with this rank's values."""
+
+    name: str
+    box: Chunk
+    values: Tensor
+    """Shape ``box.sizes``; live memory on the model's device, or staged on the CPU."""
+
+
+def held_boxes(tensors: Mapping[str, Tensor]) -> list[LiveBox]:
+    """All that this rank holds, in the order of the tensors. No communication; shares memory."""
+    return [LiveBox(name, box, values) for name, tensor in tensors.items() for box, values in local_boxes(tensor)]
+
+
+class StagingBuffer:
+    """Memory on the CPU that stagings use again and again. Grows to the largest that it was needed for."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def stage(self, boxes: Sequence[LiveBox], specs: Mapping[str, TensorSpec]) -> list[LiveBox]:
+        """A copy of the boxes, cast to the dtypes of ``specs``. No communication.
+
+        On an accelerator the cast runs on the current stream and the copies on another one into pinned memory; this
+        returns when they are done, and until then only the host waits. The copies are valid until the next call.
+        """
+        ends = [0]
+        for box in boxes:  # each begins at a multiple of 64 bytes: a cache line, and aligned for any dtype
+            ends.append(ends[-1] + -(-box.box.numel * specs[box.name].dtype.itemsize // 64) * 64)
+        self._reserve(ends[-1])
+        staged = []
+        for box, begin in zip(boxes, ends, strict=False):
+            dtype = specs[box.name].dtype
+            target = self._memory[begin : begin + box.box.numel * dtype.itemsize].view(dtype).view(box.box.sizes)
+            staged.append(LiveBox(box.name, box.box, target))
+        _copy(boxes, staged)
+        return staged
+
+    def _reserve(self, nbytes: int) -> None:
+        if len(self._memory) < nbytes:
+            self._memory = torch.empty(0, dtype=torch.uint8)  # let go of the old one first
+            self._memory = torch.empty(nbytes, dtype=torch.uint8, pin_memory=torch.accelerator.is_available())
+
+
+def _copy(boxes: Sequence[LiveBox], staged: Sequence[LiveBox]) -> None:
+    pairs = list(zip(boxes, staged, strict=True))
+    on_device = [pair for pair in pairs if pair[0].values.device.type != "cpu"]
+    for box, target in pairs:
+        if box.values.device.type == "cpu":
+            target.values.copy_(box.values)
+    if on_device:
+        _copy_from_device(on_device)
+
+
+def _copy_from_device(pairs: Sequence[tuple[LiveBox, LiveBox]]) -> None:
+    """Cast on the stream that made the weights, copy on one of our own, so that casts and copies overlap."""
+    current, copying = torch.accelerator.current_stream(), torch.Stream(device=pairs[0][0].values.device)
+    for box, target in pairs:
+        cast = box.values.to(target.values.dtype).contiguous()
+        copying.wait_event(current.record_event())
+        with copying:
+            target.values.copy_(cast, non_blocking=True)
+        cast.record_stream(copying)  # its memory must not be used again before the copy is done
+    copying.synchronize()

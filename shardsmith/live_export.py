@@ -1,0 +1,245 @@
+"""One export of live, sharded weights to a Hugging Face directory. All ranks act together.
+
+    begin    main thread    the ranks say what they hold; who writes which box is settled, once for all exports
+    stage    main thread    every rank copies its boxes, cast, into CPU memory: all that the training waits for
+    write    any thread     every rank writes its boxes to their final places in the final files
+    commit   any thread     rank 0 adds what makes the directory complete, checks it, and renames it
+
+No tensor is gathered, nothing is written twice, and nothing is consolidated afterwards: names, shapes and dtypes alone
+say where every element lies in a safetensors file.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import xxhash
+from torch import Tensor
+
+from shardsmith import layout
+from shardsmith.assignment import Held, assign_boxes
+from shardsmith.commit import Attempt, sweep
+from shardsmith.completion import complete_directory
+from shardsmith.digest import Digest, digest_box
+from shardsmith.directory_plan import DirectoryPlan, ModelPlan
+from shardsmith.errors import CorruptCheckpointError, RanksDisagreeError
+from shardsmith.live_boxes import LiveBox, StagingBuffer, held_boxes
+from shardsmith.ranks import Ranks
+from shardsmith.safetensors_source import SafetensorsSource
+from shardsmith.safetensors_writer import SafetensorsFileWriter
+from shardsmith.tensors import Chunk, Shape
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class LiveModel:
+    """One model on its way out: ``plan`` says what its files hold, ``tensors`` are the live ones by those names."""
+
+    plan: ModelPlan
+    tensors: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class _Share:
+    """What this rank writes of each model, and the signature of what the ranks held when that was settled."""
+
+    signature: str
+    boxes: dict[str, frozenset[Held]]
+
+
+class LiveExporter:
+    """Exports one run's models again and again. Make it on every rank at the same point.
+
+    It keeps what does not change: who writes what. A staging buffer belongs to one export from ``stage`` to the end of
+    ``write``.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._shares: dict[str, _Share] = {}
+
+    def begin(self, phase: str, kind: str, models: Sequence[LiveModel]) -> dict[str, list[LiveBox]]:
+        """The live boxes that this rank is to write, by model. Main thread, all ranks; communicates through the store.
+
+        Args:
+            kind: Exports of one kind hold the same; what was settled for the one before is used again.
+
+        Raises:
+            RankFailedError: on all ranks, if the ranks do not hold whole tensors together.
+        """
+        held = {model.plan.model: held_boxes(model.tensors) for model in models}
+        signature = _signature(models, held)
+        known = kind in self._shares and self._shares[kind].signature == signature
+        votes = self._ranks.gather(phase, lambda: (known, _global_signature(models)))
+        if not self._ranks.lead(phase, lambda: _agree(votes)):
+            boxes = {model.plan.model: self._settle(phase, model, held[model.plan.model]) for model in models}
+            self._shares[kind] = _Share(signature, boxes)
+        mine = self._shares[kind].boxes
+        return {name: [box for box in boxes if (box.name, box.box) in mine[name]] for name, boxes in held.items()}
+
+    def _settle(self, phase: str, model: LiveModel, held: Sequence[LiveBox]) -> frozenset[Held]:
+        """Let rank 0 deal out the boxes of one model."""
+        said = self._ranks.gather(phase, lambda: [(box.name, box.box.offsets, box.box.sizes) for box in held])
+        dealt = self._ranks.lead(phase, lambda: _deal(model, said))
+        return frozenset((held[i].name, held[i].box) for i in dealt[self._ranks.rank])
+
+
+class LiveExport:
+    """One directory being made. Make it on every rank; ``stage`` it; then, within a ``with``, ``write`` and ``commit``.
+
+    Leaving the ``with`` before it is committed deletes what was written.
+    """
+
+    def __init__(self, plan: DirectoryPlan, ranks: Ranks, writer_ranks: Ranks, buffer: StagingBuffer) -> None:
+        """``ranks`` serves the thread that stages, ``writer_ranks`` the one that writes and commits."""
+        self.plan = plan
+        self._stager_ranks = ranks
+        self._ranks = writer_ranks
+        self._buffer = buffer
+        self._staged: dict[str, list[LiveBox]] = {}
+        self._attempt: Attempt | None = None
+        self._digests: dict[str, dict[str, Digest]] = {}
+
+    def stage(self, boxes: Mapping[str, Sequence[LiveBox]]) -> None:
+        """Copy this rank's boxes, cast, into the buffer. Main thread; when it returns the weights may change.
+
+        Raises:
+            RankFailedError: on all ranks, if copying failed on any.
+        """
+        self._stager_ranks.gather(f"staging {self.plan.output.name}", lambda: self._stage(boxes))
+
+    def write(self) -> None:
+        """Write this rank's boxes and read them back. Any thread, all ranks; communicates through the store.
+
+        Raises:
+            RankFailedError: on all ranks, if it failed on any. Nothing became visible.
+        """
+        name = self.plan.output.name
+        attempt = self._ranks.lead(f"making the files of {name}", self._make_files)
+        directory = layout.temporary_path(self.plan.output, attempt)
+        receipts = self._ranks.gather(f"writing {name}", lambda: self._write(directory))
+        self._digests = _merge(self.plan, receipts)
+
+    def commit(self) -> Path:
+        """Complete the directory and make it visible. Any thread, all ranks; communicates through the store.
+
+        Raises:
+            RankFailedError: on all ranks, if rank 0 could not. Nothing became visible.
+        """
+        self._ranks.lead(f"committing {self.plan.output.name}", self._commit)
+        return self.plan.output
+
+    def _stage(self, boxes: Mapping[str, Sequence[LiveBox]]) -> None:
+        specs = {f"{model.model}/{spec.name}": spec for model in self.plan.models for spec in model.specs}
+        flat = [LiveBox(f"{model}/{box.name}", box.box, box.values) for model, held in boxes.items() for box in held]
+        self._staged = {model: [] for model in boxes}
+        for box in self._buffer.stage(flat, specs):
+            model, name = box.name.split("/", 1)
+            self._staged[model].append(LiveBox(name, box.box, box.values))
+
+    def _make_files(self) -> str:
+        sweep(self.plan.output.parent)
+        self._attempt = Attempt(self.plan.output)
+        for model in self.plan.models:
+            for file in model.weights.files:
+                SafetensorsFileWriter.create(self._attempt.directory, file).close()
+        return self._attempt.id
+
+    def _write(self, directory: Path) -> dict[str, dict[str, str]]:
+        """The digest shares of what this rank wrote, by model and tensor."""
+        return {
+            model.model: {name: str(digest) for name, digest in self._write_model(directory, model).items()}
+            for model in self.plan.models
+        }
+
+    def _write_model(self, directory: Path, model: ModelPlan) -> dict[str, Digest]:
+        digests: dict[str, Digest] = {}
+        staged = self._staged[model.model]
+        for file in model.weights.files:
+            mine = [box for box in staged if box.name in file.tensors]
+            if not mine:
+                continue
+            with SafetensorsFileWriter.open_existing(directory, file) as writer:
+                for box in mine:
+                    writer.write_box(box.name, box.box, box.values)
+                    shape = file.tensors[box.name].spec.shape
+                    digests[box.name] = digests.get(box.name, Digest()) + digest_box(box.values, box.box, shape)
+                writer.sync()
+            _compare_with_file(directory / file.name, mine)
+        return digests
+
+    def _commit(self) -> None:
+        assert self._attempt is not None
+        sizes = complete_directory(self.plan, self._attempt.directory, self._digests)
+        self._attempt.commit(sizes)
+        log.info("exported %s", self.plan.output)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._attempt is not None:
+            self._attempt.__exit__(*exc)
+
+
+def _signature(models: Sequence[LiveModel], held: Mapping[str, Sequence[LiveBox]]) -> str:
+    """Of what this rank holds: as long as it stays the same, so does the dealing out."""
+    boxes = [(name, [(box.name, box.box) for box in found]) for name, found in held.items()]
+    return xxhash.xxh3_128_hexdigest(repr((_global_signature(models), boxes)).encode())
+
+
+def _global_signature(models: Sequence[LiveModel]) -> str:
+    """Of what all ranks together are about to write; the same on each."""
+    specs = [(model.plan.model, [file.name for file in model.plan.weights.files], model.plan.specs) for model in models]
+    return xxhash.xxh3_128_hexdigest(repr(specs).encode())
+
+
+def _agree(votes: Sequence[tuple[bool, str]]) -> bool:
+    """Whether every rank knows its share. Raises RanksDisagreeError if they are about to write different things."""
+    signatures = [signature for _, signature in votes]
+    if different := [rank for rank, signature in enumerate(signatures) if signature != signatures[0]]:
+        raise RanksDisagreeError(
+            f"ranks {', '.join(map(str, different))} are about to export other names, shapes, dtypes or files than "
+            "rank 0. Nothing was written. All ranks must hold the same model and call the hooks at the same steps."
+        )
+    return all(known for known, _ in votes)
+
+
+def _deal(model: LiveModel, said: Sequence[Sequence[tuple[str, Shape, Shape]]]) -> list[list[int]]:
+    """For each rank the positions, in what it said it holds, of what it is to write."""
+    held = [[(name, Chunk(tuple(offsets), tuple(sizes))) for name, offsets, sizes in boxes] for boxes in said]
+    specs = {spec.name: spec for spec in model.plan.specs}
+    shapes = {name: spec.shape for name, spec in specs.items()}
+    dealt = assign_boxes(held, shapes, {name: spec.dtype.itemsize for name, spec in specs.items()})
+    return [
+        [i for i, box in enumerate(boxes) if box in chosen]
+        for boxes, chosen in zip(held, map(frozenset, dealt), strict=True)
+    ]
+
+
+def _merge(plan: DirectoryPlan, receipts: Sequence[Mapping[str, Mapping[str, str]]]) -> dict[str, dict[str, Digest]]:
+    """The digests of whole tensors from every rank's shares."""
+    merged = {model.model: {spec.name: Digest() for spec in model.specs} for model in plan.models}
+    for receipt in receipts:
+        for model, shares in receipt.items():
+            for name, share in shares.items():
+                merged[model][name] += Digest.parse(share)
+    return merged
+
+
+def _compare_with_file(path: Path, boxes: Sequence[LiveBox]) -> None:
+    """Raise CorruptCheckpointError unless the file holds what was staged, bit for bit."""
+    source = SafetensorsSource(path)
+    try:
+        for box in boxes:
+            ((_, found),) = source.pieces(box.name, box.box)
+            shape = source.specs[box.name].shape
+            if digest_box(found, box.box, shape) != digest_box(box.values, box.box, shape):
+                raise CorruptCheckpointError(path, f"{box.name}: {box.box} does not hold what was written to it")
+    finally:
+        source.close()
