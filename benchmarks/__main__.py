@@ -1,121 +1,47 @@
-"""``python -m benchmarks``: converts one sharded checkpoint with each tool in turn and prints times, memory and ratios.
-
-Each tool runs as a process of its own, several times, in turn with the others. Times are of the whole process, imports
-included; the median is shown. Memory is the peak of the process's anonymous memory (mapped files do not count, the
-kernel can drop those), summed over its children.
-"""
+"""``python -m benchmarks``: us and what people use instead, side by side in one run on one machine."""
 
 from __future__ import annotations
 
 import json
-import shutil
-import statistics
-import subprocess
-import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
-from rich.table import Table
 
-from benchmarks.measure import Measurement, measure
+from benchmarks.live import compare_live
+from benchmarks.offline import compare_offline
 from shardsmith.safetensors_files import parse_size
-
-OURS = "shardsmith to-hf"
-
-
-@dataclass(frozen=True)
-class Contender:
-    """A way from a sharded checkpoint to weights that ``from_pretrained`` loads."""
-
-    name: str
-    output_dtype: str
-    command: tuple[str, ...]
-
-
-CONTENDERS = (
-    Contender(OURS, "bfloat16", ("-m", "shardsmith.cli", "to-hf", "--quiet")),
-    Contender("accelerate merge_fsdp_weights", "float32", ("-m", "benchmarks.contenders", "accelerate")),
-    Contender(
-        "dcp.load + HuggingFaceStorageWriter, consolidated",
-        "bfloat16",
-        ("-m", "benchmarks.contenders", "consolidate"),
-    ),
-    Contender("dcp_to_torch_save + save_pretrained", "bfloat16", ("-m", "benchmarks.contenders", "torch-save")),
-)
 
 
 def main(
     parameters: str = "700M",
     shards: int = 4,
     runs: int = 3,
+    only: Literal["both", "offline", "live"] = "both",
     directory: Path | None = None,
     json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
 ) -> None:
-    """Compare ways from a sharded checkpoint to a Hugging Face directory.
+    """Compare ways to a Hugging Face directory: from a sharded checkpoint (offline), from live sharded weights (live).
 
     Args:
-        parameters: Size of the float32 Llama in the checkpoint, such as 700M.
-        shards: Number of ranks that save it.
+        parameters: Size of the float32 Llama, such as 700M.
+        shards: Number of ranks that hold it.
         runs: Runs of each tool.
-        directory: Where to work; default the system's temporary directory. Needs about 5 times the checkpoint.
+        directory: Where to work; default the system's temporary directory. Needs about 5 times the model.
         json_file: Also write the figures there.
     """
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, highlight=False)
+    figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="shardsmith-bench-", dir=directory) as work:
-        checkpoint, base = Path(work) / "checkpoint", Path(work) / "base"
         size = parse_size(parameters)
-        console.print(f"saving a Llama of about {size / 1e6:.0f} M float32 parameters from {shards} ranks in {work}")
-        make = [sys.executable, "-m", "benchmarks.checkpoint", str(checkpoint), str(base), str(size), str(shards)]
-        largest = json.loads(subprocess.run(make, check=True, stdout=subprocess.PIPE).stdout)["largest_tensor"]
-        nbytes = sum(file.stat().st_size for file in checkpoint.iterdir())
-        results = _run_all(console, runs, checkpoint, base, Path(work) / "output")
-    console.print(_table(results, nbytes))
-    peak, bound = _median(results[OURS], "peak_bytes"), 400e6 + 2 * largest
-    console.print(
-        f"anonymous memory of {OURS}: {peak / 1e6:.0f} MB; the aim is at most 400 MB + 2 x the largest tensor "
-        f"({largest / 1e6:.0f} MB) = {bound / 1e6:.0f} MB"
-    )
+        if only != "live":
+            figures["offline"] = compare_offline(console, Path(work), size, shards, runs)
+        if only != "offline":
+            figures["live"] = compare_live(console, Path(work), size, shards, runs)
     if json_file:
-        json_file.write_text(json.dumps({name: [vars(m) for m in found] for name, found in results.items()}, indent=1))
-
-
-def _run_all(console: Console, runs: int, checkpoint: Path, base: Path, output: Path) -> dict[str, list[Measurement]]:
-    """Each contender in turn, ``runs`` times round, so that a slow moment of the machine hits all alike."""
-    results: dict[str, list[Measurement]] = {contender.name: [] for contender in CONTENDERS}
-    for turn in range(runs):
-        for contender in CONTENDERS:
-            arguments = ("--checkpoint_dir", checkpoint, "--output_dir", output, "--base_model_path", base)
-            found = measure([sys.executable, *contender.command, *map(str, arguments)])
-            results[contender.name].append(found)
-            console.print(f"run {turn + 1}: {contender.name}: {found.seconds:.2f} s", highlight=False)
-            shutil.rmtree(output)
-    return results
-
-
-def _table(results: dict[str, list[Measurement]], nbytes: int) -> Table:
-    table = Table(
-        "tool", "writes", "seconds", "times ours", "peak memory", "times ours", title=f"{nbytes / 1e9:.2f} GB in"
-    )
-    seconds, memory = _median(results[OURS], "seconds"), _median(results[OURS], "peak_bytes")
-    for contender in CONTENDERS:
-        found = results[contender.name]
-        table.add_row(
-            contender.name,
-            contender.output_dtype,
-            f"{_median(found, 'seconds'):.2f}",
-            f"{_median(found, 'seconds') / seconds:.1f}x",
-            f"{_median(found, 'peak_bytes') / 1e6:.0f} MB",
-            f"{_median(found, 'peak_bytes') / memory:.1f}x",
-        )
-    return table
-
-
-def _median(found: list[Measurement], what: str) -> float:
-    return statistics.median(getattr(measurement, what) for measurement in found)
+        json_file.write_text(json.dumps(figures, indent=1))
 
 
 if __name__ == "__main__":

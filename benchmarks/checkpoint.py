@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -36,18 +37,24 @@ def config_of(parameters: int) -> LlamaConfig:
     )
 
 
-def _save(rank: int, checkpoint: str, parameters: int, shards: int, store: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=shards)
+def sharded_llama(parameters: int) -> nn.Module:
+    """A float32 Llama of about that many parameters, sharded over all ranks by FSDP2, with random weights."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config_of(parameters))
     for layer in model.model.layers:
         fully_shard(layer)
     fully_shard(model)
     model.to_empty(device="cpu")
-    generator = torch.Generator().manual_seed(rank)
+    generator = torch.Generator().manual_seed(dist.get_rank())
     for parameter in model.parameters():
         parameter.data.to_local().normal_(std=0.02, generator=generator)
+    return model
+
+
+def _save(rank: int, checkpoint: str, parameters: int, shards: int, store: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=shards)
+    model = sharded_llama(parameters)
     # nested and without anything beside the model: the only form that every tool here can read
     contents = Contents(step=0, state_dict={"model": get_model_state_dict(model)})
     save = SaveInProgress(Path(checkpoint), Ranks(), dist.new_group(backend="gloo"))

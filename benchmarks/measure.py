@@ -26,7 +26,7 @@ def measure(command: Sequence[str]) -> Measurement:
     process = subprocess.Popen(command)
     peak = 0
     while process.poll() is None:
-        peak = max(peak, sum(_anonymous_bytes(pid) for pid in _family(process.pid)))
+        peak = max(peak, sum(anonymous_bytes(pid) for pid in _family(process.pid)))
         time.sleep(_POLL_SECS)
     seconds = time.perf_counter() - began
     if process.returncode:
@@ -45,9 +45,10 @@ def _family(pid: int) -> Iterator[int]:
         yield from _family(int(child))
 
 
-def _anonymous_bytes(pid: int) -> int:
+def anonymous_bytes(pid: int | str) -> int:
+    """Anonymous memory of a process now; 0 if it is gone. ``"self"`` is a pid, too."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:  # it has just ended
+    except OSError:
         return 0
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))

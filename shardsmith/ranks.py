@@ -25,6 +25,7 @@ from shardsmith.errors import RankFailedError, RanksDisagreeError, RankTimeoutEr
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+D = TypeVar("D")
 _numbers = itertools.count()
 
 
@@ -82,20 +83,14 @@ class Ranks:
                 original error.
             RankTimeoutError: on every rank, if one was not heard of in time.
         """
-        if self.size == 1:
-            return [body()]
-        mine, cause = _attempt(phase, body)
-        key = f"{self._name}/{next(self._phases)}"
-        try:
-            outcomes = self._collect(key, phase, mine) if self.is_leader else {}
-            if not self.is_leader:
-                self._put(f"{key}/{self.rank}", mine)
-            verdict = self._publish_verdict(key, phase, outcomes) if self.is_leader else self._await_verdict(key, phase)
-        except RankTimeoutError as error:
-            raise error from cause
-        if verdict:
-            raise RankFailedError(phase, {int(rank): text for rank, text in verdict.items()}, self.size) from cause
-        return [outcomes[rank].value for rank in range(self.size)] if self.is_leader else []
+        return self._exchange(phase, body, len)[0]
+
+    def agree(self, phase: str, body: Callable[[], T], decide: Callable[[list[T]], D]) -> D:
+        """Run ``body`` on every rank, ``decide`` on rank 0 with all values in rank order; its value on every rank.
+
+        As ``gather`` followed by ``lead``, in one exchange. All ranks call it; raises what those raise.
+        """
+        return self._exchange(phase, body, decide)[1]
 
     def lead(self, phase: str, body: Callable[[], T]) -> T:
         """Run ``body`` on rank 0 alone and return its value on every rank.
@@ -123,38 +118,73 @@ class Ranks:
         value: T = outcome.value
         return value
 
-    def _collect(self, key: str, phase: str, mine: _Outcome) -> dict[int, _Outcome]:
-        deadline = time.monotonic() + self.timeout_secs
-        outcomes = {0: mine}
+    def _exchange(self, phase: str, body: Callable[[], T], decide: Callable[[list[T]], D]) -> tuple[list[T], D]:
+        """The values of all ranks, on rank 0 alone, and what rank 0 decided on them."""
+        if self.size == 1:
+            values = [body()]
+            return values, decide(values)
+        mine, cause = _attempt(phase, body)
+        key = f"{self._name}/{next(self._phases)}"
         try:
-            for rank in range(1, self.size):
-                silent = list(range(rank, self.size))
-                outcomes[rank] = self._get(f"{key}/{rank}", phase, silent, deadline)
-                if (other := outcomes[rank].phase) != phase:  # it gave up an earlier phase that we still waited in
-                    outcomes[rank] = _Outcome(phase, error=f"RanksDisagreeError: is at {other!r} instead")
+            if self.is_leader:
+                values, verdict, decided = self._judge(key, phase, mine, decide)
+                cause = cause or decided
+            else:
+                self._put(f"{key}/{self.rank}", mine)
+                values, verdict = [], self._await_verdict(key, phase)
         except RankTimeoutError as error:
-            missing = [rank for rank in error.missing if not self._has(f"{key}/{rank}")]
-            self._put(f"{key}/verdict", _Outcome(phase, missing, error="no answer"))
-            raise RankTimeoutError(phase, missing, self.timeout_secs) from None
-        return outcomes
+            raise error from cause
+        if verdict["failures"]:
+            failures = {int(rank): text for rank, text in verdict["failures"].items()}
+            raise RankFailedError(phase, failures, self.size) from cause
+        return values, verdict["decision"]
 
-    def _publish_verdict(self, key: str, phase: str, outcomes: dict[int, _Outcome]) -> dict[Any, str]:
-        failures = {rank: outcome.error for rank, outcome in outcomes.items() if outcome.error is not None}
+    def _judge(
+        self, key: str, phase: str, mine: _Outcome, decide: Callable[[list[T]], D]
+    ) -> tuple[list[T], dict[str, Any], BaseException | None]:
+        """Rank 0: hear all ranks, decide, and tell them. The values, the verdict, and what ``decide`` raised."""
+        outcomes = [mine, *self._hear(key, phase)]
+        values = [outcome.value for outcome in outcomes]
+        failures = {rank: outcome.error for rank, outcome in enumerate(outcomes) if outcome.error is not None}
+        decision, cause = (_Outcome(phase), None) if failures else _attempt(phase, lambda: decide(values))
+        if decision.error is not None:
+            failures[0] = decision.error
+        verdict = {"failures": failures, "decision": decision.value}
+        self._put(f"{key}/verdict", _Outcome(phase, verdict))
         # every rank has spoken in this phase, so it has read what was put for the phases before
-        for old in [*self._answered, *(f"{key}/{rank}" for rank in range(1, self.size))]:
+        for old in [*self._answered, *self._keys(key)]:
             self._delete(old)
-        self._put(f"{key}/verdict", _Outcome(phase, failures))
         self._answered = [f"{key}/verdict"]
-        return failures
+        return values, verdict, cause
 
-    def _await_verdict(self, key: str, phase: str) -> dict[Any, str]:
+    def _hear(self, key: str, phase: str) -> list[_Outcome]:
+        """What the other ranks say, in rank order."""
+        keys = self._keys(key)
+        try:
+            self._store.wait(keys, timedelta(seconds=self.timeout_secs))
+            heard = [_Outcome.decode(data) for data in self._store.multi_get(keys)]
+        except RuntimeError as error:
+            missing = [rank for rank, key_of_rank in enumerate(keys, 1) if not self._has(key_of_rank)]
+            self._put(f"{key}/verdict", _Outcome(phase, missing, error="no answer"))
+            raise RankTimeoutError(phase, missing, self.timeout_secs) from error
+        return [
+            outcome
+            if outcome.phase == phase  # else it gave up an earlier phase that we still waited in
+            else _Outcome(phase, error=f"RanksDisagreeError: is at {outcome.phase!r} instead")
+            for outcome in heard
+        ]
+
+    def _await_verdict(self, key: str, phase: str) -> dict[str, Any]:
         # rank 0 may itself wait for timeout_secs before it gives up, so the others allow it a little longer
         deadline = time.monotonic() + self.timeout_secs * 1.1 + 5
-        verdict = self._get(f"{key}/verdict", phase, [0], deadline)
-        if verdict.error is not None:
-            raise RankTimeoutError(phase, verdict.value, self.timeout_secs)
-        failures: dict[Any, str] = verdict.value
-        return failures
+        outcome = self._get(f"{key}/verdict", phase, [0], deadline)
+        if outcome.error is not None:
+            raise RankTimeoutError(phase, outcome.value, self.timeout_secs)
+        verdict: dict[str, Any] = outcome.value
+        return verdict
+
+    def _keys(self, key: str) -> list[str]:
+        return [f"{key}/{rank}" for rank in range(1, self.size)]
 
     def _put(self, key: str, outcome: _Outcome) -> None:
         self._store.set(key, outcome.encode())

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -76,11 +76,9 @@ class SaveInProgress:
             RankFailedError: on all ranks, if collecting failed on any, the ranks disagree, or the target exists.
         """
         phase = f"collecting {self.target.name}"
-        prints = self._ranks.gather(phase, lambda: _fingerprint(self._collect(collect)))
-        same = self._ranks.lead(phase, lambda: len({json.dumps(p, sort_keys=True) for p in prints}) == 1)
-        if not same:  # legal with pipeline stages, which hold different keys
-            specs = self._ranks.gather(phase, lambda: [_facts(self.contents), _specs(self.contents)])
-            self._ranks.lead(phase, lambda: _refuse_disagreement(specs))
+        # different keys are legal, with pipeline stages; different shapes or facts are not
+        if not self._ranks.agree(phase, lambda: _fingerprint(self._collect(collect)), _all_equal):
+            self._ranks.agree(phase, lambda: [_facts(self.contents), _specs(self.contents)], _refuse_disagreement)
         self._attempt_id = self._ranks.lead(f"making the directory for {self.target.name}", self._make_directory)
 
     def stage(self, stager: Stager) -> None:
@@ -206,6 +204,10 @@ def _specs(contents: Contents) -> dict[str, Any]:
 
 def _fingerprint(contents: Contents) -> list[Any]:
     return [_facts(contents), xxhash.xxh3_128_hexdigest(json.dumps(_specs(contents), sort_keys=True).encode())]
+
+
+def _all_equal(values: Sequence[Any]) -> bool:
+    return all(value == values[0] for value in values)
 
 
 def _tensors(state: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:

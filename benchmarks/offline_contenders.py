@@ -1,6 +1,6 @@
 """What people use today to turn a sharded checkpoint into weights for ``from_pretrained``, as they use it.
 
-python -m benchmarks.contenders NAME --checkpoint_dir C --output_dir O --base_model_path B
+python -m benchmarks.offline_contenders NAME --checkpoint_dir C --output_dir O --base_model_path B
 """
 
 from __future__ import annotations
