@@ -14,7 +14,7 @@ $(READY): pyproject.toml setup.cfg
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $@
 
-demo: $(READY)  ## two FSDP2 ranks train, are killed, come back and end as Hugging Face directories
+demo: $(READY)  ## two FSDP2 ranks train and export, are killed, come back and end as Hugging Face directories
 	$(BIN)/python examples/demo.py $(DEMO_ARGS)
 
 test: $(READY)  ## every test

@@ -1,4 +1,4 @@
-"""The main job end to end: train on two ranks, be killed, come back, convert, load, compare. Run by ``make demo``.
+"""The main job end to end: train and export on two ranks, be killed, come back, convert, load, compare (``make demo``).
 
 Prints what it does, the files that it leaves, and a table of checks; exits with 1 if any check fails.
 """
@@ -6,6 +6,7 @@ Prints what it does, the files that it leaves, and a table of checks; exits with
 from __future__ import annotations
 
 import argparse
+import filecmp
 import json
 import os
 import shutil
@@ -78,8 +79,15 @@ def convert_and_load(run: Path, steps: int) -> Iterator[Check]:
     shardsmith("inspect", str(checkpoint), "--verify")
     in_loop = json.loads((run / "evaluation.json").read_text())
     test = torch.load(run / "tokens.pt", weights_only=True)["test"]
+    live = run / "hf" / f"step-{steps}"
+    say("What the run itself exported while it trained, in bfloat16")
+    for model, directory in (("main", live), ("ema", live.with_name(f"{live.name}-ema"))):
+        loss, _ = load(directory, test)
+        difference = abs(loss - in_loop[model])
+        what = f"{loss:.6f} loaded, {in_loop[model]:.6f} in the loop, differ by {difference:.1e}"
+        yield f"{model} exported live: loss as in the loop within 0.02", what, difference <= TOLERANCE["bfloat16"]
     for dtype, tolerance in TOLERANCE.items():
-        output = run / "hf" / dtype
+        output = run / "converted" / dtype
         say(f"to-hf in {dtype}: main and EMA, each a directory that from_pretrained loads")
         shardsmith(
             *("to-hf", "--checkpoint_dir", str(checkpoint), "--output_dir", str(output)),
@@ -91,6 +99,11 @@ def convert_and_load(run: Path, steps: int) -> Iterator[Check]:
             what = f"{loss:.6f} loaded, {in_loop[model]:.6f} in the loop, differ by {difference:.1e}"
             yield f"{model} {dtype}: loss as in the loop within {tolerance:g}", what, difference <= tolerance
             yield f"{model} {dtype}: completes a line of Python", repr(completion), len(completion.strip()) > 0
+    for suffix in ("", "-ema"):
+        names = [f"{live.name}{suffix}", f"bfloat16{suffix}"]
+        weights = [live.with_name(names[0]), run / "converted" / names[1]]
+        same = filecmp.cmp(*(directory / "model.safetensors" for directory in weights), shallow=False)
+        yield "exported live and converted afterwards: the same bytes", " = ".join(names), same
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, Olmo2Config, PreTrainedTokenizerFast
 
-from shardsmith.hooks import EMA, Hooks, ShardedSave, every, last, latest
+from shardsmith.hooks import EMA, HFExport, Hooks, ShardedSave, every, last, latest
 
 SEQUENCE = 128
 BATCH = 8  # sequences a rank and step
@@ -42,7 +42,10 @@ def train(run: Path, steps: int) -> None:
     save = ShardedSave(
         run / "checkpoints", model=model, optimizer=optimizer, ema=ema, when=every(25) | last(), keep=latest(3)
     )
-    hooks = Hooks(ema, save)
+    export = HFExport(
+        run / "hf", model=model, ema=ema, ema_as="directory", base_model=run / "base", when=every(100) | last()
+    )
+    hooks = Hooks(ema, save, export)
 
     step = hooks.resume()
     if rank == 0 and step:
