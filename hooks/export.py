@@ -6,7 +6,7 @@ import contextlib
 import logging
 from collections import deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,7 +18,8 @@ from shardsmith.commit import prove_writable, remove, sweep
 from shardsmith.errors import ShardsmithError, UsageError
 from shardsmith.layout import PROVENANCE_FILE, step_name
 from shardsmith.live_boxes import StagingBuffer
-from shardsmith.live_export import LiveExport, LiveExporter
+from shardsmith.live_export import LiveExport, LiveExporter, LiveModel
+from shardsmith.name_maps import NameMap
 from shardsmith.ranks import Ranks
 
 from .base import Hook
@@ -59,6 +60,7 @@ class HFExport(Hook):
         processor: object | None = None,
         ema_as: Literal["file", "directory"] = "file",
         trust_remote_code: bool = False,
+        names: str | NameMap = "auto",
         keep: Retention | None = None,
         extra_files: Mapping[str, str | Path] | None = None,
         on_exported: Callable[[int, Path], None] | None = None,
@@ -79,6 +81,9 @@ class HFExport(Hook):
             processor: Tokenizer or processor to save in each directory, instead of the base model's.
             ema_as: ``"file"`` puts ``ema.safetensors`` beside the main weights, ``"directory"`` makes ``step-<n>-ema``.
             trust_remote_code: Also copy the base model's Python files. They are not run.
+            names: ``"auto"`` writes the names and tensors that ``save_pretrained`` of transformers would (experts one
+                by one, where the model fuses them), ``"identity"`` those of the model. Else a ``NameMap``, or the name
+                of one that a package offers.
             keep: Which exports outlive a new one; None keeps all. The newest is always kept.
             extra_files: More files to copy, by their name in the directory.
             on_exported: Called on every rank, on the main thread, when a directory has appeared: step and path.
@@ -106,32 +111,47 @@ class HFExport(Hook):
             trust_remote_code=trust_remote_code,
         )
         chosen = models or ("both" if ema is not None else "main")
-        self._state = LiveState(model, ema, files, dtype=dtype, max_shard_size=max_shard_size)
+        self._state = LiveState(model, ema, files, dtype=dtype, max_shard_size=max_shard_size, names=names)
         self._directories = LiveDirectory.choose(chosen, ema_as)
         self._ranks, self._writer_ranks = Ranks(timeout_secs), Ranks(timeout_secs)  # one for each thread
         self._exporter = LiveExporter(self._ranks)
         self._writer = ThreadPoolExecutor(1, "shardsmith-export")
         self._free = [[StagingBuffer() for _ in self._directories] for _ in range(_SLOTS)]
         self._running: deque[_Running] = deque()
+        self._ended: list[_Running] = []  # not yet announced
+        self._started_count = self._ended_count = 0
         self._exported_step: int | None = None
         self._ranks.lead(f"preparing {self.directory}", self._prepare_directory)
-        self._ranks.gather("looking at the base model", self._state.check)
+        self._ranks.gather("reading the base model", self._state.read_files)
+        self._ranks.gather("looking at the base model", lambda: self._state.check(compare=self._ranks.is_leader))
 
     def on_step_end(self, step: int) -> None:
-        """Report exports that have ended, and export if it is time. All ranks; communicates when it exports."""
-        self._report(wait=0)
+        """Export if it is time, then report exports that have ended. All ranks; communicates when it exports."""
         if self.when.due(step):
             self.export(step)
+        else:
+            self._collect(self._count_ended())
+        self._announce()
 
     def on_train_end(self, step: int) -> None:
         """Export the last step if that is wanted and was not done. All ranks; communicates when it exports."""
         if self.when.due(step, last=True) and step != self._exported_step:
-            self.export(step)
+            self._export(step, "wait")  # it is the result of the run, and there is no training left to hold up
+
+    @property
+    def in_flight(self) -> int:
+        """Exports that are staged and not yet written, on this rank: 0, 1 or 2. No communication."""
+        return self._started_count - self._count_ended()
+
+    def wait(self) -> None:
+        """Wait for the exports in flight; raise what failed in them. All ranks."""
+        self._collect(self._started_count)
+        self._announce()
 
     def close(self) -> None:
         """Wait for the exports in flight; raise what failed in them."""
         try:
-            self._report(wait=len(self._running))
+            self.wait()
         finally:
             self._writer.shutdown()
 
@@ -140,48 +160,66 @@ class HFExport(Hook):
 
         Raises:
             RankFailedError: on all ranks, if any could not stage its part. Nothing became visible. What fails in the
-                background is raised by the next moment of this hook.
+                background is raised by the next moment of this hook, or by ``wait``.
             UsageError: two exports are in flight, and ``when_busy`` is ``"raise"``.
         """
-        self._exported_step = step
-        if not self._make_room(step):
+        self._export(step, self._when_busy)
+
+    def _export(self, step: int, when_busy: Literal["wait", "skip", "raise"]) -> None:
+        if not self._make_room(step, when_busy):
             return
         buffers = self._free[-1]
-        jobs = []
-        with self._state.staging():
-            for directory, buffer in zip(self._directories, buffers, strict=True):
-                models = self._state.models(directory)
-                path = self.directory / (step_name(step) + directory.suffix)
-                plan = self._state.plan(path, step, directory, [model.plan for model in models])
-                boxes = self._exporter.begin(f"exporting {path.name}", directory.suffix, models)
-                jobs.append(LiveExport(plan, self._ranks, self._writer_ranks, buffer))
-                jobs[-1].stage(boxes)
+        with contextlib.ExitStack() as unchanged:
+            jobs = [
+                self._stage(step, directory, buffer, unchanged)
+                for directory, buffer in zip(self._directories, buffers, strict=True)
+            ]
         self._free.pop()
-        self._running.append(_Running(step, buffers, self._writer.submit(self._finish, jobs)))
+        self._exported_step = step
+        self._started_count += 1
+        self._running.append(_Running(step, buffers, self._writer.submit(self._finish, step, jobs)))
 
-    def _make_room(self, step: int) -> bool:
-        """Whether there is a free slot in the end. Rank 0 decides; the others follow, and wait if they are behind."""
-        busy = self._ranks.lead("looking for a free slot", lambda: not self._free_slot())
-        if busy and self._when_busy == "raise":
+    def _stage(
+        self, step: int, directory: LiveDirectory, buffer: StagingBuffer, unchanged: contextlib.ExitStack
+    ) -> LiveExport:
+        def collect() -> list[LiveModel]:
+            unchanged.enter_context(self._state.staging())
+            return self._state.models(directory)
+
+        path = self.directory / (step_name(step) + directory.suffix)
+        plans, boxes = self._exporter.begin(f"collecting {path.name}", directory.suffix, collect)
+        job = LiveExport(self._state.plan(path, step, directory, plans), self._ranks, self._writer_ranks, buffer)
+        job.stage(boxes)
+        return job
+
+    def _make_room(self, step: int, when_busy: Literal["wait", "skip", "raise"]) -> bool:
+        """Whether there is a free slot in the end. Rank 0 decides; the others catch up with what has ended there.
+
+        Nothing is raised here of what has failed: then a rank that has raised it earlier would be alone.
+        """
+        ended = self._ranks.lead("looking for a free slot", self._count_ended)
+        busy = self._started_count - ended >= _SLOTS
+        if busy and when_busy == "wait":
+            ended += 1
+        self._collect(ended)
+        if busy and when_busy == "raise":
             raise UsageError(f"step {step} cannot be exported: two exports are in flight. Export less often, or wait")
-        if busy and self._when_busy == "skip":
+        if busy and when_busy == "skip":
             log.warning("step %s was not exported: two exports are in flight", step)
             return False
-        while not self._free_slot():
-            self._report(wait=1)
         return True
 
-    def _free_slot(self) -> bool:
-        self._report(wait=0)
-        return bool(self._free)
-
-    def _finish(self, jobs: list[LiveExport]) -> list[Path]:
+    def _finish(self, step: int, jobs: list[LiveExport]) -> list[Path]:
         """Write and commit. In the background thread."""
-        with contextlib.ExitStack() as unfinished:
-            for job in jobs:
-                unfinished.enter_context(job)
-                job.write()
-            paths = [job.commit() for job in jobs]
+        try:
+            with contextlib.ExitStack() as unfinished:
+                for job in jobs:
+                    unfinished.enter_context(job)
+                    job.write()
+                paths = [job.commit() for job in jobs]
+        except BaseException:
+            log.exception("step %s was not exported", step)  # loud even if nobody comes to ask for the result
+            raise
         if self._writer_ranks.is_leader:
             self._remove_old()
         return paths
@@ -196,22 +234,28 @@ class HFExport(Hook):
                 except ShardsmithError as error:  # the export is there all the same, and the next one tries again
                     log.warning("could not remove an old export: %s", error)
 
-    def _report(self, *, wait: int) -> None:
-        """Announce what has ended, waiting for this many exports first; raise what failed, or warn."""
-        while self._running and (wait > 0 or self._running[0].future.done()):
-            running = self._running.popleft()
-            wait -= 1
-            try:
-                paths = running.future.result()
-            except ShardsmithError as error:
-                if self._on_error == "raise":
-                    raise
-                log.warning("step %s was not exported: %s", running.step, error)
-            else:
-                if self._on_exported:
-                    self._on_exported(running.step, paths[0])
-            finally:
-                self._free.append(running.buffers)
+    def _count_ended(self) -> int:
+        """How many exports have ended since the start, on this rank."""
+        return self._ended_count + sum(running.future.done() for running in self._running)
+
+    def _collect(self, count: int) -> None:
+        """Wait until this many exports have ended since the start, and take their buffers back."""
+        while self._ended_count < count:
+            ended = self._running.popleft()
+            wait([ended.future])
+            self._ended_count += 1
+            self._ended.append(ended)
+            self._free.append(ended.buffers)
+
+    def _announce(self) -> None:
+        """Say which exports have ended; raise the first failure among them."""
+        ended, self._ended = self._ended, []
+        errors = [error for one in ended if (error := one.future.exception()) is not None]
+        for one in ended:
+            if self._on_exported and one.future.exception() is None:
+                self._on_exported(one.step, one.future.result()[0])
+        if errors and self._on_error == "raise":
+            raise errors[0]
 
     def _prepare_directory(self) -> None:
         prove_writable(self.directory)

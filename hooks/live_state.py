@@ -15,16 +15,20 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 
+from shardsmith.commit import writing
 from shardsmith.directory_plan import DirectoryPlan, ModelPlan, Origin, plan_model
-from shardsmith.errors import UsageError
+from shardsmith.errors import MismatchError, UsageError
 from shardsmith.export_plan import base_specs, compare_with_base
 from shardsmith.hf_directory import files_to_copy, read_config
 from shardsmith.layout import EMA_WEIGHTS, MAIN_WEIGHTS
 from shardsmith.live_export import LiveModel
 from shardsmith.model_keys import EMA as AVERAGE
 from shardsmith.model_keys import MAIN
+from shardsmith.name_maps import NameMap, Translation, find_name_map
 from shardsmith.names import tied_weights, unwrapped
-from shardsmith.tensors import TensorSpec
+from shardsmith.safetensors_files import parse_size
+from shardsmith.tensors import Shape, TensorSpec
+from shardsmith.transformers_names import TransformersNames
 
 from .ema import EMA
 
@@ -68,26 +72,44 @@ class ModelFiles:
         if self.processor is not None:
             self.processor.save_pretrained(directory)
         for name, path in self.extra.items():
-            (directory / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, directory / name)
+            with writing(directory / name, f"copying {path}"):
+                (directory / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, directory / name)
 
 
 class LiveState:
     """Model and average as they are at the moment of asking, and the plan of what they become."""
 
     def __init__(
-        self, model: nn.Module, ema: EMA | None, files: ModelFiles, *, dtype: str, max_shard_size: str | None
+        self,
+        model: nn.Module,
+        ema: EMA | None,
+        files: ModelFiles,
+        *,
+        dtype: str,
+        max_shard_size: str | None,
+        names: str | NameMap = "auto",
     ) -> None:
-        """Raises UsageError if torch knows no such dtype."""
+        """Raises UsageError if torch knows no such dtype, or the size cannot be read."""
         self._model = model
         self._ema = ema
         self._files = files
         self._dtype = _parse_dtype(dtype)
         self._max_shard_size = max_shard_size
-        self._config = self._read_config()
+        if max_shard_size is not None:
+            parse_size(max_shard_size)
+        self._config: dict[str, Any] | None = None
         self._copies: tuple[str, ...] = ()
-        if files.base is not None:
-            self._copies = tuple(files_to_copy(files.base, trust_remote_code=files.trust_remote_code))
+        self._names = names
+        self._name_map: NameMap | None = None
+        self._translated: tuple[dict[str, Shape], Translation] | None = None
+
+    def read_files(self) -> None:
+        """Read what lies beside the weights. First of all, on every rank; no communication. Raises CheckpointError."""
+        self._config = self._read_config()
+        if (base := self._files.base) is not None:
+            self._copies = tuple(files_to_copy(base, trust_remote_code=self._files.trust_remote_code))
+        self._name_map = self._find_name_map()
 
     def staging(self) -> contextlib.AbstractContextManager[None]:
         """Within it nothing of ours changes weights or average."""
@@ -112,25 +134,55 @@ class LiveState:
             companions=lambda directory: self._files.write(self._model, directory),
         )
 
-    def check(self) -> None:
-        """Raise MismatchError unless names and shapes are those of the base model's weights, where it has some."""
-        if self._files.base is not None:
+    def check(self, *, compare: bool) -> None:
+        """Plan an export onto the base model, if there is one. All ranks; communicates under FSDP1 only.
+
+        Raises:
+            MismatchError: with ``compare``, if names or shapes are not those of the base model's weights.
+        """
+        base = self._files.base
+        if base is not None or self._name_map is not None:
             (model,) = self.models(LiveDirectory("", {MAIN: MAIN_WEIGHTS}))
-            compare_with_base(self._files.base, model.plan, base_specs(self._files.base))
+            if base is not None and compare:
+                _compare(base, model.plan)
 
     def _live_model(self, name: str, stem: str, main: Mapping[str, Tensor], aliases: Mapping[str, str]) -> LiveModel:
         average = self._ema.model_state_dict() if name == AVERAGE and self._ema is not None else {}
         tensors = {fqn: average.get(fqn, tensor) for fqn, tensor in main.items() if fqn not in aliases}
+        filled = frozenset(tensors.keys() - average.keys()) if name == AVERAGE else frozenset()
+        specs = {fqn: TensorSpec(fqn, tuple(tensor.shape), tensor.dtype) for fqn, tensor in tensors.items()}
+        translation = self._translation(specs)
+        if translation is not None:
+            aliases = translation.translate_aliases(aliases, specs)
+            filled = translation.names_of(filled)
+            specs = translation.translate(specs)
         plan = plan_model(
             name,
-            [TensorSpec(fqn, tuple(tensor.shape), tensor.dtype) for fqn, tensor in tensors.items()],
+            list(specs.values()),
             stem=stem,
             dtype=self._dtype,
             max_shard_size=self._max_shard_size,
             aliases=aliases,
-            filled=frozenset(tensors.keys() - average.keys()) if name == AVERAGE else frozenset(),
+            filled=filled,
         )
-        return LiveModel(plan, tensors)
+        return LiveModel(plan, tensors, translation)
+
+    def _translation(self, specs: Mapping[str, TensorSpec]) -> Translation | None:
+        """From the model's names to those of the files. Worked out once: main and average have the same."""
+        if self._name_map is None:
+            return None
+        shapes = {name: spec.shape for name, spec in specs.items()}
+        if self._translated is None or self._translated[0] != shapes:
+            self._translated = shapes, Translation(self._name_map, specs)
+        return self._translated[1]
+
+    def _find_name_map(self) -> NameMap | None:
+        """The map that was asked for; None for the identity."""
+        if self._names == "identity":
+            return None
+        if self._names == "auto":
+            return TransformersNames.of_model(unwrapped(self._model))
+        return find_name_map(self._names, self._config) if isinstance(self._names, str) else self._names
 
     def _read_config(self) -> dict[str, Any] | None:
         """config.json of the base model, else of the live one, else None."""
@@ -144,6 +196,15 @@ class LiveState:
         if not content.get("architectures"):  # transformers fills it in when it saves; FSDP2 makes a class of its own
             content["architectures"] = [next(c.__name__ for c in type(model).__mro__ if not issubclass(c, FSDPModule))]
         return content
+
+
+def _compare(base: Path, plan: ModelPlan) -> None:
+    try:
+        compare_with_base(base, plan, base_specs(base))
+    except MismatchError as error:
+        summary = f"{len(error.problems)} tensors of the model that trains are not as in the base model"
+        advice = "Nothing will be written. Give the base model that this one was made from, without weights if need be."
+        raise MismatchError(base, summary, error.problems, advice) from None
 
 
 def _parse_dtype(name: str) -> torch.dtype | None:

@@ -202,7 +202,8 @@ class ShardedSave(Hook):
     def _remove_old(self) -> None:
         for step in steps_to_remove(self.keep, committed_steps(self.directory)):
             try:
-                remove(self.directory / step_name(step))
+                if not remove(self.directory / step_name(step)):
+                    log.info("%s is being read; a later save removes it", self.directory / step_name(step))
             except ShardsmithError as error:  # the checkpoint is saved all the same, and the next one tries again
                 log.warning("could not remove an old checkpoint: %s", error)
 
@@ -220,11 +221,12 @@ class ShardedSave(Hook):
 
     def _is_sound(self, checkpoint: Path) -> bool:
         """Look at all files, divided among the ranks; set the checkpoint aside if any is damaged. Communicates."""
-        phase = f"verifying {checkpoint.name}"
-        found = self._ranks.gather(
-            phase, lambda: find_damage(checkpoint, part=self._ranks.rank, parts=self._ranks.size)
+        part, parts = self._ranks.rank, self._ranks.size
+        return self._ranks.agree(
+            f"verifying {checkpoint.name}",
+            lambda: find_damage(checkpoint, part=part, parts=parts),
+            lambda found: _set_aside_if_damaged(checkpoint, [*chain(*found)]),
         )
-        return self._ranks.lead(phase, lambda: _set_aside_if_damaged(checkpoint, [*chain(*found)]))
 
     def _prepare_directory(self) -> None:
         prove_writable(self.directory)

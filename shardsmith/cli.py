@@ -5,10 +5,11 @@ What a command needs is imported when it runs, so that help is instant.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 import tyro
 
@@ -61,6 +62,7 @@ def to_hf(
     from shardsmith import report
     from shardsmith.export import write_directories
     from shardsmith.export_plan import ExportOptions, choose_stems, plan_directory
+    from shardsmith.leases import hold
 
     options = ExportOptions(
         dtype=None if dtype == "original" else getattr(torch, dtype),
@@ -69,19 +71,88 @@ def to_hf(
         allow=allow,
         verify=verify,
     )
-    stems = choose_stems(checkpoint_dir, base_model_path, models, ema_as)
-    plans = [
-        plan_directory(checkpoint_dir, Path(f"{output_dir}{suffix}"), base_model_path, names, options)
-        for suffix, names in stems
-    ]
-    if dry_run:
-        report.print_plans(plans)
-        return 0
-    with report.progress_bar(plans, quiet=quiet) as progress:
-        write_directories(plans, progress)
+    with hold(checkpoint_dir):
+        stems = choose_stems(checkpoint_dir, base_model_path, models, ema_as)
+        plans = [
+            plan_directory(checkpoint_dir, Path(f"{output_dir}{suffix}"), base_model_path, names, options)
+            for suffix, names in stems
+        ]
+        if dry_run:
+            report.print_plans(plans)
+            return 0
+        with report.progress_bar(plans, quiet=quiet) as progress:
+            write_directories(plans, progress)
     if not quiet:
         report.print_written(plans)
     return 0
+
+
+def watch(
+    checkpoints: tyro.conf.Positional[Path],
+    output_dir: Path,
+    base_model_path: Path,
+    models: Literal["main", "ema", "both", "all"] = "all",
+    dtype: Dtype = "bfloat16",
+    max_shard_size: str | None = None,
+    ema_as: Literal["auto", "file", "directory"] = "auto",
+    allow: tuple[str, ...] = (),
+    trust_remote_code: bool = False,
+    verify: bool = True,
+    every: int | None = None,
+    keep_latest: int | None = None,
+    interval_secs: float = 10.0,
+    once: bool = False,
+    quiet: bool = False,
+) -> int:
+    """Export each new step of a run, beside the run or on another machine.
+
+    Makes OUTPUT_DIR/step-N of each committed step, oldest first, as to-hf does, and then waits for more. Nothing is
+    exported twice: it can be stopped and started again, also after a kill. Retention spares the step that it reads.
+    SIGINT or SIGTERM ends it after the export in hand, a second one at once. Exits with 1 if a step could not be
+    exported.
+
+    Example: shardsmith watch run/checkpoints --output_dir run/hf --base_model_path base
+
+    Args:
+        checkpoints: The run's folder with its step directories.
+        output_dir: Where the exports go. Made if missing; not inside CHECKPOINTS.
+        base_model_path: As in to-hf.
+        models: As in to-hf.
+        dtype: As in to-hf.
+        max_shard_size: As in to-hf.
+        ema_as: As in to-hf.
+        allow: As in to-hf.
+        trust_remote_code: As in to-hf.
+        verify: As in to-hf.
+        every: Only steps that are a multiple of this.
+        keep_latest: Keep this many of the newest exports in OUTPUT_DIR and remove older ones.
+        interval_secs: How long to wait before looking again.
+        once: Export what is there, and end. Exits with 130 if a signal ended it before.
+        quiet: Print nothing but failures.
+    """
+    import torch
+
+    from shardsmith import report
+    from shardsmith.export_plan import ExportOptions
+    from shardsmith.watch import Watcher, WatchOptions, stopped_by_signals
+
+    options = ExportOptions(
+        dtype=None if dtype == "original" else getattr(torch, dtype),
+        max_shard_size=max_shard_size,
+        trust_remote_code=trust_remote_code,
+        allow=allow,
+        verify=verify,
+    )
+    what = WatchOptions(export=options, models=models, ema_as=ema_as, every=every, keep_latest=keep_latest)
+    with stopped_by_signals() as stop:
+        watcher = Watcher(checkpoints, output_dir, base_model_path, what)
+        if not once and not quiet:
+            report.print_watching(checkpoints, output_dir)
+        for outcome in watcher.catch_up(stop) if once else watcher.follow(stop, interval_secs):
+            report.print_outcome(outcome, quiet=quiet)
+    if once and stop.is_set():
+        return 130
+    return 1 if watcher.failed else 0
 
 
 def inspect(checkpoint: tyro.conf.Positional[Path], verify: bool = False, json: bool = False) -> int:
@@ -119,7 +190,7 @@ def detect(path: tyro.conf.Positional[Path]) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[..., int]] = {"to-hf": to_hf, "inspect": inspect, "detect": detect}
+COMMANDS: dict[str, Callable[..., int]] = {"to-hf": to_hf, "watch": watch, "inspect": inspect, "detect": detect}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -144,5 +215,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
+def run() -> NoReturn:
+    """The console script: ``main``, then the end at once, since taking torch down takes a third of a second."""
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

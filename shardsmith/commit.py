@@ -22,6 +22,7 @@ from typing import Self
 
 from shardsmith import layout
 from shardsmith.errors import IncompleteCheckpointError, TargetError, TargetExistsError, WriteError
+from shardsmith.leases import unheld
 
 log = logging.getLogger(__name__)
 
@@ -129,16 +130,22 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def remove(directory: Path) -> None:
+def remove(directory: Path) -> bool:
     """Delete a committed directory: rename it to trash first, so that it is never visible half-deleted.
+
+    Returns False, and leaves it as it is, while somebody holds it (see ``leases``).
 
     Raises:
         WriteError: it could not be renamed, or not wholly deleted; then ``sweep`` finishes the job later.
     """
     trash = layout.trash_path(directory, layout.new_attempt_id())
     with writing(directory, "deletion"), _claim(directory):  # a sweep leaves it alone meanwhile
-        directory.rename(trash)
+        with unheld(directory) as free:
+            if not free:
+                return False
+            directory.rename(trash)
         shutil.rmtree(trash)
+    return True
 
 
 def sweep(parent: Path) -> list[Path]:
@@ -170,6 +177,17 @@ def prove_writable(directory: Path) -> None:
         with writing(attempt.directory, "fsync of the directory"):
             sync(attempt.directory)
         remove(attempt.directory)
+
+
+def require_space(directory: Path, nbytes: int) -> None:
+    """Raise WriteError if the file system has no room for so many bytes: better now than when most is written.
+
+    Not by reserving it: some file systems do that by writing it all, and tmpfs by clearing it.
+    """
+    with writing(directory, f"making room for {nbytes} bytes"):
+        space = os.statvfs(directory)
+        if space.f_blocks and space.f_bavail * space.f_frsize < nbytes:  # without blocks it does not say
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def refuse_existing(target: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from shardsmith.block_copy import copy_blocks
 from shardsmith.checkpoints import find_damage
-from shardsmith.commit import Attempt, sweep
+from shardsmith.commit import Attempt, require_space, sweep
 from shardsmith.completion import complete_directory
 from shardsmith.digest import Digest
 from shardsmith.directory_plan import ModelPlan
@@ -27,6 +27,9 @@ from shardsmith.tensors import TensorSource
 def write_directories(plans: Sequence[ExportPlan], progress: Callable[[int], None] | None = None) -> list[Path]:
     """Write planned directories of one checkpoint and make them visible when all of them are on disk; their paths.
 
+    The first one appears last, so whoever sees it can rely on the others. The plans' sources are closed in the end.
+    Call it within ``hold(checkpoint)``, and plan there too, if something might remove the checkpoint meanwhile.
+
     Args:
         progress: Called from several threads with the number of bytes of weights just written.
 
@@ -37,6 +40,8 @@ def write_directories(plans: Sequence[ExportPlan], progress: Callable[[int], Non
     for parent in {plan.directory.output.parent for plan in plans}:
         sweep(parent)
     with contextlib.ExitStack() as attempts, ThreadPoolExecutor(1, "shardsmith-verify") as pool:
+        for plan in plans:
+            attempts.callback(plan.close)
         checkpoints = {plan.checkpoint for plan in plans if plan.verify}
         verified = [pool.submit(verify_source, checkpoint) for checkpoint in checkpoints]
         written = []
@@ -45,7 +50,7 @@ def write_directories(plans: Sequence[ExportPlan], progress: Callable[[int], Non
             written.append((attempt, _write_directory(plan, attempt.directory, progress)))
         for verification in verified:
             verification.result()
-        return [attempt.commit(sizes) for attempt, sizes in written]
+        return [attempt.commit(sizes) for attempt, sizes in reversed(written)][::-1]
 
 
 def verify_source(checkpoint: Path) -> None:
@@ -58,6 +63,7 @@ def verify_source(checkpoint: Path) -> None:
 
 def _write_directory(plan: ExportPlan, directory: Path, progress: Callable[[int], None] | None) -> dict[str, int]:
     """Write and fsync everything that belongs into a directory; the size of each file."""
+    require_space(directory, plan.directory.nbytes)
     digests = {
         model.model: _write_weights(model, plan.sources[model.model], directory, progress)
         for model in plan.directory.models

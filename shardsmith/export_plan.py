@@ -13,12 +13,13 @@ import torch
 from shardsmith import layout
 from shardsmith.commit import refuse_existing
 from shardsmith.directory_plan import DirectoryPlan, ModelPlan, Origin, plan_model
-from shardsmith.errors import CheckpointNotFoundError, MismatchError
+from shardsmith.errors import CheckpointNotFoundError, MismatchError, UnsupportedFormatError
 from shardsmith.formats import HUGGINGFACE, SHARDED, detect_checkpoint_format, model_names, open_source
 from shardsmith.hf_directory import files_to_copy, protect, read_config
 from shardsmith.metadata import read_metadata
 from shardsmith.model_keys import EMA, MAIN
-from shardsmith.models import ModelSource
+from shardsmith.models import ModelSource, TranslatedModel
+from shardsmith.name_maps import NameMap, find_name_map
 from shardsmith.safetensors_source import open_safetensors_directory
 from shardsmith.tensors import TensorSpec
 from shardsmith.ties import tied_by_config
@@ -38,6 +39,8 @@ class ExportOptions:
     """Patterns of tensor names that may differ from the base model's weights."""
     verify: bool = True
     """Compare the checkpoint's files with their recorded hashes first, where it has some."""
+    names: str = "auto"
+    """Name map: "identity", "transformers", one that a package offers, or "auto": transformers where it is needed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +50,14 @@ class ExportPlan:
     directory: DirectoryPlan
     checkpoint: Path
     base: Path
-    sources: Mapping[str, ModelSource]
+    sources: Mapping[str, ModelSource | TranslatedModel]
     """By model."""
     verify: bool
+
+    def close(self) -> None:
+        """Let go of the checkpoint's files, which take up space as long as they are open, even when deleted."""
+        for source in self.sources.values():
+            source.close()
 
 
 def plan_directory(
@@ -69,9 +77,19 @@ def plan_directory(
     copies = files_to_copy(base, trust_remote_code=options.trust_remote_code)
     config = read_config(base)
     template = base_specs(base)
-    sources = {model: open_source(checkpoint, model) for model in stems}
-    models = tuple(_plan_model(sources[model], model, stem, config, template, options) for model, stem in stems.items())
-    directory = DirectoryPlan(output, models, _origin(checkpoint), config, base, tuple(copies))
+    sources: dict[str, ModelSource | TranslatedModel] = {}
+    models = []
+    name_map: NameMap | None = None
+    for model, stem in stems.items():
+        source = sources[model] = open_source(checkpoint, model)
+        plan = _plan_model(source, model, stem, config, template, options)
+        name_map = name_map or _choose_name_map(plan, base, config, template, options)
+        if name_map is not None:
+            sources[model] = TranslatedModel(source, name_map)
+            plan = _plan_model(sources[model], model, stem, config, template, options, name_map)
+        compare_with_base(source.path, plan, template, options.allow)
+        models.append(plan)
+    directory = DirectoryPlan(output, tuple(models), _origin(checkpoint), config, base, tuple(copies))
     return ExportPlan(directory, checkpoint, base, sources, options.verify)
 
 
@@ -106,34 +124,64 @@ def choose_stems(
 
 
 def _plan_model(
-    source: ModelSource,
+    source: ModelSource | TranslatedModel,
     model: str,
     stem: str,
     config: dict[str, Any],
     template: Mapping[str, TensorSpec],
     options: ExportOptions,
+    name_map: NameMap | None = None,
 ) -> ModelPlan:
-    plan = plan_model(
+    return plan_model(
         model,
         list(source.specs.values()),
         stem=stem,
         dtype=options.dtype,
         max_shard_size=options.max_shard_size,
-        aliases=source.aliases or _tied_by_config(source, config, template),
+        aliases=source.aliases or _tied_by_config(source, config, template, name_map),
         filled=source.filled,
     )
-    compare_with_base(source.path, plan, template, options.allow)
-    return plan
 
 
-def _tied_by_config(source: ModelSource, config: dict[str, Any], template: Mapping[str, TensorSpec]) -> dict[str, str]:
+def _tied_by_config(
+    source: ModelSource | TranslatedModel,
+    config: dict[str, Any],
+    template: Mapping[str, TensorSpec],
+    name_map: NameMap | None,
+) -> dict[str, str]:
     """As ``tied_by_config``. What an average took from main is compared there: here its twin has moved on."""
     if not source.filled:
         return tied_by_config(source, config, template)
-    main = open_source(source.path, MAIN)
+    opened = open_source(source.path, MAIN)
+    main = opened if name_map is None else TranslatedModel(opened, name_map)
     aliases = tied_by_config(main, config, template)
     main.close()
     return aliases
+
+
+def _choose_name_map(
+    plan: ModelPlan, base: Path, config: dict[str, Any], template: Mapping[str, TensorSpec], options: ExportOptions
+) -> NameMap | None:
+    """The map that the options ask for; None for the identity. transformers, which takes seconds, only if needed.
+
+    Where the base has no weights to compare with, experts that are fused into one tensor are what needs it.
+    """
+    if options.names == "identity":
+        return None
+    if options.names not in ("auto", "transformers"):
+        return find_name_map(options.names, config)
+    if options.names == "auto":
+        fused = any(len(spec.shape) > 2 and "experts" in spec.name for spec in plan.specs)
+        if not (_differences(plan, template, options.allow) if template else fused):
+            return None
+    from shardsmith.transformers_names import TransformersNames
+
+    try:
+        return TransformersNames.of_directory(base, template)
+    except UnsupportedFormatError:
+        if options.names == "auto":
+            return None
+        raise
 
 
 def _origin(checkpoint: Path) -> Origin:
@@ -158,8 +206,14 @@ def compare_with_base(
     path: Path, plan: ModelPlan, template: Mapping[str, TensorSpec], allow: Sequence[str] = ()
 ) -> None:
     """Raise MismatchError if names or shapes are not those of the base model's weights."""
-    if not template:
-        return
+    lines = _differences(plan, template, allow) if template else []
+    if lines:
+        summary = f"{len(lines)} tensors are not as in the base model"
+        advice = "Nothing was written. If a difference is meant, allow it by name: --allow 'PATTERN'."
+        raise MismatchError(path, summary, lines, advice)
+
+
+def _differences(plan: ModelPlan, template: Mapping[str, TensorSpec], allow: Sequence[str]) -> list[str]:
     ours = {spec.name: spec for spec in plan.specs}
     problems = {name: "in the base model, not in the checkpoint" for name in template if name not in ours}
     problems |= {name: "in the checkpoint, not in the base model" for name in ours if name not in template}
@@ -168,12 +222,8 @@ def compare_with_base(
         for name, spec in ours.items()
         if name in template and spec.shape != template[name].shape
     }
-    lines = [
+    return [
         f"{name}: {problem}"
         for name, problem in sorted(problems.items())
         if name not in plan.aliases and not any(fnmatchcase(name, pattern) for pattern in allow)
     ]
-    if lines:
-        summary = f"{len(lines)} tensors are not as in the base model"
-        advice = "Nothing was written. If a difference is meant, allow it by name: --allow 'PATTERN'."
-        raise MismatchError(path, summary, lines, advice)

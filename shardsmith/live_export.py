@@ -12,22 +12,24 @@ say where every element lies in a safetensors file.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+import torch
 import xxhash
 from torch import Tensor
 
 from shardsmith import layout
 from shardsmith.assignment import Held, assign_boxes
-from shardsmith.commit import Attempt, sweep
+from shardsmith.commit import Attempt, require_space, sweep
 from shardsmith.completion import complete_directory
 from shardsmith.digest import Digest, digest_box
 from shardsmith.directory_plan import DirectoryPlan, ModelPlan
 from shardsmith.errors import CorruptCheckpointError, RanksDisagreeError
 from shardsmith.live_boxes import LiveBox, StagingBuffer, held_boxes
+from shardsmith.name_maps import Translation
 from shardsmith.ranks import Ranks
 from shardsmith.safetensors_source import SafetensorsSource
 from shardsmith.safetensors_writer import SafetensorsFileWriter
@@ -38,10 +40,19 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class LiveModel:
-    """One model on its way out: ``plan`` says what its files hold, ``tensors`` are the live ones by those names."""
+    """One model on its way out: ``plan`` says what its files hold, ``tensors`` are the live ones."""
 
     plan: ModelPlan
     tensors: Mapping[str, Tensor]
+    translation: Translation | None = None
+    """From the tensors to what the files hold; None where they have the same names."""
+
+    def boxes(self) -> list[LiveBox]:
+        """All that this rank holds, in the names of the files. No communication; shares memory."""
+        held = held_boxes(self.tensors)
+        if self.translation is None:
+            return held
+        return [LiveBox(*part) for box in held for part in self.translation.to_targets(box.name, box.box, box.values)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,29 +74,46 @@ class LiveExporter:
         self._ranks = ranks
         self._shares: dict[str, _Share] = {}
 
-    def begin(self, phase: str, kind: str, models: Sequence[LiveModel]) -> dict[str, list[LiveBox]]:
-        """The live boxes that this rank is to write, by model. Main thread, all ranks; communicates through the store.
+    def begin(
+        self, phase: str, kind: str, collect: Callable[[], Sequence[LiveModel]]
+    ) -> tuple[list[ModelPlan], dict[str, list[LiveBox]]]:
+        """Plans of the models, and by model the live boxes that this rank is to write. Main thread, all ranks.
+
+        Communicates through the store.
 
         Args:
             kind: Exports of one kind hold the same; what was settled for the one before is used again.
+            collect: The models, as they are now.
 
         Raises:
-            RankFailedError: on all ranks, if the ranks do not hold whole tensors together.
+            RankFailedError: on all ranks, if ``collect`` raised on any, or they do not hold whole tensors together.
         """
-        held = {model.plan.model: held_boxes(model.tensors) for model in models}
-        signature = _signature(models, held)
-        known = kind in self._shares and self._shares[kind].signature == signature
-        votes = self._ranks.gather(phase, lambda: (known, _global_signature(models)))
-        if not self._ranks.lead(phase, lambda: _agree(votes)):
+        models: list[LiveModel] = []
+        held: dict[str, list[LiveBox]] = {}
+
+        def look() -> tuple[bool, str]:
+            models.extend(collect())
+            held.update({model.plan.model: model.boxes() for model in models})
+            return self._is_settled(kind, models, held), _global_signature(models)
+
+        if not self._ranks.agree(phase, look, _all_know):
             boxes = {model.plan.model: self._settle(phase, model, held[model.plan.model]) for model in models}
-            self._shares[kind] = _Share(signature, boxes)
+            self._shares[kind] = _Share(_signature(models, held), boxes)
         mine = self._shares[kind].boxes
-        return {name: [box for box in boxes if (box.name, box.box) in mine[name]] for name, boxes in held.items()}
+        return [model.plan for model in models], {
+            name: [box for box in boxes if (box.name, box.box) in mine[name]] for name, boxes in held.items()
+        }
+
+    def _is_settled(self, kind: str, models: Sequence[LiveModel], held: Mapping[str, Sequence[LiveBox]]) -> bool:
+        return kind in self._shares and self._shares[kind].signature == _signature(models, held)
 
     def _settle(self, phase: str, model: LiveModel, held: Sequence[LiveBox]) -> frozenset[Held]:
         """Let rank 0 deal out the boxes of one model."""
-        said = self._ranks.gather(phase, lambda: [(box.name, box.box.offsets, box.box.sizes) for box in held])
-        dealt = self._ranks.lead(phase, lambda: _deal(model, said))
+        dealt = self._ranks.agree(
+            phase,
+            lambda: [(box.name, box.box.offsets, box.box.sizes) for box in held],
+            lambda said: _deal(model, said),
+        )
         return frozenset((held[i].name, held[i].box) for i in dealt[self._ranks.rank])
 
 
@@ -145,6 +173,7 @@ class LiveExport:
     def _make_files(self) -> str:
         sweep(self.plan.output.parent)
         self._attempt = Attempt(self.plan.output)
+        require_space(self._attempt.directory, self.plan.nbytes)
         for model in self.plan.models:
             for file in model.weights.files:
                 SafetensorsFileWriter.create(self._attempt.directory, file).close()
@@ -199,7 +228,7 @@ def _global_signature(models: Sequence[LiveModel]) -> str:
     return xxhash.xxh3_128_hexdigest(repr(specs).encode())
 
 
-def _agree(votes: Sequence[tuple[bool, str]]) -> bool:
+def _all_know(votes: Sequence[tuple[bool, str]]) -> bool:
     """Whether every rank knows its share. Raises RanksDisagreeError if they are about to write different things."""
     signatures = [signature for _, signature in votes]
     if different := [rank for rank, signature in enumerate(signatures) if signature != signatures[0]]:
@@ -238,8 +267,11 @@ def _compare_with_file(path: Path, boxes: Sequence[LiveBox]) -> None:
     try:
         for box in boxes:
             ((_, found),) = source.pieces(box.name, box.box)
-            shape = source.specs[box.name].shape
-            if digest_box(found, box.box, shape) != digest_box(box.values, box.box, shape):
+            if not torch.equal(_as_bytes(found), _as_bytes(box.values)):
                 raise CorruptCheckpointError(path, f"{box.name}: {box.box} does not hold what was written to it")
     finally:
         source.close()
+
+
+def _as_bytes(values: Tensor) -> Tensor:
+    return values.reshape(-1).view(torch.uint8)

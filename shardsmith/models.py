@@ -12,6 +12,7 @@ from shardsmith.dcp import DcpSource
 from shardsmith.errors import CheckpointNotFoundError, UnsupportedFormatError
 from shardsmith.metadata import CheckpointMetadata, read_metadata
 from shardsmith.model_keys import EMA, MAIN, find_models
+from shardsmith.name_maps import NameMap, Translation
 from shardsmith.tensors import Chunk, TensorSource, TensorSpec
 
 
@@ -59,6 +60,44 @@ class ModelSource:
     def close(self) -> None:
         """Let go of the files."""
         self._source.close()
+
+
+class TranslatedModel:
+    """A model under the names that its files are to have (a ``TensorSource``). Reads as little as the model does.
+
+    Attributes:
+        filled, aliases: Those of the model, as ``ModelSource`` has them, in the new names.
+    """
+
+    def __init__(self, model: ModelSource, name_map: NameMap) -> None:
+        """Raises UsageError if the map loses, repeats or invents something."""
+        self._model = model
+        self._translation = Translation(name_map, model.specs)
+        self._specs = self._translation.translate(model.specs)
+        self.filled = self._translation.names_of(model.filled)
+        self.aliases = self._translation.translate_aliases(model.aliases, model.specs)
+
+    @property
+    def path(self) -> Path:
+        """What was opened."""
+        return self._model.path
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """The tensors of the files."""
+        return self._specs
+
+    def pieces(self, name: str, box: Chunk) -> Iterator[tuple[Chunk, Tensor]]:
+        """As ``TensorSource.pieces``."""
+        part = self._translation.slices.get(name)
+        if part is None:
+            raise CheckpointNotFoundError(self.path, f"has no tensor named {name!r}")
+        for found, values in self._model.pieces(part.source, part.to_source(box)):
+            yield part.to_target(found), part.view(values)
+
+    def close(self) -> None:
+        """Let go of the files."""
+        self._model.close()
 
 
 def open_dcp_model(directory: Path, model: str = MAIN) -> ModelSource:

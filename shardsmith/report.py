@@ -7,6 +7,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from rich.console import Console
@@ -17,6 +18,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from shardsmith.export_plan import ExportPlan
     from shardsmith.inspection import Inspection
+    from shardsmith.watch import Outcome
 
 
 @contextlib.contextmanager
@@ -53,6 +55,25 @@ def print_written(plans: Sequence[ExportPlan]) -> None:
     for plan in plans:
         console.print(f"wrote {plan.directory.output} from {plan.checkpoint} and {plan.base}")
         _print_contents(console, plan)
+
+
+def print_watching(checkpoints: Path, output: Path) -> None:
+    """That it goes on until it is stopped."""
+    _console().print(f"exporting from {checkpoints} to {output}; Ctrl-C ends it")
+
+
+def print_outcome(outcome: Outcome, *, quiet: bool) -> None:
+    """One line on what became of a step, as soon as it is known; of a failure, all that is to be said."""
+    if outcome.error is not None:
+        kind = type(outcome.error).__name__
+        _console(sys.stderr).print(f"{outcome.output.name} was not exported: {kind}\n{outcome.error}")
+    elif not quiet:
+        text = {
+            "exported": f"wrote {outcome.output}, {size_text(outcome.nbytes)} in {outcome.seconds:.1f} s",
+            "elsewhere": f"{outcome.output} was written by somebody else",
+            "gone": f"{outcome.output.name} was removed before it could be exported",
+        }
+        _console().print(text[outcome.status])
 
 
 def print_inspection(inspection: Inspection, *, as_json: bool) -> None:

@@ -30,9 +30,6 @@ _memory_at = ctypes.pythonapi.PyMemoryView_FromMemory
 _memory_at.argtypes = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
 _memory_at.restype = ctypes.py_object
 
-_fallocate = ctypes.CDLL(None, use_errno=True).fallocate64
-_fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-
 
 class SafetensorsFileWriter:
     """A planned file, open for positioned writes. Threads may share it; other processes open the file themselves.
@@ -52,17 +49,19 @@ class SafetensorsFileWriter:
 
     @classmethod
     def create(cls, directory: Path, plan: FilePlan) -> Self:
-        """Make the file, claim all its space at once and write its header. Its mode is 0666 less the umask.
+        """Make the file at its full size and write its header. Its mode is 0666 less the umask.
+
+        It is sparse: ``commit.require_space`` tells beforehand whether all of a directory fits.
 
         Raises:
             TargetExistsError: there is something of that name, be it a dangling link.
-            WriteError: there is no space for the whole file, or any other failure. What was made is left there.
+            WriteError: any other failure. What was made is left there.
         """
         path = directory / plan.name
         with writing(path, f"making a file of {plan.size} bytes"), contextlib.ExitStack() as undo:
             descriptor = _open_new(path)
             undo.callback(os.close, descriptor)
-            _reserve(descriptor, plan.size)
+            os.ftruncate(descriptor, plan.size)
             _write_at(descriptor, memoryview(plan.header), 0)
             undo.pop_all()
         return cls(path, plan, descriptor)
@@ -164,20 +163,6 @@ def _open_new(path: Path) -> int:
         return os.open(path, _OPEN_FLAGS | os.O_CREAT | os.O_EXCL, 0o666)
     except FileExistsError:
         raise TargetExistsError(path, "exists already; files are only written under new names") from None
-
-
-def _reserve(descriptor: int, size: int) -> None:
-    """Give the file its size and, where the file system can, its space: a full disk shows now, not half way.
-
-    Not ``os.posix_fallocate``: where the file system cannot, glibc writes to every block instead, which takes minutes.
-    """
-    while _fallocate(descriptor, 0, 0, size) != 0:
-        code = ctypes.get_errno()
-        if code in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
-            return os.ftruncate(descriptor, size)
-        if code != errno.EINTR:
-            raise OSError(code, os.strerror(code))
-    return None
 
 
 def _check_planned(path: Path, descriptor: int, plan: FilePlan) -> None:

@@ -15,7 +15,7 @@ from threading import Barrier
 import pytest
 
 from shardsmith import layout
-from shardsmith.commit import Attempt, prove_writable, remove, sweep, sync, write_file, writing
+from shardsmith.commit import Attempt, prove_writable, remove, require_space, sweep, sync, write_file, writing
 from shardsmith.errors import IncompleteCheckpointError, TargetExistsError, WriteError
 
 ID = "0123456789abcdef"
@@ -561,3 +561,10 @@ def test_a_place_that_cannot_be_written_to_is_a_write_error(tmp_path: Path) -> N
 def test_sync_of_what_is_not_there_raises(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         sync(tmp_path / "absent")
+
+
+def test_a_file_system_without_room_for_all_of_it_is_refused_beforehand(tmp_path: Path) -> None:
+    require_space(tmp_path, 1)
+    with pytest.raises(WriteError, match=r"making room for \d+ bytes failed: No space .*GB free") as caught:
+        require_space(tmp_path, 1 << 60)
+    assert caught.value.errno == errno.ENOSPC

@@ -1,0 +1,226 @@
+"""The names that ``save_pretrained`` of transformers 5 writes: its own weight conversions, run on tensors without data.
+
+transformers says how it converts only by doing it. So it converts meta tensors, which have a shape and strides but no
+data, and where in which of them a result lies is the map. What is no plain slice of one tensor is refused by name.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from shardsmith.errors import UnsupportedFormatError
+from shardsmith.name_maps import Slice
+from shardsmith.tensors import Chunk, Shape, TensorSpec
+
+IDENTITY_ADVICE = "To write the names as they are in memory, ask for the identity; or write a name map"
+
+
+class TransformersNames:
+    """A ``NameMap``: what transformers' conversions for one model make of its tensors."""
+
+    def __init__(self, origin: str | Path, model: Any, conversions: Sequence[Any]) -> None:
+        """``model`` is on the meta device; ``conversions`` are those that ``from_pretrained`` applies when it loads."""
+        self._origin = origin
+        self._model = model
+        self._conversions = list(conversions)
+        model._weight_conversions = self._conversions  # where transformers looks for them
+
+    @classmethod
+    def of_directory(cls, base: Path, names: Iterable[str] = ()) -> Self:
+        """For the model of a local directory. Runs no code of it.
+
+        Args:
+            names: Of the tensors in the base model's files, if it has any: some conversions only apply where a
+                ``from_pretrained`` of the base would apply them.
+
+        Raises:
+            UnsupportedFormatError: there is no transformers 5, or it does not know this model.
+        """
+        try:
+            import transformers
+
+            config = transformers.AutoConfig.from_pretrained(str(base), trust_remote_code=False, local_files_only=True)
+            model = _on_meta(getattr(transformers, config.architectures[0]), config)
+            conversions = _conversions_of(model, names)
+        except Exception as error:  # whatever a config that it does not know makes it raise
+            reason = f"{type(error).__name__}: {error}"
+            raise UnsupportedFormatError(base, f"transformers cannot make this model ({reason})") from error
+        return cls(base, model, conversions)
+
+    @classmethod
+    def of_model(cls, live: nn.Module) -> Self | None:
+        """For a live model without wrappers around it; None if transformers converts nothing of it. Only reads it.
+
+        Raises:
+            UnsupportedFormatError: the model cannot be made a second time from its config.
+        """
+        modeling = sys.modules.get("transformers.modeling_utils")
+        if modeling is None or not isinstance(live, modeling.PreTrainedModel) or not _is_converted(live):
+            return None
+        kind = next(kind for kind in type(live).__mro__ if not _made_by_fsdp(kind))
+        try:
+            model = _on_meta(kind, live.config)
+        except Exception as error:  # whatever a class of the user's raises
+            reason = f"{type(error).__name__}: {error}"
+            message = f"cannot be made from its config to see how transformers names it ({reason}). {IDENTITY_ADVICE}"
+            raise UnsupportedFormatError(kind.__name__, message) from error
+        loaded_with: Any = getattr(live, "_weight_conversions", None)
+        return cls(kind.__name__, model, _conversions_of(model, ()) if loaded_with is None else loaded_with)
+
+    def targets(self, specs: Mapping[str, TensorSpec]) -> dict[str, Slice]:
+        """As ``NameMap.targets``.
+
+        Raises:
+            UnsupportedFormatError: a conversion computes something, or puts several tensors into one.
+        """
+        from transformers.core_model_loading import revert_weight_conversion
+
+        probes = _Probes(specs)
+        try:
+            with probes:
+                converted = revert_weight_conversion(self._model, dict(probes.tensors))
+        except Exception as error:  # an operation that does not fit these tensors
+            message = f"transformers cannot convert them ({type(error).__name__}: {error}). {IDENTITY_ADVICE}"
+            raise UnsupportedFormatError(self._origin, message) from error
+        slices = {name: probes.slice_of(tensor) for name, tensor in converted.items()}
+        found = {name: part for name, part in slices.items() if part is not None}
+        if len(found) < len(slices):
+            self._refuse([name for name, part in slices.items() if part is None], found, specs)
+        return found
+
+    def _refuse(self, targets: Sequence[str], found: Mapping[str, Slice], specs: Mapping[str, TensorSpec]) -> None:
+        used = {part.source for part in found.values()}
+        sources = [name for name in specs if name not in used]
+        lines = "\n  ".join(f"{name}: {self._operations(name)}" for name in sources)
+        message = (
+            f"transformers saves {len(targets)} tensors, {targets[0]} for one, that are no plain slices of a tensor in "
+            f"memory, so they cannot be written shard by shard. They are made of\n  {lines}\n{IDENTITY_ADVICE}"
+        )
+        raise UnsupportedFormatError(self._origin, message)
+
+    def _operations(self, source: str) -> str:
+        """What transformers does to a tensor when it saves."""
+        for conversion in self._conversions[::-1]:
+            reverse = conversion.reverse_transform()
+            if hasattr(reverse, "operations") and reverse.rename_source_key(source)[1] is not None:
+                return ", then ".join(map(repr, reverse.operations))
+        return "no conversion that is known by its name"
+
+
+def _on_meta(kind: Any, config: Any) -> Any:
+    """A model without data. Leaves config and random numbers as they are."""
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        return kind._from_config(copy.deepcopy(config))
+
+
+def _made_by_fsdp(kind: type) -> bool:
+    """FSDP2 derives a class of its own from that of a model."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return issubclass(kind, FSDPModule)
+
+
+def _is_converted(live: Any) -> bool:
+    """Whether any conversion could apply to a live model when ``save_pretrained`` saves it."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    from transformers.modeling_utils import PreTrainedModel
+
+    if getattr(live, "_hf_peft_config_loaded", False) or getattr(live, "hf_quantizer", None) is not None:
+        return False  # adapters and quantised weights are saved in other ways
+    loaded_with = getattr(live, "_weight_conversions", None)
+    if loaded_with is not None:
+        return bool(loaded_with)
+    submodels = [module for module in live.modules() if isinstance(module, PreTrainedModel)]
+    keys = {kind.__name__ for module in submodels for kind in type(module).__mro__}
+    keys |= {module.config.model_type for module in submodels}
+    return any(get_checkpoint_conversion_mapping(key) for key in keys)
+
+
+def _conversions_of(model: Any, names: Iterable[str]) -> list[Any]:
+    """Those that ``from_pretrained`` would have used on files with these names; without names, as for a new model."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        PrefixChange,
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+    )
+
+    names = sorted(names, key=dot_natural_key)
+    if not names:  # as revert_weight_conversion does: without files nobody knows whether they had a prefix
+        conversions = get_model_conversion_mapping(model, add_legacy=False)
+        return [conversion for conversion in conversions if not isinstance(conversion, PrefixChange)]
+    conversions = get_model_conversion_mapping(model)
+    renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
+    converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
+    state = model.state_dict()
+    for name in names:
+        rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+    return [conversion for conversion in conversions if conversion.was_used()]
+
+
+class _Probes(TorchDispatchMode):
+    """Meta tensors; within it, what is cut out of them and copied can be traced back to them.
+
+    Views share their tensor's storage, so strides and offset tell where they lie. A copy begins a storage of its own,
+    of which it is noted what it is a copy of. Whatever else is computed has a storage that nothing is known of.
+    """
+
+    def __init__(self, specs: Mapping[str, TensorSpec]) -> None:
+        super().__init__()
+        self.tensors = {name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for name, spec in specs.items()}
+        self._known: dict[int, tuple[Tensor, Slice]] = {}  # by storage: a tensor that is all of it, and what it holds
+        for name, spec in specs.items():
+            self._note(self.tensors[name], Slice.whole(spec))
+
+    def slice_of(self, tensor: Tensor) -> Slice | None:
+        """What a tensor holds, if it is a plain slice of one probe."""
+        whole, content = self._known.get(tensor.untyped_storage()._cdata, (None, None))
+        if whole is None or content is None or tensor.dtype != whole.dtype:
+            return None
+        place = _place_in(tensor, tuple(whole.shape))
+        return None if place is None else content.part(*place)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func._schema.is_mutable:
+            for tensor in args:
+                if isinstance(tensor, Tensor):
+                    self._known.pop(tensor.untyped_storage()._cdata, None)
+        elif func is torch.ops.aten.clone.default and result.is_contiguous():
+            content = self.slice_of(args[0])
+            if content is not None:
+                self._note(result, content)
+        return result
+
+    def _note(self, tensor: Tensor, content: Slice) -> None:
+        self._known[tensor.untyped_storage()._cdata] = (tensor, content)
+
+
+def _place_in(view: Tensor, shape: Shape) -> tuple[Chunk, tuple[int | None, ...]] | None:
+    """Box and dimensions of a view on a contiguous tensor of this shape; None if it is no box of it."""
+    if math.prod(shape) == 0:
+        return (Chunk.whole(shape), tuple(range(len(shape)))) if tuple(view.shape) == shape else None
+    strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
+    offsets = [view.storage_offset() // stride % size for stride, size in zip(strides, shape, strict=True)]
+    dim_of = {stride: dim for dim, stride in enumerate(strides) if shape[dim] > 1}
+    sizes = [1] * len(shape)
+    dims: list[int | None] = []
+    for size, stride in zip(view.shape, view.stride(), strict=True):
+        dim = dim_of.pop(stride, None) if size > 1 else None
+        if size > 1 and (dim is None or offsets[dim] + size > shape[dim]):
+            return None
+        if dim is not None:
+            sizes[dim] = size
+        dims.append(dim)
+    return Chunk(tuple(offsets), tuple(sizes)), tuple(dims)

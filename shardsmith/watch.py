@@ -1,0 +1,236 @@
+"""Export the steps of a run as they are committed, from another process or another machine.
+
+What is to be done follows from the two folders alone: the checkpoints that are committed, and the exports that are. So
+a watcher can be stopped, killed and started again, and several can work on the same folders.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import signal
+import time
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Literal
+
+from shardsmith.checkpoints import committed_steps
+from shardsmith.commit import prove_writable, remove, sweep
+from shardsmith.errors import CheckpointNotFoundError, ShardsmithError, TargetExistsError, UsageError, WriteError
+from shardsmith.export import write_directories
+from shardsmith.export_plan import ExportOptions, choose_stems, plan_directory
+from shardsmith.hf_directory import files_to_copy, protect, read_config
+from shardsmith.layout import PROVENANCE_FILE, parse_step, step_name
+from shardsmith.leases import hold
+from shardsmith.metadata import has_manifest
+from shardsmith.safetensors_files import parse_size
+
+log = logging.getLogger(__name__)
+
+_SUFFIXES = ("-ema", "")  # of the directories that a step may become, in the order in which they come and go
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WatchOptions:
+    """Which steps to export, and how."""
+
+    export: ExportOptions = field(default_factory=ExportOptions)
+    models: Literal["main", "ema", "both", "all"] = "all"
+    ema_as: Literal["auto", "file", "directory"] = "auto"
+    every: int | None = None
+    """Only multiples of this; None exports all steps."""
+    keep_latest: int | None = None
+    """So many of the newest exports are kept; None keeps all."""
+
+    def __post_init__(self) -> None:
+        """Raise UsageError for numbers that make no sense."""
+        for name, number in (("every", self.every), ("keep_latest", self.keep_latest)):
+            if number is not None and number < 1:
+                raise UsageError(f"{name}: give a whole number from 1 on, not {number}")
+        if self.export.max_shard_size is not None:
+            parse_size(self.export.max_shard_size)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """What became of one step."""
+
+    step: int
+    output: Path
+    status: Literal["exported", "elsewhere", "gone", "failed"]
+    """``elsewhere``: somebody else exported it meanwhile. ``gone``: it was removed before it could be held."""
+    nbytes: int = 0
+    """Of all weights written."""
+    seconds: float = 0.0
+    error: Exception | None = None
+    """Why it failed."""
+
+
+class Stop:
+    """A flag to wait for. A signal handler may set it, which could lock up with ``threading.Event``."""
+
+    def __init__(self) -> None:
+        self._set = False
+        self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
+
+    def set(self) -> None:
+        """End the waiting, now and for all times."""
+        self._set = True
+        self._wake.put(None)
+
+    def is_set(self) -> bool:
+        """Whether it was set."""
+        return self._set
+
+    def wait(self, timeout_secs: float) -> None:
+        """Return when it is set, or after this time."""
+        if not self._set:
+            with contextlib.suppress(queue.Empty):
+                self._wake.get(timeout=timeout_secs)
+
+
+@contextlib.contextmanager
+def stopped_by_signals() -> Iterator[Stop]:
+    """What the first SIGINT or SIGTERM sets; a second one does what it did before. Main thread only."""
+    stop = Stop()
+
+    def handle(number: int, _: FrameType | None) -> None:
+        stop.set()
+        signal.signal(number, before[signal.Signals(number)])
+
+    before = {which: signal.getsignal(which) or signal.SIG_DFL for which in (signal.SIGINT, signal.SIGTERM)}
+    for which in before:
+        signal.signal(which, handle)
+    try:
+        yield stop
+    finally:
+        for which, handler in before.items():
+            signal.signal(which, handler)
+
+
+def pending_steps(
+    committed: Iterable[int],
+    exported: Collection[int],
+    *,
+    failed: Collection[int] = (),
+    every: int | None = None,
+    keep_latest: int | None = None,
+) -> list[int]:
+    """The committed steps that are to be exported now, oldest first. None that ``keep_latest`` would remove again."""
+    wanted = {step for step in committed if step not in failed and (every is None or step % every == 0)}
+    kept = sorted(wanted.union(exported))[-keep_latest:] if keep_latest else wanted
+    return sorted(wanted.intersection(kept).difference(exported))
+
+
+class Watcher:
+    """Exports the steps of one run folder to ``output/step-<n>``.
+
+    Attributes:
+        failed: Steps that could not be exported, and why. They are left out from then on, unless it was the disk.
+    """
+
+    def __init__(self, checkpoints: Path, output: Path, base: Path, options: WatchOptions) -> None:
+        """Prove that the output can be written to, and remove what dead watchers left there.
+
+        Raises:
+            UsageError: ``checkpoints`` is itself a checkpoint.
+            ProtectedPathError: the output is no place to write to.
+            CheckpointError: the base cannot be used.
+            WriteError: the output cannot be written to.
+        """
+        if parse_step(checkpoints.name) is not None and has_manifest(checkpoints):
+            raise UsageError(f"{checkpoints} is one checkpoint: give the folder that it is in, or use to-hf")
+        self.checkpoints = checkpoints
+        self.output = output
+        self.base = base
+        self.options = options
+        self.failed: dict[int, Exception] = {}
+        files_to_copy(base)
+        read_config(base)
+        protect(output, checkpoints, base)
+        prove_writable(output)
+        sweep(output)
+
+    def follow(self, stop: Stop, interval_secs: float) -> Iterator[Outcome]:
+        """Export what is there and what comes, until ``stop`` is set."""
+        while not stop.is_set():
+            yield from self.catch_up(stop, wait_for_folder=True)
+            stop.wait(interval_secs)
+
+    def catch_up(self, stop: Stop, *, wait_for_folder: bool = False) -> Iterator[Outcome]:
+        """Export what is there, oldest first, unless ``stop`` is set; what failed before in the same way goes unsaid.
+
+        Raises:
+            CheckpointNotFoundError: there is no run folder, and ``wait_for_folder`` is off.
+        """
+        if not wait_for_folder and not self.checkpoints.is_dir():
+            raise CheckpointNotFoundError(self.checkpoints, "there is no such directory")
+        known, self.failed = self.failed, self._still_bad()
+        while not stop.is_set() and (pending := self._pending()):
+            outcome = self._export(pending[0])
+            if outcome.error is not None:
+                self.failed[outcome.step] = outcome.error
+            if outcome.error is None or type(known.get(outcome.step)) is not type(outcome.error):
+                yield outcome
+            self._remove_old()
+
+    def _pending(self) -> list[int]:
+        every, keep_latest = self.options.every, self.options.keep_latest
+        exported = committed_steps(self.output, PROVENANCE_FILE)
+        committed = committed_steps(self.checkpoints)
+        return pending_steps(committed, exported, failed=self.failed, every=every, keep_latest=keep_latest)
+
+    def _still_bad(self) -> dict[int, Exception]:
+        """Without what may be saved anew, and without what failed for the disk, not for the step."""
+        there = committed_steps(self.checkpoints)
+        return {step: error for step, error in self.failed.items() if step in there and not _may_pass(error)}
+
+    def _export(self, step: int) -> Outcome:
+        checkpoint, output = self.checkpoints / step_name(step), self.output / step_name(step)
+        began = time.monotonic()
+        held = False
+        try:
+            with hold(checkpoint) as held:
+                nbytes = self._write(checkpoint, output)
+        except (ShardsmithError, OSError) as error:
+            if isinstance(error, TargetExistsError) and _is_export(error.path):
+                return Outcome(step=step, output=output, status="elsewhere")
+            if not held and not checkpoint.exists():
+                return Outcome(step=step, output=output, status="gone")
+            return Outcome(step=step, output=output, status="failed", error=error)
+        return Outcome(step=step, output=output, status="exported", nbytes=nbytes, seconds=time.monotonic() - began)
+
+    def _write(self, checkpoint: Path, output: Path) -> int:
+        """Write the directories of a step that are not there yet; bytes of weights."""
+        stems = choose_stems(checkpoint, self.base, self.options.models, self.options.ema_as)
+        outputs = [(Path(f"{output}{suffix}"), names) for suffix, names in stems]
+        plans = [
+            plan_directory(checkpoint, path, self.base, names, self.options.export)
+            for path, names in outputs
+            if path == output or not _is_export(path)  # a killed watcher may have made the others
+        ]
+        write_directories(plans)
+        return sum(plan.directory.nbytes for plan in plans)
+
+    def _remove_old(self) -> None:
+        count = self.options.keep_latest
+        for step in committed_steps(self.output, PROVENANCE_FILE)[:-count] if count else []:
+            for path in (self.output / f"{step_name(step)}{suffix}" for suffix in _SUFFIXES):
+                try:
+                    if _is_export(path):
+                        remove(path)
+                except WriteError as error:  # the next export tries again, or another watcher was faster
+                    log.warning("could not remove an old export: %s", error)
+
+
+def _is_export(path: Path) -> bool:
+    """Whether it is a committed export of ours."""
+    return (path / PROVENANCE_FILE).is_file()
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether an error says nothing about the step: a full disk, a file system that was away."""
+    return isinstance(error, WriteError) or not isinstance(error, ShardsmithError)
