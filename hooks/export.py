@@ -197,7 +197,12 @@ class HFExport(Hook):
 
         Nothing is raised here of what has failed: then a rank that has raised it earlier would be alone.
         """
-        ended = self._ranks.lead("looking for a free slot", self._count_ended)
+        ended, exported = self._ranks.lead(
+            "looking for a free slot", lambda: (self._count_ended(), self._is_exported(step))
+        )
+        if exported:
+            log.warning("step %s was exported before the run was resumed; that export is kept", step)
+            return False
         busy = self._started_count - ended >= _SLOTS
         if busy and when_busy == "wait":
             ended += 1
@@ -233,6 +238,11 @@ class HFExport(Hook):
                         remove(path)
                 except ShardsmithError as error:  # the export is there all the same, and the next one tries again
                     log.warning("could not remove an old export: %s", error)
+
+    def _is_exported(self, step: int) -> bool:
+        """Whether an earlier run of this training has left complete directories of the step."""
+        paths = [self.directory / (step_name(step) + directory.suffix) for directory in self._directories]
+        return all((path / PROVENANCE_FILE).is_file() for path in paths)
 
     def _count_ended(self) -> int:
         """How many exports have ended since the start, on this rank."""
