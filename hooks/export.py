@@ -166,14 +166,12 @@ class HFExport(Hook):
         self._export(step, self._when_busy)
 
     def _export(self, step: int, when_busy: Literal["wait", "skip", "raise"]) -> None:
-        if not self._make_room(step, when_busy):
+        wanted = self._make_room(step, when_busy)
+        if not wanted:
             return
         buffers = self._free[-1]
         with contextlib.ExitStack() as unchanged:
-            jobs = [
-                self._stage(step, directory, buffer, unchanged)
-                for directory, buffer in zip(self._directories, buffers, strict=True)
-            ]
+            jobs = [self._stage(step, self._directories[i], buffers[i], unchanged) for i in wanted]
         self._free.pop()
         self._exported_step = step
         self._started_count += 1
@@ -192,17 +190,17 @@ class HFExport(Hook):
         job.stage(boxes)
         return job
 
-    def _make_room(self, step: int, when_busy: Literal["wait", "skip", "raise"]) -> bool:
-        """Whether there is a free slot in the end. Rank 0 decides; the others catch up with what has ended there.
+    def _make_room(self, step: int, when_busy: Literal["wait", "skip", "raise"]) -> list[int]:
+        """Which of the directories to export; if any, there is a free slot.
 
-        Nothing is raised here of what has failed: then a rank that has raised it earlier would be alone.
+        Rank 0 decides; the others catch up with what has ended there. Nothing is raised here of what has failed: then
+        a rank that has raised it earlier would be alone.
         """
-        ended, exported = self._ranks.lead(
-            "looking for a free slot", lambda: (self._count_ended(), self._is_exported(step))
-        )
-        if exported:
-            log.warning("step %s was exported before the run was resumed; that export is kept", step)
-            return False
+        ended, wanted = self._ranks.lead("looking for a free slot", lambda: (self._count_ended(), self._missing(step)))
+        if len(wanted) < len(self._directories):
+            log.warning("step %s was exported before the run was resumed; what is there is kept", step)
+        if not wanted:
+            return []
         busy = self._started_count - ended >= _SLOTS
         if busy and when_busy == "wait":
             ended += 1
@@ -211,8 +209,8 @@ class HFExport(Hook):
             raise UsageError(f"step {step} cannot be exported: two exports are in flight. Export less often, or wait")
         if busy and when_busy == "skip":
             log.warning("step %s was not exported: two exports are in flight", step)
-            return False
-        return True
+            return []
+        return wanted
 
     def _finish(self, step: int, jobs: list[LiveExport]) -> list[Path]:
         """Write and commit. In the background thread."""
@@ -239,10 +237,10 @@ class HFExport(Hook):
                 except ShardsmithError as error:  # the export is there all the same, and the next one tries again
                     log.warning("could not remove an old export: %s", error)
 
-    def _is_exported(self, step: int) -> bool:
-        """Whether an earlier run of this training has left complete directories of the step."""
+    def _missing(self, step: int) -> list[int]:
+        """The directories of the step, by number, that no earlier run of this training has left complete."""
         paths = [self.directory / (step_name(step) + directory.suffix) for directory in self._directories]
-        return all((path / PROVENANCE_FILE).is_file() for path in paths)
+        return [i for i, path in enumerate(paths) if not (path / PROVENANCE_FILE).is_file()]
 
     def _count_ended(self) -> int:
         """How many exports have ended since the start, on this rank."""

@@ -37,10 +37,11 @@ def assign_boxes(
     _check_coverage(holders, shapes)
     chosen: list[list[Held]] = [[] for _ in held]
     load = [0] * len(held)
+    nbytes = {(name, box): box.numel * itemsizes[name] for name, box in holders}
     # those with one holder first, then the largest: what is left evens out the load
-    for box, ranks in sorted(holders.items(), key=lambda item: (len(item[1]) > 1, -item[0][1].numel)):
+    for box, ranks in sorted(holders.items(), key=lambda item: (len(item[1]) > 1, -nbytes[item[0]])):
         rank = min(ranks, key=lambda rank: load[rank])
-        load[rank] += box[1].numel * itemsizes[box[0]]
+        load[rank] += nbytes[box]
         chosen[rank].append(box)
     order = {name: i for i, name in enumerate(shapes)}
     return [sorted(boxes, key=lambda box: (order[box[0]], box[1].offsets)) for boxes in chosen]

@@ -27,6 +27,7 @@ def to_hf(
     max_shard_size: str | None = None,
     ema_as: Literal["auto", "file", "directory"] = "auto",
     allow: tuple[str, ...] = (),
+    names: str = "auto",
     trust_remote_code: bool = False,
     verify: bool = True,
     dry_run: bool = False,
@@ -43,7 +44,7 @@ def to_hf(
         checkpoint_dir: DCP directory (ours, TorchTitan's, plain dcp.save), Hugging Face directory or safetensors file.
         output_dir: The directory to make. It must not exist.
         base_model_path: Local directory with config.json, tokenizer and so on.
-            If it has weights too, those of the checkpoint must have the same names and shapes.
+            If it has weights too, those that are written must have the same names and shapes.
         models: What to write: "both" fails where one is missing, "all" takes what is there.
         dtype: Of all floating-point tensors; "original" keeps what the checkpoint has.
         max_shard_size: Write several files with an index if the weights are larger than this, such as 5GB.
@@ -52,6 +53,12 @@ def to_hf(
             "directory": model.safetensors of its own directory, OUTPUT_DIR-ema where main is written too.
             "auto": ema.safetensors beside main or where the base model has one, else a directory.
         allow: Patterns of tensor names that may differ from the base model's, such as 'lm_head.*'.
+        names: Under which names to write the tensors, and cut up how.
+            "auto": as in the checkpoint; if the base's weights differ, or it has none and experts are fused into one
+            tensor, as "transformers".
+            "identity": as in the checkpoint.
+            "transformers": as save_pretrained of transformers does for this model.
+            Or a name map that an installed package offers.
         trust_remote_code: Also copy the base model's Python files. They are not run.
         verify: Also compare the checkpoint's files with their recorded hashes, where it has any.
         dry_run: Say what would be done, and write nothing.
@@ -70,12 +77,13 @@ def to_hf(
         trust_remote_code=trust_remote_code,
         allow=allow,
         verify=verify,
+        names=names,
     )
     with hold(checkpoint_dir):
         stems = choose_stems(checkpoint_dir, base_model_path, models, ema_as)
         plans = [
-            plan_directory(checkpoint_dir, Path(f"{output_dir}{suffix}"), base_model_path, names, options)
-            for suffix, names in stems
+            plan_directory(checkpoint_dir, Path(f"{output_dir}{suffix}"), base_model_path, stem, options)
+            for suffix, stem in stems
         ]
         if dry_run:
             report.print_plans(plans)
@@ -96,6 +104,7 @@ def watch(
     max_shard_size: str | None = None,
     ema_as: Literal["auto", "file", "directory"] = "auto",
     allow: tuple[str, ...] = (),
+    names: str = "auto",
     trust_remote_code: bool = False,
     verify: bool = True,
     every: int | None = None,
@@ -122,6 +131,7 @@ def watch(
         max_shard_size: As in to-hf.
         ema_as: As in to-hf.
         allow: As in to-hf.
+        names: As in to-hf.
         trust_remote_code: As in to-hf.
         verify: As in to-hf.
         every: Only steps that are a multiple of this.
@@ -142,6 +152,7 @@ def watch(
         trust_remote_code=trust_remote_code,
         allow=allow,
         verify=verify,
+        names=names,
     )
     what = WatchOptions(export=options, models=models, ema_as=ema_as, every=every, keep_latest=keep_latest)
     with stopped_by_signals() as stop:

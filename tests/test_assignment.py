@@ -116,7 +116,7 @@ def test_replicas_make_up_for_what_only_one_rank_holds(sizes: list[int]) -> None
 
 
 def test_the_bytes_that_are_written_are_what_is_balanced() -> None:
-    shapes: dict[str, Shape] = {"wide": (100,), "a": (100,), "b": (100,), "c": (100,), "d": (100,)}
+    shapes: dict[str, Shape] = {"a": (100,), "b": (100,), "c": (100,), "d": (100,), "wide": (100,)}
     held = [[(name, Chunk.whole(shape)) for name, shape in shapes.items()] for _ in range(2)]
     dealt = assign_boxes(held, shapes, {**dict.fromkeys(shapes, 2), "wide": 8})
     assert sorted(len(boxes) for boxes in dealt) == [1, 4]

@@ -16,12 +16,15 @@ MAY_IMPORT = {
 }
 
 
+def modules_of(node: ast.AST) -> set[str]:
+    if isinstance(node, ast.Import):
+        return {alias.name for alias in node.names}
+    return {node.module} if isinstance(node, ast.ImportFrom) and node.module and not node.level else set()
+
+
 def imports_of(path: Path) -> set[str]:
-    nodes = list(ast.walk(ast.parse(path.read_text())))
-    modules = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    return modules | {
-        node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level
-    }
+    """Everything that a file imports, anywhere in it."""
+    return {module for node in ast.walk(ast.parse(path.read_text())) for module in modules_of(node)}
 
 
 @pytest.mark.parametrize("folder", MAY_IMPORT)
@@ -40,7 +43,9 @@ def test_what_a_package_exports_is_sorted_and_there(package: str) -> None:
     assert all(hasattr(module, name) for name in exported)
 
 
-def test_the_core_imports_no_trainer() -> None:
-    trainers = ("transformers", "accelerate", "torchtitan")
+def test_the_core_imports_no_trainer_and_transformers_only_when_it_is_needed() -> None:
     for path in (ROOT / "shardsmith").rglob("*.py"):
-        assert not {module for module in imports_of(path) if module.split(".")[0] in trainers}, path
+        tops = {module.split(".")[0] for module in imports_of(path)}
+        assert not tops & {"accelerate", "torchtitan"}, path
+        at_import = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        assert "transformers" not in {name.split(".")[0] for node in at_import for name in modules_of(node)}, path
