@@ -6,6 +6,7 @@ the other rounds.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import os
@@ -226,4 +227,6 @@ def _rank(
     found = body(rank, folder, *arguments)
     if rank == 0:
         result.write_text(json.dumps(found))
+    dist.barrier()
+    gc.collect()  # what still holds the group would outlive it, and its threads the process
     dist.destroy_process_group()
