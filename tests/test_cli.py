@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from shardsmith.cli import COMMANDS, main
+from shardsmith.cli import main
+from shardsmith.commands import COMMANDS
 from tests.trained_runs import Trained
 
 HEAVY = {"torch", "transformers", "safetensors", "numpy"}

@@ -1,0 +1,12 @@
+"""The commands of ``shardsmith``, a file each. What one needs is imported when it runs, so that help is instant."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from shardsmith.commands.detect import detect
+from shardsmith.commands.inspect import inspect
+from shardsmith.commands.to_hf import to_hf
+from shardsmith.commands.watch import watch
+
+COMMANDS: dict[str, Callable[..., int]] = {"to-hf": to_hf, "watch": watch, "inspect": inspect, "detect": detect}

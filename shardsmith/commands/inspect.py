@@ -1,0 +1,27 @@
+"""``shardsmith inspect``: what is in a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import tyro
+
+
+def inspect(checkpoint: tyro.conf.Positional[Path], verify: bool = False, json: bool = False) -> int:
+    """Show what is in a checkpoint: models, EMA, tensors, dtypes, sizes, world size, health.
+
+    Exits with 1 if anything is wrong with it.
+
+    Example: shardsmith inspect run/checkpoints/step-500
+
+    Args:
+        checkpoint: A file or directory of any format.
+        verify: Also read every byte and compare it with the recorded hashes.
+        json: Print JSON instead of tables.
+    """
+    from shardsmith import report
+    from shardsmith.inspection import inspect_checkpoint
+
+    inspection = inspect_checkpoint(checkpoint, verify=verify)
+    report.print_inspection(inspection, as_json=json)
+    return 1 if inspection.damage else 0

@@ -1,0 +1,85 @@
+"""``shardsmith to-hf``: a complete Hugging Face directory from a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from shardsmith.commands.options import Dtype
+
+
+def to_hf(
+    checkpoint_dir: Path,
+    output_dir: Path,
+    base_model_path: Path,
+    models: Literal["main", "ema", "both", "all"] = "all",
+    dtype: Dtype = "bfloat16",
+    max_shard_size: str | None = None,
+    ema_as: Literal["auto", "file", "directory"] = "auto",
+    allow: tuple[str, ...] = (),
+    names: str = "auto",
+    trust_remote_code: bool = False,
+    verify: bool = True,
+    dry_run: bool = False,
+    quiet: bool = False,
+) -> int:
+    """Make a complete Hugging Face directory from a checkpoint.
+
+    Streams from the checkpoint's files into the final ones: no torchrun, no model, little memory. The output appears
+    when all of it is on disk; the checkpoint and the base model are only read.
+
+    Example: shardsmith to-hf --checkpoint_dir run/checkpoints/step-500 --output_dir run/hf-500 --base_model_path base
+
+    Args:
+        checkpoint_dir: DCP directory (ours, TorchTitan's, plain dcp.save), Hugging Face directory or safetensors file.
+        output_dir: The directory to make. It must not exist.
+        base_model_path: Local directory with config.json, tokenizer and so on.
+            If it has weights too, those that are written must have the same names and shapes.
+        models: What to write: "both" fails where one is missing, "all" takes what is there.
+        dtype: Of all floating-point tensors; "original" keeps what the checkpoint has.
+        max_shard_size: Write several files with an index if the weights are larger than this, such as 5GB.
+        ema_as: Where the average goes.
+            "file": ema.safetensors, which nothing loads unasked.
+            "directory": model.safetensors of its own directory, OUTPUT_DIR-ema where main is written too.
+            "auto": ema.safetensors beside main or where the base model has one, else a directory.
+        allow: Patterns of tensor names that may differ from the base model's, such as 'lm_head.*'.
+        names: Under which names to write the tensors, and cut up how.
+            "auto": as in the checkpoint; if the base's weights differ, or it has none and experts are fused into one
+            tensor, as "transformers".
+            "identity": as in the checkpoint.
+            "transformers": as save_pretrained of transformers does for this model.
+            Or a name map that an installed package offers.
+        trust_remote_code: Also copy the base model's Python files. They are not run.
+        verify: Also compare the checkpoint's files with their recorded hashes, where it has any.
+        dry_run: Say what would be done, and write nothing.
+        quiet: No progress bar and no summary.
+    """
+    import torch
+
+    from shardsmith import report
+    from shardsmith.export import write_directories
+    from shardsmith.export_plan import ExportOptions, choose_stems, plan_directory
+    from shardsmith.leases import hold
+
+    options = ExportOptions(
+        dtype=None if dtype == "original" else getattr(torch, dtype),
+        max_shard_size=max_shard_size,
+        trust_remote_code=trust_remote_code,
+        allow=allow,
+        verify=verify,
+        names=names,
+    )
+    with hold(checkpoint_dir):
+        stems = choose_stems(checkpoint_dir, base_model_path, models, ema_as)
+        plans = [
+            plan_directory(checkpoint_dir, Path(f"{output_dir}{suffix}"), base_model_path, stem, options)
+            for suffix, stem in stems
+        ]
+        if dry_run:
+            report.print_plans(plans)
+            return 0
+        with report.progress_bar(plans, quiet=quiet) as progress:
+            write_directories(plans, progress)
+    if not quiet:
+        report.print_written(plans)
+    return 0
