@@ -19,6 +19,7 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 
 from shardsmith import cli
+from shardsmith.commands import to_hf
 from shardsmith.errors import (
     CheckpointError,
     CheckpointNotFoundError,
@@ -93,7 +94,7 @@ def assert_refused(
     place = Place(place.root, checkpoint or place.checkpoint, place.base, output or place.output)
     before = place.snapshot()
     with pytest.raises(error):
-        cli.to_hf(place.checkpoint, place.output, place.base, quiet=True, **_as_keywords(options))
+        to_hf(place.checkpoint, place.output, place.base, quiet=True, **_as_keywords(options))
     assert cli.main([*place.arguments(), *options]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
