@@ -9,7 +9,6 @@ import dataclasses
 import datetime
 import json
 import platform
-import reprlib
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,16 +19,28 @@ from typing import Any
 import torch
 
 from shardsmith import layout
-from shardsmith.digest import Digest
 from shardsmith.errors import (
     CheckpointError,
     CheckpointNotFoundError,
     CorruptCheckpointError,
     UnsupportedFormatError,
 )
+from shardsmith.initial_record import InitialRecord
+from shardsmith.metadata_fields import (
+    count,
+    counts,
+    digest_text,
+    known_dtype,
+    require_fields,
+    shape,
+    texts,
+    typed,
+    typed_or_none,
+)
 from shardsmith.tensors import TensorSpec
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""The newest that is read. What has no ``initial`` is written, and read, as version 1."""
 CHECKPOINT_TYPE = "sharded"
 _MAX_BYTES = 1 << 30
 
@@ -97,12 +108,21 @@ class CheckpointMetadata:
     tensors: dict[str, TensorRecord]
     """Every tensor, by key."""
     libraries: dict[str, str] = field(default_factory=lambda: _libraries())
-    checkpoint_type: str = CHECKPOINT_TYPE
-    schema_version: int = SCHEMA_VERSION
+    initial: InitialRecord | None = None
+    """What it was made of, if training is to start from it; None for what a training saved."""
+
+    @property
+    def schema_version(self) -> int:
+        """The oldest that can say this."""
+        return 1 if self.initial is None else 2
 
     def to_json(self) -> bytes:
         """As the bytes of the file."""
-        return (json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False) + "\n").encode()
+        content = dataclasses.asdict(self)
+        if self.initial is None:
+            del content["initial"]
+        content |= {"checkpoint_type": CHECKPOINT_TYPE, "schema_version": self.schema_version}
+        return (json.dumps(content, indent=1, allow_nan=False) + "\n").encode()
 
 
 def now() -> str:
@@ -134,8 +154,8 @@ def read_metadata(directory: Path) -> CheckpointMetadata:
     if not _is_ours(content):
         raise UnsupportedFormatError(path, "is not a checkpoint manifest of Shardsmith")
     found = content["schema_version"]
-    if type(found) is not int or found != SCHEMA_VERSION:
-        raise UnsupportedFormatError(path, f"has schema version {found!r}; this version reads {SCHEMA_VERSION}")
+    if type(found) is not int or not 1 <= found <= SCHEMA_VERSION:
+        raise UnsupportedFormatError(path, f"has schema version {found!r}; this version reads 1 to {SCHEMA_VERSION}")
     try:
         return _parse(content)
     except (KeyError, TypeError, ValueError) as error:
@@ -178,69 +198,52 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def _parse(content: Mapping[str, Any]) -> CheckpointMetadata:
-    _require_fields(content, CheckpointMetadata)
-    models = tuple(_typed(name, str) for name in _typed(content["models"], list))
-    if set(models) != set(_typed(content["counts"], dict)):
+    schema = content["schema_version"]
+    content = {name: value for name, value in content.items() if name not in ("checkpoint_type", "schema_version")}
+    require_fields(content if schema > 1 else _as_of_version_2(content), CheckpointMetadata)
+    models = tuple(typed(name, str) for name in typed(content["models"], list))
+    if set(models) != set(typed(content["counts"], dict)):
         raise ValueError(f"counts of {sorted(content['counts'])}, but the models are {sorted(models)}")
     return CheckpointMetadata(
-        attempt=_typed(content["attempt"], str),
-        step=_count(content["step"]),
-        created_at=_typed(content["created_at"], str),
+        attempt=typed(content["attempt"], str),
+        step=count(content["step"]),
+        created_at=typed(content["created_at"], str),
         models=models,
         counts={name: _model_record(record) for name, record in content["counts"].items()},
-        ema=None if content["ema"] is None else _typed(content["ema"], dict),
-        tied={name: _typed(kept, str) for name, kept in _typed(content["tied"], dict).items()},
-        world_size=_count(content["world_size"]),
-        mesh=None if content["mesh"] is None else _typed(content["mesh"], dict),
-        files={name: _file_record(record) for name, record in _typed(content["files"], dict).items()},
-        tensors={name: _tensor_record(record) for name, record in _typed(content["tensors"], dict).items()},
-        libraries={name: _typed(found, str) for name, found in _typed(content["libraries"], dict).items()},
+        ema=typed_or_none(content["ema"], dict),
+        tied=texts(content["tied"]),
+        world_size=count(content["world_size"]),
+        mesh=typed_or_none(content["mesh"], dict),
+        files={name: _file_record(record) for name, record in typed(content["files"], dict).items()},
+        tensors={name: _tensor_record(record) for name, record in typed(content["tensors"], dict).items()},
+        libraries=texts(content["libraries"]),
+        initial=InitialRecord.parse(content["initial"]) if schema > 1 else None,
     )
+
+
+def _as_of_version_2(content: Mapping[str, Any]) -> dict[str, Any]:
+    if "initial" in content:
+        raise ValueError("version 1 has no field 'initial'")
+    return {**content, "initial": None}
 
 
 def _file_record(record: Any) -> FileRecord:
-    _require_fields(record, FileRecord)
-    return FileRecord(size=_count(record["size"]), xxh3_128=_digest(record["xxh3_128"]))
+    require_fields(record, FileRecord)
+    return FileRecord(size=count(record["size"]), xxh3_128=digest_text(record["xxh3_128"]))
 
 
 def _tensor_record(record: Any) -> TensorRecord:
-    _require_fields(record, TensorRecord)
-    dtype = record["dtype"]
-    if type(dtype) is not str or not isinstance(vars(torch).get(dtype), torch.dtype):
-        raise ValueError(f"not a dtype: {reprlib.repr(dtype)}")
-    shape = tuple(_count(size) for size in _typed(record["shape"], list))
-    return TensorRecord(shape=shape, dtype=dtype, digest=_digest(record["digest"]))
-
-
-def _model_record(record: Any) -> ModelRecord:
-    _require_fields(record, ModelRecord)
-    return ModelRecord(
-        tensors=_count(record["tensors"]),
-        elements=_count(record["elements"]),
-        dtypes={name: _count(count) for name, count in _typed(record["dtypes"], dict).items()},
+    require_fields(record, TensorRecord)
+    return TensorRecord(
+        shape=shape(record["shape"]), dtype=known_dtype(record["dtype"]), digest=digest_text(record["digest"])
     )
 
 
-def _require_fields(record: Any, kind: type) -> None:
-    fields = {item.name for item in dataclasses.fields(kind)}
-    if wrong := sorted(set(_typed(record, dict)) ^ fields):
-        raise ValueError(f"fields of {kind.__name__} are missing or unknown: {reprlib.repr(wrong)}")
-
-
-def _typed(value: Any, kind: type) -> Any:
-    if type(value) is not kind:
-        raise TypeError(f"{reprlib.repr(value)} is not of type {kind.__name__}")
-    return value
-
-
-def _digest(value: Any) -> str:
-    return str(Digest.parse(_typed(value, str)))
-
-
-def _count(value: Any) -> int:
-    if type(value) is not int or not 0 <= value < 2**63:
-        raise ValueError(f"{reprlib.repr(value)} is not a count")
-    return value
+def _model_record(record: Any) -> ModelRecord:
+    require_fields(record, ModelRecord)
+    return ModelRecord(
+        tensors=count(record["tensors"]), elements=count(record["elements"]), dtypes=counts(record["dtypes"])
+    )
 
 
 def _libraries() -> dict[str, str]:

@@ -13,6 +13,7 @@ from shardsmith.checkpoints import find_damage
 from shardsmith.dcp import DcpSource
 from shardsmith.digest import digest_tensor
 from shardsmith.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError, UnsupportedFormatError
+from shardsmith.initial_record import BufferRecord, InitialRecord, config_hash
 from shardsmith.layout import METADATA_FILE
 from shardsmith.metadata import (
     SCHEMA_VERSION,
@@ -53,6 +54,29 @@ FULL = CheckpointMetadata(
     },
     libraries={"shardsmith": "0.1.0", "torch": "2.13.0", "python": "3.11.7"},
 )
+INITIAL = dataclasses.replace(
+    FULL,
+    step=0,
+    initial=InitialRecord(
+        source="allenai/OLMo-2-0425-1B",
+        source_format="huggingface",
+        names="identity",
+        cast_to=None,
+        model_class="Olmo2ForCausalLM",
+        config={"hidden_size": 4, "rope_parameters": {"rope_theta": 500000.0}},
+        config_xxh3_128=config_hash({"hidden_size": 4, "rope_parameters": {"rope_theta": 500000.0}}),
+        tokenizer={"tokenizer.json": "00112233445566778899aabbccddeeff"},
+        buffers={
+            "rotary.inv_freq": BufferRecord.of(torch.tensor([1.0, 0.1, float("nan")])),
+            "mask": BufferRecord.of(torch.ones(300, 300, dtype=torch.bool)),
+            "nothing": BufferRecord.of(torch.empty(0, 3)),
+            "scalar": BufferRecord.of(torch.tensor(2.0, dtype=torch.bfloat16)),
+        },
+        heads={"future_predictor": ("ln.weight", "ln.bias")},
+        seed=0,
+    ),
+)
+"""What a training starts from."""
 BARE = dataclasses.replace(
     FULL, models=(), counts={}, ema=None, tied={}, mesh=None, files={}, tensors={}, step=0, world_size=1
 )
@@ -72,7 +96,7 @@ def content() -> dict[str, Any]:
     return parsed
 
 
-@pytest.mark.parametrize("metadata", [FULL, BARE], ids=["full", "bare"])
+@pytest.mark.parametrize("metadata", [FULL, BARE, INITIAL], ids=["full", "bare", "initial"])
 def test_what_is_written_is_read_back(tmp_path: Path, metadata: CheckpointMetadata) -> None:
     assert read_metadata(put(tmp_path, metadata.to_json())) == metadata
 
@@ -80,6 +104,46 @@ def test_what_is_written_is_read_back(tmp_path: Path, metadata: CheckpointMetada
 def test_the_golden_file_is_read_and_would_be_written_the_same() -> None:
     assert read_metadata(GOLDEN) == FULL
     assert FULL.to_json() == (GOLDEN / METADATA_FILE).read_bytes()
+
+
+def test_only_what_training_starts_from_needs_the_newer_schema(tmp_path: Path) -> None:
+    assert (FULL.schema_version, INITIAL.schema_version) == (1, 2)
+    old = {**json.loads(INITIAL.to_json()), "schema_version": 1}
+    new = {**content(), "schema_version": 2}
+    for contradiction in (old, new):
+        with pytest.raises(CorruptCheckpointError, match="initial"):
+            read_metadata(put(tmp_path, contradiction))
+
+
+def test_recorded_buffers_come_back_bit_for_bit() -> None:
+    assert INITIAL.initial is not None
+    found = {name: record.tensor() for name, record in INITIAL.initial.buffers.items()}
+    assert raw_bytes(found["rotary.inv_freq"]) == raw_bytes(torch.tensor([1.0, 0.1, float("nan")]))
+    assert found["mask"] is None, "too large, but it has a digest"
+    assert (tuple(found["nothing"].shape), found["scalar"].item()) == ((0, 3), 2.0)
+
+
+def test_the_hash_of_a_config_is_that_of_what_the_model_computes() -> None:
+    config = {"a": 1, "b": {"c": [1.5, None]}}
+    assert config_hash(config) == config_hash({"b": {"c": [1.5, None]}, "a": 1, "_name_or_path": "/x", "dtype": "f"})
+    assert config_hash(config) != config_hash({**config, "a": 2})
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(InitialRecord)])
+def test_initial_fields_are_required_and_typed(tmp_path: Path, name: str) -> None:
+    parsed: dict[str, Any] = json.loads(INITIAL.to_json())
+    for broken in ({}, {name: True}, {name: -1}, {name: [{}]}):
+        initial = {key: value for key, value in parsed["initial"].items() if key != name} | broken
+        with pytest.raises(CorruptCheckpointError, match="is damaged"):
+            read_metadata(put(tmp_path, {**parsed, "initial": initial}))
+
+
+@pytest.mark.parametrize("values", ["AAAA", "!!!!", "AA", "AAAAAAAAAAAAAAA=", 5, "A" * 17], ids=str)
+def test_buffer_values_that_do_not_fit_their_shape_are_refused(tmp_path: Path, values: object) -> None:
+    parsed: dict[str, Any] = json.loads(INITIAL.to_json())
+    parsed["initial"]["buffers"]["rotary.inv_freq"]["values"] = values
+    with pytest.raises(CorruptCheckpointError, match="is damaged"):
+        read_metadata(put(tmp_path, parsed))
 
 
 def test_a_new_one_names_the_libraries_and_the_time_in_utc() -> None:
@@ -98,14 +162,15 @@ def test_a_tensor_record_becomes_a_spec() -> None:
 
 
 OPTIONAL = {"ema", "mesh"}
+SAYS_WHAT_IT_IS = (["checkpoint_type"], ["schema_version"])
 REQUIRED_PATHS = [
-    *([field.name] for field in dataclasses.fields(CheckpointMetadata)),
+    *([field.name] for field in dataclasses.fields(CheckpointMetadata) if field.name != "initial"),
+    *SAYS_WHAT_IT_IS,
     *(["counts", "ema", field.name] for field in dataclasses.fields(ModelRecord)),
     *(["files", "__0_0.distcp", field.name] for field in dataclasses.fields(FileRecord)),
     *(["tensors", "embed.weight", field.name] for field in dataclasses.fields(TensorRecord)),
     ["counts", "ema"],
 ]
-SAYS_WHAT_IT_IS = (["checkpoint_type"], ["schema_version"])
 
 
 def parent_of(parsed: dict[str, Any], path: list[str]) -> dict[str, Any]:
@@ -198,7 +263,7 @@ def test_a_part_of_a_field_that_is_wrong_is_refused(tmp_path: Path, path: list[s
 
 @pytest.mark.parametrize("schema", [SCHEMA_VERSION + 1, 0, 99, "1", 1.0, True, None, [1]], ids=repr)
 def test_another_schema_is_refused_by_its_number(tmp_path: Path, schema: object) -> None:
-    with pytest.raises(UnsupportedFormatError, match=r"; this version reads 1$"):
+    with pytest.raises(UnsupportedFormatError, match=r"; this version reads 1 to 2$"):
         read_metadata(put(tmp_path, {**content(), "schema_version": schema, "a_field_of_the_future": 1}))
 
 
