@@ -54,7 +54,7 @@ class HFExport(Hook):
         when: Schedule,
         ema: EMA | None = None,
         models: Literal["main", "ema", "both"] | None = None,
-        dtype: str = "bfloat16",
+        dtype: str | Mapping[str, str] = "bfloat16",
         max_shard_size: str | None = "5GB",
         base_model: str | Path | None = None,
         processor: object | None = None,
@@ -74,7 +74,9 @@ class HFExport(Hook):
             directory: Made if missing; on a file system that all ranks share, and where no trainer looks for its own.
             when: At which steps to export; independent of any checkpoint.
             models: What to export; default everything there is.
-            dtype: Of all floating-point tensors, such as ``"bfloat16"``; ``"original"`` keeps each tensor's.
+            dtype: Of all floating-point tensors, such as ``"bfloat16"``; ``"original"`` keeps each tensor's. Or by
+                pattern of the names in the files, of which the first that matches decides:
+                ``{"*norm*": "float32", "*": "bfloat16"}``. What none matches is kept as it is.
             max_shard_size: Several files with an index if the weights are larger; None makes one file.
             base_model: Local directory with config, tokenizer and so on, which are copied. Without one, config.json
                 and generation_config.json come from the live model, if it is one of transformers.

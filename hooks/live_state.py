@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 
 from shardsmith.commit import writing
 from shardsmith.directory_plan import DirectoryPlan, ModelPlan, Origin, plan_model
-from shardsmith.errors import MismatchError, UsageError
+from shardsmith.dtypes import parse_dtypes
+from shardsmith.errors import MismatchError
 from shardsmith.export_plan import base_specs, compare_with_base
 from shardsmith.hf_directory import files_to_copy, read_config
 from shardsmith.layout import EMA_WEIGHTS, MAIN_WEIGHTS
@@ -86,7 +86,7 @@ class LiveState:
         ema: EMA | None,
         files: ModelFiles,
         *,
-        dtype: str,
+        dtype: str | Mapping[str, str],
         max_shard_size: str | None,
         names: str | NameMap = "auto",
     ) -> None:
@@ -94,7 +94,7 @@ class LiveState:
         self._model = model
         self._ema = ema
         self._files = files
-        self._dtype = _parse_dtype(dtype)
+        self._dtype = parse_dtypes(dtype)
         self._max_shard_size = max_shard_size
         if max_shard_size is not None:
             parse_size(max_shard_size)
@@ -135,13 +135,14 @@ class LiveState:
         )
 
     def check(self, *, compare: bool) -> None:
-        """Plan an export onto the base model, if there is one. All ranks; communicates under FSDP1 only.
+        """Plan an export, if anything could speak against it. All ranks; communicates under FSDP1 only.
 
         Raises:
             MismatchError: with ``compare``, if names or shapes are not those of the base model's weights.
+            UsageError: the name map or the patterns of dtypes do not fit the model.
         """
         base = self._files.base
-        if base is not None or self._name_map is not None:
+        if base is not None or self._name_map is not None or isinstance(self._dtype, Mapping):
             (model,) = self.models(LiveDirectory("", {MAIN: MAIN_WEIGHTS}))
             if base is not None and compare:
                 _compare(base, model.plan)
@@ -205,12 +206,3 @@ def _compare(base: Path, plan: ModelPlan) -> None:
         summary = f"{len(error.problems)} tensors of the model that trains are not as in the base model"
         advice = "Nothing will be written. Give the base model that this one was made from, without weights if need be."
         raise MismatchError(base, summary, error.problems, advice) from None
-
-
-def _parse_dtype(name: str) -> torch.dtype | None:
-    if name == "original":
-        return None
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise UsageError(f'dtype="{name}": give a floating-point dtype of torch, such as "bfloat16", or "original"')
-    return dtype

@@ -7,13 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from shardsmith.dtypes import DtypeChoice, cast_specs
 from shardsmith.safetensors_files import WeightsPlan, parse_size, plan_files
 from shardsmith.tensors import TensorSpec
-
-CASTABLE = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
-"""Dtypes that a dtype option changes. Integers, bools and float8 (quantised) stay as they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +72,7 @@ def plan_model(
     stored: Sequence[TensorSpec],
     *,
     stem: str,
-    dtype: torch.dtype | None,
+    dtype: DtypeChoice,
     max_shard_size: str | None,
     aliases: Mapping[str, str],
     filled: frozenset[str] = frozenset(),
@@ -86,16 +82,12 @@ def plan_model(
     Args:
         stored: The tensors as they are, aliases included.
         stem: Of the weight files' names.
-        dtype: Of floating-point tensors; None keeps theirs.
+        dtype: Of floating-point tensors, by the names that they will have.
         max_shard_size: Such as "5GB"; None makes one file.
 
     Raises:
-        UsageError: the size cannot be read, or safetensors cannot hold the tensors.
+        UsageError: the size cannot be read, safetensors cannot hold the tensors, or a pattern of ``dtype`` is for none.
     """
-    specs = tuple(_cast(spec, dtype) for spec in stored if spec.name not in aliases)
+    specs = cast_specs([spec for spec in stored if spec.name not in aliases], dtype)
     limit = parse_size(max_shard_size) if max_shard_size else None
     return ModelPlan(model, specs, plan_files(specs, stem, limit), dict(aliases), filled)
-
-
-def _cast(spec: TensorSpec, dtype: torch.dtype | None) -> TensorSpec:
-    return TensorSpec(spec.name, spec.shape, dtype) if dtype and spec.dtype in CASTABLE else spec

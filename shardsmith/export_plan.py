@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +13,7 @@ import torch
 from shardsmith import layout
 from shardsmith.commit import refuse_existing
 from shardsmith.directory_plan import DirectoryPlan, ModelPlan, Origin, plan_model
+from shardsmith.dtypes import DtypeChoice
 from shardsmith.errors import CheckpointNotFoundError, MismatchError, UnsupportedFormatError
 from shardsmith.formats import HUGGINGFACE, SHARDED, detect_checkpoint_format, model_names, open_source
 from shardsmith.hf_directory import files_to_copy, protect, read_config
@@ -29,8 +30,8 @@ from shardsmith.ties import tied_by_config
 class ExportOptions:
     """How to write a Hugging Face directory."""
 
-    dtype: torch.dtype | None = torch.bfloat16
-    """Of all floating-point tensors; None keeps what the checkpoint has."""
+    dtype: DtypeChoice = torch.bfloat16
+    """Of floating-point tensors; None keeps what the checkpoint has."""
     max_shard_size: str | None = None
     """Such as "5GB": more than one file if the weights are larger. None: one file."""
     trust_remote_code: bool = False
@@ -82,11 +83,11 @@ def plan_directory(
     name_map: NameMap | None = None
     for model, stem in stems.items():
         source = sources[model] = open_source(checkpoint, model)
-        plan = _plan_model(source, model, stem, config, template, options)
-        name_map = name_map or _choose_name_map(plan, base, config, template, options)
+        as_stored = _plan_model(source, model, stem, config, template, replace(options, dtype=None))
+        name_map = name_map or _choose_name_map(as_stored, base, config, template, options)
         if name_map is not None:
             sources[model] = TranslatedModel(source, name_map)
-            plan = _plan_model(sources[model], model, stem, config, template, options, name_map)
+        plan = _plan_model(sources[model], model, stem, config, template, options, name_map)
         compare_with_base(source.path, plan, template, options.allow)
         models.append(plan)
     directory = DirectoryPlan(output, tuple(models), _origin(checkpoint), config, base, tuple(copies))

@@ -116,6 +116,14 @@ def test_a_plain_dcp_save_is_read(kind: str, layout: str, trained: Runs, output:
     assert not (output / "ema.safetensors").exists()
 
 
+def test_exceptions_from_the_dtype_go_by_the_names_in_the_files(trained: Runs, output: Path) -> None:
+    run = trained["qwen2", 1]
+    to_hf(run.checkpoint, run.base, output, "--dtype_of", "*norm*=float32", "*.bias=original")
+    for name, tensor in load_file(output / "model.safetensors").items():
+        exception = "norm" in name or name.endswith("bias")
+        assert tensor.dtype == (torch.float32 if exception else torch.bfloat16)
+
+
 def test_a_hugging_face_directory_is_exported_again_in_another_dtype(trained: Runs, output: Path) -> None:
     run = trained["qwen2", 2]
     first = to_hf(run.checkpoint, run.base, output, "--dtype", "float32", "--max_shard_size", "20KB")

@@ -14,6 +14,7 @@ def to_hf(
     base_model_path: Path,
     models: Literal["main", "ema", "both", "all"] = "all",
     dtype: Dtype = "bfloat16",
+    dtype_of: tuple[str, ...] = (),
     max_shard_size: str | None = None,
     ema_as: Literal["auto", "file", "directory"] = "auto",
     allow: tuple[str, ...] = (),
@@ -37,6 +38,8 @@ def to_hf(
             If it has weights too, those that are written must have the same names and shapes.
         models: What to write: "both" fails where one is missing, "all" takes what is there.
         dtype: Of all floating-point tensors; "original" keeps what the checkpoint has.
+        dtype_of: Exceptions from that, by pattern of the written names, such as '*norm*=float32'. The first that
+            matches counts.
         max_shard_size: Write several files with an index if the weights are larger than this, such as 5GB.
         ema_as: Where the average goes.
             "file": ema.safetensors, which nothing loads unasked.
@@ -54,15 +57,14 @@ def to_hf(
         dry_run: Say what would be done, and write nothing.
         quiet: No progress bar and no summary.
     """
-    import torch
-
     from shardsmith import report
+    from shardsmith.dtypes import parse_dtypes
     from shardsmith.export import write_directories
     from shardsmith.export_plan import ExportOptions, choose_stems, plan_directory
     from shardsmith.leases import hold
 
     options = ExportOptions(
-        dtype=None if dtype == "original" else getattr(torch, dtype),
+        dtype=parse_dtypes(dtype, dtype_of),
         max_shard_size=max_shard_size,
         trust_remote_code=trust_remote_code,
         allow=allow,

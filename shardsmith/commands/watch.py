@@ -16,6 +16,7 @@ def watch(
     base_model_path: Path,
     models: Literal["main", "ema", "both", "all"] = "all",
     dtype: Dtype = "bfloat16",
+    dtype_of: tuple[str, ...] = (),
     max_shard_size: str | None = None,
     ema_as: Literal["auto", "file", "directory"] = "auto",
     allow: tuple[str, ...] = (),
@@ -43,6 +44,7 @@ def watch(
         base_model_path: As in to-hf.
         models: As in to-hf.
         dtype: As in to-hf.
+        dtype_of: As in to-hf.
         max_shard_size: As in to-hf.
         ema_as: As in to-hf.
         allow: As in to-hf.
@@ -55,14 +57,13 @@ def watch(
         once: Export what is there, and end. Exits with 130 if a signal ended it before.
         quiet: Print nothing but failures.
     """
-    import torch
-
     from shardsmith import report
+    from shardsmith.dtypes import parse_dtypes
     from shardsmith.export_plan import ExportOptions
     from shardsmith.watch import Watcher, WatchOptions, stopped_by_signals
 
     options = ExportOptions(
-        dtype=None if dtype == "original" else getattr(torch, dtype),
+        dtype=parse_dtypes(dtype, dtype_of),
         max_shard_size=max_shard_size,
         trust_remote_code=trust_remote_code,
         allow=allow,

@@ -249,6 +249,16 @@ def test_config_json_names_the_dtype_of_the_weights(tmp_path: Path, dtype: str, 
     assert {str(t.dtype) for t in read_weights(tmp_path / "step-1").values()} == {f"torch.{written}"}
 
 
+def test_some_tensors_may_have_another_dtype(tmp_path: Path) -> None:
+    dtype = {"*norm*": "float32", "*": "bfloat16"}
+    export = HFExport(tmp_path, model=build("qwen2"), when=at(1), dtype=dtype)
+    export.export(1)
+    export.close()
+    for name, tensor in read_weights(tmp_path / "step-1").items():
+        assert tensor.dtype == (torch.float32 if "norm" in name else torch.bfloat16)
+    assert json.loads((tmp_path / "step-1" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
 def test_the_average_alone_is_what_from_pretrained_loads(tmp_path: Path) -> None:
     model = build("qwen2")
     ema = EMA(model, decay=0.5)
@@ -311,6 +321,7 @@ def test_the_last_step_is_exported_once(tmp_path: Path) -> None:
         {"models": "ema"},  # there is none
         {"dtype": "int8"},
         {"dtype": "bf16"},
+        {"dtype": {"*": "bf16"}},
         {"max_shard_size": "5 parsecs"},
     ],
     ids=str,
@@ -319,6 +330,11 @@ def test_what_makes_no_sense_is_refused_at_once(tmp_path: Path, options: dict[st
     with pytest.raises(UsageError):
         HFExport(tmp_path / "hf", model=tiny(), when=at(1), **options)
     assert not (tmp_path / "hf").exists()
+
+
+def test_a_pattern_of_dtypes_that_fits_no_tensor_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="'norm' decides about no tensor"):
+        HFExport(tmp_path, model=tiny(), when=at(1), dtype={"norm": "float32", "*": "bfloat16"})
 
 
 def test_a_base_model_that_is_not_there_is_refused_at_once(tmp_path: Path) -> None:

@@ -1,0 +1,72 @@
+"""Which dtype each tensor has in the files: one for all that are floating-point, or one for each pattern of names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+import torch
+
+from shardsmith.errors import UsageError
+from shardsmith.tensors import TensorSpec
+
+CASTABLE = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
+"""Dtypes that a choice changes. Integers, bools and float8 (quantised) stay as they are."""
+
+DtypeChoice = torch.dtype | Mapping[str, torch.dtype | None] | None
+"""One dtype; or one by pattern, of which the first that matches a name decides; None keeps what is there."""
+
+
+def parse_dtypes(choice: str | Mapping[str, str], exceptions: Iterable[str] = ()) -> DtypeChoice:
+    """The choice that words name: ``"bfloat16"``, ``"original"``, or a mapping of patterns to such.
+
+    Args:
+        exceptions: More patterns, as ``"PATTERN=DTYPE"``, which come first.
+
+    Raises:
+        UsageError: torch knows no floating-point dtype of that name, or an exception cannot be read.
+    """
+    if isinstance(choice, Mapping):
+        return {pattern: _parse(name) for pattern, name in choice.items()}
+    rules: dict[str, torch.dtype | None] = {}
+    for text in exceptions:
+        pattern, separator, name = text.rpartition("=")
+        if not separator or not pattern:
+            raise UsageError(f"{text!r}: write PATTERN=DTYPE, such as '*norm*=float32'")
+        rules.setdefault(pattern, _parse(name))
+    return {**rules, "*": _parse(choice)} if rules else _parse(choice)
+
+
+def cast_specs(specs: Sequence[TensorSpec], choice: DtypeChoice) -> tuple[TensorSpec, ...]:
+    """The tensors as they will be written.
+
+    Raises:
+        UsageError: a pattern decides about none of them, because nothing has such a name or another comes first.
+    """
+    if not isinstance(choice, Mapping):
+        return tuple(_cast(spec, choice) for spec in specs)
+    deciding = {spec.name: _first_match(spec.name, choice) for spec in specs}
+    if idle := [pattern for pattern in choice if pattern not in deciding.values() and pattern != "*"]:
+        raise UsageError(
+            f"dtype: {', '.join(map(repr, idle))} decides about no tensor: there is none of such a name, or a pattern "
+            "before it takes them all. Correct it, put it first, or leave it out"
+        )
+    chosen = {name: choice[pattern] for name, pattern in deciding.items() if pattern is not None}
+    return tuple(_cast(spec, chosen.get(spec.name)) for spec in specs)
+
+
+def _first_match(name: str, patterns: Iterable[str]) -> str | None:
+    return next((pattern for pattern in patterns if fnmatchcase(name, pattern)), None)
+
+
+def _cast(spec: TensorSpec, dtype: torch.dtype | None) -> TensorSpec:
+    return TensorSpec(spec.name, spec.shape, dtype) if dtype and spec.dtype in CASTABLE else spec
+
+
+def _parse(name: str) -> torch.dtype | None:
+    if name == "original":
+        return None
+    dtype = getattr(torch, name, None) if isinstance(name, str) else None
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise UsageError(f'dtype "{name}": give a floating-point dtype of torch, such as "bfloat16", or "original"')
+    return dtype
