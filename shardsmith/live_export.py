@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-import torch
 import xxhash
 from torch import Tensor
 
@@ -29,6 +28,7 @@ from shardsmith.digest import Digest, digest_box
 from shardsmith.directory_plan import DirectoryPlan, ModelPlan
 from shardsmith.errors import CorruptCheckpointError, RanksDisagreeError
 from shardsmith.live_boxes import LiveBox, StagingBuffer, held_boxes
+from shardsmith.memory import same_bits
 from shardsmith.name_maps import Translation
 from shardsmith.ranks import Ranks
 from shardsmith.safetensors_source import SafetensorsSource
@@ -267,11 +267,7 @@ def _compare_with_file(path: Path, boxes: Sequence[LiveBox]) -> None:
     try:
         for box in boxes:
             ((_, found),) = source.pieces(box.name, box.box)
-            if not torch.equal(_as_bytes(found), _as_bytes(box.values)):
+            if not same_bits(found, box.values):
                 raise CorruptCheckpointError(path, f"{box.name}: {box.box} does not hold what was written to it")
     finally:
         source.close()
-
-
-def _as_bytes(values: Tensor) -> Tensor:
-    return values.reshape(-1).view(torch.uint8)

