@@ -5,7 +5,13 @@ TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: demo test check bench clean
+# TorchTitan's two generations cannot share an environment. Each has its own beside $(VENV), with the same torch.
+TITAN_0.2 = torchtitan==0.2.2
+TITAN_0.3 = torchtitan==0.3.0
+TITANS = 0.2 0.3
+TITAN_READY = $(TITANS:%=.venv-titan-%/.ready)
+
+.PHONY: demo test test-titan check bench clean
 .DELETE_ON_ERROR:
 
 $(READY): pyproject.toml setup.cfg
@@ -14,11 +20,22 @@ $(READY): pyproject.toml setup.cfg
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $@
 
+.venv-titan-%/.ready: pyproject.toml setup.cfg
+	$(PYTHON) -m venv .venv-titan-$*
+	.venv-titan-$*/bin/python -m pip install --quiet "$(TORCH)" "$(TITAN_$*)" --editable ".[titan-tests]"
+	touch $@
+
 demo: $(READY)  ## two FSDP2 ranks train and export, are killed, come back and end as Hugging Face directories
 	$(BIN)/python examples/demo.py $(DEMO_ARGS)
 
-test: $(READY)  ## every test
+test: $(READY) $(if $(TEST_ARGS),,$(TITAN_READY))  ## every test; with TEST_ARGS only those of the main environment
 	$(BIN)/python -m pytest $(TEST_ARGS)
+	$(if $(TEST_ARGS),,$(MAKE) test-titan)
+
+test-titan: $(TITANS:%=test-titan-%)  ## the tests with the real TorchTitan, in each of its environments
+
+test-titan-%: .venv-titan-%/.ready
+	.venv-titan-$*/bin/python -m pytest tests/titan $(TITAN_ARGS)
 
 check: $(READY)  ## style and types
 	$(BIN)/ruff check .
@@ -29,4 +46,4 @@ bench: $(READY)  ## us and what a user would pick instead, side by side (BENCH_A
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo-run
+	rm -rf $(VENV) .venv-titan-* build dist *.egg-info demo-run

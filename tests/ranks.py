@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,19 @@ _PRELOADED = ["torch.distributed.checkpoint", "torch.distributed.fsdp", "transfo
 
 
 def run_on_ranks(
-    body: Callable[..., None], world_size: int, tmp_path: Path, *args: Any, timeout_secs: int = 60
+    body: Callable[..., None],
+    world_size: int,
+    tmp_path: Path,
+    *args: Any,
+    timeout_secs: int = 60,
+    preload: Sequence[str] = _PRELOADED,
 ) -> None:
-    """Call ``body(*args)`` on each of ``world_size`` ranks. ``body`` is a function of a module."""
+    """Call ``body(*args)`` on each of ``world_size`` ranks. ``body`` is a function of a module.
+
+    ``preload`` are the modules that the server imports; it starts with the first ranks and then stays as it is.
+    """
     store = tmp_path / f"store-{uuid.uuid4().hex}"
-    multiprocessing.set_forkserver_preload(_PRELOADED)
+    multiprocessing.set_forkserver_preload(list(preload))
     mp.start_processes(
         _rank, (body, world_size, f"file://{store}", timeout_secs, args), world_size, start_method="forkserver"
     )

@@ -1,0 +1,61 @@
+"""TorchTitan on CPU ranks. Importing this changes torch and TorchTitan in place, which is why only tests import it.
+
+What TorchTitan asks of an accelerator, ``torch.cpu`` has to answer; what Gloo and a CPU cannot do is left out. Of what
+is tested, saving, loading and the training step, nothing is replaced.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.staging import StagingOptions
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+
+_ANSWERS: dict[str, Any] = {
+    "get_device_name": lambda *_: "cpu",
+    "get_device_properties": lambda *_: SimpleNamespace(total_memory=1 << 34),
+    "reset_peak_memory_stats": lambda *_: None,
+    "empty_cache": lambda: None,
+    "memory_stats": lambda *_: {},
+    "current_device": lambda: 0,
+}
+
+torch._utils._get_available_device_type = lambda: "cpu"
+for _name, _answer in _ANSWERS.items():
+    setattr(torch.cpu, _name, _answer)
+dist.set_timeout = lambda *_, **__: None  # type: ignore[attr-defined]
+
+import torchtitan.components.checkpoint as checkpoint  # noqa: E402
+import torchtitan.train as train  # noqa: E402
+
+try:
+    import torchtitan.components.checkpointer.dcp as checkpointer
+    import torchtitan.trainer as trainer
+
+    IS_0_3 = True
+except ImportError:
+    checkpointer, trainer = checkpoint, train
+    IS_0_3 = False
+
+checkpointer.StagingOptions = lambda *_, **__: StagingOptions(
+    use_pinned_memory=False, use_shared_memory=True, use_async_staging=True, use_non_blocking_copy=False
+)
+trainer.time = SimpleNamespace(**{**vars(trainer.time), "sleep": lambda _: None})  # it sleeps 2 s when all is done
+
+
+def _sum_gradients(original: Any) -> Any:
+    """FSDP2 averages gradients with PREMUL_SUM, which Gloo does not have."""
+
+    @functools.wraps(original)
+    def initialize(self: FSDPParamGroup, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        self.force_sum_reduction_for_comms = True
+
+    return initialize
+
+
+FSDPParamGroup.__init__ = _sum_gradients(FSDPParamGroup.__init__)  # type: ignore[method-assign]

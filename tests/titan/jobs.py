@@ -1,0 +1,153 @@
+"""Jobs of the real TorchTitan on CPU ranks.
+
+All ranks are forked from a server that has imported TorchTitan: a job of a few steps on two ranks takes a second, and
+one group of ranks does several jobs one after the other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.distributed.checkpoint.api import CheckpointException
+
+from tests.ranks import run_on_ranks
+from tests.titan.cpu import IS_0_3, train, trainer
+
+WORDS = 2000
+PRELOADED = ["tests.titan.jobs", *(["tests.titan.configs"] if IS_0_3 else [])]
+
+_STEPS = ["--training.steps=4", "--training.seq_len=32", "--training.local_batch_size=2", "--metrics.log_freq=1"]
+_MODEL = (
+    ["--module=tests.titan.configs", "--config=llama3_debugmodel", "--dataloader.dataset=c4_test"]
+    if IS_0_3
+    else ["--model.name=llama3", "--model.flavor=debugmodel", "--training.dataset=c4_test"]
+)
+_CHECKPOINT = ["--checkpoint.enable", "--checkpoint.interval=2", "--checkpoint.no-last-save-model-only"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One run of ``torchtitan.train``."""
+
+    run: Path
+    """Its dump folder. ``log-<rank>.txt`` in it has what it logged, ``error-<rank>.txt`` what it ended with, if so."""
+    options: Sequence[str] = ()
+    """More of the command line; the last word wins."""
+    observe: Callable[[Any, Path], None] | None = None
+    """Called on each rank with the trainer and ``run`` when the training has ended, before anything is closed."""
+
+
+@dataclass(frozen=True)
+class Assets:
+    """What a user has before a run."""
+
+    root: Path
+    hf: Path = field(init=False)
+    data: Path = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "hf", self.root / "assets")
+        object.__setattr__(self, "data", self.root / "data")
+
+    def make(self) -> Assets:
+        """A tokenizer and a data set of JSON lines."""
+        vocabulary = {f"w{i}": i for i in range(WORDS)} | {"<eos>": WORDS}
+        tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        self.hf.mkdir(parents=True)
+        tokenizer.save(str(self.hf / "tokenizer.json"))
+        (self.hf / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<eos>"}))
+        self.data.mkdir()
+        texts = (" ".join(f"w{(i * 31 + j * j * 7) % WORDS}" for j in range(80)) for i in range(64))
+        (self.data / "data.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        return self
+
+    def options(self, run: Path) -> list[str]:
+        """The part of a command line that names all these, and where to write."""
+        if IS_0_3:
+            return [f"--hf_assets_path={self.hf}", f"--dataloader.dataset_path={self.data}", f"--dump_folder={run}"]
+        return [
+            f"--model.hf_assets_path={self.hf}",
+            f"--training.dataset_path={self.data}",
+            f"--job.dump_folder={run}",
+        ]
+
+
+def run_jobs(assets: Assets, world_size: int, directory: Path, *jobs: Job) -> None:
+    """All jobs, one after the other, on the same ranks. A job that fails on all of them does not stop the others."""
+    run_on_ranks(_run_jobs, world_size, directory, assets, jobs, preload=PRELOADED)
+
+
+def error_of(job: Job, rank: int = 0) -> str:
+    """What the job ended with on a rank; empty if it went well."""
+    path = job.run / f"error-{rank}.txt"
+    return path.read_text() if path.exists() else ""
+
+
+def log_of(job: Job, rank: int = 0) -> str:
+    """What the job logged on a rank."""
+    return (job.run / f"log-{rank}.txt").read_text()
+
+
+def _run_jobs(assets: Assets, jobs: Sequence[Job]) -> None:
+    rank, size = str(dist.get_rank()), str(dist.get_world_size())
+    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=size)
+    for job in jobs:
+        job.run.mkdir(parents=True, exist_ok=True)
+        with _logging_to(job.run / f"log-{rank}.txt"):
+            try:
+                _run_job(assets, job)
+            except (Exception, CheckpointException) as error:
+                (job.run / f"error-{rank}.txt").write_text(f"{type(error).__name__}: {error}")
+
+
+@contextlib.contextmanager
+def _logging_to(path: Path) -> Iterator[None]:
+    """TorchTitan sets its logger up anew in each job; so does this, after it."""
+    handler = logging.FileHandler(path)
+    original = train.init_logger
+
+    def initialize() -> None:
+        original()
+        logging.getLogger().addHandler(handler)
+
+    train.init_logger = initialize
+    try:
+        yield
+    finally:
+        train.init_logger = original
+        logging.getLogger().removeHandler(handler)
+        handler.close()
+
+
+def _run_job(assets: Assets, job: Job) -> None:
+    """``torchtitan.train`` with a command line, in a process group that outlives it."""
+    sys.argv = ["train", *_MODEL, *_STEPS, *_CHECKPOINT, *assets.options(job.run), *job.options]
+    if not IS_0_3:  # it took the command line when it was imported
+        train.ConfigManager.parse_args.__defaults__ = (sys.argv[1:],)
+    destroy, close = dist.destroy_process_group, trainer.Trainer.close
+
+    def observe_and_close(self: Any) -> None:
+        if job.observe is not None and sys.exc_info()[0] is None:
+            job.observe(self, job.run)
+        close(self)
+
+    trainer.Trainer.close = observe_and_close
+    dist.destroy_process_group = lambda: None
+    try:
+        if IS_0_3:
+            train.main()
+        else:
+            train.main(train.Trainer)
+    finally:
+        dist.destroy_process_group, trainer.Trainer.close = destroy, close
