@@ -16,6 +16,7 @@ from torch import nn
 from shardsmith.checkpoints import committed_steps
 from shardsmith.commit import prove_writable, remove, sweep
 from shardsmith.errors import ShardsmithError, UsageError
+from shardsmith.file_writer import choose_writer
 from shardsmith.layout import PROVENANCE_FILE, step_name
 from shardsmith.live_boxes import StagingBuffer
 from shardsmith.live_export import LiveExport, LiveExporter, LiveModel
@@ -66,6 +67,7 @@ class HFExport(Hook):
         on_exported: Callable[[int, Path], None] | None = None,
         when_busy: Literal["wait", "skip", "raise"] = "wait",
         on_error: Literal["raise", "warn"] = "raise",
+        write_mode: Literal["slices", "files"] = "slices",
         timeout_secs: float = 1800.0,
     ) -> None:
         """Prove that the directory can be written to, and that model and base model fit each other.
@@ -92,6 +94,9 @@ class HFExport(Hook):
             when_busy: What to do if one export is being written and one waits behind it: ``"wait"`` until there is
                 room, ``"skip"`` this one, or ``"raise"``.
             on_error: What a failed export does: ``"raise"`` at the next moment, or ``"warn"`` in the log.
+            write_mode: ``"slices"``: every rank writes its own slices of every file. ``"files"``: every file is written
+                by one rank alone, to which the others send theirs over a Gloo group of our own; for NFS and the like,
+                where two hosts must not write one file. Then let ``max_shard_size`` give a file for each host.
             timeout_secs: How long to wait for a rank before an export is given up.
 
         Raises:
@@ -117,6 +122,7 @@ class HFExport(Hook):
         self._directories = LiveDirectory.choose(chosen, ema_as)
         self._ranks, self._writer_ranks = Ranks(timeout_secs), Ranks(timeout_secs)  # one for each thread
         self._exporter = LiveExporter(self._ranks)
+        self._weights_writer = choose_writer(write_mode, self._ranks)
         self._writer = ThreadPoolExecutor(1, "shardsmith-export")
         self._free = [[StagingBuffer() for _ in self._directories] for _ in range(_SLOTS)]
         self._running: deque[_Running] = deque()
@@ -188,7 +194,8 @@ class HFExport(Hook):
 
         path = self.directory / (step_name(step) + directory.suffix)
         plans, boxes = self._exporter.begin(f"collecting {path.name}", directory.suffix, collect)
-        job = LiveExport(self._state.plan(path, step, directory, plans), self._ranks, self._writer_ranks, buffer)
+        plan = self._state.plan(path, step, directory, plans)
+        job = LiveExport(plan, self._ranks, self._writer_ranks, buffer, self._weights_writer)
         job.stage(boxes)
         return job
 

@@ -2,7 +2,7 @@
 
     begin    main thread    the ranks say what they hold; who writes which box is settled, once for all exports
     stage    main thread    every rank copies its boxes, cast, into CPU memory: all that the training waits for
-    write    any thread     every rank writes its boxes to their final places in the final files
+    write    any thread     the boxes go to their final places in the final files, in one of the ways of live_writers
     commit   any thread     rank 0 adds what makes the directory complete, checks it, and renames it
 
 No tensor is gathered, nothing is written twice, and nothing is consolidated afterwards: names, shapes and dtypes alone
@@ -15,7 +15,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import xxhash
 from torch import Tensor
@@ -24,15 +24,12 @@ from shardsmith import layout
 from shardsmith.assignment import Held, assign_boxes
 from shardsmith.commit import Attempt, require_space, sweep
 from shardsmith.completion import complete_directory
-from shardsmith.digest import Digest, digest_box
 from shardsmith.directory_plan import DirectoryPlan, ModelPlan
-from shardsmith.errors import CorruptCheckpointError, RanksDisagreeError
+from shardsmith.errors import RanksDisagreeError
 from shardsmith.live_boxes import LiveBox, StagingBuffer, held_boxes
-from shardsmith.memory import same_bits
+from shardsmith.live_writers import LiveWriter
 from shardsmith.name_maps import Translation
 from shardsmith.ranks import Ranks
-from shardsmith.safetensors_source import SafetensorsSource
-from shardsmith.safetensors_writer import SafetensorsFileWriter
 from shardsmith.tensors import Chunk, Shape
 
 log = logging.getLogger(__name__)
@@ -123,7 +120,9 @@ class LiveExport:
     Leaving the ``with`` before it is committed deletes what was written.
     """
 
-    def __init__(self, plan: DirectoryPlan, ranks: Ranks, writer_ranks: Ranks, buffer: StagingBuffer) -> None:
+    def __init__(
+        self, plan: DirectoryPlan, ranks: Ranks, writer_ranks: Ranks, buffer: StagingBuffer, writer: LiveWriter
+    ) -> None:
         """``ranks`` serves the thread that stages, ``writer_ranks`` the one that writes and commits."""
         self.plan = plan
         self._stager_ranks = ranks
@@ -131,7 +130,8 @@ class LiveExport:
         self._buffer = buffer
         self._staged: dict[str, list[LiveBox]] = {}
         self._attempt: Attempt | None = None
-        self._digests: dict[str, dict[str, Digest]] = {}
+        self._writer = writer
+        self._receipts: list[Any] = []
 
     def stage(self, boxes: Mapping[str, Sequence[LiveBox]]) -> None:
         """Copy this rank's boxes, cast, into the buffer. Main thread; when it returns the weights may change.
@@ -142,7 +142,7 @@ class LiveExport:
         self._stager_ranks.gather(f"staging {self.plan.output.name}", lambda: self._stage(boxes))
 
     def write(self) -> None:
-        """Write this rank's boxes and read them back. Any thread, all ranks; communicates through the store.
+        """Write this rank's boxes and read back what was written. Any thread, all ranks; communicates.
 
         Raises:
             RankFailedError: on all ranks, if it failed on any. Nothing became visible.
@@ -150,8 +150,8 @@ class LiveExport:
         name = self.plan.output.name
         attempt = self._ranks.lead(f"making the files of {name}", self._make_files)
         directory = layout.temporary_path(self.plan.output, attempt)
-        receipts = self._ranks.gather(f"writing {name}", lambda: self._write(directory))
-        self._digests = _merge(self.plan, receipts)
+        write = self._writer.write
+        self._receipts = self._ranks.gather(f"writing {name}", lambda: write(self.plan, self._staged, directory))
 
     def commit(self) -> Path:
         """Complete the directory and make it visible. Any thread, all ranks; communicates through the store.
@@ -174,37 +174,14 @@ class LiveExport:
         sweep(self.plan.output.parent)
         self._attempt = Attempt(self.plan.output)
         require_space(self._attempt.directory, self.plan.nbytes)
-        for model in self.plan.models:
-            for file in model.weights.files:
-                SafetensorsFileWriter.create(self._attempt.directory, file).close()
+        self._writer.make_files(self.plan, self._attempt.directory)
         return self._attempt.id
-
-    def _write(self, directory: Path) -> dict[str, dict[str, str]]:
-        """The digest shares of what this rank wrote, by model and tensor."""
-        return {
-            model.model: {name: str(digest) for name, digest in self._write_model(directory, model).items()}
-            for model in self.plan.models
-        }
-
-    def _write_model(self, directory: Path, model: ModelPlan) -> dict[str, Digest]:
-        digests: dict[str, Digest] = {}
-        staged = self._staged[model.model]
-        for file in model.weights.files:
-            mine = [box for box in staged if box.name in file.tensors]
-            if not mine:
-                continue
-            with SafetensorsFileWriter.open_existing(directory, file) as writer:
-                for box in mine:
-                    writer.write_box(box.name, box.box, box.values)
-                    shape = file.tensors[box.name].spec.shape
-                    digests[box.name] = digests.get(box.name, Digest()) + digest_box(box.values, box.box, shape)
-                writer.sync()
-            _compare_with_file(directory / file.name, mine)
-        return digests
 
     def _commit(self) -> None:
         assert self._attempt is not None
-        sizes = complete_directory(self.plan, self._attempt.directory, self._digests)
+        directory = self._attempt.directory
+        digests = self._writer.merge(self.plan, self._receipts, directory)
+        sizes = complete_directory(self.plan, directory, digests)
         self._attempt.commit(sizes)
         log.info("exported %s", self.plan.output)
 
@@ -249,25 +226,3 @@ def _deal(model: LiveModel, said: Sequence[Sequence[tuple[str, Shape, Shape]]]) 
         [i for i, box in enumerate(boxes) if box in chosen]
         for boxes, chosen in zip(held, map(frozenset, dealt), strict=True)
     ]
-
-
-def _merge(plan: DirectoryPlan, receipts: Sequence[Mapping[str, Mapping[str, str]]]) -> dict[str, dict[str, Digest]]:
-    """The digests of whole tensors from every rank's shares."""
-    merged = {model.model: {spec.name: Digest() for spec in model.specs} for model in plan.models}
-    for receipt in receipts:
-        for model, shares in receipt.items():
-            for name, share in shares.items():
-                merged[model][name] += Digest.parse(share)
-    return merged
-
-
-def _compare_with_file(path: Path, boxes: Sequence[LiveBox]) -> None:
-    """Raise CorruptCheckpointError unless the file holds what was staged, bit for bit."""
-    source = SafetensorsSource(path)
-    try:
-        for box in boxes:
-            ((_, found),) = source.pieces(box.name, box.box)
-            if not same_bits(found, box.values):
-                raise CorruptCheckpointError(path, f"{box.name}: {box.box} does not hold what was written to it")
-    finally:
-        source.close()

@@ -155,8 +155,11 @@ def run_cases(cases: list[Case], directory: Path) -> None:
         model = shard(build(case), case.sharding)
         ema = EMA(model, decay=0.5) if case.ema else None
         options = {"dtype": case.dtype, "max_shard_size": case.max_shard_size, "ema_as": case.ema_as}
-        export = HFExport(directory / str(case) / "hf", model=model, ema=ema, when=at(STEP), **options)
-        hooks = Hooks(*([ema] if ema else []), export)
+        exports = [
+            HFExport(directory / str(case) / mode, model=model, ema=ema, when=at(STEP), write_mode=mode, **options)
+            for mode in (["slices", "files"] if dist.is_initialized() else ["slices"])
+        ]
+        hooks = Hooks(*([ema] if ema else []), *exports)
         change(model, hooks)
         hooks.close()
         offload = not case.sharding.startswith(

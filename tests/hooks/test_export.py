@@ -28,7 +28,7 @@ FROM_TRANSFORMERS = [case for case in CASES if case.kind != "odd"]
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory for each case, with ``hf`` in it and what that must hold. Read only."""
+    """A directory for each case, with an export by slices in it, one by files, and what that must hold. Read only."""
     root = tmp_path_factory.mktemp("exported")
     for ranks in sorted({case.ranks for case in CASES}):
         cases = [case for case in CASES if case.ranks == ranks]
@@ -45,7 +45,7 @@ def truth_of(case: Case, exported: Path) -> dict[str, Any]:
 
 def places(case: Case, exported: Path) -> dict[str, tuple[Path, str]]:
     """Model -> directory and stem of its files."""
-    main = exported / str(case) / "hf" / f"step-{STEP}"
+    main = exported / str(case) / "slices" / f"step-{STEP}"
     average = (main.with_name(f"{main.name}-ema"), "model") if case.ema_as == "directory" else (main, "ema")
     return {"main": (main, "model"), **({"ema": average} if case.ema else {})}
 
@@ -82,6 +82,20 @@ def test_the_tensors_are_those_of_a_full_gather_bit_for_bit(exported: Path, case
         expected = truth["files"][model]
         assert_equal(read_weights(directory, stem), {name: cast(t, case.dtype) for name, t in expected.items()})
     assert any(not torch.equal(tensor, truth["ema"][name]) for name, tensor in truth["main"].items())
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.ranks], ids=str)
+def test_the_bytes_are_the_same_when_each_file_is_written_by_one_rank(exported: Path, case: Case) -> None:
+    slices, files = (read_files(exported / str(case) / mode) for mode in ("slices", "files"))
+    assert slices == files
+
+
+def read_files(directory: Path) -> dict[str, Any]:
+    """Content by name; without what says when the export was made."""
+    found: dict[str, Any] = {name: (directory / name).read_bytes() for name in names(directory)}
+    for name in [name for name in found if name.endswith("shardsmith.json")]:
+        found[name] = {**json.loads(found[name]), "created_at": None, "source": None}
+    return found
 
 
 @pytest.mark.parametrize("case", FROM_TRANSFORMERS, ids=str)
@@ -137,7 +151,7 @@ def test_shardsmith_json_says_what_the_files_hold(exported: Path, case: Case) ->
 
 def test_large_weights_are_several_files_none_much_larger_than_asked_for(exported: Path) -> None:
     (case,) = (case for case in CASES if case.max_shard_size == "9KB")
-    directory = exported / str(case) / "hf" / f"step-{STEP}"
+    directory = exported / str(case) / "slices" / f"step-{STEP}"
     for stem in ("model", "ema"):
         files = [*directory.glob(f"{stem}-*-of-*.safetensors")]
         assert len(files) > 3
@@ -323,6 +337,7 @@ def test_the_last_step_is_exported_once(tmp_path: Path) -> None:
         {"dtype": "bf16"},
         {"dtype": {"*": "bf16"}},
         {"max_shard_size": "5 parsecs"},
+        {"write_mode": "file"},
     ],
     ids=str,
 )

@@ -27,13 +27,14 @@ MiB = 1 << 20
 class Run:
     """A model that trains, sharded over two ranks, and its exports."""
 
-    def __init__(self, directory: Path, rows: int = 1024, **options: Any) -> None:
+    def __init__(self, directory: Path, rows: int = 1024, *, average: bool = False, **options: Any) -> None:
         torch.manual_seed(3)
         self.directory = directory
         self.model = nn.Linear(2048, rows)
         fully_shard(self.model)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-4)
-        self.export = HFExport(directory, model=self.model, when=every(1), dtype="original", **options)
+        ema = EMA(self.model) if average else None
+        self.export = HFExport(directory, model=self.model, ema=ema, when=every(1), dtype="original", **options)
 
     def train(self) -> None:
         self.model(torch.ones(2, 2048)).square().mean().backward()
@@ -69,7 +70,7 @@ def limit(what: int, size: int) -> None:
     resource.setrlimit(what, (size, resource.getrlimit(what)[1]))
 
 
-def test_a_rank_that_cannot_collect_or_write_fails_that_export_alone(tmp_path: Path) -> None:
+def test_a_rank_that_cannot_collect_stage_or_write_fails_that_export_alone(tmp_path: Path) -> None:
     run_on_ranks(run_failing_ranks, 2, tmp_path, tmp_path)
 
 
@@ -78,7 +79,10 @@ def run_failing_ranks(directory: Path) -> None:
     for culprit in range(2):
         is_culprit = dist.get_rank() == culprit
         check_collecting(Run(directory / f"collecting-{culprit}"), culprit, is_culprit)
+        check_staging(Run(directory / f"staging-{culprit}"), culprit, is_culprit)
         check_writing(Run(directory / f"writing-{culprit}"), culprit, is_culprit)
+        files = Run(directory / f"files-{culprit}", average=True, write_mode="files")  # two, one for each rank
+        check_writing(files, culprit, is_culprit)
 
 
 def check_collecting(run: Run, culprit: int, is_culprit: bool) -> None:
@@ -91,6 +95,27 @@ def check_collecting(run: Run, culprit: int, is_culprit: bool) -> None:
     assert f"rank {culprit}: ZeroDivisionError: no state today" in text
     if handle:
         handle.remove()
+    run.goes_on(1)
+    run.export.close()
+
+
+class Unreadable(torch.Tensor):
+    """Memory that a copy cannot read, as that of a device that has failed."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.copy_:
+            raise ZeroDivisionError("the device is gone")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def check_staging(run: Run, culprit: int, is_culprit: bool) -> None:
+    for name in ("one", "two"):  # replicas, of which each rank stages one
+        buffer = torch.zeros(4)
+        run.model.register_buffer(name, buffer.as_subclass(Unreadable) if is_culprit else buffer)
+    text = caught(lambda: run.export.on_step_end(1))
+    assert text == f"staging step-1 failed on 1 of 2 ranks\n  rank {culprit}: ZeroDivisionError: the device is gone"
+    del run.model.one, run.model.two
     run.goes_on(1)
     run.export.close()
 
