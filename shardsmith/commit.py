@@ -121,6 +121,36 @@ def write_file(path: Path, data: bytes) -> int:
     return len(data)
 
 
+def place_file(path: Path, data: bytes) -> None:
+    """Make a new file appear in a directory that is there already, durable and all at once.
+
+    Raises:
+        TargetExistsError: there is something of that name; it was left as it is.
+        WriteError: it could not be written. There is no such file.
+    """
+    refuse_existing(path)
+    temporary = layout.temporary_path(path, layout.new_attempt_id())
+    with contextlib.ExitStack() as on_error:
+        on_error.callback(temporary.unlink, missing_ok=True)
+        write_file(temporary, data)
+        with writing(path, "rename"):
+            temporary.rename(path)
+            on_error.callback(path.unlink)  # it might be gone after a power loss, so it must not be seen before one
+            sync(path.parent)
+        on_error.pop_all()
+
+
+def withdraw_file(path: Path) -> bool:
+    """Delete a file durably; False if there is none. Raises WriteError."""
+    with writing(path, "deletion"):
+        try:
+            path.unlink()
+        except FileNotFoundError:
+            return False
+        sync(path.parent)
+    return True
+
+
 def sync(path: Path) -> None:
     """fsync a file or a directory. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -130,15 +160,20 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def remove(directory: Path) -> bool:
+def remove(directory: Path, *, nameless: bool = False) -> bool:
     """Delete a committed directory: rename it to trash first, so that it is never visible half-deleted.
 
     Returns False, and leaves it as it is, while somebody holds it (see ``leases``).
 
+    Args:
+        nameless: The trash does not bear its name: for directories of a trainer that takes any name for a checkpoint
+            which has the one of a checkpoint in it.
+
     Raises:
         WriteError: it could not be renamed, or not wholly deleted; then ``sweep`` finishes the job later.
     """
-    trash = layout.trash_path(directory, layout.new_attempt_id())
+    named = directory.with_name(layout.REMOVED) if nameless else directory
+    trash = layout.trash_path(named, layout.new_attempt_id())
     with writing(directory, "deletion"), _claim(directory):  # a sweep leaves it alone meanwhile
         with unheld(directory) as free:
             if not free:

@@ -6,7 +6,6 @@ import contextlib
 import io
 import os
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,30 +20,21 @@ from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from shardsmith.commit import writing
-from shardsmith.digest import Digest, digest_box
+from shardsmith.description import Measured
+from shardsmith.digest import digest_box
 from shardsmith.errors import WriteError
 from shardsmith.metadata import FileRecord
 from shardsmith.ranks import single_process_is_fine
 from shardsmith.tensors import Chunk
 
 
-@dataclass(frozen=True, slots=True)
-class Receipt:
-    """What one rank wrote."""
-
-    files: dict[str, FileRecord]
-    """By file name; each was fsynced, except ``.metadata``."""
-    digests: dict[str, Digest]
-    """This rank's share, by key."""
-
-
 def write_shards(
     state_dict: Mapping[str, Any], directory: Path, attempt: str, process_group: dist.ProcessGroup | None
-) -> Receipt:
+) -> Measured:
     """Write the local shards of a state dict into an empty directory; rank 0 also writes ``.metadata``.
 
     All ranks of the group call it. Communicates over the group (object collectives, so Gloo), from the calling thread.
-    A replicated tensor is written by one rank.
+    A replicated tensor is written by one rank. Every file was fsynced, except ``.metadata``.
 
     Args:
         state_dict: As for ``torch.distributed.checkpoint.save``; nested or flat. Not changed.
@@ -62,7 +52,7 @@ def write_shards(
     except CheckpointException as error:  # it derives from BaseException and would pass through `except Exception`
         causes = "; ".join(f"rank {rank}: {cause[0]}" for rank, cause in sorted(error.failures.items()))
         raise WriteError(f"{directory}: torch.distributed.checkpoint could not write: {causes}") from error
-    return Receipt(writer.hashing.files, planner.digests)
+    return Measured(writer.hashing.files, planner.measured.digests)
 
 
 class _DigestingPlanner(DefaultSavePlanner):
@@ -70,16 +60,14 @@ class _DigestingPlanner(DefaultSavePlanner):
 
     def __init__(self) -> None:
         super().__init__()
-        self.digests: dict[str, Digest] = {}
+        self.measured = Measured()
 
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
         data = super().resolve_data(write_item)
         if isinstance(data, Tensor) and write_item.tensor_data is not None:
             place = write_item.tensor_data
             box = Chunk(tuple(place.chunk.offsets), tuple(place.chunk.sizes))
-            share = digest_box(data, box, tuple(place.size))
-            key = write_item.index.fqn
-            self.digests[key] = self.digests.get(key, Digest()) + share
+            self.measured.add(write_item.index.fqn, digest_box(data, box, tuple(place.size)))
         return data
 
 

@@ -3,6 +3,7 @@
     run/checkpoints/step-500/                    complete: only a rename makes this name
     run/checkpoints/.step-500.tmp-<attempt>/     being written, or left by an attempt that died
     run/checkpoints/.step-500.trash-<attempt>/   being deleted
+    run/checkpoints/.removed.trash-<attempt>/    the same, among a trainer's own directories
     run/checkpoints/.step-500.damaged-<attempt>/ found damaged at a resume and set aside
 
 Names are matched whole, never searched for: ``old-step-500.bak`` is not step 500.
@@ -22,6 +23,9 @@ DCP_INDEX_FILE = ".metadata"
 """torch.distributed.checkpoint's own index (a pickle)."""
 EMA_PREFIX = "ema_model."
 """FQN prefix of the averaged weights in a DCP directory. Not ``ema.``: TorchTitan keeps its own there."""
+
+REMOVED = "removed"
+"""Stands for the name of a directory in that of its trash, where the name must not be seen."""
 
 MAIN_WEIGHTS = "model"
 EMA_WEIGHTS = "ema"

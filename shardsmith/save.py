@@ -11,7 +11,7 @@ import contextlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,11 @@ from torch import Tensor
 
 from shardsmith import layout
 from shardsmith.commit import Attempt, sync, write_file
-from shardsmith.dcp_index import DcpIndex, read_index
-from shardsmith.dcp_writer import Receipt, write_shards
-from shardsmith.digest import Digest
-from shardsmith.errors import IncompleteCheckpointError, RanksDisagreeError
-from shardsmith.metadata import CheckpointMetadata, FileRecord, ModelRecord, TensorRecord, dtype_name, now
-from shardsmith.model_keys import find_models
+from shardsmith.dcp_index import read_index
+from shardsmith.dcp_writer import write_shards
+from shardsmith.description import Measured, describe
+from shardsmith.errors import RanksDisagreeError
+from shardsmith.metadata import dtype_name
 from shardsmith.ranks import Ranks
 from shardsmith.staging import Stager
 
@@ -134,63 +133,26 @@ class SaveInProgress:
     def _write(self) -> dict[str, Any]:
         directory = layout.temporary_path(self.target, self._attempt_id)
         receipt = write_shards(self.contents.state_dict, directory, self._attempt_id, self._group)
-        return {
-            "files": {name: asdict(record) for name, record in receipt.files.items()},
-            "digests": {key: str(digest) for key, digest in receipt.digests.items()},
-            "tied": self.contents.tied,
-        }
+        return {**receipt.to_plain(), "tied": self.contents.tied}
 
     def _commit(self) -> None:
         assert self._attempt is not None
         directory = self._attempt.directory
         sync(directory / layout.DCP_INDEX_FILE)  # torch leaves it to the page cache
-        receipt = _merge(self._receipts)
-        tied = {alias: kept for part in self._receipts for alias, kept in part["tied"].items()}
-        metadata = self._describe(read_index(directory), receipt, tied)
+        receipt = Measured.merge(self._receipts)
+        metadata = describe(
+            read_index(directory),
+            receipt,
+            attempt=self._attempt_id,
+            step=self.contents.step,
+            ema=self.contents.ema,
+            tied={alias: kept for part in self._receipts for alias, kept in part["tied"].items()},
+            world_size=self._ranks.size,
+            mesh=self.contents.mesh,
+        )
         sizes = {name: record.size for name, record in receipt.files.items()}
         sizes[layout.METADATA_FILE] = write_file(directory / layout.METADATA_FILE, metadata.to_json())
         self._attempt.commit(sizes)
-
-    def _describe(self, index: DcpIndex, receipt: Receipt, tied: dict[str, str]) -> CheckpointMetadata:
-        undigested = sorted(name for name in index.tensors if name not in receipt.digests)
-        if undigested:
-            raise IncompleteCheckpointError(index.path, f"no rank wrote {', '.join(undigested)}")
-        models = find_models(index.tensors, index.containers)
-        return CheckpointMetadata(
-            attempt=self._attempt_id,
-            step=self.contents.step,
-            created_at=now(),
-            models=tuple(models),
-            counts={name: _count(keys, index, tied) for name, keys in models.items()},
-            ema=self.contents.ema,
-            tied=tied,
-            world_size=self._ranks.size,
-            mesh=self.contents.mesh,
-            files=receipt.files,
-            tensors={
-                key: TensorRecord(
-                    shape=entry.spec.shape, dtype=dtype_name(entry.spec.dtype), digest=str(receipt.digests[key])
-                )
-                for key, entry in index.tensors.items()
-            },
-        )
-
-
-def _merge(receipts: list[dict[str, Any]]) -> Receipt:
-    merged = Receipt({}, {})
-    for receipt in receipts:
-        merged.files.update({name: FileRecord(**record) for name, record in receipt["files"].items()})
-        for key, text in receipt["digests"].items():
-            merged.digests[key] = merged.digests.get(key, Digest()) + Digest.parse(text)
-    return merged
-
-
-def _count(keys: Mapping[str, str], index: DcpIndex, tied: Mapping[str, str]) -> ModelRecord:
-    specs = [index.tensors[key].spec for fqn, key in keys.items() if tied.get(fqn) not in keys]
-    dtypes: dict[str, int] = {}
-    for spec in specs:
-        dtypes[dtype_name(spec.dtype)] = dtypes.get(dtype_name(spec.dtype), 0) + spec.numel
-    return ModelRecord(tensors=len(specs), elements=sum(spec.numel for spec in specs), dtypes=dtypes)
 
 
 def _facts(contents: Contents) -> dict[str, Any]:
