@@ -1,6 +1,7 @@
 """What a training loop attaches."""
 
 from .base import Hook, Hooks
+from .companion_save import CompanionSave
 from .ema import EMA
 from .export import HFExport
 from .retention import Retention, latest, multiples_of
@@ -9,6 +10,7 @@ from .schedule import Schedule, at, every, last
 
 __all__ = [
     "EMA",
+    "CompanionSave",
     "HFExport",
     "Hook",
     "Hooks",

@@ -58,6 +58,7 @@ class Hooks:
         self.hooks = hooks
         self._step = 0
         self._open = True
+        self._ended = False
         for hook in hooks:
             hook.announce_saved = self._on_saved
 
@@ -85,11 +86,21 @@ class Hooks:
         for hook in self.hooks:
             hook.on_step_end(step)
 
-    def close(self) -> None:
-        """End the training: what is due at the last step is done, background work is waited for. Raises what failed."""
+    def train_end(self, step: int) -> None:
+        """The first half of ``close``, for trainers that do more after the last step: what is due at it is done."""
+        self._ended = True
+        for hook in self.hooks:
+            hook.on_train_end(step)
+
+    def close(self, *, broken_off: bool = False) -> None:
+        """End the training: what is due at the last step is done, background work is waited for. Raises what failed.
+
+        Args:
+            broken_off: It did not get to its end: only wait for background work.
+        """
         if self._open:
-            for hook in self.hooks:
-                hook.on_train_end(self._step)
+            if not self._ended and not broken_off:
+                self.train_end(self._step)
             self._close()
 
     def _close(self) -> None:
@@ -114,7 +125,4 @@ class Hooks:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            self.close()
-        elif self._open:
-            self._close()
+        self.close(broken_off=kind is not None)

@@ -47,7 +47,7 @@ def find_damage(checkpoint: Path, *, contents: bool = True, part: int = 0, parts
     if foreign := [name for name in chosen if Path(name).name != name]:
         return [f"{name!r}: is not the name of a file in it" for name in foreign]
     with ThreadPoolExecutor(min(len(chosen), os.cpu_count() or 1) or 1, "shardsmith-verify") as pool:
-        problems = pool.map(lambda name: _damage(checkpoint / name, files[name], contents), chosen)
+        problems = pool.map(lambda name: file_damage(checkpoint / name, files[name], contents=contents), chosen)
         return [f"{name}: {problem}" for name, problem in zip(chosen, problems, strict=True) if problem]
 
 
@@ -69,7 +69,8 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _damage(path: Path, expected: FileRecord, contents: bool) -> str | None:
+def file_damage(path: Path, expected: FileRecord, *, contents: bool = True) -> str | None:
+    """What is wrong with one file, or None; see ``find_damage``."""
     try:
         status = path.lstat()
         if not stat.S_ISREG(status.st_mode):

@@ -214,8 +214,8 @@ def _parse(content: Mapping[str, Any]) -> CheckpointMetadata:
         tied=texts(content["tied"]),
         world_size=count(content["world_size"]),
         mesh=typed_or_none(content["mesh"], dict),
-        files={name: _file_record(record) for name, record in typed(content["files"], dict).items()},
-        tensors={name: _tensor_record(record) for name, record in typed(content["tensors"], dict).items()},
+        files={name: file_record(record) for name, record in typed(content["files"], dict).items()},
+        tensors={name: tensor_record(record) for name, record in typed(content["tensors"], dict).items()},
         libraries=texts(content["libraries"]),
         initial=InitialRecord.parse(content["initial"]) if schema > 1 else None,
     )
@@ -227,12 +227,14 @@ def _as_of_version_2(content: Mapping[str, Any]) -> dict[str, Any]:
     return {**content, "initial": None}
 
 
-def _file_record(record: Any) -> FileRecord:
+def file_record(record: Any) -> FileRecord:
+    """From JSON. Raises KeyError, TypeError or ValueError if it is none."""
     require_fields(record, FileRecord)
     return FileRecord(size=count(record["size"]), xxh3_128=digest_text(record["xxh3_128"]))
 
 
-def _tensor_record(record: Any) -> TensorRecord:
+def tensor_record(record: Any) -> TensorRecord:
+    """From JSON. Raises KeyError, TypeError or ValueError if it is none."""
     require_fields(record, TensorRecord)
     return TensorRecord(
         shape=shape(record["shape"]), dtype=known_dtype(record["dtype"]), digest=digest_text(record["digest"])

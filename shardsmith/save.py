@@ -26,7 +26,7 @@ from shardsmith.dcp_index import read_index
 from shardsmith.dcp_writer import write_shards
 from shardsmith.description import Measured, describe
 from shardsmith.errors import RanksDisagreeError
-from shardsmith.metadata import dtype_name
+from shardsmith.metadata import FileRecord, dtype_name
 from shardsmith.ranks import Ranks
 from shardsmith.staging import Stager
 
@@ -98,14 +98,17 @@ class SaveInProgress:
         with self._abandoned_on_error():
             self._receipts = self._ranks.gather(f"writing {self.target.name}", self._write)
 
-    def commit(self) -> Path:
+    def commit(self, extra: Mapping[str, bytes] | None = None) -> Path:
         """Make the checkpoint visible and return its path. Any thread; communicates through the store.
+
+        Args:
+            extra: More files to put beside the shards: name -> content. Those of rank 0 count.
 
         Raises:
             RankFailedError: on all ranks, if rank 0 found it incomplete or could not rename it. The attempt is gone.
         """
         with self._abandoned_on_error():
-            self._ranks.lead(f"committing {self.target.name}", self._commit)
+            self._ranks.lead(f"committing {self.target.name}", lambda: self._commit(extra or {}))
         log.info("saved %s", self.target)
         return self.target
 
@@ -135,11 +138,14 @@ class SaveInProgress:
         receipt = write_shards(self.contents.state_dict, directory, self._attempt_id, self._group)
         return {**receipt.to_plain(), "tied": self.contents.tied}
 
-    def _commit(self) -> None:
+    def _commit(self, extra: Mapping[str, bytes]) -> None:
         assert self._attempt is not None
         directory = self._attempt.directory
         sync(directory / layout.DCP_INDEX_FILE)  # torch leaves it to the page cache
         receipt = Measured.merge(self._receipts)
+        for name, content in extra.items():
+            size = write_file(directory / name, content)
+            receipt.files[name] = FileRecord(size=size, xxh3_128=xxhash.xxh3_128_hexdigest(content))
         metadata = describe(
             read_index(directory),
             receipt,

@@ -1,0 +1,263 @@
+"""``CompanionSave``: an average, hashes and digests inside the checkpoint folders of a trainer, and the way back."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+from shardsmith.checkpoints import find_damage
+from shardsmith.commit import remove, sweep, writing
+from shardsmith.companion import (
+    FolderRecord,
+    companion_of,
+    is_complete,
+    list_files,
+    read_folder_record,
+    record_files,
+)
+from shardsmith.dcp_load import load_into
+from shardsmith.errors import CheckpointNotFoundError, CorruptCheckpointError, MismatchError, UsageError
+from shardsmith.layout import COMPANION, FOLDER_FILE
+from shardsmith.live_digest import compare_digests, digest_live
+from shardsmith.metadata import FileRecord, TensorRecord, read_metadata
+from shardsmith.names import tied_weights
+from shardsmith.ranks import Ranks
+from shardsmith.save import Contents, SaveInProgress
+from shardsmith.staging import Stager
+
+from .base import Hook
+from .ema import EMA
+
+log = logging.getLogger(__name__)
+
+
+class CompanionSave(Hook):
+    """Adds a directory of ours to checkpoint folders that a trainer writes; see ``shardsmith.companion``.
+
+    Call ``save`` when the trainer has written a folder, and ``load`` when it has loaded one. The trainer's files are
+    only read; even the folder's modification time, by which some trainers choose what to delete, stays what it was.
+    Make it on all ranks at the same point, after ``fully_shard`` / FSDP / DDP: it communicates.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        ema: EMA | None = None,
+        async_mode: Literal["async", "disabled"] = "async",
+        timeout_secs: float = 1800.0,
+    ) -> None:
+        """Nothing is written yet.
+
+        Args:
+            model: As the trainer wrapped it.
+            async_mode: ``"async"`` copies the average to CPU memory, returns, and writes in the background, one folder
+                at a time; ``"disabled"`` returns when our directory is there.
+            timeout_secs: How long to wait for a rank before a save is given up.
+        """
+        self._model = model
+        self._ema = ema
+        self._ranks = Ranks(timeout_secs)
+        self._group = dist.new_group(backend="gloo") if self._ranks.size > 1 else None
+        self._writer = ThreadPoolExecutor(1, "shardsmith-companion") if async_mode == "async" else None
+        self._stager = Stager() if self._writer else None
+        self._in_flight: tuple[int, Path, Future[bool]] | None = None
+        self._loaded_step: int | None = None
+
+    def resume(self) -> int | None:
+        """The step of the folder that ``load`` was given, or None. No communication."""
+        return self._loaded_step
+
+    def on_step_end(self, step: int) -> None:  # noqa: ARG002
+        """Report a save that has ended. All ranks; no communication."""
+        self._report(wait=False)
+
+    def close(self) -> None:
+        """Wait for the save in flight; raise what failed in it."""
+        try:
+            self._report(wait=True)
+        finally:
+            if self._writer:
+                self._writer.shutdown()
+            if self._stager:
+                self._stager.close()
+
+    def before_save(self, folder: Path) -> None:
+        """The trainer is about to write a folder: wait for ours in flight, and take our mark off this one.
+
+        All ranks; communicates. Not calling it is safe, but a trainer that writes over an old folder of the same name
+        and is killed halfway then leaves one that is marked complete until somebody compares the hashes.
+
+        Raises:
+            WriteError: our old directory in it cannot be removed.
+        """
+        self._report(wait=True)
+        self._ranks.lead(f"preparing {folder.name}", lambda: self._withdraw(folder))
+
+    def save(self, step: int, folder: Path) -> None:
+        """Add our directory to a folder that the trainer has just written. All ranks; communicates.
+
+        On return the live state may change again.
+
+        Raises:
+            CheckpointNotFoundError, as RankFailedError with several ranks: there is no such folder.
+            RankFailedError: on all ranks, if any failed. Our directory is not there, and the folder is as it was. What
+                fails in the background is raised by the next moment of this hook.
+        """
+        self.before_save(folder)
+        job = SaveInProgress(companion_of(folder), self._ranks, self._group)
+        with self._ema.staging() if self._ema else contextlib.nullcontext(), self._same_time(folder):
+            tensors = digest_live(self._ranks, f"taking digests for {folder.name}", lambda: self._main(folder))
+            job.begin(lambda: self._collect(step))
+            if self._stager:
+                job.stage(self._stager)
+        if self._writer:
+            self._in_flight = (step, folder, self._writer.submit(self._finish, job, folder, step, tensors))
+        else:
+            self._announce(step, folder, self._finish(job, folder, step, tensors))
+
+    def load(self, folder: Path, *, prove: bool = True) -> int:
+        """The trainer has loaded a folder: prove that, and load the average. All ranks; communicates. Returns the step.
+
+        It may have been saved by another number of ranks.
+
+        Args:
+            prove: Compare the digest of each live tensor with the one that was recorded at the save.
+
+        Raises:
+            CheckpointNotFoundError: our directory is not there.
+            CorruptCheckpointError: our files have changed since they were written.
+            MismatchError: the live model is not the one that was saved, or no such average. Nothing of ours was loaded.
+            UsageError: the average there has another decay than ours. Nothing was loaded.
+        """
+        self._report(wait=True)
+        if not self._ranks.lead(f"looking into {folder.name}", lambda: is_complete(folder)):
+            raise CheckpointNotFoundError(folder, f"has no complete {COMPANION}/ directory")
+        self._refuse_damage(folder)
+        if prove:
+            self._prove(folder)
+        if self._ema is not None:
+            self._load_average(companion_of(folder))
+        self._loaded_step = read_folder_record(folder).step
+        return self._loaded_step
+
+    def _withdraw(self, folder: Path) -> None:
+        if not folder.is_dir():
+            return
+        with self._same_time(folder):
+            sweep(folder)
+            if companion_of(folder).exists() and not remove(companion_of(folder)):
+                raise UsageError(f"{companion_of(folder)} is being read, and about to be written over")
+
+    def _collect(self, step: int) -> Contents:
+        state: dict[str, Any] = {"train_state": {"step": torch.tensor(step)}}
+        if self._ema is None:
+            return Contents(step=step, state_dict=state)
+        state["ema_state"] = self._ema.state_dict()
+        state["ema_model"] = state["ema_state"].pop("model")
+        return Contents(step=step, state_dict=state, ema=self._ema.facts(), tied=tied_weights(self._model))
+
+    def _main(self, folder: Path) -> dict[str, Tensor]:
+        """The live weights and persistent buffers, tied ones once. Raises CheckpointNotFoundError without a folder."""
+        if not folder.is_dir():
+            raise CheckpointNotFoundError(folder, "is not where the trainer was expected to write")
+        state, aliases = get_model_state_dict(self._model), tied_weights(self._model)
+        return {name: value for name, value in state.items() if isinstance(value, Tensor) and name not in aliases}
+
+    def _finish(self, job: SaveInProgress, folder: Path, step: int, tensors: dict[str, TensorRecord]) -> bool:
+        """Write ours, read theirs, commit. In the background thread, if there is one. False if the folder is gone."""
+        try:
+            with self._same_time(folder):
+                job.write()
+                record = self._record(folder, step, tensors)
+                job.commit({FOLDER_FILE: record.to_json()})
+            return True
+        except BaseException:
+            if not folder.is_dir():  # the trainer deletes what it likes
+                log.info("%s was deleted before its average was written", folder)
+                return False
+            log.exception("%s was not completed", folder)  # loud even if nobody comes to ask for the result
+            raise
+
+    def _record(self, folder: Path, step: int, tensors: dict[str, TensorRecord]) -> FolderRecord:
+        """Read the trainer's files, divided among the ranks."""
+        names = self._ranks.lead(f"listing {folder.name}", lambda: list_files(folder))
+        mine = names[self._ranks.rank :: self._ranks.size]
+
+        def look() -> dict[str, list[Any]]:
+            with writing(folder, "reading what the trainer wrote"):
+                return {name: [found.size, found.xxh3_128] for name, found in record_files(folder, mine).items()}
+
+        shares = self._ranks.gather(f"reading {folder.name}", look)
+        found = {name: file for share in shares for name, file in share.items()}
+        files = {name: FileRecord(size=found[name][0], xxh3_128=found[name][1]) for name in names if name in found}
+        return FolderRecord(step=step, files=files, tensors=tensors)
+
+    def _report(self, *, wait: bool) -> None:
+        """If a background save has ended, or is waited for: announce it, or raise what failed in it."""
+        if self._in_flight is None or not (wait or self._in_flight[2].done()):
+            return
+        step, folder, future = self._in_flight
+        self._in_flight = None
+        self._announce(step, folder, future.result())
+
+    def _announce(self, step: int, folder: Path, is_there: bool) -> None:
+        if is_there and self.announce_saved:
+            self.announce_saved(step, folder)
+
+    def _refuse_damage(self, folder: Path) -> None:
+        part, parts = self._ranks.rank, self._ranks.size
+
+        def judge(found: list[list[str]]) -> None:
+            if damage := [*chain(*found)]:
+                lines = "\n  ".join(damage)
+                raise CorruptCheckpointError(companion_of(folder), f"is damaged\n  {lines}\nTake another checkpoint.")
+
+        look = f"verifying {companion_of(folder)}"
+        self._ranks.agree(look, lambda: find_damage(companion_of(folder), part=part, parts=parts), judge)
+
+    def _prove(self, folder: Path) -> None:
+        """Raise MismatchError unless the live model is what the trainer saved."""
+        recorded = read_folder_record(folder).tensors
+        live = digest_live(self._ranks, f"proving the load of {folder.name}", lambda: self._main(folder))
+        if problems := compare_digests(live, recorded, tied_weights(self._model)):
+            summary = f"{len(problems)} of {len(recorded)} tensors of the live model are not what was saved"
+            advice = "The average was not loaded. Either the trainer did not load this folder, or not all of it."
+            raise MismatchError(folder, summary, problems, advice)
+
+    def _load_average(self, directory: Path) -> None:
+        assert self._ema is not None
+        saved = read_metadata(directory).ema
+        if saved is None:
+            raise CheckpointNotFoundError(directory, "holds no average: the run that wrote it had none")
+        if saved["decay"] != self._ema.decay:
+            raise UsageError(
+                f"{directory} holds an average with decay {saved['decay']}, but ours has {self._ema.decay}. "
+                f"Nothing was loaded; ask for {saved['decay']}"
+            )
+        state = self._collect(0).state_dict
+        load_into(state, directory, process_group=self._group)
+        self._ema.load_state_dict({**state["ema_state"], "model": state["ema_model"]})
+        log.info("the average goes on from %s", directory)
+
+    @contextlib.contextmanager
+    def _same_time(self, folder: Path) -> Iterator[None]:
+        """Afterwards the folder's modification time is what it was. On rank 0, which alone makes and renames there."""
+        before = folder.stat() if self._ranks.is_leader and folder.is_dir() else None
+        try:
+            yield
+        finally:
+            if before is not None:
+                with contextlib.suppress(OSError):  # the folder is gone
+                    os.utime(folder, ns=(before.st_atime_ns, before.st_mtime_ns))

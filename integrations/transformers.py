@@ -1,0 +1,226 @@
+"""``CheckpointHooks``: an average, complete exports and proved loads for the Trainer of transformers.
+
+    Trainer(..., callbacks=[CheckpointHooks(ema_decay=0.999, export=every(500) | last())])
+
+It relies on the documented events of ``TrainerCallback`` alone, so it works with subclasses of Trainer too.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import os
+import re
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import TrainerCallback
+
+from shardsmith.companion import find_folder_damage, is_complete
+from shardsmith.errors import UsageError
+from shardsmith.hooks import EMA, CompanionSave, HFExport, Hooks, Schedule
+from shardsmith.ranks import Ranks
+
+log = logging.getLogger(__name__)
+
+_FOLDER = re.compile(r"checkpoint-([0-9]+)")
+
+
+class CheckpointHooks(TrainerCallback):
+    """Attach it to a Trainer. In each ``checkpoint-<n>`` it makes a directory ``shardsmith``; the rest it only reads.
+
+    The average is updated after each optimizer step, whatever the gradient accumulation. A resumed run goes on with it
+    exactly, and raises unless the weights that Trainer has loaded are those that were saved. FSDP 1 and 2, DDP, one
+    process, adapters of peft; not DeepSpeed, and not ``hyperparameter_search``.
+
+    Attributes:
+        ema: The average, once training has begun; also after its end. None without ``ema_decay``.
+        hooks: What is attached, once training has begun.
+    """
+
+    def __init__(
+        self,
+        *,
+        ema_decay: float | None = None,
+        ema_options: Mapping[str, Any] | None = None,
+        export: Schedule | None = None,
+        export_dir: str | Path | None = None,
+        resume_from: str | Path | None = None,
+        on_missing: Literal["raise", "start"] = "raise",
+        prove: bool = True,
+        **export_options: Any,
+    ) -> None:
+        """Nothing happens before training begins.
+
+        Args:
+            ema_decay: Of the average; None keeps none.
+            ema_options: What else ``EMA`` takes: ``warmup``, ``start_step``, ``every_n_steps``, ``offload``.
+            export: At which steps to export; independent of any save. None exports nothing.
+            export_dir: Where the exports go, each as ``step-<n>``. Default: ``<output_dir>-hf``, beside Trainer's
+                folder. Never where Trainer rotates its checkpoints.
+            resume_from: The folder that ``train(resume_from_checkpoint=...)`` is given, if it is not in
+                ``output_dir``. Events do not tell.
+            on_missing: What to do if it holds no average: ``"start"`` one from the weights, or ``"raise"``.
+            prove: At a resume, compare every tensor that Trainer has loaded with what was saved.
+            **export_options: What else ``HFExport`` takes: ``dtype``, ``models``, ``keep``, ``ema_as``, ...
+
+        Raises:
+            UsageError: options that nothing takes, or that make no sense together.
+        """
+        if unknown := sorted(export_options.keys() - inspect.signature(HFExport).parameters.keys()):
+            raise UsageError(f"CheckpointHooks takes no {', '.join(unknown)}")
+        if export is None and (export_options or export_dir):
+            raise UsageError("there are options for exports, but export= does not say when: export=every(500), say")
+        if ema_decay is None and ema_options:
+            raise UsageError("there are ema_options, but no ema_decay")
+        self.ema: EMA | None = None
+        self.hooks: Hooks | None = None
+        self._ema_options = None if ema_decay is None else {"decay": ema_decay, **(ema_options or {})}
+        self._export = export
+        self._export_dir = export_dir
+        self._resume_from = resume_from
+        self._on_missing = on_missing
+        self._prove = prove
+        self._export_options = export_options
+        self._ended = False
+
+    def swapped_in(self) -> AbstractContextManager[None]:
+        """Within it the live weights are the average: ``with callback.swapped_in(): trainer.evaluate()``. All ranks.
+
+        Raises:
+            UsageError: there is no average, or not yet.
+        """
+        if self.ema is None:
+            raise UsageError("there is no average: pass ema_decay, and let training begin")
+        swapped: AbstractContextManager[None] = self.ema.swapped_in()
+        return swapped
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, processing_class: Any = None, **_: Any
+    ) -> None:
+        """Attach to the model, which is wrapped and loaded by now. All ranks; communicates."""
+        if getattr(args, "deepspeed", None) or state.is_hyper_param_search:
+            raise UsageError("CheckpointHooks works neither under DeepSpeed nor in a hyperparameter search")
+        self.close()
+        self.ema = EMA(model, **self._ema_options) if self._ema_options else None
+        self._companion = CompanionSave(model, ema=self.ema)
+        attached = [self.ema, self._companion, self._make_export(args, model, processing_class)]
+        self.hooks = Hooks(*(hook for hook in attached if hook is not None))
+        self._ended = False
+        if state.global_step > 0:
+            self._load(args, state)
+        self.hooks.resume()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+        """Update the average, unless the gradient scaler skipped the step. All ranks; no communication."""
+        if self.hooks and not getattr(optimizer, "step_was_skipped", False):
+            self.hooks.optimizer_step(state.global_step + 1)  # Trainer counts it only afterwards
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Export if it is time; make way for Trainer if it is about to save. All ranks; communicates then."""
+        if self.hooks:
+            self.hooks.step_end(state.global_step)
+            self._look_ahead(args, state, control)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """As ``on_step_end``, for what is decided at the end of an epoch."""
+        if self.hooks:
+            self._look_ahead(args, state, control)
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Add our directory to what Trainer has just written. All ranks; communicates."""
+        if self.hooks:
+            self._companion.save(state.global_step, _folder(args, state))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Export the last step if that is wanted and not done, and wait for what is in flight. All ranks."""
+        if self.hooks:
+            step = state.global_step
+            if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+                step = self._follow_best(Path(state.best_model_checkpoint), state)
+            if not self._ended:
+                self.hooks.train_end(step)
+            self.hooks.close()
+            self.hooks = None
+
+    def close(self) -> None:
+        """Wait for what is in flight and raise what failed in it. To be called after an error in the training."""
+        if self.hooks:
+            hooks, self.hooks = self.hooks, None
+            hooks.close(broken_off=True)
+
+    def _make_export(self, args: Any, model: Any, processing_class: Any) -> HFExport | None:
+        if self._export is None:
+            return None
+        directory = Path(self._export_dir or f"{args.output_dir.rstrip(os.sep)}-hf")
+        _refuse_rotated(directory, Path(args.output_dir))
+        options = {"processor": processing_class, **self._export_options}
+        return HFExport(directory, model=model, ema=self.ema, when=self._export, **options)
+
+    def _load(self, args: Any, state: Any) -> None:
+        given = self._resume_from or args.resume_from_checkpoint
+        folder = Path(given) if given and Path(given).is_dir() else _folder(args, state)
+        if is_complete(folder) or (self.ema is not None and self._on_missing == "raise"):
+            self._companion.load(folder, prove=self._prove)
+        else:
+            log.warning("%s holds nothing of ours: the average starts from the weights as they are", folder)
+
+    def _look_ahead(self, args: Any, state: Any, control: Any) -> None:
+        if control.should_save:
+            self._companion.before_save(_folder(args, state))
+        if self.hooks and control.should_training_stop and not self._ended:
+            self._ended = True
+            self.hooks.train_end(state.global_step)  # now, because Trainer may load the best model afterwards
+
+    def _follow_best(self, folder: Path, state: Any) -> int:
+        """Trainer has loaded the best model: load the average that goes with it. The step of that."""
+        if is_complete(folder):
+            self._companion.load(folder, prove=self._prove)
+        else:
+            log.warning("%s holds nothing of ours: the average is still that of the last step", folder)
+        return int(state.best_global_step)
+
+
+def last_checkpoint(output_dir: str | Path, *, verify: bool = False) -> str | None:
+    """The newest ``checkpoint-<n>`` that Trainer and ``CheckpointHooks`` have both completed, or None without any.
+
+        trainer.train(resume_from_checkpoint=last_checkpoint("out"))
+
+    ``resume_from_checkpoint=True`` takes the newest folder there is, also a half-written one. All ranks call it.
+
+    Args:
+        verify: Also read all files and compare their hashes, divided among the ranks; otherwise only their sizes.
+    """
+    ranks = Ranks()
+    part, parts = ranks.rank, ranks.size
+
+    def find_damage(folder: Path) -> bool:
+        found = find_folder_damage(folder, contents=verify, part=part, parts=parts)
+        if found:
+            log.warning("%s is passed over: %s", folder, "; ".join(found))
+        return bool(found)
+
+    for folder in map(Path, ranks.lead("looking for checkpoints", lambda: _folders(Path(output_dir)))):
+        if not ranks.agree(f"looking at {folder.name}", functools.partial(find_damage, folder), any):
+            return str(folder)
+    return None
+
+
+def _folders(output_dir: Path) -> list[str]:
+    """Trainer's folders that bear our mark, newest first."""
+    steps = [(int(match[1]), path) for path in output_dir.glob("*") if (match := _FOLDER.fullmatch(path.name))]
+    return [str(path) for _, path in sorted(steps, reverse=True) if is_complete(path)]
+
+
+def _folder(args: Any, state: Any) -> Path:
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
+def _refuse_rotated(directory: Path, output_dir: Path) -> None:
+    """Raise UsageError if Trainer would delete the directory: what it rotates is all that begins like its folders."""
+    place, home = directory.resolve(), output_dir.resolve()
+    if place.is_relative_to(home) and any(part.startswith("checkpoint-") for part in place.relative_to(home).parts):
+        raise UsageError(f"export_dir={str(directory)!r}: Trainer deletes old folders of such names in {output_dir}")

@@ -1,0 +1,133 @@
+"""What we add to a checkpoint folder that a trainer wrote: an average, and a record of what the trainer put there.
+
+    checkpoint-500/             the trainer's; its files are left as they are
+        shardsmith/             ours; it appears by a rename, when both parts are on disk
+            .metadata *.distcp  a DCP directory: ema_model.*, ema_state.*
+            metadata.json       of this directory
+            folder.json         the trainer's files with a hash each; a digest of each of the live model's tensors
+
+A folder without ``shardsmith/`` is not complete for us, and the trainer does not care.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from shardsmith import layout
+from shardsmith.checkpoints import file_damage, find_damage, hash_file
+from shardsmith.commit import sync
+from shardsmith.errors import CheckpointError, CorruptCheckpointError
+from shardsmith.metadata import FileRecord, TensorRecord, file_record, read_json, tensor_record
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FolderRecord:
+    """The content of ``folder.json``: what a trainer's folder held when our directory was added to it."""
+
+    step: int
+    """Optimizer steps done."""
+    files: dict[str, FileRecord]
+    """The trainer's files, by path in the folder."""
+    tensors: dict[str, TensorRecord]
+    """The model as it trained, by clean FQN: what a load of the folder has to give back."""
+
+    def to_json(self) -> bytes:
+        """As the bytes of the file."""
+        return (json.dumps({"schema_version": SCHEMA_VERSION, **asdict(self)}, indent=1) + "\n").encode()
+
+
+def companion_of(folder: Path) -> Path:
+    """Our directory in a trainer's folder."""
+    return folder / layout.COMPANION
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether our directory is there; without looking whether anything was damaged since."""
+    return (companion_of(folder) / layout.METADATA_FILE).is_file()
+
+
+def read_folder_record(folder: Path) -> FolderRecord:
+    """Read ``folder.json`` of a trainer's folder.
+
+    Raises:
+        CheckpointNotFoundError: there is none.
+        CorruptCheckpointError: it is not what ``to_json`` writes.
+    """
+    path = companion_of(folder) / layout.FOLDER_FILE
+    content = read_json(path)
+    try:
+        if content["schema_version"] != SCHEMA_VERSION:
+            raise ValueError(f"schema version {content['schema_version']!r}, this version reads {SCHEMA_VERSION}")
+        return _parse(content)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CorruptCheckpointError(path, f"is damaged: {type(error).__name__}: {error}") from error
+
+
+def list_files(folder: Path) -> list[str]:
+    """The trainer's files in a folder, by path in it, largest first. Ours, links and special files are left out."""
+    found = []
+    for parent, folders, names in os.walk(folder):
+        if Path(parent) == folder:
+            folders[:] = [name for name in folders if name != layout.COMPANION and not layout.is_leftover(name)]
+        paths = [Path(parent, name) for name in names]
+        found += [(path.stat().st_size, path) for path in paths if path.is_file() and not path.is_symlink()]
+    return [path.relative_to(folder).as_posix() for _, path in sorted(found, reverse=True)]
+
+
+def record_files(folder: Path, names: Iterable[str]) -> dict[str, FileRecord]:
+    """Size and hash of files of a folder, each made durable first. No communication. Raises OSError."""
+
+    def record(name: str) -> FileRecord:
+        path = folder / name
+        sync(path)  # the trainer has left it to the page cache
+        return FileRecord(size=path.stat().st_size, xxh3_128=hash_file(path))
+
+    names = list(names)
+    with ThreadPoolExecutor(_threads(names), "shardsmith-hash") as pool:
+        return dict(zip(names, pool.map(record, names), strict=True))
+
+
+def find_folder_damage(folder: Path, *, contents: bool = True, part: int = 0, parts: int = 1) -> list[str]:
+    """What is wrong with a trainer's folder and our directory in it, one line each; empty if nothing is.
+
+    Args:
+        contents: Also read every file and compare its hash; otherwise only presence and size.
+        part: Which share of the files to look at, so that ranks can divide them. No communication.
+        parts: Into how many shares.
+    """
+    ours = companion_of(folder)
+    try:
+        files = read_folder_record(folder).files
+    except CheckpointError as error:
+        return [str(error)]
+    chosen = list(files)[part::parts]
+    with ThreadPoolExecutor(_threads(chosen), "shardsmith-verify") as pool:
+        problems = pool.map(lambda name: file_damage(folder / name, files[name], contents=contents), chosen)
+        theirs = [f"{name}: {problem}" for name, problem in zip(chosen, problems, strict=True) if problem]
+    return theirs + [
+        f"{layout.COMPANION}/{line}" for line in find_damage(ours, contents=contents, part=part, parts=parts)
+    ]
+
+
+def _threads(names: list[str]) -> int:
+    return max(1, min(len(names), os.cpu_count() or 1))
+
+
+def _parse(content: Mapping[str, Any]) -> FolderRecord:
+    for name in content["files"]:
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts:
+            raise ValueError(f"{name!r} is not the name of a file in the folder")
+    return FolderRecord(
+        step=int(content["step"]),
+        files={name: file_record(record) for name, record in content["files"].items()},
+        tensors={name: tensor_record(record) for name, record in content["tensors"].items()},
+    )

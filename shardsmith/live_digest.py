@@ -1,0 +1,90 @@
+"""Digests of live, sharded tensors: every rank takes those of its own boxes, and the shares are added up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import Tensor
+
+from shardsmith.assignment import Held, assign_boxes
+from shardsmith.digest import Digest, digest_box
+from shardsmith.live_boxes import held_boxes
+from shardsmith.metadata import TensorRecord, dtype_name
+from shardsmith.ranks import Ranks
+from shardsmith.tensors import Chunk, Shape
+
+_Share = tuple[str, list[int], list[int], str]
+"""Name, offsets and sizes of a box, and its share of the tensor's digest."""
+
+
+def digest_live(ranks: Ranks, phase: str, collect: Callable[[], Mapping[str, Tensor]]) -> dict[str, TensorRecord]:
+    """Shape, dtype and digest of each tensor that the ranks hold together; every rank gets all of them.
+
+    All ranks call it, on the main thread. Communicates through the store, not over tensors. Of replicas that differ
+    (buffers under DDP, say) the one of the lowest rank counts.
+
+    Args:
+        phase: What this is for, for error messages.
+        collect: The tensors by name, as they are now: DTensors, ShardedTensors or plain ones. Not changed.
+
+    Raises:
+        RankFailedError: on all ranks, if ``collect`` raised on any, or if they do not hold whole tensors together.
+    """
+
+    def look() -> tuple[dict[str, tuple[Shape, str]], list[_Share]]:
+        tensors = collect()
+        specs = {name: (tuple(tensor.shape), dtype_name(tensor.dtype)) for name, tensor in tensors.items()}
+        return specs, [
+            (held.name, [*held.box.offsets], [*held.box.sizes], str(digest_box(held.values, held.box, shape)))
+            for held in held_boxes(tensors)
+            for shape in [specs[held.name][0]]
+        ]
+
+    found = ranks.agree(phase, look, _add_up)
+    return {
+        name: TensorRecord(shape=tuple(shape), dtype=dtype, digest=digest)
+        for name, (shape, dtype, digest) in found.items()
+    }
+
+
+def compare_digests(
+    live: Mapping[str, TensorRecord], recorded: Mapping[str, TensorRecord], aliases: Mapping[str, str]
+) -> list[str]:
+    """What differs, one line a tensor; empty if the live tensors are those that were recorded, bit for bit.
+
+    Args:
+        aliases: Live names that are left out of one side or the other: alias -> the name of the same tensor.
+    """
+    problems = []
+    for name in sorted(live.keys() | recorded.keys()):
+        if name in live and name in recorded:
+            if (difference := _difference(live[name], recorded[name])) is not None:
+                problems.append(f"{name}: {difference}")
+        elif name not in aliases:
+            problems.append(f"{name}: {'recorded, but the model has none' if name in recorded else 'was not recorded'}")
+    return problems
+
+
+def _difference(live: TensorRecord, recorded: TensorRecord) -> str | None:
+    if (live.shape, live.dtype) != (recorded.shape, recorded.dtype):
+        return f"is {live.shape} {live.dtype}, was {recorded.shape} {recorded.dtype}"
+    return None if live.digest == recorded.digest else "has other values"
+
+
+def _add_up(
+    reports: Sequence[tuple[Mapping[str, tuple[Shape, str]], Sequence[_Share]]],
+) -> dict[str, tuple[Shape, str, str]]:
+    """Rank 0: the digests of whole tensors. Raises RanksDisagreeError where boxes overlap or leave holes."""
+    specs: dict[str, tuple[Shape, str]] = {}
+    shares: dict[Held, Digest] = {}
+    held: list[list[Held]] = []
+    for said, boxes in reports:
+        specs = {name: (tuple(shape), dtype) for name, (shape, dtype) in said.items()} | specs
+        held.append([(name, Chunk(tuple(offsets), tuple(sizes))) for name, offsets, sizes, _ in boxes])
+        for box, (*_, text) in zip(held[-1], boxes, strict=True):
+            shares.setdefault(box, Digest.parse(text))
+    assign_boxes(held, {name: shape for name, (shape, _) in specs.items()}, dict.fromkeys(specs, 1))
+    totals = dict.fromkeys(specs, Digest())
+    for (name, _), share in shares.items():
+        totals[name] += share
+    return {name: (shape, dtype, str(totals[name])) for name, (shape, dtype) in specs.items()}

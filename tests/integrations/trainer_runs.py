@@ -1,0 +1,188 @@
+"""Real runs of the Trainer of transformers with CheckpointHooks attached, on real ranks, and what they must give."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from shardsmith.hooks import every, last
+from tests.ranks import run_on_ranks
+from tests.trained_runs import SIZES
+
+DECAY = 0.75
+STEPS = 6
+RESUMED = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A run of ``STEPS`` steps that saves at every second one."""
+
+    kind: str = "llama"
+    sharding: str = "fsdp2"
+    """``none``, ``ddp``, or FSDP with the type of its state dicts, such as ``fsdp2`` or ``fsdp1-full``."""
+    ranks: int = 2
+    accumulation: int = 1
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """Of TrainingArguments."""
+    hooks: dict[str, Any] = field(default_factory=dict)
+    """Of CheckpointHooks."""
+
+    def __str__(self) -> str:
+        return f"{self.kind}-{self.sharding}-{self.accumulation}"
+
+
+def run(case: Case, directory: Path, **options: Any) -> None:
+    """Run a case on its ranks; see ``train``."""
+    directory.mkdir(exist_ok=True)
+    run_on_ranks(train, case.ranks, directory, case, directory, options, timeout_secs=120)
+
+
+def train(case: Case, directory: Path, options: dict[str, Any]) -> None:
+    """On each rank.
+
+    Args:
+        options: ``resume``, a folder; ``kill_after``, a step; ``name`` of the file for the truth; ``finish``, called with
+            Trainer and CheckpointHooks at the end.
+    """
+    trainer, hooks = make_trainer(case, directory)
+    recorder = record(trainer, options.get("kill_after"))
+    trainer.train(resume_from_checkpoint=options.get("resume"))
+    if finish := options.get("finish"):
+        finish(trainer, hooks, directory)
+    truth = {"main": whole(trainer.model), "history": recorder.history}
+    if hooks.ema:
+        with hooks.swapped_in():
+            truth["ema"] = whole(trainer.model)
+    if trainer.is_world_process_zero():
+        torch.save(truth, directory / options.get("name", "truth.pt"))
+
+
+def make_trainer(case: Case, directory: Path, **more: Any) -> tuple[Any, Any]:
+    prepare_environment(case)
+    import transformers
+
+    from shardsmith.integrations.transformers import CheckpointHooks
+
+    transformers.logging.set_verbosity_error()
+    chosen = {"ema_decay": DECAY, "export": every(3) | last(), "dtype": "float32"} | case.hooks
+    hooks = CheckpointHooks(**chosen)
+    arguments: dict[str, Any] = {
+        "output_dir": str(directory / "out"),
+        "max_steps": STEPS,
+        "save_steps": 2,
+        "learning_rate": 1e-2,
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": case.accumulation,
+        "use_cpu": True,
+        "report_to": [],
+        "disable_tqdm": True,
+        "logging_strategy": "no",
+        **fsdp_arguments(case),
+        **case.arguments,
+    }
+    trainer = transformers.Trainer(
+        model=make_model(case.kind),
+        args=transformers.TrainingArguments(**arguments),
+        train_dataset=make_data(),
+        eval_dataset=make_data()[:4],
+        callbacks=[hooks],
+        **more,
+    )
+    return trainer, hooks
+
+
+def prepare_environment(case: Case) -> None:
+    """What torchrun would set; and for FSDP, which accelerate offers on accelerators only, a CPU that passes for one."""
+    if case.ranks == 1:
+        return
+    rank, size = str(dist.get_rank()), str(dist.get_world_size())
+    os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    os.environ["OMP_NUM_THREADS"] = "1"
+    if case.sharding.startswith("fsdp"):
+        pretend_to_have_an_accelerator()
+
+
+def pretend_to_have_an_accelerator() -> None:
+    from accelerate.state import DistributedType, PartialState
+
+    PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_XPU)
+    PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
+
+
+def fsdp_arguments(case: Case) -> dict[str, Any]:
+    if not case.sharding.startswith("fsdp"):
+        return {}
+    version = int(case.sharding[4])
+    config = {
+        "version": version,
+        "state_dict_type": "FULL_STATE_DICT" if case.sharding.endswith("full") else "SHARDED_STATE_DICT",
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+    }
+    if version == 1:
+        config |= {"sync_module_states": False, "cpu_ram_efficient_loading": False, "use_orig_params": True}
+    return {"fsdp": True if version == 2 else "full_shard auto_wrap", "fsdp_config": config}
+
+
+def make_model(kind: str) -> nn.Module:
+    import transformers
+
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {**SIZES, "tie_word_embeddings": kind == "qwen2"}
+    if kind == "moe":
+        sizes |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "head_dim": 18}
+    name = {"llama": "LlamaConfig", "qwen2": "Qwen2Config", "moe": "Qwen3MoeConfig"}[kind]
+    return transformers.AutoModelForCausalLM.from_config(getattr(transformers, name)(**sizes))
+
+
+def make_data() -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randint(103, (64, 12), generator=generator)
+    return [{"input_ids": row, "labels": row} for row in rows]
+
+
+def record(trainer: Any, kill_after: int | None = None) -> Any:
+    from transformers import TrainerCallback
+
+    class Recorder(TrainerCallback):
+        """Keeps the whole weights at the start and after each optimizer step; dies when it is told to."""
+
+        def __init__(self) -> None:
+            self.history: list[dict[str, Tensor]] = []
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+            self.history.append(whole(model))
+
+        def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+            self.history.append(whole(model))
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == kill_after:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    recorder = Recorder()
+    trainer.add_callback(recorder)
+    return recorder
+
+
+def whole(model: nn.Module) -> dict[str, Tensor]:
+    """All ranks get all of it, on the CPU."""
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    return {name: value.detach().clone() for name, value in state.items()}
+
+
+def averaged(history: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The formula, in double precision."""
+    average = {name: value.double() for name, value in history[0].items()}
+    for weights in history[1:]:
+        for name, value in weights.items():
+            average[name] = DECAY * average[name] + (1 - DECAY) * value.double()
+    return average
