@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
@@ -29,7 +29,7 @@ from shardsmith.companion import (
 from shardsmith.dcp_load import load_into
 from shardsmith.errors import CheckpointNotFoundError, CorruptCheckpointError, MismatchError, UsageError
 from shardsmith.layout import COMPANION, FOLDER_FILE
-from shardsmith.live_digest import compare_digests, digest_live
+from shardsmith.live_digest import OTHER_VALUES, compare_digests, digest_live
 from shardsmith.metadata import FileRecord, TensorRecord, read_metadata
 from shardsmith.names import tied_weights
 from shardsmith.ranks import Ranks
@@ -38,6 +38,7 @@ from shardsmith.staging import Stager
 
 from .base import Hook
 from .ema import EMA
+from .reload import reload
 
 log = logging.getLogger(__name__)
 
@@ -228,13 +229,24 @@ class CompanionSave(Hook):
         self._ranks.agree(look, lambda: find_damage(companion_of(folder), part=part, parts=parts), judge)
 
     def _prove(self, folder: Path) -> None:
-        """Raise MismatchError unless the live model is what the trainer saved."""
-        recorded = read_folder_record(folder).tensors
-        live = digest_live(self._ranks, f"proving the load of {folder.name}", lambda: self._main(folder))
-        if problems := compare_digests(live, recorded, tied_weights(self._model)):
+        """Raise MismatchError unless the live model is what the trainer saved, if need be after loading the rest."""
+        recorded, aliases = read_folder_record(folder).tensors, tied_weights(self._model)
+        problems = self._differences(folder, recorded, aliases)
+        others = [name for name in problems if problems[name] == OTHER_VALUES]
+        if others and len(others) == len(problems) and reload(self._model, self._main(folder), folder, others):
+            problems = self._differences(folder, recorded, aliases)
+            log.warning("the trainer did not load %s from %s; we did", ", ".join(others), folder)
+        if problems:
             summary = f"{len(problems)} of {len(recorded)} tensors of the live model are not what was saved"
+            lines = [f"{name}: {problem}" for name, problem in problems.items()]
             advice = "The average was not loaded. Either the trainer did not load this folder, or not all of it."
-            raise MismatchError(folder, summary, problems, advice)
+            raise MismatchError(folder, summary, lines, advice)
+
+    def _differences(
+        self, folder: Path, recorded: Mapping[str, TensorRecord], aliases: Mapping[str, str]
+    ) -> dict[str, str]:
+        live = digest_live(self._ranks, f"proving the load of {folder.name}", lambda: self._main(folder))
+        return compare_digests(live, recorded, aliases)
 
     def _load_average(self, directory: Path) -> None:
         assert self._ema is not None

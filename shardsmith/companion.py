@@ -24,6 +24,7 @@ from shardsmith.checkpoints import file_damage, find_damage, hash_file
 from shardsmith.commit import sync
 from shardsmith.errors import CheckpointError, CorruptCheckpointError
 from shardsmith.metadata import FileRecord, TensorRecord, file_record, read_json, tensor_record
+from shardsmith.metadata_fields import count, typed
 
 SCHEMA_VERSION = 1
 
@@ -67,7 +68,7 @@ def read_folder_record(folder: Path) -> FolderRecord:
         if content["schema_version"] != SCHEMA_VERSION:
             raise ValueError(f"schema version {content['schema_version']!r}, this version reads {SCHEMA_VERSION}")
         return _parse(content)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise CorruptCheckpointError(path, f"is damaged: {type(error).__name__}: {error}") from error
 
 
@@ -122,12 +123,12 @@ def _threads(names: list[str]) -> int:
 
 
 def _parse(content: Mapping[str, Any]) -> FolderRecord:
-    for name in content["files"]:
+    for name in typed(content["files"], dict):
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts:
             raise ValueError(f"{name!r} is not the name of a file in the folder")
     return FolderRecord(
-        step=int(content["step"]),
+        step=count(content["step"]),
         files={name: file_record(record) for name, record in content["files"].items()},
-        tensors={name: tensor_record(record) for name, record in content["tensors"].items()},
+        tensors={name: tensor_record(record) for name, record in typed(content["tensors"], dict).items()},
     )

@@ -13,6 +13,7 @@ from shardsmith.metadata import TensorRecord, dtype_name
 from shardsmith.ranks import Ranks
 from shardsmith.tensors import Chunk, Shape
 
+OTHER_VALUES = "has other values"
 _Share = tuple[str, list[int], list[int], str]
 """Name, offsets and sizes of a box, and its share of the tensor's digest."""
 
@@ -49,26 +50,22 @@ def digest_live(ranks: Ranks, phase: str, collect: Callable[[], Mapping[str, Ten
 
 def compare_digests(
     live: Mapping[str, TensorRecord], recorded: Mapping[str, TensorRecord], aliases: Mapping[str, str]
-) -> list[str]:
-    """What differs, one line a tensor; empty if the live tensors are those that were recorded, bit for bit.
+) -> dict[str, str]:
+    """What differs, by tensor; empty if the live tensors are those that were recorded, bit for bit.
 
     Args:
-        aliases: Live names that are left out of one side or the other: alias -> the name of the same tensor.
+        aliases: Names that are left out of one side or the other: alias -> the name of the same tensor.
     """
-    problems = []
-    for name in sorted(live.keys() | recorded.keys()):
-        if name in live and name in recorded:
-            if (difference := _difference(live[name], recorded[name])) is not None:
-                problems.append(f"{name}: {difference}")
-        elif name not in aliases:
-            problems.append(f"{name}: {'recorded, but the model has none' if name in recorded else 'was not recorded'}")
-    return problems
+    problems = {name: _difference(live[name], recorded[name]) for name in live if name in recorded}
+    problems |= dict.fromkeys(recorded.keys() - live.keys() - aliases.keys(), "recorded, but the model has none")
+    problems |= dict.fromkeys(live.keys() - recorded.keys() - aliases.keys(), "was not recorded")
+    return {name: problem for name, problem in sorted(problems.items()) if problem is not None}
 
 
 def _difference(live: TensorRecord, recorded: TensorRecord) -> str | None:
     if (live.shape, live.dtype) != (recorded.shape, recorded.dtype):
         return f"is {live.shape} {live.dtype}, was {recorded.shape} {recorded.dtype}"
-    return None if live.digest == recorded.digest else "has other values"
+    return None if live.digest == recorded.digest else OTHER_VALUES
 
 
 def _add_up(

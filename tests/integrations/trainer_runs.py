@@ -50,8 +50,8 @@ def train(case: Case, directory: Path, options: dict[str, Any]) -> None:
     """On each rank.
 
     Args:
-        options: ``resume``, a folder; ``kill_after``, a step; ``name`` of the file for the truth; ``finish``, called with
-            Trainer and CheckpointHooks at the end.
+        options: ``resume``, a folder; ``kill_after``, a step; ``name`` of the file for the truth; ``finish``, called
+            at the end with Trainer, CheckpointHooks and directory.
     """
     trainer, hooks = make_trainer(case, directory)
     recorder = record(trainer, options.get("kill_after"))
@@ -101,7 +101,7 @@ def make_trainer(case: Case, directory: Path, **more: Any) -> tuple[Any, Any]:
 
 
 def prepare_environment(case: Case) -> None:
-    """What torchrun would set; and for FSDP, which accelerate offers on accelerators only, a CPU that passes for one."""
+    """What torchrun sets; and for FSDP, which accelerate offers on accelerators only, a CPU that passes for one."""
     if case.ranks == 1:
         return
     rank, size = str(dist.get_rank()), str(dist.get_world_size())
