@@ -1,16 +1,16 @@
 """What a training loop attaches."""
 
 from .base import Hook, Hooks
-from .companion_save import CompanionSave
 from .ema import EMA
 from .export import HFExport
+from .folder_save import FolderSave
 from .retention import Retention, latest, multiples_of
 from .save import ShardedSave
 from .schedule import Schedule, at, every, last
 
 __all__ = [
     "EMA",
-    "CompanionSave",
+    "FolderSave",
     "HFExport",
     "Hook",
     "Hooks",

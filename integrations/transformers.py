@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 
 from shardsmith.companion import find_folder_damage, is_complete
 from shardsmith.errors import UsageError
-from shardsmith.hooks import EMA, CompanionSave, HFExport, Hooks, Schedule
+from shardsmith.hooks import EMA, FolderSave, HFExport, Hooks, Schedule
 from shardsmith.ranks import Ranks
 
 log = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ class CheckpointHooks(TrainerCallback):
             raise UsageError("CheckpointHooks works neither under DeepSpeed nor in a hyperparameter search")
         self.close()
         self.ema = EMA(model, **self._ema_options) if self._ema_options else None
-        self._companion = CompanionSave(model, ema=self.ema)
+        self._companion = FolderSave(model, ema=self.ema)
         attached = [self.ema, self._companion, self._make_export(args, model, processing_class)]
         self.hooks = Hooks(*(hook for hook in attached if hook is not None))
         self._ended = False

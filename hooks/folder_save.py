@@ -1,4 +1,4 @@
-"""``CompanionSave``: an average, hashes and digests inside the checkpoint folders of a trainer, and the way back."""
+"""``FolderSave``: an average, hashes and digests inside the checkpoint folders of a trainer, and the way back."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from .reload import reload
 log = logging.getLogger(__name__)
 
 
-class CompanionSave(Hook):
+class FolderSave(Hook):
     """Adds a directory of ours to checkpoint folders that a trainer writes; see ``shardsmith.companion``.
 
     Call ``save`` when the trainer has written a folder, and ``load`` when it has loaded one. The trainer's files are
