@@ -113,14 +113,15 @@ class EMA(Hook):
 
     @torch.no_grad()
     def model_state_dict(self) -> dict[str, Tensor]:
-        """Clean FQN -> average, fit for ``torch.distributed.checkpoint``. All ranks; communicates under FSDP1 only.
+        """Clean FQN -> average, fit for ``torch.distributed.checkpoint``. All ranks; communicates under FSDP1.
 
         The tensors are the averages themselves (a DTensor under FSDP2, plain under DDP) and change with the next
-        update; only under FSDP1 are they copies (DTensor or ShardedTensor).
+        update. Copies they are under FSDP1 (DTensor or ShardedTensor), and where the model saves other tensors than it
+        trains, such as the parts of a fused projection; making those may communicate.
         """
         self._follow_weights()
         if not self._weights.is_fsdp1:
-            return dict(self._average)
+            return self._weights.by_saved_names(self._average)
         with self._weights.replaced_by(self._averages()):
             options = StateDictOptions(cpu_offload=self.offload)
             state: dict[str, Any] = get_model_state_dict(self._model, options=options)
@@ -128,7 +129,7 @@ class EMA(Hook):
             return {name: state[name].clone() if type(state[name]) is Tensor else state[name] for name in self._average}
 
     def state_dict(self) -> dict[str, Any]:
-        """All that is needed to go on (torch's ``Stateful``). All ranks; communicates under FSDP1 only."""
+        """All that is needed to go on (torch's ``Stateful``). All ranks; communicates as ``model_state_dict`` does."""
         return {
             "model": self.model_state_dict(),
             "updates": torch.tensor(self.updates),
@@ -137,7 +138,7 @@ class EMA(Hook):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any], *, allow_other_decay: bool = False) -> None:
-        """Go on from what ``state_dict`` gave. All ranks; communicates under FSDP1 only.
+        """Go on from what ``state_dict`` gave. All ranks; communicates as ``model_state_dict`` does.
 
         Also after ``torch.distributed.checkpoint.load``, which has filled the tensors of a ``state_dict`` in place.
 
@@ -157,8 +158,8 @@ class EMA(Hook):
         if self._weights.is_fsdp1:
             self._load_fsdp1(loaded)
         else:
-            _check_alike(self._average, loaded)
-            torch._foreach_copy_(self._averages(), [local(loaded[name]) for name in self._average])
+            _check_alike(self._weights.by_saved_names(self._average), loaded)
+            self._weights.load_by_saved_names(self._average, loaded)
         self.updates = int(state_dict["updates"])
         self._was_loaded = True
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 
 from shardsmith.commit import writing
@@ -31,6 +30,7 @@ from shardsmith.tensors import Shape, TensorSpec
 from shardsmith.transformers_names import TransformersNames
 
 from .ema import EMA
+from .local_weights import model_state_dict
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,9 +116,9 @@ class LiveState:
         return self._ema.staging() if self._ema is not None else contextlib.nullcontext()
 
     def models(self, directory: LiveDirectory) -> list[LiveModel]:
-        """What goes into one directory. All ranks; communicates under FSDP1 only. Shares memory with the live state."""
+        """What goes into one directory. All ranks; communicates as ``model_state_dict``. Shares memory."""
         aliases = tied_weights(self._model)
-        main = {name: value for name, value in get_model_state_dict(self._model).items() if isinstance(value, Tensor)}
+        main = {name: value for name, value in model_state_dict(self._model).items() if isinstance(value, Tensor)}
         return [self._live_model(name, stem, main, aliases) for name, stem in directory.stems.items()]
 
     def plan(self, output: Path, step: int, directory: LiveDirectory, models: Sequence[ModelPlan]) -> DirectoryPlan:
@@ -135,7 +135,7 @@ class LiveState:
         )
 
     def check(self, *, compare: bool) -> None:
-        """Plan an export, if anything could speak against it. All ranks; communicates under FSDP1 only.
+        """Plan an export, if anything could speak against it. All ranks; communicates as ``models`` does.
 
         Raises:
             MismatchError: with ``compare``, if names or shapes are not those of the base model's weights.

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.fsdp._flat_param import FlatParameter
 from torch.distributed.fsdp._runtime_utils import _reshard as reshard_fsdp1
@@ -38,6 +40,7 @@ class LocalWeights:
         _check_averageable(self._slots, self.is_fsdp1)
         self.parameters = {name: slot.parameter for name, slot in self._slots.items()}
         self._shapes = [local(parameter).shape for parameter in self.parameters.values()]
+        self._are_renamed: bool | None = None
 
     @torch.no_grad()
     def tensors(self) -> list[Tensor]:
@@ -65,10 +68,61 @@ class LocalWeights:
         finally:
             self._overwrite(kept)
 
+    def by_saved_names(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Values in place of the parameters, by FQN, as the model's state dict would have them. Not under FSDP1.
+
+        Some modules save other tensors than they train: a fused projection as its parts. The values then go through
+        the same hooks, which may communicate; all ranks call it. Of any other model they are returned as they are.
+        """
+        if not self._saves_other_tensors():
+            return dict(values)
+        with self._substituted(values):
+            saved = model_state_dict(self._model)
+        untrained = {clean_fqn(name, self._model) for name, _ in self._model.named_buffers()}
+        untrained |= {clean_fqn(name, self._model) for name, p in self._model.named_parameters() if not p.requires_grad}
+        return {name: value for name, value in saved.items() if name not in untrained and name not in self.tied}
+
+    def load_by_saved_names(self, values: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> None:
+        """Fill ``values`` in place from what ``by_saved_names`` gave for them. All ranks; may communicate as that."""
+        if self._saves_other_tensors():
+            with self._substituted(values):
+                self._model.load_state_dict(dict(loaded), strict=False)
+        else:
+            torch._foreach_copy_([local(values[name]) for name in values], [local(loaded[name]) for name in values])
+
+    def _saves_other_tensors(self) -> bool:
+        if self._are_renamed is None:
+            self._are_renamed = not self._slots.keys() <= model_state_dict(self._model).keys()
+        return self._are_renamed
+
+    @contextmanager
+    def _substituted(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+        """Within it the model has other tensors in place of its parameters: no values move, no dtype changes."""
+        _forget_gathered(self._model)
+        try:
+            for name, slot in self._slots.items():
+                slot.module._parameters[slot.attribute] = values[name]  # type: ignore[assignment]
+            yield
+        finally:
+            for slot in self._slots.values():
+                slot.module._parameters[slot.attribute] = slot.parameter
+
     @torch.no_grad()
     def _overwrite(self, values: list[Tensor]) -> None:
         torch._foreach_copy_(self.tensors(), values)
         _forget_gathered(self._model)
+
+
+def model_state_dict(model: nn.Module) -> dict[str, Any]:
+    """Clean FQN -> what the model saves, sharded as it is. All ranks; communicates under FSDP1.
+
+    And where a module's own state-dict hooks do. torch's ``get_model_state_dict``, which only FSDP1 needs, refuses
+    names that are no attributes of the model, such as the parts of a fused projection.
+    """
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        state: dict[str, Any] = get_model_state_dict(model)
+        return state
+    return {clean_fqn(name, model): value for name, value in model.state_dict().items()}
 
 
 def local(tensor: Tensor) -> Tensor:
