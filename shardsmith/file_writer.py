@@ -31,10 +31,12 @@ from shardsmith.ranks import Ranks
 from shardsmith.safetensors_files import FilePlan
 from shardsmith.safetensors_source import SafetensorsSource
 from shardsmith.safetensors_writer import SafetensorsFileWriter
-from shardsmith.tensors import Chunk
+from shardsmith.tensors import Chunk, Shape
 
 Key = tuple[str, str]
 """Model and name of a tensor."""
+Coming = tuple[Shape, Chunk]
+"""A ``LiveBox`` whose values another rank has."""
 
 
 def choose_writer(write_mode: str, ranks: Ranks) -> LiveWriter:
@@ -130,17 +132,18 @@ class _Delivery:
             if error is not None:
                 raise error
 
-    def _exchange_boxes(self) -> dict[int, dict[Key, list[Chunk]]]:
+    def _exchange_boxes(self) -> dict[int, dict[Key, list[Coming]]]:
         """Say what this rank will send; hear what the others will, by rank."""
         for rank in self._peers.others:
             boxes = [(i, box) for i, task in enumerate(self._tasks[rank]) for box in self._boxes_for(task)]
             if self._tasks[rank]:
-                self._peers.send_json([(i, box.box.offsets, box.box.sizes) for i, box in boxes], rank)
+                self._peers.send_json([(i, box.shape, box.box.offsets, box.box.sizes) for i, box in boxes], rank)
         mine = self._tasks[self._peers.rank]
-        coming: dict[int, dict[Key, list[Chunk]]] = {rank: {} for rank in self._peers.others}
+        coming: dict[int, dict[Key, list[Coming]]] = {rank: {} for rank in self._peers.others}
         for rank in self._peers.others if mine else ():
-            for i, offsets, sizes in self._peers.receive_json(rank) or ():
-                coming[rank].setdefault(mine[i].key, []).append(Chunk(tuple(offsets), tuple(sizes)))
+            for i, shape, offsets, sizes in self._peers.receive_json(rank) or ():
+                box = Chunk(tuple(offsets), tuple(sizes))
+                coming[rank].setdefault(mine[i].key, []).append((tuple(shape), box))
         self._peers.flush()
         return coming
 
@@ -148,15 +151,15 @@ class _Delivery:
         """What this rank has staged of a tensor."""
         return self._staged.get(task.key, ()) if task is not None else ()
 
-    def _receive(self, task: _Task, coming: dict[int, dict[Key, list[Chunk]]]) -> Iterator[LiveBox]:
+    def _receive(self, task: _Task, coming: dict[int, dict[Key, list[Coming]]]) -> Iterator[LiveBox]:
         """What the others have of a tensor; each box is valid until the next."""
         name = task.key[1]
         dtype = task.file.tensors[name].spec.dtype
         for rank, boxes in coming.items():
-            for box in boxes.get(task.key, ()):
+            for shape, box in boxes.get(task.key, ()):
                 values = torch.empty(box.sizes, dtype=dtype)
                 if self._peers.receive(values, rank):
-                    yield LiveBox(name, box, values)
+                    yield LiveBox(name, shape, box, values)
 
     def _make_files(self) -> None:
         for file in self._files:
@@ -166,7 +169,7 @@ class _Delivery:
         if self._open is None or self._open.plan is not file:
             self._close()
             self._open = SafetensorsFileWriter.open_existing(self._directory, file)
-        self._open.write_box(box.name, box.box, box.values)
+        self._open.write_box(box.name, box.box, box.values, box.shape)
 
     def _close(self) -> None:
         """Make the file durable that was written last."""

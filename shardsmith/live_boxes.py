@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from shardsmith.local_boxes import local_boxes
-from shardsmith.tensors import Chunk, TensorSpec
+from shardsmith.tensors import Chunk, Shape, TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,14 +17,21 @@ class LiveBox:
     """A box of a global tensor, with this rank's values."""
 
     name: str
+    shape: Shape
+    """That of the tensor, or one of more dimensions with the same elements in the same row-major order."""
     box: Chunk
+    """In a tensor of this shape."""
     values: Tensor
     """Shape ``box.sizes``; live memory on the model's device, or staged on the CPU."""
 
 
 def held_boxes(tensors: Mapping[str, Tensor]) -> list[LiveBox]:
     """All that this rank holds, in the order of the tensors. No communication; shares memory."""
-    return [LiveBox(name, box, values) for name, tensor in tensors.items() for box, values in local_boxes(tensor)]
+    return [
+        LiveBox(name, tuple(tensor.shape), box, values)
+        for name, tensor in tensors.items()
+        for box, values in local_boxes(tensor)
+    ]
 
 
 class StagingBuffer:
@@ -47,7 +54,7 @@ class StagingBuffer:
         for box, begin in zip(boxes, ends, strict=False):
             dtype = specs[box.name].dtype
             target = self._memory[begin : begin + box.box.numel * dtype.itemsize].view(dtype).view(box.box.sizes)
-            staged.append(LiveBox(box.name, box.box, target))
+            staged.append(replace(box, values=target))
         _copy(boxes, staged)
         return staged
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -49,7 +49,17 @@ class LiveModel:
         held = held_boxes(self.tensors)
         if self.translation is None:
             return held
-        return [LiveBox(*part) for box in held for part in self.translation.to_targets(box.name, box.box, box.values)]
+        shapes = self.translation.shapes
+        return [
+            LiveBox(name, shapes[name], part, values)
+            for box in held
+            for name, part, values in self.translation.to_targets(box.name, box.box, box.values)
+        ]
+
+    def shapes(self) -> dict[str, Shape]:
+        """In which shape the boxes of each tensor of the files are."""
+        own = {spec.name: spec.shape for spec in self.plan.specs}
+        return own if self.translation is None else {name: self.translation.shapes[name] for name in own}
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,11 +174,11 @@ class LiveExport:
 
     def _stage(self, boxes: Mapping[str, Sequence[LiveBox]]) -> None:
         specs = {f"{model.model}/{spec.name}": spec for model in self.plan.models for spec in model.specs}
-        flat = [LiveBox(f"{model}/{box.name}", box.box, box.values) for model, held in boxes.items() for box in held]
+        flat = [replace(box, name=f"{model}/{box.name}") for model, held in boxes.items() for box in held]
         self._staged = {model: [] for model in boxes}
         for box in self._buffer.stage(flat, specs):
             model, name = box.name.split("/", 1)
-            self._staged[model].append(LiveBox(name, box.box, box.values))
+            self._staged[model].append(replace(box, name=name))
 
     def _make_files(self) -> str:
         sweep(self.plan.output.parent)
@@ -219,9 +229,7 @@ def _all_know(votes: Sequence[tuple[bool, str]]) -> bool:
 def _deal(model: LiveModel, said: Sequence[Sequence[tuple[str, Shape, Shape]]]) -> list[list[int]]:
     """For each rank the positions, in what it said it holds, of what it is to write."""
     held = [[(name, Chunk(tuple(offsets), tuple(sizes))) for name, offsets, sizes in boxes] for boxes in said]
-    specs = {spec.name: spec for spec in model.plan.specs}
-    shapes = {name: spec.shape for name, spec in specs.items()}
-    dealt = assign_boxes(held, shapes, {name: spec.dtype.itemsize for name, spec in specs.items()})
+    dealt = assign_boxes(held, model.shapes(), {spec.name: spec.dtype.itemsize for spec in model.plan.specs})
     return [
         [i for i, box in enumerate(boxes) if box in chosen]
         for boxes, chosen in zip(held, map(frozenset, dealt), strict=True)

@@ -19,6 +19,7 @@ from shardsmith.memory import same_bits
 from shardsmith.safetensors_files import FilePlan
 from shardsmith.safetensors_source import SafetensorsSource
 from shardsmith.safetensors_writer import SafetensorsFileWriter
+from shardsmith.tensors import Chunk
 
 Staged = Mapping[str, Sequence[LiveBox]]
 """By model, what this rank has staged. The boxes of all ranks cover each tensor exactly."""
@@ -77,10 +78,9 @@ def shares(plan: DirectoryPlan, staged: Staged) -> Digests:
     """What this rank's boxes contribute to the digests of their tensors."""
     found: Digests = {}
     for model in plan.models:
-        shapes = {spec.name: spec.shape for spec in model.specs}
         digests = found.setdefault(model.model, {})
         for box in staged[model.model]:
-            share = digest_box(box.values, box.box, shapes[box.name])
+            share = digest_box(box.values, box.box, box.shape)
             digests[box.name] = digests.get(box.name, Digest()) + share
     return found
 
@@ -103,7 +103,7 @@ def add_up(plan: DirectoryPlan, encoded: Sequence[Mapping[str, Mapping[str, str]
 def _write_slices(directory: Path, file: FilePlan, boxes: Sequence[LiveBox]) -> None:
     with SafetensorsFileWriter.open_existing(directory, file) as writer:
         for box in boxes:
-            writer.write_box(box.name, box.box, box.values)
+            writer.write_box(box.name, box.box, box.values, box.shape)
         writer.sync()
     _compare_with_file(directory / file.name, boxes)
 
@@ -113,7 +113,8 @@ def _compare_with_file(path: Path, boxes: Sequence[LiveBox]) -> None:
     source = SafetensorsSource(path)
     try:
         for box in boxes:
-            ((_, found),) = source.pieces(box.name, box.box)
+            ((_, whole),) = source.pieces(box.name, Chunk.whole(source.specs[box.name].shape))
+            found = whole.view(box.shape)[box.box.within(Chunk.whole(box.shape))]
             if not same_bits(found, box.values):
                 raise CorruptCheckpointError(path, f"{box.name}: {box.box} does not hold what was written to it")
     finally:

@@ -13,6 +13,7 @@ from shardsmith.errors import CheckpointNotFoundError, UnsupportedFormatError
 from shardsmith.metadata import CheckpointMetadata, read_metadata
 from shardsmith.model_keys import EMA, MAIN, find_models
 from shardsmith.name_maps import NameMap, Translation
+from shardsmith.rearranged import Link, read_linked
 from shardsmith.tensors import Chunk, TensorSource, TensorSpec
 
 
@@ -92,8 +93,8 @@ class TranslatedModel:
         part = self._translation.slices.get(name)
         if part is None:
             raise CheckpointNotFoundError(self.path, f"has no tensor named {name!r}")
-        for found, values in self._model.pieces(part.source, part.to_source(box)):
-            yield part.to_target(found), part.view(values)
+        link = Link(part.source, part.grid, part.target)
+        yield from read_linked(self._model, [link], box, self._specs[name].dtype)
 
     def close(self) -> None:
         """Let go of the files."""

@@ -95,27 +95,30 @@ class SafetensorsFileWriter:
             for first, _, block in _contiguous_blocks(values):
                 _write_at(self._descriptor, memory_of(block), begin + first * block.itemsize)
 
-    def write_box(self, name: str, box: Chunk, values: Tensor) -> None:
+    def write_box(self, name: str, box: Chunk, values: Tensor, shape: Shape | None = None) -> None:
         """Write a box of a tensor, with one system call for each run of elements that is contiguous in the file.
 
         Args:
             values: CPU tensor of shape ``box.sizes`` and the planned dtype, with any strides.
+            shape: Of the tensor that the box is in: it has the planned elements in the same row-major order. None: the
+                planned one.
 
         Raises:
             UsageError: the values or the box do not fit the plan; nothing was written.
             WriteError: a write failed; some of the values may have been written.
         """
         placement = self._placement(name, values)
-        inside = len(box.offsets) == len(box.sizes) == len(placement.spec.shape) and all(
-            0 <= offset <= extent - size
-            for offset, size, extent in zip(box.offsets, box.sizes, placement.spec.shape, strict=True)
+        shape = placement.spec.shape if shape is None else shape
+        inside = len(box.offsets) == len(box.sizes) == len(shape) and all(
+            0 <= offset <= extent - size for offset, size, extent in zip(box.offsets, box.sizes, shape, strict=True)
         )
-        if not inside or tuple(values.shape) != box.sizes:
-            raise UsageError(f"{name}: values of shape {tuple(values.shape)} for {box} do not fit {placement.spec}")
+        if not inside or tuple(values.shape) != box.sizes or math.prod(shape) != placement.spec.numel:
+            found = f"values of shape {tuple(values.shape)} for {box} in {shape}"
+            raise UsageError(f"{name}: {found} do not fit {placement.spec}")
         with writing(self.path, f"writing {name}"):
             for _, part, block in _contiguous_blocks(values):
                 offsets = tuple(map(sum, zip(box.offsets, part.offsets, strict=True)))
-                self._write_block(placement, Chunk(offsets, part.sizes), block)
+                self._write_block(placement, shape, Chunk(offsets, part.sizes), block)
 
     def sync(self) -> None:
         """Return when all that was written is on the disk. Raises WriteError."""
@@ -144,9 +147,9 @@ class SafetensorsFileWriter:
             raise UsageError(f"{name}: planned as {placement.spec.dtype} from the CPU, not {found}")
         return placement
 
-    def _write_block(self, placement: TensorPlacement, box: Chunk, block: Tensor) -> None:
+    def _write_block(self, placement: TensorPlacement, shape: Shape, box: Chunk, block: Tensor) -> None:
         memory = memory_of(block)
-        length, firsts = _contiguous_runs(placement.spec.shape, box)
+        length, firsts = _contiguous_runs(shape, box)
         length *= block.itemsize
         for begin, first in zip(range(0, len(memory), length), firsts, strict=True):
             offset = placement.begin + first * block.itemsize

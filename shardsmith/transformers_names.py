@@ -1,25 +1,24 @@
 """The names that ``save_pretrained`` of transformers 5 writes: its own weight conversions, run on tensors without data.
 
-transformers says how it converts only by doing it. So it converts meta tensors, which have a shape and strides but no
-data, and where in which of them a result lies is the map. What is no plain slice of one tensor is refused by name.
+transformers says how it converts only by doing it. So it converts meta tensors, and where in which of them a result
+lies is the map. What is computed, or put together from several tensors, is refused by name.
 """
 
 from __future__ import annotations
 
 import copy
-import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import nn
 
 from shardsmith.errors import UnsupportedFormatError
-from shardsmith.name_maps import Slice
-from shardsmith.tensors import Chunk, Shape, TensorSpec
+from shardsmith.slices import Slice
+from shardsmith.tensors import TensorSpec
+from shardsmith.tracing import trace
 
 IDENTITY_ADVICE = "To write the names as they are in memory, ask for the identity; or write a name map"
 
@@ -84,17 +83,13 @@ class TransformersNames:
         """
         from transformers.core_model_loading import revert_weight_conversion
 
-        probes = _Probes(specs)
         try:
-            with probes:
-                converted = revert_weight_conversion(self._model, dict(probes.tensors))
+            found, refused = trace(lambda tensors: revert_weight_conversion(self._model, tensors), specs)
         except Exception as error:  # an operation that does not fit these tensors
             message = f"transformers cannot convert them ({type(error).__name__}: {error}). {IDENTITY_ADVICE}"
             raise UnsupportedFormatError(self._origin, message) from error
-        slices = {name: probes.slice_of(tensor) for name, tensor in converted.items()}
-        found = {name: part for name, part in slices.items() if part is not None}
-        if len(found) < len(slices):
-            self._refuse([name for name, part in slices.items() if part is None], found, specs)
+        if refused:
+            self._refuse(refused, found, specs)
         return found
 
     def _refuse(self, targets: Sequence[str], found: Mapping[str, Slice], specs: Mapping[str, TensorSpec]) -> None:
@@ -102,7 +97,7 @@ class TransformersNames:
         sources = [name for name in specs if name not in used]
         lines = "\n  ".join(f"{name}: {self._operations(name)}" for name in sources)
         message = (
-            f"transformers saves {len(targets)} tensors, {targets[0]} for one, that are no plain slices of a tensor in "
+            f"transformers saves {len(targets)} tensors, {targets[0]} for one, that are not cut out of one tensor in "
             f"memory, so they cannot be written shard by shard. They are made of\n  {lines}\n{IDENTITY_ADVICE}"
         )
         raise UnsupportedFormatError(self._origin, message)
@@ -167,60 +162,3 @@ def _conversions_of(model: Any, names: Iterable[str]) -> list[Any]:
     for name in names:
         rename_source_key(name, renamings, converters, model.base_model_prefix, state)
     return [conversion for conversion in conversions if conversion.was_used()]
-
-
-class _Probes(TorchDispatchMode):
-    """Meta tensors; within it, what is cut out of them and copied can be traced back to them.
-
-    Views share their tensor's storage, so strides and offset tell where they lie. A copy begins a storage of its own,
-    of which it is noted what it is a copy of. Whatever else is computed has a storage that nothing is known of.
-    """
-
-    def __init__(self, specs: Mapping[str, TensorSpec]) -> None:
-        super().__init__()
-        self.tensors = {name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for name, spec in specs.items()}
-        self._known: dict[int, tuple[Tensor, Slice]] = {}  # by storage: a tensor that is all of it, and what it holds
-        for name, spec in specs.items():
-            self._note(self.tensors[name], Slice.whole(spec))
-
-    def slice_of(self, tensor: Tensor) -> Slice | None:
-        """What a tensor holds, if it is a plain slice of one probe."""
-        whole, content = self._known.get(tensor.untyped_storage()._cdata, (None, None))
-        if whole is None or content is None or tensor.dtype != whole.dtype:
-            return None
-        place = _place_in(tensor, tuple(whole.shape))
-        return None if place is None else content.part(*place)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func._schema.is_mutable:
-            for tensor in args:
-                if isinstance(tensor, Tensor):
-                    self._known.pop(tensor.untyped_storage()._cdata, None)
-        elif func is torch.ops.aten.clone.default and result.is_contiguous():
-            content = self.slice_of(args[0])
-            if content is not None:
-                self._note(result, content)
-        return result
-
-    def _note(self, tensor: Tensor, content: Slice) -> None:
-        self._known[tensor.untyped_storage()._cdata] = (tensor, content)
-
-
-def _place_in(view: Tensor, shape: Shape) -> tuple[Chunk, tuple[int | None, ...]] | None:
-    """Box and dimensions of a view on a contiguous tensor of this shape; None if it is no box of it."""
-    if math.prod(shape) == 0:
-        return (Chunk.whole(shape), tuple(range(len(shape)))) if tuple(view.shape) == shape else None
-    strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
-    offsets = [view.storage_offset() // stride % size for stride, size in zip(strides, shape, strict=True)]
-    dim_of = {stride: dim for dim, stride in enumerate(strides) if shape[dim] > 1}
-    sizes = [1] * len(shape)
-    dims: list[int | None] = []
-    for size, stride in zip(view.shape, view.stride(), strict=True):
-        dim = dim_of.pop(stride, None) if size > 1 else None
-        if size > 1 and (dim is None or offsets[dim] + size > shape[dim]):
-            return None
-        if dim is not None:
-            sizes[dim] = size
-        dims.append(dim)
-    return Chunk(tuple(offsets), tuple(sizes)), tuple(dims)

@@ -1,0 +1,101 @@
+"""The way back: a model as it is in memory, out of files that hold it under other names and cut into other tensors."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from shardsmith.errors import CheckpointNotFoundError, MismatchError
+from shardsmith.name_maps import NameMap, Translation
+from shardsmith.rearranged import Link, read_linked
+from shardsmith.tensors import Chunk, TensorSource, TensorSpec
+
+
+class RestoredModel:
+    """A model as it is in memory, read from its files (a ``TensorSource``): the inverse of ``TranslatedModel``.
+
+    Reads as little as a box needs. A tensor has the dtype that its files have.
+
+    Attributes:
+        aliases: The names of tied tensors, alias -> kept. They can be read and are not among ``specs``.
+        unused: Tensors of the files that the model has no place for.
+    """
+
+    def __init__(
+        self,
+        files: TensorSource,
+        name_map: NameMap,
+        specs: Mapping[str, TensorSpec],
+        aliases: Mapping[str, str] | None = None,
+    ) -> None:
+        """Compare the files with what the model needs.
+
+        Args:
+            name_map: From the model to its files.
+            specs: The model's tensors, without aliases. Their dtypes do not matter.
+            aliases: Of the tied ones, alias -> kept. It is enough if the files have one of them.
+
+        Raises:
+            UsageError: the map loses, repeats or invents something.
+            MismatchError: tensors are missing from the files or have other shapes there; it names all of them.
+        """
+        self._files = files
+        self._translation = Translation(name_map, specs)
+        self.aliases = dict(aliases or {})
+        wanted = self._translation.translate(specs)
+        twins = self._translation.translate_aliases(self.aliases, specs)
+        self._stored = {name: name for name in wanted}
+        self._stored |= {kept: alias for alias, kept in twins.items() if kept not in files.specs}
+        self.unused = tuple(name for name in files.specs if name not in wanted and name not in twins)
+        self._check(wanted)
+        self._specs = {name: TensorSpec(name, spec.shape, self._dtype(name, spec)) for name, spec in specs.items()}
+
+    @property
+    def path(self) -> Path:
+        """What was opened."""
+        return self._files.path
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """The tensors of the model."""
+        return self._specs
+
+    def pieces(self, name: str, box: Chunk) -> Iterator[tuple[Chunk, Tensor]]:
+        """As ``TensorSource.pieces``."""
+        name = self.aliases.get(name, name)
+        if name not in self._specs:
+            raise CheckpointNotFoundError(self.path, f"has no tensor named {name!r}")
+        links = (
+            Link(self._stored[target], part.target, part.grid)
+            for target, part in self._translation.targets_of(name, box)
+        )
+        yield from read_linked(self._files, links, box, self._specs[name].dtype)
+
+    def close(self) -> None:
+        """Let go of the files."""
+        self._files.close()
+
+    def _check(self, wanted: Mapping[str, TensorSpec]) -> None:
+        problems = []
+        for name, spec in wanted.items():
+            found = self._files.specs.get(self._stored[name])
+            if found is None:
+                problems.append(f"{name}: not in the files")
+            elif found.shape != spec.shape:
+                problems.append(f"{name}: {found.shape} in the files, {spec.shape} in the model")
+        if problems:
+            summary = (
+                f"{len(problems)} of the {len(wanted)} tensors that the model needs are not there as it needs them"
+            )
+            advice = f"The files have {len(self.unused)} that it has no place for"
+            raise MismatchError(self.path, summary, problems, ": ".join([advice, ", ".join(self.unused[:5])]))
+
+    def _dtype(self, name: str, spec: TensorSpec) -> torch.dtype:
+        """That of all its parts, or one that holds the values of all of them."""
+        targets = self._translation.targets_of(name, Chunk.whole(spec.shape))
+        dtypes = [self._files.specs[self._stored[target]].dtype for target, _ in targets]
+        return functools.reduce(torch.promote_types, dtypes) if dtypes else spec.dtype

@@ -1,0 +1,118 @@
+"""From memory to files and back, through any name map: each way box by box, and byte for byte."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import Tensor
+
+from shardsmith.errors import MismatchError, UsageError
+from shardsmith.models import ModelSource, TranslatedModel
+from shardsmith.restored import RestoredModel
+from shardsmith.safetensors_source import SafetensorsSource
+from shardsmith.slices import Slice
+from shardsmith.tensors import Chunk, TensorSource, TensorSpec, read_into, read_tensor
+from tests.slice_cases import Known, boxes, name_maps, shards
+
+MEMORY = {"a": torch.arange(48.0).view(8, 6), "b": torch.arange(4.0), "tied": torch.arange(4.0)}
+SPECS = {name: TensorSpec(name, tuple(value.shape), value.dtype) for name, value in MEMORY.items() if name != "tied"}
+
+
+class ShardsInMemory:
+    """A ``TensorSource`` whose tensors lie in shards."""
+
+    path = Path("memory")
+
+    def __init__(self, tensors: Mapping[str, Tensor], data: st.DataObject) -> None:
+        self.specs = {name: TensorSpec(name, tuple(value.shape), value.dtype) for name, value in tensors.items()}
+        self._shards = {
+            name: [(box, value[box.within(Chunk.whole(tuple(value.shape)))].clone()) for box in cut]
+            for name, value in tensors.items()
+            for cut in [data.draw(shards(tuple(value.shape)))]
+        }
+
+    def pieces(self, name: str, box: Chunk) -> Iterator[tuple[Chunk, Tensor]]:
+        for chunk, values in self._shards[name]:
+            if (common := chunk.intersect(box)) is not None:
+                yield common, values[common.within(chunk)]
+
+    def close(self) -> None:
+        pass
+
+
+class Permuted:
+    """Rows of ``a`` interleaved in memory and apart in files; the rest under another name."""
+
+    def targets(self, specs: Mapping[str, TensorSpec]) -> dict[str, Slice]:
+        found = {f"file.{name}": Slice.whole(spec) for name, spec in specs.items()}
+        if "file.a" in found:
+            found["file.a"] = found["file.a"].reshape(4, 2, 6).transpose(0, 1).reshape(8, 6)
+        return found
+
+
+def assert_boxes_are_those_of(tensors: Mapping[str, Tensor], source: TensorSource, data: st.DataObject) -> None:
+    assert {name: spec.shape for name, spec in source.specs.items()} == {n: tuple(v.shape) for n, v in tensors.items()}
+    for name, value in tensors.items():
+        box = data.draw(boxes(tuple(value.shape)))
+        found = read_into(source, name, box, torch.empty(box.sizes, dtype=value.dtype))
+        assert torch.equal(found, value[box.within(Chunk.whole(tuple(value.shape)))])
+
+
+@given(name_maps(), st.data())
+def test_any_box_of_the_files_can_be_read_from_shards_of_the_model(known: Known, data: st.DataObject) -> None:
+    model = ModelSource.whole(ShardsInMemory(known.memory, data))
+    assert_boxes_are_those_of(known.files, TranslatedModel(model, known), data)
+
+
+@given(name_maps(), st.data())
+def test_any_box_of_the_model_can_be_read_from_its_files(known: Known, data: st.DataObject) -> None:
+    files = ShardsInMemory(known.files, data)
+    assert_boxes_are_those_of(known.memory, RestoredModel(files, known, known.specs), data)
+
+
+@given(name_maps(), st.data())
+def test_there_and_back_is_the_same(known: Known, data: st.DataObject) -> None:
+    there = TranslatedModel(ModelSource.whole(ShardsInMemory(known.memory, data)), known)
+    assert_boxes_are_those_of(known.memory, RestoredModel(there, known, known.specs), data)
+
+
+@given(name_maps(), st.data())
+def test_a_map_that_loses_or_repeats_something_is_refused(known: Known, data: st.DataObject) -> None:
+    model = ModelSource.whole(ShardsInMemory(known.memory, data))
+    name = data.draw(st.sampled_from(sorted(known.slices)))
+    part = known.slices[name]
+    lost = Known(known.memory, known.files, {n: p for n, p in known.slices.items() if n != name})
+    twice = Known(known.memory, known.files, {**known.slices, "again": part})
+    empty = not part.grid.numel
+    for wrong in [lost, twice]:
+        if not (empty and (wrong is twice or any(p.source == part.source for p in lost.slices.values()))):
+            with pytest.raises(UsageError, match=part.source):
+                TranslatedModel(model, wrong)
+
+
+def restored(directory: Path, files: Mapping[str, Tensor]) -> RestoredModel:
+    save_file({name: value.clone() for name, value in files.items()}, directory / "model.safetensors")
+    return RestoredModel(SafetensorsSource(directory / "model.safetensors"), Permuted(), SPECS, aliases={"tied": "b"})
+
+
+@pytest.mark.parametrize("there", ["file.b", "file.tied"])
+def test_of_tied_tensors_the_files_need_only_one(tmp_path: Path, there: str) -> None:
+    rows = MEMORY["a"].view(4, 2, 6).transpose(0, 1).reshape(8, 6)
+    model = restored(tmp_path, {"file.a": rows, there: MEMORY["b"], "file.c": torch.ones(1)})
+    assert list(model.specs) == ["a", "b"]
+    assert model.unused == ("file.c",)
+    assert all(torch.equal(read_tensor(model, name), MEMORY[name]) for name in model.specs)
+    assert torch.equal(read_into(model, "tied", Chunk((1,), (2,)), torch.empty(2)), MEMORY["tied"][1:3])
+
+
+def test_files_that_do_not_fit_are_refused_with_all_that_is_wrong(tmp_path: Path) -> None:
+    with pytest.raises(MismatchError) as caught:
+        restored(tmp_path, {"file.a": torch.ones(6, 8), "other": torch.ones(1)})
+    assert caught.value.problems == ["file.a: (6, 8) in the files, (8, 6) in the model", "file.b: not in the files"]
+    assert "other" in str(caught.value)
