@@ -5,9 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.ranks import run_on_ranks
 from tests.trained_runs import FROM_TRANSFORMERS, Trained, make_base, read_run, run_training
+
+settings.register_profile("untimed", deadline=None)  # other work on the machine must not fail a test
+settings.load_profile("untimed")
 
 KINDS = (*FROM_TRANSFORMERS, "odd")
 RUNS = {1: KINDS, 2: KINDS, 4: ("odd",)}
