@@ -4,6 +4,7 @@ from .base import Hook, Hooks
 from .ema import EMA
 from .export import HFExport
 from .folder_save import FolderSave
+from .initial_load import InitialLoad
 from .retention import Retention, latest, multiples_of
 from .save import ShardedSave
 from .schedule import Schedule, at, every, last
@@ -14,6 +15,7 @@ __all__ = [
     "HFExport",
     "Hook",
     "Hooks",
+    "InitialLoad",
     "Retention",
     "Schedule",
     "ShardedSave",

@@ -18,6 +18,9 @@ class Hook:
     announce_saved: Callable[[int, Path], None] | None = None
     """Set by ``Hooks`` on each hook. A hook that saves calls it on the main thread: ``announce_saved(step, path)``."""
 
+    loads_weights: bool = False
+    """Whether ``on_train_begin`` may change the weights. It is then called before that of the other hooks."""
+
     def resume(self) -> int | None:
         """Restore what this hook saved last; the step it was saved at, or None if it has nothing. May communicate."""
         return None
@@ -66,7 +69,7 @@ class Hooks:
         """Restore the newest usable state and return how many steps were done; 0 on a fresh start. Communicates."""
         steps = [step for hook in self.hooks if (step := hook.resume()) is not None]
         self._step = max(steps, default=0)
-        for hook in self.hooks:
+        for hook in sorted(self.hooks, key=lambda hook: not hook.loads_weights):
             hook.on_train_begin(self._step)
         return self._step
 

@@ -41,7 +41,7 @@ def copy_blocks(
     """
     copier = _Copier(source, writers, progress)
     threads = min(_MOST_THREADS, os.cpu_count() or 1)
-    with _one_thread_per_operator(), ThreadPoolExecutor(threads, "shardsmith-copy") as pool:
+    with one_thread_per_operator(), ThreadPoolExecutor(threads, "shardsmith-copy") as pool:
         try:
             futures = [pool.submit(copier.work) for _ in range(threads)]
             for future in futures:
@@ -112,7 +112,7 @@ def _read(source: TensorSource, spec: TensorSpec, box: Chunk, scratch: Tensor) -
 
 
 @contextlib.contextmanager
-def _one_thread_per_operator() -> Iterator[None]:
+def one_thread_per_operator() -> Iterator[None]:
     """We bring the threads; torch's own in each of them would only be in each other's way."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)

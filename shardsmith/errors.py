@@ -9,6 +9,7 @@ ShardsmithError
 │   ├── UnsafeCheckpointError               it asks for code to be run, or points outside its directory
 │   ├── UnsupportedFormatError              not a layout, version, dtype or transform that we read
 │   └── MismatchError                       names, shapes or dtypes differ from what was asked for
+│       └── InitialLoadError                the model that is about to train is not the one in the checkpoint
 ├── TargetError                             the place to write to cannot be used
 │   ├── TargetExistsError (FileExistsError)
 │   └── ProtectedPathError                  it is, holds, or lies in something that must not be written
@@ -86,6 +87,18 @@ class MismatchError(CheckpointError):
     def __init__(self, path: str | Path, summary: str, problems: list[str], advice: str) -> None:
         super().__init__(path, "\n  ".join([summary, *problems]) + f"\n{advice}")
         self.problems = list(problems)
+
+
+class InitialLoadError(MismatchError):
+    """The model that is about to train is not the one in the checkpoint.
+
+    Attributes:
+        codes: Code of each fault, in the order of ``problems``; see ``shardsmith.load_faults``.
+    """
+
+    def __init__(self, path: str | Path, summary: str, problems: list[str], codes: list[str], advice: str) -> None:
+        super().__init__(path, summary, problems, advice)
+        self.codes = list(codes)
 
 
 class TargetError(ShardsmithError):

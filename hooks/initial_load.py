@@ -1,0 +1,79 @@
+"""``InitialLoad``: the weights that a run starts from, loaded and proved before its first step."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from shardsmith.buffer_reference import Fresh
+from shardsmith.initial import load_initial, prove_buffers
+from shardsmith.initial_report import InitialLoadReport
+from shardsmith.model_keys import MAIN
+from shardsmith.ranks import Ranks
+
+from .base import Hook
+
+log = logging.getLogger(__name__)
+
+
+class InitialLoad(Hook):
+    """Fills the model from a checkpoint when training begins at step 0, and proves that it is that of the checkpoint.
+
+        InitialLoad("checkpoints/olmo2", model=model, repair_buffers=True)
+
+    A run that resumes has newer weights, which are left alone: only the non-persistent buffers are proved then, as no
+    checkpoint holds them. Its place among the hooks does not matter. Make it on all ranks at the same point.
+
+    Attributes:
+        report: What was proved; None before, and in a run that resumed.
+    """
+
+    loads_weights = True
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        model: nn.Module | Sequence[nn.Module],
+        config: Any = None,
+        fresh: Fresh | None = None,
+        repair_buffers: bool = False,
+        poison: bool = True,
+        allow_missing: Sequence[str] = (),
+        allow_extra: Sequence[str] = (),
+        weights: str = MAIN,
+        timeout_secs: float = 1800.0,
+    ) -> None:
+        """Nothing is read yet. The arguments are those of ``shardsmith.initial.load_initial``."""
+        self.path = Path(path)
+        self.report: InitialLoadReport | None = None
+        self._model = model
+        self._buffers: dict[str, Any] = {
+            "config": config,
+            "fresh": fresh,
+            "repair_buffers": repair_buffers,
+            "allow_missing": tuple(allow_missing),
+        }
+        self._load: dict[str, Any] = {"poison": poison, "allow_extra": tuple(allow_extra), "weights": weights}
+        self._ranks = Ranks(timeout_secs)
+
+    def on_train_begin(self, step: int) -> None:
+        """Load and prove at step 0; later, prove the buffers. All ranks; communicates.
+
+        Raises:
+            InitialLoadError: on all ranks, naming every tensor and buffer at fault.
+            CheckpointError, RankFailedError: the checkpoint cannot be read.
+        """
+        if step == 0:
+            self.report = load_initial(self.path, model=self._model, ranks=self._ranks, **self._buffers, **self._load)
+            return
+        repaired = prove_buffers(self._model, self.path, ranks=self._ranks, **self._buffers)
+        if self._ranks.is_leader:
+            mended = f"; repaired {', '.join(repaired)}" if repaired else ""
+            log.info(
+                "resumed at step %d: %s is not loaded, non-persistent buffers are right%s", step, self.path, mended
+            )

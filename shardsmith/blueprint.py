@@ -1,0 +1,157 @@
+"""What a model must look like: its state dict without values, and the values of the buffers that no state dict holds.
+
+The model is made once more from its class and config, with parameters that have no data and buffers that have: a
+rotary embedding computes its ``inv_freq`` when it is made, on the CPU, at no cost. That is the measure of any other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
+
+from shardsmith.errors import UnsupportedFormatError
+from shardsmith.names import clean_fqn, non_persistent_buffers, tied_weights
+from shardsmith.tensors import TensorSpec
+
+_FILLING = frozenset(
+    {"normal_", "uniform_", "trunc_normal_", "zero_", "zeros_", "ones_", "fill_", "constant_", "erfinv_"}
+)
+"""What initialises a tensor in place."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Blueprint:
+    """A model without weights. Names are clean; tied parameters are under each of their names."""
+
+    model_class: str
+    config: dict[str, Any] | None
+    """The effective config, with every default filled in; None where the model has none."""
+    parameters: Mapping[str, TensorSpec]
+    buffers: Mapping[str, TensorSpec]
+    """Persistent ones: with the parameters they are the state dict."""
+    transient: Mapping[str, Tensor]
+    """Non-persistent buffers, as a fresh model has them, on the CPU."""
+    tied: Mapping[str, str]
+    """Alias -> kept name."""
+    ignorable: tuple[str, ...] = field(default=())
+    """Regular expressions of names that files may hold and the model does without."""
+
+    @property
+    def state_dict(self) -> dict[str, TensorSpec]:
+        """Parameters and persistent buffers."""
+        return {**self.parameters, **self.buffers}
+
+
+@contextlib.contextmanager
+def without_weights() -> Iterator[None]:
+    """Within it, parameters of modules that this thread makes are on the meta device; buffers are where they would be.
+
+    Random numbers and their generator are left alone.
+    """
+    thread = threading.get_ident()
+
+    def on_meta(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or parameter.is_meta or threading.get_ident() != thread:
+            return None
+        return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+
+    handle = register_module_parameter_registration_hook(on_meta)  # type: ignore[arg-type]  # it may return one
+    try:
+        with torch.random.fork_rng(devices=[]), _LeftBlank():
+            yield
+    finally:
+        handle.remove()
+
+
+class _LeftBlank(TorchFunctionMode):
+    """Within it nothing is done to fill tensors that have no data: it would be in vain, and not for free."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in _FILLING and args and isinstance(args[0], Tensor) and args[0].is_meta:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def describe(model: nn.Module) -> Blueprint:
+    """The blueprint that a model made ``without_weights`` is."""
+    transient = set(non_persistent_buffers(model))
+    buffers = {clean_fqn(name, model): buffer.detach() for name, buffer in model.named_buffers(remove_duplicate=False)}
+    config: Any = getattr(model, "config", None)
+    return Blueprint(
+        model_class=type(model).__name__,
+        config=config.to_dict() if hasattr(config, "to_dict") else None,
+        parameters=_specs({clean_fqn(n, model): p for n, p in model.named_parameters(remove_duplicate=False)}),
+        buffers=_specs({name: buffer for name, buffer in buffers.items() if name not in transient}),
+        transient={name: buffer.cpu() for name, buffer in buffers.items() if name in transient},
+        tied=tied_weights(model),
+        ignorable=tuple(sorted(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())),
+    )
+
+
+def model_of_directory(base: Path, *, trust_remote_code: bool = False) -> Any:
+    """The transformers model of a local directory, made ``without_weights``.
+
+    Args:
+        trust_remote_code: Let transformers run the directory's own Python files. Without it, no code of it is run.
+
+    Raises:
+        UnsupportedFormatError: there is no transformers 5, or it cannot make this model.
+    """
+    try:
+        import transformers
+
+        config = transformers.AutoConfig.from_pretrained(
+            str(base), trust_remote_code=trust_remote_code, local_files_only=True
+        )
+        with without_weights():
+            if trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+                return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+            return getattr(transformers, config.architectures[0])._from_config(config)
+    except Exception as error:  # whatever a config that it does not know makes it raise
+        reason = f"{type(error).__name__}: {error}"
+        raise UnsupportedFormatError(base, f"transformers cannot make this model ({reason})") from error
+
+
+def twin_of(live: Any, config: Any = None) -> Any:
+    """A transformers model like a live one, made ``without_weights`` from its config, or from another one."""
+    kind: Any = next(kind for kind in type(live).__mro__ if not _made_by_fsdp(kind))
+    dtype = next((p.dtype for p in live.parameters() if p.is_floating_point()), torch.get_default_dtype())
+    with without_weights():
+        return kind._from_config(copy.deepcopy(live.config if config is None else config), dtype=dtype)
+
+
+def transformers_parts(model: nn.Module) -> dict[str, Any]:
+    """The outermost modules of a model that are from transformers, by clean name ("" is the model itself)."""
+    modeling = sys.modules.get("transformers.modeling_utils")
+    if modeling is None:
+        return {}
+    found: dict[str, Any] = {}
+    for prefix, module in model.named_modules():
+        name = clean_fqn(prefix, model)
+        inside = any(not outer or name == outer or name.startswith(f"{outer}.") for outer in found)
+        if isinstance(module, modeling.PreTrainedModel) and not inside:
+            found[name] = module
+    return found
+
+
+def _made_by_fsdp(kind: type) -> bool:
+    """FSDP2 derives a class of its own from that of a model."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return issubclass(kind, FSDPModule)
+
+
+def _specs(tensors: Mapping[str, Tensor]) -> dict[str, TensorSpec]:
+    return {name: TensorSpec(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}

@@ -1,0 +1,233 @@
+"""The proof itself: names against names, digests against digests. All ranks act together, through the store."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+
+from shardsmith.digest import Digest
+from shardsmith.initial_source import InitialSource
+from shardsmith.live_weights import LiveWeights
+from shardsmith.load_faults import NOTHING, LoadFault, Look, classify
+from shardsmith.metadata import dtype_name
+from shardsmith.ranks import Ranks
+from shardsmith.source_digests import digest_source
+from shardsmith.tensors import TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """Which tensors there are, in the model on all ranks and in the source."""
+
+    dtypes: dict[str, torch.dtype]
+    """Of every tensor of the model that the source has in the same shape, on any rank; the model's dtypes."""
+    faults: list[LoadFault]
+    missing: tuple[str, ...]
+    """Allowed."""
+    extra: tuple[str, ...]
+    """Allowed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What comparing values has shown."""
+
+    faults: list[LoadFault]
+    tensors: int
+    elements: int
+    digests: str
+    cast: dict[str, int]
+    tied: dict[str, str]
+    untied: dict[str, str]
+
+
+def compare_names(
+    ranks: Ranks, live: LiveWeights, source: InitialSource, allow_missing: Sequence[str], allow_extra: Sequence[str]
+) -> Names:
+    """Compare names and shapes; with pipeline stages, of all ranks together. Raises what ``Ranks.agree`` raises."""
+    found: dict[str, list[Any]] = ranks.agree(
+        "comparing names",
+        lambda: {name: [list(spec.shape), dtype_name(spec.dtype)] for name, spec in live.specs.items()},
+        lambda parts: {name: spec for part in reversed(parts) for name, spec in part.items()},
+    )
+    specs = {name: TensorSpec(name, tuple(shape), getattr(torch, dtype)) for name, (shape, dtype) in found.items()}
+    faults, missing, dtypes = [], [], {}
+    for name, spec in specs.items():
+        key = source.key_of(name)
+        if key is None and _matches(name, allow_missing):
+            missing.append(name)
+        elif key is None:
+            faults.append(LoadFault("missing-in-source", name, f"in the model {spec.shape}, not in the checkpoint"))
+        elif source.specs[key].shape != spec.shape:
+            shapes = f"{source.specs[key].shape} in the checkpoint, {spec.shape} in the model"
+            faults.append(LoadFault("shape-differs", name, shapes))
+        else:
+            dtypes[name] = spec.dtype
+    used = {source.key_of(name) for name in specs}
+    unused = [name for name in source.specs if name not in used]
+    extra = tuple(name for name in unused if _matches(name, allow_extra))
+    faults += [_extra(name, source) for name in unused if name not in extra]
+    return Names(dtypes, faults, tuple(missing), extra)
+
+
+def prove_values(ranks: Ranks, live: LiveWeights, source: InitialSource, dtypes: Mapping[str, torch.dtype]) -> Proof:
+    """Compare the digests of what is in the model on all ranks with those of the source.
+
+    Args:
+        dtypes: As ``Names`` has them.
+    """
+    expected, digests = _expected_digests(ranks, source, dtypes)
+    wrong: dict[str, str] = ranks.agree(
+        "digesting the model",
+        lambda: {name: _digested(live, name) for name in dtypes if name in live.specs},
+        lambda parts: _wrong(parts, expected),
+    )
+    tied, untied = _compare_ties(ranks, live, source, [name for name in dtypes if name not in wrong])
+    proven = {source.key_of(name) for name in dtypes if name not in wrong}
+    return Proof(
+        faults=_explain(ranks, live, source, dtypes, wrong) if wrong else [],
+        tensors=len(dtypes) - len(wrong),
+        elements=sum(source.specs[key].numel for key in proven if key is not None),
+        digests=digests,
+        cast=_casts(source, dtypes),
+        tied=tied,
+        untied=untied,
+    )
+
+
+def _expected_digests(
+    ranks: Ranks, source: InitialSource, dtypes: Mapping[str, torch.dtype]
+) -> tuple[dict[str, Digest], str]:
+    """What each tensor of the model must digest to, and how that is known."""
+    keys = {name: key for name in dtypes if (key := source.key_of(name)) is not None}
+    recorded = {name: source.recorded_digest(key, dtypes[name]) for name, key in keys.items()}
+    known = {name: digest for name, digest in recorded.items() if digest is not None}
+    unknown = [name for name in dtypes if name not in known]
+    if not unknown:
+        return known, "recorded"
+    read: dict[str, str] = ranks.agree(
+        "reading the checkpoint once more",
+        lambda: _read_digests(source, {(keys[name], dtypes[name]) for name in unknown}, ranks),
+        _added,
+    )
+    known |= {name: Digest.parse(read[_label(keys[name], dtypes[name])]) for name in unknown}
+    return known, "recorded, and read where it was cast" if len(unknown) < len(dtypes) else "read from its files"
+
+
+def _read_digests(source: InitialSource, wanted: set[tuple[str, torch.dtype]], ranks: Ranks) -> dict[str, str]:
+    """This rank's share of the digests of tensors in certain dtypes."""
+    found: dict[str, str] = {}
+    for dtype in sorted({dtype for _, dtype in wanted}, key=str):
+        keys = {key: dtype for key, other in sorted(wanted, key=lambda pair: pair[0]) if other == dtype}
+        shares = digest_source(source.tensors, keys, part=ranks.rank, parts=ranks.size)
+        found |= {_label(key, dtype): str(share) for key, share in shares.items()}
+    return found
+
+
+def _label(key: str, dtype: torch.dtype) -> str:
+    return f"{dtype_name(dtype)} {key}"
+
+
+def _added(parts: list[dict[str, str]]) -> dict[str, str]:
+    return {name: str(sum((Digest.parse(part[name]) for part in parts), Digest())) for name in parts[0]}
+
+
+def _digested(live: LiveWeights, name: str) -> list[list[Any]]:
+    """This rank's boxes of a tensor, as JSON: where they are, and the share in the digest."""
+    return [[[*box.offsets, *box.sizes], str(share)] for box, share in live.digest(name)]
+
+
+def _wrong(parts: list[dict[str, list[list[Any]]]], expected: Mapping[str, Digest]) -> dict[str, str]:
+    """Tensors that are not as expected, each with a code. A box that several ranks hold counts once."""
+    wrong = {}
+    for name, digest in expected.items():
+        boxes: dict[tuple[int, ...], set[str]] = {}
+        for part in parts:
+            for box, share in part.get(name, ()):
+                boxes.setdefault(tuple(box), set()).add(share)
+        if any(len(shares) > 1 for shares in boxes.values()):
+            wrong[name] = "replicas-differ"
+        elif sum((Digest.parse(share) for shares in boxes.values() for share in shares), Digest()) != digest:
+            wrong[name] = "values-differ"
+    return wrong
+
+
+def _compare_ties(
+    ranks: Ranks, live: LiveWeights, source: InitialSource, right: Sequence[str]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Of the pairs that are one tensor in the source: those that are one in the model, and those that are two."""
+    pairs = {alias: kept for alias, kept in source.ties.items() if alias in right and kept in right}
+    one: list[str] = ranks.agree(
+        "comparing ties",
+        lambda: [alias for alias, kept in pairs.items() if live.is_tied(alias, kept)],
+        lambda parts: sorted({alias for part in parts for alias in part}),
+    )
+    return (
+        {alias: kept for alias, kept in pairs.items() if alias in one},
+        {alias: kept for alias, kept in pairs.items() if alias not in one},
+    )
+
+
+def _explain(
+    ranks: Ranks,
+    live: LiveWeights,
+    source: InitialSource,
+    dtypes: Mapping[str, torch.dtype],
+    wrong: Mapping[str, str],
+) -> list[LoadFault]:
+    """A fault for each wrong tensor, after a look at what it holds."""
+    matrices = frozenset(name for name in dtypes if len(source.specs[source.key_of(name) or name].shape) > 1)
+    found: list[list[str]] = ranks.agree(
+        "looking at what differs",
+        lambda: _looked(live, source, wrong),
+        lambda parts: _faults(parts, len(dtypes), matrices, wrong),
+    )
+    return [LoadFault(*fault) for fault in found]
+
+
+def _looked(live: LiveWeights, source: InitialSource, wrong: Iterable[str]) -> dict[str, Any]:
+    here = [name for name in wrong if name in live.specs]
+    return {
+        "looks": {name: [[[*b.offsets, *b.sizes], asdict(look)] for b, look in live.look(name)] for name in here},
+        "inputs": sorted(live.input_embeddings),
+        "outputs": sorted(live.output_embeddings),
+        "lost": [name for name in here if name in source.ties and not live.is_tied(name, source.ties[name])],
+    }
+
+
+def _faults(
+    parts: list[dict[str, Any]], total: int, matrices: frozenset[str], wrong: Mapping[str, str]
+) -> list[list[str]]:
+    """On rank 0. As JSON."""
+    looks = {}
+    for name in wrong:
+        boxes = {tuple(box): look for part in parts for box, look in part["looks"].get(name, ())}
+        looks[name] = sum((Look(**look) for look in boxes.values()), NOTHING)
+    ends = (
+        frozenset(name for part in parts for name in part["inputs"]),
+        frozenset(name for part in parts for name in part["outputs"]),
+    )
+    known = {name: code for name, code in wrong.items() if code == "replicas-differ"}
+    known |= {name: "tie-broken" for part in parts for name in part["lost"]}
+    return [[fault.code, fault.name, fault.problem] for fault in classify(looks, total, matrices, ends, known)]
+
+
+def _extra(name: str, source: InitialSource) -> LoadFault:
+    heads = source.record.heads if source.record else {}
+    head = next((head for head, keys in heads.items() if name in keys), None)
+    of = f"of the head {head!r}: pass that part of the model, too, or allow_extra" if head else "not in the model"
+    return LoadFault("missing-in-model", name, f"in the checkpoint {source.specs[name].shape}, {of}")
+
+
+def _casts(source: InitialSource, dtypes: Mapping[str, torch.dtype]) -> dict[str, int]:
+    pairs = [(source.specs[source.key_of(name) or name].dtype, dtype) for name, dtype in dtypes.items()]
+    return dict(Counter(f"{dtype_name(old)} -> {dtype_name(new)}" for old, new in pairs if old != new))
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)

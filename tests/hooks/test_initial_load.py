@@ -1,0 +1,275 @@
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from shardsmith.errors import InitialLoadError, UsageError
+from shardsmith.hooks import EMA, Hooks, InitialLoad, ShardedSave, at
+from shardsmith.initial import load_initial, poison_weights, prove_loaded
+from tests.hooks.initial_models import (
+    SHARDINGS,
+    local,
+    made,
+    make_sources,
+    on_rank,
+    options,
+    plant_and_prove,
+    run_loads,
+    started,
+)
+from tests.ranks import run_on_ranks
+
+KINDS = ("llama", "qwen2", "olmo2", "odd")
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Kind of model / format. Read only."""
+    root = tmp_path_factory.mktemp("sources")
+    for kind in KINDS:
+        torch.save(make_sources(kind, root / kind), root / kind / "truth.pt")
+    return root
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "odd"])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_every_format_is_loaded_and_proved_under_every_sharding(
+    ranks: int, kind: str, sources: Path, tmp_path: Path
+) -> None:
+    shardings = [name for name, size in SHARDINGS.items() if size == ranks]
+    if ranks == 1:
+        run_loads(kind, shardings, sources / kind)
+    else:
+        shardings = [name for name in shardings if kind != "odd" or name != "fsdp1-flat"]  # some of it is frozen
+        run_on_ranks(run_loads, ranks, tmp_path, kind, shardings, sources / kind)
+
+
+def test_a_cast_is_proved_and_reported(sources: Path) -> None:
+    model = started("llama", "none", torch.bfloat16)
+    report = load_initial(sources / "llama" / "ours", model=model, repair_buffers=True)  # they were cast, too
+    assert report.cast == {"float32 -> bfloat16": 20}, "the last norm stays float32"
+    assert report.digests == "recorded, and read where it was cast"
+    truth = torch.load(sources / "llama" / "truth.pt")
+    assert torch.equal(model.lm_head.weight, truth["lm_head.weight"].bfloat16())
+
+
+def zero_rotary(model: nn.Module) -> None:
+    for name, buffer in model.named_buffers():
+        if name.endswith("inv_freq"):
+            local(buffer).zero_()
+
+
+def garble_rotary(model: nn.Module) -> None:
+    for name, buffer in model.named_buffers():
+        if name.endswith("inv_freq"):
+            local(buffer).mul_(1.01)
+
+
+def redraw(*names: str) -> Callable[[nn.Module], None]:
+    def plant(model: nn.Module) -> None:
+        torch.manual_seed(3)
+        for name, parameter in model.named_parameters():
+            if any(part in name for part in names):
+                local(parameter).normal_()
+
+    return plant
+
+
+def lose_tie(model: nn.Module) -> None:
+    model.lm_head.weight = nn.Parameter(torch.randn_like(model.lm_head.weight))
+
+
+def set_norms_to_one(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            local(parameter).fill_(1)
+
+
+def drop_a_norm(model: nn.Module) -> None:
+    model.model.layers[0].self_attn.q_norm = nn.Identity()
+
+
+def swap_rows(model: nn.Module) -> None:
+    weight = local(model.model.layers[0].self_attn.q_proj.weight)
+    weight[[0, 1]] = weight[[1, 0]]
+
+
+PLANTED = {
+    "inv_freq is zero": ("olmo2", zero_rotary, ["buffer-zero"]),
+    "inv_freq is garbage": ("olmo2", garble_rotary, ["buffer-differs"]),
+    "a layer was not loaded": ("olmo2", redraw("layers.1."), ["layer-not-loaded"]),
+    "lm_head is random": ("llama", redraw("lm_head"), ["head-differs"]),
+    "the tie is lost and lm_head random": ("qwen2", lose_tie, ["tie-broken"]),
+    "the embedding is random": ("llama", redraw("embed_tokens"), ["embedding-differs"]),
+    "all norms are 1": ("olmo2", set_norms_to_one, ["constant-values"]),
+    "a q norm was dropped": ("olmo2", drop_a_norm, ["missing-in-model"]),
+    "nothing was loaded": ("llama", redraw(""), ["nothing-loaded"]),
+    "q rows are permuted": ("llama", swap_rows, ["values-differ"]),
+}
+
+
+@pytest.mark.parametrize("fault", PLANTED)
+def test_what_is_planted_into_a_loaded_model_is_found_under_its_own_code(fault: str, sources: Path) -> None:
+    kind, plant, codes = PLANTED[fault]
+    model = started(kind, "none")
+    path = sources / kind / "hf"
+    load_initial(path, model=model)
+    assert plant_and_prove(model, plant, path) == codes
+
+
+def run_planted(directory: Path) -> None:
+    for fault in ("a layer was not loaded", "inv_freq is zero", "all norms are 1"):
+        kind, plant, codes = PLANTED[fault]
+        model = started(kind, "fsdp2")
+        load_initial(directory / kind / "ours", model=model)
+        found = plant_and_prove(
+            model, lambda m, plant=plant: plant(m) if on_rank(1) else None, directory / kind / "ours"
+        )
+        expected = {"a layer was not loaded": ["layer-not-loaded"], "all norms are 1": ["values-differ"]}
+        assert found == expected.get(fault, codes), fault
+    model = started("llama", "ddp")
+    load_initial(directory / "llama" / "hf", model=model)
+    plant = redraw("up_proj")
+    found = plant_and_prove(model, lambda m: plant(m) if on_rank(1) else None, directory / "llama" / "hf")
+    assert found == ["replicas-differ"]
+
+
+def test_what_is_wrong_on_one_rank_is_an_error_on_all(sources: Path, tmp_path: Path) -> None:
+    run_on_ranks(run_planted, 2, tmp_path, sources)
+
+
+def test_what_a_load_of_somebody_else_left_out_is_called_so(sources: Path) -> None:
+    model, path = started("olmo2", "none"), sources / "olmo2" / "hf"
+    poison_weights(model)
+    state = made("olmo2").state_dict()
+    model.load_state_dict({name: state[name] for name in state if "layers.1.mlp" not in name}, strict=False)
+    with pytest.raises(InitialLoadError, match="not touched by the load") as caught:
+        prove_loaded(model, path)
+    assert sorted(problem.split(":")[0] for problem in caught.value.problems) == [
+        f"model.layers.1.mlp.{name}_proj.weight" for name in ("down", "gate", "up")
+    ]
+
+
+def test_repaired_buffers_are_reported_and_right(sources: Path) -> None:
+    model = started("olmo2", "none")
+    expected = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    zero_rotary(model)
+    report = load_initial(sources / "olmo2" / "hf", model=model, repair_buffers=True)
+    assert sorted(report.repaired) == sorted(expected)
+    assert all(torch.equal(buffer, expected[name]) for name, buffer in model.named_buffers())
+    assert "2 of them were repaired (model.rotary_emb.inv_freq" in report.summary
+
+
+def test_a_buffer_cast_with_the_weights_is_found_and_can_be_repaired(sources: Path) -> None:
+    model = started("llama", "none").to(torch.bfloat16)
+    with pytest.raises(InitialLoadError, match="was cast together with the weights"):
+        load_initial(sources / "llama" / "hf", model=model)
+    load_initial(sources / "llama" / "hf", model=model, repair_buffers=True)
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+
+
+def test_a_config_with_another_theta_than_the_source_shows_in_the_buffers(sources: Path) -> None:
+    model = made("llama")
+    config = model.config
+    config.rope_parameters["rope_theta"] = 10_000.0 * 50
+    other = type(model)(config)
+    with pytest.raises(InitialLoadError, match=r"rotary_emb\.inv_freq") as caught:
+        load_initial(sources / "llama" / "hf", model=other)
+    assert set(caught.value.codes) == {"buffer-differs"}
+    load_initial(sources / "llama" / "hf", model=other, config=config)  # meant so
+
+
+def test_names_that_do_not_fit_leave_the_model_as_it_was(sources: Path) -> None:
+    model = started("qwen2", "none")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(InitialLoadError, match="Nothing was loaded; the model is unchanged") as caught:
+        load_initial(sources / "olmo2" / "hf", model=model)
+    assert {"missing-in-source", "missing-in-model"} <= set(caught.value.codes)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+class WithHead(nn.Module):
+    """A language model with a head beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(3, 3)
+        self.head = nn.Linear(3, 2)
+
+
+def test_what_is_allowed_to_miss_keeps_its_values_and_is_reported(tmp_path: Path) -> None:
+    model, source = WithHead(), nn.ModuleDict({"body": nn.Linear(3, 3), "other": nn.Linear(2, 2)})
+    torch.save(source.state_dict(), tmp_path / "x")
+    from tests.dcp_directories import save
+
+    save(source.state_dict(), tmp_path / "dcp")
+    head = model.head.weight.detach().clone()
+    with pytest.raises(InitialLoadError):
+        load_initial(tmp_path / "dcp", model=model)
+    report = load_initial(tmp_path / "dcp", model=model, allow_missing=["head.*"], allow_extra=["other.*"])
+    assert torch.equal(model.head.weight, head)
+    assert torch.equal(model.body.weight, source["body"].weight)
+    assert (report.missing, report.extra) == (("head.weight", "head.bias"), ("other.weight", "other.bias"))
+
+
+def test_parts_of_a_model_are_loaded_together(tmp_path: Path) -> None:
+    from tests.dcp_directories import save
+
+    body, head = nn.ModuleDict({"body": nn.Linear(3, 3)}), nn.ModuleDict({"ln": nn.LayerNorm(3)})
+    state = {name: torch.randn_like(value) for part in (body, head) for name, value in part.state_dict().items()}
+    save(dict(state), tmp_path / "dcp")
+    assert load_initial(tmp_path / "dcp", model=[body, head]).tensors == 4
+    assert torch.equal(head["ln"].weight, state["ln.weight"])
+    with pytest.raises(UsageError, match="same name"):
+        load_initial(tmp_path / "dcp", model=[body, body])
+
+
+def test_a_buffer_without_a_reference_must_be_allowed(sources: Path) -> None:
+    model = started("odd", "none")
+    with pytest.raises(InitialLoadError) as caught:
+        load_initial(sources / "odd" / "ours", model=model)
+    assert caught.value.codes == ["buffer-without-reference"]
+    report = load_initial(sources / "odd" / "ours", model=model, allow_missing=["angles"])
+    assert report.unproved == ("angles",)
+    load_initial(sources / "odd" / "ours", model=model, **options("odd"))
+
+
+def test_a_model_on_meta_is_refused_with_advice(sources: Path) -> None:
+    with torch.device("meta"):
+        model = nn.Linear(2, 2)
+    with pytest.raises(UsageError, match=r"to_empty"):
+        load_initial(sources / "odd" / "ours", model=model)
+
+
+def test_the_hook_loads_before_the_average_starts_and_not_over_a_resumed_run(
+    sources: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def hooks() -> tuple[nn.Module, InitialLoad, Hooks]:
+        model = started("olmo2", "none")
+        zero_rotary(model)
+        load = InitialLoad(sources / "olmo2" / "hf", model=model, repair_buffers=True)
+        ema = EMA(model, decay=0.5)
+        return model, load, Hooks(ema, ShardedSave(tmp_path, model=model, ema=ema, when=at(1)), load)
+
+    model, load, first = hooks()
+    assert first.resume() == 0
+    assert load.report is not None
+    average = first.hooks[0].state_dict()["model"]
+    assert all(torch.equal(average[name], dict(model.named_parameters())[name]) for name in average)
+    with torch.no_grad():
+        model.model.norm.weight.add_(1)
+    first.step(1)
+    first.close()
+    resumed, load, second = hooks()
+    with caplog.at_level(logging.INFO):
+        assert second.resume() == 1
+    assert load.report is None
+    assert torch.equal(resumed.model.norm.weight, model.model.norm.weight)
+    assert resumed.model.rotary_emb.inv_freq.any()
+    assert "is not loaded, non-persistent buffers are right; repaired model.rotary_emb" in caplog.text
+    second.close()
