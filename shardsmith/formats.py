@@ -3,50 +3,60 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+import re
 from pathlib import Path
 
 from shardsmith import layout
-from shardsmith.checkpoints import committed_steps, find_damage
 from shardsmith.dcp_index import read_index
-from shardsmith.errors import (
-    CheckpointError,
-    CheckpointNotFoundError,
-    IncompleteCheckpointError,
-    UnsupportedFormatError,
+from shardsmith.detected import (
+    ACCELERATE,
+    BAGEL,
+    BAGEL_SHARDED,
+    DCP,
+    HUGGINGFACE,
+    INCOMPLETE,
+    SAFETENSORS,
+    SHARDED,
+    TORCH,
+    UNKNOWN,
+    DetectedFormat,
+    FormatReader,
 )
-from shardsmith.metadata import has_manifest, read_metadata
-from shardsmith.model_keys import EMA, MAIN, find_models
-from shardsmith.models import ModelSource, open_dcp_model
-from shardsmith.safetensors_source import SafetensorsSource, open_safetensors_directory
+from shardsmith.errors import CheckpointNotFoundError, IncompleteCheckpointError, UnsupportedFormatError
+from shardsmith.format_bagel import BAGEL_READER, FORK_READER
+from shardsmith.format_dcp import ACCELERATE_READER, DCP_READER, OURS_READER
+from shardsmith.format_files import FILE_READER, HUGGINGFACE_READER, TORCH_READER
+from shardsmith.model_keys import MAIN
+from shardsmith.models import ModelSource
 
-SHARDED = "sharded"
-"""Our own: a DCP directory with metadata.json."""
-DCP = "dcp"
-"""A directory of torch.distributed.checkpoint, by TorchTitan or a plain ``dcp.save``."""
-HUGGINGFACE = "huggingface"
-"""A directory with safetensors weights, single or indexed."""
-SAFETENSORS = "safetensors"
-"""One safetensors file."""
-TORCH = "torch"
-"""A file of ``torch.save``, or a directory with pytorch_model.bin."""
-INCOMPLETE = "incomplete"
-"""One of the above, half-written or damaged."""
-UNKNOWN = "unknown"
+__all__ = [
+    "ACCELERATE",
+    "BAGEL",
+    "BAGEL_SHARDED",
+    "DCP",
+    "HUGGINGFACE",
+    "INCOMPLETE",
+    "SAFETENSORS",
+    "SHARDED",
+    "TORCH",
+    "UNKNOWN",
+    "DetectedFormat",
+    "detect_checkpoint_format",
+    "model_names",
+    "open_source",
+]
 
-_WEIGHTS_STEMS = {MAIN: layout.MAIN_WEIGHTS, EMA: layout.EMA_WEIGHTS}
-_TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
-_TORCH_MAGICS = (b"PK\x03\x04", b"\x80\x02")
-
-
-@dataclass(frozen=True, slots=True)
-class DetectedFormat:
-    """The format of a path and what it was recognised by."""
-
-    name: str
-    """One of the constants above."""
-    reason: str
-    """What was found, or what is missing."""
+_DIRECTORIES = (
+    OURS_READER,
+    DCP_READER,
+    FORK_READER,
+    ACCELERATE_READER,
+    BAGEL_READER,
+    HUGGINGFACE_READER,
+    TORCH_READER,
+)
+"""The first that knows a directory has it: weights of their own before what lies beside them."""
+_STEP = re.compile(r"(step-|checkpoint-)?(?P<step>[0-9]+)")
 
 
 def detect_checkpoint_format(path: str | Path) -> DetectedFormat:
@@ -55,12 +65,7 @@ def detect_checkpoint_format(path: str | Path) -> DetectedFormat:
     Raises:
         CheckpointNotFoundError: there is nothing at the path.
     """
-    path = Path(path)
-    if path.is_dir():
-        return _detect_directory(path)
-    if path.is_file():
-        return _detect_file(path)
-    raise CheckpointNotFoundError(path, "there is no such file or directory")
+    return _detect(Path(path))[0]
 
 
 def open_source(path: str | Path, model: str = MAIN) -> ModelSource:
@@ -76,14 +81,10 @@ def open_source(path: str | Path, model: str = MAIN) -> ModelSource:
         CheckpointNotFoundError: nothing there, or not this model.
     """
     path = Path(path)
-    found = _detect_readable(path)
-    if found.name in (SHARDED, DCP):
-        return open_dcp_model(path, model)
-    if found.name == HUGGINGFACE:
-        return ModelSource.whole(open_safetensors_directory(path, _WEIGHTS_STEMS[model]))
-    if found.name == SAFETENSORS and model == MAIN:
-        return ModelSource.whole(SafetensorsSource(path))
-    raise UnsupportedFormatError(path, f"cannot read {model} weights from it: {found.name} ({found.reason})")
+    found, reader = _detect_readable(path)
+    if reader is None:
+        raise UnsupportedFormatError(path, f"cannot read {model} weights from it: {found.name} ({found.reason})")
+    return reader.open(path, model)
 
 
 def model_names(path: str | Path) -> list[str]:
@@ -94,100 +95,47 @@ def model_names(path: str | Path) -> list[str]:
         CheckpointError: it is half-written or damaged, or its index cannot be read.
     """
     path = Path(path)
-    found = _detect_readable(path).name
-    if found in (SHARDED, DCP):
-        index = read_index(path)
-        return list(find_models(index.tensors, index.containers))
-    if found == HUGGINGFACE:
-        return [model for model, stem in _WEIGHTS_STEMS.items() if _weights(path, stem)]
-    return [MAIN] if found == SAFETENSORS else []
+    reader = _detect_readable(path)[1]
+    return reader.models(path) if reader else []
 
 
-def _detect_readable(path: Path) -> DetectedFormat:
-    """The format, unless it is clear that the weights cannot be read from there: then the error that says why."""
-    found = detect_checkpoint_format(path)
+def _detect(path: Path) -> tuple[DetectedFormat, FormatReader | None]:
+    """The format, and what reads it: None where nothing does."""
+    if path.is_dir():
+        if layout.is_leftover(path.name):
+            return DetectedFormat(INCOMPLETE, "its name says that it was being written or deleted"), None
+        for reader in _DIRECTORIES:
+            if (found := reader.detect(path)) is not None:
+                return found, reader
+        return DetectedFormat(UNKNOWN, _what_else(path)), None
+    if path.is_file():
+        found = FILE_READER.detect(path)
+        assert found is not None, "a file is always something"
+        return found, FILE_READER
+    raise CheckpointNotFoundError(path, "there is no such file or directory")
+
+
+def _detect_readable(path: Path) -> tuple[DetectedFormat, FormatReader | None]:
+    """The same, unless it is clear that the weights cannot be read from there: then the error that says why."""
+    found, reader = _detect(path)
     if found.name == UNKNOWN and (path / layout.DCP_INDEX_FILE).exists():
         read_index(path)
     if found.name == INCOMPLETE:
         raise IncompleteCheckpointError(path, found.reason)
-    return found
+    return found, None if found.name == UNKNOWN else reader
 
 
-def _reason(error: CheckpointError, path: Path) -> str:
-    """What an error says, without the path that whoever asked knows."""
-    return str(error).removeprefix(f"{path}: ").removeprefix(f"{path}{os.sep}")
+def _what_else(path: Path) -> str:
+    """What may have been meant by a directory that is no checkpoint."""
+    names = os.listdir(path)
+    steps = {
+        int(match["step"]): match[0] for match in map(_STEP.fullmatch, names) if match and (path / match[0]).is_dir()
+    }
+    known = [steps[step] for step in sorted(steps) if _is_known(path / steps[step])]
+    if known:
+        return f"a folder of {len(known)} checkpoints; name one of them, such as {path / known[-1]}"
+    return f"none of its {len(names)} entries is a weights file or an index that we know"
 
 
-def _detect_directory(path: Path) -> DetectedFormat:
-    if layout.is_leftover(path.name):
-        return DetectedFormat(INCOMPLETE, "its name says that it was being written or deleted")
-    if (path / layout.DCP_INDEX_FILE).exists():
-        return _detect_sharded(path) if has_manifest(path) else _detect_dcp(path)
-    names = sorted(os.listdir(path))
-    if shards := [name for name in names if name.endswith(".distcp")]:
-        return DetectedFormat(INCOMPLETE, f"{len(shards)} .distcp files without {layout.DCP_INDEX_FILE}")
-    if any(_weights(path, stem) for stem in _WEIGHTS_STEMS.values()):
-        return _detect_huggingface(path)
-    if torch_files := [name for name in names if name.startswith("pytorch_model") and name.endswith(".bin")]:
-        return DetectedFormat(TORCH, ", ".join(torch_files))
-    if steps := committed_steps(path):
-        newest = path / layout.step_name(steps[-1])
-        return DetectedFormat(UNKNOWN, f"a folder of {len(steps)} checkpoints; name one of them, such as {newest}")
-    return DetectedFormat(UNKNOWN, f"none of its {len(names)} entries is a weights file or an index that we know")
-
-
-def _detect_sharded(path: Path) -> DetectedFormat:
-    try:
-        metadata = read_metadata(path)
-    except UnsupportedFormatError as error:
-        return DetectedFormat(UNKNOWN, _reason(error, path))
-    except CheckpointError as error:
-        return DetectedFormat(INCOMPLETE, _reason(error, path))
-    if damage := find_damage(path, contents=False):
-        return DetectedFormat(INCOMPLETE, "; ".join(damage))
-    return DetectedFormat(SHARDED, f"{layout.METADATA_FILE} of step {metadata.step}, {', '.join(metadata.models)}")
-
-
-def _detect_dcp(path: Path) -> DetectedFormat:
-    try:
-        index = read_index(path)
-    except IncompleteCheckpointError as error:
-        return DetectedFormat(INCOMPLETE, _reason(error, path))
-    except CheckpointError as error:
-        return DetectedFormat(UNKNOWN, f"its index cannot be read: {_reason(error, path)}")
-    return DetectedFormat(
-        DCP, f"{layout.DCP_INDEX_FILE} lists {len(index.tensors)} tensors in {len(index.files)} files"
-    )
-
-
-def _detect_huggingface(path: Path) -> DetectedFormat:
-    found = []
-    for stem in _WEIGHTS_STEMS.values():
-        if _weights(path, stem):
-            try:
-                source = open_safetensors_directory(path, stem)
-            except CheckpointError as error:
-                return DetectedFormat(INCOMPLETE, _reason(error, path))
-            found.append(f"{len(source.specs)} tensors in {', '.join(source.headers)}")
-            source.close()
-    return DetectedFormat(HUGGINGFACE, "; ".join(found))
-
-
-def _weights(path: Path, stem: str) -> bool:
-    """Whether a directory has a single weights file or an index of that stem."""
-    return any((path / name).is_file() for name in (*layout.shard_file_names(stem, 1), layout.index_file_name(stem)))
-
-
-def _detect_file(path: Path) -> DetectedFormat:
-    if path.suffix == ".safetensors":
-        try:
-            source = SafetensorsSource(path)
-        except CheckpointError as error:
-            return DetectedFormat(INCOMPLETE, _reason(error, path))
-        source.close()
-        return DetectedFormat(SAFETENSORS, f"a header of {len(source.specs)} tensors")
-    with path.open("rb") as file:
-        magic = file.read(4)
-    if path.suffix in _TORCH_SUFFIXES and magic.startswith(_TORCH_MAGICS):
-        return DetectedFormat(TORCH, f"a {path.suffix} file that begins like one of torch.save")
-    return DetectedFormat(UNKNOWN, f"a file that begins with {magic!r}")
+def _is_known(path: Path) -> bool:
+    return any(reader.detect(path) is not None for reader in _DIRECTORIES)

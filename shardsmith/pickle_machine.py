@@ -8,6 +8,7 @@ with these arguments" with a ``Made`` that says so. What the records mean is for
 from __future__ import annotations
 
 import pickle
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -26,14 +27,19 @@ class Name(NamedTuple):
 
 
 class Made:
-    """What a pickle says about one object: ``of(*args)``, then ``state`` put into it."""
+    """What a pickle says about one object: ``of(*args)``, then ``items`` and ``state`` put into it."""
 
-    __slots__ = ("args", "of", "state")
+    __slots__ = ("args", "items", "of", "state")
 
     def __init__(self, of: Name, args: tuple[object, ...]) -> None:
         self.of = of
         self.args = args
+        self.items: dict[str | int | Made, object] | None = {} if of == ORDERED_DICT and not args else None
         self.state: object = None
+
+
+ORDERED_DICT = Name("collections", "OrderedDict")
+"""The one kind of object into which items may be put."""
 
 
 PERSISTENT = Name("", "persistent id")
@@ -43,8 +49,8 @@ PERSISTENT = Name("", "persistent id")
 def read_pickle(data: bytes, path: Path, known: frozenset[Name], *, persistent_ids: bool = False) -> object:
     """The object that a pickle of protocol 2 to 5 describes.
 
-    Values are None, bool, int, str, tuple, list, dict (with str, int and ``Made`` keys), ``Name`` and ``Made``. They
-    may be shared and may even contain themselves, so never walk them without a bound.
+    Values are None, bool, int, float, str, tuple, list, dict (with str, int and ``Made`` keys), ``Name`` and ``Made``.
+    They may be shared and may even contain themselves, so never walk them without a bound.
 
     Args:
         path: Where the bytes come from, for the errors.
@@ -146,7 +152,15 @@ class _Machine:
         args, of = self.stack.pop(), self.stack.pop()
         if type(args) is not tuple or type(of) is not Name:
             raise self.corrupt("something that is not a known global is called")
-        self.push(Made(of, args))
+        self.push(self.nested_class(of, args) or Made(of, args))
+
+    def nested_class(self, of: Name, args: tuple[object, ...]) -> Name | None:
+        """What protocols before 4 write for a known class inside a class: getattr(outer, "inner")."""
+        match of, args:
+            case Name(module="__builtin__" | "builtins", name="getattr"), (Name(module=module, name=outer), str(inner)):
+                found = Name(module, f"{outer}.{inner}")
+                return found if found in self.known else None
+        return None
 
     def build(self) -> None:
         state, target = self.stack.pop(), self.stack[-1]
@@ -162,6 +176,8 @@ class _Machine:
 
     def update_dict(self, items: list[object]) -> None:
         target = self.stack[-1]
+        if type(target) is Made:
+            target = target.items
         if type(target) is not dict or len(items) % 2:
             raise self.corrupt("an item is put into what is no dict")
         for key, value in zip(items[::2], items[1::2], strict=True):
@@ -215,6 +231,7 @@ _INSTRUCTIONS: dict[bytes, Callable[[_Machine], None]] = {
     pickle.BININT: lambda m: m.push(int.from_bytes(m.take(4), "little", signed=True)),
     pickle.BININT1: lambda m: m.push(m.byte()),
     pickle.BININT2: lambda m: m.push(m.number(2)),
+    pickle.BINFLOAT: lambda m: m.push(*struct.unpack(">d", m.take(8))),
     pickle.LONG1: lambda m: m.push(int.from_bytes(m.take(m.byte()), "little", signed=True)),
     pickle.SHORT_BINUNICODE: lambda m: m.push(m.take(m.byte()).decode()),
     pickle.BINUNICODE: lambda m: m.push(m.take(m.number(4)).decode()),

@@ -1,34 +1,21 @@
-"""Safetensors files as a ``TensorSource``: a single file, or a Hugging Face directory with an index and shards.
-
-An index is a stranger's input: it may name only files beside it, and has to agree with the headers of all of them.
-"""
+"""Safetensors files as a ``TensorSource``: a single file, or a Hugging Face directory with an index and shards."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from shardsmith.errors import (
-    CheckpointNotFoundError,
-    CorruptCheckpointError,
-    IncompleteCheckpointError,
-    UnsafeCheckpointError,
-    UsageError,
-)
+from shardsmith.errors import CheckpointNotFoundError, CorruptCheckpointError, UsageError
 from shardsmith.layout import MAIN_WEIGHTS, index_file_name
 from shardsmith.mapped import MappedFile
-from shardsmith.safetensors_header import Header, quote, read_header, unique_object
+from shardsmith.safetensors_header import Header, quote, read_header
 from shardsmith.tensors import Chunk, TensorSpec
+from shardsmith.weight_index import check_weight_map, read_weight_map, resolve, resolve_shards
 
-_MAX_INDEX_BYTES = 100_000_000
-_PLAIN_NAME = re.compile(r"[^/\\:\0\ud800-\udfff]+\.safetensors")
 _WEIGHTS_NAME = re.compile(r"(?P<stem>.+?)(-[0-9]{5}-of-(?P<count>[0-9]{5}))?\.safetensors(\.index\.json)?")
 
 
@@ -125,16 +112,12 @@ def open_safetensors_directory(directory: str | Path, stem: str | None = None) -
     stem = stem or _find_stem(directory)
     single, index = f"{stem}.safetensors", index_file_name(stem)
     if os.path.lexists(directory / single):
-        return SafetensorsSource(directory, {single: _resolve(directory, single)})
+        return SafetensorsSource(directory, {single: resolve(directory, single)})
     if not os.path.lexists(directory / index):
         raise CheckpointNotFoundError(directory, f"has neither {single} nor {index}")
-    weight_map = _read_weight_map(directory / index)
-    shards = sorted(set(weight_map.values()))
-    if missing := [name for name in shards if not os.path.lexists(directory / name)]:
-        lines = "\n  ".join([f"{len(missing)} of {len(shards)} weight files are missing", *map(quote, missing)])
-        raise IncompleteCheckpointError(directory, lines)
-    source = SafetensorsSource(directory, {name: _resolve(directory, name) for name in shards})
-    _check_weight_map(directory / index, weight_map, source.file_of)
+    weight_map = read_weight_map(directory / index, ".safetensors")
+    source = SafetensorsSource(directory, resolve_shards(directory, weight_map))
+    check_weight_map(directory / index, weight_map, source.file_of)
     return source
 
 
@@ -147,58 +130,3 @@ def _find_stem(directory: Path) -> str:
     if len(stems) > 1:
         raise UsageError(f"{directory} holds several sets of weights ({', '.join(stems)}); name one of them as stem")
     return stems[0]
-
-
-def _resolve(directory: Path, name: str) -> Path:
-    """The file that a name in a directory really is, links followed as far as they are allowed to lead."""
-    root = Path(os.path.realpath(directory))
-    found = Path(os.path.realpath(root / name))
-    if not found.is_relative_to(root) and found.parent != _cache_blobs(root):
-        raise UnsafeCheckpointError(directory / name, f"links to {found}, out of its directory; it was not read")
-    return found
-
-
-def _cache_blobs(root: Path) -> Path | None:
-    """Where the Hugging Face cache keeps the files that ``<repo>/snapshots/<revision>/...`` links to."""
-    revision = next((path for path in (root, *root.parents) if path.parent.name == "snapshots"), None)
-    return revision.parent.parent / "blobs" if revision else None
-
-
-def _read_weight_map(index: Path) -> dict[str, str]:
-    file = MappedFile(_resolve(index.parent, index.name))
-    if file.size > _MAX_INDEX_BYTES:
-        raise CorruptCheckpointError(index, f"has {file.size} bytes, which is over the limit of {_MAX_INDEX_BYTES}")
-    try:
-        content = json.loads(file.bytes(0, file.size).decode(), object_pairs_hook=unique_object)
-    except (ValueError, RecursionError) as error:
-        raise CorruptCheckpointError(index, f"not a valid index: {error}") from None
-    return _checked_weight_map(index, content)
-
-
-def _checked_weight_map(index: Path, content: Any) -> dict[str, str]:
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CorruptCheckpointError(index, "has no weight_map")
-    if strange := [name for name, file in weight_map.items() if not isinstance(file, str)]:
-        raise CorruptCheckpointError(index, f"names no file for {', '.join(map(quote, strange))}")
-    if outside := sorted({file for file in weight_map.values() if not _PLAIN_NAME.fullmatch(file)}):
-        lines = "\n  ".join(["names what is no safetensors file beside it; nothing was read", *map(quote, outside)])
-        raise UnsafeCheckpointError(index, lines)
-    if gaps := _gaps(set(weight_map.values())):
-        raise CorruptCheckpointError(index, "\n  ".join(["does not list all files of a numbered series", *gaps]))
-    return weight_map
-
-
-def _gaps(files: set[str]) -> list[str]:
-    """What is missing if files called model-00001-of-00003.safetensors are to be 3: one line for each series."""
-    matches = filter(None, map(_WEIGHTS_NAME.fullmatch, files))
-    listed = Counter((match["stem"], int(match["count"])) for match in matches if match["count"])
-    return [f"{quote(stem)}: {found} of {count}" for (stem, count), found in sorted(listed.items()) if found != count]
-
-
-def _check_weight_map(index: Path, weight_map: Mapping[str, str], file_of: Mapping[str, str]) -> None:
-    wrong = sorted(name for name in weight_map.keys() | file_of.keys() if weight_map.get(name) != file_of.get(name))
-    lines = [f"{quote(name)}: listed for {weight_map.get(name)}, found in {file_of.get(name)}" for name in wrong]
-    if lines:
-        summary = f"contradicts the headers of its files about {len(lines)} tensors"
-        raise CorruptCheckpointError(index, "\n  ".join([summary, *lines]))

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from shardsmith.errors import CheckpointError
-from shardsmith.pickle_machine import PERSISTENT, Made, Name, read_pickle
+from shardsmith.pickle_machine import ORDERED_DICT, PERSISTENT, Made, Name, read_pickle
 from shardsmith.unpickle import DTYPES, MAX_DIMS
 
 MAX_TENSOR_PICKLE_BYTES = 1 << 14
@@ -64,12 +64,12 @@ _TENSOR_WITH_DTYPE = Name(
     "torch._utils", "_rebuild_tensor_v3"
 )  # float8, uint16 and other dtypes without a storage class
 _PARAMETER = Name("torch._utils", "_rebuild_parameter")
-_HOOKS = Name("collections", "OrderedDict")
-_NAMES = frozenset({_UNTYPED, _TENSOR, _TENSOR_WITH_DTYPE, _PARAMETER, _HOOKS, *_STORAGE_DTYPES, *DTYPES})
+TENSOR_NAMES = frozenset({_UNTYPED, _TENSOR, _TENSOR_WITH_DTYPE, _PARAMETER, ORDERED_DICT, *_STORAGE_DTYPES, *DTYPES})
+"""All that the pickle of a tensor names."""
 
 
-class _UnusualError(ValueError):
-    """The pickle describes something else than one plain tensor."""
+class UnusualPickleError(ValueError):
+    """A pickle describes something else than plain tensors."""
 
 
 # Chunks of one shape and dtype have the same pickle, byte for byte: a checkpoint has few different ones.
@@ -83,12 +83,18 @@ def read_tensor_pickle(data: bytes) -> TensorRecord | None:
     if len(data) > MAX_TENSOR_PICKLE_BYTES:
         return None
     try:
-        return _record(read_pickle(data, Path("data.pkl"), _NAMES, persistent_ids=True))
-    except (CheckpointError, _UnusualError):
+        return tensor_record(read_pickle(data, Path("data.pkl"), TENSOR_NAMES, persistent_ids=True))
+    except (CheckpointError, UnusualPickleError):
         return None
 
 
-def _record(value: object) -> TensorRecord:
+def is_tensor(value: object) -> bool:
+    """Whether part of a pickle is a plain tensor or parameter, as ``tensor_record`` reads it."""
+    return type(value) is Made and value.of in (_TENSOR, _TENSOR_WITH_DTYPE, _PARAMETER)
+
+
+def tensor_record(value: object) -> TensorRecord:
+    """The tensor that part of a pickle is. Raises UnusualPickleError if it is none, or contradicts itself."""
     kind, args = _made(value)
     if kind == _PARAMETER and len(args) == 3:
         _no_hooks(args[2])
@@ -97,14 +103,14 @@ def _record(value: object) -> TensorRecord:
     if kind == _TENSOR_WITH_DTYPE and len(args) == 7:
         dtype, args = _dtype(args[6]), args[:6]
     if len(args) != 6 or kind != (_TENSOR if dtype is None else _TENSOR_WITH_DTYPE):
-        raise _UnusualError
+        raise UnusualPickleError
     storage, offset, size, stride, _requires_grad, hooks = args
     _no_hooks(hooks)
     record = TensorRecord(*_storage(storage, dtype), _number(offset), _numbers(size), _numbers(stride))
     if len(record.size) != len(record.stride) or math.prod(record.size) >= 1 << 63:
-        raise _UnusualError
+        raise UnusualPickleError
     if record.end > record.storage_nbytes:
-        raise _UnusualError
+        raise UnusualPickleError
     return record
 
 
@@ -115,36 +121,36 @@ def _storage(value: object, dtype: torch.dtype | None) -> tuple[torch.dtype, str
         case [("storage", Name() as storage_class, str() as key, str() as location, int() as count)]:
             typed = dtype or _STORAGE_DTYPES.get(storage_class)
         case _:
-            raise _UnusualError
+            raise UnusualPickleError
     if kind != PERSISTENT or typed is None or location == "meta" or (dtype and storage_class != _UNTYPED):
-        raise _UnusualError
+        raise UnusualPickleError
     return typed, key, _number(count) * (1 if dtype else typed.itemsize)
 
 
 def _dtype(value: object) -> torch.dtype:
     if type(value) is not Name or value not in DTYPES:
-        raise _UnusualError
+        raise UnusualPickleError
     return DTYPES[value]
 
 
 def _made(value: object) -> tuple[Name, tuple[object, ...]]:
     if type(value) is not Made or value.state is not None:
-        raise _UnusualError
+        raise UnusualPickleError
     return value.of, value.args
 
 
 def _no_hooks(value: object) -> None:
-    if _made(value) != (_HOOKS, ()):
-        raise _UnusualError
+    if _made(value) != (ORDERED_DICT, ()) or (type(value) is Made and value.items):
+        raise UnusualPickleError
 
 
 def _numbers(value: object) -> tuple[int, ...]:
     if type(value) is not tuple or len(value) > MAX_DIMS:
-        raise _UnusualError
+        raise UnusualPickleError
     return tuple(_number(n) for n in value)
 
 
 def _number(value: object) -> int:
     if type(value) is not int or not 0 <= value < 1 << 63:
-        raise _UnusualError
+        raise UnusualPickleError
     return value

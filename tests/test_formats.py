@@ -86,7 +86,7 @@ FORMATS: dict[str, tuple[Callable[[Path], object], str, str]] = {  # what is mad
     "torch files": (
         lambda path: torch.save(WEIGHTS, path / "pytorch_model.bin"),
         "torch",
-        "pytorch_model.bin",
+        "2 tensors in pytorch_model.bin",
     ),
 }
 
@@ -111,7 +111,12 @@ FILES: dict[str, tuple[str, Callable[[Path], object], str, str]] = {
     "safetensors": ("x.safetensors", lambda path: save_file(WEIGHTS, path), "safetensors", "a header of 2 tensors"),
     "truncated safetensors": ("x.safetensors", write_header_without_payload, "incomplete", ""),
     "empty safetensors": ("x.safetensors", lambda path: path.touch(), "incomplete", ""),
-    "torch zip": ("x.pt", lambda path: torch.save(WEIGHTS, path), "torch", "a .pt file that begins like one"),
+    "torch zip": (
+        "x.pt",
+        lambda path: torch.save(WEIGHTS, path),
+        "torch",
+        "a .pt file of torch.save with main weights",
+    ),
     "old torch pickle": (
         "x.bin",
         lambda path: torch.save(WEIGHTS, path, _use_new_zipfile_serialization=False),
@@ -203,10 +208,10 @@ def test_every_format_gives_the_same_tensors(model: str, odd: Trained, tmp_path:
 
 
 def test_weights_that_are_not_read_are_refused_with_what_they_are(tmp_path: Path) -> None:
-    torch.save(WEIGHTS, tmp_path / "pytorch_model.bin")
-    with pytest.raises(UnsupportedFormatError, match=r"cannot read main weights from it: torch \(pytorch_model.bin\)"):
-        open_source(tmp_path)
-    assert model_names(tmp_path) == []
+    (tmp_path / "x.gguf").write_bytes(b"GGUF...")
+    with pytest.raises(UnsupportedFormatError, match=r"cannot read main weights from it: unknown \(a file that begins"):
+        open_source(tmp_path / "x.gguf")
+    assert model_names(tmp_path / "x.gguf") == []
 
 
 def test_a_model_that_is_not_there_is_not_found(tmp_path: Path) -> None:

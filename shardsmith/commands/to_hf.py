@@ -32,7 +32,8 @@ def to_hf(
     Example: shardsmith to-hf --checkpoint_dir run/checkpoints/step-500 --output_dir run/hf-500 --base_model_path base
 
     Args:
-        checkpoint_dir: DCP directory (ours, TorchTitan's, plain dcp.save), Hugging Face directory or safetensors file.
+        checkpoint_dir: Anything that "shardsmith detect" knows: a DCP directory (ours, TorchTitan's, plain dcp.save),
+            a step of accelerate, BAGEL or its sharded fork, a Hugging Face directory, a safetensors or torch file.
         output_dir: The directory to make. It must not exist.
         base_model_path: Local directory with config.json, tokenizer and so on.
             If it has weights too, those that are written must have the same names and shapes.

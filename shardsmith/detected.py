@@ -1,0 +1,58 @@
+"""The formats that a path can have, and what is said of one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from shardsmith.errors import CheckpointError
+from shardsmith.models import ModelSource
+
+SHARDED = "sharded"
+"""Our own: metadata.json, and shards in a DCP directory or a file a rank."""
+DCP = "dcp"
+"""A directory of torch.distributed.checkpoint, by TorchTitan, flame or a plain ``dcp.save``."""
+ACCELERATE = "accelerate"
+"""A folder with ``pytorch_model_fsdp_0/``, by accelerate or the Trainer of transformers."""
+BAGEL_SHARDED = "bagel-sharded"
+"""A step of a sharded fork of BAGEL: ``model_sharded/`` or ``model_rank*.pt``, and a metadata.json that is not ours."""
+BAGEL = "bagel"
+"""A step as BAGEL itself saves it: whole weights in safetensors, a part of the optimizer a rank."""
+HUGGINGFACE = "huggingface"
+"""A directory with safetensors weights, single or indexed."""
+SAFETENSORS = "safetensors"
+"""One safetensors file."""
+TORCH = "torch"
+"""A file of ``torch.save``, or a directory with pytorch_model.bin or model.pt."""
+INCOMPLETE = "incomplete"
+"""One of the above, half-written or damaged."""
+UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class DetectedFormat:
+    """The format of a path and what it was recognised by."""
+
+    name: str
+    """One of the constants above."""
+    reason: str
+    """What was found, or what is missing."""
+
+
+@dataclass(frozen=True, slots=True)
+class FormatReader:
+    """How one kind of checkpoint is recognised and read."""
+
+    detect: Callable[[Path], DetectedFormat | None]
+    """None where the path is of another kind. May answer that it is an incomplete one of this kind."""
+    models: Callable[[Path], list[str]]
+    """Which of ``main`` and ``ema`` it holds."""
+    open: Callable[[Path, str], ModelSource]
+    """The weights of one of them."""
+
+
+def reason_of(error: CheckpointError, path: Path) -> str:
+    """What an error says, without the path that whoever asked knows."""
+    return str(error).removeprefix(f"{path}: ").removeprefix(f"{path}{os.sep}")
