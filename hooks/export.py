@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections import deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -15,23 +13,25 @@ from torch import nn
 
 from shardsmith.checkpoints import committed_steps
 from shardsmith.commit import prove_writable, remove, sweep
-from shardsmith.errors import ShardsmithError, UsageError
+from shardsmith.errors import RankTimeoutError, ShardsmithError, UsageError
 from shardsmith.file_writer import choose_writer
 from shardsmith.layout import PROVENANCE_FILE, step_name
-from shardsmith.live_boxes import StagingBuffer
-from shardsmith.live_export import LiveExport, LiveExporter, LiveModel
+from shardsmith.live_export import JointExport, LiveExporter, LiveModel
 from shardsmith.name_maps import NameMap
 from shardsmith.ranks import Ranks
 
 from .base import Hook
+from .checkpoint_source import CheckpointSource, HeldCheckpoint, Saves
 from .ema import EMA
+from .in_flight import SLOTS, InFlight
 from .live_state import LiveDirectory, LiveState, ModelFiles
 from .retention import Retention, steps_to_remove
 from .schedule import Schedule
 
 log = logging.getLogger(__name__)
 
-_SLOTS = 2  # one export being written, one staged behind it
+_Begin = Callable[[contextlib.ExitStack], list[JointExport]]
+"""In the background thread: the directories of a step, ready to be written; what is to be undone when they are."""
 
 
 class HFExport(Hook):
@@ -68,6 +68,8 @@ class HFExport(Hook):
         when_busy: Literal["wait", "skip", "raise"] = "wait",
         on_error: Literal["raise", "warn"] = "raise",
         write_mode: Literal["slices", "files"] = "slices",
+        source: Literal["live", "checkpoint", "auto"] = "live",
+        checkpoints: Saves | None = None,
         timeout_secs: float = 1800.0,
     ) -> None:
         """Prove that the directory can be written to, and that model and base model fit each other.
@@ -97,7 +99,13 @@ class HFExport(Hook):
             write_mode: ``"slices"``: every rank writes its own slices of every file. ``"files"``: every file is written
                 by one rank alone, to which the others send theirs over a Gloo group of our own; for NFS and the like,
                 where two hosts must not write one file. Then let ``max_shard_size`` give a file for each host.
-            timeout_secs: How long to wait for a rank before an export is given up.
+            source: ``"live"``: the live weights. ``"checkpoint"``: the step's committed checkpoint, held against
+                retention meanwhile; the training waits for nothing, and nothing is staged. ``"auto"``: the live
+                weights if a trial at the start shows that they can be exported, as they cannot if ranks hold
+                different models (pipeline stages); else the checkpoint.
+            checkpoints: The ``ShardedSave`` of the run, for ``source="checkpoint"`` or ``"auto"``. It must save every
+                step that is exported, and come before this hook in ``Hooks``.
+            timeout_secs: How long to wait for a rank before an export is given up; also for a checkpoint to be saved.
 
         Raises:
             UsageError: an average is asked for, but there is none.
@@ -123,22 +131,20 @@ class HFExport(Hook):
         self._ranks, self._writer_ranks = Ranks(timeout_secs), Ranks(timeout_secs)  # one for each thread
         self._exporter = LiveExporter(self._ranks)
         self._weights_writer = choose_writer(write_mode, self._ranks)
-        self._writer = ThreadPoolExecutor(1, "shardsmith-export")
-        self._free = [[StagingBuffer() for _ in self._directories] for _ in range(_SLOTS)]
-        self._running: deque[_Running] = deque()
-        self._ended: list[_Running] = []  # not yet announced
-        self._started_count = self._ended_count = 0
+        self._in_flight = InFlight(len(self._directories))
         self._exported_step: int | None = None
         self._ranks.lead(f"preparing {self.directory}", self._prepare_directory)
         self._ranks.gather("reading the base model", self._state.read_files)
-        self._ranks.gather("looking at the base model", lambda: self._state.check(compare=self._ranks.is_leader))
+        self._checkpoints = self._choose_source(source, checkpoints, whole_files=write_mode == "files")
+        if self._checkpoints is None:
+            self._ranks.gather("looking at the base model", lambda: self._state.check(compare=self._ranks.is_leader))
 
     def on_step_end(self, step: int) -> None:
         """Export if it is time, then report exports that have ended. All ranks; communicates when it exports."""
         if self.when.due(step):
             self.export(step)
         else:
-            self._collect(self._count_ended())
+            self._in_flight.collect(self._in_flight.ended())
         self._announce()
 
     def on_train_end(self, step: int) -> None:
@@ -149,11 +155,11 @@ class HFExport(Hook):
     @property
     def in_flight(self) -> int:
         """Exports that are staged and not yet written, on this rank: 0, 1 or 2. No communication."""
-        return self._started_count - self._count_ended()
+        return self._in_flight.started - self._in_flight.ended()
 
     def wait(self) -> None:
         """Wait for the exports in flight; raise what failed in them. All ranks."""
-        self._collect(self._started_count)
+        self._in_flight.collect(self._in_flight.started)
         self._announce()
 
     def close(self) -> None:
@@ -161,7 +167,7 @@ class HFExport(Hook):
         try:
             self.wait()
         finally:
-            self._writer.shutdown()
+            self._in_flight.close()
 
     def export(self, step: int) -> None:
         """Export now, as ``step-<step>``. All ranks; communicates. On return the weights may change.
@@ -177,26 +183,37 @@ class HFExport(Hook):
         wanted = self._make_room(step, when_busy)
         if not wanted:
             return
-        buffers = self._free[-1]
-        with contextlib.ExitStack() as unchanged:
-            jobs = [self._stage(step, self._directories[i], buffers[i], unchanged) for i in wanted]
-        self._free.pop()
+        begin = self._claim(step, wanted) if self._checkpoints else self._stage_all(step, wanted)
         self._exported_step = step
-        self._started_count += 1
-        self._running.append(_Running(step, buffers, self._writer.submit(self._finish, step, jobs)))
+        self._in_flight.start(step, lambda: self._finish(step, begin))
 
-    def _stage(
-        self, step: int, directory: LiveDirectory, buffer: StagingBuffer, unchanged: contextlib.ExitStack
-    ) -> LiveExport:
+    def _stage_all(self, step: int, wanted: list[int]) -> _Begin:
+        """Copy the live weights of these directories."""
+        with contextlib.ExitStack() as unchanged:
+            jobs = [self._stage(step, i, unchanged) for i in wanted]
+        return lambda _: jobs
+
+    def _claim(self, step: int, wanted: list[int]) -> _Begin:
+        """Settle that they are made from the step's checkpoint."""
+        assert self._checkpoints is not None
+        source = self._checkpoints
+        claims: list[HeldCheckpoint] = []
+        self._ranks.lead(f"looking for the checkpoint of step {step}", lambda: claims.append(source.claim(step)))
+        targets = [(self._directories[i], self._path(step, self._directories[i])) for i in wanted]
+        return lambda unfinished: source.open(claims, step, targets, unfinished)
+
+    def _stage(self, step: int, i: int, unchanged: contextlib.ExitStack) -> JointExport:
+        directory, buffer = self._directories[i], self._in_flight.next_buffers[i]
+
         def collect() -> list[LiveModel]:
             unchanged.enter_context(self._state.staging())
             return self._state.models(directory)
 
-        path = self.directory / (step_name(step) + directory.suffix)
+        path = self._path(step, directory)
         plans, boxes = self._exporter.begin(f"collecting {path.name}", directory.suffix, collect)
         plan = self._state.plan(path, step, directory, plans)
-        job = LiveExport(plan, self._ranks, self._writer_ranks, buffer, self._weights_writer)
-        job.stage(boxes)
+        job = JointExport(plan, self._writer_ranks, self._weights_writer)
+        job.stage(boxes, buffer, self._ranks)
         return job
 
     def _make_room(self, step: int, when_busy: Literal["wait", "skip", "raise"]) -> list[int]:
@@ -205,15 +222,16 @@ class HFExport(Hook):
         Rank 0 decides; the others catch up with what has ended there. Nothing is raised here of what has failed: then
         a rank that has raised it earlier would be alone.
         """
-        ended, wanted = self._ranks.lead("looking for a free slot", lambda: (self._count_ended(), self._missing(step)))
+        in_flight = self._in_flight
+        ended, wanted = self._ranks.lead("looking for a free slot", lambda: (in_flight.ended(), self._missing(step)))
         if len(wanted) < len(self._directories):
             log.warning("step %s was exported before the run was resumed; what is there is kept", step)
         if not wanted:
             return []
-        busy = self._started_count - ended >= _SLOTS
+        busy = in_flight.started - ended >= SLOTS
         if busy and when_busy == "wait":
             ended += 1
-        self._collect(ended)
+        in_flight.collect(ended)
         if busy and when_busy == "raise":
             raise UsageError(f"step {step} cannot be exported: two exports are in flight. Export less often, or wait")
         if busy and when_busy == "skip":
@@ -221,10 +239,11 @@ class HFExport(Hook):
             return []
         return wanted
 
-    def _finish(self, step: int, jobs: list[LiveExport]) -> list[Path]:
+    def _finish(self, step: int, begin: _Begin) -> list[Path]:
         """Write and commit. In the background thread."""
         try:
             with contextlib.ExitStack() as unfinished:
+                jobs = begin(unfinished)
                 for job in jobs:
                     unfinished.enter_context(job)
                     job.write()
@@ -239,7 +258,7 @@ class HFExport(Hook):
     def _remove_old(self) -> None:
         for step in steps_to_remove(self.keep, committed_steps(self.directory, PROVENANCE_FILE)):
             for directory in self._directories:
-                path = self.directory / (step_name(step) + directory.suffix)
+                path = self._path(step, directory)
                 try:
                     if path.is_dir():
                         remove(path)
@@ -248,25 +267,15 @@ class HFExport(Hook):
 
     def _missing(self, step: int) -> list[int]:
         """The directories of the step, by number, that no earlier run of this training has left complete."""
-        paths = [self.directory / (step_name(step) + directory.suffix) for directory in self._directories]
+        paths = [self._path(step, directory) for directory in self._directories]
         return [i for i, path in enumerate(paths) if not (path / PROVENANCE_FILE).is_file()]
 
-    def _count_ended(self) -> int:
-        """How many exports have ended since the start, on this rank."""
-        return self._ended_count + sum(running.future.done() for running in self._running)
-
-    def _collect(self, count: int) -> None:
-        """Wait until this many exports have ended since the start, and take their buffers back."""
-        while self._ended_count < count:
-            ended = self._running.popleft()
-            wait([ended.future])
-            self._ended_count += 1
-            self._ended.append(ended)
-            self._free.append(ended.buffers)
+    def _path(self, step: int, directory: LiveDirectory) -> Path:
+        return self.directory / (step_name(step) + directory.suffix)
 
     def _announce(self) -> None:
         """Say which exports have ended; raise the first failure among them."""
-        ended, self._ended = self._ended, []
+        ended = self._in_flight.take_ended()
         errors = [error for one in ended if (error := one.future.exception()) is not None]
         for one in ended:
             if self._on_exported and one.future.exception() is None:
@@ -274,13 +283,33 @@ class HFExport(Hook):
         if errors and self._on_error == "raise":
             raise errors[0]
 
+    def _choose_source(self, source: str, checkpoints: Saves | None, *, whole_files: bool) -> CheckpointSource | None:
+        """Where the weights come from; None is the live ones. All ranks; with "auto", communicates."""
+        if source not in ("live", "checkpoint", "auto"):
+            raise UsageError(f'source="{source}": it is "live", "checkpoint" or "auto"')
+        if source == "checkpoint" and checkpoints is None:
+            raise UsageError('source="checkpoint" needs checkpoints=: pass the ShardedSave of the run')
+        if source == "live" and checkpoints is not None:
+            raise UsageError('checkpoints= is of no use to source="live": leave it out, or choose another source')
+        if checkpoints is None:
+            return None
+        found = CheckpointSource(checkpoints, self._state, self._writer_ranks, whole_files=whole_files)
+        found.check(self.when)
+        return found if source == "checkpoint" or not self._can_export_live() else None
+
+    def _can_export_live(self) -> bool:
+        """Settle who would write what, as the first export does. All ranks; communicates."""
+        try:
+            for directory in self._directories:
+                collect = partial(self._state.models, directory)
+                self._exporter.begin("trying to export the live weights", directory.suffix, collect)
+        except RankTimeoutError:
+            raise
+        except Exception as error:  # of whatever kind of tensor they are
+            log.warning("the live weights cannot be exported, so the checkpoints will be: %s", error)
+            return False
+        return True
+
     def _prepare_directory(self) -> None:
         prove_writable(self.directory)
         sweep(self.directory)
-
-
-@dataclass(frozen=True, slots=True)
-class _Running:
-    step: int
-    buffers: list[StagingBuffer]
-    future: Future[list[Path]]

@@ -6,7 +6,7 @@ import contextlib
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -17,12 +17,14 @@ from shardsmith.commit import writing
 from shardsmith.directory_plan import DirectoryPlan, ModelPlan, Origin, plan_model
 from shardsmith.dtypes import parse_dtypes
 from shardsmith.errors import MismatchError
-from shardsmith.export_plan import base_specs, compare_with_base
+from shardsmith.export_plan import base_specs, compare_with_base, origin_of
+from shardsmith.formats import open_source
 from shardsmith.hf_directory import files_to_copy, read_config
 from shardsmith.layout import EMA_WEIGHTS, MAIN_WEIGHTS
 from shardsmith.live_export import LiveModel
 from shardsmith.model_keys import EMA as AVERAGE
 from shardsmith.model_keys import MAIN
+from shardsmith.models import ModelSource, TranslatedModel
 from shardsmith.name_maps import NameMap, Translation, find_name_map
 from shardsmith.names import tied_weights, unwrapped
 from shardsmith.safetensors_files import parse_size
@@ -124,15 +126,35 @@ class LiveState:
     def plan(self, output: Path, step: int, directory: LiveDirectory, models: Sequence[ModelPlan]) -> DirectoryPlan:
         """The directory of one step."""
         facts = self._ema.facts() if self._ema is not None and AVERAGE in directory.stems else None
-        return DirectoryPlan(
-            output=output,
-            models=tuple(models),
-            origin=Origin(output.parent.name, step=step, ema=facts),
-            config=self._config,
-            base=self._files.base,
-            copies=self._copies,
-            companions=lambda directory: self._files.write(self._model, directory),
-        )
+        return self._plan(output, models, Origin(output.parent.name, step=step, ema=facts))
+
+    def plan_checkpoint(
+        self, checkpoint: Path, output: Path, directory: LiveDirectory, *, compare: bool
+    ) -> tuple[DirectoryPlan, dict[str, ModelSource | TranslatedModel]]:
+        """The same directory from a checkpoint of the run, and its weights by model. Any thread; no communication.
+
+        Raises:
+            CheckpointError: it cannot be read; or, with ``compare``, names or shapes are not those of the base model's
+                weights.
+        """
+        with contextlib.ExitStack() as opened:
+            sources: dict[str, ModelSource | TranslatedModel] = {}
+            for name in directory.stems:
+                source = open_source(checkpoint, name)
+                opened.callback(source.close)
+                sources[name] = source if self._name_map is None else TranslatedModel(source, self._name_map)
+            models = [
+                self._plan_model(name, stem, sources[name].specs, sources[name].aliases, sources[name].filled)
+                for name, stem in directory.stems.items()
+            ]
+            if compare and self._files.base is not None:
+                for model in models:
+                    compare_with_base(checkpoint, model, base_specs(self._files.base))
+            origin = origin_of(checkpoint)
+            if AVERAGE not in directory.stems:
+                origin = replace(origin, ema=None)
+            opened.pop_all()
+        return self._plan(output, models, origin), sources
 
     def check(self, *, compare: bool) -> None:
         """Plan an export, if anything could speak against it. All ranks; communicates as ``models`` does.
@@ -147,6 +169,17 @@ class LiveState:
             if base is not None and compare:
                 _compare(base, model.plan)
 
+    def _plan(self, output: Path, models: Sequence[ModelPlan], origin: Origin) -> DirectoryPlan:
+        return DirectoryPlan(
+            output=output,
+            models=tuple(models),
+            origin=origin,
+            config=self._config,
+            base=self._files.base,
+            copies=self._copies,
+            companions=lambda directory: self._files.write(self._model, directory),
+        )
+
     def _live_model(self, name: str, stem: str, main: Mapping[str, Tensor], aliases: Mapping[str, str]) -> LiveModel:
         average = self._ema.model_state_dict() if name == AVERAGE and self._ema is not None else {}
         tensors = {fqn: average.get(fqn, tensor) for fqn, tensor in main.items() if fqn not in aliases}
@@ -157,7 +190,12 @@ class LiveState:
             aliases = translation.translate_aliases(aliases, specs)
             filled = translation.names_of(filled)
             specs = translation.translate(specs)
-        plan = plan_model(
+        return LiveModel(self._plan_model(name, stem, specs, aliases, filled), tensors, translation)
+
+    def _plan_model(
+        self, name: str, stem: str, specs: Mapping[str, TensorSpec], aliases: Mapping[str, str], filled: frozenset[str]
+    ) -> ModelPlan:
+        return plan_model(
             name,
             list(specs.values()),
             stem=stem,
@@ -166,7 +204,6 @@ class LiveState:
             aliases=aliases,
             filled=filled,
         )
-        return LiveModel(plan, tensors, translation)
 
     def _translation(self, specs: Mapping[str, TensorSpec]) -> Translation | None:
         """From the model's names to those of the files. Worked out once: main and average have the same."""

@@ -140,6 +140,21 @@ class ShardedSave(Hook):
         else:
             self._announce(step, self._finish(job))
 
+    def saving(self, step: int) -> Future[Path]:
+        """The save of a step, in flight or done. No communication.
+
+        Raises:
+            UsageError: the step was not saved, or not yet.
+        """
+        if self._in_flight is not None and self._in_flight[0] == step:
+            return self._in_flight[1]
+        path = self.directory / step_name(step)
+        if step not in committed_steps(self.directory):
+            raise UsageError(f"{path} is not there and not being saved; ShardedSave saves at {self.when}")
+        done: Future[Path] = Future()
+        done.set_result(path)
+        return done
+
     def resume(self) -> int | None:
         """Load the newest checkpoint that is sound; its step, or None without any. All ranks; communicates.
 

@@ -30,6 +30,13 @@ class Schedule:
             return True
         return step > 0 and any(step % period == 0 for period in self.periods)
 
+    def outside(self, other: Schedule) -> Schedule | None:
+        """Those of its terms that have steps at which ``other`` is not due; None if there are none."""
+        periods = [period for period in self.periods if not any(period % other_one == 0 for other_one in other.periods)]
+        steps = [step for step in self.steps if not other.due(step)]
+        rest = Schedule(frozenset(periods), frozenset(steps), self.at_last and not other.at_last)
+        return None if rest == Schedule() else rest
+
     def __or__(self, other: Schedule) -> Schedule:
         """Due whenever either is."""
         if not isinstance(other, Schedule):

@@ -26,6 +26,10 @@ def copy_blocks(
     source: TensorSource,
     writers: Sequence[SafetensorsFileWriter],
     progress: Callable[[int], None] | None = None,
+    *,
+    part: int = 0,
+    parts: int = 1,
+    threads: int | None = None,
 ) -> dict[str, Digest]:
     """Fill files with the tensors that they are planned for, cast to the planned dtypes; the digest of each tensor.
 
@@ -34,13 +38,20 @@ def copy_blocks(
     Args:
         source: Holds every planned tensor, in the planned shape.
         progress: Called from the threads with the number of bytes just written.
+        part: Which share of the blocks to copy, so that ranks can divide them; the digests are shares, then, too.
+        parts: Into how many shares.
+        threads: 1 stays in this thread and leaves torch's threads alone, as in a process that trains. None: as many as
+            are of use.
 
     Raises:
         CheckpointError, WriteError: from reading or writing. The other threads stop at their next block; none is left
             running, also after a KeyboardInterrupt.
     """
-    copier = _Copier(source, writers, progress)
-    threads = min(_MOST_THREADS, os.cpu_count() or 1)
+    copier = _Copier(source, writers, progress, part, parts)
+    if threads == 1:
+        copier.work()
+        return copier.digests
+    threads = threads or min(_MOST_THREADS, os.cpu_count() or 1)
     with one_thread_per_operator(), ThreadPoolExecutor(threads, "shardsmith-copy") as pool:
         try:
             futures = [pool.submit(copier.work) for _ in range(threads)]
@@ -56,11 +67,17 @@ class _Copier:
     """The blocks still to be done, shared by the threads."""
 
     def __init__(
-        self, source: TensorSource, writers: Sequence[SafetensorsFileWriter], progress: Callable[[int], None] | None
+        self,
+        source: TensorSource,
+        writers: Sequence[SafetensorsFileWriter],
+        progress: Callable[[int], None] | None,
+        part: int,
+        parts: int,
     ) -> None:
         self.digests = {name: Digest() for writer in writers for name in writer.plan.tensors}
         self._source = source
-        self._blocks = _blocks(writers)
+        blocks = [*_blocks(writers)]
+        self._blocks = iter(blocks[len(blocks) * part // parts : len(blocks) * (part + 1) // parts])
         self._progress = progress
         self._lock = threading.Lock()
         self._stopped = False

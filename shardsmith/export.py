@@ -55,7 +55,13 @@ def write_directories(plans: Sequence[ExportPlan], progress: Callable[[int], Non
 
 def verify_source(checkpoint: Path) -> None:
     """Raise CorruptCheckpointError if a file of a checkpoint with recorded hashes has changed. Others pass."""
-    if detect_checkpoint_format(checkpoint).name == SHARDED and (damage := find_damage(checkpoint)):
+    if detect_checkpoint_format(checkpoint).name == SHARDED:
+        refuse_damage(checkpoint, find_damage(checkpoint))
+
+
+def refuse_damage(checkpoint: Path, damage: Sequence[str]) -> None:
+    """Raise CorruptCheckpointError if ``find_damage`` has found any."""
+    if damage:
         lines = "\n  ".join(damage)
         advice = "Nothing was written. Copy these files again, or take another step."
         raise CorruptCheckpointError(checkpoint, f"is damaged\n  {lines}\n{advice}")

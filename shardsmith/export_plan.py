@@ -90,7 +90,7 @@ def plan_directory(
         plan = _plan_model(sources[model], model, stem, config, template, options, name_map)
         compare_with_base(source.path, plan, template, options.allow)
         models.append(plan)
-    directory = DirectoryPlan(output, tuple(models), _origin(checkpoint), config, base, tuple(copies))
+    directory = DirectoryPlan(output, tuple(models), origin_of(checkpoint), config, base, tuple(copies))
     return ExportPlan(directory, checkpoint, base, sources, options.verify)
 
 
@@ -185,7 +185,8 @@ def _choose_name_map(
         raise
 
 
-def _origin(checkpoint: Path) -> Origin:
+def origin_of(checkpoint: Path) -> Origin:
+    """What ``shardsmith.json`` is to say of where the weights come from."""
     name = checkpoint.resolve().name
     if detect_checkpoint_format(checkpoint).name != SHARDED:
         return Origin(name)

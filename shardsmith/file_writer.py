@@ -25,7 +25,7 @@ from shardsmith.digest import Digest, digest_tensor
 from shardsmith.directory_plan import DirectoryPlan
 from shardsmith.errors import CorruptCheckpointError, UsageError
 from shardsmith.live_boxes import LiveBox
-from shardsmith.live_writers import Digests, LiveWriter, SliceWriter, Staged, add_up, encode, shares
+from shardsmith.live_writers import Digests, SliceWriter, Staged, WeightsWriter, add_up, encode, shares
 from shardsmith.peers import Peers
 from shardsmith.ranks import Ranks
 from shardsmith.safetensors_files import FilePlan
@@ -39,7 +39,7 @@ Coming = tuple[Shape, Chunk]
 """A ``LiveBox`` whose values another rank has."""
 
 
-def choose_writer(write_mode: str, ranks: Ranks) -> LiveWriter:
+def choose_writer(write_mode: str, ranks: Ranks) -> WeightsWriter:
     """The writer that a user names. All ranks; makes a process group if files are written by one rank each.
 
     Raises:
@@ -55,7 +55,7 @@ def choose_writer(write_mode: str, ranks: Ranks) -> LiveWriter:
 
 
 class FileWriter:
-    """Each file is made and written by one rank alone (a ``LiveWriter``).
+    """Each file is made and written by one rank alone (a ``WeightsWriter``).
 
     The files are dealt out evenly, so that as many hosts write as there are files.
     """
@@ -71,7 +71,7 @@ class FileWriter:
 
     def write(self, plan: DirectoryPlan, staged: Staged, directory: Path) -> Any:
         """Send what others write, write what is this rank's to write, and read that back."""
-        owned = _deal_files(plan, self._size)
+        owned = deal_files(plan, self._size)
         _Delivery(Peers(self._group, self._rank, self._size), owned, staged, directory).run()
         found: Digests = {model.model: {} for model in plan.models}
         for model, file in owned[self._rank]:
@@ -187,7 +187,7 @@ class _Delivery:
                 self._error = error
 
 
-def _deal_files(plan: DirectoryPlan, size: int) -> list[list[tuple[str, FilePlan]]]:
+def deal_files(plan: DirectoryPlan, size: int) -> list[list[tuple[str, FilePlan]]]:
     """For each rank the models and files that it writes. The same on every rank."""
     files = [(model.model, file) for model in plan.models for file in model.weights.files]
     owned: list[list[tuple[str, FilePlan]]] = [[] for _ in range(size)]

@@ -27,7 +27,7 @@ from shardsmith.completion import complete_directory
 from shardsmith.directory_plan import DirectoryPlan, ModelPlan
 from shardsmith.errors import RanksDisagreeError
 from shardsmith.live_boxes import LiveBox, StagingBuffer, held_boxes
-from shardsmith.live_writers import LiveWriter
+from shardsmith.live_writers import WeightsWriter
 from shardsmith.name_maps import Translation
 from shardsmith.ranks import Ranks
 from shardsmith.tensors import Chunk, Shape
@@ -124,35 +124,34 @@ class LiveExporter:
         return frozenset((held[i].name, held[i].box) for i in dealt[self._ranks.rank])
 
 
-class LiveExport:
-    """One directory being made. Make it on every rank; ``stage`` it; then, within a ``with``, ``write`` and ``commit``.
+class JointExport:
+    """One directory that all ranks make. Make it on every rank; then, within a ``with``, ``write`` and ``commit``.
 
-    Leaving the ``with`` before it is committed deletes what was written.
+    What comes from live weights is staged before. Leaving the ``with`` before it is committed deletes what was written.
     """
 
-    def __init__(
-        self, plan: DirectoryPlan, ranks: Ranks, writer_ranks: Ranks, buffer: StagingBuffer, writer: LiveWriter
-    ) -> None:
-        """``ranks`` serves the thread that stages, ``writer_ranks`` the one that writes and commits."""
+    def __init__(self, plan: DirectoryPlan, ranks: Ranks, writer: WeightsWriter) -> None:
+        """``ranks`` serves the thread that writes and commits."""
         self.plan = plan
-        self._stager_ranks = ranks
-        self._ranks = writer_ranks
-        self._buffer = buffer
+        self._ranks = ranks
         self._staged: dict[str, list[LiveBox]] = {}
         self._attempt: Attempt | None = None
         self._writer = writer
         self._receipts: list[Any] = []
 
-    def stage(self, boxes: Mapping[str, Sequence[LiveBox]]) -> None:
-        """Copy this rank's boxes, cast, into the buffer. Main thread; when it returns the weights may change.
+    def stage(self, boxes: Mapping[str, Sequence[LiveBox]], buffer: StagingBuffer, ranks: Ranks) -> None:
+        """Copy this rank's boxes, cast, into the buffer. When it returns the weights may change.
+
+        Args:
+            ranks: Serves the main thread, which is the one that calls this.
 
         Raises:
             RankFailedError: on all ranks, if copying failed on any.
         """
-        self._stager_ranks.gather(f"staging {self.plan.output.name}", lambda: self._stage(boxes))
+        ranks.gather(f"staging {self.plan.output.name}", lambda: self._stage(boxes, buffer))
 
     def write(self) -> None:
-        """Write this rank's boxes and read back what was written. Any thread, all ranks; communicates.
+        """Write this rank's part of the weights. Any thread, all ranks; communicates.
 
         Raises:
             RankFailedError: on all ranks, if it failed on any. Nothing became visible.
@@ -172,11 +171,11 @@ class LiveExport:
         self._ranks.lead(f"committing {self.plan.output.name}", self._commit)
         return self.plan.output
 
-    def _stage(self, boxes: Mapping[str, Sequence[LiveBox]]) -> None:
+    def _stage(self, boxes: Mapping[str, Sequence[LiveBox]], buffer: StagingBuffer) -> None:
         specs = {f"{model.model}/{spec.name}": spec for model in self.plan.models for spec in model.specs}
         flat = [replace(box, name=f"{model}/{box.name}") for model, held in boxes.items() for box in held]
         self._staged = {model: [] for model in boxes}
-        for box in self._buffer.stage(flat, specs):
+        for box in buffer.stage(flat, specs):
             model, name = box.name.split("/", 1)
             self._staged[model].append(replace(box, name=name))
 

@@ -22,12 +22,12 @@ from shardsmith.safetensors_writer import SafetensorsFileWriter
 from shardsmith.tensors import Chunk
 
 Staged = Mapping[str, Sequence[LiveBox]]
-"""By model, what this rank has staged. The boxes of all ranks cover each tensor exactly."""
+"""By model, what this rank has staged. The boxes of all ranks cover each tensor exactly. Empty without live weights."""
 Digests = dict[str, dict[str, Digest]]
 """By model and tensor: of the whole tensor, or what the boxes of one rank contribute."""
 
 
-class LiveWriter(Protocol):
+class WeightsWriter(Protocol):
     """A way to write the weight files of one directory. All ranks use the same."""
 
     def make_files(self, plan: DirectoryPlan, directory: Path) -> None:
@@ -35,7 +35,7 @@ class LiveWriter(Protocol):
         ...
 
     def write(self, plan: DirectoryPlan, staged: Staged, directory: Path) -> Any:
-        """Write, fsync and read back. All ranks; may communicate. What rank 0 must know of it, fit for JSON.
+        """Write and fsync this rank's part. All ranks; may communicate. What rank 0 must know of it, fit for JSON.
 
         Raises:
             WriteError: a write failed.

@@ -46,3 +46,18 @@ def test_steps_that_make_no_sense_are_refused(call: str) -> None:
 def test_only_schedules_combine() -> None:
     with pytest.raises(TypeError):
         every(500) | 250  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "other", "rest"),
+    [
+        (every(6) | at(4), every(3) | at(4, 5), None),
+        (every(4) | every(9), every(3), every(4)),
+        (at(3, 4) | last(), every(2), at(3) | last()),
+        (every(2), at(2, 4, 6), every(2)),
+        (last(), last(), None),
+    ],
+    ids=str,
+)
+def test_what_another_schedule_leaves_out(schedule: Schedule, other: Schedule, rest: Schedule | None) -> None:
+    assert schedule.outside(other) == rest

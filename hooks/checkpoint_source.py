@@ -1,0 +1,129 @@
+"""Exports that come from the run's own checkpoints instead of its live weights."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Protocol
+
+from shardsmith.checkpoint_writer import CheckpointWriter
+from shardsmith.errors import CheckpointNotFoundError, UsageError
+from shardsmith.layout import step_name
+from shardsmith.leases import hold
+from shardsmith.live_export import JointExport
+from shardsmith.ranks import Ranks
+
+from .live_state import LiveDirectory, LiveState
+from .schedule import Schedule
+
+
+class Saves(Protocol):
+    """What saves the checkpoints: ``ShardedSave``, or anything with the same two."""
+
+    directory: Path
+    """Where the step directories are."""
+    when: Schedule
+    """The steps that it saves."""
+
+    def saving(self, step: int) -> Future[Path]:
+        """The save of a step, in flight or done: the directory, once it is committed. Raises UsageError without one."""
+        ...
+
+
+class HeldCheckpoint:
+    """The checkpoint of one step, held against retention from the moment it is committed until it is released."""
+
+    def __init__(self, target: Path, saving: Future[Path]) -> None:
+        self._target = target
+        self._lease = contextlib.ExitStack()
+        self._held: Future[Path] = Future()
+        saving.add_done_callback(self._hold)
+
+    def path(self) -> Path:
+        """Wait until it is committed; its directory. Raises CheckpointNotFoundError if it could not be saved."""
+        try:
+            return self._held.result()
+        except Exception as error:
+            raise CheckpointNotFoundError(self._target, f"was not saved: {type(error).__name__}: {error}") from error
+
+    def release(self) -> None:
+        """Let retention have it."""
+        self._lease.close()
+
+    def _hold(self, saving: Future[Path]) -> None:
+        """In the thread that saves, at once: a later save, which might remove it, has not begun to write."""
+        try:
+            path = saving.result()
+            self._lease.enter_context(hold(path))
+            self._held.set_result(path)
+        except Exception as error:
+            self._held.set_exception(error)
+
+
+class CheckpointSource:
+    """Makes the directories of a step from its checkpoint, a share on every rank."""
+
+    def __init__(self, saves: Saves, state: LiveState, writer_ranks: Ranks, *, whole_files: bool) -> None:
+        """``writer_ranks`` serves the thread that writes and commits."""
+        self._saves = saves
+        self._state = state
+        self._ranks = writer_ranks
+        self._whole_files = whole_files
+
+    def check(self, when: Schedule) -> None:
+        """Raise UsageError if ``when`` has steps that are never saved."""
+        if (missing := when.outside(self._saves.when)) is not None:
+            raise UsageError(
+                f"exports from checkpoints are due at {missing}, but checkpoints are saved at {self._saves.when}: "
+                "export steps that are saved, or export live weights"
+            )
+
+    def claim(self, step: int) -> HeldCheckpoint:
+        """The checkpoint of a step, to be awaited. Rank 0, main thread; no communication.
+
+        Raises:
+            UsageError: the step is not saved.
+        """
+        try:
+            return HeldCheckpoint(self._saves.directory / step_name(step), self._saves.saving(step))
+        except UsageError as error:
+            is_due = self._saves.when.due(step)
+            advice = "Pass the hook that saves to Hooks before HFExport" if is_due else "Save it, too"
+            raise UsageError(f"step {step} cannot be exported from its checkpoint: {error}. {advice}") from error
+
+    def open(
+        self,
+        claims: Sequence[HeldCheckpoint],
+        step: int,
+        targets: Sequence[tuple[LiveDirectory, Path]],
+        unfinished: contextlib.ExitStack,
+    ) -> list[JointExport]:
+        """Wait until a checkpoint is committed; the exports to be made. Background thread, all ranks; communicates.
+
+        Args:
+            claims: On rank 0 the one that was made of the step.
+            targets: What to make, and where.
+            unfinished: What is to be let go of in the end.
+
+        Raises:
+            RankFailedError: on all ranks, if it was not saved, or cannot be read.
+        """
+        for claim in claims:
+            unfinished.callback(claim.release)
+        path = self._ranks.lead(f"waiting for {step_name(step)} to be saved", lambda: str(claims[0].path()))
+        jobs: list[JointExport] = []
+
+        def plan() -> None:
+            for directory, output in targets:
+                compare = self._ranks.is_leader
+                plan, sources = self._state.plan_checkpoint(Path(path), output, directory, compare=compare)
+                for source in sources.values():
+                    unfinished.callback(source.close)
+                rank, size = self._ranks.rank, self._ranks.size
+                writer = CheckpointWriter(Path(path), sources, rank, size, whole_files=self._whole_files)
+                jobs.append(JointExport(plan, self._ranks, writer))
+
+        self._ranks.gather(f"opening {step_name(step)}", plan)
+        return jobs

@@ -1,0 +1,72 @@
+"""The exports of one rank that are on their way: one being written in the background, one ready behind it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+
+from shardsmith.live_boxes import StagingBuffer
+
+SLOTS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """One export."""
+
+    step: int
+    buffers: list[StagingBuffer]
+    future: Future[list[Path]]
+    """The directories that it has made."""
+
+
+class InFlight:
+    """Runs exports one after the other in a thread, and keeps the staging buffers that they use in turn.
+
+    Ranks stay in step by counting: what has ended on one may still be running on another, so rank 0 says how many
+    have ended, and the others wait for as many. No communication.
+    """
+
+    def __init__(self, directories: int) -> None:
+        """``directories`` are made of each step; each is staged into a buffer of its own."""
+        self.started = 0
+        self._ended_count = 0
+        self._free = [[StagingBuffer() for _ in range(directories)] for _ in range(SLOTS)]
+        self._running: deque[Running] = deque()
+        self._ended: list[Running] = []  # not yet taken
+        self._writer = ThreadPoolExecutor(1, "shardsmith-export")
+
+    @property
+    def next_buffers(self) -> list[StagingBuffer]:
+        """What the next export is to be staged into. There must be room."""
+        return self._free[-1]
+
+    def start(self, step: int, export: Callable[[], list[Path]]) -> None:
+        """Run an export, when those before it have ended."""
+        self._running.append(Running(step, self._free.pop(), self._writer.submit(export)))
+        self.started += 1
+
+    def ended(self) -> int:
+        """How many exports have ended since the start."""
+        return self._ended_count + sum(running.future.done() for running in self._running)
+
+    def collect(self, count: int) -> None:
+        """Wait until this many exports have ended since the start, and take their buffers back."""
+        while self._ended_count < count:
+            ended = self._running.popleft()
+            wait([ended.future])
+            self._ended_count += 1
+            self._ended.append(ended)
+            self._free.append(ended.buffers)
+
+    def take_ended(self) -> list[Running]:
+        """What was collected and not yet taken."""
+        ended, self._ended = self._ended, []
+        return ended
+
+    def close(self) -> None:
+        """Wait for all."""
+        self._writer.shutdown()
