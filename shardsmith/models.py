@@ -115,7 +115,19 @@ def open_dcp_model(directory: Path, model: str = MAIN) -> ModelSource:
     if model not in models:
         found = ", ".join(models) or "no model at all"
         raise CheckpointNotFoundError(directory, f"has no {model!r} weights; it holds {found}")
-    metadata = _metadata(directory)
+    return _choose(source, models, model, _metadata(directory))
+
+
+def models_of(source: DcpSource) -> dict[str, ModelSource]:
+    """All models of an open DCP directory, by name; as ``open_dcp_model`` opens one."""
+    models = find_models(source.specs, source.index.containers)
+    metadata = _metadata(source.path)
+    return {model: _choose(source, models, model, metadata) for model in models}
+
+
+def _choose(
+    source: DcpSource, models: Mapping[str, dict[str, str]], model: str, metadata: CheckpointMetadata | None
+) -> ModelSource:
     tied = metadata.tied if metadata else {}
     main = models.get(MAIN, {})
     own = models[model]
