@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code: int = tyro.extras.subcommand_cli_from_dict(
             COMMANDS,
             prog="shardsmith",
-            description="Convert, inspect and detect sharded checkpoints.",
+            description="Convert, inspect and diagnose sharded checkpoints.",
             args=arguments,
             use_underscores=True,
         )

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests.diagnosed_models import FAMILIES, Specimen, make_specimen
 from tests.ranks import run_on_ranks
 from tests.trained_runs import FROM_TRANSFORMERS, Trained, make_base, read_run, run_training
 
@@ -39,6 +40,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], T
 def odd(trained: dict[tuple[str, int], Trained]) -> Trained:
     """A checkpoint of 2 ranks with everything that is hard: uneven shards, frozen weights, other dtypes. Read only."""
     return trained["odd", 2]
+
+
+@pytest.fixture(scope="session")
+def specimens(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Specimen]:
+    """Family -> a model of it that was trained for a few seconds. Read only."""
+    return {family: make_specimen(family, tmp_path_factory.mktemp(family)) for family in FAMILIES}
 
 
 @pytest.fixture

@@ -10,8 +10,11 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from shardsmith.diagnose.codes import CODES
 from shardsmith.digest import digest_tensor
 from shardsmith.hooks import HFExport, every
+from shardsmith.load_faults import EFFECTS
+from tests.planted_faults import PLANTED
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -33,3 +36,14 @@ def test_the_name_map_of_the_documents_takes_a_tensor_apart(tmp_path: Path) -> N
 def test_the_digest_of_the_documents_is_the_digest() -> None:
     (digest,) = re.findall(r"digest is `([0-9a-f]{32})`", (DOCS / "format.md").read_text().replace("\n", " "))
     assert str(digest_tensor(torch.tensor([1.0, 2.0]))) == digest
+
+
+def test_every_code_of_a_finding_is_a_heading_and_every_heading_a_code() -> None:
+    headings = re.findall(r"^### `(.+)`$", (DOCS / "troubleshooting.md").read_text(), re.MULTILINE)
+    assert len(headings) == len(set(headings))
+    assert set(headings) == CODES.keys() | EFFECTS.keys()
+
+
+def test_every_planted_fault_is_in_the_published_table() -> None:
+    table = re.findall(r"^\|.*\| `(.+)` \|$", (DOCS / "troubleshooting.md").read_text(), re.MULTILINE)
+    assert {planted.code for planted in PLANTED} - {"not-finite"} <= set(table)

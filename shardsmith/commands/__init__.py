@@ -5,8 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from shardsmith.commands.detect import detect
+from shardsmith.commands.diagnose import diagnose
 from shardsmith.commands.inspect import inspect
 from shardsmith.commands.to_hf import to_hf
 from shardsmith.commands.watch import watch
 
-COMMANDS: dict[str, Callable[..., int]] = {"to-hf": to_hf, "watch": watch, "inspect": inspect, "detect": detect}
+COMMANDS: dict[str, Callable[..., int]] = {
+    "to-hf": to_hf,
+    "watch": watch,
+    "inspect": inspect,
+    "detect": detect,
+    "diagnose": diagnose,
+}

@@ -1,0 +1,77 @@
+"""``shardsmith diagnose``: why a checkpoint starts too high, or that it is not the checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+
+def diagnose(
+    checkpoint: Path,
+    model: str,
+    level: Literal["structure", "values", "model", "all"] = "all",
+    config: Path | None = None,
+    tokenizer: Path | None = None,
+    training_config: Path | None = None,
+    batch: Path | None = None,
+    buffers: Path | None = None,
+    reference_loss: float | None = None,
+    layout: Literal["flat", "nested"] | None = None,
+    trained: bool | None = None,
+    trust_remote_code: bool = False,
+    json: bool = False,
+    html: Path | None = None,
+) -> int:
+    """Compare a checkpoint with a Hugging Face model and say what is wrong, what that does to the loss, and the cure.
+
+    Only reads. Exits with 0 if nothing is wrong, 1 with findings, 2 if it could not look.
+
+    Example: shardsmith diagnose --checkpoint outputs/checkpoint/step-0 --model assets/OLMo-2-1124-7B
+
+    Args:
+        checkpoint: DCP directory (ours, TorchTitan's, plain dcp.save), Hugging Face directory or safetensors file.
+        model: Local directory of the model that it should hold, or the name of one in the Hugging Face cache.
+        level: "structure": names, shapes, counts, from the indexes alone. "values": every tensor, streamed.
+            "model": config, tokenizer, buffers, and the logits of both, which needs memory for two models.
+        config: config.json that the trainer builds its model from, or the directory it is in.
+        tokenizer: Directory of the tokenizer that the trainer uses.
+        training_config: The trainer's settings, TOML or JSON: what it loads, and with which model and tokenizer.
+        batch: The trainer's first batch: safetensors or JSON with input_ids, perhaps labels and position_ids.
+        buffers: Those of the trainer's live model, saved as safetensors from dict(model.named_buffers()).
+        reference_loss: The loss that the trainer reported at its start: which cause gives that loss?
+        layout: The one that the trainer reads; a checkpoint in the other is a finding.
+        trained: Whether training has moved the weights, so that they may differ. Otherwise as its step says.
+        trust_remote_code: Run the Python files that come with the model. Those of a checkpoint never run.
+        json: Print JSON instead of tables.
+        html: Also write a report that stands on its own.
+    """
+    import json as json_module
+
+    from rich.console import Console
+
+    from shardsmith.diagnose import Questions
+    from shardsmith.diagnose import diagnose as look
+    from shardsmith.diagnose.html import html_of
+    from shardsmith.diagnose.subject import find_model
+    from shardsmith.diagnose.text import print_diagnosis
+
+    questions = Questions(
+        level=level,
+        layout=layout,
+        trained=trained,
+        config=config,
+        tokenizer=tokenizer,
+        training_config=training_config,
+        batch=batch,
+        buffers=buffers,
+        reference_loss=reference_loss,
+        trust_remote_code=trust_remote_code,
+    )
+    found = look(checkpoint, find_model(model), questions)
+    if html is not None:
+        html.write_text(html_of(found), encoding="utf-8")
+    if json:
+        print(json_module.dumps(found.as_dict()))
+    else:
+        print_diagnosis(found, Console(soft_wrap=True, markup=False, emoji=False, highlight=False))
+    return found.exit_code

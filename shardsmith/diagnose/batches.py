@@ -1,0 +1,115 @@
+"""Tokens to try a model on: the trainer's own first batch, or a fixed text."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardsmith.diagnose.tokenizers import encode
+from shardsmith.errors import CheckpointError, CorruptCheckpointError
+from shardsmith.metadata import read_json
+from shardsmith.safetensors_source import SafetensorsSource
+from shardsmith.tensors import read_tensor
+
+IGNORED = -100
+"""Label of a position that no loss is taken at."""
+_SYNTHETIC_LENGTH = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Token ids, and what the model is to say to them. All int64 [B, T] on the CPU."""
+
+    tokens: Tensor
+    labels: Tensor
+    """Unshifted: equal to the tokens, but where no loss is taken."""
+    positions: Tensor | None
+    """Position in its document, where the trainer gives it."""
+    origin: str
+    """Where it is from, for people."""
+    given: bool
+    """Whether it is the trainer's own."""
+
+    def document_lengths(self) -> list[list[int]]:
+        """By row, the lengths of the documents in it: one begins wherever a position is 0."""
+        if self.positions is None:
+            return [[self.tokens.shape[1]] for _ in self.tokens]
+        lengths = []
+        for positions in self.positions:
+            starts = [int(start) for start in torch.nonzero(positions == 0).flatten()]
+            borders = sorted({0, *starts, len(positions)})
+            lengths.append([end - begin for begin, end in itertools.pairwise(borders)])
+        return lengths
+
+
+def read_batch(file: Path) -> Batch:
+    """A safetensors file, or JSON, with ``input_ids`` [B, T] or [T], and perhaps ``labels`` and ``position_ids``.
+
+    Labels may be unshifted, as transformers takes them, or shifted by one, as TorchTitan's data loaders give them.
+
+    Raises:
+        CheckpointError: it cannot be read, or holds no such numbers.
+    """
+    found = _read(file)
+    if "input_ids" not in found:
+        raise CorruptCheckpointError(file, f"has no input_ids; it holds {', '.join(found) or 'nothing'}")
+    tokens = found["input_ids"]
+    labels, positions = found.get("labels", tokens), found.get("position_ids")
+    for name, other in (("labels", labels), ("position_ids", positions)):
+        if other is not None and other.shape != tokens.shape:
+            raise CorruptCheckpointError(file, f"{name} is {list(other.shape)}, input_ids {list(tokens.shape)}")
+    if tokens.shape[1] < 3:
+        raise CorruptCheckpointError(file, f"input_ids is {list(tokens.shape)}; sequences of 3 tokens are the least")
+    return Batch(tokens, _unshifted(tokens, labels), positions, str(file), given=True)
+
+
+def fixed_batch(model: Path, vocabulary: int) -> Batch:
+    """A text of ours in the model's tokens, or numbers if it has no tokenizer that can be read."""
+    numbers = encode(model)
+    if numbers and max(numbers) < vocabulary and len(numbers) > 2:
+        tokens, origin = torch.tensor([numbers]), "a fixed text"
+    else:
+        tokens, origin = torch.arange(_SYNTHETIC_LENGTH)[None] * 7919 % vocabulary, "made-up tokens"
+    return Batch(tokens, tokens, None, origin, given=False)
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    if file.suffix == ".safetensors":
+        source = SafetensorsSource(file)
+        content: dict[str, Any] = {name: read_tensor(source, name) for name in source.specs}
+        source.close()
+    else:
+        content = read_json(file)
+    wanted = {name: content[name] for name in ("input_ids", "labels", "position_ids") if content.get(name) is not None}
+    return {name: _rows(file, name, values) for name, values in wanted.items()}
+
+
+def _rows(file: Path, name: str, values: Any) -> Tensor:
+    try:
+        tensor = torch.as_tensor(values)
+        if tensor.is_floating_point() or tensor.dim() not in (1, 2) or tensor.numel() == 0:
+            raise ValueError(f"{list(tensor.shape)} of {tensor.dtype}")
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise CorruptCheckpointError(file, f"{name} is no [batch, length] of integers: {error}") from error
+    return tensor.long().reshape(-1, tensor.shape[-1])
+
+
+def _unshifted(tokens: Tensor, labels: Tensor) -> Tensor:
+    """Labels that say at each place which token stands there."""
+    shifted = torch.where(labels[:, :-1] == IGNORED, tokens[:, 1:], labels[:, :-1])
+    if torch.equal(labels, tokens) or not torch.equal(shifted, tokens[:, 1:]):
+        return labels
+    first = torch.full_like(labels[:, :1], IGNORED)
+    return torch.cat([first, labels[:, :-1]], dim=1)
+
+
+def check_ids(batch: Batch, vocabulary: int, origin: Path) -> None:
+    """Raises CheckpointError if the model has no row for one of the tokens."""
+    highest, lowest = int(batch.tokens.max()), int(batch.tokens.min())
+    if highest >= vocabulary or lowest < 0:
+        raise CheckpointError(origin, f"has token ids from {lowest} to {highest}, but the model has {vocabulary}")

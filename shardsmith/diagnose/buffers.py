@@ -1,0 +1,74 @@
+"""Buffers that no state dict holds, such as a rotary embedding's ``inv_freq``: against those of a fresh model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from shardsmith.diagnose.findings import Finding, one
+from shardsmith.initial_record import BufferRecord
+from shardsmith.names import clean_fqn
+from shardsmith.safetensors_source import SafetensorsSource
+from shardsmith.tensors import read_tensor
+
+_TOLERANCE = 1e-5
+
+
+def compare_buffers(fresh: Mapping[str, Tensor], found: Mapping[str, Tensor], origin: str) -> Iterator[Finding]:
+    """Buffers of one name that differ. Those that only one side has are no matter: versions of a library differ.
+
+    Args:
+        fresh: Of a model made from the config; clean names.
+        origin: Whose the others are, for people.
+    """
+    wrong: dict[str, dict[str, Tensor]] = {}
+    for name, other in found.items():
+        if name in fresh and not _close(fresh[name], other):
+            wrong.setdefault(_code(other), {})[name] = other
+    for code, buffers in wrong.items():
+        expected = "; ".join(f"{name} {_text(fresh[name])}" for name in buffers)
+        text = "; ".join(f"{name} {_text(other)}" for name, other in buffers.items())
+        yield one(code, buffers, expected, f"{text} in {origin}")
+
+
+def recorded_buffers(records: Mapping[str, BufferRecord]) -> dict[str, Tensor]:
+    """Those of a checkpoint's record that have their values there."""
+    tensors = {name: record.tensor() for name, record in records.items()}
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+def saved_buffers(file: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, under clean names.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    source = SafetensorsSource(file)
+    tensors = {clean_fqn(name): read_tensor(source, name) for name in source.specs}
+    source.close()
+    return tensors
+
+
+def _code(found: Tensor) -> str:
+    if not bool(found.isfinite().all()):
+        return "buffer-not-finite"
+    return "buffer-differs" if bool(found.any()) else "buffer-zero"
+
+
+def _close(fresh: Tensor, found: Tensor) -> bool:
+    if fresh.shape != found.shape:
+        return False
+    a, b = fresh.detach().cpu().double(), found.detach().cpu().double()
+    # A buffer that was cast to few bits is off by their rounding; that is the trainer's choice, and slight.
+    narrow = found.is_floating_point() and found.dtype.itemsize < 4
+    return torch.allclose(a, b, rtol=1e-2 if narrow else _TOLERANCE, atol=1e-8, equal_nan=True)
+
+
+def _text(values: Tensor) -> str:
+    flat = values.detach().reshape(-1)
+    if len(flat) > 1 and bool((flat == flat[0]).all()):
+        return f"{flat[0].item():.6g} everywhere"
+    return f"[{', '.join(f'{value:.6g}' for value in flat[:4].tolist())}{', ...' if len(flat) > 4 else ''}]"

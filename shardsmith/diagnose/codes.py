@@ -1,0 +1,167 @@
+"""Everything that a diagnosis can say. Each code is a heading of docs/troubleshooting.md, which says it at length."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Severity = Literal["error", "note", "warning"]
+
+
+@dataclass(frozen=True, slots=True)
+class Code:
+    """What all findings of one kind have in common."""
+
+    severity: Severity
+    effect: str
+    """On the loss at the start of training."""
+    mend: str
+
+
+_CONVERT = "convert again: shardsmith to-dcp --model MODEL --checkpoint NEW"
+_REPAIR = "rebuild the buffers after to_empty(): shardsmith.hooks.InitialLoad(..., repair_buffers=True)"
+_RANDOM = "as high as what these tensors contribute; the whole model at random starts at ln(vocabulary)"
+
+CODES: dict[str, Code] = {
+    # structure: names, shapes, files
+    "incomplete-checkpoint": Code(
+        "error",
+        "torch loads a tensor with missing chunks without a word and leaves random values in the holes",
+        f"copy the missing files again, or {_CONVERT}",
+    ),
+    "corrupt-checkpoint": Code("error", "unknown: nothing of it can be relied on", "copy the checkpoint again"),
+    "unsafe-checkpoint": Code("error", "none: it was not read", "do not load it with torch; ask where it came from"),
+    "missing-tensors": Code("error", f"what is missing stays random: {_RANDOM}", _CONVERT),
+    "extra-tensors": Code(
+        "warning",
+        "none: a load ignores them; but what they were meant for may be missing elsewhere",
+        "check that --model is the right model; a head of your own is loaded by your trainer, not by this model",
+    ),
+    "shape-differs": Code("error", "the load fails", "check that --model is the right model and size"),
+    "wrong-layout": Code(
+        "error",
+        "the load fails with 'Missing key in checkpoint state_dict', or, where that is caught, nothing is loaded",
+        "shardsmith to-dcp --layout flat (TorchTitan 0.1 and later) or --layout nested (before June 2025, flame)",
+    ),
+    "newer-step-beside": Code(
+        "warning",
+        "a trainer that resumes takes the newer step and never looks at this one",
+        "move the other steps away, or start the run in a new folder",
+    ),
+    # values
+    "damaged-values": Code("error", "unknown: bytes have changed since they were written", "copy the files again"),
+    "not-finite": Code("error", "NaN from the first step", _CONVERT),
+    "all-zero-tensor": Code("error", "the layers above see nothing of it", _CONVERT),
+    "constant-values": Code("error", "slight to total, depending on the tensor", _CONVERT),
+    "norms-are-one": Code("error", "slight, a few hundredths to tenths: the loss does not give it away", _CONVERT),
+    "qk-norms-dropped": Code("error", "slight, a few hundredths: the loss does not give it away", _CONVERT),
+    "rows-permuted": Code(
+        "error",
+        "about half of what there is to lose: attention sees rotated heads",
+        "convert with the permutation for the layout that the trainer's RoPE wants (Hugging Face halves, native pairs)",
+    ),
+    "values-reordered": Code(
+        "error",
+        "depends on the tensor; a shape check cannot see it",
+        "convert with the permutation that belongs to the change of layout, not with a plain reshape",
+    ),
+    "vocabulary-shifted": Code(
+        "error", "most of what there is to lose: every token is taken for another", "train with the model's tokenizer"
+    ),
+    "tie-broken": Code(
+        "error",
+        "at or above ln(vocabulary): the output matrix is random",
+        "tie the weights again before training, and save both names or neither",
+    ),
+    "embedding-differs": Code("error", "close to ln(vocabulary)", _CONVERT),
+    "head-differs": Code("error", "at or above ln(vocabulary)", _CONVERT),
+    "layer-not-loaded": Code("error", "noticeable, often taken for noise of the first steps", _CONVERT),
+    "tensor-not-loaded": Code("error", _RANDOM, _CONVERT),
+    "nothing-loaded": Code("error", "ln(vocabulary), that of a random model", "see what the trainer loads at start"),
+    "values-differ": Code(
+        "warning",
+        "unknown: these are other weights",
+        "check the revision of the model; if this checkpoint was trained, say --trained",
+    ),
+    "ema-equals-main": Code("warning", "none in training; the average is none", "update the EMA after each step"),
+    "ema-never-moved": Code(
+        "warning", "none in training; the average is still the base model", "keep the EMA in float32; update it"
+    ),
+    "ema-low-precision": Code(
+        "warning",
+        "none in training; with a decay near 1 an average of few bits never moves",
+        "keep the EMA in float32",
+    ),
+    # model: config, tokenizer, buffers, logits
+    "rope-differs": Code(
+        "error",
+        "a few tenths at short contexts, more at long ones",
+        "train with the model's rope_theta (transformers 5: rope_parameters['rope_theta'])",
+    ),
+    "norm-eps-differs": Code(
+        "error", "slight to nearly all, depending on the size of the activations", "train with the model's epsilon"
+    ),
+    "config-differs": Code("error", "depends on the setting", "train with the model's own config.json"),
+    "tokenizer-differs": Code(
+        "error", "most of what there is to lose: every token is taken for another", "train with the model's tokenizer"
+    ),
+    "tokenizer-too-large": Code(
+        "error", "an index error, or silently wrong rows", "resize the embeddings, or use the model's tokenizer"
+    ),
+    "buffer-zero": Code(
+        "error",
+        "rotary positions are lost: half of what there is to lose, and no state dict shows it",
+        _REPAIR,
+    ),
+    "buffer-not-finite": Code("error", "NaN from the first step", _REPAIR),
+    "buffer-differs": Code("error", "some tenths or more where positions are wrong; no state dict shows it", _REPAIR),
+    "logits-differ": Code("error", "as measured in the report", "see the other findings; compare with the base model"),
+    "loss-differs-from-logits": Code(
+        "error",
+        "the model's own loss is not the cross-entropy of its logits, so labels are shifted twice or not at all",
+        "give the labels as the model's forward wants them: unshifted, if it shifts itself",
+    ),
+    # the start of training, from what the trainer reports
+    "initial-load-off": Code("error", "ln(vocabulary): nothing is loaded", "enable checkpointing in the config"),
+    "initial-load-skipped": Code(
+        "error",
+        "ln(vocabulary), or that of an old run: the trainer resumes from its own folder instead",
+        "remove the folder, also if it is empty, or start the run in a new one",
+    ),
+    "another-checkpoint-loaded": Code("error", "that of the other checkpoint", "correct initial_load_path"),
+    "labels-shifted-twice": Code(
+        "error",
+        "far up: the model is asked for the token after the next",
+        "shift in the data set or in the loss, not in both",
+    ),
+    "positions-not-reset": Code(
+        "error",
+        "up with the number of documents in a sequence: each sees the ones before it",
+        "reset position_ids and mask attention at the document borders of packed sequences",
+    ),
+    "auxiliary-loss-included": Code(
+        "warning", "up by the auxiliary term; the model is right", "log the language model's loss apart"
+    ),
+    "start-loss-unexplained": Code(
+        "warning",
+        "the reported loss is none that this batch gives under any cause that is known here",
+        "give the trainer's own first batch as --batch; compare masks, reduction and precision",
+    ),
+    # what is no fault
+    "tied-weights": Code("note", "none", "nothing: one tensor under two names is counted once"),
+    "non-persistent-buffers": Code("note", "none", "nothing: no state dict holds them, they come from the config"),
+    "extra-head": Code("note", "none", "nothing: a head of the trainer's own, which the model does not have"),
+    "nested-layout": Code(
+        "note",
+        "none",
+        "nothing, if the trainer wants it: flame and TorchTitan before June 2025 do; later ones want a flat one",
+    ),
+    "wrapped-names": Code(
+        "note", "none", "nothing for Shardsmith; a plain dcp.load wants a model that is wrapped in the same way"
+    ),
+    "names-translated": Code("note", "none", "nothing: the tensors are the model's under other names"),
+    "other-dtype": Code("note", "none", "nothing"),
+    "rounded-values": Code("note", "about 0.001 or less", "nothing, if that dtype is meant"),
+    "trained-weights": Code("note", "that of the trained model", "nothing: training moves weights"),
+    "harmless-settings": Code("note", "none", "nothing"),
+}

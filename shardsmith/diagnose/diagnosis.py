@@ -1,0 +1,62 @@
+"""Look at a checkpoint on all levels asked for. Reads only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from shardsmith.diagnose.findings import LEVELS, Diagnosis, Level, Looked
+from shardsmith.diagnose.questions import Questions
+from shardsmith.diagnose.structure import look_at_structure, unreadable
+from shardsmith.diagnose.subject import Reference, Subject
+from shardsmith.errors import CheckpointError
+from shardsmith.formats import detect_checkpoint_format
+
+
+def diagnose(checkpoint: Path, model: Path, questions: Questions) -> Diagnosis:
+    """Compare a checkpoint with a Hugging Face model. Writes nothing, downloads nothing.
+
+    Raises:
+        CheckpointError: the model cannot be read, or the checkpoint is none that we read.
+    """
+    reference = Reference.open(model)
+    try:
+        subject = Subject.open(checkpoint, reference, questions.trained)
+    except CheckpointError as error:
+        finding = unreadable(error)
+        if finding is None:
+            raise
+        found = detect_checkpoint_format(checkpoint).name
+        return Diagnosis(str(checkpoint), str(model), found, (Looked("structure", (finding,)),))
+    levels = LEVELS if questions.level == "all" else (questions.level,)
+    try:
+        looked = tuple(_look(level, subject, questions) for level in levels)
+        return Diagnosis(str(checkpoint), str(model), subject.opened.format, looked)
+    finally:
+        subject.close()
+
+
+def _look(level: Level, subject: Subject, questions: Questions) -> Looked:
+    """One level; what fails there ends that level alone."""
+    looks: dict[Level, Callable[[], Looked]] = {
+        "structure": lambda: look_at_structure(subject, questions.layout),
+        "values": lambda: _values(subject),
+        "model": lambda: _model(subject, questions),
+    }
+    try:
+        return looks[level]()
+    except CheckpointError as error:
+        finding = unreadable(error)
+        return Looked(level, (finding,)) if finding else Looked(level, unseen=(f"{level}: {error}",))
+
+
+def _values(subject: Subject) -> Looked:
+    from shardsmith.diagnose.values import look_at_values
+
+    return look_at_values(subject)
+
+
+def _model(subject: Subject, questions: Questions) -> Looked:
+    from shardsmith.diagnose.model import look_at_model
+
+    return look_at_model(subject, questions)

@@ -1,0 +1,27 @@
+"""Configs as transformers understands them. Nothing is downloaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from shardsmith.errors import UnsupportedFormatError
+
+
+def config_of(directory: Path, *, trust_remote_code: bool = False) -> Any:
+    """A directory's config as transformers understands it, defaults filled in.
+
+    Raises:
+        UnsupportedFormatError: there is no transformers, or it does not know the model.
+    """
+    try:
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(str(directory), trust_remote_code=trust_remote_code, local_files_only=True)
+    except Exception as error:  # whatever a config that it does not know makes it raise
+        raise _unknown(directory, error) from error
+
+
+def _unknown(directory: Path, error: Exception) -> UnsupportedFormatError:
+    reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return UnsupportedFormatError(directory, f"transformers cannot read this config ({reason})")

@@ -1,0 +1,134 @@
+"""A model that runs: what it answers to a batch, with its own weights or with a checkpoint's."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardsmith.diagnose.batches import Batch
+from shardsmith.errors import UnsupportedFormatError
+from shardsmith.names import non_persistent_buffers
+from shardsmith.tensors import TensorSource, read_tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LiveModel:
+    """A transformers model on the CPU, in float32, for evaluation."""
+
+    module: Any
+
+    @classmethod
+    def of_directory(cls, directory: Path, *, trust_remote_code: bool = False) -> LiveModel:
+        """As ``from_pretrained`` makes it.
+
+        Raises:
+            UnsupportedFormatError: it does not.
+        """
+        try:
+            with _quiet():
+                from transformers import AutoModelForCausalLM
+
+                module = AutoModelForCausalLM.from_pretrained(
+                    str(directory), dtype=torch.float32, local_files_only=True, trust_remote_code=trust_remote_code
+                )
+        except Exception as error:  # whatever the model's own code raises
+            raise _unusable(directory, error) from error
+        return cls(module.eval())
+
+    def with_weights(self, source: TensorSource, names: list[str], config: Any = None) -> LiveModel:
+        """A second model of the same class with these tensors of a source, named as in files.
+
+        Raises:
+            UnsupportedFormatError: some of the model's tensors are not among them, or it cannot be made.
+            CheckpointError: from reading.
+        """
+        state = {name: read_tensor(source, name).float() for name in names}
+        try:
+            with _quiet():
+                module, info = type(self.module).from_pretrained(
+                    None, config=config or self.module.config, state_dict=state, output_loading_info=True
+                )
+        except Exception as error:
+            raise _unusable(source.path, error) from error
+        if missing := sorted(info["missing_keys"]):
+            raise UnsupportedFormatError(source.path, f"lacks {', '.join(missing)}, so the model cannot run")
+        return LiveModel(module.float().eval())
+
+    @torch.no_grad()
+    def logits(self, batch: Batch) -> Tensor:
+        """[B, T, V] in float32. Each packed document, where the batch has positions, sees itself alone."""
+        if batch.positions is None:
+            return self.plain_logits(batch.tokens)
+        rows = [
+            torch.cat([self.plain_logits(tokens[None])[0] for tokens in row.split(lengths)])
+            for row, lengths in zip(batch.tokens, batch.document_lengths(), strict=True)
+        ]
+        return torch.stack(rows)
+
+    @torch.no_grad()
+    def plain_logits(self, tokens: Tensor) -> Tensor:
+        """[B, T, V] in float32 of whole rows, whatever they were packed from."""
+        logits: Tensor = self.module(input_ids=tokens, use_cache=False).logits
+        return logits.float()
+
+    @torch.no_grad()
+    def reported_loss(self, batch: Batch) -> float:
+        """What the model's own forward calls the loss, given unshifted labels."""
+        return float(self.module(input_ids=batch.tokens, labels=batch.labels, use_cache=False).loss)
+
+    @torch.no_grad()
+    def auxiliary_loss(self, batch: Batch) -> float | None:
+        """The weighted load-balancing term of a mixture of experts; None for other models."""
+        factor = getattr(self.module.config, "router_aux_loss_coef", None)
+        if not factor:
+            return None
+        found = self.module(input_ids=batch.tokens, output_router_logits=True, use_cache=False).aux_loss
+        return None if found is None else float(factor) * float(found)
+
+    def buffers(self) -> dict[str, Tensor]:
+        """The non-persistent ones."""
+        names = set(non_persistent_buffers(self.module))
+        return {name: buffer for name, buffer in self.module.named_buffers() if name in names}
+
+    @contextlib.contextmanager
+    def with_buffers(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+        """For a while, other values in the non-persistent buffers."""
+        before = {name: buffer.clone() for name, buffer in self.buffers().items()}
+        try:
+            self._fill(values)
+            yield
+        finally:
+            self._fill(before)
+
+    @torch.no_grad()
+    def _fill(self, values: Mapping[str, Tensor]) -> None:
+        for name, buffer in self.buffers().items():
+            if name in values and values[name].shape == buffer.shape:
+                buffer.copy_(values[name])
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers tells of its progress on stderr, where a report has no use for it."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _unusable(path: Path, error: Exception) -> UnsupportedFormatError:
+    reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return UnsupportedFormatError(path, f"no model can be made of it to run ({reason})")

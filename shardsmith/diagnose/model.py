@@ -1,0 +1,199 @@
+"""What lies beside the weights: config, tokenizer, buffers; and what the model answers with the checkpoint's weights.
+
+Each part is looked at on its own: what one cannot be shown says nothing about the others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from shardsmith.blueprint import describe, model_of_directory
+from shardsmith.diagnose.batches import Batch, check_ids, fixed_batch, read_batch
+from shardsmith.diagnose.buffers import compare_buffers, recorded_buffers, saved_buffers
+from shardsmith.diagnose.configs import compare_configs, effective_config
+from shardsmith.diagnose.findings import Finding, Looked, one
+from shardsmith.diagnose.live_model import LiveModel
+from shardsmith.diagnose.questions import Questions
+from shardsmith.diagnose.start_loss import cross_entropy, explain, possible_causes
+from shardsmith.diagnose.subject import Subject
+from shardsmith.diagnose.ties import embedding_of
+from shardsmith.diagnose.tokenizers import compare_hashes, compare_tokenizers, tokenizer_hashes, tokenizer_too_large
+from shardsmith.diagnose.training_settings import TrainingSettings
+from shardsmith.errors import CheckpointError
+from shardsmith.initial_record import InitialRecord
+from shardsmith.model_keys import MAIN
+
+_SAME_LOSS = 1e-3
+_SAME_LOGITS = 1e-3
+_ROUNDED_KL = 0.02
+"""Nats a token: more than what rounding to bfloat16 does to a model."""
+
+
+def look_at_model(subject: Subject, questions: Questions) -> Looked:
+    """Everything that is given, one part after the other."""
+    look = _Look(subject, questions)
+    for part in (look.settings, look.configs, look.tokenizers, look.buffers, look.live):
+        look.take(part)
+    return Looked("model", tuple(look.findings), look.facts, tuple(look.unseen))
+
+
+@dataclass(slots=True)
+class _Look:
+    """One look at this level, and what it has found so far."""
+
+    subject: Subject
+    questions: Questions
+    findings: list[Finding] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+    unseen: list[str] = field(default_factory=list)
+    training: TrainingSettings | None = None
+
+    def take(self, part: Callable[[], Iterator[Finding]]) -> None:
+        """What a part finds; an error ends that part alone."""
+        try:
+            self.findings.extend(part())
+        except CheckpointError as error:
+            self.unseen.append(str(error))
+
+    def settings(self) -> Iterator[Finding]:
+        """The trainer's."""
+        if self.questions.training_config is not None:
+            self.training = TrainingSettings.read(self.questions.training_config)
+            yield from self.training.faults(self.subject)
+
+    def configs(self) -> Iterator[Finding]:
+        """The recorded one, the trainer's, and that of the trainer's settings, each against the model's."""
+        trust = self.questions.trust_remote_code
+        mine = effective_config(self.subject.reference.path, trust_remote_code=trust)
+        record = self._record
+        if record is not None and record.config is not None:
+            yield from compare_configs(mine, record.config, "the checkpoint's metadata.json")
+        for place in self._config_places():
+            yield from compare_configs(mine, effective_config(place, trust_remote_code=trust), str(place))
+
+    def tokenizers(self) -> Iterator[Finding]:
+        """The recorded hashes, and the trainer's tokenizer, against the model's."""
+        model = self.subject.reference.path
+        record = self._record
+        if record is not None and record.tokenizer:
+            yield from compare_hashes(tokenizer_hashes(model), record.tokenizer, "the checkpoint's metadata.json")
+        embedding = embedding_of(self.subject.reference.specs)
+        rows = self.subject.reference.specs[embedding].shape[0] if embedding else None
+        places = [self.questions.tokenizer, self.training.tokenizer if self.training else None]
+        for place in dict.fromkeys(place for place in places if place is not None):
+            yield from compare_tokenizers(model, place)
+            if rows is not None:
+                yield from tokenizer_too_large(place, rows)
+
+    def buffers(self) -> Iterator[Finding]:
+        """The recorded ones and those of the trainer's live model, against those of a model made anew."""
+        found: list[tuple[str, dict[str, Tensor]]] = []
+        record = self._record
+        if record is not None and record.buffers:
+            found.append(("the checkpoint's metadata.json", recorded_buffers(record.buffers)))
+        if self.questions.buffers is not None:
+            found.append((str(self.questions.buffers), saved_buffers(self.questions.buffers)))
+        if found:
+            trust = self.questions.trust_remote_code
+            fresh = describe(model_of_directory(self.subject.reference.path, trust_remote_code=trust)).transient
+            for origin, buffers in found:
+                yield from compare_buffers(fresh, buffers, origin)
+
+    def live(self) -> Iterator[Finding]:
+        """Logits, which need the model with its weights."""
+        reference = self.subject.reference
+        if reference.source is None:
+            self.unseen.append(f"{reference.path} has no weights, so no logits can be compared")
+            return
+        model = LiveModel.of_directory(reference.path, trust_remote_code=self.questions.trust_remote_code)
+        batch = self._batch(model)
+        yield from self._logits(model, batch)
+        if self.questions.reference_loss is not None:
+            causes = list(possible_causes(model, batch))
+            self.facts["loss, and why"] = {cause.text: cause.loss for cause in causes}
+            yield from explain(causes, self.questions.reference_loss, batch)
+
+    def _batch(self, model: LiveModel) -> Batch:
+        vocabulary = model.module.get_input_embeddings().weight.shape[0]
+        if self.questions.batch is None:
+            return fixed_batch(self.subject.reference.path, vocabulary)
+        batch = read_batch(self.questions.batch)
+        check_ids(batch, vocabulary, self.questions.batch)
+        return batch
+
+    def _logits(self, model: LiveModel, batch: Batch) -> Iterator[Finding]:
+        expected = model.logits(batch)
+        right = cross_entropy(expected, batch.labels)
+        self.facts |= {"batch": batch.origin, "loss of the model": right}
+        yield from _own_loss(model, batch, right)
+        source, _ = self.subject.models.get(MAIN, (None, None))
+        if source is None:
+            return
+        names = [name for name in source.specs if name in self.subject.reference.specs]
+        loaded = model.with_weights(source, names)
+        found = loaded.logits(batch)
+        yield from self._compare(expected, found, batch)
+        for place in self._config_places():
+            self._loss_with(place, loaded, batch, names)
+
+    def _compare(self, expected: Tensor, found: Tensor, batch: Batch) -> Iterator[Finding]:
+        difference = float((expected - found).abs().max())
+        mean, most = _divergence(expected, found)
+        loss = cross_entropy(found, batch.labels)
+        self.facts |= {
+            "loss with the checkpoint's weights": loss,
+            "loss of a random model, ln V": math.log(expected.shape[-1]),
+            "largest difference of a logit": difference,
+            "KL a token, mean": mean,
+            "KL a token, largest": most,
+        }
+        if self.subject.trained or (difference <= _SAME_LOGITS or most <= _ROUNDED_KL):
+            return
+        yield one(
+            "logits-differ",
+            [str(self.subject.path)],
+            f"loss {self.facts['loss of the model']:.4f} on {batch.origin}",
+            f"loss {loss:.4f}; logits differ by up to {difference:.3g}, KL up to {most:.3g} a token",
+        )
+
+    def _loss_with(self, place: Path, loaded: LiveModel, batch: Batch, names: list[str]) -> None:
+        """What the trainer's config makes of the checkpoint's weights."""
+        from shardsmith.diagnose.effective import config_of
+
+        source, _ = self.subject.models[MAIN]
+        try:
+            config = config_of(place, trust_remote_code=self.questions.trust_remote_code)
+            trained = loaded.with_weights(source, names, config)
+            self.facts[f"loss with the config of {place}"] = cross_entropy(trained.logits(batch), batch.labels)
+        except CheckpointError as error:
+            self.unseen.append(str(error))
+
+    @property
+    def _record(self) -> InitialRecord | None:
+        return self.subject.metadata.initial if self.subject.metadata else None
+
+    def _config_places(self) -> list[Path]:
+        places = [self.questions.config, self.training.model_config if self.training else None]
+        return list(dict.fromkeys(place for place in places if place is not None))
+
+
+def _own_loss(model: LiveModel, batch: Batch, right: float) -> Iterator[Finding]:
+    """Whether the model's own loss is that of its logits, so that labels are shifted exactly once."""
+    if batch.positions is not None:
+        return
+    reported = model.reported_loss(batch)
+    if not abs(reported - right) <= _SAME_LOSS * max(1.0, right):
+        yield one("loss-differs-from-logits", ["forward(labels=...)"], f"{right:.4f}", f"{reported:.4f}")
+
+
+def _divergence(expected: Tensor, found: Tensor) -> tuple[float, float]:
+    """Mean and largest Kullback-Leibler divergence a token, in nats."""
+    p, q = expected.log_softmax(-1), found.log_softmax(-1)
+    each = (p.exp() * (p - q)).sum(-1)
+    return float(each.mean()), float(each.max())

@@ -1,0 +1,192 @@
+"""Names, shapes, dtypes and counts: what an index alone tells. No tensor is read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from shardsmith.alignment import Alignment
+from shardsmith.diagnose.findings import Finding, Looked, one
+from shardsmith.diagnose.subject import Reference, Subject
+from shardsmith.diagnose.ties import tied_names
+from shardsmith.errors import CheckpointError, CorruptCheckpointError, IncompleteCheckpointError, UnsafeCheckpointError
+from shardsmith.metadata import dtype_name
+from shardsmith.model_keys import MAIN
+from shardsmith.models import ModelSource
+from shardsmith.opened import Layout
+from shardsmith.tensors import TensorSpec
+
+_HEADS = {
+    "linear": frozenset({"proj.weight", "proj.bias"}),
+    "mlp": frozenset({"gate_proj.weight", "up_proj.weight", "down_proj.weight"}),
+    "gated": frozenset({"gate.weight", "gate.bias", "ffn.0.weight", "ffn.0.bias", "ffn.3.weight", "ffn.3.bias"}),
+}
+_HEAD_NORM = frozenset({"ln.weight", "ln.bias"})
+_TRANSIENT = re.compile(r"(^|\.)(inv_freq|original_inv_freq|masked_bias|position_ids|cos_cached|sin_cached|freqs_cis)$")
+"""Buffers that older code made persistent and that newer models make from their config."""
+_SIBLING = re.compile(r"(?:step|checkpoint)-([0-9]+)")
+
+
+def look_at_structure(subject: Subject, wanted: Layout | None = None) -> Looked:
+    """Compare what the indexes say.
+
+    Args:
+        wanted: The layout that the trainer reads; None if that is not known.
+    """
+    findings: list[Finding] = []
+    facts: dict[str, Any] = {}
+    for name, (source, alignment) in subject.models.items():
+        template = _parameters_of(subject.reference, source)
+        findings += _renamings(name, alignment)
+        findings += _compare_names(name, source, template, subject)
+        facts[name] = _counts(source, template, subject.reference)
+    findings += _layout(subject, wanted)
+    findings += newer_steps(subject.path)
+    return Looked("structure", tuple(findings), facts)
+
+
+def unreadable(error: CheckpointError) -> Finding | None:
+    """The finding that an error in opening a checkpoint amounts to; None if it is no fault of the checkpoint."""
+    text = str(error)
+    if isinstance(error, UnsafeCheckpointError):
+        return one("unsafe-checkpoint", [str(error.path)], "names, numbers and files beside it", text)
+    if isinstance(error, IncompleteCheckpointError):
+        return one("incomplete-checkpoint", [str(error.path)], "every chunk of every tensor", text)
+    if isinstance(error, CorruptCheckpointError):
+        return one("corrupt-checkpoint", [str(error.path)], "an index that agrees with itself and with its files", text)
+    return None
+
+
+def newer_steps(checkpoint: Path) -> Iterator[Finding]:
+    """Whether other steps lie beside an initial checkpoint and outrank it when a trainer looks for the newest."""
+    place = checkpoint.resolve()
+    mine = _SIBLING.fullmatch(place.name)
+    if mine is None or int(mine[1]) != 0:
+        return
+    names = sorted(path.name for path in place.parent.iterdir() if path.is_dir())
+    # TorchTitan searches names for the pattern, so that hf-export-step-500 counts as step 500.
+    higher = [name for name in names if (step := re.search(r"step-([0-9]+)", name)) and int(step[1]) > 0]
+    if higher:
+        yield one("newer-step-beside", higher, f"{place.name} is the newest step", f"{higher[-1]} is")
+
+
+def head_type(names: Collection[str]) -> str | None:
+    """The type of a future_predictor whose tensors, all without a prefix, these are."""
+    rest = frozenset(names) - _HEAD_NORM
+    return next((kind for kind, keys in _HEADS.items() if rest and rest <= keys and _whole(rest, keys)), None)
+
+
+def _whole(found: frozenset[str], keys: frozenset[str]) -> bool:
+    """Whether no weight is missing; a bias may be."""
+    return {key for key in keys if key.endswith("weight")} <= found
+
+
+def _parameters_of(reference: Reference, source: ModelSource) -> dict[str, TensorSpec]:
+    """What the checkpoint should hold: the model's tensors, without aliases that it need not repeat."""
+    ties = tied_names(reference, source.specs)
+    return {name: spec for name, spec in reference.specs.items() if name not in ties}
+
+
+def _renamings(model: str, alignment: Alignment) -> Iterator[Finding]:
+    if alignment.wrappers:
+        yield one("wrapped-names", [model], "names as in the model", ", ".join(alignment.wrappers))
+    if alignment.removed or alignment.added:
+        change = f"{alignment.removed!r} in front" if alignment.removed else f"no {alignment.added!r} in front"
+        yield one("names-translated", [model], "names as in the model", change)
+
+
+def _compare_names(
+    model: str, source: ModelSource, template: Mapping[str, TensorSpec], subject: Subject
+) -> Iterator[Finding]:
+    ties = tied_names(subject.reference, source.specs)
+    known = {**ties, **source.aliases}
+    if known:
+        pairs = ", ".join(f"{alias} = {kept}" for alias, kept in known.items())
+        yield one("tied-weights", known, "one tensor under two names", pairs)
+    missing = [name for name in template if name not in source.specs and name not in source.aliases]
+    extra = [name for name in source.specs if name not in template and name not in ties]
+    transient = [name for name in extra if _TRANSIENT.search(name)]
+    if transient:
+        yield one(
+            "non-persistent-buffers", transient, "made from the config", "saved all the same; a load ignores them"
+        )
+    heads = subject.metadata.initial.heads if subject.metadata and subject.metadata.initial else {}
+    for head, keys in heads.items():
+        yield one("extra-head", keys, "the model alone", f"the head {head}, as metadata.json says")
+    known_extra = {*transient, *(key for keys in heads.values() for key in keys)}
+    yield from _extra([name for name in extra if name not in known_extra], model, template)
+    if missing:
+        elements = sum(template[name].numel for name in missing)
+        yield one(
+            "missing-tensors",
+            missing,
+            f"{len(template)} tensors in {model}",
+            f"{_many(missing)} not there, {elements:,} elements",
+        )
+    yield from _compare_specs(source, template)
+
+
+def _extra(extra: list[str], model: str, template: Collection[str]) -> Iterator[Finding]:
+    kind = head_type(extra)
+    if kind:
+        yield one("extra-head", extra, "the model alone", f"a future_predictor head of type {kind}")
+    elif extra:
+        yield one("extra-tensors", extra, f"the model's {len(template)} tensors in {model}", f"{_many(extra)} more")
+
+
+def _compare_specs(source: ModelSource, template: Mapping[str, TensorSpec]) -> Iterator[Finding]:
+    both = [(spec, template[name]) for name, spec in source.specs.items() if name in template]
+    shapes = [(mine, other) for mine, other in both if mine.shape != other.shape]
+    if shapes:
+        yield one(
+            "shape-differs",
+            [mine.name for mine, _ in shapes],
+            "; ".join(f"{other.name} {list(other.shape)}" for _, other in shapes),
+            "; ".join(f"{mine.name} {list(mine.shape)}" for mine, _ in shapes),
+        )
+    dtypes = [(mine, other) for mine, other in both if mine.dtype != other.dtype]
+    if dtypes:
+        pairs = {(dtype_name(other.dtype), dtype_name(mine.dtype)) for mine, other in dtypes}
+        expected, found = (", ".join(sorted({pair[i] for pair in pairs})) for i in (0, 1))
+        yield one("other-dtype", [mine.name for mine, _ in dtypes], expected, found)
+
+
+def _counts(source: ModelSource, template: Mapping[str, TensorSpec], reference: Reference) -> dict[str, Any]:
+    """Tensors and elements on both sides; what is tied counts once."""
+    ties = tied_names(reference, source.specs)
+    mine = [spec for name, spec in source.specs.items() if name not in ties]
+    expected, found = sum(spec.numel for spec in template.values()), sum(spec.numel for spec in mine)
+    return {
+        "tensors in the model": len(template),
+        "tensors in the checkpoint": len(mine),
+        "parameters in the model": expected,
+        "parameters in the checkpoint": found,
+        "difference": found - expected,
+        "difference in percent": round(100 * abs(found - expected) / expected, 4) if expected else 0.0,
+        "dtypes": sorted({dtype_name(spec.dtype) for spec in mine}),
+    }
+
+
+def _layout(subject: Subject, wanted: Layout | None) -> Iterator[Finding]:
+    if subject.opened.layout is None or MAIN not in subject.models:
+        return
+    if wanted is not None and wanted != subject.opened.layout:
+        yield one(
+            "wrong-layout",
+            [str(subject.path)],
+            f"{wanted}: {_example(wanted)}",
+            f"{subject.opened.layout}: {_example(subject.opened.layout)}",
+        )
+    elif subject.opened.layout == "nested":
+        yield one("nested-layout", [str(subject.path)], f"{_example('flat')}, or", _example("nested"))
+
+
+def _example(kind: Layout) -> str:
+    return "model.<name>" if kind == "nested" else "<name>"
+
+
+def _many(names: Iterable[str]) -> str:
+    count = len(list(names))
+    return f"{count} tensor{'' if count == 1 else 's'}"

@@ -1,0 +1,128 @@
+"""What is diagnosed, opened once for all levels: a checkpoint's models under the names of a Hugging Face model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shardsmith import layout
+from shardsmith.alignment import Alignment, aligned_source
+from shardsmith.errors import CheckpointError, CheckpointNotFoundError
+from shardsmith.formats import model_names, open_source
+from shardsmith.hf_directory import read_config
+from shardsmith.metadata import CheckpointMetadata, read_json
+from shardsmith.model_keys import MAIN
+from shardsmith.models import ModelSource
+from shardsmith.opened import OpenedCheckpoint, open_checkpoint
+from shardsmith.tensors import TensorSpec
+
+
+def find_model(name: str) -> Path:
+    """The directory of a model: a path, or the name of one in the Hugging Face cache. Nothing is downloaded.
+
+    Raises:
+        CheckpointNotFoundError: it is neither.
+    """
+    path = Path(name)
+    if path.exists():
+        return path
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(name, local_files_only=True))
+    except Exception as error:  # not installed, not a name, not in the cache
+        reason = "is neither a directory here nor a model in the Hugging Face cache; nothing is downloaded"
+        raise CheckpointNotFoundError(path, reason) from error
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """The Hugging Face model that a checkpoint is compared with."""
+
+    path: Path
+    config: Mapping[str, Any]
+    source: ModelSource | None
+    """Its weights, or None where the directory has a config only."""
+    specs: Mapping[str, TensorSpec]
+    """Its tensors as its files name them."""
+
+    @classmethod
+    def open(cls, path: Path) -> Reference:
+        """Read config and headers.
+
+        Raises:
+            CheckpointNotFoundError: no such directory, or no config in it.
+            CheckpointError: config or weights are damaged.
+        """
+        if not path.is_dir():
+            raise CheckpointNotFoundError(path, "is no directory; give that of a Hugging Face model")
+        config = read_config(path)
+        models = model_names(path)
+        source = open_source(path, MAIN if MAIN in models else models[0]) if models else None
+        return cls(path, config, source, source.specs if source else _specs_by_config(path))
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A checkpoint next to the model that it should hold."""
+
+    opened: OpenedCheckpoint
+    reference: Reference
+    models: dict[str, tuple[ModelSource, Alignment]]
+    """``main``, ``ema``: the tensors under the reference's names where they have one."""
+    step: int | None
+    trained: bool
+    """Whether training has moved the weights, so that they need not equal the reference's."""
+
+    @classmethod
+    def open(cls, checkpoint: Path, reference: Reference, trained: bool | None = None) -> Subject:
+        """Read the checkpoint's index; no tensor of it.
+
+        Args:
+            trained: None: as its step, or an optimizer state in it, says.
+
+        Raises:
+            CheckpointError: it cannot be read, for whatever reason.
+        """
+        opened = open_checkpoint(checkpoint)
+        aligned = {
+            name: aligned_source(found, reference.specs, reference.path) for name, found in opened.models.items()
+        }
+        step = opened.metadata.step if opened.metadata else _step(checkpoint)
+        moved = bool(step) if step is not None else opened.has_optimizer
+        return cls(opened, reference, aligned, step, moved if trained is None else trained)
+
+    @property
+    def path(self) -> Path:
+        """The checkpoint."""
+        return self.opened.path
+
+    @property
+    def metadata(self) -> CheckpointMetadata | None:
+        """Its metadata.json, if it is ours."""
+        return self.opened.metadata
+
+    def close(self) -> None:
+        """Let go of the files."""
+        self.opened.close()
+        if self.reference.source is not None:
+            self.reference.source.close()
+
+
+def _step(checkpoint: Path) -> int | None:
+    """The step that an export of ours, or a directory's name, states."""
+    try:
+        step = read_json(checkpoint / layout.PROVENANCE_FILE).get("step")
+    except CheckpointError:
+        step = layout.parse_step(checkpoint.resolve().name)
+    return step if type(step) is int else None
+
+
+def _specs_by_config(path: Path) -> Mapping[str, TensorSpec]:
+    """The tensors that a model without weights would have, as transformers makes it; of tied ones the kept name."""
+    from shardsmith.blueprint import describe, model_of_directory
+
+    made = describe(model_of_directory(path))
+    return {name: spec for name, spec in made.state_dict.items() if name not in made.tied}

@@ -1,0 +1,111 @@
+"""Whether two tokenizers give one text the same numbers. Reads their files; runs no code that comes with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from shardsmith.checkpoints import hash_file
+from shardsmith.diagnose.findings import Finding, one
+from shardsmith.errors import CheckpointNotFoundError, UnsupportedFormatError
+
+TOKENIZER_FILE = "tokenizer.json"
+_MODEL_FILES = (TOKENIZER_FILE, "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model")
+_TEXT = "The capital of France is Paris. def f(x):\n\treturn x ** 2  # naïve café, 12345, 你好"
+_SHOWN = 5
+
+
+def compare_tokenizers(model: Path, other: Path) -> Iterator[Finding]:
+    """Compare the tokenizers in two directories: ids of tokens, then what a text becomes and comes back as.
+
+    Raises:
+        CheckpointNotFoundError: one of them has no tokenizer.
+        UnsupportedFormatError: one cannot be read.
+    """
+    mine, theirs = _files(model), _files(other)
+    if mine and mine == theirs:
+        return
+    if TOKENIZER_FILE not in mine or TOKENIZER_FILE not in theirs:
+        yield from compare_hashes(mine, theirs, str(other))
+        return
+    ours, used = _open(model), _open(other)
+    wrong = _moved_tokens(ours.get_vocab(True), used.get_vocab(True))
+    if wrong:
+        listed = ", ".join(f"{token!r} is {a}" for token, a, _ in wrong[:_SHOWN])
+        found = ", ".join(f"{token!r} is {b}" for token, _, b in wrong[:_SHOWN])
+        yield one("tokenizer-differs", [str(other)], listed, f"{found}; {len(wrong)} tokens in all")
+        return
+    yield from _round_trip(ours, used, other)
+
+
+def compare_hashes(recorded: Mapping[str, str], present: Mapping[str, str], origin: str) -> Iterator[Finding]:
+    """Compare files of tokenizers, of which the content is not at hand, by their hashes."""
+    names = [name for name in _MODEL_FILES if name in recorded and name in present and recorded[name] != present[name]]
+    if names:
+        yield one(
+            "tokenizer-differs",
+            names,
+            ", ".join(f"{name} {recorded[name]}" for name in names),
+            f"{', '.join(f'{name} {present[name]}' for name in names)} in {origin}",
+        )
+    elif set(recorded).isdisjoint(present):
+        raise CheckpointNotFoundError(origin, "has no tokenizer file of the kind that the model has")
+
+
+def tokenizer_hashes(directory: Path) -> dict[str, str]:
+    """Name -> XXH3-128 of the files that make a tokenizer; empty if there are none."""
+    return {name: hash_file(directory / name) for name in _MODEL_FILES if (directory / name).is_file()}
+
+
+def tokenizer_too_large(directory: Path, rows: int) -> Iterator[Finding]:
+    """Whether a tokenizer has ids that the embedding has no row for."""
+    if not (directory / TOKENIZER_FILE).is_file():
+        return
+    highest = max(_open(directory).get_vocab(True).values(), default=-1)
+    if highest >= rows:
+        yield one(
+            "tokenizer-too-large", [str(directory)], f"ids below {rows}, the rows of the embedding", f"an id {highest}"
+        )
+
+
+def encode(directory: Path) -> list[int] | None:
+    """A fixed text in the ids of a directory's tokenizer; None where it has none that can be read."""
+    try:
+        return list(_open(directory).encode(_TEXT).ids) if (directory / TOKENIZER_FILE).is_file() else None
+    except UnsupportedFormatError:
+        return None
+
+
+def _files(directory: Path) -> dict[str, str]:
+    found = tokenizer_hashes(directory)
+    if not found:
+        raise CheckpointNotFoundError(directory, f"has no tokenizer: none of {', '.join(_MODEL_FILES)}")
+    return found
+
+
+def _open(directory: Path) -> Any:
+    try:
+        from tokenizers import Tokenizer
+
+        return Tokenizer.from_file(str(directory / TOKENIZER_FILE))
+    except Exception as error:  # the library raises its own, and has none for a file that is none
+        raise UnsupportedFormatError(
+            directory / TOKENIZER_FILE, f"is no tokenizer that can be read: {error}"
+        ) from error
+
+
+def _moved_tokens(mine: Mapping[str, int], theirs: Mapping[str, int]) -> list[tuple[str, int, object]]:
+    """Tokens with another id, in the order of the model's ids. Tokens that only training adds are none."""
+    moved = [
+        (token, number, theirs.get(token, "missing")) for token, number in mine.items() if theirs.get(token) != number
+    ]
+    return sorted(moved, key=lambda item: item[1])
+
+
+def _round_trip(ours: Any, used: Any, other: Path) -> Iterator[Finding]:
+    """The model must read from the training's numbers the text that was meant."""
+    numbers, expected = used.encode(_TEXT).ids, ours.encode(_TEXT).ids
+    if numbers != expected:
+        meant, read = ours.decode(expected), ours.decode(numbers)
+        yield one("tokenizer-differs", [str(other)], f"{meant!r} from {expected}", f"{read!r} from {numbers}")

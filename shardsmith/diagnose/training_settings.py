@@ -1,0 +1,103 @@
+"""What a trainer's settings say about the load at its start. TOML or JSON, with the names of TorchTitan and flame."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shardsmith.diagnose.findings import Finding, one
+from shardsmith.diagnose.subject import Subject
+from shardsmith.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError
+from shardsmith.metadata import read_json
+
+_MOST_BYTES = 1 << 24
+_ENABLED = ("enable", "enable_checkpoint")
+"""As TorchTitan 0.2 and later, and as before."""
+_NEW_NAMES = ("initial_load_model_only", "initial_load_in_hf")
+"""That only TorchTitan 0.2 and later have, which want a flat layout."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingSettings:
+    """A trainer's settings."""
+
+    file: Path
+    content: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, file: Path) -> TrainingSettings:
+        """Raises CheckpointError if it cannot be read."""
+        if file.suffix == ".json":
+            return cls(file, read_json(file))
+        try:
+            if file.stat().st_size > _MOST_BYTES:
+                raise CorruptCheckpointError(file, "is too large for a file of settings")
+            return cls(file, tomllib.loads(file.read_text()))
+        except FileNotFoundError as error:
+            raise CheckpointNotFoundError(file, "does not exist") from error
+        except (ValueError, RecursionError) as error:
+            raise CorruptCheckpointError(file, f"is no TOML: {error}") from error
+        except OSError as error:
+            raise CheckpointError(file, f"cannot be read: {error.strerror}") from error
+
+    @property
+    def model_config(self) -> Path | None:
+        """The Hugging Face config that flame builds its model from."""
+        return self._path("model", "config")
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """Where the tokenizer is taken from."""
+        return self._path("model", "tokenizer_path") or self._path("model", "hf_assets_path")
+
+    def faults(self, subject: Subject) -> Iterator[Finding]:
+        """Why the trainer would not start from this checkpoint."""
+        settings = self._table("checkpoint")
+        wanted = self._path("checkpoint", "initial_load_path")
+        where = [f"{self.file}: [checkpoint]"]
+        if not any(settings.get(name) is True for name in _ENABLED):
+            yield one("initial-load-off", where, "enable = true", "checkpointing is off, and with it every load")
+        elif settings.get("initial_load_path") in (None, ""):
+            yield one("initial-load-off", where, f"initial_load_path = {str(subject.path)!r}", "no initial_load_path")
+        elif wanted is None or wanted.resolve() != subject.path.resolve():
+            found = f"initial_load_path = {settings['initial_load_path']!r}"
+            yield one("another-checkpoint-loaded", where, str(subject.path.resolve()), found)
+        yield from self._folder(settings)
+        if any(name in settings for name in _NEW_NAMES) and subject.opened.layout == "nested":
+            yield one(
+                "wrong-layout",
+                [str(subject.path)],
+                "flat: <name>, as TorchTitan 0.2 and later load",
+                "nested: model.<name>",
+            )
+
+    def _folder(self, settings: Mapping[str, Any]) -> Iterator[Finding]:
+        """TorchTitan up to 0.2 takes an existing folder of its own, even an empty one, for a run to resume."""
+        folder = settings.get("folder", "checkpoint")
+        dump = self._table("job").get("dump_folder", "./outputs")
+        if not isinstance(folder, str) or not isinstance(dump, str):
+            return
+        place = self._found(f"{dump}/{folder}")
+        if place is not None and place.is_dir():
+            steps = sorted(path.name for path in place.iterdir())
+            found = f"it is there, with {', '.join(steps)}" if steps else "it is there, and empty"
+            yield one("initial-load-skipped", [str(place)], "no such folder before the first start", found)
+
+    def _table(self, name: str) -> Mapping[str, Any]:
+        table = self.content.get(name)
+        return table if isinstance(table, dict) else {}
+
+    def _path(self, table: str, name: str) -> Path | None:
+        value = self._table(table).get(name)
+        return self._found(value) if isinstance(value, str) and value else None
+
+    def _found(self, text: str) -> Path | None:
+        """A path as the trainer sees it from where it is started: here, or where the settings lie."""
+        try:
+            places = (Path(text), self.file.parent / text)
+            return next((place for place in places if place.exists()), None)
+        except (OSError, ValueError):  # no name of a file
+            return None

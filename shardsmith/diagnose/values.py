@@ -1,0 +1,256 @@
+"""Whether a checkpoint's values are the model's, and if not, what happened to them. Streams both, block by block."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from shardsmith.checkpoints import find_damage
+from shardsmith.comparison import TensorComparison, compare_sources, same_as, scan_source
+from shardsmith.diagnose.averages import look_at_average
+from shardsmith.diagnose.findings import Finding, Looked, one
+from shardsmith.diagnose.signatures import QK_NORM, QUERY_KEY, find_reordering, is_all, unrelated
+from shardsmith.diagnose.subject import Reference, Subject
+from shardsmith.diagnose.ties import embedding_of, head_of, tied_names
+from shardsmith.formats import SHARDED
+from shardsmith.metadata import dtype_name
+from shardsmith.model_keys import EMA, MAIN, find_models
+from shardsmith.models import ModelSource
+
+_LAYER = re.compile(r"^(.*?(?:^|\.)(?:layers|h|blocks|block|layer)\.[0-9]+)\.")
+_MOST_OF = 0.9
+
+Comparisons = Mapping[str, TensorComparison]
+
+
+def look_at_values(subject: Subject) -> Looked:
+    """Read every tensor of both and compare. Raises CheckpointError where one cannot be read."""
+    if subject.opened.format == SHARDED and (damage := find_damage(subject.path)):
+        return Looked("values", (one("damaged-values", damage, "the recorded hash of each file", "; ".join(damage)),))
+    findings: list[Finding] = []
+    facts: dict[str, Any] = {}
+    compared: dict[str, Comparisons] = {}
+    for name, (source, _) in subject.models.items():
+        found = compared[name] = _compare(source, subject.reference)
+        findings += _Sorted(name, source, subject, found).findings()
+        findings += _without_template(source, subject.reference)
+        facts[name] = _facts(found)
+    findings += _broken_ties(subject)
+    if EMA in compared:
+        findings += look_at_average(subject, compared)
+    unseen = () if subject.reference.source else (f"{subject.reference.path} has no weights to compare values with",)
+    return Looked("values", tuple(findings), facts, unseen)
+
+
+@dataclass(frozen=True, slots=True)
+class _Sorted:
+    """The tensors of one model that are not the reference's, told apart by what happened to them."""
+
+    model: str
+    source: ModelSource
+    subject: Subject
+    compared: Comparisons
+
+    def findings(self) -> Iterator[Finding]:
+        rest = {name: found for name, found in self.compared.items() if not found.equal or not found.extremes.finite}
+        for finding in self._all(rest):
+            # Whatever one finding explains, no other needs to.
+            for name in finding.where:
+                rest.pop(name, None)
+            yield finding
+
+    def _all(self, rest: dict[str, TensorComparison]) -> Iterator[Finding]:
+        yield from self._non_finite(rest)
+        yield from self._rounded(rest)
+        yield from self._reordered(rest)
+        yield from self._not_loaded(rest)
+        yield from self._constant(rest)
+        yield from self._different(rest)
+
+    def _non_finite(self, rest: Comparisons) -> Iterator[Finding]:
+        names = [name for name, found in rest.items() if not found.extremes.finite and _holds_nan(found)]
+        if names:
+            yield self._one("not-finite", names, "finite numbers", "NaN or infinite values")
+
+    def _rounded(self, rest: dict[str, TensorComparison]) -> Iterator[Finding]:
+        for name in [name for name, found in rest.items() if _exactly_converted(found)]:
+            del rest[name]
+        groups: dict[str, list[str]] = {}
+        for name, found in sorted(rest.items(), key=lambda item: item[1].extremes.constant):
+            rounding = found.distance.rounding if found.distance else None
+            # What was reset to one value may happen to lie near; that counts as rounding only where others are rounded.
+            if rounding and (
+                not found.extremes.constant or found.left.dtype == rounding or dtype_name(rounding) in groups
+            ):
+                groups.setdefault(dtype_name(rounding), []).append(name)
+        for dtype, names in groups.items():
+            apart = max(d.largest for name in names if (d := rest[name].distance))
+            yield self._one(
+                "rounded-values", names, "the model's values", f"those, rounded to {dtype} (by up to {apart:.3g})"
+            )
+
+    def _reordered(self, rest: Comparisons) -> Iterator[Finding]:
+        if self.subject.reference.source is None:
+            return
+        groups: dict[tuple[str, str], list[str]] = {}
+        for name, found in rest.items():
+            if not found.extremes.constant and (not self.subject.trained or self._unrelated(found)):
+                moved = find_reordering(self.source, self.subject.reference.source, found)
+                if moved:
+                    code = self._order_code(name, rows=moved.rows)
+                    groups.setdefault((code, moved.described if code == "vocabulary-shifted" else ""), []).append(name)
+        for (code, text), names in groups.items():
+            yield self._one(code, names, "the model's rows in the model's order", text or _ORDERS[code])
+
+    def _order_code(self, name: str, *, rows: bool) -> str:
+        specs = self.subject.reference.specs
+        if QUERY_KEY.search(name):
+            return "rows-permuted"
+        return "vocabulary-shifted" if rows and name in (embedding_of(specs), head_of(specs)) else "values-reordered"
+
+    def _not_loaded(self, rest: Comparisons) -> Iterator[Finding]:
+        lost = [name for name, found in rest.items() if self._unrelated(found) and not found.extremes.constant]
+        if not lost:
+            return
+        matrices = [name for name, found in self.compared.items() if len(found.left.shape) > 1]
+        reset = [name for name, found in rest.items() if found.extremes.constant]
+        if len(set(lost).intersection(matrices)) >= _MOST_OF * len(matrices):
+            yield self._one(
+                "nothing-loaded", [*lost, *(n for n in reset if n not in lost)], "the model's values", _NOTHING
+            )
+            return
+        yield from self._lost_parts(lost, reset, matrices)
+
+    def _lost_parts(self, lost: list[str], reset: list[str], matrices: list[str]) -> Iterator[Finding]:
+        layers = _whole_layers(lost, matrices)
+        names = [name for name in dict.fromkeys([*lost, *reset]) if _layer_of(name) in layers]
+        if names:
+            yield self._one(
+                "layer-not-loaded", names, "the model's values", f"{_NOTHING}, in all of {', '.join(layers)}"
+            )
+        specs = self.subject.reference.specs
+        special = {embedding_of(specs): "embedding-differs", head_of(specs): "head-differs"}
+        for name in lost:
+            if name in special:
+                yield self._one(special[name], [name], "the model's values", _NOTHING)
+        others = [name for name in lost if name not in special and name not in names]
+        if others:
+            yield self._one("tensor-not-loaded", others, "the model's values", _NOTHING)
+
+    def _constant(self, rest: Comparisons) -> Iterator[Finding]:
+        ones = [name for name, found in rest.items() if is_all(found, 1.0) and len(found.left.shape) == 1]
+        if ones:
+            code = "qk-norms-dropped" if all(map(QK_NORM.search, ones)) else "norms-are-one"
+            yield self._one(code, ones, "the model's values", "1 everywhere")
+        zeros = [name for name, found in rest.items() if is_all(found, 0.0)]
+        if zeros:
+            yield self._one("all-zero-tensor", zeros, "the model's values", "0 everywhere")
+        constant = [name for name, found in rest.items() if name not in (*ones, *zeros) and _reset(found)]
+        if constant:
+            found = ", ".join(f"{rest[name].extremes.least:.6g} in {name}" for name in constant)
+            yield self._one("constant-values", constant, "the model's values", found)
+
+    def _different(self, rest: Comparisons) -> Iterator[Finding]:
+        if rest:
+            apart = max(d.largest for found in rest.values() if (d := found.distance))
+            code = "trained-weights" if self.subject.trained else "values-differ"
+            yield self._one(code, list(rest), "the model's values", f"other values, apart by up to {apart:.3g}")
+
+    def _unrelated(self, found: TensorComparison) -> bool:
+        return unrelated(found, trained=self.subject.trained)
+
+    def _one(self, code: str, names: Collection[str], expected: str, found: str) -> Finding:
+        return one(code, names, expected, found if self.model == MAIN else f"{found} (in {self.model})")
+
+
+_NOTHING = "values that have nothing in common with them, as if never loaded"
+_ORDERS = {
+    "rows-permuted": "the model's rows, permuted within each head: the layout of the other kind of RoPE",
+    "values-reordered": "the model's values in another order",
+}
+
+
+def _compare(source: ModelSource, reference: Reference) -> Comparisons:
+    if reference.source is None:
+        return {}
+    names = [
+        name
+        for name, spec in source.specs.items()
+        if name in reference.specs and spec.shape == reference.specs[name].shape
+    ]
+    return compare_sources(source, reference.source, names)
+
+
+def _without_template(source: ModelSource, reference: Reference) -> Iterator[Finding]:
+    """What the reference has nothing to compare with can still be no number."""
+    names = [
+        name
+        for name, spec in source.specs.items()
+        if spec.dtype.is_floating_point and (reference.source is None or name not in reference.specs)
+    ]
+    extremes = scan_source(source, names)
+    wrong = [name for name in names if extremes[name].has_nan]
+    if wrong:
+        yield one("not-finite", wrong, "finite numbers", "NaN values")
+
+
+def _broken_ties(subject: Subject) -> Iterator[Finding]:
+    """Names that the config ties and that hold different values all the same."""
+    for model, ties, tensors in _stored_ties(subject):
+        pairs = {alias: kept for alias, kept in ties.items() if alias in tensors.specs and kept in tensors.specs}
+        intact = dict(same_as(tensors, tensors, pairs))
+        broken = [alias for alias in pairs if alias not in intact]
+        if broken:
+            kept = ", ".join(pairs[alias] for alias in broken)
+            yield one(
+                "tie-broken", broken, f"the values of {kept}, to which the config ties it", f"other values, in {model}"
+            )
+
+
+def _stored_ties(subject: Subject) -> Iterator[tuple[str, dict[str, str], ModelSource]]:
+    """Models, their ties, and a source that has all names of a tie. Only main: an average holds one of them."""
+    source, _ = subject.models.get(MAIN, (None, None))
+    if source is not None:
+        yield MAIN, tied_names(subject.reference, source.specs), source
+    stored = subject.opened.dcp
+    if stored is not None and subject.metadata is not None and subject.metadata.tied:
+        keys = find_models(stored.specs, stored.index.containers).get(MAIN, {})
+        yield MAIN, subject.metadata.tied, ModelSource(stored, keys, filled=frozenset(), aliases={})
+
+
+def _facts(compared: Comparisons) -> dict[str, Any]:
+    equal = sum(found.equal for found in compared.values())
+    apart = [found.distance.largest for found in compared.values() if found.distance]
+    return {"tensors compared": len(compared), "equal": equal, "largest difference": max(apart, default=0.0)}
+
+
+def _holds_nan(found: TensorComparison) -> bool:
+    """Infinities that the reference has too may be meant, as in masks; NaN never is."""
+    return found.extremes.has_nan or not found.equal
+
+
+def _exactly_converted(found: TensorComparison) -> bool:
+    """Whether only the dtype differs, and not one value."""
+    return found.distance is not None and found.distance.differing == 0
+
+
+def _reset(found: TensorComparison) -> bool:
+    return found.extremes.constant and found.left.numel > 1
+
+
+def _layer_of(name: str) -> str | None:
+    match = _LAYER.match(name)
+    return match[1] if match else None
+
+
+def _whole_layers(lost: Iterable[str], matrices: Iterable[str]) -> list[str]:
+    """Layers of which every matrix is among the lost ones."""
+    lost = set(lost)
+    whole: dict[str, bool] = {}
+    for name in matrices:
+        layer = _layer_of(name)
+        if layer is not None:
+            whole[layer] = whole.get(layer, True) and name in lost
+    return [layer for layer, complete in whole.items() if complete]
