@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import sys
 import threading
 from collections.abc import Iterator, Mapping
@@ -24,6 +25,8 @@ from shardsmith.errors import UnsupportedFormatError
 from shardsmith.names import clean_fqn, non_persistent_buffers, tied_weights
 from shardsmith.tensors import TensorSpec
 
+_OLD_ROTARY = r"rotary_emb\.inv_freq$"
+"""Was saved by old versions of transformers, in every layer."""
 _FILLING = frozenset(
     {"normal_", "uniform_", "trunc_normal_", "zero_", "zeros_", "ones_", "fill_", "constant_", "erfinv_"}
 )
@@ -91,12 +94,12 @@ def describe(model: nn.Module) -> Blueprint:
     config: Any = getattr(model, "config", None)
     return Blueprint(
         model_class=type(model).__name__,
-        config=config.to_dict() if hasattr(config, "to_dict") else None,
+        config=_plain(config) if hasattr(config, "to_json_string") else None,
         parameters=_specs({clean_fqn(n, model): p for n, p in model.named_parameters(remove_duplicate=False)}),
         buffers=_specs({name: buffer for name, buffer in buffers.items() if name not in transient}),
         transient={name: buffer.cpu() for name, buffer in buffers.items() if name in transient},
         tied=tied_weights(model),
-        ignorable=tuple(sorted(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())),
+        ignorable=(_OLD_ROTARY, *sorted(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())),
     )
 
 
@@ -144,6 +147,12 @@ def transformers_parts(model: nn.Module) -> dict[str, Any]:
         if isinstance(module, modeling.PreTrainedModel) and not inside:
             found[name] = module
     return found
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    """A config of transformers, with every default filled in, as JSON can say it; infinity becomes a text."""
+    content: dict[str, Any] = json.loads(config.to_json_string(use_diff=False), parse_constant=str)
+    return content
 
 
 def _made_by_fsdp(kind: type) -> bool:

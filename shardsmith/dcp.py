@@ -83,6 +83,16 @@ class DcpSource:
             raise CheckpointNotFoundError(self.path, f"has no object named {key!r}")
         return read_archived_object(self._file(place.file), place.offset, place.length, allow_pickle=allow_pickle)
 
+    def check_archives(self) -> None:
+        """Open every chunk, without reading its payload.
+
+        Raises:
+            CheckpointError: one is no archive of such a tensor.
+        """
+        for name, entry in self.index.tensors.items():
+            for i in range(len(entry.chunks)):
+                self._read_chunk(name, i)
+
     def close(self) -> None:
         """Let go of the files. Views that are still alive stay valid. A second call does nothing."""
         with self._lock:

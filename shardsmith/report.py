@@ -21,10 +21,17 @@ if TYPE_CHECKING:
     from shardsmith.watch import Outcome
 
 
+def progress_bar(
+    plans: Sequence[ExportPlan], *, quiet: bool
+) -> contextlib.AbstractContextManager[Callable[[int], None] | None]:
+    """As ``bytes_bar``, for exports."""
+    return bytes_bar(plans[0].directory.output.name, sum(plan.directory.nbytes for plan in plans), quiet=quiet)
+
+
 @contextlib.contextmanager
-def progress_bar(plans: Sequence[ExportPlan], *, quiet: bool) -> Iterator[Callable[[int], None] | None]:
+def bytes_bar(name: str, total: int, *, quiet: bool) -> Iterator[Callable[[int], None] | None]:
     """A bar over the bytes of weights; what it yields may be called from any thread. None where nobody would see it."""
-    console = _console(sys.stderr)
+    console = new_console(sys.stderr)
     if quiet or not console.is_terminal:
         yield None
         return
@@ -36,13 +43,13 @@ def progress_bar(plans: Sequence[ExportPlan], *, quiet: bool) -> Iterator[Callab
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(plans[0].directory.output.name, total=sum(plan.directory.nbytes for plan in plans))
+        task = bar.add_task(name, total=total)
         yield lambda nbytes: bar.advance(task, nbytes)
 
 
 def print_plans(plans: Sequence[ExportPlan]) -> None:
     """What a dry run would write."""
-    console = _console()
+    console = new_console()
     for plan in plans:
         console.print(f"would write {plan.directory.output} from {plan.checkpoint} and {plan.base}")
         _print_contents(console, plan)
@@ -51,7 +58,7 @@ def print_plans(plans: Sequence[ExportPlan]) -> None:
 
 def print_written(plans: Sequence[ExportPlan]) -> None:
     """What was written."""
-    console = _console()
+    console = new_console()
     for plan in plans:
         console.print(f"wrote {plan.directory.output} from {plan.checkpoint} and {plan.base}")
         _print_contents(console, plan)
@@ -59,21 +66,21 @@ def print_written(plans: Sequence[ExportPlan]) -> None:
 
 def print_watching(checkpoints: Path, output: Path) -> None:
     """That it goes on until it is stopped."""
-    _console().print(f"exporting from {checkpoints} to {output}; Ctrl-C ends it")
+    new_console().print(f"exporting from {checkpoints} to {output}; Ctrl-C ends it")
 
 
 def print_outcome(outcome: Outcome, *, quiet: bool) -> None:
     """One line on what became of a step, as soon as it is known; of a failure, all that is to be said."""
     if outcome.error is not None:
         kind = type(outcome.error).__name__
-        _console(sys.stderr).print(f"{outcome.output.name} was not exported: {kind}\n{outcome.error}")
+        new_console(sys.stderr).print(f"{outcome.output.name} was not exported: {kind}\n{outcome.error}")
     elif not quiet:
         text = {
             "exported": f"wrote {outcome.output}, {size_text(outcome.nbytes)} in {outcome.seconds:.1f} s",
             "elsewhere": f"{outcome.output} was written by somebody else",
             "gone": f"{outcome.output.name} was removed before it could be exported",
         }
-        _console().print(text[outcome.status])
+        new_console().print(text[outcome.status])
 
 
 def print_inspection(inspection: Inspection, *, as_json: bool) -> None:
@@ -81,7 +88,7 @@ def print_inspection(inspection: Inspection, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(dataclasses.asdict(inspection)))
         return
-    console = _console()
+    console = new_console()
     console.print(inspection.path)
     console.print(Text.assemble((inspection.format, "bold"), f": {inspection.reason}"))
     console.print(_facts_table(inspection))
@@ -101,7 +108,7 @@ def size_text(nbytes: int) -> str:
     return f"{nbytes} B"
 
 
-def _console(file: TextIO | None = None) -> Console:
+def new_console(file: TextIO | None = None) -> Console:
     """Prints texts as they are: names and paths may hold what rich would take for markup."""
     return Console(file=file, soft_wrap=True, markup=False, emoji=False, highlight=False)
 

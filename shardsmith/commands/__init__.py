@@ -7,10 +7,12 @@ from collections.abc import Callable
 from shardsmith.commands.detect import detect
 from shardsmith.commands.diagnose import diagnose
 from shardsmith.commands.inspect import inspect
+from shardsmith.commands.to_dcp import to_dcp
 from shardsmith.commands.to_hf import to_hf
 from shardsmith.commands.watch import watch
 
 COMMANDS: dict[str, Callable[..., int]] = {
+    "to-dcp": to_dcp,
     "to-hf": to_hf,
     "watch": watch,
     "inspect": inspect,

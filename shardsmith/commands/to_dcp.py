@@ -1,0 +1,76 @@
+"""``shardsmith to-dcp``: a checkpoint to start from, out of a model directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from shardsmith.commands.options import Dtype
+
+
+def to_dcp(
+    model: str,
+    checkpoint: Path,
+    trust_remote_code: bool = False,
+    dtype: Dtype = "original",
+    layout: Literal["flat", "nested", "torchtitan"] = "flat",
+    include_future_predictor: bool = False,
+    future_predictor_head_type: Literal["linear", "mlp", "gated"] = "linear",
+    extra_module: tuple[str, ...] = (),
+    seed: int = 0,
+    dry_run: bool = False,
+    quiet: bool = False,
+) -> int:
+    """Make a sharded checkpoint to start training from, out of a Hugging Face model.
+
+    Streams from the model's files into DCP files that torch, TorchTitan and this package load: no model in memory.
+    Under torchrun, each rank writes its part. The output appears when all of it is on disk; the model is only read.
+    Its metadata.json has a digest of each tensor, the effective config, and the right values of the buffers that no
+    state dict holds, by which a load is proved. Exits with 1 if a count is not what the model says it should be.
+
+    Example: shardsmith to-dcp --model allenai/OLMo-2-0425-1B --checkpoint checkpoints/olmo2
+
+    Args:
+        model: A local directory, or the name of a model on the Hub (from the local cache, if it is there).
+        checkpoint: The directory to make. It must not exist.
+        trust_remote_code: Let transformers run the model's own Python files.
+        dtype: Of all floating-point tensors; "original" keeps what the files have.
+        layout: "flat": keys as the model has them, which TorchTitan from 0.2 on reads.
+            "nested": under "model.", for older TorchTitan and flame.
+            "torchtitan": as TorchTitan's own model of this kind has them.
+        include_future_predictor: Add the head of that name, with random values.
+        future_predictor_head_type: Which one.
+        extra_module: Add the state dict of another module, as 'pkg.mod:factory={"json": "kwargs"}'. Runs that function.
+        seed: Of the random values.
+        dry_run: Say what would be done, and write nothing.
+        quiet: No progress bar and no summary.
+    """
+    from shardsmith import conversion_report, report
+    from shardsmith.conversion import convert
+    from shardsmith.conversion_plan import ConversionOptions, plan_conversion
+    from shardsmith.dtypes import parse_dtypes
+    from shardsmith.torchrun import joined_ranks
+
+    choice = parse_dtypes(dtype)
+    assert choice is None or not hasattr(choice, "items"), "one dtype for all"
+    options = ConversionOptions(
+        dtype=choice,
+        layout=layout,
+        trust_remote_code=trust_remote_code,
+        future_predictor=future_predictor_head_type if include_future_predictor else None,
+        extra_modules=extra_module,
+        seed=seed,
+    )
+    with joined_ranks() as ranks:
+        plan = plan_conversion(model, checkpoint, options)
+        quiet = quiet or not ranks.is_leader
+        if dry_run:
+            plan.close()
+            if not quiet:
+                conversion_report.print_plan(plan)
+            return 0
+        with report.bytes_bar(checkpoint.name, plan.nbytes, quiet=quiet) as progress:
+            counts = convert(plan, ranks, progress)
+        if not quiet:
+            conversion_report.print_result(plan, counts)
+        return 0 if all(count.is_right for count in counts) else 1

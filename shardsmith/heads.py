@@ -1,0 +1,112 @@
+"""What is trained beside a language model and has to be in the checkpoint that it starts from: small, and random."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from shardsmith.dtypes import CASTABLE
+from shardsmith.errors import UsageError
+from shardsmith.tensors import Chunk, TensorSpec
+
+HeadType = Literal["linear", "mlp", "gated"]
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A module beside the model; its keys lie beside the model's, without a prefix.
+
+    As a ``TensorSource`` it holds its tensors in memory.
+    """
+
+    name: str
+    tensors: Mapping[str, Tensor]
+
+    @property
+    def path(self) -> Path:
+        """It comes from no file."""
+        return Path(self.name)
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """Its tensors by key."""
+        return {key: TensorSpec(key, tuple(value.shape), value.dtype) for key, value in self.tensors.items()}
+
+    def pieces(self, name: str, box: Chunk) -> Iterator[tuple[Chunk, Tensor]]:
+        """As ``TensorSource.pieces``."""
+        whole = self.tensors[name]
+        yield box, whole[box.within(Chunk.whole(tuple(whole.shape)))]
+
+    def close(self) -> None:
+        """There is nothing to let go of."""
+
+
+def future_predictor(head_type: HeadType, hidden: int) -> nn.Module:
+    """The module that predicts a summary of the hidden states to come: layer norm, then hidden -> hidden.
+
+    Its parameters are called ``ln.*`` and, by type, ``proj.*``; ``gate_proj``, ``up_proj`` and ``down_proj``, without
+    biases; or ``gate.*``, ``ffn.0.*`` and ``ffn.3.*``.
+    """
+    parts: dict[str, nn.Module] = {"ln": nn.LayerNorm(hidden)}
+    if head_type == "linear":
+        parts["proj"] = nn.Linear(hidden, hidden)
+    elif head_type == "mlp":
+        parts |= {name: nn.Linear(hidden, hidden, bias=False) for name in ("gate_proj", "up_proj", "down_proj")}
+    else:
+        parts["gate"] = nn.Linear(hidden, hidden)
+        parts["ffn"] = nn.Sequential(nn.Linear(hidden, hidden), nn.GELU(), nn.Dropout(), nn.Linear(hidden, hidden))
+    return nn.ModuleDict(parts)
+
+
+def make_head(name: str, make: Callable[[], nn.Module], seed: int, dtype: torch.dtype | None) -> Head:
+    """Make a module with random numbers of its own, of which nobody else's change.
+
+    Args:
+        dtype: Of its floating-point tensors; None keeps theirs.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        state = make().state_dict()
+    return Head(name, {key: _cast(value.detach().cpu().contiguous(), dtype) for key, value in state.items()})
+
+
+def parse_extra_module(text: str) -> tuple[str, Callable[[], nn.Module]]:
+    """Name and maker of ``pkg.mod:factory`` or ``pkg.mod:factory={"json": "kwargs"}``. Imports the module.
+
+    Raises:
+        UsageError: there is no such function, or the arguments are no JSON object.
+    """
+    target, _, arguments = text.partition("=")
+    module, _, attribute = target.strip().partition(":")
+    try:
+        factory: Any = getattr(importlib.import_module(module), attribute)
+        keywords = json.loads(arguments) if arguments.strip() else {}
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UsageError(
+            f"--extra_module {text!r}: {type(error).__name__}: {error}. "
+            'Write pkg.mod:factory=\'{"json": "kwargs"}\', of a module that Python finds'
+        ) from error
+    if not isinstance(keywords, dict):
+        raise UsageError(f"--extra_module {text!r}: the arguments are no JSON object")
+    return attribute, lambda: _made(text, factory, keywords)
+
+
+def _made(text: str, factory: Any, keywords: dict[str, Any]) -> nn.Module:
+    try:
+        module = factory(**keywords)
+    except Exception as error:  # the user's own function
+        raise UsageError(f"--extra_module {text!r} failed: {type(error).__name__}: {error}") from error
+    if not isinstance(module, nn.Module):
+        raise UsageError(f"--extra_module {text!r} made a {type(module).__name__}, not a torch.nn.Module")
+    return module
+
+
+def _cast(value: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return value.to(dtype) if dtype is not None and value.dtype in CASTABLE else value

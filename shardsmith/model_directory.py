@@ -1,0 +1,77 @@
+"""Where a model lies that is called by a path or by its name on the Hub, and what belongs to its tokenizer."""
+
+from __future__ import annotations
+
+import re
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from shardsmith.checkpoints import hash_file
+from shardsmith.errors import CheckpointError, CheckpointNotFoundError
+
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_OTHER_WEIGHTS = ["*.pth", "*.h5", "*.msgpack", "*.gguf", "*.onnx", "original/*", "consolidated*"]
+_TOKENIZER = (
+    "tokenizer*.json",
+    "tokenizer.model*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "*.tiktoken",
+    "chat_template.*",
+)
+
+
+def find_model(name: str) -> Path:
+    """The directory of a model: a path, or a name on the Hub, taken from the local cache if it is there, else fetched.
+
+    Raises:
+        CheckpointNotFoundError: it is neither.
+    """
+    path = Path(name)
+    if path.exists():
+        return path
+    if not _HUB_NAME.fullmatch(name):
+        raise CheckpointNotFoundError(path, "there is no such file or directory, and it is no name of the Hub either")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise CheckpointNotFoundError(
+            path, "there is no such directory; for names of the Hub, pip install 'shardsmith[transformers]'"
+        ) from None
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except Exception:  # it is not in the cache, or only in part
+        return _fetch(name)
+
+
+def _fetch(name: str) -> Path:
+    from huggingface_hub import constants, snapshot_download
+
+    try:
+        return Path(snapshot_download(name, ignore_patterns=_OTHER_WEIGHTS))
+    except Exception as error:  # offline, no such model, no access: of a dozen types, some of them not its own
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        raise CheckpointNotFoundError(
+            Path(name),
+            f"there is no such directory, it is not in the Hugging Face cache ({constants.HF_HUB_CACHE}), and it could "
+            f"not be fetched ({reason}). Give a local directory, or run: hf download {name}",
+        ) from error
+
+
+def hash_tokenizer(directory: Path) -> dict[str, str]:
+    """XXH3-128 of each file of the tokenizer, by name; links of a Hugging Face cache are followed.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
+    if not directory.is_dir():
+        return {}
+    names = sorted(path.name for path in directory.iterdir() if any(fnmatchcase(path.name, p) for p in _TOKENIZER))
+    try:
+        return {name: hash_file((directory / name).resolve()) for name in names if (directory / name).is_file()}
+    except OSError as error:
+        raise CheckpointError(directory, f"a file of the tokenizer cannot be read: {error}") from error

@@ -1,0 +1,27 @@
+"""The ranks of a command that may have been started by torchrun."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import torch.distributed as dist
+
+from shardsmith.ranks import Ranks
+
+
+@contextlib.contextmanager
+def joined_ranks(timeout_secs: float = 1800.0) -> Iterator[Ranks]:
+    """Within it this process is one of the ranks that torchrun started, or the only one.
+
+    A process group (Gloo) is made and in the end taken down, unless there is one already.
+    """
+    starts = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized()
+    if starts:
+        dist.init_process_group("gloo")
+    try:
+        yield Ranks(timeout_secs)
+    finally:
+        if starts:
+            dist.destroy_process_group()
