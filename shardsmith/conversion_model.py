@@ -59,7 +59,12 @@ def open_conversion_model(directory: Path, *, trust_remote_code: bool = False) -
     name_map = _transformers_names(directory, files)
     if name_map is None:
         raise _mismatch(directory, missing)
-    return _restored(files, blueprint, name_map, "transformers")
+    try:
+        return _restored(files, blueprint, name_map, "transformers")
+    except MismatchError as error:
+        if len(error.problems) < len(missing):
+            raise
+        raise _mismatch(directory, missing) from None
 
 
 def _identity(files: ModelSource, blueprint: Blueprint) -> ConversionModel:
@@ -85,7 +90,9 @@ def _restored(files: ModelSource, blueprint: Blueprint, name_map: NameMap, names
     source = RestoredModel(files, name_map, wanted, blueprint.tied)
     useless = [name for name in source.unused if not _is_ignorable(name, blueprint)]
     if useless:
-        raise _mismatch(files.path, [f"{name}: in the files, not in the model" for name in useless])
+        raise _mismatch(
+            files.path, [f"{name}: in the files {files.specs[name].shape}, not in the model" for name in useless]
+        )
     return ConversionModel(
         source=source,
         stored={name: name for name in wanted},

@@ -14,7 +14,7 @@ from shardsmith import layout
 from shardsmith.commit import refuse_existing
 from shardsmith.directory_plan import DirectoryPlan, ModelPlan, Origin, plan_model
 from shardsmith.dtypes import DtypeChoice
-from shardsmith.errors import CheckpointNotFoundError, MismatchError, UnsupportedFormatError
+from shardsmith.errors import CheckpointNotFoundError, MismatchError, UnsupportedFormatError, UsageError
 from shardsmith.formats import HUGGINGFACE, SHARDED, detect_checkpoint_format, model_names, open_source
 from shardsmith.hf_directory import files_to_copy, protect, read_config
 from shardsmith.metadata import read_metadata
@@ -38,6 +38,8 @@ class ExportOptions:
     """Also copy the base model's Python files. They are never run."""
     allow: tuple[str, ...] = ()
     """Patterns of tensor names that may differ from the base model's weights."""
+    drop: tuple[str, ...] = ()
+    """Patterns of tensors of the checkpoint to leave out, such as those of a head that was trained beside the model."""
     verify: bool = True
     """Compare the checkpoint's files with their recorded hashes first, where it has some."""
     names: str = "auto"
@@ -54,6 +56,8 @@ class ExportPlan:
     sources: Mapping[str, ModelSource | TranslatedModel]
     """By model."""
     verify: bool
+    dropped: tuple[str, ...] = ()
+    """Tensors of the checkpoint that were left out."""
 
     def close(self) -> None:
         """Let go of the checkpoint's files, which take up space as long as they are open, even when deleted."""
@@ -81,8 +85,12 @@ def plan_directory(
     sources: dict[str, ModelSource | TranslatedModel] = {}
     models = []
     name_map: NameMap | None = None
+    dropped: dict[str, None] = {}
     for model, stem in stems.items():
-        source = sources[model] = open_source(checkpoint, model)
+        source = open_source(checkpoint, model)
+        unwanted = _dropped(source, options.drop)
+        dropped |= dict.fromkeys(unwanted)
+        source = sources[model] = source.without(unwanted)
         as_stored = _plan_model(source, model, stem, config, template, replace(options, dtype=None))
         name_map = name_map or _choose_name_map(as_stored, base, config, template, options)
         if name_map is not None:
@@ -91,7 +99,17 @@ def plan_directory(
         compare_with_base(source.path, plan, template, options.allow)
         models.append(plan)
     directory = DirectoryPlan(output, tuple(models), origin_of(checkpoint), config, base, tuple(copies))
-    return ExportPlan(directory, checkpoint, base, sources, options.verify)
+    return ExportPlan(directory, checkpoint, base, sources, options.verify, tuple(dropped))
+
+
+def _dropped(source: ModelSource, patterns: Sequence[str]) -> list[str]:
+    """What is to be left out. Raises UsageError if a pattern fits nothing: then something is not as was thought."""
+    names = [*source.specs, *source.aliases]
+    if idle := [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)]:
+        raise UsageError(
+            f"drop: {', '.join(map(repr, idle))} fits no tensor of {source.path}. Correct it, or leave it out"
+        )
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
 def choose_stems(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Self
 
@@ -41,6 +41,13 @@ class ModelSource:
     def whole(cls, source: TensorSource) -> Self:
         """All of a source that holds nothing but one model."""
         return cls(source, {name: name for name in source.specs}, filled=frozenset(), aliases={})
+
+    def without(self, dropped: Iterable[str]) -> ModelSource:
+        """The same but for some tensors."""
+        gone = set(dropped)
+        keys = {name: key for name, key in self.keys.items() if name not in gone}
+        aliases = {alias: kept for alias, kept in self.aliases.items() if alias not in gone and kept not in gone}
+        return ModelSource(self._source, keys, filled=self.filled - gone, aliases=aliases)
 
     @property
     def path(self) -> Path:

@@ -123,6 +123,8 @@ def _extent(inspection: Inspection) -> str:
 
 def _print_contents(console: Console, plan: ExportPlan) -> None:
     console.print(_files_table(plan))
+    if plan.dropped:
+        console.print(f"left out, as asked for: {', '.join(plan.dropped)}")
     for model in plan.directory.models:
         for alias, kept in model.aliases.items():
             console.print(f"{model.model}: {alias} is tied to {kept}, which alone is in the file")

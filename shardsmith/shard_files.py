@@ -23,7 +23,7 @@ from torch import Tensor
 from shardsmith.block_copy import one_thread_per_operator
 from shardsmith.commit import writing
 from shardsmith.description import Measured
-from shardsmith.digest import digest_run
+from shardsmith.digest import Digest, digest_run
 from shardsmith.memory import memory_of
 from shardsmith.metadata import FileRecord
 from shardsmith.tensors import Chunk, TensorSource, TensorSpec, read_into, row_major_blocks
@@ -169,7 +169,7 @@ class _Job:
         archive = archive_layout(chunk.box.sizes, stream.spec.dtype)
         offset = file.begin(archive)
         scratch = torch.empty(_BLOCK_BYTES, dtype=torch.uint8)
-        measured = Measured()
+        measured = Measured(digests={chunk.key: Digest()})  # also of a tensor without elements
         for first, box in row_major_blocks(chunk.box.sizes, _BLOCK_BYTES // stream.spec.dtype.itemsize):
             if self.stopped:
                 return

@@ -18,6 +18,7 @@ def to_hf(
     max_shard_size: str | None = None,
     ema_as: Literal["auto", "file", "directory"] = "auto",
     allow: tuple[str, ...] = (),
+    drop: tuple[str, ...] = (),
     names: str = "auto",
     trust_remote_code: bool = False,
     verify: bool = True,
@@ -47,6 +48,7 @@ def to_hf(
             "directory": model.safetensors of its own directory, OUTPUT_DIR-ema where main is written too.
             "auto": ema.safetensors beside main or where the base model has one, else a directory.
         allow: Patterns of tensor names that may differ from the base model's, such as 'lm_head.*'.
+        drop: Patterns of tensors of the checkpoint to leave out, such as those of a head trained beside the model.
         names: Under which names to write the tensors, and cut up how.
             "auto": as in the checkpoint; if the base's weights differ, or it has none and experts are fused into one
             tensor, as "transformers".
@@ -69,6 +71,7 @@ def to_hf(
         max_shard_size=max_shard_size,
         trust_remote_code=trust_remote_code,
         allow=allow,
+        drop=drop,
         verify=verify,
         names=names,
     )

@@ -1,0 +1,391 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from shardsmith.cli import main
+from shardsmith.dcp import DcpSource
+from shardsmith.digest import digest_tensor
+from shardsmith.initial_record import config_hash
+from shardsmith.metadata import read_metadata
+from tests.dcp_directories import load
+from tests.ranks import run_on_ranks
+from tests.tensor_cases import raw_bytes
+from tests.trained_runs import SIZES
+
+KINDS = ("olmo2", "tied", "experts")
+
+
+def config_of(kind: str) -> Any:
+    import transformers
+
+    if kind == "experts":
+        experts = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 18}
+        return transformers.Qwen3MoeConfig(**SIZES, **experts, architectures=["Qwen3MoeForCausalLM"])
+    ends = {"pad_token_id": 0, "eos_token_id": 1}
+    if kind == "tied":
+        return transformers.LlamaConfig(**SIZES, tie_word_embeddings=True, architectures=["LlamaForCausalLM"])
+    return transformers.Olmo2Config(**SIZES, **ends, architectures=["Olmo2ForCausalLM"])
+
+
+def fresh(kind: str, seed: int = 0) -> nn.Module:
+    import transformers
+
+    torch.manual_seed(seed)
+    config = config_of(kind)
+    model = getattr(transformers, config.architectures[0])(config).bfloat16()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+    return model
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Kind / Hugging Face directory in one file; kind-parts in several. Read only."""
+    root = tmp_path_factory.mktemp("models")
+    for kind in KINDS:
+        fresh(kind).save_pretrained(root / kind)
+        (root / kind / "tokenizer.json").write_text(kind)
+        fresh(kind).save_pretrained(root / f"{kind}-parts", max_shard_size="20KB")
+    return root
+
+
+def to_dcp(model: Path | str, checkpoint: Path, *options: str) -> Path:
+    assert main(["to-dcp", "--model", str(model), "--checkpoint", str(checkpoint), "--quiet", *options]) == 0
+    return checkpoint
+
+
+def tensors_of(checkpoint: Path) -> dict[str, Tensor]:
+    """As torch reads them."""
+    source = DcpSource(checkpoint)
+    state = {key: torch.zeros(spec.shape, dtype=spec.dtype) for key, spec in source.specs.items()}
+    return load(state, checkpoint)
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape), name
+        assert raw_bytes(found[name]) == raw_bytes(tensor), name
+
+
+@pytest.mark.parametrize("files", ["", "-parts"], ids=["one file", "several files"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_dcp_load_of_torch_fills_the_state_dict_of_the_model(kind: str, files: str, models: Path, output: Path) -> None:
+    to_dcp(models / f"{kind}{files}", output)
+    model, expected = fresh(kind, seed=1), fresh(kind).state_dict()
+    state = load(model.state_dict(), output)  # asks for tied names twice
+    assert_same(state, expected)
+    assert_same(tensors_of(output), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_to_hf_gives_the_tensors_back_byte_for_byte(kind: str, models: Path, output: Path, tmp_path: Path) -> None:
+    to_dcp(models / f"{kind}-parts", output)
+    places = ["--checkpoint_dir", output, "--output_dir", tmp_path / "hf", "--base_model_path", models / kind]
+    assert main(["to-hf", *map(str, places), "--dtype", "original", "--quiet"]) == 0
+    assert_same(load_file(tmp_path / "hf" / "model.safetensors"), load_file(models / kind / "model.safetensors"))
+
+
+def test_the_manifest_says_what_it_was_made_of(models: Path, output: Path) -> None:
+    to_dcp(models / "tied", output)
+    metadata, model = read_metadata(output), fresh("tied")
+    assert (metadata.step, metadata.tied) == (0, {"lm_head.weight": "model.embed_tokens.weight"})
+    assert {key: record.digest for key, record in metadata.tensors.items()} == {
+        key: str(digest_tensor(value)) for key, value in model.state_dict().items()
+    }
+    initial = metadata.initial
+    assert initial is not None
+    assert (initial.source, initial.source_format, initial.model_class) == ("tied", "huggingface", "LlamaForCausalLM")
+    assert initial.config is not None
+    assert initial.config["rope_parameters"]["rope_theta"] == 10000.0
+    assert initial.config_xxh3_128 == config_hash(initial.config)
+    assert initial.tokenizer.keys() == {"tokenizer.json"}
+    rotary = initial.buffers["model.rotary_emb.inv_freq"].tensor()
+    assert rotary is not None
+    assert raw_bytes(rotary) == raw_bytes(type(model)(config_of("tied")).model.rotary_emb.inv_freq)
+    assert (initial.heads, initial.seed, initial.cast_to) == ({}, None, None)
+
+
+def test_tied_tensors_are_stored_once(models: Path, output: Path) -> None:
+    places = DcpSource(to_dcp(models / "tied", output)).index.tensors
+    assert places["lm_head.weight"].chunks == places["model.embed_tokens.weight"].chunks
+    stored = sum(path.stat().st_size for path in output.glob("*.distcp"))
+    state = fresh("tied").state_dict()
+    assert stored < sum(value.nbytes for value in state.values()) + 1024 * len(state)
+
+
+def test_the_nested_layout_is_that_of_older_trainers(models: Path, output: Path) -> None:
+    to_dcp(models / "olmo2", output, "--layout", "nested")
+    state = load({"model": fresh("olmo2", seed=1).state_dict()}, output)
+    assert_same(state["model"], fresh("olmo2").state_dict())
+
+
+def test_a_cast_is_that_of_torch_and_recorded(models: Path, output: Path) -> None:
+    to_dcp(models / "olmo2", output, "--dtype", "float32")
+    assert_same(tensors_of(output), {name: value.float() for name, value in fresh("olmo2").state_dict().items()})
+    initial = read_metadata(output).initial
+    assert initial is not None
+    assert initial.cast_to == "float32"
+
+
+HEADS = {
+    "linear": {"proj.weight", "proj.bias"},
+    "mlp": {"gate_proj.weight", "up_proj.weight", "down_proj.weight"},
+    "gated": {"gate.weight", "gate.bias", "ffn.0.weight", "ffn.0.bias", "ffn.3.weight", "ffn.3.bias"},
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_future_predictor_lies_beside_the_model_and_is_seeded(
+    head: str, models: Path, output: Path, tmp_path: Path
+) -> None:
+    options = ["--include-future-predictor", "--future-predictor-head-type", head]
+    found = tensors_of(to_dcp(models / "olmo2", output, *options))
+    keys = HEADS[head] | {"ln.weight", "ln.bias"}
+    assert found.keys() - fresh("olmo2").state_dict().keys() == keys
+    assert all(value.dtype == torch.bfloat16 for value in found.values())
+    again = tensors_of(to_dcp(models / "olmo2", tmp_path / "again", *options))
+    other = tensors_of(to_dcp(models / "olmo2", tmp_path / "other", *options, "--seed", "1"))
+    matrix = next(key for key in keys if found[key].dim() > 1)
+    assert torch.equal(found[matrix], again[matrix])
+    assert not torch.equal(found[matrix], other[matrix])
+    places = ["--checkpoint_dir", output, "--output_dir", tmp_path / "hf", "--base_model_path", models / "olmo2"]
+    dropped = ["--drop", "ln.*", *HEADS[head]]
+    assert main(["to-hf", *map(str, places), "--dtype", "original", "--quiet", *dropped]) == 0
+    assert_same(load_file(tmp_path / "hf" / "model.safetensors"), load_file(models / "olmo2" / "model.safetensors"))
+
+
+def make_layer(width: int, bias: bool = True) -> nn.Module:
+    return nn.ModuleDict({"extra": nn.Linear(width, 2, bias=bias)})
+
+
+def make_collision() -> nn.Module:
+    return nn.ModuleDict({"lm_head": nn.Linear(2, 2)})
+
+
+def test_the_state_dict_of_any_module_can_be_added(models: Path, output: Path) -> None:
+    module = 'tests.test_to_dcp:make_layer={"width": 5, "bias": false}'
+    found = tensors_of(to_dcp(models / "olmo2", output, "--extra_module", module))
+    assert found["extra.weight"].shape == (2, 5)
+    initial = read_metadata(output).initial
+    assert initial is not None
+    assert initial.heads == {"make_layer": ("extra.weight",)}
+
+
+REFUSED = {
+    "a key of the model": (["--extra_module", "tests.test_to_dcp:make_collision"], "lm_head.weight: of make_collision"),
+    "no such module": (["--extra_module", "no.such:thing"], "ModuleNotFoundError"),
+    "arguments that are no JSON": (["--extra_module", "tests.test_to_dcp:make_layer={x"], "JSONDecodeError"),
+    "arguments that do not fit": (["--extra_module", 'tests.test_to_dcp:make_layer={"x": 1}'], "TypeError"),
+    "twice the same": (["--extra_module", *['tests.test_to_dcp:make_layer={"width": 5}'] * 2], "used twice"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_head_that_cannot_be_is_refused(
+    case: str, models: Path, output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options, reason = REFUSED[case]
+    assert main(["to-dcp", "--model", str(models / "olmo2"), "--checkpoint", str(output), *options]) == 2
+    assert reason in capsys.readouterr().err
+    assert os.listdir(output.parent) == []
+
+
+def run_conversions(models: Path, output: Path) -> None:
+    for kind in ("tied", "experts"):
+        to_dcp(models / f"{kind}-parts", output / kind)
+    assert dist.is_initialized(), "the group of the caller is left alone"
+
+
+def test_ranks_share_the_writing_and_make_the_same_checkpoint(models: Path, output: Path, tmp_path: Path) -> None:
+    run_on_ranks(run_conversions, 2, tmp_path, models, output)
+    for kind in ("tied", "experts"):
+        assert {path.name for path in (output / kind).glob("*.distcp")} == {"__0_0.distcp", "__1_0.distcp"}
+        assert_same(tensors_of(output / kind), fresh(kind).state_dict())
+        alone = read_metadata(to_dcp(models / kind, tmp_path / kind))
+        together = read_metadata(output / kind)
+        assert (together.tensors, together.world_size) == (alone.tensors, 2)
+
+
+def run_failing(model: Path, output: Path) -> None:
+    if dist.get_rank() == 1:
+        shutil.rmtree(model)  # of this rank alone: the others have opened theirs
+    assert main(["to-dcp", "--model", str(model), "--checkpoint", str(output), "--quiet"]) == 2
+
+
+def test_an_error_on_one_rank_leaves_nothing_behind(models: Path, output: Path, tmp_path: Path) -> None:
+    shutil.copytree(models / "olmo2", tmp_path / "model")
+    run_on_ranks(run_failing, 2, tmp_path, tmp_path / "model", output)
+    assert os.listdir(output.parent) == []
+
+
+def test_a_directory_that_nothing_knows_keeps_its_names(
+    tmp_path: Path, output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = {"a.weight": torch.randn(3, 4), "steps": torch.tensor(7), "empty": torch.empty(0, 2)}
+    save_file(state, tmp_path / "model.safetensors")
+    assert main(["to-dcp", "--model", str(tmp_path / "model.safetensors"), "--checkpoint", str(output)]) == 0
+    assert "no model was made to compare them with" in capsys.readouterr().out
+    assert_same(tensors_of(output), state)
+
+
+def test_a_large_tensor_is_cut_into_chunks_that_torch_puts_together(
+    tmp_path: Path, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shardsmith.shard_files.CHUNK_BYTES", 100)
+    monkeypatch.setattr("shardsmith.shard_files._BLOCK_BYTES", 64)
+    state = {"a": torch.randn(31, 9), "b": torch.randn(2, 3, 40), "c": torch.arange(77), "d": torch.randn(())}
+    save_file(state, tmp_path / "model.safetensors")
+    to_dcp(tmp_path / "model.safetensors", output)
+    assert len(DcpSource(output).index.tensors["a"].chunks) > 2
+    assert_same(tensors_of(output), state)
+
+
+def test_a_dry_run_says_what_it_would_do_and_writes_nothing(
+    models: Path, output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["to-dcp", "--model", str(models / "tied"), "--checkpoint", str(output), "--dry_run"]) == 0
+    printed = capsys.readouterr().out
+    assert "nothing was written" in printed
+    assert "lm_head.weight is tied to model.embed_tokens.weight" in printed
+    assert os.listdir(output.parent) == []
+
+
+def test_the_summary_counts_what_the_model_counts(
+    models: Path, output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["to-dcp", "--model", str(models / "tied"), "--checkpoint", str(output)]) == 0
+    rows = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    model = fresh("tied")
+    elements = sum(parameter.numel() for parameter in model.parameters())
+    counted = {row[0].strip(): [cell.strip() for cell in row[1:]] for row in rows}
+    assert counted["model parameters"] == [str(len([*model.parameters()])), f"{elements:,}", f"{elements:,}", "yes"]
+    keys = sum(value.numel() for value in model.state_dict().values())
+    assert counted["state-dict tensors"] == [str(len(model.state_dict())), f"{keys:,}", f"{keys:,}", "yes"]
+    assert counted["persistent buffers"] == ["0", "0", "0", "yes"]
+
+
+def cut_a_file(model: Path) -> None:
+    file = model / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def lose_a_tensor(model: Path) -> None:
+    state = load_file(model / "model.safetensors")
+    del state["model.norm.weight"]
+    save_file(state, model / "model.safetensors")
+
+
+def add_a_tensor(model: Path) -> None:
+    save_file({**load_file(model / "model.safetensors"), "stranger": torch.ones(1)}, model / "model.safetensors")
+
+
+def resize_a_tensor(model: Path) -> None:
+    save_file(
+        {**load_file(model / "model.safetensors"), "model.norm.weight": torch.ones(1)}, model / "model.safetensors"
+    )
+
+
+def point_outside(model: Path) -> None:
+    (model / "model.safetensors").rename(model.parent / "elsewhere.safetensors")
+    (model / "model.safetensors").symlink_to(model.parent / "elsewhere.safetensors")
+
+
+def edit_config(**changes: Any) -> Callable[[Path], None]:
+    def edit(model: Path) -> None:
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(config | changes))
+
+    return edit
+
+
+def forget_the_weights(model: Path) -> None:
+    (model / "model.safetensors").unlink()
+
+
+DAMAGED = {
+    "truncated": (cut_a_file, "IncompleteCheckpointError"),
+    "a tensor lost": (lose_a_tensor, "model.norm.weight: in the model (36,), not in the files"),
+    "a tensor too many": (add_a_tensor, "stranger: in the files (1,), not in the model"),
+    "another shape": (resize_a_tensor, "model.norm.weight: (1,) in the files, (36,) in the model"),
+    "another depth": (edit_config(num_hidden_layers=3), "model.layers.2.mlp.down_proj.weight: in the model"),
+    "links out": (point_outside, "out of its directory; it was not read"),
+    "no weights": (forget_the_weights, "UnsupportedFormatError"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_damaged_model_is_a_typed_error(
+    case: str, models: Path, output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage, reason = DAMAGED[case]
+    damage(shutil.copytree(models / "olmo2", tmp_path / "model"))
+    assert main(["to-dcp", "--model", str(tmp_path / "model"), "--checkpoint", str(output)]) == 2
+    assert reason in capsys.readouterr().err
+    assert os.listdir(output.parent) == []
+
+
+def test_code_of_the_model_is_not_run_unasked(models: Path, output: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(models / "olmo2", tmp_path / "model")
+    edit_config(auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}, model_type="evil")(model)
+    (model / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    to_dcp(model, output)  # the names are those of the files then
+    assert not (tmp_path / "ran").exists()
+
+
+def test_files_that_contradict_a_tie_are_refused(
+    models: Path, output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = shutil.copytree(models / "tied", tmp_path / "model")
+    state = load_file(model / "model.safetensors")
+    save_file({**state, "lm_head.weight": state["model.embed_tokens.weight"] + 1}, model / "model.safetensors")
+    assert main(["to-dcp", "--model", str(model), "--checkpoint", str(output)]) == 2
+    assert "lm_head.weight and model.embed_tokens.weight" in capsys.readouterr().err
+    save_file({**state, "lm_head.weight": state["model.embed_tokens.weight"].clone()}, model / "model.safetensors")
+    to_dcp(model, output)
+
+
+def test_what_exists_is_left_as_it_is_and_the_model_is_protected(
+    models: Path, output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output.mkdir()
+    assert main(["to-dcp", "--model", str(models / "olmo2"), "--checkpoint", str(output)]) == 2
+    assert "TargetExistsError" in capsys.readouterr().err
+    inside = models / "olmo2" / "dcp"
+    assert main(["to-dcp", "--model", str(models / "olmo2"), "--checkpoint", str(inside)]) == 2
+    assert "ProtectedPathError" in capsys.readouterr().err
+
+
+def test_a_name_of_the_hub_is_taken_from_the_local_cache(
+    models: Path, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    repository = tmp_path / "hub" / "models--some--olmo"
+    revision = "0" * 40
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(revision)
+    shutil.copytree(models / "olmo2", repository / "blobs")
+    (repository / "snapshots" / revision).mkdir(parents=True)
+    for file in (repository / "blobs").iterdir():
+        (repository / "snapshots" / revision / file.name).symlink_to(f"../../blobs/{file.name}")
+    to_dcp("some/olmo", output)
+    initial = read_metadata(output).initial
+    assert initial is not None
+    assert initial.source == "some/olmo"
+    assert main(["to-dcp", "--model", "no/such", "--checkpoint", str(output)]) == 2
+    assert "not in the Hugging Face cache" in capsys.readouterr().err
