@@ -139,6 +139,16 @@ class HFExport(Hook):
         if self._checkpoints is None:
             self._ranks.gather("looking at the base model", lambda: self._state.check(compare=self._ranks.is_leader))
 
+    def on_train_begin(self, step: int) -> None:
+        """After a resume, make the export of that step if it was due and the former run died before it was made.
+
+        All ranks; communicates. Earlier steps are not made up for: their weights are gone.
+        """
+        if self.when.due(step) and self._ranks.lead(
+            f"looking for the export of step {step}", lambda: self._missing(step)
+        ):
+            self._export(step, "wait")
+
     def on_step_end(self, step: int) -> None:
         """Export if it is time, then report exports that have ended. All ranks; communicates when it exports."""
         if self.when.due(step):

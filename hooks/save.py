@@ -6,6 +6,7 @@ import contextlib
 import logging
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
 from itertools import chain
 from pathlib import Path
 from typing import Literal
@@ -91,7 +92,8 @@ class ShardedSave(Hook):
             nested=layout == "nested",
             rank=self._ranks.rank,
         )
-        self._group = dist.new_group(backend="gloo") if self._ranks.size > 1 else None
+        timeout = timedelta(seconds=timeout_secs)
+        self._group = dist.new_group(backend="gloo", timeout=timeout) if self._ranks.size > 1 else None
         self._writer = ThreadPoolExecutor(1, "shardsmith-save") if async_mode == "async" else None
         self._stager = Stager() if self._writer else None
         self._in_flight: tuple[int, Future[Path]] | None = None

@@ -32,3 +32,27 @@ def test_what_is_no_export_of_ours_is_an_error_and_left_as_it_is(tmp_path: Path)
     with pytest.raises(ShardsmithError, match="step-1"):
         export_once(tmp_path, nn.Linear(3, 3, dtype=torch.float64))
     assert [path.name for path in (tmp_path / "step-1").iterdir()] == ["notes.txt"]
+
+
+def begin(directory: Path, step: int) -> None:
+    hook = HFExport(directory, model=nn.Linear(3, 3), when=every(2))
+    hook.on_train_begin(step)
+    hook.close()
+
+
+@pytest.mark.parametrize(("step", "made"), [(0, set()), (3, set()), (4, {"step-4"})])
+def test_a_run_that_died_before_an_export_makes_it_when_it_comes_back(
+    tmp_path: Path, step: int, made: set[str]
+) -> None:
+    begin(tmp_path, step)
+    assert {path.name for path in tmp_path.iterdir()} == made
+
+
+def test_an_export_that_is_there_when_the_run_comes_back_is_left_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    begin(tmp_path, 4)
+    before = (tmp_path / "step-4" / "model.safetensors").read_bytes()
+    begin(tmp_path, 4)
+    assert (tmp_path / "step-4" / "model.safetensors").read_bytes() == before
+    assert not caplog.text
