@@ -130,11 +130,11 @@ class EMA(Hook):
 
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to go on (torch's ``Stateful``). All ranks; communicates as ``model_state_dict`` does."""
-        return {
-            "model": self.model_state_dict(),
-            "updates": torch.tensor(self.updates),
-            "decay": torch.tensor(self.decay, dtype=torch.float64),
-        }
+        return {"model": self.model_state_dict(), **self.counters()}
+
+    def counters(self) -> dict[str, Tensor]:
+        """What ``state_dict`` has beside the averages. No communication."""
+        return {"updates": torch.tensor(self.updates), "decay": torch.tensor(self.decay, dtype=torch.float64)}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any], *, allow_other_decay: bool = False) -> None:

@@ -22,6 +22,7 @@ from shardsmith.formats import open_source
 from shardsmith.hf_directory import files_to_copy, read_config
 from shardsmith.layout import EMA_WEIGHTS, MAIN_WEIGHTS
 from shardsmith.live_export import LiveModel
+from shardsmith.live_weights import model_state_dict
 from shardsmith.model_keys import EMA as AVERAGE
 from shardsmith.model_keys import MAIN
 from shardsmith.models import ModelSource, TranslatedModel
@@ -32,7 +33,6 @@ from shardsmith.tensors import Shape, TensorSpec
 from shardsmith.transformers_names import TransformersNames
 
 from .ema import EMA
-from .local_weights import model_state_dict
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.fsdp._flat_param import FlatParameter
 from torch.distributed.fsdp._runtime_utils import _reshard as reshard_fsdp1
 from torch.distributed.tensor import DTensor
 
 from shardsmith.errors import UsageError
+from shardsmith.live_weights import model_state_dict
 from shardsmith.names import clean_fqn, tied_weights
 
 
@@ -111,18 +110,6 @@ class LocalWeights:
     def _overwrite(self, values: list[Tensor]) -> None:
         torch._foreach_copy_(self.tensors(), values)
         _forget_gathered(self._model)
-
-
-def model_state_dict(model: nn.Module) -> dict[str, Any]:
-    """Clean FQN -> what the model saves, sharded as it is. All ranks; communicates under FSDP1.
-
-    And where a module's own state-dict hooks do. torch's ``get_model_state_dict``, which only FSDP1 needs, refuses
-    names that are no attributes of the model, such as the parts of a fused projection.
-    """
-    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
-        state: dict[str, Any] = get_model_state_dict(model)
-        return state
-    return {clean_fqn(name, model): value for name, value in model.state_dict().items()}
 
 
 def local(tensor: Tensor) -> Tensor:

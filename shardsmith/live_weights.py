@@ -6,7 +6,7 @@ Legend: B = shape of a box. Works under FSDP2, FSDP1, HSDP, DDP, tensor parallel
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ class LiveWeights:
     """
 
     def __init__(self, model: nn.Module | Sequence[nn.Module]) -> None:
-        """All ranks; communicates under FSDP1 only.
+        """All ranks; communicates as ``model_state_dict`` does.
 
         Raises:
             UsageError: a tensor is on the meta device, or two parts have one under the same name.
@@ -97,10 +97,15 @@ class LiveWeights:
             read_into(source, key, box, values)
 
     def store(self) -> None:
-        """Hand what was filled to the model. All ranks; communicates under FSDP1 only, which gave out copies."""
+        """Hand what was filled to the model, where that has given out copies. All ranks.
+
+        Communicates under FSDP1, and where modules save other tensors than they train and their hooks communicate.
+        """
         for part, state, is_fsdp1 in zip(self.parts, self._states, self._is_fsdp1, strict=True):
             if is_fsdp1:
                 set_model_state_dict(part, dict(state))
+            elif not _parameters(part) <= state.keys():
+                part.load_state_dict(dict(state), strict=False)
         self._forget_gathered()
 
     @torch.no_grad()
@@ -112,7 +117,8 @@ class LiveWeights:
         for part, state in zip(self.parts, self._states, strict=True):
             spared = {name for name in state if name not in names}
             for name, tensor in _saved_tensors(part):
-                if clean_fqn(name, part) in names or (name.endswith("_flat_param") and not spared):
+                # of a name that is not saved are flat parameters, and such as are saved in parts
+                if clean_fqn(name, part) in names or (clean_fqn(name, part) not in state and not spared):
                     poison_(tensor.to_local() if isinstance(tensor, DTensor) else tensor)
 
     def look(self, name: str) -> list[tuple[Chunk, Look]]:
@@ -144,6 +150,18 @@ class LiveWeights:
             for module in part.modules():
                 if isinstance(module, FSDPModule):
                     module.reshard()
+
+
+def model_state_dict(model: nn.Module) -> dict[str, Any]:
+    """Clean FQN -> what a model saves, sharded as it is. All ranks; communicates under FSDP1.
+
+    And where a module's own state-dict hooks do. torch's ``get_model_state_dict``, which only FSDP1 needs, refuses
+    names that are no attributes of the model, such as the parts of a fused projection.
+    """
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        state: dict[str, Any] = get_model_state_dict(model)
+        return state
+    return {clean_fqn(name, model): value for name, value in model.state_dict().items()}
 
 
 def poison_(tensor: Tensor) -> None:
@@ -181,8 +199,11 @@ def _poison_integer(dtype: torch.dtype) -> int:
 
 
 def _state(part: nn.Module) -> dict[str, Tensor]:
-    state: Mapping[str, Any] = get_model_state_dict(part)
-    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    return {name: value for name, value in model_state_dict(part).items() if isinstance(value, Tensor)}
+
+
+def _parameters(part: nn.Module) -> set[str]:
+    return {clean_fqn(name, part) for name, _ in part.named_parameters()}
 
 
 def _saved_tensors(part: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,12 @@ from tests.ranks import run_on_ranks
 from tests.titan.cpu import IS_0_3, train, trainer
 
 WORDS = 2000
-PRELOADED = ["tests.titan.jobs", *(["tests.titan.configs"] if IS_0_3 else [])]
+OVERRIDE = "shardsmith.integrations.torchtitan.checkpoint_hooks"
+PRELOADED = [
+    "tests.titan.jobs",
+    "shardsmith.integrations.torchtitan.manager",
+    *(["tests.titan.configs", "shardsmith.integrations.torchtitan.manager_0_3"] if IS_0_3 else []),
+]
 
 _STEPS = ["--training.steps=4", "--training.seq_len=32", "--training.local_batch_size=2", "--metrics.log_freq=1"]
 _MODEL = (
@@ -43,6 +48,8 @@ class Job:
     """Its dump folder. ``log-<rank>.txt`` in it has what it logged, ``error-<rank>.txt`` what it ended with, if so."""
     options: Sequence[str] = ()
     """More of the command line; the last word wins."""
+    hooks: Mapping[str, Any] | None = None
+    """Options of ours; None: nothing of ours is there at all."""
     observe: Callable[[Any, Path], None] | None = None
     """Called on each rank with the trainer and ``run`` when the training has ended, before anything is closed."""
 
@@ -131,10 +138,8 @@ def _logging_to(path: Path) -> Iterator[None]:
 
 
 def _run_job(assets: Assets, job: Job) -> None:
-    """``torchtitan.train`` with a command line, in a process group that outlives it."""
-    sys.argv = ["train", *_MODEL, *_STEPS, *_CHECKPOINT, *assets.options(job.run), *job.options]
-    if not IS_0_3:  # it took the command line when it was imported
-        train.ConfigManager.parse_args.__defaults__ = (sys.argv[1:],)
+    """A command line, in a process group that outlives it."""
+    arguments = [*_MODEL, *_STEPS, *_CHECKPOINT, *assets.options(job.run), *job.options]
     destroy, close = dist.destroy_process_group, trainer.Trainer.close
 
     def observe_and_close(self: Any) -> None:
@@ -145,9 +150,25 @@ def _run_job(assets: Assets, job: Job) -> None:
     trainer.Trainer.close = observe_and_close
     dist.destroy_process_group = lambda: None
     try:
-        if IS_0_3:
-            train.main()
-        else:
-            train.main(train.Trainer)
+        _train(arguments, job)
     finally:
         dist.destroy_process_group, trainer.Trainer.close = destroy, close
+
+
+def _train(arguments: list[str], job: Job) -> None:
+    """With ``hooks``, as the README says: an override in 0.3, a table of a TOML file and our entry point in 0.2."""
+    if IS_0_3:
+        named = f"{OVERRIDE}={json.dumps(job.hooks)}" if job.hooks else OVERRIDE
+        sys.argv = ["train", *arguments, *(["--override.imports", named] if job.hooks is not None else [])]
+        train.main()
+    elif job.hooks is None:
+        train.ConfigManager.parse_args.__defaults__ = (arguments,)  # it took the command line when it was imported
+        train.main(train.Trainer)
+    else:
+        table = "".join(f"{name} = {json.dumps(value)}\n" for name, value in job.hooks.items())
+        toml = job.run / f"job-{dist.get_rank()}.toml"
+        toml.write_text(f"[checkpoint_hooks]\n{table}")
+        sys.argv = ["shardsmith.integrations.torchtitan", f"--job.config_file={toml}", *arguments]
+        from shardsmith.integrations.torchtitan.__main__ import main  # imports TorchTitan, so after tests.titan.cpu
+
+        main()

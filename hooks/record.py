@@ -1,0 +1,132 @@
+"""``Recorder``: step directories that a trainer writes in place become checkpoints of ours once they are whole."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from shardsmith.adopt import adopt, disown
+from shardsmith.checkpoints import committed_steps
+from shardsmith.commit import remove, sweep
+from shardsmith.errors import ShardsmithError
+from shardsmith.layout import parse_step, step_name
+from shardsmith.names import tied_weights
+from shardsmith.ranks import Ranks
+
+from .base import Hook
+from .ema import EMA
+from .retention import Retention, steps_to_remove
+
+log = logging.getLogger(__name__)
+
+
+class Recorder(Hook):
+    """Adds ``metadata.json`` to a trainer's ``step-<n>`` directories, as the last file: the mark of a complete one.
+
+    The trainer tells it when a save begins and, right after, how to know that it has ended. A background thread waits
+    for that end, reads the files back, divided among the ranks, records them, and removes what is not to be kept. It
+    does not make the directory, since trainers take its being there for a run to go on with.
+
+    Attributes:
+        directory: Where the step directories are.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        model: nn.Module,
+        ema: EMA | None = None,
+        keep: Retention | None = None,
+        timeout_secs: float = 1800.0,
+    ) -> None:
+        """Make it on all ranks at the same point. Communicates through the store.
+
+        Args:
+            model: For what is to be said of it; no weight is read.
+            ema: Whose facts are recorded, where it is saved with the rest.
+            keep: Which complete steps outlive a new one; None keeps all. Of the others, what is older than all that
+                are kept goes, once there are as many as that; the newest complete one never does.
+            timeout_secs: How long to wait for a rank, its save included, before a recording is given up.
+        """
+        self.directory = Path(directory)
+        self.keep = keep
+        self._ema = ema
+        self._tied = tied_weights(model)
+        self._ranks, self._writer_ranks = Ranks(timeout_secs), Ranks(timeout_secs)  # one for each thread
+        self._writer = ThreadPoolExecutor(1, "shardsmith-record")
+        self._running: deque[tuple[int, Future[Path]]] = deque()
+        self._ranks.lead(f"preparing {self.directory}", lambda: len(sweep(self.directory)))
+
+    def begin(self, path: Path) -> None:
+        """A save into ``path`` begins: should the directory be there, it is no complete one any more.
+
+        All ranks, before anything is written; communicates through the store. Raises RankFailedError.
+        """
+        self._ranks.lead(f"preparing {path.name}", lambda: path.exists() and disown(path))
+
+    def saved(self, step: int, path: Path, end: Future[Any] | None, mesh: Mapping[str, Any] | None = None) -> None:
+        """The save that began is under way, and has ended with ``end``; None if it has already. All ranks; returns.
+
+        Args:
+            mesh: As ``metadata.json`` has it.
+        """
+        facts = self._ema.facts() if self._ema is not None else None
+        self._running.append((step, self._writer.submit(self._record, step, path, end, facts, mesh)))
+
+    def on_step_end(self, step: int) -> None:  # noqa: ARG002
+        """Report recordings that have ended; raise what failed in them. All ranks; no communication."""
+        self._report(wait=False)
+
+    def close(self) -> None:
+        """Wait for the recordings under way; raise what failed in them."""
+        try:
+            self._report(wait=True)
+        finally:
+            self._writer.shutdown()
+
+    def _record(
+        self, step: int, path: Path, end: Future[Any] | None, ema: dict[str, Any] | None, mesh: Mapping[str, Any] | None
+    ) -> Path:
+        """In the background thread."""
+        ranks = self._writer_ranks
+        try:
+            ranks.gather(f"saving {path.name}", lambda: end is not None and end.result() is None)
+            adopt(path, step=step, ema=ema, tied=self._tied, mesh=dict(mesh) if mesh else None, ranks=ranks)
+        except BaseException:
+            log.exception("%s was not recorded: it does not count as complete", path)  # also if nobody asks
+            raise
+        if ranks.is_leader:
+            self._remove_old()
+        return path
+
+    def _remove_old(self) -> None:
+        complete = committed_steps(self.directory)
+        going = steps_to_remove(self.keep, complete)
+        kept = sorted(set(complete).difference(going))
+        if self.keep is not None and len(kept) >= self.keep.newest:
+            going += [step for step in self._all_steps() if step < kept[0] and step not in complete]
+        for step in going:
+            try:
+                if not remove(self.directory / step_name(step), nameless=True):
+                    log.info("%s is being read; a later save removes it", self.directory / step_name(step))
+            except ShardsmithError as error:  # the new one is there all the same, and the next one tries again
+                log.warning("could not remove an old checkpoint: %s", error)
+
+    def _all_steps(self) -> list[int]:
+        """Those of all step directories, complete or not."""
+        steps = (parse_step(path.name) for path in self.directory.iterdir() if path.is_dir())
+        return sorted(step for step in steps if step is not None)
+
+    def _report(self, *, wait: bool) -> None:
+        while self._running and (wait or self._running[0][1].done()):
+            step, recording = self._running.popleft()
+            path = recording.result()
+            if self.announce_saved:
+                self.announce_saved(step, path)

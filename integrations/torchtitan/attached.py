@@ -1,0 +1,155 @@
+"""The hooks of one run, made from the options and from what TorchTitan hands to its checkpoint manager."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.distributed.checkpoint.stateful import Stateful
+
+from shardsmith.errors import UsageError
+from shardsmith.hooks import EMA, HFExport, Hooks, every, last, latest
+from shardsmith.hooks.record import Recorder
+from shardsmith.hooks.schedule import Schedule
+
+from .assets import find_base_model
+from .average import average_states
+from .options import CheckpointHooks
+
+
+class Attached:
+    """EMA, recorder and exporter, as far as they are wanted, and the moments at which they act.
+
+    Attributes:
+        ema, recorder: None if not wanted.
+        states: What is to be saved beside TorchTitan's own states, by key.
+    """
+
+    def __init__(
+        self,
+        options: CheckpointHooks,
+        *,
+        model_parts: Sequence[nn.Module],
+        optimizers: Any,
+        states: Mapping[str, Any],
+        sd_adapter: Any,
+        dump_folder: Path,
+        folder: Path,
+        keep_latest_k: int,
+        saves: bool,
+    ) -> None:
+        """All ranks, when the model is initialized; communicates where anything is wanted.
+
+        Args:
+            states: Among them ``train_state``, which knows the step.
+            dump_folder: Of the run.
+            folder: TorchTitan's checkpoint folder.
+            saves: Whether TorchTitan saves checkpoints at all.
+
+        Raises:
+            UsageError: an option does not fit this run.
+            CheckpointError, WriteError, RankFailedError: exports cannot be written, or what belongs beside their
+                weights is not there.
+        """
+        options.check()
+        self._trainer = states["train_state"]
+        self.ema: EMA | None = None
+        self.recorder: Recorder | None = None
+        self._export: HFExport | None = None
+        self._attach(options, _only(model_parts), sd_adapter, dump_folder, folder, keep_latest_k, saves)
+        self.states: dict[str, Stateful] = average_states(self.ema) if self.ema is not None else {}
+        self._hooks = Hooks(*(hook for hook in (self.ema, self.recorder, self._export) if hook is not None))
+        optimizers.register_step_post_hook(self._on_optimizer_step)
+
+    def train_begin(self) -> None:
+        """Training begins: whatever was to be loaded is loaded."""
+        for hook in self._hooks.hooks:
+            hook.on_train_begin(self._trainer.step)
+
+    def step_end(self, step: int, *, is_last: bool) -> None:
+        """A step is over, and TorchTitan has saved it if it was due."""
+        self._hooks.step_end(step)
+        if is_last:
+            self._hooks.train_end(step)
+
+    def close(self) -> None:
+        """Wait for what is under way, and raise what failed in it."""
+        self._hooks.close(broken_off=True)  # what is due at the last step has been done at that
+
+    def _on_optimizer_step(self, *_: Any) -> None:
+        """Once a step of TorchTitan's, however many microbatches it accumulates; it has counted it already."""
+        self._hooks.optimizer_step(self._trainer.step)
+
+    def _attach(
+        self,
+        options: CheckpointHooks,
+        model: nn.Module,
+        sd_adapter: Any,
+        dump_folder: Path,
+        folder: Path,
+        keep_latest_k: int,
+        saves: bool,
+    ) -> None:
+        if options.ema_decay is not None:
+            self.ema = EMA(
+                model,
+                decay=options.ema_decay,
+                warmup=options.ema_warmup,
+                start_step=options.ema_start_step,
+                every_n_steps=options.ema_every_n_steps,
+                offload=options.ema_offload,
+            )
+        if options.records and saves:
+            keep = latest(keep_latest_k) if keep_latest_k else None
+            self.recorder = Recorder(folder, model=model, ema=self.ema, keep=keep, timeout_secs=options.timeout_secs)
+        if options.exports:
+            self._export = HFExport(
+                _export_folder(options, dump_folder, folder),
+                model=model,
+                ema=self.ema,
+                when=_schedule(options),
+                models=options.export_models,
+                ema_as=options.export_ema_as,
+                dtype=options.export_dtype,
+                max_shard_size=options.export_max_shard_size,
+                keep=latest(options.export_keep) if options.export_keep else None,
+                base_model=find_base_model(options, sd_adapter),
+                names=_names(sd_adapter),
+                when_busy=options.export_when_busy,
+                on_error=options.export_on_error,
+                timeout_secs=options.timeout_secs,
+            )
+
+
+def _only(model_parts: Sequence[nn.Module]) -> nn.Module:
+    if len(model_parts) != 1:
+        raise UsageError(
+            f"checkpoint_hooks: pipeline parallelism has cut the model into {len(model_parts)} parts a rank, and that "
+            "is not supported: choose a schedule with one stage a rank, or attach nothing"
+        )
+    return model_parts[0]
+
+
+def _schedule(options: CheckpointHooks) -> Schedule:
+    when = Schedule()
+    if options.export_interval is not None:
+        when |= every(options.export_interval)
+    return when | last() if options.export_last else when
+
+
+def _export_folder(options: CheckpointHooks, dump_folder: Path, folder: Path) -> Path:
+    """Where exports go. TorchTitan takes for a checkpoint, and deletes, what is in its folder and has such a name."""
+    path = dump_folder / options.export_folder
+    if path.resolve().is_relative_to(folder.resolve()):
+        raise UsageError(
+            f"export_folder={options.export_folder}: {path} is inside TorchTitan's checkpoint folder, where it would "
+            "be resumed from, or deleted; choose one beside it"
+        )
+    return path
+
+
+def _names(sd_adapter: Any) -> Any:
+    """How the weights are called in files: through TorchTitan's adapter, where the model has one."""
+    return "auto" if sd_adapter is None else "identity"

@@ -1,0 +1,49 @@
+"""The average as two of TorchTitan's states, which go into its step folders as ``ema_model.*`` and ``ema_state.*``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch.distributed.checkpoint.stateful import Stateful
+
+from shardsmith.hooks import EMA
+
+MODEL, STATE = "ema_model", "ema_state"
+
+
+def average_states(ema: EMA) -> dict[str, Stateful]:
+    """The two by key. Loading takes effect when both have been loaded, in any order."""
+    loaded: dict[str, Mapping[str, Any]] = {}
+
+    def load(key: str, values: Mapping[str, Any]) -> None:
+        loaded[key] = values
+        if loaded.keys() == {MODEL, STATE}:
+            ema.load_state_dict({**loaded[STATE], "model": loaded[MODEL]})
+            loaded.clear()
+
+    return {MODEL: _Averages(ema, load), STATE: _Counters(ema, load)}
+
+
+class _Averages(Stateful):
+    """The averaged weights by FQN."""
+
+    def __init__(self, ema: EMA, load: Any) -> None:
+        self._ema = ema
+        self._load = load
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self._ema.model_state_dict())
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._load(MODEL, state_dict)
+
+
+class _Counters(_Averages):
+    """What else the average needs to go on."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self._ema.counters())
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._load(STATE, state_dict)

@@ -1,0 +1,140 @@
+"""What can be attached to TorchTitan, option by option. The same names in 0.3's override and in 0.2's TOML table."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from shardsmith.errors import UsageError
+
+
+@dataclass(kw_only=True, slots=True)
+class CheckpointHooks:
+    """Checkpoint hooks of Shardsmith. Without any of these nothing is attached, and a run is as it would be anyway."""
+
+    ema_decay: float | None = None
+    """Keep a float32 average of the weights with this decay, such as 0.999. It is saved in TorchTitan's own step
+    folders, as ema_model.*, resumed from there, and exported. None: no average."""
+    ema_warmup: bool = False
+    """Let the decay grow from 0.1 to ema_decay over the first updates."""
+    ema_start_step: int = 0
+    """Until this step the average is a copy of the weights."""
+    ema_every_n_steps: int = 1
+    """Update the average at the multiples of this."""
+    ema_offload: bool = False
+    """Hold the average in CPU memory."""
+
+    metadata: bool = False
+    """Add metadata.json to each step folder when its save has really ended: hashes, a digest per tensor, facts of the
+    average. It marks a complete step: a resume takes no other where there are any, and keep_latest_k counts no other.
+    Set by ema_decay too."""
+    prove_load: bool = True
+    """After an initial load, prove that the model holds what the checkpoint does, or stop and say what is wrong."""
+
+    export_interval: int | None = None
+    """Write a complete Hugging Face directory every so many steps, whatever checkpoint.interval is."""
+    export_last: bool = False
+    """Write one at the last step too."""
+    export_folder: str = "hf"
+    """Where to, below the dump folder unless absolute. Not inside TorchTitan's checkpoint folder."""
+    export_models: Literal["main", "ema", "both"] | None = None
+    """Which weights to export. None: all there are."""
+    export_ema_as: Literal["file", "directory"] = "directory"
+    """The average as ema.safetensors beside the main weights, or as a directory of its own, step-<n>-ema."""
+    export_dtype: str = "bfloat16"
+    """Of all floating-point tensors; "original" keeps each tensor's."""
+    export_max_shard_size: str | None = "5GB"
+    """Write several files with an index if the weights are larger than this."""
+    export_keep: int | None = None
+    """How many of the newest exports to keep. None: all."""
+    export_base_model: str | None = None
+    """Directory with config.json, generation config and tokenizer. None: TorchTitan's hf_assets_path."""
+    export_when_busy: Literal["wait", "skip", "raise"] = "wait"
+    """What to do if two exports are still under way."""
+    export_on_error: Literal["raise", "warn"] = "raise"
+    """Whether a failed export ends the run."""
+
+    timeout_secs: float = 1800.0
+    """How long to wait for a rank before a recording or an export is given up."""
+
+    @property
+    def exports(self) -> bool:
+        """Whether anything is to be exported."""
+        return self.export_interval is not None or self.export_last
+
+    @property
+    def records(self) -> bool:
+        """Whether step folders get a metadata.json."""
+        return self.metadata or self.ema_decay is not None
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is attached."""
+        return not (self.exports or self.records)
+
+    def check(self) -> None:
+        """Raise UsageError, naming all options at fault, if types are wrong or options contradict each other."""
+        hints = get_type_hints(type(self))
+        problems = [
+            f"{field.name}={getattr(self, field.name)!r}: {name_of(hints[field.name])} is expected"
+            for field in fields(self)
+            if not _fits(getattr(self, field.name), hints[field.name])
+        ]
+        if not problems:
+            problems = self._contradictions()
+        if problems:
+            raise UsageError("\n  ".join(["checkpoint_hooks: these options cannot be used", *problems]))
+
+    def _contradictions(self) -> list[str]:
+        problems = []
+        ours = {field.name: getattr(self, field.name) != field.default for field in fields(self)}
+        if self.ema_decay is None:
+            problems += [f"{name} needs ema_decay" for name in ours if name.startswith("ema_") and ours[name]]
+            if self.export_models in ("ema", "both"):
+                problems.append(f'export_models="{self.export_models}" needs ema_decay')
+        if not self.exports:
+            named = [name for name in ours if name.startswith("export_") and ours[name]]
+            problems += [f"{name} needs export_interval or export_last" for name in named]
+        if self.export_interval is not None and self.export_interval < 1:
+            problems.append(f"export_interval={self.export_interval}: steps are whole numbers from 1 on")
+        if self.export_keep is not None and self.export_keep < 1:
+            problems.append(f"export_keep={self.export_keep}: at least 1 is kept; None keeps all")
+        return problems
+
+
+def parse(options: Mapping[str, Any], base: CheckpointHooks | None = None) -> CheckpointHooks:
+    """The options of a mapping, checked; those that it does not name are as in ``base``.
+
+    Raises:
+        UsageError: one is not known, has another type, or they contradict each other. Names all.
+    """
+    known = [field.name for field in fields(CheckpointHooks)]
+    if unknown := [name for name in options if name not in known]:
+        lines = "\n  ".join([f"there is no option {', '.join(unknown)}. There are:", *known])
+        raise UsageError(f"checkpoint_hooks: {lines}")
+    parsed = dataclasses.replace(base or CheckpointHooks(), **options)
+    parsed.check()
+    return parsed
+
+
+def _fits(value: object, hint: Any) -> bool:
+    """Whether a value is of a type, as written in the fields above. A whole number does for a float."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return any(_fits(value, part) for part in get_args(hint))
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+
+
+def name_of(hint: Any) -> str:
+    """A type in words."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return " or ".join(map(name_of, get_args(hint)))
+    if get_origin(hint) is Literal:
+        return " or ".join(f'"{value}"' for value in get_args(hint))
+    return "None" if hint is type(None) else str(hint.__name__)
