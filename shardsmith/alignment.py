@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from shardsmith.errors import UnsupportedFormatError
 from shardsmith.models import ModelSource, TranslatedModel
 from shardsmith.tensors import TensorSource, TensorSpec
 
+_TRANSIENT = re.compile(r"(^|\.)(inv_freq|original_inv_freq|masked_bias|position_ids|cos_cached|sin_cached|freqs_cis)$")
 _WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
 
 
@@ -78,6 +80,11 @@ def renamed(source: ModelSource | TranslatedModel, alignment: Alignment) -> Mode
     aliases = {cleaned[alias]: new[kept] for alias, kept in source.aliases.items() if kept in new}
     filled = frozenset(new[name] for name in source.filled if name in new)
     return ModelSource(source, alignment.keys, filled=filled, aliases=aliases)
+
+
+def is_transient(name: str) -> bool:
+    """Whether it is called like a buffer that older code made persistent, and that newer code makes from the config."""
+    return _TRANSIENT.search(name) is not None
 
 
 def fused_experts(specs: Iterable[TensorSpec]) -> bool:

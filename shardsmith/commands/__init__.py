@@ -9,6 +9,7 @@ from shardsmith.commands.diagnose import diagnose
 from shardsmith.commands.inspect import inspect
 from shardsmith.commands.to_dcp import to_dcp
 from shardsmith.commands.to_hf import to_hf
+from shardsmith.commands.verify import verify
 from shardsmith.commands.watch import watch
 
 COMMANDS: dict[str, Callable[..., int]] = {
@@ -18,4 +19,5 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "inspect": inspect,
     "detect": detect,
     "diagnose": diagnose,
+    "verify": verify,
 }

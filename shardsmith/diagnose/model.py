@@ -20,7 +20,7 @@ from shardsmith.diagnose.configs import compare_configs, effective_config
 from shardsmith.diagnose.findings import Finding, Looked, one
 from shardsmith.diagnose.live_model import LiveModel
 from shardsmith.diagnose.questions import Questions
-from shardsmith.diagnose.start_loss import cross_entropy, explain, possible_causes
+from shardsmith.diagnose.start_loss import cross_entropy, divergence, explain, possible_causes
 from shardsmith.diagnose.subject import Subject
 from shardsmith.diagnose.ties import embedding_of
 from shardsmith.diagnose.tokenizers import compare_hashes, compare_tokenizers, tokenizer_hashes, tokenizer_too_large
@@ -144,7 +144,7 @@ class _Look:
 
     def _compare(self, expected: Tensor, found: Tensor, batch: Batch) -> Iterator[Finding]:
         difference = float((expected - found).abs().max())
-        mean, most = _divergence(expected, found)
+        mean, most = divergence(expected, found)
         loss = cross_entropy(found, batch.labels)
         self.facts |= {
             "loss with the checkpoint's weights": loss,
@@ -190,10 +190,3 @@ def _own_loss(model: LiveModel, batch: Batch, right: float) -> Iterator[Finding]
     reported = model.reported_loss(batch)
     if not abs(reported - right) <= _SAME_LOSS * max(1.0, right):
         yield one("loss-differs-from-logits", ["forward(labels=...)"], f"{right:.4f}", f"{reported:.4f}")
-
-
-def _divergence(expected: Tensor, found: Tensor) -> tuple[float, float]:
-    """Mean and largest Kullback-Leibler divergence a token, in nats."""
-    p, q = expected.log_softmax(-1), found.log_softmax(-1)
-    each = (p.exp() * (p - q)).sum(-1)
-    return float(each.mean()), float(each.max())

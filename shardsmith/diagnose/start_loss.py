@@ -43,6 +43,13 @@ def cross_entropy(logits: Tensor, labels: Tensor, shift: int = 1) -> float:
     return float(torch.nn.functional.cross_entropy(flat.float(), wanted, ignore_index=IGNORED))
 
 
+def divergence(expected: Tensor, found: Tensor) -> tuple[float, float]:
+    """Mean and largest Kullback-Leibler divergence a token, in nats, of two sets of logits [B, T, V]."""
+    p, q = expected.log_softmax(-1), found.log_softmax(-1)
+    each = (p.exp() * (p - q)).sum(-1)
+    return float(each.mean()), float(each.max())
+
+
 def possible_causes(model: LiveModel, batch: Batch) -> Iterator[Cause]:
     """Every cause that can be tried out on this model and batch, what is right first."""
     logits = model.logits(batch)

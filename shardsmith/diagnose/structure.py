@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from shardsmith.alignment import Alignment
+from shardsmith.alignment import Alignment, is_transient
 from shardsmith.diagnose.findings import Finding, Looked, one
 from shardsmith.diagnose.subject import Reference, Subject
 from shardsmith.diagnose.ties import tied_names
@@ -24,8 +24,6 @@ _HEADS = {
     "gated": frozenset({"gate.weight", "gate.bias", "ffn.0.weight", "ffn.0.bias", "ffn.3.weight", "ffn.3.bias"}),
 }
 _HEAD_NORM = frozenset({"ln.weight", "ln.bias"})
-_TRANSIENT = re.compile(r"(^|\.)(inv_freq|original_inv_freq|masked_bias|position_ids|cos_cached|sin_cached|freqs_cis)$")
-"""Buffers that older code made persistent and that newer models make from their config."""
 _SIBLING = re.compile(r"(?:step|checkpoint)-([0-9]+)")
 
 
@@ -107,7 +105,7 @@ def _compare_names(
         yield one("tied-weights", known, "one tensor under two names", pairs)
     missing = [name for name in template if name not in source.specs and name not in source.aliases]
     extra = [name for name in source.specs if name not in template and name not in ties]
-    transient = [name for name in extra if _TRANSIENT.search(name)]
+    transient = [name for name in extra if is_transient(name)]
     if transient:
         yield one(
             "non-persistent-buffers", transient, "made from the config", "saved all the same; a load ignores them"
