@@ -8,8 +8,9 @@ that no checkpoint holds must equal those of a model that is made anew.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from shardsmith.initial_report import InitialLoadReport
 from shardsmith.initial_source import InitialSource, read_record
 from shardsmith.live_weights import LiveWeights
 from shardsmith.load_faults import EFFECTS, LoadFault
-from shardsmith.load_proof import Proof, compare_names, prove_values
+from shardsmith.load_proof import Names, compare_names, prove_values
 from shardsmith.model_keys import MAIN
 from shardsmith.ranks import Ranks
 
@@ -68,15 +69,13 @@ def load_initial(
         CheckpointError, RankFailedError: the checkpoint cannot be read. The model's weights cannot be used then.
     """
     ranks = ranks or Ranks()
-    load = _Load(Path(path), model, weights, ranks, tuple(allow_missing), tuple(allow_extra))
-    try:
-        reference = load.reference(config, fresh)
-        load.refuse_misfits()
+    allowed = (tuple(allow_missing), tuple(allow_extra))
+    with _opened(Path(path), model, weights, ranks, config, fresh) as load:
+        names = compare_names(ranks, load.live, load.source, *allowed)
+        if names.faults:
+            raise _error(load.source.path, names.faults, "Nothing was loaded; the model is unchanged.")
         load.fill(poison)
-        repaired = load.repair(reference, repair_buffers)
-        return load.prove(reference, repaired, loaded=True)
-    finally:
-        load.source.close()
+        return load.prove(names, repair_buffers, allowed[0], loaded=True)
 
 
 def prove_loaded(
@@ -97,13 +96,9 @@ def prove_loaded(
     ``poison_weights`` before the load, so that what it leaves out cannot be right by chance and is called by its name.
     """
     ranks = ranks or Ranks()
-    load = _Load(Path(path), model, weights, ranks, tuple(allow_missing), tuple(allow_extra))
-    try:
-        reference = load.reference(config, fresh)
-        repaired = load.repair(reference, repair_buffers)
-        return load.prove(reference, repaired, loaded=False)
-    finally:
-        load.source.close()
+    with _opened(Path(path), model, weights, ranks, config, fresh) as load:
+        names = compare_names(ranks, load.live, load.source, tuple(allow_missing), tuple(allow_extra))
+        return load.prove(names, repair_buffers, tuple(allow_missing), loaded=False)
 
 
 def prove_buffers(
@@ -124,16 +119,19 @@ def prove_buffers(
     """
     ranks = ranks or Ranks()
     live = LiveWeights(model)
-    found: list[BufferReference] = []
-    ranks.gather(
-        "making the model anew",
-        lambda: found.append(find_reference(live, Path(path), read_record(Path(path)), config, fresh)),
+
+    def look() -> list[list[Any]]:
+        reference = find_reference(live, Path(path), read_record(Path(path)), config, fresh)
+        mended = reference.repair(live) if repair_buffers else []
+        return [mended, [[fault.code, fault.name, fault.problem] for fault in reference.compare(live)]]
+
+    repaired, found = ranks.agree(
+        "comparing buffers", look, lambda parts: [_united([part[i] for part in parts]) for i in (0, 1)]
     )
-    repaired = _repair(ranks, live, found[0]) if repair_buffers else []
-    faults = [fault for fault in _buffer_faults(ranks, live, found[0]) if not _is_allowed(fault, allow_missing)]
+    faults = [fault for fault in (LoadFault(*item) for item in found) if not _is_allowed(fault, allow_missing)]
     if faults:
         raise _error(Path(path), faults, "The weights were not looked at. It must not train like this.")
-    return repaired
+    return list(repaired)
 
 
 def poison_weights(model: nn.Module | Sequence[nn.Module], *, spare: Sequence[str] = ()) -> None:
@@ -148,97 +146,60 @@ def poison_weights(model: nn.Module | Sequence[nn.Module], *, spare: Sequence[st
     live.poison(frozenset(name for name in live.specs if not _matches(name, spare)))
 
 
+@contextlib.contextmanager
+def _opened(
+    path: Path, model: nn.Module | Sequence[nn.Module], weights: str, ranks: Ranks, config: Any, fresh: Fresh | None
+) -> Iterator[_Load]:
+    """Open the source and make the model anew, on every rank; the source is closed in the end."""
+    live = LiveWeights(model)
+    with contextlib.ExitStack() as stack:
+        made: list[_Load] = []
+
+        def open_source() -> None:
+            source = InitialSource(path, weights)
+            stack.callback(source.close)
+            reference = find_reference(live, path, source.record, config, fresh)
+            source.match(live, {**reference.tied, **live.tied})
+            made.append(_Load(ranks, live, source, reference))
+
+        ranks.gather(f"opening {path}", open_source)
+        yield made[0]
+
+
 class _Load:
     """One load, or the proof of one, on this rank."""
 
-    def __init__(
-        self,
-        path: Path,
-        model: nn.Module | Sequence[nn.Module],
-        weights: str,
-        ranks: Ranks,
-        allow_missing: tuple[str, ...],
-        allow_extra: tuple[str, ...],
-    ) -> None:
-        self.ranks = ranks
-        self.live = LiveWeights(model)
-        self._allow_missing = allow_missing
-        self._allow_extra = allow_extra
-        self.source: InitialSource
-        ranks.gather(f"opening {path}", lambda: self._open(path, weights))
-
-    def reference(self, config: Any, fresh: Fresh | None) -> BufferReference:
-        """The right non-persistent buffers and ties. Every rank makes its own."""
-        found: list[BufferReference] = []
-        source = self.source
-        phase = "making the model anew"
-        self.ranks.gather(
-            phase, lambda: found.append(find_reference(self.live, source.path, source.record, config, fresh))
-        )
-        self.source.add_ties({**found[0].tied, **self.live.tied})
-        return found[0]
-
-    def refuse_misfits(self) -> None:
-        """Raise InitialLoadError if names or shapes do not fit. Nothing was touched."""
-        names = compare_names(self.ranks, self.live, self.source, self._allow_missing, self._allow_extra)
-        if names.faults:
-            raise _error(self.source.path, names.faults, "Nothing was loaded; the model is unchanged.")
+    def __init__(self, ranks: Ranks, live: LiveWeights, source: InitialSource, reference: BufferReference) -> None:
+        self.live = live
+        self.source = source
+        self._ranks = ranks
+        self._reference = reference
 
     def fill(self, poison: bool) -> None:
-        """Load this rank's boxes of everything that the source has."""
+        """Load this rank's boxes of everything that the source has. Communicates."""
         names = [name for name in self.live.specs if self.source.key_of(name) is not None]
         if poison:
             self.live.poison(frozenset(names))
-        self.ranks.gather(f"loading {self.source.path}", lambda: self._fill(names))
+        self._ranks.gather(f"loading {self.source.path}", lambda: self._fill(names))
         self.live.store()
         self.live = LiveWeights(self.live.parts)
 
-    def repair(self, reference: BufferReference, wanted: bool) -> list[str]:
-        """Mend non-persistent buffers, if that is wanted; the names of those that were wrong on any rank."""
-        return _repair(self.ranks, self.live, reference) if wanted else []
-
-    def prove(self, reference: BufferReference, repaired: list[str], *, loaded: bool) -> InitialLoadReport:
-        """Compare all that the model holds with the source and the reference.
+    def prove(
+        self, names: Names, repair_buffers: bool, allow_missing: tuple[str, ...], *, loaded: bool
+    ) -> InitialLoadReport:
+        """Compare all that the model holds with the source and the reference. Communicates.
 
         Raises:
             InitialLoadError: on all ranks, if anything differs.
         """
-        names = compare_names(self.ranks, self.live, self.source, self._allow_missing, self._allow_extra)
-        proof = prove_values(self.ranks, self.live, self.source, names.dtypes)
-        buffers = _buffer_faults(self.ranks, self.live, reference)
-        unproved = [fault for fault in buffers if _is_allowed(fault, self._allow_missing)]
-        faults = [*names.faults, *proof.faults, *(fault for fault in buffers if fault not in unproved)]
+        repaired = self._reference.repair(self.live) if repair_buffers else []
+        proof = prove_values(self._ranks, self.live, self.source, names.dtypes, self._reference, repaired)
+        unproved = [fault.name for fault in proof.buffer_faults if _is_allowed(fault, allow_missing)]
+        faults = [*names.faults, *proof.faults, *(fault for fault in proof.buffer_faults if fault.name not in unproved)]
         if faults:
             after = "It must not train like this." if loaded else "Nothing was changed. It must not train like this."
             raise _error(self.source.path, faults, after)
-        report = self._report(
-            reference, names.missing, names.extra, proof, repaired, [f.name for f in unproved], loaded
-        )
-        if self.ranks.is_leader:
-            log.info("%s", report.summary)
-        return report
-
-    def _open(self, path: Path, weights: str) -> None:
-        self.source = InitialSource(path, weights)
-
-    def _fill(self, names: list[str]) -> None:
-        for name in names:
-            key = self.source.key_of(name)
-            assert key is not None
-            self.live.fill(name, self.source.tensors, key)
-
-    def _report(
-        self,
-        reference: BufferReference,
-        missing: tuple[str, ...],
-        extra: tuple[str, ...],
-        proof: Proof,
-        repaired: list[str],
-        unproved: list[str],
-        loaded: bool,
-    ) -> InitialLoadReport:
-        found = self.ranks.agree("naming buffers", lambda: list(self.live.transient()), _united)
-        return InitialLoadReport(
+        report = InitialLoadReport(
             path=self.source.path,
             source_format=self.source.format,
             tensors=proof.tensors,
@@ -247,29 +208,23 @@ class _Load:
             cast=proof.cast,
             tied=proof.tied,
             untied=proof.untied,
-            buffers=tuple(name for name in found if name not in repaired and name not in unproved),
-            buffers_from=reference.origin,
-            repaired=tuple(repaired),
+            buffers=tuple(n for n in proof.buffers if n not in proof.repaired and n not in unproved),
+            buffers_from=self._reference.origin,
+            repaired=proof.repaired,
             unproved=tuple(unproved),
-            missing=missing,
-            extra=extra,
+            missing=names.missing,
+            extra=names.extra,
             loaded=loaded,
         )
+        if self._ranks.is_leader:
+            log.info("%s", report.summary)
+        return report
 
-
-def _repair(ranks: Ranks, live: LiveWeights, reference: BufferReference) -> list[str]:
-    """Mend what is wrong on this rank; what was wrong on any."""
-    return ranks.agree("repairing buffers", lambda: reference.repair(live), _united)
-
-
-def _buffer_faults(ranks: Ranks, live: LiveWeights, reference: BufferReference) -> list[LoadFault]:
-    """What is wrong on any rank, each buffer once."""
-    found = ranks.agree(
-        "comparing buffers",
-        lambda: [[fault.code, fault.name, fault.problem] for fault in reference.compare(live)],
-        _united,
-    )
-    return [LoadFault(*fault) for fault in {fault[1]: fault for fault in reversed(found)}.values()][::-1]
+    def _fill(self, names: list[str]) -> None:
+        for name in names:
+            key = self.source.key_of(name)
+            assert key is not None
+            self.live.fill(name, self.source.tensors, key)
 
 
 def _is_allowed(fault: LoadFault, allow_missing: Sequence[str]) -> bool:

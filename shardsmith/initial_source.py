@@ -8,11 +8,15 @@ from pathlib import Path
 import torch
 
 from shardsmith.digest import Digest
-from shardsmith.errors import CheckpointError
+from shardsmith.errors import CheckpointError, MismatchError, UnsupportedFormatError
 from shardsmith.formats import SHARDED, detect_checkpoint_format, open_source
 from shardsmith.initial_record import InitialRecord
+from shardsmith.live_weights import LiveWeights
 from shardsmith.metadata import CheckpointMetadata, dtype_name, read_metadata
-from shardsmith.tensors import TensorSpec
+from shardsmith.names import unwrapped
+from shardsmith.restored import RestoredModel
+from shardsmith.tensors import TensorSource, TensorSpec
+from shardsmith.transformers_names import TransformersNames
 
 
 class InitialSource:
@@ -29,19 +33,41 @@ class InitialSource:
         """Open it. Raises CheckpointError."""
         self.path = path
         self.format = detect_checkpoint_format(path).name
-        self.tensors = open_source(path, weights)
+        opened = open_source(path, weights)
+        self._keys = opened.keys
+        self.tensors: TensorSource = opened
         self._metadata: CheckpointMetadata | None = read_metadata(path) if self.format == SHARDED else None
         self.record: InitialRecord | None = self._metadata.initial if self._metadata else None
-        self.ties: dict[str, str] = dict(self.tensors.aliases)
+        self.ties: dict[str, str] = dict(opened.aliases)
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]:
         """The tensors by the model's names."""
         return self.tensors.specs
 
-    def add_ties(self, ties: Mapping[str, str]) -> None:
-        """Say what is one tensor, as far as the source does not say it: alias -> kept name."""
+    def match(self, live: LiveWeights, ties: Mapping[str, str]) -> None:
+        """Read the tensors under the names of a live model, where those of files from transformers are others.
+
+        Args:
+            ties: What is one tensor, as far as the source does not say it: alias -> kept name.
+        """
         self.ties = {**ties, **self.ties}
+        fits = all(name in live.specs or name in self.ties for name in self.specs)
+        if fits or self._metadata is not None or len(live.parts) != 1:
+            return
+        try:
+            name_map = TransformersNames.of_model(unwrapped(live.parts[0]))
+            if name_map is not None:
+                wanted = {name: spec for name, spec in live.specs.items() if name not in self.ties}
+                aliases = {alias: kept for alias, kept in self.ties.items() if kept in wanted}
+                self.tensors = RestoredModel(self.tensors, name_map, wanted, aliases)
+        except (MismatchError, UnsupportedFormatError):
+            return  # then the names are compared as they are, and every difference is said
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Tensors of the files that a model with other names has no place for."""
+        return self.tensors.unused if isinstance(self.tensors, RestoredModel) else ()
 
     def key_of(self, name: str) -> str | None:
         """The tensor that holds what the model calls so; None without any."""
@@ -55,7 +81,7 @@ class InitialSource:
         """What metadata.json says the digest is, if it says so for this dtype."""
         if self._metadata is None:
             return None
-        record = self._metadata.tensors.get(self.tensors.keys[key])
+        record = self._metadata.tensors.get(self._keys[key])
         return Digest.parse(record.digest) if record and record.dtype == dtype_name(dtype) else None
 
     def close(self) -> None:

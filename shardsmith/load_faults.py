@@ -29,6 +29,12 @@ EFFECTS: Mapping[str, str] = {
     "embedding-differs": "the loss is about doubled",
     "head-differs": "the loss begins at about the logarithm of the vocabulary's size",
     "tie-broken": "the output embedding is not the input embedding: the loss begins near that of a random model",
+    "tensor-not-loaded": "as high as what the tensor contributes",
+    "norms-are-one": "the loss hardly moves, and the model is another one",
+    "qk-norms-dropped": "the loss hardly moves, and the model is another one",
+    "rope-differs": "the loss is too high by some tenths, more at long contexts",
+    "norm-eps-differs": "slight to nearly all, depending on the size of the activations",
+    "config-differs": "depends on the setting",
     "constant-values": "the loss hardly moves, and the model is another one",
     "values-differ": "the model is another one; the loss may or may not show it",
     "not-finite": "the loss is NaN, now or soon",
@@ -125,13 +131,17 @@ def _code(name: str, look: Look, layers: frozenset[str], ends: tuple[frozenset[s
     match = _LAYER.fullmatch(name)
     if match and match["layer"] in layers:
         return "layer-not-loaded"
-    if look.not_finite and look.poisoned < look.numel:
+    if look.not_finite > look.poisoned:
         return "not-finite"
     if name in ends[0]:
         return "embedding-differs"
     if name in ends[1]:
         return "head-differs"
-    return "constant-values" if look.least == look.greatest and look.numel > 1 else "values-differ"
+    if look.poisoned:
+        return "tensor-not-loaded"
+    if look.least == look.greatest and look.numel > 1:
+        return "norms-are-one" if look.least == 1 and "norm" in name else "constant-values"
+    return "values-differ"
 
 
 def _words(code: str, look: Look) -> str:

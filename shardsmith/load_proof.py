@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 
+from shardsmith.buffer_reference import BufferReference
 from shardsmith.digest import Digest
 from shardsmith.initial_source import InitialSource
 from shardsmith.live_weights import LiveWeights
@@ -18,6 +20,8 @@ from shardsmith.metadata import dtype_name
 from shardsmith.ranks import Ranks
 from shardsmith.source_digests import digest_source
 from shardsmith.tensors import TensorSpec
+
+_QK_NORM = re.compile(r"(^|[._])[qk]_(layer)?norm\b")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +42,13 @@ class Proof:
     """What comparing values has shown."""
 
     faults: list[LoadFault]
+    """Of weights."""
+    buffer_faults: list[LoadFault]
+    """Of non-persistent buffers, each once."""
+    buffers: tuple[str, ...]
+    """All of those, on any rank."""
+    repaired: tuple[str, ...]
+    """Those that were, on any rank."""
     tensors: int
     elements: int
     digests: str
@@ -70,53 +81,83 @@ def compare_names(
             dtypes[name] = spec.dtype
     used = {source.key_of(name) for name in specs}
     unused = [name for name in source.specs if name not in used]
-    extra = tuple(name for name in unused if _matches(name, allow_extra))
+    extra = tuple(name for name in [*unused, *source.unused] if _matches(name, allow_extra))
     faults += [_extra(name, source) for name in unused if name not in extra]
+    faults += [
+        LoadFault("missing-in-model", name, "in the checkpoint, not in the model")
+        for name in source.unused
+        if name not in extra
+    ]
     return Names(dtypes, faults, tuple(missing), extra)
 
 
-def prove_values(ranks: Ranks, live: LiveWeights, source: InitialSource, dtypes: Mapping[str, torch.dtype]) -> Proof:
-    """Compare the digests of what is in the model on all ranks with those of the source.
+def prove_values(
+    ranks: Ranks,
+    live: LiveWeights,
+    source: InitialSource,
+    dtypes: Mapping[str, torch.dtype],
+    reference: BufferReference,
+    repaired: Sequence[str],
+) -> Proof:
+    """Compare what is in the model on all ranks with the digests of the source, and its buffers with the reference.
 
     Args:
         dtypes: As ``Names`` has them.
+        repaired: Buffers that were repaired on this rank.
     """
-    expected, digests = _expected_digests(ranks, source, dtypes)
-    wrong: dict[str, str] = ranks.agree(
-        "digesting the model",
-        lambda: {name: _digested(live, name) for name in dtypes if name in live.specs},
-        lambda parts: _wrong(parts, expected),
-    )
-    tied, untied = _compare_ties(ranks, live, source, [name for name in dtypes if name not in wrong])
-    proven = {source.key_of(name) for name in dtypes if name not in wrong}
-    return Proof(
-        faults=_explain(ranks, live, source, dtypes, wrong) if wrong else [],
-        tensors=len(dtypes) - len(wrong),
-        elements=sum(source.specs[key].numel for key in proven if key is not None),
-        digests=digests,
-        cast=_casts(source, dtypes),
-        tied=tied,
-        untied=untied,
-    )
-
-
-def _expected_digests(
-    ranks: Ranks, source: InitialSource, dtypes: Mapping[str, torch.dtype]
-) -> tuple[dict[str, Digest], str]:
-    """What each tensor of the model must digest to, and how that is known."""
     keys = {name: key for name in dtypes if (key := source.key_of(name)) is not None}
     recorded = {name: source.recorded_digest(key, dtypes[name]) for name, key in keys.items()}
     known = {name: digest for name, digest in recorded.items() if digest is not None}
-    unknown = [name for name in dtypes if name not in known]
-    if not unknown:
-        return known, "recorded"
-    read: dict[str, str] = ranks.agree(
-        "reading the checkpoint once more",
-        lambda: _read_digests(source, {(keys[name], dtypes[name]) for name in unknown}, ranks),
-        _added,
+    unknown = {name: (keys[name], dtypes[name]) for name in dtypes if name not in known}
+    found: dict[str, Any] = ranks.agree(
+        "digesting the model",
+        lambda: {
+            "digests": {name: _digested(live, name) for name in dtypes if name in live.specs},
+            "read": _read_digests(source, set(unknown.values()), ranks),
+            "tied": [alias for alias, kept in source.ties.items() if live.is_tied(alias, kept)],
+            "buffers": [[fault.code, fault.name, fault.problem] for fault in reference.compare(live)],
+            "transient": list(live.transient()),
+            "repaired": list(repaired),
+        },
+        lambda parts: _judged(parts, known, unknown),
     )
-    known |= {name: Digest.parse(read[_label(keys[name], dtypes[name])]) for name in unknown}
-    return known, "recorded, and read where it was cast" if len(unknown) < len(dtypes) else "read from its files"
+    wrong: dict[str, str] = found["wrong"]
+    pairs = {a: kept for a, kept in source.ties.items() if {a, kept} <= dtypes.keys() and not {a, kept} & wrong.keys()}
+    proven = {key for name, key in keys.items() if name not in wrong}
+    return Proof(
+        faults=_explain(ranks, live, source, dtypes, wrong) if wrong else [],
+        buffer_faults=[LoadFault(*fault) for fault in found["buffers"]],
+        buffers=tuple(found["transient"]),
+        repaired=tuple(found["repaired"]),
+        tensors=len(dtypes) - len(wrong),
+        elements=sum(source.specs[key].numel for key in proven),
+        digests=_how_known(known, unknown),
+        cast=_casts(source, dtypes),
+        tied={alias: kept for alias, kept in pairs.items() if alias in found["tied"]},
+        untied={alias: kept for alias, kept in pairs.items() if alias not in found["tied"]},
+    )
+
+
+def _judged(
+    parts: list[dict[str, Any]], known: Mapping[str, Digest], unknown: Mapping[str, tuple[str, torch.dtype]]
+) -> dict[str, Any]:
+    """On rank 0: what all ranks found, put together. As JSON."""
+    read = _added([part["read"] for part in parts])
+    expected = {**known, **{name: read[_label(*wanted)] for name, wanted in unknown.items()}}
+    buffers = {fault[1]: fault for part in reversed(parts) for fault in reversed(part["buffers"])}
+    return {
+        "wrong": _wrong([part["digests"] for part in parts], expected),
+        "tied": sorted({alias for part in parts for alias in part["tied"]}),
+        "buffers": [*buffers.values()][::-1],
+        "transient": list(dict.fromkeys(name for part in parts for name in part["transient"])),
+        "repaired": list(dict.fromkeys(name for part in parts for name in part["repaired"])),
+    }
+
+
+def _how_known(known: Mapping[str, Digest], unknown: Mapping[str, Any]) -> str:
+    if not unknown:
+        return "recorded"
+    return "recorded, and read where it was cast" if known else "read from its files"
 
 
 def _read_digests(source: InitialSource, wanted: set[tuple[str, torch.dtype]], ranks: Ranks) -> dict[str, str]:
@@ -133,8 +174,8 @@ def _label(key: str, dtype: torch.dtype) -> str:
     return f"{dtype_name(dtype)} {key}"
 
 
-def _added(parts: list[dict[str, str]]) -> dict[str, str]:
-    return {name: str(sum((Digest.parse(part[name]) for part in parts), Digest())) for name in parts[0]}
+def _added(parts: list[dict[str, str]]) -> dict[str, Digest]:
+    return {name: sum((Digest.parse(part[name]) for part in parts), Digest()) for name in parts[0]}
 
 
 def _digested(live: LiveWeights, name: str) -> list[list[Any]]:
@@ -155,22 +196,6 @@ def _wrong(parts: list[dict[str, list[list[Any]]]], expected: Mapping[str, Diges
         elif sum((Digest.parse(share) for shares in boxes.values() for share in shares), Digest()) != digest:
             wrong[name] = "values-differ"
     return wrong
-
-
-def _compare_ties(
-    ranks: Ranks, live: LiveWeights, source: InitialSource, right: Sequence[str]
-) -> tuple[dict[str, str], dict[str, str]]:
-    """Of the pairs that are one tensor in the source: those that are one in the model, and those that are two."""
-    pairs = {alias: kept for alias, kept in source.ties.items() if alias in right and kept in right}
-    one: list[str] = ranks.agree(
-        "comparing ties",
-        lambda: [alias for alias, kept in pairs.items() if live.is_tied(alias, kept)],
-        lambda parts: sorted({alias for part in parts for alias in part}),
-    )
-    return (
-        {alias: kept for alias, kept in pairs.items() if alias in one},
-        {alias: kept for alias, kept in pairs.items() if alias not in one},
-    )
 
 
 def _explain(
@@ -221,7 +246,8 @@ def _extra(name: str, source: InitialSource) -> LoadFault:
     heads = source.record.heads if source.record else {}
     head = next((head for head, keys in heads.items() if name in keys), None)
     of = f"of the head {head!r}: pass that part of the model, too, or allow_extra" if head else "not in the model"
-    return LoadFault("missing-in-model", name, f"in the checkpoint {source.specs[name].shape}, {of}")
+    code = "qk-norms-dropped" if _QK_NORM.search(name) else "missing-in-model"
+    return LoadFault(code, name, f"in the checkpoint {source.specs[name].shape}, {of}")
 
 
 def _casts(source: InitialSource, dtypes: Mapping[str, torch.dtype]) -> dict[str, int]:

@@ -106,8 +106,8 @@ PLANTED = {
     "lm_head is random": ("llama", redraw("lm_head"), ["head-differs"]),
     "the tie is lost and lm_head random": ("qwen2", lose_tie, ["tie-broken"]),
     "the embedding is random": ("llama", redraw("embed_tokens"), ["embedding-differs"]),
-    "all norms are 1": ("olmo2", set_norms_to_one, ["constant-values"]),
-    "a q norm was dropped": ("olmo2", drop_a_norm, ["missing-in-model"]),
+    "all norms are 1": ("olmo2", set_norms_to_one, ["norms-are-one"]),
+    "a q norm was dropped": ("olmo2", drop_a_norm, ["qk-norms-dropped"]),
     "nothing was loaded": ("llama", redraw(""), ["nothing-loaded"]),
     "q rows are permuted": ("llama", swap_rows, ["values-differ"]),
 }
