@@ -94,7 +94,7 @@ def describe(model: nn.Module) -> Blueprint:
     config: Any = getattr(model, "config", None)
     return Blueprint(
         model_class=type(model).__name__,
-        config=_plain(config) if hasattr(config, "to_json_string") else None,
+        config=plain_config(config) if hasattr(config, "to_json_string") else None,
         parameters=_specs({clean_fqn(n, model): p for n, p in model.named_parameters(remove_duplicate=False)}),
         buffers=_specs({name: buffer for name, buffer in buffers.items() if name not in transient}),
         transient={name: buffer.cpu() for name, buffer in buffers.items() if name in transient},
@@ -149,7 +149,7 @@ def transformers_parts(model: nn.Module) -> dict[str, Any]:
     return found
 
 
-def _plain(config: Any) -> dict[str, Any]:
+def plain_config(config: Any) -> dict[str, Any]:
     """A config of transformers, with every default filled in, as JSON can say it; infinity becomes a text."""
     content: dict[str, Any] = json.loads(config.to_json_string(use_diff=False), parse_constant=str)
     return content

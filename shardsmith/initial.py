@@ -21,6 +21,7 @@ from shardsmith.buffer_reference import BufferReference, Fresh, find_reference
 from shardsmith.errors import InitialLoadError
 from shardsmith.initial_report import InitialLoadReport
 from shardsmith.initial_source import InitialSource, read_record
+from shardsmith.live_config import compare_live_config
 from shardsmith.live_weights import LiveWeights
 from shardsmith.load_faults import EFFECTS, LoadFault
 from shardsmith.load_proof import Names, compare_names, prove_values
@@ -51,7 +52,7 @@ def load_initial(
         path: A checkpoint of ours, a plain DCP directory (flat or nested), a Hugging Face directory, and so on.
         model: Sharded or not, on its device (after ``to_empty``, if it was made on meta). Or all parts of it that this
             rank has, whose tensors have different names.
-        config: What the model is to be like, if not what ``path`` says: a config of transformers, its dict, or a
+        config: What the model is to compute with, if not what ``path`` says: a config of transformers, its dict, or a
             directory with a config.json. Models of other kinds have none.
         fresh: For models that are not from transformers: a function that makes one, on the CPU, of which the buffers
             are looked at, or the buffers themselves by name.
@@ -160,7 +161,8 @@ def _opened(
             stack.callback(source.close)
             reference = find_reference(live, path, source.record, config, fresh)
             source.match(live, {**reference.tied, **live.tied})
-            made.append(_Load(ranks, live, source, reference))
+            settings = compare_live_config(live, path, source.record, config)
+            made.append(_Load(ranks, live, source, reference, settings))
 
         ranks.gather(f"opening {path}", open_source)
         yield made[0]
@@ -169,11 +171,19 @@ def _opened(
 class _Load:
     """One load, or the proof of one, on this rank."""
 
-    def __init__(self, ranks: Ranks, live: LiveWeights, source: InitialSource, reference: BufferReference) -> None:
+    def __init__(
+        self,
+        ranks: Ranks,
+        live: LiveWeights,
+        source: InitialSource,
+        reference: BufferReference,
+        settings: list[LoadFault],
+    ) -> None:
         self.live = live
         self.source = source
         self._ranks = ranks
         self._reference = reference
+        self._settings = settings
 
     def fill(self, poison: bool) -> None:
         """Load this rank's boxes of everything that the source has. Communicates."""
@@ -195,7 +205,8 @@ class _Load:
         repaired = self._reference.repair(self.live) if repair_buffers else []
         proof = prove_values(self._ranks, self.live, self.source, names.dtypes, self._reference, repaired)
         unproved = [fault.name for fault in proof.buffer_faults if _is_allowed(fault, allow_missing)]
-        faults = [*names.faults, *proof.faults, *(fault for fault in proof.buffer_faults if fault.name not in unproved)]
+        buffers = [fault for fault in proof.buffer_faults if fault.name not in unproved]
+        faults = [*self._settings, *names.faults, *proof.faults, *buffers]
         if faults:
             after = "It must not train like this." if loaded else "Nothing was changed. It must not train like this."
             raise _error(self.source.path, faults, after)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
+from shardsmith.cli import main
 from shardsmith.errors import InitialLoadError, UsageError
 from shardsmith.hooks import EMA, Hooks, InitialLoad, ShardedSave, at
 from shardsmith.initial import load_initial, poison_weights, prove_loaded
@@ -23,6 +26,7 @@ from tests.hooks.initial_models import (
     started,
 )
 from tests.ranks import run_on_ranks
+from tests.trained_runs import SIZES, TOKENS
 
 KINDS = ("llama", "qwen2", "olmo2", "odd")
 
@@ -33,6 +37,8 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("sources")
     for kind in KINDS:
         torch.save(make_sources(kind, root / kind), root / kind / "truth.pt")
+    convert = ["to-dcp", "--model", str(root / "olmo2" / "hf"), "--checkpoint", str(root / "olmo2" / "converted")]
+    assert main([*convert, "--quiet"]) == 0
     return root
 
 
@@ -155,6 +161,23 @@ def test_what_a_load_of_somebody_else_left_out_is_called_so(sources: Path) -> No
     ]
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_fused_experts_are_loaded_from_the_files_of_the_hub(tied: bool, tmp_path: Path) -> None:
+    import transformers
+
+    torch.manual_seed(0)
+    experts = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 18}
+    config = transformers.Qwen3MoeConfig(**SIZES, **experts, tie_word_embeddings=tied)
+    source, model = transformers.Qwen3MoeForCausalLM(config), transformers.Qwen3MoeForCausalLM(config)
+    source.save_pretrained(tmp_path / "hf")
+    with pytest.raises(InitialLoadError, match="nothing-loaded"):
+        prove_loaded(model, tmp_path / "hf")
+    report = load_initial(tmp_path / "hf", model=model)
+    state = source.state_dict()
+    assert report.tensors == len(state)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
 def test_repaired_buffers_are_reported_and_right(sources: Path) -> None:
     model = started("olmo2", "none")
     expected = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -173,15 +196,29 @@ def test_a_buffer_cast_with_the_weights_is_found_and_can_be_repaired(sources: Pa
     assert model.model.rotary_emb.inv_freq.dtype == torch.float32
 
 
-def test_a_config_with_another_theta_than_the_source_shows_in_the_buffers(sources: Path) -> None:
-    model = made("llama")
-    config = model.config
-    config.rope_parameters["rope_theta"] = 10_000.0 * 50
+SETTINGS = {
+    "rope_theta": (
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0}},
+        {"rope-differs", "buffer-differs"},
+    ),
+    "rms_norm_eps": ({"rms_norm_eps": 0.1}, {"norm-eps-differs"}),
+    "hidden_act": ({"hidden_act": "relu"}, {"config-differs"}),
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("source", ["hf", "converted"])
+def test_a_model_that_computes_with_other_settings_is_refused(setting: str, source: str, sources: Path) -> None:
+    changes, codes = SETTINGS[setting]
+    model = made("olmo2")
+    config = copy.deepcopy(model.config)
+    for name, value in changes.items():
+        setattr(config, name, value)
     other = type(model)(config)
-    with pytest.raises(InitialLoadError, match=r"rotary_emb\.inv_freq") as caught:
-        load_initial(sources / "llama" / "hf", model=other)
-    assert set(caught.value.codes) == {"buffer-differs"}
-    load_initial(sources / "llama" / "hf", model=other, config=config)  # meant so
+    with pytest.raises(InitialLoadError, match=setting.removeprefix("rms_")) as caught:
+        load_initial(sources / "olmo2" / source, model=other)
+    assert set(caught.value.codes) == codes
+    load_initial(sources / "olmo2" / source, model=other, config=config)  # it is meant so
 
 
 def test_names_that_do_not_fit_leave_the_model_as_it_was(sources: Path) -> None:
@@ -273,3 +310,37 @@ def test_the_hook_loads_before_the_average_starts_and_not_over_a_resumed_run(
     assert resumed.model.rotary_emb.inv_freq.any()
     assert "is not loaded, non-persistent buffers are right; repaired model.rotary_emb" in caplog.text
     second.close()
+
+
+def run_meta_start(path: Path, expected: float) -> None:
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(path)
+    with torch.device("meta"):
+        model = getattr(transformers, config.architectures[0])(config)
+    for module in [*model.model.layers, model]:
+        fully_shard(module)
+    model.to_empty(device="cpu")
+    for buffer in model.buffers():
+        buffer.zero_()  # what transformers 4 left there, as often as not
+    tokens = TOKENS % config.vocab_size
+    with pytest.raises(InitialLoadError, match="buffer-zero"):
+        load_initial(path, model=model)
+    load = InitialLoad(path, model=model, repair_buffers=True)
+    Hooks(load).resume()
+    assert load.report is not None
+    assert len(load.report.repaired) == 2
+    assert not load.report.untied, "tied tensors are one after to_empty, too"
+    assert abs(model(input_ids=tokens, labels=tokens).loss.item() - expected) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["olmo2", "qwen2"])
+def test_a_model_from_meta_under_fsdp2_starts_at_the_loss_of_the_original(
+    kind: str, sources: Path, tmp_path: Path
+) -> None:
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(sources / kind / "hf", dtype=torch.float32)
+    tokens = TOKENS % model.config.vocab_size
+    expected = model(input_ids=tokens, labels=tokens).loss.item()
+    run_on_ranks(run_meta_start, 2, tmp_path, sources / kind / "hf", expected)
