@@ -58,12 +58,22 @@ class Hooks:
     """
 
     def __init__(self, *hooks: Hook) -> None:
-        self.hooks = hooks
+        self.hooks: tuple[Hook, ...] = ()
         self._step = 0
         self._open = True
         self._ended = False
         for hook in hooks:
-            hook.announce_saved = self._on_saved
+            self.add(hook)
+
+    @property
+    def steps_done(self) -> int:
+        """The last step that was reported, or resumed at."""
+        return self._step
+
+    def add(self, hook: Hook) -> None:
+        """One more, after the others. Before ``resume``."""
+        hook.announce_saved = self._on_saved
+        self.hooks = (*self.hooks, hook)
 
     def resume(self) -> int:
         """Restore the newest usable state and return how many steps were done; 0 on a fresh start. Communicates."""

@@ -16,21 +16,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
+from shardsmith.adopt import disown
 from shardsmith.checkpoints import find_damage
-from shardsmith.commit import remove, sweep, writing
-from shardsmith.companion import (
-    FolderRecord,
-    companion_of,
-    is_complete,
-    list_files,
-    read_folder_record,
-    record_files,
-)
+from shardsmith.commit import remove, sweep
+from shardsmith.companion import companion_of, is_complete, read_folder_record
 from shardsmith.dcp_load import load_into
 from shardsmith.errors import CheckpointNotFoundError, CorruptCheckpointError, MismatchError, UsageError
+from shardsmith.folder_record import SHARDED_MODEL, LiveModel, record_folder
 from shardsmith.layout import COMPANION, FOLDER_FILE
 from shardsmith.live_digest import OTHER_VALUES, compare_digests, digest_live
-from shardsmith.metadata import FileRecord, TensorRecord, read_metadata
+from shardsmith.metadata import TensorRecord, read_metadata
 from shardsmith.names import tied_weights
 from shardsmith.ranks import Ranks
 from shardsmith.save import Contents, SaveInProgress
@@ -119,14 +114,17 @@ class FolderSave(Hook):
         self.before_save(folder)
         job = SaveInProgress(companion_of(folder), self._ranks, self._group)
         with self._ema.staging() if self._ema else contextlib.nullcontext(), self._same_time(folder):
-            tensors = digest_live(self._ranks, f"taking digests for {folder.name}", lambda: self._main(folder))
+            live = LiveModel(
+                digest_live(self._ranks, f"taking digests for {folder.name}", lambda: self._main(folder)),
+                tied_weights(self._model),
+            )
             job.begin(lambda: self._collect(step))
             if self._stager:
                 job.stage(self._stager)
         if self._writer:
-            self._in_flight = (step, folder, self._writer.submit(self._finish, job, folder, step, tensors))
+            self._in_flight = (step, folder, self._writer.submit(self._finish, job, folder, step, live))
         else:
-            self._announce(step, folder, self._finish(job, folder, step, tensors))
+            self._announce(step, folder, self._finish(job, folder, step, live))
 
     def load(self, folder: Path, *, prove: bool = True) -> int:
         """The trainer has loaded a folder: prove that, and load the average. All ranks; communicates. Returns the step.
@@ -158,6 +156,7 @@ class FolderSave(Hook):
             return
         with self._same_time(folder):
             sweep(folder)
+            disown(folder / SHARDED_MODEL)
             if companion_of(folder).exists() and not remove(companion_of(folder)):
                 raise UsageError(f"{companion_of(folder)} is being read, and about to be written over")
 
@@ -176,12 +175,12 @@ class FolderSave(Hook):
         state, aliases = get_model_state_dict(self._model), tied_weights(self._model)
         return {name: value for name, value in state.items() if isinstance(value, Tensor) and name not in aliases}
 
-    def _finish(self, job: SaveInProgress, folder: Path, step: int, tensors: dict[str, TensorRecord]) -> bool:
+    def _finish(self, job: SaveInProgress, folder: Path, step: int, live: LiveModel) -> bool:
         """Write ours, read theirs, commit. In the background thread, if there is one. False if the folder is gone."""
         try:
             with self._same_time(folder):
                 job.write()
-                record = self._record(folder, step, tensors)
+                record = record_folder(self._ranks, folder, step, live)
                 job.commit({FOLDER_FILE: record.to_json()})
             return True
         except BaseException:
@@ -190,20 +189,6 @@ class FolderSave(Hook):
                 return False
             log.exception("%s was not completed", folder)  # loud even if nobody comes to ask for the result
             raise
-
-    def _record(self, folder: Path, step: int, tensors: dict[str, TensorRecord]) -> FolderRecord:
-        """Read the trainer's files, divided among the ranks."""
-        names = self._ranks.lead(f"listing {folder.name}", lambda: list_files(folder))
-        mine = names[self._ranks.rank :: self._ranks.size]
-
-        def look() -> dict[str, list[Any]]:
-            with writing(folder, "reading what the trainer wrote"):
-                return {name: [found.size, found.xxh3_128] for name, found in record_files(folder, mine).items()}
-
-        shares = self._ranks.gather(f"reading {folder.name}", look)
-        found = {name: file for share in shares for name, file in share.items()}
-        files = {name: FileRecord(size=found[name][0], xxh3_128=found[name][1]) for name in names if name in found}
-        return FolderRecord(step=step, files=files, tensors=tensors)
 
     def _report(self, *, wait: bool) -> None:
         """If a background save has ended, or is waited for: announce it, or raise what failed in it."""

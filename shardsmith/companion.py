@@ -13,15 +13,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from shardsmith import layout
-from shardsmith.checkpoints import file_damage, find_damage, hash_file
-from shardsmith.commit import sync
+from shardsmith.checkpoints import file_damage, find_damage
 from shardsmith.errors import CheckpointError, CorruptCheckpointError
 from shardsmith.metadata import FileRecord, TensorRecord, file_record, read_json, tensor_record
 from shardsmith.metadata_fields import count, typed
@@ -70,30 +69,6 @@ def read_folder_record(folder: Path) -> FolderRecord:
         return _parse(content)
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptCheckpointError(path, f"is damaged: {type(error).__name__}: {error}") from error
-
-
-def list_files(folder: Path) -> list[str]:
-    """The trainer's files in a folder, by path in it, largest first. Ours, links and special files are left out."""
-    found = []
-    for parent, folders, names in os.walk(folder):
-        if Path(parent) == folder:
-            folders[:] = [name for name in folders if name != layout.COMPANION and not layout.is_leftover(name)]
-        paths = [Path(parent, name) for name in names]
-        found += [(path.stat().st_size, path) for path in paths if path.is_file() and not path.is_symlink()]
-    return [path.relative_to(folder).as_posix() for _, path in sorted(found, reverse=True)]
-
-
-def record_files(folder: Path, names: Iterable[str]) -> dict[str, FileRecord]:
-    """Size and hash of files of a folder, each made durable first. No communication. Raises OSError."""
-
-    def record(name: str) -> FileRecord:
-        path = folder / name
-        sync(path)  # the trainer has left it to the page cache
-        return FileRecord(size=path.stat().st_size, xxh3_128=hash_file(path))
-
-    names = list(names)
-    with ThreadPoolExecutor(_threads(names), "shardsmith-hash") as pool:
-        return dict(zip(names, pool.map(record, names), strict=True))
 
 
 def find_folder_damage(folder: Path, *, contents: bool = True, part: int = 0, parts: int = 1) -> list[str]:

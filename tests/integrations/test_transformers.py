@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
-from tests.integrations.trainer_runs import RESUMED, STEPS, Case, averaged, run
+from tests.integrations.trainer_runs import RESUMED, STEPS, Case, assert_close, assert_equal, averaged, run
 
 CASES = [
     Case(sharding="fsdp2", accumulation=4),
@@ -38,14 +37,3 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one_with_the_average_of_the_for
     if case.sharding not in FORGETFUL:
         assert_equal(resumed["main"], straight["main"])
         assert_equal(resumed["ema"], straight["ema"])
-
-
-def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    assert [name for name in found if not torch.equal(found[name], expected[name])] == []
-
-
-def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, value in found.items():
-        torch.testing.assert_close(value.double(), expected[name], rtol=1e-5, atol=1e-6)

@@ -102,13 +102,16 @@ def make_trainer(case: Case, directory: Path, **more: Any) -> tuple[Any, Any]:
 
 def prepare_environment(case: Case) -> None:
     """What torchrun sets; and for FSDP, which accelerate offers on accelerators only, a CPU that passes for one."""
-    if case.ranks == 1:
-        return
+    if case.sharding != "none":
+        set_environment()
+    if case.sharding.startswith("fsdp"):
+        pretend_to_have_an_accelerator()
+
+
+def set_environment() -> None:
     rank, size = str(dist.get_rank()), str(dist.get_world_size())
     os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
     os.environ["OMP_NUM_THREADS"] = "1"
-    if case.sharding.startswith("fsdp"):
-        pretend_to_have_an_accelerator()
 
 
 def pretend_to_have_an_accelerator() -> None:
@@ -186,3 +189,14 @@ def averaged(history: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         for name, value in weights.items():
             average[name] = DECAY * average[name] + (1 - DECAY) * value.double()
     return average
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert [name for name in found if not torch.equal(found[name], expected[name])] == []
+
+
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value.double(), expected[name], rtol=1e-5, atol=1e-6)

@@ -1,0 +1,116 @@
+"""``attach``: what ``accelerator.save_state`` writes gets our average and our record, and ``load_state`` is proved.
+
+model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+ema = EMA(model, decay=0.999)
+hooks = Hooks(ema, HFExport("run/hf", model=model, ema=ema, when=every(1000) | last()))
+attach(accelerator, hooks)
+
+if resuming: accelerator.load_state(folder)
+step = hooks.resume()                                # that of the folder; 0 on a fresh start
+while step < max_steps:
+    with accelerator.accumulate(model): ...
+    if accelerator.sync_gradients: step += 1; hooks.step(step)
+    if step % 500 == 0: accelerator.save_state(f"run/step-{step}")
+hooks.close()
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any, Literal
+
+from accelerate import Accelerator
+from torch import nn
+
+from shardsmith.companion import is_complete
+from shardsmith.errors import UsageError
+from shardsmith.hooks import EMA, FolderSave, Hooks
+
+log = logging.getLogger(__name__)
+
+
+class Attached:
+    """What ``attach`` returns. ``remove`` gives the accelerator its own methods back."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        hooks: Hooks,
+        folder_save: FolderSave,
+        prove: bool,
+        on_missing: Literal["raise", "start"],
+    ) -> None:
+        self._accelerator = accelerator
+        self._hooks = hooks
+        self._folder_save = folder_save
+        self._prove = prove
+        self._on_missing = on_missing
+        self._has_ema = any(isinstance(hook, EMA) for hook in hooks.hooks)
+        self._folder = Path()  # what accelerate says that it writes or reads
+        self._handles = [
+            accelerator.register_save_state_pre_hook(self._note),
+            accelerator.register_load_state_pre_hook(self._note),
+        ]
+        # the hooks of accelerate come before it has finished, and there are none for afterwards
+        self._save, self._load = accelerator.save_state, accelerator.load_state
+        accelerator.save_state = self._save_state
+        accelerator.load_state = self._load_state
+
+    def remove(self) -> None:
+        """Take all of it off the accelerator. The hooks go on."""
+        for handle in self._handles:
+            handle.remove()
+        for name in ("save_state", "load_state"):
+            vars(self._accelerator).pop(name, None)
+
+    def _note(self, *told: Any) -> None:
+        self._folder = Path(told[-1])
+
+    def _save_state(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        if output_dir is not None:
+            self._folder_save.before_save(Path(output_dir))
+        result = self._save(output_dir, *args, **kwargs)
+        self._folder_save.save(self._hooks.steps_done, self._folder)
+        return result
+
+    def _load_state(self, *args: Any, **kwargs: Any) -> None:
+        self._load(*args, **kwargs)
+        if is_complete(self._folder) or (self._has_ema and self._on_missing == "raise"):
+            self._folder_save.load(self._folder, prove=self._prove)
+        else:
+            log.warning("%s holds nothing of ours: an average starts from the weights as they are", self._folder)
+
+
+def attach(
+    accelerator: Accelerator,
+    hooks: Hooks,
+    *,
+    model: nn.Module | None = None,
+    prove: bool = True,
+    on_missing: Literal["raise", "start"] = "raise",
+) -> Attached:
+    """Let ``accelerator.save_state`` and ``load_state`` include the average of ``hooks``, and prove what is loaded.
+
+    All ranks call it, after ``prepare`` and before ``load_state`` and ``hooks.resume``; communicates. Each folder that
+    ``save_state`` writes gets a directory ``shardsmith`` as the last thing in it, in the background; ``hooks.step``
+    and ``hooks.close`` raise what fails there. FSDP 1 and 2, DDP, one process; the folder must be one that all ranks
+    share.
+
+    Args:
+        hooks: With an ``EMA`` of the prepared model, or without.
+        model: The prepared model, if several were prepared.
+        prove: After ``load_state``, compare every tensor of the model with what was saved.
+        on_missing: What to do if a folder that is loaded holds no average: ``"start"`` one from the weights, or
+            ``"raise"``.
+
+    Raises:
+        UsageError: nothing was prepared, or several models and none was named.
+    """
+    prepared = accelerator._models
+    if model is None and len(prepared) != 1:
+        raise UsageError(f"{len(prepared)} models were prepared: attach after prepare(), and name one as model=")
+    ema = next((hook for hook in hooks.hooks if isinstance(hook, EMA)), None)
+    folder_save = FolderSave(prepared[0] if model is None else model, ema=ema)
+    hooks.add(folder_save)
+    return Attached(accelerator, hooks, folder_save, prove, on_missing)

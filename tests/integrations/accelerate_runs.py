@@ -1,0 +1,76 @@
+"""A loop of one's own on accelerate, with our hooks attached, on real ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from shardsmith.hooks import EMA, HFExport, Hooks, last
+from tests.integrations.trainer_runs import (
+    DECAY,
+    make_data,
+    make_model,
+    pretend_to_have_an_accelerator,
+    set_environment,
+    whole,
+)
+
+
+def prepare(sharding: str) -> tuple[Any, nn.Module, Any, Any]:
+    """Accelerator, model, optimizer and data, prepared."""
+    if dist.is_initialized() and sharding != "none":
+        set_environment()
+    if sharding == "fsdp2":
+        pretend_to_have_an_accelerator()
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+
+    plugin = None
+    if sharding == "fsdp2":
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            state_dict_type="SHARDED_STATE_DICT",
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["Qwen2DecoderLayer"],
+            cpu_ram_efficient_loading=False,
+        )
+    accelerator = Accelerator(cpu=sharding != "fsdp2", fsdp_plugin=plugin, gradient_accumulation_steps=2)
+    model = make_model("qwen2")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    loader = torch.utils.data.DataLoader(make_data(), batch_size=4 // accelerator.num_processes)
+    return accelerator, *accelerator.prepare(model, optimizer, loader)
+
+
+def run_loop(sharding: str, directory: Path, steps: int, load: str | None, name: str) -> None:
+    """Train to ``steps``, saving after each second one, from a folder if one is given; keep what came out."""
+    from shardsmith.integrations.accelerate import attach
+
+    accelerator, model, optimizer, loader = prepare(sharding)
+    ema = EMA(model, decay=DECAY)
+    hooks = Hooks(ema, HFExport(directory / "hf", model=model, ema=ema, when=last(), dtype="float32"))
+    attach(accelerator, hooks)
+    if load is not None:
+        accelerator.load_state(str(directory / load))
+    step = hooks.resume()
+    history = [whole(model)]
+    batches = list(loader)[2 * step :]
+    while step < steps:
+        for batch in (batches.pop(0), batches.pop(0)):
+            with accelerator.accumulate(model):
+                accelerator.backward(model(**batch).loss)
+                optimizer.step()
+                optimizer.zero_grad()
+        step += 1
+        hooks.step(step)
+        history.append(whole(model))
+        if step % 2 == 0:
+            accelerator.save_state(str(directory / f"state-{step}"))
+    with ema.swapped_in():
+        average = whole(model)
+    hooks.close()
+    truth = {"main": whole(model), "ema": average, "history": history, "step": step}
+    if accelerator.is_main_process:
+        torch.save(truth, directory / name)
