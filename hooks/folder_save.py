@@ -218,7 +218,7 @@ class FolderSave(Hook):
         recorded, aliases = read_folder_record(folder).tensors, tied_weights(self._model)
         problems = self._differences(folder, recorded, aliases)
         others = [name for name in problems if problems[name] == OTHER_VALUES]
-        if others and len(others) == len(problems) and reload(self._model, self._main(folder), folder, others):
+        if others and len(others) == len(problems) and reload(self._model, folder, others):
             problems = self._differences(folder, recorded, aliases)
             log.warning("the trainer did not load %s from %s; we did", ", ".join(others), folder)
         if problems:

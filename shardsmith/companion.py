@@ -26,6 +26,8 @@ from shardsmith.metadata import FileRecord, TensorRecord, file_record, read_json
 from shardsmith.metadata_fields import count, typed
 
 SCHEMA_VERSION = 1
+_WEIGHTS = ("model", "pytorch_model", "adapter_model")
+"""How the names of files and directories with a model's weights begin, by transformers, peft and accelerate."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,11 +73,14 @@ def read_folder_record(folder: Path) -> FolderRecord:
         raise CorruptCheckpointError(path, f"is damaged: {type(error).__name__}: {error}") from error
 
 
-def find_folder_damage(folder: Path, *, contents: bool = True, part: int = 0, parts: int = 1) -> list[str]:
+def find_folder_damage(
+    folder: Path, *, contents: bool = True, weights_only: bool = False, part: int = 0, parts: int = 1
+) -> list[str]:
     """What is wrong with a trainer's folder and our directory in it, one line each; empty if nothing is.
 
     Args:
         contents: Also read every file and compare its hash; otherwise only presence and size.
+        weights_only: Of the trainer's files look only at those with the model's weights; the optimizer may be gone.
         part: Which share of the files to look at, so that ranks can divide them. No communication.
         parts: Into how many shares.
     """
@@ -84,7 +89,7 @@ def find_folder_damage(folder: Path, *, contents: bool = True, part: int = 0, pa
         files = read_folder_record(folder).files
     except CheckpointError as error:
         return [str(error)]
-    chosen = list(files)[part::parts]
+    chosen = [name for name in files if not weights_only or name.startswith(_WEIGHTS)][part::parts]
     with ThreadPoolExecutor(_threads(chosen), "shardsmith-verify") as pool:
         problems = pool.map(lambda name: file_damage(folder / name, files[name], contents=contents), chosen)
         theirs = [f"{name}: {problem}" for name, problem in zip(chosen, problems, strict=True) if problem]

@@ -14,6 +14,7 @@ from pathlib import Path
 from shardsmith.block_copy import copy_blocks
 from shardsmith.checkpoints import find_damage
 from shardsmith.commit import Attempt, require_space, sweep
+from shardsmith.companion import find_folder_damage, is_complete
 from shardsmith.completion import complete_directory
 from shardsmith.digest import Digest
 from shardsmith.directory_plan import ModelPlan
@@ -57,6 +58,8 @@ def verify_source(checkpoint: Path) -> None:
     """Raise CorruptCheckpointError if a file of a checkpoint with recorded hashes has changed. Others pass."""
     if detect_checkpoint_format(checkpoint).name == SHARDED:
         refuse_damage(checkpoint, find_damage(checkpoint))
+    elif is_complete(checkpoint):
+        refuse_damage(checkpoint, find_folder_damage(checkpoint, weights_only=True))
 
 
 def refuse_damage(checkpoint: Path, damage: Sequence[str]) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from shardsmith import layout
 from shardsmith.commit import refuse_existing
+from shardsmith.companion import companion_of, is_complete
 from shardsmith.directory_plan import DirectoryPlan, ModelPlan, Origin, plan_model
 from shardsmith.dtypes import DtypeChoice
 from shardsmith.errors import CheckpointNotFoundError, MismatchError, UnsupportedFormatError, UsageError
@@ -206,9 +207,12 @@ def _choose_name_map(
 def origin_of(checkpoint: Path) -> Origin:
     """What ``shardsmith.json`` is to say of where the weights come from."""
     name = checkpoint.resolve().name
-    if detect_checkpoint_format(checkpoint).name != SHARDED:
+    if is_complete(checkpoint):
+        metadata = read_metadata(companion_of(checkpoint))
+    elif detect_checkpoint_format(checkpoint).name == SHARDED:
+        metadata = read_metadata(checkpoint)
+    else:
         return Origin(name)
-    metadata = read_metadata(checkpoint)
     return Origin(name, metadata.attempt, metadata.step, metadata.ema)
 
 

@@ -26,6 +26,7 @@ from shardsmith.errors import CheckpointNotFoundError, IncompleteCheckpointError
 from shardsmith.format_bagel import BAGEL_READER, FORK_READER
 from shardsmith.format_dcp import ACCELERATE_READER, DCP_READER, OURS_READER
 from shardsmith.format_files import FILE_READER, HUGGINGFACE_READER, TORCH_READER
+from shardsmith.format_trainer import trainer_reader
 from shardsmith.model_keys import MAIN
 from shardsmith.models import ModelSource
 
@@ -46,7 +47,7 @@ __all__ = [
     "open_source",
 ]
 
-_DIRECTORIES = (
+_WITHOUT_OURS = (
     OURS_READER,
     DCP_READER,
     FORK_READER,
@@ -55,6 +56,7 @@ _DIRECTORIES = (
     HUGGINGFACE_READER,
     TORCH_READER,
 )
+_DIRECTORIES = (trainer_reader(_WITHOUT_OURS), *_WITHOUT_OURS)
 """The first that knows a directory has it: weights of their own before what lies beside them."""
 _STEP = re.compile(r"(step-|checkpoint-)?(?P<step>[0-9]+)")
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-_PRELOADED = ["torch.distributed.checkpoint", "torch.distributed.fsdp", "transformers.modeling_utils", "tests.ranks"]
+_PRELOADED = ["torch.distributed.checkpoint", "torch.distributed.fsdp", "transformers.trainer", "tests.ranks"]
 
 
 def run_on_ranks(

@@ -10,8 +10,8 @@ from shardsmith.commands.options import Dtype
 
 def to_hf(
     checkpoint_dir: Path,
-    output_dir: Path,
     base_model_path: Path,
+    output_dir: Path | None = None,
     models: Literal["main", "ema", "both", "all"] = "all",
     dtype: Dtype = "bfloat16",
     dtype_of: tuple[str, ...] = (),
@@ -30,14 +30,16 @@ def to_hf(
     Streams from the checkpoint's files into the final ones: no torchrun, no model, little memory. The output appears
     when all of it is on disk; the checkpoint and the base model are only read.
 
-    Example: shardsmith to-hf --checkpoint_dir run/checkpoints/step-500 --output_dir run/hf-500 --base_model_path base
+    Example: shardsmith to-hf --checkpoint_dir out/checkpoint-500 --base_model_path base
 
     Args:
         checkpoint_dir: Anything that "shardsmith detect" knows: a DCP directory (ours, TorchTitan's, plain dcp.save),
-            a step of accelerate, BAGEL or its sharded fork, a Hugging Face directory, a safetensors or torch file.
-        output_dir: The directory to make. It must not exist.
+            a step of Trainer, accelerate, BAGEL or its sharded fork, a Hugging Face directory, a safetensors or torch
+            file.
         base_model_path: Local directory with config.json, tokenizer and so on.
             If it has weights too, those that are written must have the same names and shapes.
+        output_dir: The directory to make. It must not exist.
+            Default: for out/checkpoint-500 it is out-hf/checkpoint-500, where no trainer looks for its own.
         models: What to write: "both" fails where one is missing, "all" takes what is there.
         dtype: Of all floating-point tensors; "original" keeps what the checkpoint has.
         dtype_of: Exceptions from that, by pattern of the written names, such as '*norm*=float32'. The first that
@@ -75,6 +77,7 @@ def to_hf(
         verify=verify,
         names=names,
     )
+    output_dir = output_dir or default_output(checkpoint_dir)
     with hold(checkpoint_dir):
         stems = choose_stems(checkpoint_dir, base_model_path, models, ema_as)
         plans = [
@@ -89,3 +92,9 @@ def to_hf(
     if not quiet:
         report.print_written(plans)
     return 0
+
+
+def default_output(checkpoint: Path) -> Path:
+    """Where an export goes if nobody says: beside the run's folder, under the checkpoint's name."""
+    place = checkpoint.absolute()
+    return place.parent.with_name(f"{place.parent.name}-hf") / place.name

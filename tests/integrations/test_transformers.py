@@ -1,39 +1,48 @@
-"""CheckpointHooks on the real Trainer of transformers, on real ranks."""
+"""CheckpointHooks on the real Trainer of transformers, on real ranks: average, resume, folders, exports."""
 
 from __future__ import annotations
 
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.integrations.trainer_runs import RESUMED, STEPS, Case, assert_close, assert_equal, averaged, run
+from shardsmith.companion import find_folder_damage
+from tests.integrations.trainer_runs import CASES, RESUMED, STEPS, Case, assert_close, assert_equal, averaged, run
 
-CASES = [
-    Case(sharding="fsdp2", accumulation=4),
-    Case(sharding="fsdp2-full", kind="qwen2"),
-    Case(sharding="fsdp2", kind="moe"),
-    Case(sharding="fsdp1", kind="qwen2"),
-    Case(sharding="ddp", accumulation=4),
-    Case(sharding="ddp", kind="moe"),
-    Case(sharding="none", ranks=1, kind="qwen2", accumulation=4),
-    Case(sharding="none", ranks=1, kind="moe"),
-]
+Finished = Callable[[Case], Path]
 FORGETFUL = ("fsdp1",)
 """Where Trainer and accelerate alone do not give back the optimizer's state: they ask an empty one what to load."""
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_a_resumed_run_ends_as_the_uninterrupted_one_with_the_average_of_the_formula(
-    tmp_path: Path, case: Case
-) -> None:
-    run(case, tmp_path)
-    run(case, tmp_path, resume=str(tmp_path / "out" / f"checkpoint-{RESUMED}"), name="resumed.pt")
-    straight, resumed = torch.load(tmp_path / "truth.pt"), torch.load(tmp_path / "resumed.pt")
-    assert_close(straight["ema"], averaged(straight["history"]))
+def test_the_average_is_that_of_the_formula(finished: Finished, case: Case) -> None:
+    truth = torch.load(finished(case) / "truth.pt")
+    assert len(truth["history"]) == STEPS + 1
+    assert_close(truth["ema"], averaged(truth["history"]))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_resumed_run_ends_as_the_uninterrupted_one(finished: Finished, case: Case, tmp_path: Path) -> None:
+    before = finished(case) / "out" / f"checkpoint-{RESUMED}"
+    shutil.copytree(before, tmp_path / "out" / before.name)
+    run(case, tmp_path, resume=str(tmp_path / "out" / before.name))
+    straight, resumed = torch.load(finished(case) / "truth.pt"), torch.load(tmp_path / "truth.pt")
     assert len(resumed["history"]) == STEPS - RESUMED + 1
     assert_equal(resumed["history"][0], straight["history"][RESUMED])
     assert_close(resumed["ema"], averaged(straight["history"][: RESUMED + 1] + resumed["history"][1:]))
     if case.sharding not in FORGETFUL:
         assert_equal(resumed["main"], straight["main"])
         assert_equal(resumed["ema"], straight["ema"])
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_folder_is_as_trainer_left_it_but_for_our_directory(finished: Finished, case: Case) -> None:
+    folder = finished(case) / "out" / f"checkpoint-{RESUMED}"
+    assert find_folder_damage(folder) == []
+    times = [os.stat(finished(case) / "out" / f"checkpoint-{step}").st_mtime_ns for step in (2, 4, 6)]
+    assert times == sorted(times)
+    assert os.stat(folder).st_mtime_ns < os.stat(folder / "shardsmith").st_mtime_ns

@@ -40,6 +40,18 @@ class Case:
         return f"{self.kind}-{self.sharding}-{self.accumulation}"
 
 
+CASES = [
+    Case(sharding="fsdp2", accumulation=4),
+    Case(sharding="fsdp2-full", kind="qwen2"),
+    Case(sharding="fsdp2", kind="moe"),
+    Case(sharding="fsdp1", kind="qwen2"),
+    Case(sharding="ddp", accumulation=4),
+    Case(sharding="ddp", kind="moe"),
+    Case(sharding="none", ranks=1, kind="qwen2", accumulation=4),
+    Case(sharding="none", ranks=1, kind="moe"),
+]
+
+
 def run(case: Case, directory: Path, **options: Any) -> None:
     """Run a case on its ranks; see ``train``."""
     directory.mkdir(exist_ok=True)
@@ -50,10 +62,12 @@ def train(case: Case, directory: Path, options: dict[str, Any]) -> None:
     """On each rank.
 
     Args:
-        options: ``resume``, a folder; ``kill_after``, a step; ``name`` of the file for the truth; ``finish``, called
-            at the end with Trainer, CheckpointHooks and directory.
+        options: ``detach``, to train without our hooks; ``resume``, a folder; ``kill_after``, a step; ``name`` of the
+            file for the truth; ``finish``, called at the end with Trainer, CheckpointHooks and directory.
     """
     trainer, hooks = make_trainer(case, directory)
+    if options.get("detach"):
+        trainer.remove_callback(hooks)
     recorder = record(trainer, options.get("kill_after"))
     trainer.train(resume_from_checkpoint=options.get("resume"))
     if finish := options.get("finish"):
@@ -74,7 +88,7 @@ def make_trainer(case: Case, directory: Path, **more: Any) -> tuple[Any, Any]:
 
     transformers.logging.set_verbosity_error()
     chosen = {"ema_decay": DECAY, "export": every(3) | last(), "dtype": "float32"} | case.hooks
-    hooks = CheckpointHooks(**chosen)
+    hooks = CheckpointHooks(**{name: value for name, value in chosen.items() if value is not None})
     arguments: dict[str, Any] = {
         "output_dir": str(directory / "out"),
         "max_steps": STEPS,
