@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -20,6 +20,7 @@ from shardsmith.live_export import JointExport, LiveExporter, LiveModel
 from shardsmith.name_maps import NameMap
 from shardsmith.ranks import Ranks
 
+from .adapters import AdapterView, view_of
 from .base import Hook
 from .checkpoint_source import CheckpointSource, HeldCheckpoint, Saves
 from .ema import EMA
@@ -70,6 +71,7 @@ class HFExport(Hook):
         write_mode: Literal["slices", "files"] = "slices",
         source: Literal["live", "checkpoint", "auto"] = "live",
         checkpoints: Saves | None = None,
+        adapters: Literal["adapter", "merged"] = "adapter",
         timeout_secs: float = 1800.0,
     ) -> None:
         """Prove that the directory can be written to, and that model and base model fit each other.
@@ -105,6 +107,8 @@ class HFExport(Hook):
                 different models (pipeline stages); else the checkpoint.
             checkpoints: The ``ShardedSave`` of the run, for ``source="checkpoint"`` or ``"auto"``. It must save every
                 step that is exported, and come before this hook in ``Hooks``.
+            adapters: Of a model of peft, ``"adapter"`` writes what its ``save_pretrained`` writes, main and average
+                each in a directory of its own; ``"merged"`` the whole model with the adapter merged into its weights.
             timeout_secs: How long to wait for a rank before an export is given up; also for a checkpoint to be saved.
 
         Raises:
@@ -126,8 +130,14 @@ class HFExport(Hook):
             trust_remote_code=trust_remote_code,
         )
         chosen = models or ("both" if ema is not None else "main")
-        self._state = LiveState(model, ema, files, dtype=dtype, max_shard_size=max_shard_size, names=names)
-        self._directories = LiveDirectory.choose(chosen, ema_as)
+        view = view_of(model, adapters)
+        if base_model is not None and isinstance(view, AdapterView):
+            raise UsageError(
+                "an adapter has no base model beside it: pass processor= for the tokenizer, not base_model="
+            )
+        sizes: dict[str, Any] = {"dtype": dtype, "max_shard_size": max_shard_size}
+        self._state = LiveState(model, ema, files, names=names, view=view, **sizes)
+        self._directories = LiveDirectory.choose(chosen, ema_as, view)
         self._ranks, self._writer_ranks = Ranks(timeout_secs), Ranks(timeout_secs)  # one for each thread
         self._exporter = LiveExporter(self._ranks)
         self._weights_writer = choose_writer(write_mode, self._ranks)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -32,6 +32,7 @@ from shardsmith.safetensors_files import parse_size
 from shardsmith.tensors import Shape, TensorSpec
 from shardsmith.transformers_names import TransformersNames
 
+from .adapters import View
 from .ema import EMA
 
 
@@ -45,13 +46,19 @@ class LiveDirectory:
     """Model ("main", "ema") -> stem of its files' names."""
 
     @classmethod
-    def choose(cls, models: Literal["main", "ema", "both"], ema_as: Literal["file", "directory"]) -> list[Self]:
-        """As ``to-hf`` does: an average alone is a directory's own weights, which ``from_pretrained`` loads."""
+    def choose(
+        cls, models: Literal["main", "ema", "both"], ema_as: Literal["file", "directory"], view: View | None = None
+    ) -> list[Self]:
+        """As ``to-hf`` does: an average alone is a directory's own weights, which ``from_pretrained`` loads.
+
+        Adapters each have a directory: peft knows one name only.
+        """
+        stem = MAIN_WEIGHTS if view is None else view.stem
         if models != "both":
-            return [cls("", {models: MAIN_WEIGHTS})]
-        if ema_as == "file":
-            return [cls("", {MAIN: MAIN_WEIGHTS, AVERAGE: EMA_WEIGHTS})]
-        return [cls("", {MAIN: MAIN_WEIGHTS}), cls("-ema", {AVERAGE: MAIN_WEIGHTS})]
+            return [cls("", {models: stem})]
+        if ema_as == "file" and stem == MAIN_WEIGHTS:
+            return [cls("", {MAIN: stem, AVERAGE: EMA_WEIGHTS})]
+        return [cls("", {MAIN: stem}), cls("-ema", {AVERAGE: stem})]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,9 +73,9 @@ class ModelFiles:
     """Name in the directory -> file to copy."""
     trust_remote_code: bool
 
-    def write(self, model: nn.Module, directory: Path) -> None:
+    def write(self, model: nn.Module | None, directory: Path) -> None:
         """Write what does not come from the base model. Rank 0, in the background; reads no weights."""
-        generation = getattr(unwrapped(model), "generation_config", None)
+        generation = getattr(model, "generation_config", None)
         if self.base is None and generation is not None:
             generation.save_pretrained(directory)
         if self.processor is not None:
@@ -91,8 +98,9 @@ class LiveState:
         dtype: str | Mapping[str, str],
         max_shard_size: str | None,
         names: str | NameMap = "auto",
+        view: View | None = None,
     ) -> None:
-        """Raises UsageError if torch knows no such dtype, or the size cannot be read."""
+        """``view``: of a model of peft. Raises UsageError if torch knows no such dtype, or the size cannot be read."""
         self._model = model
         self._ema = ema
         self._files = files
@@ -103,6 +111,8 @@ class LiveState:
         self._config: dict[str, Any] | None = None
         self._copies: tuple[str, ...] = ()
         self._names = names
+        self._view = view
+        self._inner = unwrapped(model) if view is None else view.inner
         self._name_map: NameMap | None = None
         self._translated: tuple[dict[str, Shape], Translation] | None = None
 
@@ -113,9 +123,15 @@ class LiveState:
             self._copies = tuple(files_to_copy(base, trust_remote_code=self._files.trust_remote_code))
         self._name_map = self._find_name_map()
 
-    def staging(self) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def staging(self) -> Iterator[None]:
         """Within it nothing of ours changes weights or average."""
-        return self._ema.staging() if self._ema is not None else contextlib.nullcontext()
+        with contextlib.ExitStack() as held:
+            if self._view is not None:
+                held.enter_context(self._view.ready(self._ema))
+            if self._ema is not None:
+                held.enter_context(self._ema.staging())
+            yield
 
     def models(self, directory: LiveDirectory) -> list[LiveModel]:
         """What goes into one directory. All ranks; communicates as ``model_state_dict``. Shares memory."""
@@ -165,7 +181,8 @@ class LiveState:
         """
         base = self._files.base
         if base is not None or self._name_map is not None or isinstance(self._dtype, Mapping):
-            (model,) = self.models(LiveDirectory("", {MAIN: MAIN_WEIGHTS}))
+            with self.staging():
+                (model,) = self.models(LiveDirectory("", {MAIN: MAIN_WEIGHTS}))
             if base is not None and compare:
                 _compare(base, model.plan)
 
@@ -177,13 +194,23 @@ class LiveState:
             config=self._config,
             base=self._files.base,
             copies=self._copies,
-            companions=lambda directory: self._files.write(self._model, directory),
+            companions=self._write_companions,
         )
+
+    def _write_companions(self, directory: Path) -> None:
+        self._files.write(self._inner, directory)
+        if self._view is not None:
+            self._view.write(directory)
 
     def _live_model(self, name: str, stem: str, main: Mapping[str, Tensor], aliases: Mapping[str, str]) -> LiveModel:
         average = self._ema.model_state_dict() if name == AVERAGE and self._ema is not None else {}
         tensors = {fqn: average.get(fqn, tensor) for fqn, tensor in main.items() if fqn not in aliases}
         filled = frozenset(tensors.keys() - average.keys()) if name == AVERAGE else frozenset()
+        if self._view is not None:
+            names, values = self._view.names(main), self._view.values(name)
+            filled = frozenset(names[fqn] for fqn in filled - values.keys() if fqn in names)
+            tensors = {names[fqn]: values.get(fqn, tensor) for fqn, tensor in tensors.items() if fqn in names}
+            aliases = {names[alias]: names[kept] for alias, kept in aliases.items() if alias in names}
         specs = {fqn: TensorSpec(fqn, tuple(tensor.shape), tensor.dtype) for fqn, tensor in tensors.items()}
         translation = self._translation(specs)
         if translation is not None:
@@ -219,14 +246,14 @@ class LiveState:
         if self._names == "identity":
             return None
         if self._names == "auto":
-            return TransformersNames.of_model(unwrapped(self._model))
+            return TransformersNames.of_model(self._inner) if self._inner is not None else None
         return find_name_map(self._names, self._config) if isinstance(self._names, str) else self._names
 
     def _read_config(self) -> dict[str, Any] | None:
         """config.json of the base model, else of the live one, else None."""
         if self._files.base is not None:
             return read_config(self._files.base)
-        model = unwrapped(self._model)
+        model = self._inner
         to_json: Callable[[], str] | None = getattr(getattr(model, "config", None), "to_json_string", None)
         if to_json is None:
             return None

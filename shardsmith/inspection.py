@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from shardsmith.checkpoints import find_damage
+from shardsmith.companion import companion_of, find_folder_damage, is_complete
 from shardsmith.dcp_index import read_index
 from shardsmith.errors import CheckpointError
 from shardsmith.formats import DCP, SHARDED, UNKNOWN, detect_checkpoint_format, model_names, open_source
@@ -59,17 +60,18 @@ class Inspection:
 def inspect_checkpoint(path: str | Path, *, verify: bool = False) -> Inspection:
     """Look into a checkpoint of any format. Reads indexes and headers; with ``verify`` every byte, against its hashes.
 
-    Only our own checkpoints have hashes of their files.
+    Only our own checkpoints, and a trainer's folders with ours in them, have hashes of their files.
 
     Raises:
         CheckpointNotFoundError: there is nothing at the path.
     """
     path = Path(path)
     found = detect_checkpoint_format(path)
-    metadata = read_metadata(path) if found.name == SHARDED else None
+    in_folder = is_complete(path)
+    metadata = read_metadata(companion_of(path) if in_folder else path) if in_folder or found.name == SHARDED else None
     models, damage = _summaries(path)
     if metadata is not None and verify:
-        damage += find_damage(path)
+        damage += find_folder_damage(path) if in_folder else find_damage(path)
     return Inspection(
         path=str(path),
         format=found.name,

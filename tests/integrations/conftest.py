@@ -16,9 +16,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], Path]
     done: dict[str, Path] = {}
 
     def make(case: Case) -> Path:
-        if str(case) not in done:
-            done[str(case)] = tmp_path_factory.mktemp(str(case))
-            run(case, done[str(case)])
-        return done[str(case)]
+        if repr(case) not in done:
+            done[repr(case)] = tmp_path_factory.mktemp(str(case))
+            run(case, done[repr(case)])
+        return done[repr(case)]
 
     return make

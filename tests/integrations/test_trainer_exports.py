@@ -45,7 +45,9 @@ def test_exports_are_at_their_own_steps_and_hold_what_trainer_has(finished: Fini
     assert (about["step"], about["ema"]["updates"]) == (6, 6)
     saved = finished(case) / "out" / "checkpoint-6" / "model.safetensors"
     if saved.exists():  # what Trainer's save_model writes
-        assert_equal(load_file(exports / "step-6" / "model.safetensors"), load_file(saved))
+        ours, theirs = load_file(exports / "step-6" / "model.safetensors"), load_file(saved)
+        assert theirs.keys() - ours.keys() <= {"lm_head.weight"}  # under FSDP, Trainer writes tied weights twice
+        assert_equal(ours, {name: theirs[name] for name in ours})
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

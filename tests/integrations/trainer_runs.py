@@ -54,7 +54,7 @@ CASES = [
 
 def run(case: Case, directory: Path, **options: Any) -> None:
     """Run a case on its ranks; see ``train``."""
-    directory.mkdir(exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
     run_on_ranks(train, case.ranks, directory, case, directory, options, timeout_secs=120)
 
 
@@ -156,8 +156,20 @@ def make_model(kind: str) -> nn.Module:
     sizes: dict[str, Any] = {**SIZES, "tie_word_embeddings": kind == "qwen2"}
     if kind == "moe":
         sizes |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "head_dim": 18}
+    if kind == "lora":
+        return with_adapter(make_model("llama"))
     name = {"llama": "LlamaConfig", "qwen2": "Qwen2Config", "moe": "Qwen3MoeConfig"}[kind]
     return transformers.AutoModelForCausalLM.from_config(getattr(transformers, name)(**sizes))
+
+
+def with_adapter(model: nn.Module) -> nn.Module:
+    """LoRA on some layers; the norm is trained as a whole."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(1)
+    model.name_or_path = "base-of-the-test"
+    config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], modules_to_save=["norm"], init_lora_weights=False)
+    return get_peft_model(model, config)
 
 
 def make_data() -> list[dict[str, Tensor]]:
@@ -213,4 +225,4 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert found.keys() == expected.keys()
     for name, value in found.items():
-        torch.testing.assert_close(value.double(), expected[name], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(value.double(), expected[name].double(), rtol=1e-5, atol=1e-6)

@@ -1,0 +1,162 @@
+"""Models of peft: what becomes of them in a directory, the adapter alone or the model with the adapter merged."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+from shardsmith.errors import UsageError
+from shardsmith.layout import MAIN_WEIGHTS
+from shardsmith.model_keys import EMA as AVERAGE
+from shardsmith.model_keys import MAIN
+from shardsmith.names import clean_fqn, unwrapped
+
+from .ema import EMA
+
+ADAPTER_WEIGHTS = "adapter_model"
+"""Stem of the weight files of an adapter, as peft names it."""
+
+
+class AdapterView:
+    """The adapter alone, as ``PeftModel.save_pretrained`` writes it.
+
+    Attributes:
+        stem: Of the weight files.
+        inner: The model whose config and names are to be written; None for none.
+    """
+
+    stem = ADAPTER_WEIGHTS
+    inner: nn.Module | None = None
+
+    def __init__(self, model: Any) -> None:
+        """``model``: a PeftModel without wrappers around it."""
+        self._model = model
+        self._names: dict[str, str] = {}
+
+    def names(self, fqns: Iterable[str]) -> dict[str, str]:
+        """FQN -> name in the files, of what is to be written."""
+        if not self._names:  # asked once: peft may look on the Hub whether the vocabulary was resized
+            from peft import get_peft_model_state_dict
+
+            chosen = get_peft_model_state_dict(
+                self._model, state_dict={fqn: fqn for fqn in fqns}, adapter_name=self._model.active_adapter
+            )
+            self._names = {fqn: name for name, fqn in chosen.items()}
+        return self._names
+
+    def values(self, model: str) -> Mapping[str, Tensor]:  # noqa: ARG002
+        """By FQN what is to be written instead of the live values."""
+        return {}
+
+    @contextlib.contextmanager
+    def ready(self, ema: EMA | None) -> Iterator[None]:  # noqa: ARG002
+        """Within it ``values`` are there. All ranks."""
+        yield
+
+    def write(self, directory: Path) -> None:
+        """Write ``adapter_config.json``."""
+        config = copy.copy(self._model.active_peft_config)
+        config.inference_mode = True
+        if config.base_model_name_or_path is None:
+            config.base_model_name_or_path = getattr(self._model.get_base_model(), "name_or_path", None)
+        config.save_pretrained(str(directory))
+
+
+class MergedView:
+    """The whole model, with the adapter merged into its weights; the live weights are as before, bit for bit."""
+
+    stem = MAIN_WEIGHTS
+
+    def __init__(self, model: Any) -> None:
+        """Raises UsageError where peft cannot merge, or we cannot under FSDP1."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils.other import AuxiliaryTrainingWrapper
+
+        self._model = model
+        self.inner: nn.Module | None = model.get_base_model()
+        self._prefix = next(clean_fqn(path, model) for path, part in model.named_modules() if part is self.inner) + "."
+        modules = {clean_fqn(path, model): part for path, part in model.named_modules()}
+        self._tuned = {path: part for path, part in modules.items() if isinstance(part, BaseTunerLayer)}
+        self._replaced = [path for path, part in modules.items() if isinstance(part, AuxiliaryTrainingWrapper)]
+        self._values: dict[str, dict[str, Tensor]] = {}
+        if (
+            not all(hasattr(part, "merge") for part in self._tuned.values())
+            or model.active_peft_config.is_prompt_learning
+        ):
+            raise UsageError("an adapter of this kind cannot be merged: export it as it is, with adapters='adapter'")
+        if any(isinstance(part, FullyShardedDataParallel) for part in model.modules()):
+            raise UsageError("under FSDP1 an adapter cannot be merged: use FSDP2, or adapters='adapter'")
+
+    def names(self, fqns: Iterable[str]) -> dict[str, str]:
+        """As ``AdapterView.names``: those of the model without an adapter."""
+        named = {fqn: self._name(fqn) for fqn in fqns}
+        return {fqn: name.removeprefix(self._prefix) for fqn, name in named.items() if name is not None}
+
+    def values(self, model: str) -> Mapping[str, Tensor]:
+        """As ``AdapterView.values``: the weights that the adapter changes."""
+        return self._values[model]
+
+    @contextlib.contextmanager
+    def ready(self, ema: EMA | None) -> Iterator[None]:
+        """Within it ``values`` are there, a copy of what the adapter changes. All ranks; DTensors may communicate."""
+        if self._values:
+            yield
+            return
+        self._values[MAIN] = self._merged()
+        if ema is not None:
+            with ema.swapped_in():
+                self._values[AVERAGE] = self._merged()
+        try:
+            yield
+        finally:
+            self._values = {}
+
+    def write(self, directory: Path) -> None:
+        """Nothing more."""
+
+    def _name(self, fqn: str) -> str | None:
+        """The name without what peft puts into it; None for what is its own."""
+        for path in self._replaced:
+            if fqn.startswith(f"{path}."):
+                inside = fqn.removeprefix(f"{path}.")
+                active = f"modules_to_save.{self._model.active_adapter}."
+                return f"{path}.{inside.removeprefix(active)}" if inside.startswith(active) else None
+        for path in self._tuned:
+            if fqn.startswith(f"{path}."):
+                inside = fqn.removeprefix(f"{path}.")
+                return f"{path}.{inside.removeprefix('base_layer.')}" if inside.startswith("base_layer.") else None
+        return fqn
+
+    @torch.no_grad()
+    def _merged(self) -> dict[str, Tensor]:
+        """Merge one layer after the other, keep the result, and put back what was there."""
+        merged: dict[str, Tensor] = {}
+        for path, layer in self._tuned.items():
+            weights = dict(layer.get_base_layer().named_parameters())
+            kept = {name: weight.detach().clone() for name, weight in weights.items()}
+            layer.merge()
+            merged |= {f"{path}.base_layer.{name}": weight.detach().clone() for name, weight in weights.items()}
+            layer.unmerge()
+            for name, weight in weights.items():
+                weight.copy_(kept[name])  # adding and subtracting again is not exact
+        return merged
+
+
+View = AdapterView | MergedView
+
+
+def view_of(model: nn.Module, adapters: Literal["adapter", "merged"]) -> View | None:
+    """How to write a model of peft; None for any other model. Raises UsageError where it cannot be merged."""
+    peft = sys.modules.get("peft")
+    bare = unwrapped(model)
+    if peft is None or not isinstance(bare, peft.PeftModel):
+        return None
+    return AdapterView(bare) if adapters == "adapter" else MergedView(bare)

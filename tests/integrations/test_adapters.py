@@ -1,0 +1,104 @@
+"""Trainer with a model of peft: the average of the adapter, and exports of it, alone or merged."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from shardsmith.errors import UsageError
+from shardsmith.hooks import HFExport, last
+from tests.integrations.trainer_runs import (
+    RESUMED,
+    STEPS,
+    Case,
+    assert_close,
+    assert_equal,
+    averaged,
+    make_model,
+    run,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # by peft
+
+Finished = Callable[[Case], Path]
+SHARDINGS = [("none", 1), ("ddp", 2), ("fsdp2", 2)]
+
+
+def case_of(sharding: str, ranks: int, **hooks: Any) -> Case:
+    return Case(kind="lora", sharding=sharding, ranks=ranks, hooks=hooks)
+
+
+def adapted(directory: Path) -> dict[str, Tensor]:
+    """What peft makes of the base model and a directory with an adapter: the merged model's weights."""
+    from peft import PeftModel
+
+    model = PeftModel.from_pretrained(make_model("llama"), directory)
+    return dict(model.merge_and_unload().state_dict())
+
+
+def merged(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same of a state dict with the adapter in it."""
+    model: Any = make_model("lora")
+    model.load_state_dict(state)
+    return dict(model.merge_and_unload().state_dict())
+
+
+@pytest.mark.parametrize(("sharding", "ranks"), SHARDINGS)
+def test_the_adapter_is_exported_as_peft_saves_it(tmp_path: Path, sharding: str, ranks: int) -> None:
+    run(case_of(sharding, ranks), tmp_path)
+    truth = torch.load(tmp_path / "truth.pt")
+    export = tmp_path / "out-hf" / f"step-{STEPS}"
+    assert {path.name for path in export.iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "shardsmith.json",
+    }
+    assert_close(adapted(export), {name: value.double() for name, value in merged(truth["main"]).items()})
+    average = {name: value.float() for name, value in averaged(truth["history"]).items()}
+    assert_close(adapted(export.with_name(f"step-{STEPS}-ema")), {n: v.double() for n, v in merged(average).items()})
+    saved = tmp_path / "out" / f"checkpoint-{STEPS}" / "adapter_model.safetensors"
+    if saved.exists():
+        assert_equal(load_file(export / saved.name), load_file(saved))
+
+
+@pytest.mark.parametrize(("sharding", "ranks"), SHARDINGS)
+def test_a_merged_export_is_a_model_of_its_own_and_the_run_does_not_notice(
+    tmp_path: Path, sharding: str, ranks: int
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    run(case_of(sharding, ranks, adapters="merged", ema_as="directory"), tmp_path)
+    truth = torch.load(tmp_path / "truth.pt")
+    exports = tmp_path / "out-hf"
+    average = {name: value.float() for name, value in averaged(truth["history"]).items()}
+    for name, state in ((f"step-{STEPS}", truth["main"]), (f"step-{STEPS}-ema", average)):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            exports / name, dtype=torch.float32, output_loading_info=True
+        )
+        assert not any(info.values())
+        assert_close(dict(model.state_dict()), {name: value.double() for name, value in merged(state).items()})
+    plain = {n: v for n, v in truth["history"][0].items() if "lora" not in n and "modules_to_save" not in n}
+    assert_equal({name: truth["main"][name] for name in plain}, plain)
+
+
+@pytest.mark.parametrize(("sharding", "ranks"), SHARDINGS)
+def test_a_resumed_adapter_goes_on_exactly(finished: Finished, tmp_path: Path, sharding: str, ranks: int) -> None:
+    case = case_of(sharding, ranks)
+    before = finished(case) / "out" / f"checkpoint-{RESUMED}"
+    shutil.copytree(before, tmp_path / "out" / before.name)
+    run(case, tmp_path, resume=str(tmp_path / "out" / before.name))
+    straight, again = (torch.load(directory / "truth.pt") for directory in (finished(case), tmp_path))
+    assert_equal(again["main"], straight["main"])
+    assert_equal(again["ema"], straight["ema"])
+
+
+def test_a_base_model_beside_an_adapter_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="pass processor="):
+        HFExport(tmp_path / "hf", model=make_model("lora"), when=last(), base_model=tmp_path)
