@@ -191,6 +191,7 @@ def _choose_name_map(
     if options.names not in ("auto", "transformers"):
         return find_name_map(options.names, config)
     if options.names == "auto":
+        _refuse_titan_names(plan, template)
         fused = any(len(spec.shape) > 2 and "experts" in spec.name for spec in plan.specs)
         if not (_differences(plan, template, options.allow) if template else fused):
             return None
@@ -202,6 +203,15 @@ def _choose_name_map(
         if options.names == "auto":
             return None
         raise
+
+
+def _refuse_titan_names(plan: ModelPlan, template: Mapping[str, TensorSpec]) -> None:
+    """Raise UsageError for names that no Hugging Face model has, unless the base model has them."""
+    name = "tok_embeddings.weight"
+    if name not in template and any(spec.name == name for spec in plan.specs):
+        example = "--titan_model llama3 --titan_flavor 8B"
+        advice = f"say which one it is, as in {example}, or keep the names: --names identity"
+        raise UsageError(f"the checkpoint has {name}, as TorchTitan's own models: {advice}")
 
 
 def origin_of(checkpoint: Path) -> Origin:

@@ -75,6 +75,7 @@ class TranslatedModel:
 
     Attributes:
         filled, aliases: Those of the model, as ``ModelSource`` has them, in the new names.
+        left_out: Tensors of the model that the files have no place for, name -> why.
     """
 
     def __init__(self, model: ModelSource, name_map: NameMap) -> None:
@@ -82,6 +83,7 @@ class TranslatedModel:
         self._model = model
         self._translation = Translation(name_map, model.specs)
         self._specs = self._translation.translate(model.specs)
+        self.left_out = self._translation.left_out
         self.filled = self._translation.names_of(model.filled)
         self.aliases = self._translation.translate_aliases(model.aliases, model.specs)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from importlib.metadata import entry_points
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -23,7 +23,10 @@ from shardsmith.slices import Slice as Slice
 from shardsmith.tensors import Chunk, Shape, TensorSpec
 
 ENTRY_POINTS = "shardsmith.name_maps"
-"""Group of functions that take a model's config (the content of config.json, or None) and return a NameMap."""
+"""Group of functions that take a model's config (the content of config.json, or None) and return a NameMap. One that
+can be asked for as ``name:argument`` takes the argument as well."""
+
+_NOWHERE: tuple[list[str], BoxFinder] = ([], BoxFinder([]))
 
 
 class NameMap(Protocol):
@@ -37,17 +40,31 @@ class NameMap(Protocol):
         ...
 
 
+@runtime_checkable
+class LeavesOut(Protocol):
+    """What a ``NameMap`` has besides if the files have no place for some tensors of the model."""
+
+    def leaves_out(self, specs: Mapping[str, TensorSpec]) -> Mapping[str, str]:
+        """Those of these tensors that no target has anything of -> why, in half a sentence."""
+        ...
+
+
 def find_name_map(name: str, config: dict[str, Any] | None) -> NameMap:
     """The map that an installed package offers under this name in the entry-point group ``shardsmith.name_maps``.
+
+    Args:
+        name: Also with an argument for the map, as in ``"torchtitan:llama3/debugmodel"``.
 
     Raises:
         UsageError: there is none of that name.
     """
     offered = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
-    if name not in offered:
+    kind, colon, argument = name.partition(":")
+    if kind not in offered:
         known = ", ".join(["auto", "identity", *sorted(offered)])
-        raise UsageError(f"there is no name map {name!r}. Known are: {known}; packages add more as {ENTRY_POINTS}")
-    found: NameMap = offered[name].load()(config)
+        raise UsageError(f"there is no name map {kind!r}. Known are: {known}; packages add more as {ENTRY_POINTS}")
+    make = offered[kind].load()
+    found: NameMap = make(config, argument) if colon else make(config)
     return found
 
 
@@ -56,12 +73,15 @@ class Translation:
 
     Attributes:
         slices: By target.
+        left_out: Tensors that the map leaves out on purpose, name -> why.
     """
 
     def __init__(self, name_map: NameMap, specs: Mapping[str, TensorSpec]) -> None:
         """Ask the map. Raises UsageError, naming every tensor at fault, if it loses, repeats or invents something."""
         self._name_map = name_map
         self.slices = dict(name_map.targets(specs))
+        self.left_out = dict(name_map.leaves_out(specs)) if isinstance(name_map, LeavesOut) else {}
+        specs = {name: spec for name, spec in specs.items() if name not in self.left_out}
         if problems := [*find_impossible(self.slices, specs)] or [*find_uncovered(self.slices, specs)]:
             lines = "\n  ".join(problems)
             raise UsageError(f"the name map {type(name_map).__name__} cannot be used; nothing was written\n  {lines}")
@@ -88,7 +108,7 @@ class Translation:
 
     def targets_of(self, source: str, box: Chunk) -> Iterator[tuple[str, Slice]]:
         """The targets in which elements of a box may be, and all in which some are."""
-        names, finder = self._targets[source]
+        names, finder = self._targets.get(source, _NOWHERE)
         for i, _ in finder.meeting(box):
             yield names[i], self.slices[names[i]]
 

@@ -130,6 +130,9 @@ def _print_contents(console: Console, plan: ExportPlan) -> None:
             console.print(f"{model.model}: {alias} is tied to {kept}, which alone is in the file")
         if model.filled:
             console.print(f"{model.model}: {len(model.filled)} tensors that are not averaged are from main")
+        left_out = getattr(plan.sources[model.model], "left_out", {})
+        for name, reason in left_out.items():
+            console.print(f"{model.model}: {name} is left out: {reason}")
 
 
 def _files_table(plan: ExportPlan) -> Table:

@@ -23,6 +23,7 @@ class RestoredModel:
     Attributes:
         aliases: The names of tied tensors, alias -> kept. They can be read and are not among ``specs``.
         unused: Tensors of the files that the model has no place for.
+        absent: Tensors of the model that such files have no place for, name -> why. They are not among ``specs``.
     """
 
     def __init__(
@@ -45,7 +46,9 @@ class RestoredModel:
         """
         self._files = files
         self._translation = Translation(name_map, specs)
+        self.absent = self._translation.left_out
         self.aliases = dict(aliases or {})
+        specs = {name: spec for name, spec in specs.items() if name not in self.absent}
         wanted = self._translation.translate(specs)
         twins = self._translation.translate_aliases(self.aliases, specs)
         self._stored = {name: name for name in wanted}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from shardsmith.commands.options import Dtype
+from shardsmith.commands.options import Dtype, choose_names
 
 
 def to_hf(
@@ -20,6 +20,8 @@ def to_hf(
     allow: tuple[str, ...] = (),
     drop: tuple[str, ...] = (),
     names: str = "auto",
+    titan_model: str | None = None,
+    titan_flavor: str | None = None,
     trust_remote_code: bool = False,
     verify: bool = True,
     dry_run: bool = False,
@@ -57,6 +59,8 @@ def to_hf(
             "identity": as in the checkpoint.
             "transformers": as save_pretrained of transformers does for this model.
             Or a name map that an installed package offers.
+        titan_model: For checkpoints of TorchTitan's own models: which one, such as llama3. Needs TorchTitan installed.
+        titan_flavor: Its flavor, such as 8B.
         trust_remote_code: Also copy the base model's Python files. They are not run.
         verify: Also compare the checkpoint's files with their recorded hashes, where it has any.
         dry_run: Say what would be done, and write nothing.
@@ -75,7 +79,7 @@ def to_hf(
         allow=allow,
         drop=drop,
         verify=verify,
-        names=names,
+        names=choose_names(names, titan_model, titan_flavor),
     )
     output_dir = output_dir or default_output(checkpoint_dir)
     with hold(checkpoint_dir):

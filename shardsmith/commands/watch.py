@@ -7,7 +7,7 @@ from typing import Literal
 
 import tyro
 
-from shardsmith.commands.options import Dtype
+from shardsmith.commands.options import Dtype, choose_names
 
 
 def watch(
@@ -21,6 +21,8 @@ def watch(
     ema_as: Literal["auto", "file", "directory"] = "auto",
     allow: tuple[str, ...] = (),
     names: str = "auto",
+    titan_model: str | None = None,
+    titan_flavor: str | None = None,
     trust_remote_code: bool = False,
     verify: bool = True,
     every: int | None = None,
@@ -49,6 +51,8 @@ def watch(
         ema_as: As in to-hf.
         allow: As in to-hf.
         names: As in to-hf.
+        titan_model: As in to-hf.
+        titan_flavor: As in to-hf.
         trust_remote_code: As in to-hf.
         verify: As in to-hf.
         every: Only steps that are a multiple of this.
@@ -68,7 +72,7 @@ def watch(
         trust_remote_code=trust_remote_code,
         allow=allow,
         verify=verify,
-        names=names,
+        names=choose_names(names, titan_model, titan_flavor),
     )
     what = WatchOptions(export=options, models=models, ema_as=ema_as, every=every, keep_latest=keep_latest)
     with stopped_by_signals() as stop:

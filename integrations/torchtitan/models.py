@@ -1,0 +1,83 @@
+"""TorchTitan's own models by name and flavor, without data, in 0.2 and in 0.3."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from shardsmith.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class TitanModel:
+    """A model on the meta device, and what TorchTitan translates its tensors with."""
+
+    title: str
+    """Such as ``llama3/debugmodel``."""
+    model: nn.Module
+    adapter: Any
+    """A ``StateDictAdapter``."""
+
+
+def build_titan_model(title: str) -> TitanModel:
+    """The model of a flavor, as TorchTitan builds it unless the job says otherwise.
+
+    Args:
+        title: ``MODEL/FLAVOR``. The model is one of TorchTitan's, as ``llama3``, or a module of yours that has what
+            one of TorchTitan's has (``get_train_spec`` in 0.2, ``model_registry`` in 0.3), as ``my_package.my_model``.
+
+    Raises:
+        UsageError: there is no TorchTitan, no such model or flavor, or it has no adapter.
+    """
+    name, _, flavor = title.partition("/")
+    if not name or not flavor:
+        raise UsageError(f"{title!r}: give a model of TorchTitan and its flavor, as in llama3/debugmodel")
+    try:
+        module = _import_model(name)
+        model, config, adapter = (_build_0_3 if hasattr(module, "model_registry") else _build_0_2)(module, flavor)
+    except KeyError:
+        raise UsageError(f"TorchTitan's {name} has no flavor {flavor!r}; it has {_flavors(module)}") from None
+    except ImportError as error:
+        raise UsageError(f"the TorchTitan model {name!r} cannot be imported: {error}") from error
+    if adapter is None:
+        raise UsageError(f"TorchTitan has no state-dict adapter for {title}: nobody knows its names in Hugging Face")
+    return TitanModel(title, model, adapter(config, None))
+
+
+def _import_model(name: str) -> Any:
+    if "." in name:
+        return importlib.import_module(name)
+    for package in ("torchtitan.models", "torchtitan.experiments"):
+        if importlib.util.find_spec(f"{package}.{name}") is not None:
+            return importlib.import_module(f"{package}.{name}")
+    raise ImportError("neither torchtitan.models nor torchtitan.experiments has it")
+
+
+def _build_0_3(module: Any, flavor: str) -> tuple[nn.Module, Any, Any]:
+    spec = module.model_registry(flavor)
+    with torch.device("meta"):
+        return spec.model.build(), spec.model, spec.state_dict_adapter
+
+
+def _build_0_2(module: Any, flavor: str) -> tuple[nn.Module, Any, Any]:
+    from torchtitan.config import JobConfig
+
+    spec = module.get_train_spec()
+    arguments = copy.deepcopy(spec.model_args[flavor])
+    arguments.update_from_config(JobConfig())  # some have fields that only this sets
+    with torch.device("meta"):
+        return spec.model_cls(arguments), arguments, spec.state_dict_adapter
+
+
+def _flavors(module: Any) -> str:
+    if hasattr(module, "model_registry"):
+        known = [value for name, value in vars(module).items() if name.endswith("_configs")]
+    else:
+        known = [module.get_train_spec().model_args]
+    return ", ".join(str(flavor) for flavors in known if isinstance(flavors, Mapping) for flavor in flavors)

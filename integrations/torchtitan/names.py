@@ -1,0 +1,98 @@
+"""The names that TorchTitan's own models have in Hugging Face, through TorchTitan's own state-dict adapters.
+
+An adapter says how it translates only by doing it. So it translates tensors without data, and where in which of them a
+result lies is the map: permuted rows, experts one by one. ``--names torchtitan:llama3/debugmodel``.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Mapping
+from typing import Any, Self
+
+from shardsmith.errors import UnsupportedFormatError, UsageError
+from shardsmith.names import clean_fqn
+from shardsmith.slices import Slice
+from shardsmith.tensors import TensorSpec
+from shardsmith.tracing import trace
+
+from .models import TitanModel, build_titan_model
+
+_RIGHT_MODEL = "Is it the right model, and the right version of TorchTitan?"
+_TIES = ("enable_weight_tying", "tie_word_embeddings")
+
+
+def torchtitan_names(config: dict[str, Any] | None, title: str = "") -> TorchTitanNames:  # noqa: ARG001
+    """The entry point: ``--names torchtitan:MODEL/FLAVOR``. Raises UsageError."""
+    if not title:
+        raise UsageError("which of TorchTitan's models is it? --titan_model llama3 --titan_flavor debugmodel")
+    return TorchTitanNames.of(build_titan_model(title))
+
+
+class TorchTitanNames:
+    """A ``NameMap``: what a state-dict adapter of TorchTitan makes of a model's tensors.
+
+    What an adapter drops is an error if the model learns it; a buffer is left out, and said to be.
+    """
+
+    def __init__(self, adapter: Any, buffers: Collection[str]) -> None:
+        """``buffers`` are the clean names of the model's, if it has any. The adapter is not changed."""
+        self._adapter = _without_ties(adapter)
+        self._buffers = frozenset(buffers)
+        self._answer: tuple[tuple[TensorSpec, ...], dict[str, Slice]] | None = (
+            None  # it takes a second for many experts
+        )
+
+    @classmethod
+    def of(cls, titan: TitanModel) -> Self:
+        """Of a model by name and flavor."""
+        return cls(titan.adapter, [clean_fqn(name, titan.model) for name, _ in titan.model.named_buffers()])
+
+    def targets(self, specs: Mapping[str, TensorSpec]) -> dict[str, Slice]:
+        """As ``NameMap.targets``.
+
+        Raises:
+            UnsupportedFormatError: the adapter does not know a tensor, drops a weight, or computes something.
+        """
+        asked = tuple(specs.values())
+        if self._answer is None or self._answer[0] != asked:
+            self._answer = asked, self._ask(specs)
+        return self._answer[1]
+
+    def leaves_out(self, specs: Mapping[str, TensorSpec]) -> dict[str, str]:
+        """The buffers that the adapter has no name for."""
+        used = {part.source for part in self.targets(specs).values()}
+        reason = f"{type(self._adapter).__name__} has no name for it in Hugging Face"
+        return {name: reason for name in specs if name not in used}
+
+    def _ask(self, specs: Mapping[str, TensorSpec]) -> dict[str, Slice]:
+        kind = type(self._adapter).__name__
+        try:
+            found, refused = trace(self._adapter.to_hf, specs)
+        except Exception as error:  # a name that it does not know is a KeyError, a shape whatever it may be
+            reason = f"{type(error).__name__}: {error}"
+            raise UnsupportedFormatError(kind, f"cannot translate these tensors ({reason}). {_RIGHT_MODEL}") from error
+        if refused:
+            message = f"computes {len(refused)} tensors instead of cutting them out of others"
+            raise UnsupportedFormatError(kind, "\n  ".join([message, *refused]))
+        used = {part.source for part in found.values()}
+        if dropped := [name for name in specs if name not in used and name not in self._buffers]:
+            message = f"drops {len(dropped)} weights: what it makes is not this model. {_RIGHT_MODEL}"
+            raise UnsupportedFormatError(kind, "\n  ".join([message, *dropped]))
+        return found
+
+
+def _without_ties(adapter: Any) -> Any:
+    """One that translates tied weights as well. Which of them are written is decided as for any model."""
+    adapter = copy.copy(adapter)
+    for name in ("model_config", "model_args"):
+        config = getattr(adapter, name, None)
+        if any(getattr(config, tie, False) for tie in _TIES):
+            config = copy.deepcopy(config)
+            for tie in _TIES:
+                if hasattr(config, tie):
+                    setattr(config, tie, False)
+            setattr(adapter, name, config)
+    if getattr(adapter, "_tie_word_embeddings", False):
+        adapter._tie_word_embeddings = False
+    return adapter
