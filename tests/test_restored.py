@@ -96,6 +96,23 @@ def test_a_map_that_loses_or_repeats_something_is_refused(known: Known, data: st
                 TranslatedModel(model, wrong)
 
 
+class WithoutCounts(Permuted):
+    """Has no place for ``counts`` in the files."""
+
+    def targets(self, specs: Mapping[str, TensorSpec]) -> dict[str, Slice]:
+        return {name: part for name, part in super().targets(specs).items() if name != "file.counts"}
+
+    def leaves_out(self, specs: Mapping[str, TensorSpec]) -> dict[str, str]:
+        return {name: "it is only counted" for name in specs if name == "counts"}
+
+
+class Loses(Permuted):
+    """Has no place for ``counts`` either, and does not say so."""
+
+    def targets(self, specs: Mapping[str, TensorSpec]) -> dict[str, Slice]:
+        return WithoutCounts().targets(specs)
+
+
 def restored(directory: Path, files: Mapping[str, Tensor]) -> RestoredModel:
     save_file({name: value.clone() for name, value in files.items()}, directory / "model.safetensors")
     return RestoredModel(SafetensorsSource(directory / "model.safetensors"), Permuted(), SPECS, aliases={"tied": "b"})
@@ -116,3 +133,16 @@ def test_files_that_do_not_fit_are_refused_with_all_that_is_wrong(tmp_path: Path
         restored(tmp_path, {"file.a": torch.ones(6, 8), "other": torch.ones(1)})
     assert caught.value.problems == ["file.a: (6, 8) in the files, (8, 6) in the model", "file.b: not in the files"]
     assert "other" in str(caught.value)
+
+
+def test_what_a_map_leaves_out_on_purpose_is_said_both_ways(tmp_path: Path) -> None:
+    save_file({"a": MEMORY["a"], "counts": torch.ones(3)}, tmp_path / "model.safetensors")
+    memory = ModelSource.whole(SafetensorsSource(tmp_path / "model.safetensors"))
+    files = TranslatedModel(memory, WithoutCounts())
+    assert list(files.specs) == ["file.a"]
+    assert files.left_out == {"counts": "it is only counted"}
+    back = RestoredModel(files, WithoutCounts(), memory.specs)
+    assert list(back.specs) == ["a"]
+    assert back.absent == files.left_out
+    with pytest.raises(UsageError, match="counts: used by no target"):
+        TranslatedModel(memory, Loses())

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 from shardsmith.errors import UsageError
+from shardsmith.names import clean_fqn
+from shardsmith.tensors import TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +25,22 @@ class TitanModel:
     model: nn.Module
     adapter: Any
     """A ``StateDictAdapter``."""
+    config: Any
+    """0.2: its arguments; 0.3: its ``Config``."""
+
+    def specs(self) -> dict[str, TensorSpec]:
+        """What its state dict holds, tied tensors under all their names."""
+        return {
+            clean_fqn(name, self.model): TensorSpec(clean_fqn(name, self.model), tuple(tensor.shape), tensor.dtype)
+            for name, tensor in self.model.state_dict().items()
+        }
+
+    def heads(self) -> tuple[int | None, int | None]:
+        """Of queries, and of keys and values; None where that is unknown."""
+        layers = getattr(self.config, "layers", None)
+        attention = getattr(layers[0], "attention", None) if layers else self.config
+        heads: int | None = getattr(attention, "n_heads", None)
+        return heads, getattr(attention, "n_kv_heads", None) or heads
 
 
 def build_titan_model(title: str) -> TitanModel:
@@ -47,7 +65,7 @@ def build_titan_model(title: str) -> TitanModel:
         raise UsageError(f"the TorchTitan model {name!r} cannot be imported: {error}") from error
     if adapter is None:
         raise UsageError(f"TorchTitan has no state-dict adapter for {title}: nobody knows its names in Hugging Face")
-    return TitanModel(title, model, adapter(config, None))
+    return TitanModel(title, model, adapter(config, None), config)
 
 
 def _import_model(name: str) -> Any:

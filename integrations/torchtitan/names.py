@@ -13,7 +13,7 @@ from typing import Any, Self
 from shardsmith.errors import UnsupportedFormatError, UsageError
 from shardsmith.names import clean_fqn
 from shardsmith.slices import Slice
-from shardsmith.tensors import TensorSpec
+from shardsmith.tensors import Shape, TensorSpec
 from shardsmith.tracing import trace
 
 from .models import TitanModel, build_titan_model
@@ -22,11 +22,17 @@ _RIGHT_MODEL = "Is it the right model, and the right version of TorchTitan?"
 _TIES = ("enable_weight_tying", "tie_word_embeddings")
 
 
-def torchtitan_names(config: dict[str, Any] | None, title: str = "") -> TorchTitanNames:  # noqa: ARG001
-    """The entry point: ``--names torchtitan:MODEL/FLAVOR``. Raises UsageError."""
+def torchtitan_names(config: dict[str, Any] | None, title: str = "") -> TorchTitanNames:
+    """The entry point: ``--names torchtitan:MODEL/FLAVOR``.
+
+    Raises:
+        UsageError: there is no such flavor, or its heads are not those of the config.
+    """
     if not title:
         raise UsageError("which of TorchTitan's models is it? --titan_model llama3 --titan_flavor debugmodel")
-    return TorchTitanNames.of(build_titan_model(title))
+    titan = build_titan_model(title)
+    _compare_heads(titan, config or {})
+    return TorchTitanNames.of(titan)
 
 
 class TorchTitanNames:
@@ -35,10 +41,16 @@ class TorchTitanNames:
     What an adapter drops is an error if the model learns it; a buffer is left out, and said to be.
     """
 
-    def __init__(self, adapter: Any, buffers: Collection[str]) -> None:
-        """``buffers`` are the clean names of the model's, if it has any. The adapter is not changed."""
+    def __init__(self, adapter: Any, buffers: Collection[str], shapes: Mapping[str, Shape] | None = None) -> None:
+        """Changes nothing of the adapter.
+
+        Args:
+            buffers: Clean names of the model's buffers.
+            shapes: Of all the tensors that there can be; an adapter of another model may fit by chance.
+        """
         self._adapter = _without_ties(adapter)
         self._buffers = frozenset(buffers)
+        self._shapes = shapes
         self._answer: tuple[tuple[TensorSpec, ...], dict[str, Slice]] | None = (
             None  # it takes a second for many experts
         )
@@ -46,7 +58,8 @@ class TorchTitanNames:
     @classmethod
     def of(cls, titan: TitanModel) -> Self:
         """Of a model by name and flavor."""
-        return cls(titan.adapter, [clean_fqn(name, titan.model) for name, _ in titan.model.named_buffers()])
+        buffers = [clean_fqn(name, titan.model) for name, _ in titan.model.named_buffers()]
+        return cls(titan.adapter, buffers, {name: spec.shape for name, spec in titan.specs().items()})
 
     def targets(self, specs: Mapping[str, TensorSpec]) -> dict[str, Slice]:
         """As ``NameMap.targets``.
@@ -67,6 +80,9 @@ class TorchTitanNames:
 
     def _ask(self, specs: Mapping[str, TensorSpec]) -> dict[str, Slice]:
         kind = type(self._adapter).__name__
+        if problems := self._find_strange(specs):
+            message = f"{len(problems)} tensors are not those of this model. {_RIGHT_MODEL}"
+            raise UnsupportedFormatError(kind, "\n  ".join([message, *problems]))
         try:
             found, refused = trace(self._adapter.to_hf, specs)
         except Exception as error:  # a name that it does not know is a KeyError, a shape whatever it may be
@@ -80,6 +96,26 @@ class TorchTitanNames:
             message = f"drops {len(dropped)} weights: what it makes is not this model. {_RIGHT_MODEL}"
             raise UnsupportedFormatError(kind, "\n  ".join([message, *dropped]))
         return found
+
+    def _find_strange(self, specs: Mapping[str, TensorSpec]) -> list[str]:
+        if self._shapes is None:
+            return []
+        problems = {name: "there is none in the model" for name in specs if name not in self._shapes}
+        problems |= {
+            name: f"{spec.shape}, {self._shapes[name]} in the model"
+            for name, spec in specs.items()
+            if spec.shape != self._shapes.get(name, spec.shape)
+        }
+        return [f"{name}: {problem}" for name, problem in problems.items()]
+
+
+def _compare_heads(titan: TitanModel, config: Mapping[str, Any]) -> None:
+    """Raise UsageError if a flavor has not the heads that a config says: shapes do not tell, and values go astray."""
+    ours = titan.heads()
+    theirs = config.get("num_attention_heads"), config.get("num_key_value_heads", config.get("num_attention_heads"))
+    if None not in (*ours, *theirs) and ours != theirs:
+        found = f"{ours[0]} heads and {ours[1]} of keys and values, config.json says {theirs[0]} and {theirs[1]}"
+        raise UsageError(f"{titan.title} is not the base model: it has {found}")
 
 
 def _without_ties(adapter: Any) -> Any:
