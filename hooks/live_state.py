@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,6 +35,7 @@ from shardsmith.transformers_names import TransformersNames
 
 from .adapters import View
 from .ema import EMA
+from .recognition import Recognition, own_tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +117,7 @@ class LiveState:
         self._inner = unwrapped(model) if view is None else view.inner
         self._name_map: NameMap | None = None
         self._translated: tuple[dict[str, Shape], Translation] | None = None
+        self._known: dict[str, _Known] = {}  # by suffix of the directory
 
     def read_files(self) -> None:
         """Read what lies beside the weights. First of all, on every rank; no communication. Raises CheckpointError."""
@@ -134,10 +137,24 @@ class LiveState:
             yield
 
     def models(self, directory: LiveDirectory) -> list[LiveModel]:
-        """What goes into one directory. All ranks; communicates as ``model_state_dict``. Shares memory."""
+        """What goes into one directory. All ranks; communicates as ``model_state_dict``. Shares memory.
+
+        As long as the model and its average consist of the same tensors, the plans are the same objects.
+        """
+        average = self._ema.model_state_dict() if self._ema is not None and AVERAGE in directory.stems else {}
+        known = self._known.get(directory.suffix)
+        if known is not None and (models := known.models(self._model, average)) is not None:
+            return models
         aliases = tied_weights(self._model)
         main = {name: value for name, value in model_state_dict(self._model).items() if isinstance(value, Tensor)}
-        return [self._live_model(name, stem, main, aliases) for name, stem in directory.stems.items()]
+        own = own_tensors(self._model, main) if self._view is None else None
+        models = [
+            self._live_model(name, stem, own or main, average if name == AVERAGE else None, aliases)
+            for name, stem in directory.stems.items()
+        ]
+        if own is not None:  # which FSDP1 never gives, so that all ranks communicate or none
+            self._known[directory.suffix] = _Known.of(self._model, models, average)
+        return models
 
     def plan(self, output: Path, step: int, directory: LiveDirectory, models: Sequence[ModelPlan]) -> DirectoryPlan:
         """The directory of one step."""
@@ -202,10 +219,18 @@ class LiveState:
         if self._view is not None:
             self._view.write(directory)
 
-    def _live_model(self, name: str, stem: str, main: Mapping[str, Tensor], aliases: Mapping[str, str]) -> LiveModel:
-        average = self._ema.model_state_dict() if name == AVERAGE and self._ema is not None else {}
-        tensors = {fqn: average.get(fqn, tensor) for fqn, tensor in main.items() if fqn not in aliases}
-        filled = frozenset(tensors.keys() - average.keys()) if name == AVERAGE else frozenset()
+    def _live_model(
+        self,
+        name: str,
+        stem: str,
+        main: Mapping[str, Tensor],
+        average: Mapping[str, Tensor] | None,
+        aliases: Mapping[str, str],
+    ) -> LiveModel:
+        """``average``: None for the main weights."""
+        chosen = average or {}
+        tensors = {fqn: chosen.get(fqn, tensor) for fqn, tensor in main.items() if fqn not in aliases}
+        filled = frozenset(tensors.keys() - chosen.keys()) if average is not None else frozenset()
         if self._view is not None:
             names, values = self._view.names(main), self._view.values(name)
             filled = frozenset(names[fqn] for fqn in filled - values.keys() if fqn in names)
@@ -261,6 +286,37 @@ class LiveState:
         if not content.get("architectures"):  # transformers fills it in when it saves; FSDP2 makes a class of its own
             content["architectures"] = [next(c.__name__ for c in type(model).__mro__ if not issubclass(c, FSDPModule))]
         return content
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What was found out about one directory, for as long as it is true. Keeps no tensor alive."""
+
+    recognition: Recognition
+    average: dict[str, weakref.ref[Tensor]]
+    found: list[tuple[ModelPlan, dict[str, weakref.ref[Tensor]], Translation | None]]
+
+    @classmethod
+    def of(cls, model: nn.Module, models: Sequence[LiveModel], average: Mapping[str, Tensor]) -> Self:
+        found = [(one.plan, _weakly(one.tensors), one.translation) for one in models]
+        return cls(Recognition(model), _weakly(average), found)
+
+    def models(self, model: nn.Module, average: Mapping[str, Tensor]) -> list[LiveModel] | None:
+        """The same again; None if it is no longer true."""
+        same_average = average.keys() == self.average.keys() and all(
+            self.average[name]() is tensor for name, tensor in average.items()
+        )
+        if not same_average or not self.recognition.fits(model):
+            return None
+        models = []
+        for plan, references, translation in self.found:
+            tensors = {name: tensor for name, reference in references.items() if (tensor := reference()) is not None}
+            models.append(LiveModel(plan, tensors, translation))
+        return models
+
+
+def _weakly(tensors: Mapping[str, Tensor]) -> dict[str, weakref.ref[Tensor]]:
+    return {name: weakref.ref(tensor) for name, tensor in tensors.items()}
 
 
 def _compare(base: Path, plan: ModelPlan) -> None:

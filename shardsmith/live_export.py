@@ -21,7 +21,7 @@ import xxhash
 from torch import Tensor
 
 from shardsmith import layout
-from shardsmith.assignment import Held, assign_boxes
+from shardsmith.assignment import assign_boxes
 from shardsmith.commit import Attempt, require_space, sweep
 from shardsmith.completion import complete_directory
 from shardsmith.directory_plan import DirectoryPlan, ModelPlan
@@ -64,10 +64,14 @@ class LiveModel:
 
 @dataclass(frozen=True, slots=True)
 class _Share:
-    """What this rank writes of each model, and the signature of what the ranks held when that was settled."""
+    """What this rank writes of each model, and what the ranks held when that was settled."""
 
+    plans: list[ModelPlan]
+    """Whoever gives the same objects again says that its ranks hold the same as before."""
     signature: str
-    boxes: dict[str, frozenset[Held]]
+    global_signature: str
+    mine: dict[str, list[int]]
+    """By model, positions in its boxes."""
 
 
 class LiveExporter:
@@ -101,27 +105,26 @@ class LiveExporter:
         def look() -> tuple[bool, str]:
             models.extend(collect())
             held.update({model.plan.model: model.boxes() for model in models})
-            return self._is_settled(kind, models, held), _global_signature(models)
+            share = self._shares.get(kind)
+            if share is not None and _are_same(share.plans, models):
+                return True, share.global_signature
+            return share is not None and share.signature == _signature(models, held), _global_signature(models)
 
         if not self._ranks.agree(phase, look, _all_know):
-            boxes = {model.plan.model: self._settle(phase, model, held[model.plan.model]) for model in models}
-            self._shares[kind] = _Share(_signature(models, held), boxes)
-        mine = self._shares[kind].boxes
-        return [model.plan for model in models], {
-            name: [box for box in boxes if (box.name, box.box) in mine[name]] for name, boxes in held.items()
-        }
+            mine = {model.plan.model: self._settle(phase, model, held[model.plan.model]) for model in models}
+            plans = [model.plan for model in models]
+            self._shares[kind] = _Share(plans, _signature(models, held), _global_signature(models), mine)
+        mine = self._shares[kind].mine
+        return [model.plan for model in models], {name: [boxes[i] for i in mine[name]] for name, boxes in held.items()}
 
-    def _is_settled(self, kind: str, models: Sequence[LiveModel], held: Mapping[str, Sequence[LiveBox]]) -> bool:
-        return kind in self._shares and self._shares[kind].signature == _signature(models, held)
-
-    def _settle(self, phase: str, model: LiveModel, held: Sequence[LiveBox]) -> frozenset[Held]:
-        """Let rank 0 deal out the boxes of one model."""
+    def _settle(self, phase: str, model: LiveModel, held: Sequence[LiveBox]) -> list[int]:
+        """Let rank 0 deal out the boxes of one model; the positions of those that this rank is to write."""
         dealt = self._ranks.agree(
             phase,
             lambda: [(box.name, box.box.offsets, box.box.sizes) for box in held],
             lambda said: _deal(model, said),
         )
-        return frozenset((held[i].name, held[i].box) for i in dealt[self._ranks.rank])
+        return dealt[self._ranks.rank]
 
 
 class JointExport:
@@ -200,6 +203,10 @@ class JointExport:
     def __exit__(self, *exc: object) -> None:
         if self._attempt is not None:
             self._attempt.__exit__(*exc)
+
+
+def _are_same(plans: Sequence[ModelPlan], models: Sequence[LiveModel]) -> bool:
+    return len(plans) == len(models) and all(plan is model.plan for plan, model in zip(plans, models, strict=True))
 
 
 def _signature(models: Sequence[LiveModel], held: Mapping[str, Sequence[LiveBox]]) -> str:
