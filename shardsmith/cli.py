@@ -11,6 +11,7 @@ import tyro
 
 from shardsmith.commands import COMMANDS
 from shardsmith.errors import ShardsmithError
+from shardsmith.launch import is_other_rank
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,7 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return code
     except ShardsmithError as error:
-        print(f"shardsmith: {type(error).__name__}\n{error}", file=sys.stderr)
+        if not is_other_rank():
+            print(f"shardsmith: {type(error).__name__}\n{error}", file=sys.stderr)
         return 2
     except OSError as error:  # what nobody foresaw, such as a file that may not be read
         print(f"shardsmith: {error}", file=sys.stderr)

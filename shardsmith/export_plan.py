@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
@@ -11,18 +11,20 @@ from typing import Any, Literal
 import torch
 
 from shardsmith import layout
+from shardsmith.base_layout import in_base_layout, orders_of_patches
+from shardsmith.base_template import BaseTemplate, read_template
 from shardsmith.commit import refuse_existing
 from shardsmith.companion import companion_of, is_complete
 from shardsmith.directory_plan import DirectoryPlan, ModelPlan, Origin, plan_model
 from shardsmith.dtypes import DtypeChoice
 from shardsmith.errors import CheckpointNotFoundError, MismatchError, UnsupportedFormatError, UsageError
-from shardsmith.formats import HUGGINGFACE, SHARDED, detect_checkpoint_format, model_names, open_source
+from shardsmith.formats import SHARDED, detect_checkpoint_format, model_names, open_source
 from shardsmith.hf_directory import files_to_copy, protect, read_config
+from shardsmith.layout_rules import DECLARED, LayoutRule, LayoutRules
 from shardsmith.metadata import read_metadata
 from shardsmith.model_keys import EMA, MAIN
 from shardsmith.models import ModelSource, TranslatedModel
 from shardsmith.name_maps import NameMap, find_name_map
-from shardsmith.safetensors_source import open_safetensors_directory
 from shardsmith.tensors import TensorSpec
 from shardsmith.ties import tied_by_config
 
@@ -42,7 +44,9 @@ class ExportOptions:
     drop: tuple[str, ...] = ()
     """Patterns of tensors of the checkpoint to leave out, such as those of a head that was trained beside the model."""
     verify: bool = True
-    """Compare the checkpoint's files with their recorded hashes first, where it has some."""
+    """Compare the checkpoint's files with their recorded hashes, and what was written with what was to be written."""
+    rules: tuple[LayoutRule, ...] = DECLARED
+    """What is done to tensors whose layout is not the base model's."""
     names: str = "auto"
     """Name map: "identity", "transformers", one that a package offers, or "auto": transformers where it is needed."""
 
@@ -57,6 +61,13 @@ class ExportPlan:
     sources: Mapping[str, ModelSource | TranslatedModel]
     """By model."""
     verify: bool
+    template: BaseTemplate
+    rules: Mapping[str, str] = field(default_factory=dict)
+    """Name of a tensor -> the layout rule that was used on it."""
+    orders: Mapping[str, str] = field(default_factory=dict)
+    """Name of a patch embedding -> whether its values are in the base model's order."""
+    allow: tuple[str, ...] = ()
+    """Patterns of names that may differ from the template."""
     dropped: tuple[str, ...] = ()
     """Tensors of the checkpoint that were left out."""
 
@@ -82,25 +93,32 @@ def plan_directory(
     refuse_existing(output)
     copies = files_to_copy(base, trust_remote_code=options.trust_remote_code)
     config = read_config(base)
-    template = base_specs(base)
+    template = read_template(base)
+    specs = template.specs
+    layouts = LayoutRules(specs, options.rules)
     sources: dict[str, ModelSource | TranslatedModel] = {}
     models = []
     name_map: NameMap | None = None
     dropped: dict[str, None] = {}
     for model, stem in stems.items():
-        source = open_source(checkpoint, model)
-        unwanted = _dropped(source, options.drop)
+        opened = open_source(checkpoint, model)
+        unwanted = _dropped(opened, options.drop)
         dropped |= dict.fromkeys(unwanted)
-        source = sources[model] = source.without(unwanted)
-        as_stored = _plan_model(source, model, stem, config, template, replace(options, dtype=None))
-        name_map = name_map or _choose_name_map(as_stored, base, config, template, options)
+        opened = opened.without(unwanted)
+        source = sources[model] = in_base_layout(opened, layouts)
+        as_stored = _plan_model(source, model, stem, config, specs, replace(options, dtype=None))
+        name_map = name_map or _choose_name_map(as_stored, base, config, specs, options)
         if name_map is not None:
-            sources[model] = TranslatedModel(source, name_map)
-        plan = _plan_model(sources[model], model, stem, config, template, options, name_map)
-        compare_with_base(source.path, plan, template, options.allow)
+            source = sources[model] = in_base_layout(TranslatedModel(opened, name_map), layouts)
+        plan = _plan_model(source, model, stem, config, specs, options, name_map)
+        compare_with_base(source.path, plan, specs, options.allow)
         models.append(plan)
+    used = {name: rule.name for name, rule in layouts.used.items()}
+    orders = orders_of_patches(sources, template, options.rules, options.allow)
     directory = DirectoryPlan(output, tuple(models), origin_of(checkpoint), config, base, tuple(copies))
-    return ExportPlan(directory, checkpoint, base, sources, options.verify, tuple(dropped))
+    return ExportPlan(
+        directory, checkpoint, base, sources, options.verify, template, used, orders, options.allow, tuple(dropped)
+    )
 
 
 def _dropped(source: ModelSource, patterns: Sequence[str]) -> list[str]:
@@ -227,13 +245,8 @@ def origin_of(checkpoint: Path) -> Origin:
 
 
 def base_specs(base: Path) -> Mapping[str, TensorSpec]:
-    """The base model's own tensors, from its headers; empty if it comes without weights."""
-    if detect_checkpoint_format(base).name != HUGGINGFACE:
-        return {}
-    stem = layout.MAIN_WEIGHTS if MAIN in model_names(base) else layout.EMA_WEIGHTS
-    source = open_safetensors_directory(base, stem)
-    source.close()
-    return source.specs
+    """The base model's own tensors, from its headers; empty if it comes without weights. See ``read_template``."""
+    return read_template(base).specs
 
 
 def compare_with_base(
@@ -255,6 +268,13 @@ def _differences(plan: ModelPlan, template: Mapping[str, TensorSpec], allow: Seq
         name: f"{spec.shape} in the checkpoint, {template[name].shape} in the base model"
         for name, spec in ours.items()
         if name in template and spec.shape != template[name].shape
+    }
+    problems |= {
+        name: f"{spec.dtype} in the checkpoint, {template[name].dtype} in the base model"
+        for name, spec in ours.items()
+        if name in template
+        and name not in problems
+        and spec.dtype.is_floating_point != template[name].dtype.is_floating_point
     }
     return [
         f"{name}: {problem}"

@@ -78,14 +78,15 @@ class TranslatedModel:
         left_out: Tensors of the model that the files have no place for, name -> why.
     """
 
-    def __init__(self, model: ModelSource, name_map: NameMap) -> None:
+    def __init__(self, model: ModelSource | TranslatedModel, name_map: NameMap) -> None:
         """Raises UsageError if the map loses, repeats or invents something."""
         self._model = model
         self._translation = Translation(name_map, model.specs)
         self._specs = self._translation.translate(model.specs)
-        self.left_out = self._translation.left_out
-        self.filled = self._translation.names_of(model.filled)
-        self.aliases = self._translation.translate_aliases(model.aliases, model.specs)
+        inherited: dict[str, str] = getattr(model, "left_out", {})
+        self.left_out: dict[str, str] = {**inherited, **self._translation.left_out}
+        self.filled: frozenset[str] = self._translation.names_of(model.filled)
+        self.aliases: dict[str, str] = self._translation.translate_aliases(model.aliases, model.specs)
 
     @property
     def path(self) -> Path:

@@ -47,23 +47,6 @@ def bytes_bar(name: str, total: int, *, quiet: bool) -> Iterator[Callable[[int],
         yield lambda nbytes: bar.advance(task, nbytes)
 
 
-def print_plans(plans: Sequence[ExportPlan]) -> None:
-    """What a dry run would write."""
-    console = new_console()
-    for plan in plans:
-        console.print(f"would write {plan.directory.output} from {plan.checkpoint} and {plan.base}")
-        _print_contents(console, plan)
-    console.print("dry run: nothing was written")
-
-
-def print_written(plans: Sequence[ExportPlan]) -> None:
-    """What was written."""
-    console = new_console()
-    for plan in plans:
-        console.print(f"wrote {plan.directory.output} from {plan.checkpoint} and {plan.base}")
-        _print_contents(console, plan)
-
-
 def print_watching(checkpoints: Path, output: Path) -> None:
     """That it goes on until it is stopped."""
     new_console().print(f"exporting from {checkpoints} to {output}; Ctrl-C ends it")
@@ -119,33 +102,6 @@ def _extent(inspection: Inspection) -> str:
         return "in any byte of its files"
     more = "--verify reads every byte" if inspection.format == "sharded" else "no hashes of its files are recorded"
     return f"in names, sizes and indexes; {more}"
-
-
-def _print_contents(console: Console, plan: ExportPlan) -> None:
-    console.print(_files_table(plan))
-    if plan.dropped:
-        console.print(f"left out, as asked for: {', '.join(plan.dropped)}")
-    for model in plan.directory.models:
-        for alias, kept in model.aliases.items():
-            console.print(f"{model.model}: {alias} is tied to {kept}, which alone is in the file")
-        if model.filled:
-            console.print(f"{model.model}: {len(model.filled)} tensors that are not averaged are from main")
-        left_out = getattr(plan.sources[model.model], "left_out", {})
-        for name, reason in left_out.items():
-            console.print(f"{model.model}: {name} is left out: {reason}")
-
-
-def _files_table(plan: ExportPlan) -> Table:
-    table = Table("file", "holds", "tensors", "size")
-    for model in plan.directory.models:
-        for file in model.weights.files:
-            dtypes = ", ".join(sorted({str(t.spec.dtype).removeprefix("torch.") for t in file.tensors.values()}))
-            table.add_row(file.name, f"{model.model}, {dtypes}", str(len(file.tensors)), size_text(file.size))
-    table.add_row("config.json, shardsmith.json", "written", "", "")
-    for name in plan.directory.copies:
-        if name != "config.json":
-            table.add_row(name, "from the base model", "", size_text((plan.base / name).stat().st_size))
-    return table
 
 
 def _facts_table(inspection: Inspection) -> Table:

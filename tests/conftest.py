@@ -48,6 +48,16 @@ def specimens(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Specimen]:
     return {family: make_specimen(family, tmp_path_factory.mktemp(family)) for family in FAMILIES}
 
 
+@pytest.fixture(scope="session")
+def legacy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model like BAGEL's in every layout of other projects, written by real ranks. Read only."""
+    from tests.legacy_layouts import WORLD, run_writers
+
+    directory = tmp_path_factory.mktemp("legacy")
+    run_on_ranks(run_writers, WORLD, directory, directory)
+    return directory
+
+
 @pytest.fixture
 def output(tmp_path: Path) -> Path:
     """Where an export may go: a place of its own, so that whatever is left behind is seen."""

@@ -15,8 +15,7 @@ from torch import Tensor
 from shardsmith.errors import CheckpointNotFoundError, CorruptCheckpointError, IncompleteCheckpointError
 from shardsmith.formats import detect_checkpoint_format, model_names, open_source
 from shardsmith.tensors import read_tensor
-from tests.legacy_layouts import STEP, WORLD, run_writers
-from tests.ranks import run_on_ranks
+from tests.legacy_layouts import STEP
 
 LAYOUTS = {  # folder -> format, models
     "fsdp1/write_fork": ("bagel-sharded", ["main", "ema"]),
@@ -31,14 +30,6 @@ LAYOUTS = {  # folder -> format, models
     f"fsdp2/flame/step-{STEP}": ("dcp", ["main"]),
     "fsdp2/rank_files": ("bagel-sharded", ["main"]),
 }
-
-
-@pytest.fixture(scope="module")
-def legacy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with all layouts, written once by real ranks. Read only."""
-    directory = tmp_path_factory.mktemp("legacy")
-    run_on_ranks(run_writers, WORLD, directory, directory)
-    return directory
 
 
 @pytest.fixture

@@ -24,13 +24,16 @@ def to_hf(
     titan_flavor: str | None = None,
     trust_remote_code: bool = False,
     verify: bool = True,
+    rules: Path | None = None,
     dry_run: bool = False,
     quiet: bool = False,
+    json: bool = False,
 ) -> int:
     """Make a complete Hugging Face directory from a checkpoint.
 
-    Streams from the checkpoint's files into the final ones: no torchrun, no model, little memory. The output appears
-    when all of it is on disk; the checkpoint and the base model are only read.
+    Streams from the checkpoint's files into the final ones: no model, little memory. The output appears when all of it
+    is on disk; the checkpoint and the base model are only read. One process is enough; under torchrun
+    (torchrun --nproc_per_node=4 -m shardsmith.cli to-hf ...) the work is divided, and the files are the same.
 
     Example: shardsmith to-hf --checkpoint_dir out/checkpoint-500 --base_model_path base
 
@@ -62,14 +65,20 @@ def to_hf(
         titan_model: For checkpoints of TorchTitan's own models: which one, such as llama3. Needs TorchTitan installed.
         titan_flavor: Its flavor, such as 8B.
         trust_remote_code: Also copy the base model's Python files. They are not run.
-        verify: Also compare the checkpoint's files with their recorded hashes, where it has any.
+        verify: Compare the checkpoint's files with their recorded hashes, where it has any, and read back what was
+            written before it appears.
+        rules: TOML or JSON file of layout rules, for tensors that the base model has in another shape:
+            [[rule]] pattern = "*.patch.weight" transform = "conv2d_to_linear" (or "flatten", "transpose", or steps).
         dry_run: Say what would be done, and write nothing.
         quiet: No progress bar and no summary.
+        json: Print what was planned or checked as JSON on one line.
     """
-    from shardsmith import report
+    from shardsmith import report, report_export
     from shardsmith.dtypes import parse_dtypes
     from shardsmith.export import write_directories
-    from shardsmith.export_plan import ExportOptions, choose_stems, plan_directory
+    from shardsmith.export_plan import ExportOptions, ExportPlan, choose_stems, plan_directory
+    from shardsmith.joint_plan import plan_together, team_of_torchrun, threads_per_process
+    from shardsmith.layout_rules import find_rules
     from shardsmith.leases import hold
 
     options = ExportOptions(
@@ -80,21 +89,28 @@ def to_hf(
         drop=drop,
         verify=verify,
         names=choose_names(names, titan_model, titan_flavor),
+        rules=tuple(find_rules(rules)),
     )
     output_dir = output_dir or default_output(checkpoint_dir)
-    with hold(checkpoint_dir):
+
+    def make_plans() -> list[ExportPlan]:
         stems = choose_stems(checkpoint_dir, base_model_path, models, ema_as)
-        plans = [
+        return [
             plan_directory(checkpoint_dir, Path(f"{output_dir}{suffix}"), base_model_path, stem, options)
             for suffix, stem in stems
         ]
+
+    with hold(checkpoint_dir), team_of_torchrun() as team:
+        plans = plan_together(team, make_plans)
+        speaks = team.rank == 0 and (json or not quiet)
         if dry_run:
-            report.print_plans(plans)
+            if speaks:
+                report_export.print_plans(plans, as_json=json)
             return 0
-        with report.progress_bar(plans, quiet=quiet) as progress:
-            write_directories(plans, progress)
-    if not quiet:
-        report.print_written(plans)
+        with report.progress_bar(plans, quiet=quiet or json or team.size > 1) as progress:
+            checks = write_directories(plans, progress, team=team, threads=threads_per_process())
+    if speaks:
+        report_export.print_written(plans, checks, as_json=json)
     return 0
 
 
