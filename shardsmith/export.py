@@ -76,8 +76,8 @@ def verify_source(checkpoint: Path, part: int = 0, parts: int = 1) -> None:
     """
     if detect_checkpoint_format(checkpoint).name == SHARDED:
         refuse_damage(checkpoint, find_damage(checkpoint, part=part, parts=parts))
-    elif part == 0 and is_complete(checkpoint):
-        refuse_damage(checkpoint, find_folder_damage(checkpoint, weights_only=True))
+    elif is_complete(checkpoint):
+        refuse_damage(checkpoint, find_folder_damage(checkpoint, weights_only=True, part=part, parts=parts))
 
 
 def refuse_damage(checkpoint: Path, damage: Sequence[str]) -> None:
