@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from rich.console import Console
 
+from benchmarks.initial import compare_initial
 from benchmarks.live import compare_live
 from benchmarks.offline import compare_offline
 from shardsmith.safetensors_files import parse_size
@@ -19,11 +20,13 @@ def main(
     parameters: str = "700M",
     shards: int = 4,
     runs: int = 3,
-    only: Literal["both", "offline", "live"] = "both",
+    only: Literal["all", "offline", "live", "initial"] = "all",
     directory: Path | None = None,
     json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
 ) -> None:
-    """Compare ways to a Hugging Face directory: from a sharded checkpoint (offline), from live sharded weights (live).
+    """Compare ways to a Hugging Face directory, and from one.
+
+    offline: from a sharded checkpoint. live: from live sharded weights. initial: to a checkpoint to start from.
 
     Args:
         parameters: Size of the float32 Llama, such as 700M.
@@ -36,10 +39,12 @@ def main(
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="shardsmith-bench-", dir=directory) as work:
         size = parse_size(parameters)
-        if only != "live":
+        if only in ("all", "offline"):
             figures["offline"] = compare_offline(console, Path(work), size, shards, runs)
-        if only != "offline":
+        if only in ("all", "live"):
             figures["live"] = compare_live(console, Path(work), size, shards, runs)
+        if only in ("all", "initial"):
+            figures["initial"] = compare_initial(console, Path(work), size, shards, runs)
     if json_file:
         json_file.write_text(json.dumps(figures, indent=1))
 
