@@ -23,6 +23,15 @@ def test_the_demo_passes_all_its_checks(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+def test_a_wrong_start_is_diagnosed_converted_and_proved(tmp_path: Path) -> None:
+    command = [sys.executable, ROOT / "examples" / "initial_load.py", "--run", tmp_path / "run", "--steps", "150"]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert found.stdout.count("│ ok │") == 8
+    assert "The weights are fine" in found.stdout
+
+
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_the_benchmark_runs_every_tool(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks", "--parameters", "12M", "--shards", "2", "--runs", "1"]
@@ -31,4 +40,5 @@ def test_the_benchmark_runs_every_tool(tmp_path: Path) -> None:
     assert found.returncode == 0, found.stdout + found.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert len(figures["offline"]) == 4
+    assert len(figures["initial"]) == 4
     assert {"shardsmith HFExport", "pauses"} < figures["live"].keys()
