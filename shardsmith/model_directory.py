@@ -25,8 +25,11 @@ _TOKENIZER = (
 )
 
 
-def find_model(name: str) -> Path:
+def find_model(name: str, *, fetch: bool = True) -> Path:
     """The directory of a model: a path, or a name on the Hub, taken from the local cache if it is there, else fetched.
+
+    Args:
+        fetch: Whether to use the network at all.
 
     Raises:
         CheckpointNotFoundError: it is neither.
@@ -44,7 +47,10 @@ def find_model(name: str) -> Path:
         ) from None
     try:
         return Path(snapshot_download(name, local_files_only=True))
-    except Exception:  # it is not in the cache, or only in part
+    except Exception as error:  # it is not in the cache, or only in part
+        if not fetch:
+            reason = f"is neither a directory nor a model in the Hugging Face cache; run: hf download {name}"
+            raise CheckpointNotFoundError(path, reason) from error
         return _fetch(name)
 
 

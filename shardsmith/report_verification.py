@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from shardsmith.logits import LogitsVerification
+from shardsmith.printable import printable
 from shardsmith.verification import Difference, ModelVerification, Verification
 
 
@@ -46,7 +47,7 @@ def print_logits(found: Sequence[LogitsVerification], *, as_json: bool) -> None:
 def _counts(model: ModelVerification) -> str:
     parts = [f"{model.compared} tensors compared", f"{model.equal} equal"]
     parts += [f"{len(model.converted)} equal but for their dtype"] if model.converted else []
-    parts += [f"{', '.join(model.tied)} tied, on one side only"] if model.tied else []
+    parts += [f"{printable(', '.join(model.tied))} tied, on one side only"] if model.tied else []
     return f"{model.model}: {', '.join(parts)}"
 
 
@@ -55,7 +56,7 @@ def _difference(found: Difference) -> str:
     measured = ""
     if found.largest is not None:
         measured = f", {found.differing:,} elements by up to {found.largest:.6g}"
-    return f"  {found.name}: {found.problem}{measured} (A {found.left}, B {found.right})"
+    return f"  {printable(found.name)}: {found.problem}{measured} (A {found.left}, B {found.right})"
 
 
 def _verdict(same: bool, text: str) -> Text:

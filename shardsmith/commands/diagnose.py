@@ -52,8 +52,8 @@ def diagnose(
     from shardsmith.diagnose import Questions
     from shardsmith.diagnose import diagnose as look
     from shardsmith.diagnose.html import html_of
-    from shardsmith.diagnose.subject import find_model
     from shardsmith.diagnose.text import print_diagnosis
+    from shardsmith.model_directory import find_model
 
     questions = Questions(
         level=level,
@@ -67,7 +67,7 @@ def diagnose(
         reference_loss=reference_loss,
         trust_remote_code=trust_remote_code,
     )
-    found = look(checkpoint, find_model(model), questions)
+    found = look(checkpoint, find_model(model, fetch=False), questions)
     if html is not None:
         html.write_text(html_of(found), encoding="utf-8")
     if json:

@@ -7,6 +7,7 @@ from html import escape
 
 from shardsmith.diagnose.findings import Diagnosis, Finding, Looked
 from shardsmith.diagnose.text import TITLES, rows_of
+from shardsmith.printable import printable
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --good: #2e7d32;
@@ -80,5 +81,5 @@ def _names(names: tuple[str, ...]) -> str:
 
 
 def _text(value: str) -> str:
-    """Safe in HTML; a lone surrogate, which a name may hold, cannot be written as UTF-8."""
-    return escape(value.encode("utf-8", "backslashreplace").decode())
+    """Safe in HTML, and as UTF-8, which cannot hold the lone surrogates that a name may have."""
+    return escape("\n".join(printable(line) for line in value.split("\n")))

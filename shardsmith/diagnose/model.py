@@ -23,10 +23,11 @@ from shardsmith.diagnose.questions import Questions
 from shardsmith.diagnose.start_loss import cross_entropy, divergence, explain, possible_causes
 from shardsmith.diagnose.subject import Subject
 from shardsmith.diagnose.ties import embedding_of
-from shardsmith.diagnose.tokenizers import compare_hashes, compare_tokenizers, tokenizer_hashes, tokenizer_too_large
+from shardsmith.diagnose.tokenizers import compare_hashes, compare_tokenizers, tokenizer_too_large
 from shardsmith.diagnose.training_settings import TrainingSettings
 from shardsmith.errors import CheckpointError
 from shardsmith.initial_record import InitialRecord
+from shardsmith.model_directory import hash_tokenizer
 from shardsmith.model_keys import MAIN
 
 _SAME_LOSS = 1e-3
@@ -82,7 +83,7 @@ class _Look:
         model = self.subject.reference.path
         record = self._record
         if record is not None and record.tokenizer:
-            yield from compare_hashes(tokenizer_hashes(model), record.tokenizer, "the checkpoint's metadata.json")
+            yield from compare_hashes(hash_tokenizer(model), record.tokenizer, "the checkpoint's metadata.json")
         embedding = embedding_of(self.subject.reference.specs)
         rows = self.subject.reference.specs[embedding].shape[0] if embedding else None
         places = [self.questions.tokenizer, self.training.tokenizer if self.training else None]

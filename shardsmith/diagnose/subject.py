@@ -19,24 +19,6 @@ from shardsmith.opened import OpenedCheckpoint, open_checkpoint
 from shardsmith.tensors import TensorSpec
 
 
-def find_model(name: str) -> Path:
-    """The directory of a model: a path, or the name of one in the Hugging Face cache. Nothing is downloaded.
-
-    Raises:
-        CheckpointNotFoundError: it is neither.
-    """
-    path = Path(name)
-    if path.exists():
-        return path
-    try:
-        from huggingface_hub import snapshot_download
-
-        return Path(snapshot_download(name, local_files_only=True))
-    except Exception as error:  # not installed, not a name, not in the cache
-        reason = "is neither a directory here nor a model in the Hugging Face cache; nothing is downloaded"
-        raise CheckpointNotFoundError(path, reason) from error
-
-
 @dataclass(frozen=True, slots=True)
 class Reference:
     """The Hugging Face model that a checkpoint is compared with."""

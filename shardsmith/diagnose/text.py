@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from shardsmith.diagnose.findings import Diagnosis, Finding, Looked
+from shardsmith.printable import printable
 
 _SHOWN_NAMES = 8
 _SHOWN_TEXT = 400
@@ -27,19 +28,20 @@ def print_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
     if diagnosis.notes:
         console.print(_notes(diagnosis.notes))
     for line in diagnosis.unseen:
-        console.print(Text.assemble(("not looked at", "yellow"), f" {line}"))
+        console.print(Text.assemble(("not looked at", "yellow"), f" {shorten(line)}"))
     console.print(Text(diagnosis.verdict, "bold red" if diagnosis.faults else "bold green"))
 
 
 def shorten_names(names: Sequence[str]) -> str:
     """The first of many names, and how many more there are."""
     more = len(names) - _SHOWN_NAMES
-    return ", ".join(names[:_SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")
+    return printable(", ".join(names[:_SHOWN_NAMES])) + (f" and {more} more" if more > 0 else "")
 
 
 def shorten(text: str) -> str:
     """A text that fits into a report; JSON has all of it."""
-    return text if len(text) <= _SHOWN_TEXT else f"{text[:_SHOWN_TEXT]} ... (--json shows all)"
+    lines = [printable(line) for line in text[:_SHOWN_TEXT].split("\n")]
+    return "\n".join(lines) + (" ... (--json shows all)" if len(text) > _SHOWN_TEXT else "")
 
 
 def fact_text(value: Any) -> str:

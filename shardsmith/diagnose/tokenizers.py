@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from shardsmith.checkpoints import hash_file
 from shardsmith.diagnose.findings import Finding, one
 from shardsmith.errors import CheckpointNotFoundError, UnsupportedFormatError
+from shardsmith.model_directory import hash_tokenizer
 
 TOKENIZER_FILE = "tokenizer.json"
 _MODEL_FILES = (TOKENIZER_FILE, "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model")
@@ -53,11 +53,6 @@ def compare_hashes(recorded: Mapping[str, str], present: Mapping[str, str], orig
         raise CheckpointNotFoundError(origin, "has no tokenizer file of the kind that the model has")
 
 
-def tokenizer_hashes(directory: Path) -> dict[str, str]:
-    """Name -> XXH3-128 of the files that make a tokenizer; empty if there are none."""
-    return {name: hash_file(directory / name) for name in _MODEL_FILES if (directory / name).is_file()}
-
-
 def tokenizer_too_large(directory: Path, rows: int) -> Iterator[Finding]:
     """Whether a tokenizer has ids that the embedding has no row for."""
     if not (directory / TOKENIZER_FILE).is_file():
@@ -78,7 +73,7 @@ def encode(directory: Path) -> list[int] | None:
 
 
 def _files(directory: Path) -> dict[str, str]:
-    found = tokenizer_hashes(directory)
+    found = {name: text for name, text in hash_tokenizer(directory).items() if name in _MODEL_FILES}
     if not found:
         raise CheckpointNotFoundError(directory, f"has no tokenizer: none of {', '.join(_MODEL_FILES)}")
     return found
