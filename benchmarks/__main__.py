@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from rich.console import Console
 
+from benchmarks.diagnosis import measure_diagnosis
 from benchmarks.initial import compare_initial
 from benchmarks.live import compare_live
 from benchmarks.offline import compare_offline
@@ -20,13 +21,14 @@ def main(
     parameters: str = "700M",
     shards: int = 4,
     runs: int = 3,
-    only: Literal["all", "offline", "live", "initial"] = "all",
+    only: Literal["all", "offline", "live", "initial", "diagnose"] = "all",
     directory: Path | None = None,
     json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
 ) -> None:
     """Compare ways to a Hugging Face directory, and from one.
 
     offline: from a sharded checkpoint. live: from live sharded weights. initial: to a checkpoint to start from.
+    diagnose: what a diagnosis costs.
 
     Args:
         parameters: Size of the float32 Llama, such as 700M.
@@ -45,6 +47,8 @@ def main(
             figures["live"] = compare_live(console, Path(work), size, shards, runs)
         if only in ("all", "initial"):
             figures["initial"] = compare_initial(console, Path(work), size, shards, runs)
+        if only in ("all", "diagnose"):
+            figures["diagnose"] = measure_diagnosis(console, Path(work), min(4 * size, 1 << 30), runs)
     if json_file:
         json_file.write_text(json.dumps(figures, indent=1))
 

@@ -19,8 +19,8 @@ from shardsmith.block_copy import one_thread_per_operator
 from shardsmith.memory import same_bits
 from shardsmith.tensors import Chunk, TensorSource, TensorSpec, read_into, row_major_blocks
 
-_BLOCK_ELEMENTS = 1 << 19
-"""Small enough that two blocks and what is computed of them stay in cache."""
+_BLOCK_ELEMENTS = 1 << 17
+"""So few that two blocks and what is computed of them stay in cache, and memory for them need not be asked for anew."""
 _MOST_THREADS = 8
 _NARROW = (torch.bfloat16, torch.float16)
 
@@ -103,29 +103,23 @@ def compare_sources(left: TensorSource, right: TensorSource, names: Iterable[str
 
 
 def compare_tensor(left: TensorSource, right: TensorSource, name: str) -> TensorComparison:
-    """Compare one tensor, in this thread."""
+    """Compare one tensor, in this thread. Reads it once, and a second time only if the bytes turn out to differ."""
     mine, other = left.specs[name], right.specs[name]
-    equal = mine.dtype == other.dtype
+    sums = None if mine.dtype == other.dtype else _Sums(mine.dtype, other.dtype)
+    equal = True
     extremes: list[Tensor] = []
     for _, box in row_major_blocks(mine.shape, _BLOCK_ELEMENTS):
-        values = block_of(left, name, box)
-        extremes += torch.aminmax(_comparable(values))
-        equal = equal and same_bits(values, block_of(right, name, box))
-    return TensorComparison(
-        name,
-        mine,
-        other,
-        _extremes(extremes),
-        None if equal else measure_distance(left, right, name),
-    )
-
-
-def measure_distance(left: TensorSource, right: TensorSource, name: str) -> Distance:
-    """How far apart two tensors of one shape are."""
-    sums = _Sums(_possible_roundings(left.specs[name].dtype, right.specs[name].dtype))
-    for _, box in row_major_blocks(left.specs[name].shape, _BLOCK_ELEMENTS):
-        sums.add(block_of(left, name, box), block_of(right, name, box))
-    return sums.distance()
+        a, b = block_of(left, name, box), block_of(right, name, box)
+        extremes += torch.aminmax(_comparable(a))
+        if sums is not None:
+            sums.add(a, b)
+        else:
+            equal = equal and same_bits(a, b)
+    if not equal:
+        sums = _Sums(mine.dtype, other.dtype)
+        for _, box in row_major_blocks(mine.shape, _BLOCK_ELEMENTS):
+            sums.add(block_of(left, name, box), block_of(right, name, box))
+    return TensorComparison(name, mine, other, _extremes(extremes), sums.distance() if sums else None)
 
 
 def block_of(source: TensorSource, name: str, box: Chunk) -> Tensor:
@@ -164,21 +158,34 @@ def _scan(source: TensorSource, name: str) -> Extremes:
 class _Sums:
     """What is added up over the blocks of two tensors."""
 
-    def __init__(self, roundings: tuple[torch.dtype, ...]) -> None:
+    def __init__(self, left: torch.dtype, right: torch.dtype) -> None:
         self.largest = 0.0
         self.dot = self.left = self.right = 0.0
         self.differing = 0
-        self.roundings = roundings
+        self.roundings = _possible_roundings(left, right)
 
     def add(self, left: Tensor, right: Tensor) -> None:
         self.roundings = tuple(dtype for dtype in self.roundings if _equal_rounded(left, right, dtype))
         wide = torch.float64 if _needs_double(left) or _needs_double(right) else torch.float32
         a, b = _comparable(left).to(wide).reshape(-1), _comparable(right).to(wide).reshape(-1)
+        difference = a - b
+        least, greatest = (float(value) for value in torch.aminmax(difference))
+        if not (math.isfinite(least) and math.isfinite(greatest)):
+            self._add_unusual(a, b)
+            return
+        self.largest = max(self.largest, -least, greatest)
+        self.differing += int(torch.count_nonzero(difference))
+        self._add_products(a, b)
+
+    def _add_unusual(self, a: Tensor, b: Tensor) -> None:
+        """The same where something is infinite or no number: what both have is no difference."""
         apart = (a != b) & ~(a.isnan() & b.isnan())
         self.differing += int(apart.sum())
         difference = torch.where(apart, (a - b).abs(), 0).nan_to_num(nan=math.inf, posinf=math.inf)
         self.largest = max(self.largest, float(difference.max()))
-        a, b = a.nan_to_num(0, 0, 0), b.nan_to_num(0, 0, 0)
+        self._add_products(a.nan_to_num(0, 0, 0), b.nan_to_num(0, 0, 0))
+
+    def _add_products(self, a: Tensor, b: Tensor) -> None:
         self.dot += float(torch.dot(a, b))
         self.left += float(torch.dot(a, a))
         self.right += float(torch.dot(b, b))
@@ -201,7 +208,7 @@ def _possible_roundings(left: torch.dtype, right: torch.dtype) -> tuple[torch.dt
 
 
 def _equal_rounded(left: Tensor, right: Tensor, dtype: torch.dtype) -> bool:
-    return torch.equal(left.to(dtype), right.to(dtype))
+    return same_bits(left.to(dtype), right.to(dtype))
 
 
 def _needs_double(values: Tensor) -> bool:
