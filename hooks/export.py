@@ -9,18 +9,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from shardsmith.checkpoints import committed_steps
 from shardsmith.commit import prove_writable, remove, sweep
 from shardsmith.errors import RankTimeoutError, ShardsmithError, UsageError
 from shardsmith.file_writer import choose_writer
 from shardsmith.layout import PROVENANCE_FILE, step_name
-from shardsmith.live_export import JointExport, LiveExporter, LiveModel
+from shardsmith.live_export import Check, JointExport, LiveExporter, LiveModel
 from shardsmith.name_maps import NameMap
 from shardsmith.ranks import Ranks
 
 from .adapters import AdapterView, view_of
+from .answers import Answers
 from .base import Hook
 from .checkpoint_source import CheckpointSource, HeldCheckpoint, Saves
 from .ema import EMA
@@ -72,6 +73,8 @@ class HFExport(Hook):
         source: Literal["live", "checkpoint", "auto"] = "live",
         checkpoints: Saves | None = None,
         adapters: Literal["adapter", "merged"] = "adapter",
+        verify: Literal["digest", "load"] = "digest",
+        verify_inputs: Mapping[str, Tensor] | None = None,
         timeout_secs: float = 1800.0,
     ) -> None:
         """Prove that the directory can be written to, and that model and base model fit each other.
@@ -109,10 +112,16 @@ class HFExport(Hook):
                 step that is exported, and come before this hook in ``Hooks``.
             adapters: Of a model of peft, ``"adapter"`` writes what its ``save_pretrained`` writes, main and average
                 each in a directory of its own; ``"merged"`` the whole model with the adapter merged into its weights.
+            verify: ``"digest"``: what is in the files must be what was staged, bit for bit. ``"load"``: another process
+                also loads each directory with ``from_pretrained`` before it appears, and must get the logits of the
+                live model, up to rounding. Costs one forward of all ranks, for which the training waits, and on rank
+                0's host memory for the model in float32.
+            verify_inputs: What to ask the models then: keyword arguments of ``forward``. None makes some up for models
+                of text and of images.
             timeout_secs: How long to wait for a rank before an export is given up; also for a checkpoint to be saved.
 
         Raises:
-            UsageError: an average is asked for, but there is none.
+            UsageError: the arguments do not fit each other, or not the model.
             RankFailedError, WriteError, CheckpointError: the directory cannot be written to, or the base does not fit.
         """
         if models in ("ema", "both") and ema is None:
@@ -135,6 +144,9 @@ class HFExport(Hook):
             raise UsageError(
                 "an adapter has no base model beside it: pass processor= for the tokenizer, not base_model="
             )
+        if verify not in ("digest", "load"):
+            raise UsageError(f'verify="{verify}": it is "digest" or "load"')
+        self._answers = Answers(model, ema, verify_inputs) if verify == "load" else None
         sizes: dict[str, Any] = {"dtype": dtype, "max_shard_size": max_shard_size}
         self._state = LiveState(model, ema, files, names=names, view=view, **sizes)
         self._directories = LiveDirectory.choose(chosen, ema_as, view)
@@ -204,8 +216,17 @@ class HFExport(Hook):
         if not wanted:
             return
         begin = self._claim(step, wanted) if self._checkpoints else self._stage_all(step, wanted)
+        checks = [self._ask(step, self._directories[i]) for i in wanted]
         self._exported_step = step
-        self._in_flight.start(step, lambda: self._finish(step, begin))
+        self._in_flight.start(step, lambda: self._finish(step, begin, checks))
+
+    def _ask(self, step: int, directory: LiveDirectory) -> Check | None:
+        """What a directory of the weights as they are now must pass."""
+        checks: list[Check | None] = [None]
+        if (answers := self._answers) is not None:
+            phase = f"asking the live model for {self._path(step, directory).name}"
+            self._ranks.gather(phase, lambda: checks.append(answers.check_for(directory)))
+        return checks[-1]
 
     def _stage_all(self, step: int, wanted: list[int]) -> _Begin:
         """Copy the live weights of these directories."""
@@ -259,12 +280,13 @@ class HFExport(Hook):
             return []
         return wanted
 
-    def _finish(self, step: int, begin: _Begin) -> list[Path]:
+    def _finish(self, step: int, begin: _Begin, checks: list[Check | None]) -> list[Path]:
         """Write and commit. In the background thread."""
         try:
             with contextlib.ExitStack() as unfinished:
                 jobs = begin(unfinished)
-                for job in jobs:
+                for job, check in zip(jobs, checks, strict=True):
+                    job.check = check
                     unfinished.enter_context(job)
                     job.write()
                 paths = [job.commit() for job in jobs]
@@ -313,6 +335,8 @@ class HFExport(Hook):
             raise UsageError('checkpoints= is of no use to source="live": leave it out, or choose another source')
         if checkpoints is None:
             return None
+        if self._state.has_view:
+            raise UsageError("an adapter is exported from live weights only: leave source= and checkpoints= out")
         found = CheckpointSource(checkpoints, self._state, self._writer_ranks, whole_files=whole_files)
         found.check(self.when)
         return found if source == "checkpoint" or not self._can_export_live() else None

@@ -33,7 +33,7 @@ class LocalWeights:
         """Find them. Raises UsageError if there are none, or one that cannot be averaged exactly."""
         self._model = model
         self.is_fsdp1 = any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
-        _forget_gathered(model)
+        forget_gathered(model)
         self.tied = tied_weights(model)
         self._slots = _trainable(model, self.tied)
         _check_averageable(self._slots, self.is_fsdp1)
@@ -97,7 +97,7 @@ class LocalWeights:
     @contextmanager
     def _substituted(self, values: Mapping[str, Tensor]) -> Iterator[None]:
         """Within it the model has other tensors in place of its parameters: no values move, no dtype changes."""
-        _forget_gathered(self._model)
+        forget_gathered(self._model)
         try:
             for name, slot in self._slots.items():
                 slot.module._parameters[slot.attribute] = values[name]  # type: ignore[assignment]
@@ -109,7 +109,7 @@ class LocalWeights:
     @torch.no_grad()
     def _overwrite(self, values: list[Tensor]) -> None:
         torch._foreach_copy_(self.tensors(), values)
-        _forget_gathered(self._model)
+        forget_gathered(self._model)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -163,7 +163,7 @@ def _mesh_ndim(tensor: Tensor) -> int:
     return tensor.device_mesh.ndim if isinstance(tensor, DTensor) else 0
 
 
-def _forget_gathered(model: nn.Module) -> None:
+def forget_gathered(model: nn.Module) -> None:
     """Drop the weights that FSDP has gathered and kept for its next forward: the shards behind them have changed.
 
     Without communication. After a forward without a backward, at least those of the root module are still there.

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from shardsmith.dtypes import DtypeChoice, cast_specs
 from shardsmith.safetensors_files import WeightsPlan, parse_size, plan_files
 from shardsmith.tensors import TensorSpec
@@ -65,6 +67,11 @@ class DirectoryPlan:
     def nbytes(self) -> int:
         """Bytes of all weights."""
         return sum(model.nbytes for model in self.models)
+
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        """Of the floating-point weights."""
+        return {spec.dtype for model in self.models for spec in model.specs if spec.dtype.is_floating_point}
 
 
 def plan_model(

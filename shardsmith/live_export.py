@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 import xxhash
 from torch import Tensor
 
@@ -33,6 +34,10 @@ from shardsmith.ranks import Ranks
 from shardsmith.tensors import Chunk, Shape
 
 log = logging.getLogger(__name__)
+
+Check = Callable[[Path, set[torch.dtype]], None]
+"""Looks at a complete directory before it becomes visible: its path, and the dtypes that floating-point weights have in
+it. On rank 0, in the background."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +136,12 @@ class JointExport:
     """One directory that all ranks make. Make it on every rank; then, within a ``with``, ``write`` and ``commit``.
 
     What comes from live weights is staged before. Leaving the ``with`` before it is committed deletes what was written.
+
+    Attributes:
+        check: What the directory must pass, or None.
     """
+
+    check: Check | None = None
 
     def __init__(self, plan: DirectoryPlan, ranks: Ranks, writer: WeightsWriter) -> None:
         """``ranks`` serves the thread that writes and commits."""
@@ -194,6 +204,8 @@ class JointExport:
         directory = self._attempt.directory
         digests = self._writer.merge(self.plan, self._receipts, directory)
         sizes = complete_directory(self.plan, directory, digests)
+        if self.check is not None:
+            self.check(directory, self.plan.dtypes)
         self._attempt.commit(sizes)
         log.info("exported %s", self.plan.output)
 

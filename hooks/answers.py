@@ -1,0 +1,125 @@
+"""What the live model answers to a fixed batch, to be compared with what an export of it answers."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule
+from torch.distributed.tensor import DTensor
+
+from shardsmith.errors import UsageError
+from shardsmith.layout import MAIN_WEIGHTS
+from shardsmith.live_export import Check
+from shardsmith.load_check import compare_answers, first_tensor
+from shardsmith.model_keys import EMA as AVERAGE
+from shardsmith.names import unwrapped
+
+from .ema import EMA
+from .live_state import LiveDirectory
+from .local_weights import forget_gathered
+
+
+class Answers:
+    """Asks the live model, and checks a directory by that: it must load, and answer the same."""
+
+    def __init__(self, model: nn.Module, ema: EMA | None, inputs: Mapping[str, Tensor] | None) -> None:
+        """``inputs``: keyword arguments of the model, the same on every rank; None makes some up.
+
+        Raises:
+            UsageError: the model is none of transformers' own, or nothing can be made up for it.
+        """
+        self._model = model._orig_mod if isinstance(model, OptimizedModule) else model
+        self._ema = ema
+        self._inputs = dict(inputs) if inputs is not None else _made_up(_transformers_model(model))
+
+    def check_for(self, directory: LiveDirectory) -> Check | None:
+        """A check of one directory by what the weights are now. All ranks, main thread; communicates under FSDP, DDP.
+
+        Costs one forward. None for what ``from_pretrained`` would not load: an average beside the main weights.
+        """
+        name = next((model for model, stem in directory.stems.items() if stem == MAIN_WEIGHTS), None)
+        if name is None:
+            return None
+        swapped = self._ema.swapped_in() if name == AVERAGE and self._ema is not None else contextlib.nullcontext()
+        with swapped, _outputs_of_layers(self._model) as computed_in:
+            answer = self._ask()
+        inputs = {key: value.cpu() for key, value in self._inputs.items()}
+        return partial(_compare, inputs=inputs, expected=answer.float().cpu(), computed_in=computed_in)
+
+    def _ask(self) -> Tensor:
+        device = next(self._model.parameters()).device
+        inputs = {key: value.to(device) for key, value in self._inputs.items()}
+        devices = [device] if device.type != "cpu" else []
+        were_training = [module for module in self._model.modules() if module.training]
+        self._model.eval()
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices):
+                answer = first_tensor(self._model(**inputs))
+        finally:
+            for module in were_training:
+                module.training = True
+            forget_gathered(self._model)
+        return answer.full_tensor() if isinstance(answer, DTensor) else answer.clone()
+
+
+def _compare(
+    directory: Path,
+    written_in: set[torch.dtype],
+    *,
+    inputs: Mapping[str, Tensor],
+    expected: Tensor,
+    computed_in: set[torch.dtype],
+) -> None:
+    compare_answers(directory, inputs, expected, written_in | computed_in)
+
+
+@contextlib.contextmanager
+def _outputs_of_layers(model: nn.Module) -> Iterator[set[torch.dtype]]:
+    """The floating-point dtypes that layers compute in within it: mixed precision does not show in their weights."""
+    found: set[torch.dtype] = set()
+
+    def note(_: nn.Module, __: object, output: object) -> None:
+        if isinstance(output, Tensor) and output.is_floating_point():
+            found.add(output.dtype)
+
+    layers = [module for module in model.modules() if next(module.children(), None) is None]
+    handles = [layer.register_forward_hook(note) for layer in layers]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _transformers_model(model: nn.Module) -> Any:
+    """The model without wrappers. Raises UsageError unless transformers has its class."""
+    inner = unwrapped(model)
+    transformers = sys.modules.get("transformers")
+    known = [kind for kind in type(inner).__mro__ if hasattr(transformers, kind.__name__)] if transformers else []
+    if not known or not hasattr(inner, "main_input_name"):
+        raise UsageError(
+            f'verify="load" loads with from_pretrained, and transformers has no {type(inner).__name__}: '
+            'use verify="digest", which compares every byte with what was staged'
+        )
+    return inner
+
+
+def _made_up(model: Any) -> dict[str, Tensor]:
+    """A small batch that a model of text or images takes. Raises UsageError for others."""
+    config = model.config
+    if model.main_input_name == "input_ids":
+        return {"input_ids": torch.arange(32).view(2, 16) * 7 % config.get_text_config().vocab_size}
+    if model.main_input_name == "pixel_values" and isinstance(getattr(config, "image_size", None), int):
+        shape = (1, getattr(config, "num_channels", 3), config.image_size, config.image_size)
+        return {"pixel_values": torch.linspace(-1, 1, shape[1] * shape[2] * shape[3]).view(shape)}
+    raise UsageError(
+        f'verify="load" knows no inputs for {type(model).__name__}, which wants {model.main_input_name}: '
+        "pass verify_inputs={...}, the keyword arguments of its forward"
+    )
