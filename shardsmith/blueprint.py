@@ -25,7 +25,7 @@ from shardsmith.errors import UnsupportedFormatError
 from shardsmith.names import clean_fqn, non_persistent_buffers, tied_weights
 from shardsmith.tensors import TensorSpec
 
-_OLD_ROTARY = r"rotary_emb\.inv_freq$"
+OLD_ROTARY = r"rotary_emb\.inv_freq$"
 """Was saved by old versions of transformers, in every layer."""
 _FILLING = frozenset(
     {"normal_", "uniform_", "trunc_normal_", "zero_", "zeros_", "ones_", "fill_", "constant_", "erfinv_"}
@@ -99,7 +99,7 @@ def describe(model: nn.Module) -> Blueprint:
         buffers=_specs({name: buffer for name, buffer in buffers.items() if name not in transient}),
         transient={name: buffer.cpu() for name, buffer in buffers.items() if name in transient},
         tied=tied_weights(model),
-        ignorable=(_OLD_ROTARY, *sorted(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())),
+        ignorable=(OLD_ROTARY, *sorted(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())),
     )
 
 

@@ -6,13 +6,16 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
 
 from shardsmith.blueprint import Blueprint, describe, model_of_directory
-from shardsmith.errors import CorruptCheckpointError, MismatchError, UnsupportedFormatError
+from shardsmith.errors import CorruptCheckpointError, MismatchError, UnsupportedFormatError, UsageError
 from shardsmith.formats import open_source
 from shardsmith.hf_directory import CONFIG_FILE, read_config
 from shardsmith.models import ModelSource
-from shardsmith.name_maps import NameMap
+from shardsmith.name_maps import NameMap, find_name_map
 from shardsmith.restored import RestoredModel
 from shardsmith.source_digests import digest_source
 from shardsmith.tensors import TensorSource, TensorSpec
@@ -41,13 +44,38 @@ class ConversionModel:
     """What a user should know."""
 
 
-def open_conversion_model(directory: Path, *, trust_remote_code: bool = False) -> ConversionModel:
+@runtime_checkable
+class KnowsModel(NameMap, Protocol):
+    """A name map of one model, which is not that of the directory's config."""
+
+    @property
+    def blueprint(self) -> Blueprint:
+        """What its state dict holds."""
+        ...
+
+    def make(self, names: Iterable[str]) -> Mapping[str, Tensor]:
+        """Values that buffers begin with, for those of the state dict that no files have."""
+        ...
+
+
+def open_conversion_model(
+    directory: Path, *, names: str | None = None, trust_remote_code: bool = False
+) -> ConversionModel:
     """Open a model directory, or a file of weights, and compare its tensors with those of the model.
 
+    Args:
+        names: Name map of a model that is not that of the directory's config, and knows its own.
+
     Raises:
+        UsageError: there is no such map, or it does not know its model.
         CheckpointError: it cannot be read; MismatchError if tensors are missing, of other shapes, or of no use.
     """
     files = open_source(directory)
+    if names is not None:
+        name_map = find_name_map(names, read_config(directory) if (directory / CONFIG_FILE).is_file() else None)
+        if not isinstance(name_map, KnowsModel):
+            raise UsageError(f"the name map {names} does not know which tensors a model needs")
+        return _restored(files, name_map.blueprint, name_map, names)
     try:
         model = model_of_directory(directory, trust_remote_code=trust_remote_code)
     except UnsupportedFormatError as error:
@@ -56,11 +84,11 @@ def open_conversion_model(directory: Path, *, trust_remote_code: bool = False) -
     missing = _differences(files.specs, blueprint)
     if not missing:
         return _identity(files, blueprint)
-    name_map = _transformers_names(directory, files)
-    if name_map is None:
+    converted = _transformers_names(directory, files)
+    if converted is None:
         raise _mismatch(directory, missing)
     try:
-        return _restored(files, blueprint, name_map, "transformers")
+        return _restored(files, blueprint, converted, "transformers")
     except MismatchError as error:
         if len(error.problems) < len(missing):
             raise
@@ -87,7 +115,9 @@ def _identity(files: ModelSource, blueprint: Blueprint) -> ConversionModel:
 def _restored(files: ModelSource, blueprint: Blueprint, name_map: NameMap, names: str) -> ConversionModel:
     """The model has other names, or other tensors, than the files."""
     wanted = {name: spec for name, spec in blueprint.state_dict.items() if name not in blueprint.tied}
-    source = RestoredModel(files, name_map, wanted, blueprint.tied)
+    made = name_map.make(blueprint.buffers) if isinstance(name_map, KnowsModel) else {}
+    source = RestoredModel(files, name_map, wanted, blueprint.tied, made)
+    _refuse_different(files, source.twice)
     useless = [name for name in source.unused if not _is_ignorable(name, blueprint)]
     if useless:
         raise _mismatch(
@@ -101,6 +131,7 @@ def _restored(files: ModelSource, blueprint: Blueprint, name_map: NameMap, names
         blueprint=blueprint,
         names=names,
         ignored=source.unused,
+        note=_made_note(source.absent),
     )
 
 
@@ -154,7 +185,12 @@ def _mismatch(path: Path, problems: list[str]) -> MismatchError:
 
 def _refuse_unequal_ties(files: ModelSource, tied: Mapping[str, str], stored: Mapping[str, str]) -> None:
     """Raise if the files have both names of a tied pair, with different values."""
-    twice = {alias: stored[kept] for alias, kept in tied.items() if alias in files.specs and stored[kept] != alias}
+    _refuse_different(
+        files, {alias: stored[kept] for alias, kept in tied.items() if alias in files.specs and stored[kept] != alias}
+    )
+
+
+def _refuse_different(files: ModelSource, twice: Mapping[str, str]) -> None:
     if not twice:
         return
     names = {*twice, *twice.values()}
@@ -163,6 +199,13 @@ def _refuse_unequal_ties(files: ModelSource, tied: Mapping[str, str], stored: Ma
     if lines:
         reason = "the config says that they are one tensor, but the files hold different values for"
         raise CorruptCheckpointError(files.path, "\n  ".join([reason, *lines]) + "\nNothing was written.")
+
+
+def _made_note(absent: Mapping[str, str]) -> str:
+    if not absent:
+        return ""
+    reason = next(iter(absent.values()))
+    return f"{len(absent)} buffers begin as in a new model, {next(iter(absent))} for one: {reason}"
 
 
 def _aliases(name: str, tied: Mapping[str, str]) -> Iterable[str]:

@@ -12,7 +12,7 @@ import torch
 from shardsmith.commit import refuse_existing
 from shardsmith.conversion_model import ConversionModel, open_conversion_model
 from shardsmith.dtypes import cast_specs
-from shardsmith.errors import UnsupportedFormatError, UsageError
+from shardsmith.errors import UsageError
 from shardsmith.formats import detect_checkpoint_format
 from shardsmith.heads import Head, HeadType, future_predictor, make_head, parse_extra_module
 from shardsmith.hf_directory import CONFIG_FILE, protect, read_config
@@ -23,7 +23,7 @@ from shardsmith.model_keys import NOT_A_MODEL
 from shardsmith.shard_files import PlannedChunk, Stream, plan_chunks
 from shardsmith.tensors import TensorSpec
 
-Layout = Literal["flat", "nested", "torchtitan"]
+Layout = Literal["flat", "nested"]
 _NESTED = "model"
 
 
@@ -34,6 +34,8 @@ class ConversionOptions:
     dtype: torch.dtype | None = None
     """Of floating-point tensors; None keeps that of the files."""
     layout: Layout = "flat"
+    names: str | None = None
+    """Name map of the model that is to train, if it is not that of the directory's config: "torchtitan:llama3/8B"."""
     trust_remote_code: bool = False
     future_predictor: HeadType | None = None
     """Type of the head, or None without one."""
@@ -85,9 +87,7 @@ def plan_conversion(model: str, output: Path, options: ConversionOptions) -> Con
     directory = find_model(model)
     protect(output, directory)
     refuse_existing(output)
-    if options.layout == "torchtitan":
-        raise UnsupportedFormatError(directory, 'layout "torchtitan" is not known to this version')
-    found = open_conversion_model(directory, trust_remote_code=options.trust_remote_code)
+    found = open_conversion_model(directory, names=options.names, trust_remote_code=options.trust_remote_code)
     specs = {spec.name: spec for spec in cast_specs([*found.specs.values()], options.dtype)}
     heads = _make_heads(directory, found, specs, options)
     _refuse_collisions([*specs, *found.tied], heads, options.layout)

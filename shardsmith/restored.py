@@ -23,7 +23,10 @@ class RestoredModel:
     Attributes:
         aliases: The names of tied tensors, alias -> kept. They can be read and are not among ``specs``.
         unused: Tensors of the files that the model has no place for.
-        absent: Tensors of the model that such files have no place for, name -> why. They are not among ``specs``.
+        absent: Tensors of the model that such files have no place for, name -> why. They are among ``specs`` only if
+            they were given.
+        twice: Names of tied tensors that the files hold under both names, alias -> kept, as the files call them. The
+            kept one is read.
     """
 
     def __init__(
@@ -32,6 +35,7 @@ class RestoredModel:
         name_map: NameMap,
         specs: Mapping[str, TensorSpec],
         aliases: Mapping[str, str] | None = None,
+        made: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Compare the files with what the model needs.
 
@@ -39,6 +43,7 @@ class RestoredModel:
             name_map: From the model to its files.
             specs: The model's tensors, without aliases. Their dtypes do not matter.
             aliases: Of the tied ones, alias -> kept. It is enough if the files have one of them.
+            made: Values for what the files have no place for.
 
         Raises:
             UsageError: the map loses, repeats or invents something.
@@ -48,14 +53,19 @@ class RestoredModel:
         self._translation = Translation(name_map, specs)
         self.absent = self._translation.left_out
         self.aliases = dict(aliases or {})
-        specs = {name: spec for name, spec in specs.items() if name not in self.absent}
+        self._made = {name: value for name, value in (made or {}).items() if name in self.absent}
         wanted = self._translation.translate(specs)
         twins = self._translation.translate_aliases(self.aliases, specs)
         self._stored = {name: name for name in wanted}
         self._stored |= {kept: alias for alias, kept in twins.items() if kept not in files.specs}
         self.unused = tuple(name for name in files.specs if name not in wanted and name not in twins)
+        self.twice = {alias: kept for alias, kept in twins.items() if alias in files.specs and kept in files.specs}
         self._check(wanted)
-        self._specs = {name: TensorSpec(name, spec.shape, self._dtype(name, spec)) for name, spec in specs.items()}
+        self._specs = {
+            name: TensorSpec(name, spec.shape, self._dtype(name, spec))
+            for name, spec in specs.items()
+            if name not in self.absent or name in self._made
+        }
 
     @property
     def path(self) -> Path:
@@ -72,6 +82,9 @@ class RestoredModel:
         name = self.aliases.get(name, name)
         if name not in self._specs:
             raise CheckpointNotFoundError(self.path, f"has no tensor named {name!r}")
+        if name in self._made:
+            yield box, self._made[name][box.within(Chunk.whole(self._specs[name].shape))]
+            return
         links = (
             Link(self._stored[target], part.target, part.grid)
             for target, part in self._translation.targets_of(name, box)
@@ -99,6 +112,8 @@ class RestoredModel:
 
     def _dtype(self, name: str, spec: TensorSpec) -> torch.dtype:
         """That of all its parts, or one that holds the values of all of them."""
+        if name in self._made:
+            return self._made[name].dtype
         targets = self._translation.targets_of(name, Chunk.whole(spec.shape))
         dtypes = [self._files.specs[self._stored[target]].dtype for target, _ in targets]
         return functools.reduce(torch.promote_types, dtypes) if dtypes else spec.dtype

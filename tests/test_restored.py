@@ -128,6 +128,12 @@ def test_of_tied_tensors_the_files_need_only_one(tmp_path: Path, there: str) -> 
     assert torch.equal(read_into(model, "tied", Chunk((1,), (2,)), torch.empty(2)), MEMORY["tied"][1:3])
 
 
+def test_files_that_hold_a_tied_tensor_twice_say_so(tmp_path: Path) -> None:
+    model = restored(tmp_path, {"file.a": MEMORY["a"], "file.b": MEMORY["b"], "file.tied": MEMORY["tied"] + 1})
+    assert model.twice == {"file.tied": "file.b"}
+    assert model.unused == ()
+
+
 def test_files_that_do_not_fit_are_refused_with_all_that_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(MismatchError) as caught:
         restored(tmp_path, {"file.a": torch.ones(6, 8), "other": torch.ones(1)})
@@ -144,5 +150,8 @@ def test_what_a_map_leaves_out_on_purpose_is_said_both_ways(tmp_path: Path) -> N
     back = RestoredModel(files, WithoutCounts(), memory.specs)
     assert list(back.specs) == ["a"]
     assert back.absent == files.left_out
+    given = RestoredModel(files, WithoutCounts(), memory.specs, made={"counts": torch.zeros(3)})
+    assert torch.equal(read_into(given, "counts", Chunk((1,), (2,)), torch.ones(2)), torch.zeros(2))
+    assert list(given.specs) == ["a", "counts"]
     with pytest.raises(UsageError, match="counts: used by no target"):
         TranslatedModel(memory, Loses())

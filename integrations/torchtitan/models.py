@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import copy
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from shardsmith.blueprint import OLD_ROTARY, Blueprint, without_weights
 from shardsmith.errors import UsageError
-from shardsmith.names import clean_fqn
+from shardsmith.names import tied_weights
 from shardsmith.tensors import TensorSpec
 
 
@@ -28,12 +29,29 @@ class TitanModel:
     config: Any
     """0.2: its arguments; 0.3: its ``Config``."""
 
-    def specs(self) -> dict[str, TensorSpec]:
-        """What its state dict holds, tied tensors under all their names."""
-        return {
-            clean_fqn(name, self.model): TensorSpec(clean_fqn(name, self.model), tuple(tensor.shape), tensor.dtype)
-            for name, tensor in self.model.state_dict().items()
-        }
+    make: Callable[[], nn.Module]
+    """Makes the model as TorchTitan does before it initialises weights."""
+
+    def blueprint(self) -> Blueprint:
+        """What its state dict holds. Its other buffers depend on the job, such as on the length of its sequences."""
+        state = {name: TensorSpec(name, tuple(t.shape), t.dtype) for name, t in self.model.state_dict().items()}
+        buffers = {name for name, _ in self.model.named_buffers()}
+        return Blueprint(
+            model_class=f"TorchTitan's {self.title}",
+            config=None,
+            parameters={name: spec for name, spec in state.items() if name not in buffers},
+            buffers={name: spec for name, spec in state.items() if name in buffers},
+            transient={},
+            tied=tied_weights(self.model),
+            ignorable=(OLD_ROTARY,),
+        )
+
+    def make_buffers(self) -> dict[str, Tensor]:
+        """Its persistent buffers, as they are in a new model."""
+        with without_weights():
+            model = self.make()
+        state = set(model.state_dict())
+        return {name: buffer for name, buffer in model.named_buffers() if name in state}
 
     def heads(self) -> tuple[int | None, int | None]:
         """Of queries, and of keys and values; None where that is unknown."""
@@ -58,14 +76,16 @@ def build_titan_model(title: str) -> TitanModel:
         raise UsageError(f"{title!r}: give a model of TorchTitan and its flavor, as in llama3/debugmodel")
     try:
         module = _import_model(name)
-        model, config, adapter = (_build_0_3 if hasattr(module, "model_registry") else _build_0_2)(module, flavor)
+        make, config, adapter = (_find_0_3 if hasattr(module, "model_registry") else _find_0_2)(module, flavor)
     except KeyError:
         raise UsageError(f"TorchTitan's {name} has no flavor {flavor!r}; it has {_flavors(module)}") from None
     except ImportError as error:
         raise UsageError(f"the TorchTitan model {name!r} cannot be imported: {error}") from error
     if adapter is None:
         raise UsageError(f"TorchTitan has no state-dict adapter for {title}: nobody knows its names in Hugging Face")
-    return TitanModel(title, model, adapter(config, None), config)
+    with torch.device("meta"):
+        model = make()
+    return TitanModel(title, model, adapter(config, None), config, make)
 
 
 def _import_model(name: str) -> Any:
@@ -77,20 +97,18 @@ def _import_model(name: str) -> Any:
     raise ImportError("neither torchtitan.models nor torchtitan.experiments has it")
 
 
-def _build_0_3(module: Any, flavor: str) -> tuple[nn.Module, Any, Any]:
+def _find_0_3(module: Any, flavor: str) -> tuple[Callable[[], nn.Module], Any, Any]:
     spec = module.model_registry(flavor)
-    with torch.device("meta"):
-        return spec.model.build(), spec.model, spec.state_dict_adapter
+    return spec.model.build, spec.model, spec.state_dict_adapter
 
 
-def _build_0_2(module: Any, flavor: str) -> tuple[nn.Module, Any, Any]:
+def _find_0_2(module: Any, flavor: str) -> tuple[Callable[[], nn.Module], Any, Any]:
     from torchtitan.config import JobConfig
 
     spec = module.get_train_spec()
     arguments = copy.deepcopy(spec.model_args[flavor])
     arguments.update_from_config(JobConfig())  # some have fields that only this sets
-    with torch.device("meta"):
-        return spec.model_cls(arguments), arguments, spec.state_dict_adapter
+    return lambda: spec.model_cls(arguments), arguments, spec.state_dict_adapter
 
 
 def _flavors(module: Any) -> str:

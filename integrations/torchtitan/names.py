@@ -7,11 +7,13 @@ result lies is the map: permuted rows, experts one by one. ``--names torchtitan:
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping
-from typing import Any, Self
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
+from torch import Tensor
+
+from shardsmith.blueprint import Blueprint
 from shardsmith.errors import UnsupportedFormatError, UsageError
-from shardsmith.names import clean_fqn
 from shardsmith.slices import Slice
 from shardsmith.tensors import Shape, TensorSpec
 from shardsmith.tracing import trace
@@ -22,7 +24,7 @@ _RIGHT_MODEL = "Is it the right model, and the right version of TorchTitan?"
 _TIES = ("enable_weight_tying", "tie_word_embeddings")
 
 
-def torchtitan_names(config: dict[str, Any] | None, title: str = "") -> TorchTitanNames:
+def torchtitan_names(config: dict[str, Any] | None, title: str = "") -> FlavorNames:
     """The entry point: ``--names torchtitan:MODEL/FLAVOR``.
 
     Raises:
@@ -32,7 +34,7 @@ def torchtitan_names(config: dict[str, Any] | None, title: str = "") -> TorchTit
         raise UsageError("which of TorchTitan's models is it? --titan_model llama3 --titan_flavor debugmodel")
     titan = build_titan_model(title)
     _compare_heads(titan, config or {})
-    return TorchTitanNames.of(titan)
+    return FlavorNames(titan)
 
 
 class TorchTitanNames:
@@ -51,15 +53,7 @@ class TorchTitanNames:
         self._adapter = _without_ties(adapter)
         self._buffers = frozenset(buffers)
         self._shapes = shapes
-        self._answer: tuple[tuple[TensorSpec, ...], dict[str, Slice]] | None = (
-            None  # it takes a second for many experts
-        )
-
-    @classmethod
-    def of(cls, titan: TitanModel) -> Self:
-        """Of a model by name and flavor."""
-        buffers = [clean_fqn(name, titan.model) for name, _ in titan.model.named_buffers()]
-        return cls(titan.adapter, buffers, {name: spec.shape for name, spec in titan.specs().items()})
+        self._answer: tuple[tuple[TensorSpec, ...], dict[str, Slice]] | None = None  # many experts take a second
 
     def targets(self, specs: Mapping[str, TensorSpec]) -> dict[str, Slice]:
         """As ``NameMap.targets``.
@@ -107,6 +101,27 @@ class TorchTitanNames:
             if spec.shape != self._shapes.get(name, spec.shape)
         }
         return [f"{name}: {problem}" for name, problem in problems.items()]
+
+
+class FlavorNames(TorchTitanNames):
+    """Those of a model by name and flavor, which is known: other tensors than its own are refused.
+
+    Attributes:
+        blueprint: What its state dict holds.
+    """
+
+    def __init__(self, titan: TitanModel) -> None:
+        self.blueprint: Blueprint = titan.blueprint()
+        self._titan = titan
+        shapes = {name: spec.shape for name, spec in self.blueprint.state_dict.items()}
+        super().__init__(titan.adapter, self.blueprint.buffers, shapes)
+
+    def make(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Buffers that no files have, as they are in a new model."""
+        wanted = set(names)
+        if not wanted:
+            return {}
+        return {name: value for name, value in self._titan.make_buffers().items() if name in wanted}
 
 
 def _compare_heads(titan: TitanModel, config: Mapping[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from shardsmith.commands.options import Dtype
+from shardsmith.commands.options import Dtype, choose_names
 
 
 def to_dcp(
@@ -14,6 +14,8 @@ def to_dcp(
     trust_remote_code: bool = False,
     dtype: Dtype = "original",
     layout: Literal["flat", "nested", "torchtitan"] = "flat",
+    titan_model: str | None = None,
+    titan_flavor: str | None = None,
     include_future_predictor: bool = False,
     future_predictor_head_type: Literal["linear", "mlp", "gated"] = "linear",
     extra_module: tuple[str, ...] = (),
@@ -37,7 +39,9 @@ def to_dcp(
         dtype: Of all floating-point tensors; "original" keeps what the files have.
         layout: "flat": keys as the model has them, which TorchTitan from 0.2 on reads.
             "nested": under "model.", for older TorchTitan and flame.
-            "torchtitan": as TorchTitan's own model of this kind has them.
+            "torchtitan": flat, as TorchTitan's own model has them; --titan_model and --titan_flavor say which one.
+        titan_model: Which of TorchTitan's own models is to train, such as llama3. Needs TorchTitan installed.
+        titan_flavor: Its flavor, such as 8B.
         include_future_predictor: Add the head of that name, with random values.
         future_predictor_head_type: Which one.
         extra_module: Add the state dict of another module, as 'pkg.mod:factory={"json": "kwargs"}'. Runs that function.
@@ -55,7 +59,8 @@ def to_dcp(
     assert choice is None or not hasattr(choice, "items"), "one dtype for all"
     options = ConversionOptions(
         dtype=choice,
-        layout=layout,
+        layout="nested" if layout == "nested" else "flat",
+        names=_names_of(layout, titan_model, titan_flavor),
         trust_remote_code=trust_remote_code,
         future_predictor=future_predictor_head_type if include_future_predictor else None,
         extra_modules=extra_module,
@@ -74,3 +79,14 @@ def to_dcp(
         if not quiet:
             conversion_report.print_result(plan, counts)
         return 0 if all(count.is_right for count in counts) else 1
+
+
+def _names_of(layout: str, titan_model: str | None, titan_flavor: str | None) -> str | None:
+    from shardsmith.errors import UsageError
+
+    names = choose_names("torchtitan" if layout == "torchtitan" else "auto", titan_model, titan_flavor)
+    if names == "auto":
+        return None
+    if layout != "torchtitan":
+        raise UsageError(f"--titan_model {titan_model} goes with --layout torchtitan")
+    return names

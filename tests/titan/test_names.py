@@ -76,6 +76,13 @@ def test_what_the_adapter_reads_from_files_is_what_we_read(titan: TitanModel, tm
     assert specs.keys() - restored.specs.keys() == restored.absent.keys()
 
 
+def test_a_buffer_that_no_files_have_begins_as_in_a_new_model() -> None:
+    names = find_name_map("torchtitan:qwen3/debugmodel_moe", None)
+    made = names.make(names.blueprint.buffers)
+    assert made.keys() == names.leaves_out(names.blueprint.state_dict).keys()
+    assert all(value.device.type == "cpu" and not value.any() for value in made.values())
+
+
 def test_an_adapter_that_knows_a_tie_is_not_changed_by_asking_it() -> None:
     adapter = build_titan_model("qwen3/debugmodel").adapter
     config = adapter.model_config if IS_0_3 else adapter.model_args
