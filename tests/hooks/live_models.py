@@ -47,6 +47,7 @@ CASES = [
     Case(kind="odd", sharding="none", ranks=0, dtype="original"),
     Case(kind="gemma", sharding="fsdp2", ranks=1, dtype="float32"),
     Case(kind="odd", sharding="fsdp1", ranks=1),
+    Case(kind="qwen3_moe", sharding="fsdp2", ranks=1, dtype="original"),
     Case(kind="llama", sharding="fsdp2", ranks=2, dtype="float32", max_shard_size="30KB", ema_as="directory"),
     Case(kind="olmo2", sharding="ddp", ranks=2, dtype="original", live_dtype=torch.bfloat16),
     Case(kind="qwen3", sharding="fsdp1", ranks=2, dtype="float32"),
@@ -57,12 +58,18 @@ CASES = [
     Case(kind="odd", sharding="fsdp2", ranks=2, dtype="original"),
     Case(kind="odd", sharding="tp", ranks=2),
     Case(kind="odd", sharding="fsdp1", ranks=2, dtype="original"),
+    Case(kind="mixtral", sharding="fsdp2", ranks=2, dtype="float32", max_shard_size="30KB"),
+    Case(kind="qwen3_moe", sharding="fsdp1", ranks=2, dtype="float32"),
+    Case(kind="mixtral", sharding="tp", ranks=2),
     Case(kind="llama", sharding="tp", ranks=4),
     Case(kind="llama", sharding="tp-fsdp2", ranks=4, dtype="float32"),
     Case(kind="qwen2", sharding="hsdp", ranks=4, dtype="float32", max_shard_size="9KB"),
     Case(kind="vit", sharding="fsdp1-hybrid", ranks=4),
     Case(kind="gemma", sharding="ddp", ranks=4, ema_as="directory"),
     Case(kind="qwen3", sharding="fsdp2", ranks=4, dtype="original"),
+    Case(kind="mixtral", sharding="hsdp", ranks=4, dtype="float32"),
+    Case(kind="qwen3_moe", sharding="tp-fsdp2", ranks=4, dtype="float32", ema_as="directory"),
+    Case(kind="olmo2", sharding="fsdp2", ranks=4, dtype="float32", live_dtype=torch.bfloat16),
     Case(kind="odd", sharding="hsdp", ranks=4),
     Case(kind="odd", sharding="fsdp2", ranks=4, dtype="original"),
     Case(kind="odd", sharding="tp-fsdp2", ranks=4, dtype="original"),
@@ -89,10 +96,15 @@ def from_transformers(kind: str) -> nn.Module:
         shared = {name: SIZES[name] for name in SIZES if "heads" not in name or "key" not in name}
         config = transformers.ViTConfig(**shared, image_size=16, patch_size=8, num_labels=3)
         return transformers.ViTForImageClassification(config)
-    tie = kind in ("qwen2", "gemma")
-    name = {"llama": "Llama", "olmo2": "Olmo2", "qwen3": "Qwen3", "qwen2": "Qwen2", "gemma": "Gemma"}[kind]
-    head_dim = {"head_dim": 18} if kind in ("qwen3", "gemma") else {}
-    config = getattr(transformers, f"{name}Config")(**SIZES, **head_dim, tie_word_embeddings=tie)
+    name = {"olmo2": "Olmo2", "qwen3_moe": "Qwen3Moe"}.get(kind, kind.capitalize())
+    more: dict[str, Any] = {"tie_word_embeddings": kind in ("qwen2", "gemma")}
+    if kind in ("qwen3", "gemma", "qwen3_moe"):
+        more["head_dim"] = 18
+    if kind == "qwen3_moe":
+        more |= {"moe_intermediate_size": 12, "num_experts": 3, "num_experts_per_tok": 2}
+    if kind == "mixtral":
+        more |= {"num_local_experts": 3, "intermediate_size": 52}  # rows of experts fill whole 16 bytes
+    config = getattr(transformers, f"{name}Config")(**{**SIZES, **more})
     return transformers.AutoModelForCausalLM.from_config(config)
 
 
