@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shardsmith.errors import UnsupportedFormatError
+from shardsmith.hf_directory import read_config
 from shardsmith.models import ModelSource, TranslatedModel
+from shardsmith.name_maps import NameMap, find_name_map
 from shardsmith.tensors import TensorSource, TensorSpec
 
 _TRANSIENT = re.compile(r"(^|\.)(inv_freq|original_inv_freq|masked_bias|position_ids|cos_cached|sin_cached|freqs_cis)$")
@@ -56,21 +58,44 @@ def align(names: Iterable[str], template: Collection[str]) -> Alignment:
 
 
 def aligned_source(
-    source: ModelSource, template: Mapping[str, TensorSpec], base: Path | None
+    source: ModelSource, template: Mapping[str, TensorSpec], base: Path | None, names: str = "auto"
 ) -> tuple[ModelSource, Alignment]:
     """A model's tensors under the template's names.
 
-    Experts that are fused into one tensor come apart as transformers has them in files, if ``base``, the directory of
-    the model that the template is from, has a config that transformers knows.
+    Args:
+        base: Directory of the model that the template is from, whose config says how its names are made.
+        names: ``"auto"``: experts that are fused into one tensor come apart as transformers has them in files, where
+            the template has them apart. ``"transformers"``: so in any case. ``"identity"``: never. Or a name map that
+            an installed package offers.
+
+    Raises:
+        CheckpointError, UsageError: a map that was asked for cannot be used.
     """
     found = align(source.specs, template)
-    translated: ModelSource | TranslatedModel = source
-    if base is not None and _fused(source, template, found):
-        translated = _apart(renamed(source, found), template, base) or source
-        if translated is not source:
-            parted = align(translated.specs, template)
-            return renamed(translated, parted), found
-    return renamed(translated, found), found
+    name_map = _name_map(source, template, found, base, names)
+    if name_map is None:
+        return renamed(source, found), found
+    known = names in ("auto", "transformers")
+    translated = TranslatedModel(renamed(source, found if known else align(source.specs, ())), name_map)
+    return renamed(translated, align(translated.specs, template)), found
+
+
+def _name_map(
+    source: ModelSource, template: Mapping[str, TensorSpec], found: Alignment, base: Path | None, names: str
+) -> NameMap | None:
+    """The map that is asked for; None for names as they are."""
+    if names not in ("auto", "identity", "transformers"):
+        return find_name_map(names, read_config(base) if base is not None else None)
+    if names == "identity" or base is None or (names == "auto" and not _fused(source, template, found)):
+        return None
+    from shardsmith.transformers_names import TransformersNames
+
+    try:
+        return TransformersNames.of_directory(base, template)
+    except UnsupportedFormatError:
+        if names == "transformers":
+            raise
+        return None
 
 
 def renamed(source: ModelSource | TranslatedModel, alignment: Alignment) -> ModelSource:
@@ -96,15 +121,6 @@ def _fused(source: TensorSource, template: Mapping[str, TensorSpec], found: Alig
     """Whether one of the two has fused experts that the other does not have."""
     unmatched = [source.specs[old] for new, old in found.keys.items() if new not in template]
     return bool(template) and fused_experts(unmatched)
-
-
-def _apart(source: ModelSource, template: Mapping[str, TensorSpec], base: Path) -> TranslatedModel | None:
-    from shardsmith.transformers_names import TransformersNames
-
-    try:
-        return TranslatedModel(source, TransformersNames.of_directory(base, template))
-    except UnsupportedFormatError:
-        return None
 
 
 def _prefixes(names: Iterable[str], template: Collection[str]) -> Iterator[tuple[str, str]]:

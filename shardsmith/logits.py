@@ -11,7 +11,8 @@ from shardsmith.diagnose.live_model import LiveModel
 from shardsmith.diagnose.start_loss import cross_entropy, divergence
 from shardsmith.diagnose.subject import Reference
 from shardsmith.errors import UsageError
-from shardsmith.verification import OpenedPair
+from shardsmith.opened import OpenedCheckpoint
+from shardsmith.verification import OpenedPair, VerifyOptions, is_huggingface
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,19 +35,26 @@ class LogitsVerification:
 
 
 def verify_logits(
-    left: Path, right: Path, model: str, base: Path | None, tolerance: float, *, trust_remote_code: bool = False
+    left: Path,
+    right: Path,
+    model: str,
+    options: VerifyOptions,
+    base: Path | None = None,
+    *,
+    trust_remote_code: bool = False,
 ) -> LogitsVerification:
     """Run both on a fixed text.
 
     Args:
         model: ``"main"`` or ``"ema"``.
+        options: The tolerance is of logits; the names are those of a side that is no Hugging Face directory.
         base: A Hugging Face directory of that kind of model; None: whichever of the two is one.
 
     Raises:
         UsageError: there is none.
         CheckpointError: one cannot be read, or transformers cannot run it.
     """
-    pair = OpenedPair(left, right)
+    pair = OpenedPair(left, right, options.names)
     try:
         base = base or pair.base
         if base is None:
@@ -57,11 +65,15 @@ def verify_logits(
         batch = fixed_batch(base, made.module.get_input_embeddings().weight.shape[0])
         answers = []
         for side in (pair.left, pair.right):
-            source, _ = aligned_source(side.models[model], reference.specs, base)
-            names = [name for name in source.specs if name in reference.specs]
-            answers.append(made.with_weights(source, names).logits(batch))
+            source, _ = aligned_source(side.models[model], reference.specs, base, _names(side, options.names))
+            loaded = [name for name in source.specs if name in reference.specs]
+            answers.append(made.with_weights(source, loaded).logits(batch))
         losses = (cross_entropy(answers[0], batch.labels), cross_entropy(answers[1], batch.labels))
         largest = float((answers[0] - answers[1]).abs().max())
-        return LogitsVerification(model, batch.origin, largest, divergence(*answers)[1], losses, tolerance)
+        return LogitsVerification(model, batch.origin, largest, divergence(*answers)[1], losses, options.tolerance)
     finally:
         pair.close()
+
+
+def _names(side: OpenedCheckpoint, names: str) -> str:
+    return "auto" if is_huggingface(side) else names

@@ -79,6 +79,8 @@ class VerifyOptions:
 
     models: Sequence[str] | None = None
     """Such as ``["main"]``; None: all that both have."""
+    names: str = "auto"
+    """How the names of the one become those of the other, as ``aligned_source`` says."""
     by: By = "values"
     tolerance: float = 0.0
     """Largest absolute difference of two values that is none."""
@@ -93,7 +95,7 @@ def verify(left: Path, right: Path, options: VerifyOptions | None = None) -> Ver
         CheckpointError: one cannot be read, or does not have a model that was asked for.
     """
     options = options or VerifyOptions()
-    with_both = OpenedPair(left, right)
+    with_both = OpenedPair(left, right, options.names)
     try:
         names = with_both.common(options.models)
         models = tuple(_verify_model(name, with_both, options) for name in names)
@@ -105,8 +107,9 @@ def verify(left: Path, right: Path, options: VerifyOptions | None = None) -> Ver
 class OpenedPair:
     """Two checkpoints, the tensors of both under one set of names: those of Hugging Face files, if one has them."""
 
-    def __init__(self, left: Path, right: Path) -> None:
+    def __init__(self, left: Path, right: Path, names: str = "auto") -> None:
         """Open both. Raises CheckpointError."""
+        self.names = names
         self.left = open_checkpoint(left)
         self.right = open_checkpoint(right)
 
@@ -114,7 +117,7 @@ class OpenedPair:
     def base(self) -> Path | None:
         """The directory whose config says what model it is; None if neither has one."""
         sides = (self.right, self.left)
-        return next((side.path for side in sides if _is_huggingface(side)), None)
+        return next((side.path for side in sides if is_huggingface(side)), None)
 
     def common(self, wanted: Sequence[str] | None) -> list[str]:
         """The models to compare. Raises CheckpointNotFoundError for one that is not in both."""
@@ -132,9 +135,9 @@ class OpenedPair:
     def sources(self, model: str) -> tuple[ModelSource, ModelSource]:
         """One model of both."""
         left, right = self.left.models[model], self.right.models[model]
-        if _is_huggingface(self.right) or not _is_huggingface(self.left):
-            return aligned_source(left, right.specs, self.base)[0], right
-        return left, aligned_source(right, left.specs, self.base)[0]
+        if is_huggingface(self.right) or not is_huggingface(self.left):
+            return aligned_source(left, right.specs, self.base, self.names)[0], right
+        return left, aligned_source(right, left.specs, self.base, self.names)[0]
 
     def close(self) -> None:
         """Let go of the files."""
@@ -142,7 +145,8 @@ class OpenedPair:
         self.right.close()
 
 
-def _is_huggingface(side: OpenedCheckpoint) -> bool:
+def is_huggingface(side: OpenedCheckpoint) -> bool:
+    """Whether it says by itself what model it is."""
     return side.format == HUGGINGFACE and (side.path / CONFIG_FILE).is_file()
 
 

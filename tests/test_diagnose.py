@@ -3,7 +3,8 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,10 @@ from shardsmith.diagnose import Diagnosis, Questions, diagnose
 from shardsmith.diagnose.structure import look_at_structure
 from shardsmith.diagnose.subject import Reference, Subject
 from shardsmith.diagnose.values import look_at_values
+from shardsmith.name_maps import ENTRY_POINTS
+from shardsmith.slices import Slice
+from shardsmith.tensors import TensorSpec
+from shardsmith.verification import VerifyOptions, verify
 from tests.dcp_directories import edit_index, save, save_sharded
 from tests.diagnosed_models import FAMILIES, Specimen
 from tests.test_diagnose_planted import codes
@@ -148,6 +153,47 @@ def test_a_tied_head_counts_once_and_may_be_absent(specimens: dict[str, Specimen
         assert found.faults == ()
         counts.append(found.levels[0].facts["main"]["difference"])
     assert counts == [0, 0]
+
+
+class Numbered:
+    """A name map: the names of a trainer that numbers its tensors, and stores matrices the other way round."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+
+    def targets(self, specs: Mapping[str, TensorSpec]) -> dict[str, Slice]:
+        found = {}
+        for key, spec in specs.items():
+            whole = Slice.whole(spec)
+            name = self.names[int(key.removeprefix("p."))]
+            found[name] = whole.permute(1, 0) if len(spec.shape) == 2 else whole
+        return found
+
+
+def numbered(config: object, title: str = "") -> Numbered:  # noqa: ARG001
+    """As an entry point offers it."""
+    return Numbered(title.split(","))
+
+
+def test_a_name_map_of_ones_own_brings_names_and_values_into_place(
+    olmo: Specimen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    point = EntryPoint("numbered", "tests.test_diagnose:numbered", ENTRY_POINTS)
+    monkeypatch.setattr("shardsmith.name_maps.entry_points", lambda group: [point] if group == ENTRY_POINTS else [])
+    own = {f"p.{i}": t.T.contiguous() if t.dim() == 2 else t for i, t in enumerate(olmo.state.values())}
+    checkpoint = save_sharded(own, tmp_path / "c", 3)
+    assert {"missing-tensors", "extra-tensors"} <= codes(structure(checkpoint, olmo))
+    names = f"numbered:{','.join(olmo.state)}"
+    assert diagnose(checkpoint, olmo.base, Questions(names=names)).exit_code == 0
+    assert verify(checkpoint, olmo.base, VerifyOptions(names=names)).same
+    assert main(["diagnose", "--checkpoint", str(checkpoint), "--model", str(olmo.base), "--names", "unknown"]) == 2
+
+
+def test_names_of_torchtitans_own_models_are_told(olmo: Specimen, tmp_path: Path) -> None:
+    own = {name.replace("self_attn.q_proj", "attention.wq"): tensor for name, tensor in olmo.state.items()}
+    missing = structure(save_sharded(own, tmp_path / "c", 2), olmo).faults[0]
+    assert missing.code == "missing-tensors"
+    assert "--titan_model" in missing.found
 
 
 @pytest.mark.parametrize(("layout", "wanted"), [(None, "nested"), ("model", "flat")])

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from shardsmith.commands.options import choose_names
+
 
 def diagnose(
     checkpoint: Path,
@@ -18,6 +20,9 @@ def diagnose(
     reference_loss: float | None = None,
     layout: Literal["flat", "nested"] | None = None,
     trained: bool | None = None,
+    names: str = "auto",
+    titan_model: str | None = None,
+    titan_flavor: str | None = None,
     trust_remote_code: bool = False,
     json: bool = False,
     html: Path | None = None,
@@ -41,6 +46,10 @@ def diagnose(
         reference_loss: The loss that the trainer reported at its start: which cause gives that loss?
         layout: The one that the trainer reads; a checkpoint in the other is a finding.
         trained: Whether training has moved the weights, so that they may differ. Otherwise as its step says.
+        names: How the checkpoint's names become the model's: "auto", "identity", "transformers", or a name map that an
+            installed package offers.
+        titan_model: For checkpoints of TorchTitan's own models: which one, such as llama3. Needs TorchTitan installed.
+        titan_flavor: Its flavor, such as 8B.
         trust_remote_code: Run the Python files that come with the model. Those of a checkpoint never run.
         json: Print JSON instead of tables.
         html: Also write a report that stands on its own.
@@ -57,6 +66,7 @@ def diagnose(
 
     questions = Questions(
         level=level,
+        names=choose_names(names, titan_model, titan_flavor),
         layout=layout,
         trained=trained,
         config=config,

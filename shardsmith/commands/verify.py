@@ -7,6 +7,8 @@ from typing import Literal
 
 import tyro
 
+from shardsmith.commands.options import choose_names
+
 
 def verify(
     a: tyro.conf.Positional[Path],
@@ -17,6 +19,9 @@ def verify(
     digests: bool = False,
     logits: bool = False,
     model: Path | None = None,
+    names: str = "auto",
+    titan_model: str | None = None,
+    titan_flavor: str | None = None,
     trust_remote_code: bool = False,
     json: bool = False,
 ) -> int:
@@ -35,6 +40,10 @@ def verify(
         digests: Compare digests; those that a checkpoint has recorded are believed, and nothing of it is read.
         logits: Compare what the models answer to a fixed text, instead of their values.
         model: For logits, where neither is a Hugging Face directory: one of the same kind of model.
+        names: How the checkpoint's names become the model's: "auto", "identity", "transformers", or a name map that an
+            installed package offers.
+        titan_model: For checkpoints of TorchTitan's own models: which one, such as llama3. Needs TorchTitan installed.
+        titan_flavor: Its flavor, such as 8B.
         trust_remote_code: For logits, run the Python files of the Hugging Face directory.
         json: Print JSON instead of tables.
     """
@@ -42,20 +51,20 @@ def verify(
     from shardsmith.verification import VerifyOptions
     from shardsmith.verification import verify as compare
 
+    options = VerifyOptions(
+        models=models or None,
+        names=choose_names(names, titan_model, titan_flavor),
+        by="digests" if digests else "values",
+        tolerance=tolerance if tolerance is not None else 1e-3 if logits else 0.0,
+        rounding=rounding,
+    )
     if logits:
         from shardsmith.logits import verify_logits
 
-        found = [
-            verify_logits(
-                a, b, name, model, 1e-3 if tolerance is None else tolerance, trust_remote_code=trust_remote_code
-            )
-            for name in models or ("main",)
-        ]
+        chosen = models or ("main",)
+        found = [verify_logits(a, b, name, options, model, trust_remote_code=trust_remote_code) for name in chosen]
         report.print_logits(found, as_json=json)
         return 0 if all(result.same for result in found) else 1
-    options = VerifyOptions(
-        models=models or None, by="digests" if digests else "values", tolerance=tolerance or 0.0, rounding=rounding
-    )
     verification = compare(a, b, options)
     report.print_verification(verification, as_json=json)
     return 0 if verification.same else 1

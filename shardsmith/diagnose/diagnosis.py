@@ -21,7 +21,7 @@ def diagnose(checkpoint: Path, model: Path, questions: Questions) -> Diagnosis:
     """
     reference = Reference.open(model)
     try:
-        subject = Subject.open(checkpoint, reference, questions.trained)
+        subject = Subject.open(checkpoint, reference, questions.trained, questions.names)
     except CheckpointError as error:
         finding = unreadable(error)
         if finding is None:

@@ -15,6 +15,8 @@ class Questions:
     """All that can be asked."""
 
     level: Level | Literal["all"] = "all"
+    names: str = "auto"
+    """How the checkpoint's names become the model's, as ``aligned_source`` says."""
     layout: Layout | None = None
     """The one that the trainer reads."""
     trained: bool | None = None

@@ -24,6 +24,8 @@ _HEADS = {
     "gated": frozenset({"gate.weight", "gate.bias", "ffn.0.weight", "ffn.0.bias", "ffn.3.weight", "ffn.3.bias"}),
 }
 _HEAD_NORM = frozenset({"ln.weight", "ln.bias"})
+_TITAN_NAME = re.compile(r"(^|\.)(tok_embeddings|attention\.wq|attention\.qkv_linear|feed_forward\.w1)\.")
+_TITAN_HINT = ". The names are those of TorchTitan's own models: say which, with --titan_model and --titan_flavor"
 _SIBLING = re.compile(r"(?:step|checkpoint)-([0-9]+)")
 
 
@@ -116,12 +118,13 @@ def _compare_names(
     known_extra = {*transient, *(key for keys in heads.values() for key in keys)}
     yield from _extra([name for name in extra if name not in known_extra], model, template)
     if missing:
+        hint = _TITAN_HINT if any(map(_TITAN_NAME.search, extra)) else ""
         elements = sum(template[name].numel for name in missing)
         yield one(
             "missing-tensors",
             missing,
             f"{len(template)} tensors in {model}",
-            f"{_many(missing)} not there, {elements:,} elements",
+            f"{_many(missing)} not there, {elements:,} elements{hint}",
         )
     yield from _compare_specs(source, template)
 

@@ -59,18 +59,20 @@ class Subject:
     """Whether training has moved the weights, so that they need not equal the reference's."""
 
     @classmethod
-    def open(cls, checkpoint: Path, reference: Reference, trained: bool | None = None) -> Subject:
+    def open(cls, checkpoint: Path, reference: Reference, trained: bool | None = None, names: str = "auto") -> Subject:
         """Read the checkpoint's index; no tensor of it.
 
         Args:
             trained: None: as its step, or an optimizer state in it, says.
+            names: How its names become the model's, as ``aligned_source`` says.
 
         Raises:
             CheckpointError: it cannot be read, for whatever reason.
+            UsageError: there is no such name map, or it does not fit.
         """
         opened = open_checkpoint(checkpoint)
         aligned = {
-            name: aligned_source(found, reference.specs, reference.path) for name, found in opened.models.items()
+            name: aligned_source(found, reference.specs, reference.path, names) for name, found in opened.models.items()
         }
         step = opened.metadata.step if opened.metadata else _step(checkpoint)
         moved = bool(step) if step is not None else opened.has_optimizer
