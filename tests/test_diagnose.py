@@ -3,6 +3,8 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -22,7 +24,9 @@ from shardsmith.tensors import TensorSpec
 from shardsmith.verification import VerifyOptions, verify
 from tests.dcp_directories import edit_index, save, save_sharded
 from tests.diagnosed_models import FAMILIES, Specimen
+from tests.planted_faults import halves_to_pairs, random_like
 from tests.test_diagnose_planted import codes
+from tests.test_imports import HEAVY
 
 Average = Callable[[Tensor, Tensor], Tensor]
 LAYOUTS = (None, "model")
@@ -281,6 +285,47 @@ def test_a_good_checkpoint_exits_with_0_and_what_is_not_there_with_2(
         checkpoint, model = map(str, arguments)
         assert main(["diagnose", "--checkpoint", checkpoint, "--model", model]) == 2
         assert "shardsmith: " in capsys.readouterr().err
+
+
+def test_structure_is_looked_at_without_what_only_models_and_loads_need(good: Path, olmo: Specimen) -> None:
+    """Importing that takes longer than all the rest."""
+    command = ["diagnose", "--checkpoint", str(good), "--model", str(olmo.base), "--level", "structure", "--json"]
+    program = f"import sys; from shardsmith.cli import main; main({command}); print(*sys.modules, file=sys.stderr)"
+    ran = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert set(ran.stderr.split()).isdisjoint(HEAVY)
+
+
+def test_code_of_the_model_runs_where_it_is_trusted_and_that_of_the_checkpoint_never(
+    good: Path, olmo: Specimen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    model = shutil.copytree(olmo.base, tmp_path / "model")
+    for folder in (model, good):
+        canary = tmp_path / f"ran-{folder.name}"
+        code = "from transformers import Olmo2Config as OwnConfig, Olmo2ForCausalLM\n"
+        code += f"open({str(canary)!r}, 'w').close()\nclass OwnModel(Olmo2ForCausalLM):\n    pass\n"
+        (folder / "own.py").write_text(code)
+        config = json.loads((model / "config.json").read_text())
+        config["auto_map"] = {"AutoModelForCausalLM": "own.OwnModel"}
+        (folder / "config.json").write_text(json.dumps(config))
+    assert diagnose(good, model, Questions()).exit_code == 0
+    assert not list(tmp_path.glob("ran-*"))
+    assert diagnose(good, model, Questions(trust_remote_code=True)).exit_code == 0
+    assert [path.name for path in tmp_path.glob("ran-*")] == ["ran-model"]
+
+
+def test_several_faults_at_once_are_told_apart(olmo: Specimen, tmp_path: Path) -> None:
+    names = ("rows-permuted", "layer-not-loaded", "embedding-differs", "norms-are-one")
+    state = dict(olmo.state)
+    for name in state:
+        if "layers.0." in name and name.endswith(("q_proj.weight", "k_proj.weight")):
+            state[name] = halves_to_pairs(state[name])
+        elif "layers.1." in name or "embed_tokens" in name:
+            state[name] = random_like(state[name])
+        elif "layernorm" in name:
+            state[name] = torch.ones_like(state[name])
+    found = diagnose(save_sharded(state, tmp_path / "c", 2), olmo.base, Questions(level="values"))
+    assert codes(found) == set(names)
 
 
 def test_a_model_that_is_a_config_only_leaves_the_values_unseen(good: Path, olmo: Specimen, tmp_path: Path) -> None:
