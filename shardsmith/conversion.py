@@ -18,16 +18,26 @@ from shardsmith.conversion_plan import ConversionPlan
 from shardsmith.dcp import DcpSource
 from shardsmith.dcp_index_writer import write_index
 from shardsmith.description import Measured, describe
+from shardsmith.early_writing import EarlyWriting
 from shardsmith.errors import RanksDisagreeError
 from shardsmith.metadata import FileRecord
 from shardsmith.ranks import Ranks
-from shardsmith.shard_files import Place, divide, write_shard_files
+from shardsmith.shard_files import Place, Written, divide, write_shard_files
 
 
-def convert(plan: ConversionPlan, ranks: Ranks, progress: Callable[[int], None] | None = None) -> list[Count]:
+def convert(
+    plan: ConversionPlan,
+    ranks: Ranks,
+    progress: Callable[[int], None] | None = None,
+    early: EarlyWriting | None = None,
+) -> list[Count]:
     """Write a planned checkpoint and make it visible when all of it is on disk; what is in it.
 
     All ranks call it with the same plan; each writes its part. Communicates through the store.
+
+    Args:
+        progress: Called from several threads with the number of bytes just written.
+        early: What is being written of it already; with one rank only.
 
     Raises:
         RanksDisagreeError: the ranks planned different things. Nothing was written.
@@ -37,11 +47,11 @@ def convert(plan: ConversionPlan, ranks: Ranks, progress: Callable[[int], None] 
     attempt: list[Attempt] = []
     try:
         ranks.agree(f"planning {plan.output.name}", lambda: _fingerprint(plan), _refuse_disagreement)
-        attempt_id = ranks.lead(f"making the directory for {plan.output.name}", lambda: _begin(plan, attempt))
+        attempt_id = ranks.lead(f"making the directory for {plan.output.name}", lambda: _begin(plan, attempt, early))
         directory = layout.temporary_path(plan.output, attempt_id)
         counts: list[list[Any]] = ranks.agree(
             f"writing {plan.output.name}",
-            lambda: _write(plan, directory, ranks, progress),
+            lambda: _write(plan, directory, ranks, progress, early),
             lambda parts: [list(asdict(count).values()) for count in _commit(plan, attempt[0], parts, ranks.size)],
         )
         return [Count(*count) for count in counts]
@@ -51,7 +61,10 @@ def convert(plan: ConversionPlan, ranks: Ranks, progress: Callable[[int], None] 
             unfinished.__exit__()
 
 
-def _begin(plan: ConversionPlan, attempt: list[Attempt]) -> str:
+def _begin(plan: ConversionPlan, attempt: list[Attempt], early: EarlyWriting | None) -> str:
+    if early is not None:
+        attempt.append(early.attempt)
+        return early.attempt.id
     sweep(plan.output.parent)
     attempt.append(Attempt(plan.output))
     require_space(attempt[0].directory, plan.nbytes)
@@ -59,11 +72,22 @@ def _begin(plan: ConversionPlan, attempt: list[Attempt]) -> str:
 
 
 def _write(
-    plan: ConversionPlan, directory: Path, ranks: Ranks, progress: Callable[[int], None] | None
+    plan: ConversionPlan,
+    directory: Path,
+    ranks: Ranks,
+    progress: Callable[[int], None] | None,
+    early: EarlyWriting | None,
 ) -> dict[str, Any]:
     """This rank's part, as JSON."""
-    mine = divide(plan.chunks, range(len(plan.chunks)), ranks.size)[ranks.rank]
-    written = write_shard_files(plan.streams, plan.chunks, mine, directory, ranks.rank, progress)
+    written, mine = Written(), divide(plan.chunks, range(len(plan.chunks)), ranks.size)[ranks.rank]
+    if early is not None and (done := early.finish(plan.streams, plan.chunks, progress)) is not None:
+        written, mine = done[0], range(done[1], len(plan.chunks))
+    files = written.measured.files
+    if mine or not files:
+        rest = write_shard_files(plan.streams, plan.chunks, mine, directory, ranks.rank, progress, len(files))
+        files.update(rest.measured.files)
+        written.measured.digests.update(rest.measured.digests)
+        written.places.update(rest.places)
     return {**written.measured.to_plain(), "places": {i: asdict(place) for i, place in written.places.items()}}
 
 

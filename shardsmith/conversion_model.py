@@ -81,6 +81,7 @@ def open_conversion_model(
     except UnsupportedFormatError as error:
         return _unknown(files, directory, str(error))
     blueprint = describe(model)
+    files = _prefixed(files, blueprint, getattr(model, "base_model_prefix", ""))
     missing = _differences(files.specs, blueprint)
     if not missing:
         return _identity(files, blueprint)
@@ -93,6 +94,15 @@ def open_conversion_model(
         if len(error.problems) < len(missing):
             raise
         raise _mismatch(directory, missing) from None
+
+
+def _prefixed(files: ModelSource, blueprint: Blueprint, prefix: str) -> ModelSource:
+    """The files under the names of the whole model, where they were saved from its inner one."""
+    wanted = blueprint.state_dict
+    names = {f"{prefix}.{n}" if n not in wanted and f"{prefix}.{n}" in wanted else n: n for n in files.specs}
+    if all(new == old for new, old in names.items()) or len(names) < len(files.specs):
+        return files
+    return ModelSource(files, names, filled=frozenset(), aliases={})
 
 
 def _identity(files: ModelSource, blueprint: Blueprint) -> ConversionModel:

@@ -106,12 +106,14 @@ def write_shard_files(
     directory: Path,
     rank: int,
     progress: Callable[[int], None] | None = None,
+    first_file: int = 0,
 ) -> Written:
     """Write and fsync some of the chunks, as ``__<rank>_<i>.distcp``. No communication.
 
     Args:
         mine: Numbers of the chunks that are this rank's.
         progress: Called from the threads with the number of bytes just written.
+        first_file: Number of the first file, where this rank has written some already.
 
     Raises:
         CheckpointError, WriteError: from reading or writing. No thread is left running.
@@ -122,7 +124,9 @@ def write_shard_files(
     shares = [part for part in divide(chunks, mine, threads) if part]
     with one_thread_per_operator(), ThreadPoolExecutor(threads, "shardsmith-shards") as pool:
         try:
-            futures = [pool.submit(job.write_file, f"__{rank}_{i}.distcp", part) for i, part in enumerate(shares)]
+            futures = [
+                pool.submit(job.write_file, f"__{rank}_{i}.distcp", part) for i, part in enumerate(shares, first_file)
+            ]
             for future in futures:
                 future.result()
         except BaseException:

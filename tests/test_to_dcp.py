@@ -3,6 +3,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from shardsmith.cli import main
+from shardsmith.commit import sweep
 from shardsmith.dcp import DcpSource
 from shardsmith.digest import digest_tensor
 from shardsmith.initial_record import config_hash
@@ -389,3 +393,85 @@ def test_a_name_of_the_hub_is_taken_from_the_local_cache(
     assert initial.source == "some/olmo"
     assert main(["to-dcp", "--model", "no/such", "--checkpoint", str(output)]) == 2
     assert "not in the Hugging Face cache" in capsys.readouterr().err
+
+
+def test_files_without_the_prefix_of_the_model_are_written_under_its_names(output: Path, tmp_path: Path) -> None:
+    model: Any = fresh("tied")
+    model.model.save_pretrained(tmp_path / "inner")  # names without "model."
+    edit_config(architectures=["LlamaForCausalLM"])(tmp_path / "inner")
+    assert "embed_tokens.weight" in load_file(tmp_path / "inner" / "model.safetensors")
+    to_dcp(tmp_path / "inner", output)
+    assert_same(tensors_of(output), model.state_dict())
+
+
+def test_a_torch_file_of_the_hub_is_read_without_running_it(models: Path, output: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(models / "olmo2", tmp_path / "model")
+    torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
+    (model / "model.safetensors").unlink()
+    to_dcp(model, output)
+    assert_same(tensors_of(output), fresh("olmo2").state_dict())
+
+
+def test_a_full_disk_is_an_error_and_leaves_nothing(models: Path, output: Path) -> None:
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))"
+    arguments = ["to-dcp", "--model", str(models / "olmo2"), "--checkpoint", str(output)]
+    program = f"{limit}\nimport sys\nfrom shardsmith.cli import main\nsys.exit(main({arguments!r}))"
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert ran.returncode == 2
+    assert "WriteError" in ran.stderr
+    assert "File too large" in ran.stderr
+    assert os.listdir(output.parent) == []
+
+
+def test_a_killed_conversion_leaves_nothing_that_the_next_one_does_not_remove(tmp_path: Path, output: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    save_file({"a": torch.zeros(1 << 26)}, model / "model.safetensors")
+    (model / "config.json").write_text("{}")
+    command = [sys.executable, "-m", "shardsmith.cli", "to-dcp", "--model", str(model), "--checkpoint", str(output)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    while not any(path.stat().st_size for path in output.parent.glob(".*/*.distcp")):
+        assert process.poll() is None
+    process.kill()
+    process.wait()
+    assert not output.exists()
+    (left,) = output.parent.iterdir()
+    deadline = time.monotonic() + 60
+    while sweep(output.parent) != [left]:  # once the child has noticed that its parent is gone
+        assert time.monotonic() < deadline
+
+
+CUSTOM = """
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+class Config(PreTrainedConfig):
+    model_type = "custom"
+    def __init__(self, width=3, **kwargs):
+        super().__init__(**kwargs)
+        self.width = width
+
+class Model(PreTrainedModel):
+    config_class = Config
+    def __init__(self, config):
+        super().__init__(config)
+        self.layer = nn.Linear(config.width, 2)
+        self.register_buffer("scale", torch.ones(2) / 3, persistent=False)
+        self.post_init()
+"""
+
+
+def test_the_models_own_code_is_run_if_that_is_asked_for(tmp_path: Path, output: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "custom.py").write_text(CUSTOM)
+    auto = {"AutoConfig": "custom.Config", "AutoModelForCausalLM": "custom.Model"}
+    config = {"model_type": "custom", "architectures": ["Model"], "auto_map": auto, "width": 5}
+    (model / "config.json").write_text(json.dumps(config))
+    save_file({"layer.weight": torch.randn(2, 5), "layer.bias": torch.randn(2)}, model / "model.safetensors")
+    to_dcp(model, output, "--trust_remote_code")
+    initial = read_metadata(output).initial
+    assert initial is not None
+    assert initial.model_class == "Model"
+    assert initial.buffers["scale"].shape == (2,)

@@ -49,24 +49,36 @@ def to_dcp(
         dry_run: Say what would be done, and write nothing.
         quiet: No progress bar and no summary.
     """
-    from shardsmith import conversion_report, report
-    from shardsmith.conversion import convert
-    from shardsmith.conversion_plan import ConversionOptions, plan_conversion
+    import contextlib
+
+    from shardsmith import report
     from shardsmith.dtypes import parse_dtypes
-    from shardsmith.torchrun import joined_ranks
+    from shardsmith.early_writing import early_writing
+    from shardsmith.model_directory import find_model
 
     choice = parse_dtypes(dtype)
     assert choice is None or not hasattr(choice, "items"), "one dtype for all"
-    options = ConversionOptions(
-        dtype=choice,
-        layout="nested" if layout == "nested" else "flat",
-        names=_names_of(layout, titan_model, titan_flavor),
-        trust_remote_code=trust_remote_code,
-        future_predictor=future_predictor_head_type if include_future_predictor else None,
-        extra_modules=extra_module,
-        seed=seed,
-    )
-    with joined_ranks() as ranks:
+    names = _names_of(layout, titan_model, titan_flavor)
+    with contextlib.ExitStack() as stack:
+        early = None
+        if not dry_run and names is None:
+            early = stack.enter_context(early_writing(find_model(model), checkpoint, choice))
+
+        from shardsmith import conversion_report  # these take seconds, in which the first shards are written
+        from shardsmith.conversion import convert
+        from shardsmith.conversion_plan import ConversionOptions, plan_conversion
+        from shardsmith.torchrun import joined_ranks
+
+        options = ConversionOptions(
+            dtype=choice,
+            layout="nested" if layout == "nested" else "flat",
+            names=names,
+            trust_remote_code=trust_remote_code,
+            future_predictor=future_predictor_head_type if include_future_predictor else None,
+            extra_modules=extra_module,
+            seed=seed,
+        )
+        ranks = stack.enter_context(joined_ranks())
         plan = plan_conversion(model, checkpoint, options)
         quiet = quiet or not ranks.is_leader
         if dry_run:
@@ -75,10 +87,10 @@ def to_dcp(
                 conversion_report.print_plan(plan)
             return 0
         with report.bytes_bar(checkpoint.name, plan.nbytes, quiet=quiet) as progress:
-            counts = convert(plan, ranks, progress)
-        if not quiet:
-            conversion_report.print_result(plan, counts)
-        return 0 if all(count.is_right for count in counts) else 1
+            counts = convert(plan, ranks, progress, early)
+    if not quiet:
+        conversion_report.print_result(plan, counts)
+    return 0 if all(count.is_right for count in counts) else 1
 
 
 def _names_of(layout: str, titan_model: str | None, titan_flavor: str | None) -> str | None:
