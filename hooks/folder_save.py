@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
@@ -19,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from shardsmith.adopt import disown
 from shardsmith.checkpoints import find_damage
 from shardsmith.commit import remove, sweep
-from shardsmith.companion import companion_of, is_complete, read_folder_record
+from shardsmith.companion import companion_of, is_complete, is_deserted, read_folder_record
 from shardsmith.dcp_load import load_into
 from shardsmith.errors import CheckpointNotFoundError, CorruptCheckpointError, MismatchError, UsageError
 from shardsmith.folder_record import SHARDED_MODEL, LiveModel, record_folder
@@ -79,10 +80,14 @@ class FolderSave(Hook):
         """Report a save that has ended. All ranks; no communication."""
         self._report(wait=False)
 
+    def wait(self) -> None:
+        """Wait for the save in flight; raise what failed in it. All ranks; no communication."""
+        self._report(wait=True)
+
     def close(self) -> None:
         """Wait for the save in flight; raise what failed in it."""
         try:
-            self._report(wait=True)
+            self.wait()
         finally:
             if self._writer:
                 self._writer.shutdown()
@@ -182,13 +187,16 @@ class FolderSave(Hook):
                 job.write()
                 record = record_folder(self._ranks, folder, step, live)
                 job.commit({FOLDER_FILE: record.to_json()})
-            return True
         except BaseException:
-            if not folder.is_dir():  # the trainer deletes what it likes
-                log.info("%s was deleted before its average was written", folder)
-                return False
-            log.exception("%s was not completed", folder)  # loud even if nobody comes to ask for the result
-            raise
+            if not is_deserted(folder):
+                log.exception("%s was not completed", folder)  # loud even if nobody comes to ask for the result
+                raise
+        if not is_deserted(folder):
+            return True
+        log.info("%s was deleted before its average was written", folder)  # the trainer deletes what it likes
+        if self._ranks.is_leader:
+            shutil.rmtree(folder, ignore_errors=True)  # it could not while we were writing
+        return False
 
     def _report(self, *, wait: bool) -> None:
         """If a background save has ended, or is waited for: announce it, or raise what failed in it."""

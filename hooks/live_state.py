@@ -28,7 +28,7 @@ from shardsmith.model_keys import EMA as AVERAGE
 from shardsmith.model_keys import MAIN
 from shardsmith.models import ModelSource, TranslatedModel
 from shardsmith.name_maps import NameMap, Translation, find_name_map
-from shardsmith.names import tied_weights, unwrapped
+from shardsmith.names import non_persistent_buffers, tied_weights, unwrapped
 from shardsmith.safetensors_files import parse_size
 from shardsmith.tensors import Shape, TensorSpec
 from shardsmith.transformers_names import TransformersNames
@@ -115,6 +115,8 @@ class LiveState:
         self._names = names
         self._view = view
         self._inner = unwrapped(model) if view is None else view.inner
+        # a base model of an older transformers has some of them in its files: position_ids, for one
+        self._transient = tuple(non_persistent_buffers(self._inner)) if self._inner is not None else ()
         self._name_map: NameMap | None = None
         self._translated: tuple[dict[str, Shape], Translation] | None = None
         self._known: dict[str, _Known] = {}  # by suffix of the directory
@@ -187,7 +189,7 @@ class LiveState:
             ]
             if compare and self._files.base is not None:
                 for model in models:
-                    compare_with_base(checkpoint, model, base_specs(self._files.base))
+                    compare_with_base(checkpoint, model, base_specs(self._files.base), self._transient)
             origin = origin_of(checkpoint)
             if AVERAGE not in directory.stems:
                 origin = replace(origin, ema=None)
@@ -206,7 +208,7 @@ class LiveState:
             with self.staging():
                 (model,) = self.models(LiveDirectory("", {MAIN: MAIN_WEIGHTS}))
             if base is not None and compare:
-                _compare(base, model.plan)
+                _compare(base, model.plan, self._transient)
 
     def _plan(self, output: Path, models: Sequence[ModelPlan], origin: Origin) -> DirectoryPlan:
         return DirectoryPlan(
@@ -324,9 +326,9 @@ def _weakly(tensors: Mapping[str, Tensor]) -> dict[str, weakref.ref[Tensor]]:
     return {name: weakref.ref(tensor) for name, tensor in tensors.items()}
 
 
-def _compare(base: Path, plan: ModelPlan) -> None:
+def _compare(base: Path, plan: ModelPlan, transient: Sequence[str]) -> None:
     try:
-        compare_with_base(base, plan, base_specs(base))
+        compare_with_base(base, plan, base_specs(base), transient)
     except MismatchError as error:
         summary = f"{len(error.problems)} tensors of the model that trains are not as in the base model"
         advice = "Nothing will be written. Give the base model that this one was made from, without weights if need be."

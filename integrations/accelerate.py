@@ -25,7 +25,10 @@ from torch import nn
 
 from shardsmith.companion import is_complete
 from shardsmith.errors import UsageError
+from shardsmith.folders import last_checkpoint
 from shardsmith.hooks import EMA, FolderSave, Hooks
+
+__all__ = ["Attached", "attach", "last_checkpoint"]
 
 log = logging.getLogger(__name__)
 

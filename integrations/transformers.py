@@ -7,11 +7,9 @@ It relies on the documented events of ``TrainerCallback`` alone, so it works wit
 
 from __future__ import annotations
 
-import functools
 import inspect
 import logging
 import os
-import re
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -19,14 +17,14 @@ from typing import Any, Literal
 
 from transformers import TrainerCallback
 
-from shardsmith.companion import find_folder_damage, is_complete
+from shardsmith.companion import is_complete
 from shardsmith.errors import UsageError
+from shardsmith.folders import last_checkpoint
 from shardsmith.hooks import EMA, FolderSave, HFExport, Hooks, Schedule
-from shardsmith.ranks import Ranks
+
+__all__ = ["CheckpointHooks", "last_checkpoint"]
 
 log = logging.getLogger(__name__)
-
-_FOLDER = re.compile(r"checkpoint-([0-9]+)")
 
 
 class CheckpointHooks(TrainerCallback):
@@ -134,6 +132,13 @@ class CheckpointHooks(TrainerCallback):
         """Add our directory to what Trainer has just written. All ranks; communicates."""
         if self.hooks:
             self._companion.save(state.global_step, _folder(args, state))
+            if control.should_training_stop:
+                self._companion.wait()  # in the end Trainer may delete folders, also this one
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Wait for the save in flight if Trainer may decide on the next one without an event. No communication."""
+        if self.hooks and args.save_strategy == "best":
+            self._companion.wait()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Export the last step if that is wanted and not done, and wait for what is in flight. All ranks."""
@@ -182,37 +187,6 @@ class CheckpointHooks(TrainerCallback):
         else:
             log.warning("%s holds nothing of ours: the average is still that of the last step", folder)
         return int(state.best_global_step)
-
-
-def last_checkpoint(output_dir: str | Path, *, verify: bool = False) -> str | None:
-    """The newest ``checkpoint-<n>`` that Trainer and ``CheckpointHooks`` have both completed, or None without any.
-
-        trainer.train(resume_from_checkpoint=last_checkpoint("out"))
-
-    ``resume_from_checkpoint=True`` takes the newest folder there is, also a half-written one. All ranks call it.
-
-    Args:
-        verify: Also read all files and compare their hashes, divided among the ranks; otherwise only their sizes.
-    """
-    ranks = Ranks()
-    part, parts = ranks.rank, ranks.size
-
-    def find_damage(folder: Path) -> bool:
-        found = find_folder_damage(folder, contents=verify, part=part, parts=parts)
-        if found:
-            log.warning("%s is passed over: %s", folder, "; ".join(found))
-        return bool(found)
-
-    for folder in map(Path, ranks.lead("looking for checkpoints", lambda: _folders(Path(output_dir)))):
-        if not ranks.agree(f"looking at {folder.name}", functools.partial(find_damage, folder), any):
-            return str(folder)
-    return None
-
-
-def _folders(output_dir: Path) -> list[str]:
-    """Trainer's folders that bear our mark, newest first."""
-    steps = [(int(match[1]), path) for path in output_dir.glob("*") if (match := _FOLDER.fullmatch(path.name))]
-    return [str(path) for _, path in sorted(steps, reverse=True) if is_complete(path)]
 
 
 def _folder(args: Any, state: Any) -> Path:

@@ -56,6 +56,15 @@ def is_complete(folder: Path) -> bool:
     return (companion_of(folder) / layout.METADATA_FILE).is_file()
 
 
+def is_deserted(folder: Path) -> bool:
+    """Whether a trainer's folder is gone, or nothing is left in it but what is ours."""
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return True
+    return all(name == layout.COMPANION or layout.is_leftover(name) for name in names)
+
+
 def read_folder_record(folder: Path) -> FolderRecord:
     """Read ``folder.json`` of a trainer's folder.
 

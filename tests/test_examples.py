@@ -42,3 +42,28 @@ def test_the_benchmark_runs_every_tool(tmp_path: Path) -> None:
     assert len(figures["offline"]) == 4
     assert len(figures["initial"]) == 4
     assert {"shardsmith HFExport", "pauses"} < figures["live"].keys()
+
+
+@pytest.fixture(scope="session")
+def run_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for several examples, which need the same text and tokenizer."""
+    return tmp_path_factory.mktemp("example")
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("example", "exports"),
+    [
+        ("transformers_trainer.py", {"out-hf/step-12", "out-hf/step-12-ema"}),
+        ("accelerate_loop.py", {"hf/step-12"}),
+    ],
+)
+def test_an_example_goes_on_where_it_was_stopped(run_directory: Path, example: str, exports: set[str]) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    for steps in (10, 12):
+        command = [*torchrun, ROOT / "examples" / example, "--directory", run_directory, "--steps", str(steps)]
+        found = subprocess.run(command, capture_output=True, text=True, cwd=run_directory)
+        assert found.returncode == 0, found.stdout + found.stderr
+        assert "evaluation loss: main" in found.stdout
+    assert all((run_directory / name / "tokenizer.json").is_file() for name in exports)

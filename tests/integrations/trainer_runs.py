@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-from dataclasses import dataclass, field
+import threading
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ class Case:
 
 CASES = [
     Case(sharding="fsdp2", accumulation=4),
-    Case(sharding="fsdp2-full", kind="qwen2"),
+    Case(sharding="fsdp2-full", kind="qwen2", arguments={"bf16": True}),
     Case(sharding="fsdp2", kind="moe"),
     Case(sharding="fsdp1", kind="qwen2"),
     Case(sharding="ddp", accumulation=4),
@@ -63,12 +64,16 @@ def train(case: Case, directory: Path, options: dict[str, Any]) -> None:
 
     Args:
         options: ``detach``, to train without our hooks; ``resume``, a folder; ``kill_after``, a step; ``name`` of the
-            file for the truth; ``finish``, called at the end with Trainer, CheckpointHooks and directory.
+            file for the truth; ``hold_exports_until``, a step that is saved before any export ends; ``finish``,
+            called at the end with Trainer, CheckpointHooks and directory.
     """
+    gate = Gate()
+    if held := options.get("hold_exports_until"):
+        case = replace(case, hooks={**case.hooks, "processor": gate})
     trainer, hooks = make_trainer(case, directory)
     if options.get("detach"):
         trainer.remove_callback(hooks)
-    recorder = record(trainer, options.get("kill_after"))
+    recorder = record(trainer, options.get("kill_after"), (held, gate))
     trainer.train(resume_from_checkpoint=options.get("resume"))
     if finish := options.get("finish"):
         finish(trainer, hooks, directory)
@@ -178,7 +183,18 @@ def make_data() -> list[dict[str, Tensor]]:
     return [{"input_ids": row, "labels": row} for row in rows]
 
 
-def record(trainer: Any, kill_after: int | None = None) -> Any:
+class Gate:
+    """A processor whose saving does not end before it is let through."""
+
+    def __init__(self) -> None:
+        self.open = threading.Event()
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        assert self.open.wait(60)
+        (Path(directory) / "processor.txt").touch()
+
+
+def record(trainer: Any, kill_after: int | None, held: tuple[int | None, Gate]) -> Any:
     from transformers import TrainerCallback
 
     class Recorder(TrainerCallback):
@@ -196,6 +212,10 @@ def record(trainer: Any, kill_after: int | None = None) -> Any:
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.global_step == kill_after:
                 os.kill(os.getpid(), signal.SIGKILL)
+
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == held[0]:
+                held[1].open.set()
 
     recorder = Recorder()
     trainer.add_callback(recorder)
