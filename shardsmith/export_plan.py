@@ -47,6 +47,8 @@ class ExportOptions:
     """Compare the checkpoint's files with their recorded hashes, and what was written with what was to be written."""
     rules: tuple[LayoutRule, ...] = DECLARED
     """What is done to tensors whose layout is not the base model's."""
+    average: str | None = None
+    """Which one, where the checkpoint has several; None takes the first."""
     names: str = "auto"
     """Name map: "identity", "transformers", one that a package offers, or "auto": transformers where it is needed."""
 
@@ -101,7 +103,8 @@ def plan_directory(
     name_map: NameMap | None = None
     dropped: dict[str, None] = {}
     for model, stem in stems.items():
-        opened = open_source(checkpoint, model)
+        named = f"{model}:{options.average}" if options.average and model == EMA else model
+        opened = open_source(checkpoint, named)
         unwanted = _dropped(opened, options.drop)
         dropped |= dict.fromkeys(unwanted)
         opened = opened.without(unwanted)

@@ -75,7 +75,8 @@ def open_source(path: str | Path, model: str = MAIN) -> ModelSource:
 
     Args:
         path: Anything that ``detect_checkpoint_format`` knows.
-        model: ``"main"`` or ``"ema"``. What an average does not cover (frozen weights, buffers) comes from main.
+        model: ``"main"`` or ``"ema"``; ``"ema:NAME"`` where a DCP directory has several averages. What an average does
+            not cover (frozen weights, buffers) comes from main.
 
     Raises:
         IncompleteCheckpointError: files are missing or truncated, or tensors have holes.

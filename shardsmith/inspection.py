@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ class ModelSummary:
     """Alias -> the tensor that it is."""
     from_main: int
     """Tensors that the model does not have itself and takes from main (what an average does not cover)."""
+    averages: list[str] = field(default_factory=list)
+    """Names of the averages, where they have names; the first one is this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +115,7 @@ def _summary(path: Path, name: str) -> ModelSummary:
         dtypes=dtypes,
         tied=source.aliases,
         from_main=len(source.filled),
+        averages=list(source.averages),
     )
     source.close()
     return summary

@@ -4,7 +4,7 @@
     model.layers.0.w                 nested under "model": torch's tutorials, accelerate, older TorchTitan, flame
     app.model.layers.0.w             nested deeper: torch's AppState example
     ema_model.layers.0.w             our average
-    ema.state.layers.0.w.ema_params  TorchTitan's average
+    ema.state.layers.0.w.ema_params  TorchTitan's average; also with the name of one of several: .ema_params.0.999
 
 A name that begins with ``model.`` may be either of the first two, so the names alone don't decide: DCP's index keeps
 the path of every key in the dict that was saved, and that does.
@@ -31,39 +31,55 @@ NOT_A_MODEL = frozenset(
         "rng",
         "ema",
         "ema_model",
+        "ema_optimizer",
         "ema_state",
     ]
 )
 """First path elements of what is saved beside a model."""
 
-_TITAN_EMA = re.compile(r"ema\.state\.(?P<fqn>.+)\.ema_params(\.[^.]+)?")
+_TITAN_EMA = re.compile(r"(ema|ema_optimizer)\.state\.(?P<fqn>.+?)\.ema_params(\.(?P<average>.+))?")
 
 KeyPath = tuple[str | int, ...]
 
 
-def find_models(keys: Iterable[str], paths: Mapping[str, KeyPath]) -> dict[str, dict[str, str]]:
+def find_models(
+    keys: Iterable[str], paths: Mapping[str, KeyPath], average: str | None = None
+) -> dict[str, dict[str, str]]:
     """The models among the tensors of a checkpoint: model name -> FQN -> key. A model without tensors is left out.
 
     Args:
         keys: Keys of tensors, in order.
         paths: Key -> path in the nested dict that was saved; a missing one means the dict was flat.
+        average: Which one, where there are several: one of ``find_averages``. None takes the first.
     """
+    keys = list(keys)
+    chosen = average or next(iter(find_averages(keys)), None)
     models: dict[str, dict[str, str]] = {MAIN: {}, EMA: {}}
     paths_of = {key: paths.get(key, (key,)) for key in keys}
     nested = any(_model_depth(path) is not None for path in paths_of.values())
     for key, path in paths_of.items():
-        if (averaged := _ema_fqn(key)) is not None:
-            models[EMA][averaged] = key
+        if (averaged := _ema_fqn(key, chosen)) is not None:
+            if averaged:
+                models[EMA][averaged] = key
         elif (fqn := _nested_fqn(path) if nested else _flat_fqn(key)) is not None:
             models[MAIN][fqn] = key
     return {name: names for name, names in models.items() if names}
 
 
-def _ema_fqn(key: str) -> str | None:
+def find_averages(keys: Iterable[str]) -> list[str]:
+    """The names of a checkpoint's averages, where they have names; in order."""
+    matches = (_TITAN_EMA.fullmatch(key) for key in keys)
+    return list(dict.fromkeys(match["average"] for match in matches if match and match["average"]))
+
+
+def _ema_fqn(key: str, average: str | None) -> str | None:
+    """What a model calls an averaged tensor; "" if it is one of another average, None if it is none."""
     if key.startswith(layout.EMA_PREFIX):
         return key.removeprefix(layout.EMA_PREFIX)
     match = _TITAN_EMA.fullmatch(key)
-    return match["fqn"] if match else None
+    if match is None:
+        return None
+    return match["fqn"] if match["average"] in (None, average) else ""
 
 
 def _flat_fqn(key: str) -> str | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from shardsmith.dcp import DcpSource
 from shardsmith.errors import CheckpointNotFoundError, UnsupportedFormatError
 from shardsmith.metadata import CheckpointMetadata, read_metadata
-from shardsmith.model_keys import EMA, MAIN, find_models
+from shardsmith.model_keys import EMA, MAIN, find_averages, find_models
 from shardsmith.name_maps import NameMap, Translation
 from shardsmith.rearranged import Link, read_linked
 from shardsmith.tensors import Chunk, TensorSource, TensorSpec
@@ -24,14 +24,22 @@ class ModelSource:
         keys: The model's name of each tensor -> its name in the source.
         filled: Names that the model lacked and that were taken from the main weights.
         aliases: Names left out because they are tied to one that is there: alias -> kept name.
+        averages: Where the checkpoint has several averages, this one and then the others, by name.
     """
 
     def __init__(
-        self, source: TensorSource, keys: Mapping[str, str], *, filled: frozenset[str], aliases: Mapping[str, str]
+        self,
+        source: TensorSource,
+        keys: Mapping[str, str],
+        *,
+        filled: frozenset[str],
+        aliases: Mapping[str, str],
+        averages: tuple[str, ...] = (),
     ) -> None:
         self.keys = dict(keys)
         self.filled = filled
         self.aliases = dict(aliases)
+        self.averages = averages
         self._source = source
         self._specs = {
             name: TensorSpec(name, source.specs[key].shape, source.specs[key].dtype) for name, key in keys.items()
@@ -47,7 +55,7 @@ class ModelSource:
         gone = set(dropped)
         keys = {name: key for name, key in self.keys.items() if name not in gone}
         aliases = {alias: kept for alias, kept in self.aliases.items() if alias not in gone and kept not in gone}
-        return ModelSource(self._source, keys, filled=self.filled - gone, aliases=aliases)
+        return ModelSource(self._source, keys, filled=self.filled - gone, aliases=aliases, averages=self.averages)
 
     @property
     def path(self) -> Path:
@@ -76,6 +84,7 @@ class TranslatedModel:
     Attributes:
         filled, aliases: Those of the model, as ``ModelSource`` has them, in the new names.
         left_out: Tensors of the model that the files have no place for, name -> why.
+        averages: As ``ModelSource`` has them.
     """
 
     def __init__(self, model: ModelSource | TranslatedModel, name_map: NameMap) -> None:
@@ -83,6 +92,7 @@ class TranslatedModel:
         self._model = model
         self._translation = Translation(name_map, model.specs)
         self._specs = self._translation.translate(model.specs)
+        self.averages: tuple[str, ...] = model.averages
         inherited: dict[str, str] = getattr(model, "left_out", {})
         self.left_out: dict[str, str] = {**inherited, **self._translation.left_out}
         self.filled: frozenset[str] = self._translation.names_of(model.filled)
@@ -115,17 +125,23 @@ def open_dcp_model(directory: Path, model: str = MAIN) -> ModelSource:
     """One model of a DCP directory, with our ``metadata.json`` or without.
 
     Args:
-        model: ``"main"`` or ``"ema"``. An average covers trained weights only; the rest comes from main.
+        model: ``"main"`` or ``"ema"``, where there are several averages also ``"ema:NAME"``. An average covers trained
+            weights only; the rest comes from main.
 
     Raises:
         CheckpointNotFoundError: the checkpoint has no such model.
     """
     source = DcpSource(directory)
-    models = find_models(source.specs, source.index.containers)
+    model, _, average = model.partition(":")
+    averages = find_averages(source.specs)
+    if average and average not in averages:
+        found = f"it holds {', '.join(averages)}" if averages else "its average has no name"
+        raise CheckpointNotFoundError(directory, f"has no average {average!r}; {found}")
+    models = find_models(source.specs, source.index.containers, average or None)
     if model not in models:
         found = ", ".join(models) or "no model at all"
         raise CheckpointNotFoundError(directory, f"has no {model!r} weights; it holds {found}")
-    return _choose(source, models, model, _metadata(directory))
+    return _choose(source, models, model, _metadata(directory), average)
 
 
 def models_of(source: DcpSource) -> dict[str, ModelSource]:
@@ -136,7 +152,11 @@ def models_of(source: DcpSource) -> dict[str, ModelSource]:
 
 
 def _choose(
-    source: DcpSource, models: Mapping[str, dict[str, str]], model: str, metadata: CheckpointMetadata | None
+    source: DcpSource,
+    models: Mapping[str, dict[str, str]],
+    model: str,
+    metadata: CheckpointMetadata | None,
+    average: str = "",
 ) -> ModelSource:
     tied = metadata.tied if metadata else {}
     main = models.get(MAIN, {})
@@ -145,7 +165,8 @@ def _choose(
     names = list(dict.fromkeys([*main, *own])) if model == EMA else list(own)
     aliases = {alias: kept for alias, kept in tied.items() if alias in names and kept in names}
     keys = {name: own.get(name) or main[name] for name in names if name not in aliases}
-    return ModelSource(source, keys, filled=filled - aliases.keys(), aliases=aliases)
+    averages = sorted(find_averages(source.specs), key=lambda name: name != average) if model == EMA else ()
+    return ModelSource(source, keys, filled=filled - aliases.keys(), aliases=aliases, averages=tuple(averages))
 
 
 def _metadata(directory: Path) -> CheckpointMetadata | None:

@@ -127,6 +127,7 @@ def _models_table(inspection: Inspection) -> Table:
     for model in inspection.models:
         notes = [f"{alias} = {kept}" for alias, kept in model.tied.items()]
         notes += [f"{model.from_main} tensors from main"] if model.from_main else []
+        notes += [f"average {model.averages[0]}; also {', '.join(model.averages[1:])}"] if model.averages[1:] else []
         table.add_row(
             model.name,
             str(model.tensors),

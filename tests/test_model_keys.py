@@ -10,7 +10,10 @@ from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.checkpoint.stateful import Stateful
 
 from shardsmith.dcp_index import read_index
+from shardsmith.errors import CheckpointNotFoundError
+from shardsmith.formats import open_source
 from shardsmith.model_keys import NOT_A_MODEL, find_models
+from shardsmith.tensors import read_tensor
 from tests.dcp_directories import save
 
 ONE = torch.ones(1)
@@ -62,11 +65,26 @@ def test_the_app_state_of_torchs_tutorial_is_read(tmp_path: Path) -> None:
     assert found == {"main": {"0.weight": "app.model.0.weight", "0.bias": "app.model.0.bias"}}
 
 
-@pytest.mark.parametrize("suffix", ["", ".0", ".default"], ids=["one average", "numbered", "named"])
-def test_the_average_of_torchtitan_is_read(tmp_path: Path, suffix: str) -> None:
-    key = f"ema.state.layers.0.w.ema_params{suffix}"
-    found = saved({"layers.0.w": ONE, key: ONE, "ema.state.layers.0.w.step": ONE}, tmp_path)
+@pytest.mark.parametrize("prefix", ["ema", "ema_optimizer"])
+@pytest.mark.parametrize("suffix", ["", ".0", ".0.999"], ids=["one average", "numbered", "named by its decay"])
+def test_the_average_of_torchtitan_is_read(tmp_path: Path, prefix: str, suffix: str) -> None:
+    key = f"{prefix}.state.layers.0.w.ema_params{suffix}"
+    found = saved({"layers.0.w": ONE, key: ONE, f"{prefix}.state.layers.0.w.step": ONE}, tmp_path)
     assert found == {"main": {"layers.0.w": "layers.0.w"}, "ema": {"layers.0.w": key}}
+
+
+def test_of_several_averages_the_first_is_read_unless_one_is_chosen(tmp_path: Path) -> None:
+    averages = {name: torch.full((2,), float(i)) for i, name in enumerate(["0.999", "0.9999"])}
+    keys = {f"ema.state.w.ema_params.{name}": value for name, value in averages.items()}
+    directory = save({"w": torch.ones(2) * 7, **keys}, tmp_path / "dcp")
+    chosen = {"ema": "0.999", "ema:0.999": "0.999", "ema:0.9999": "0.9999"}
+    for model, name in chosen.items():
+        source = open_source(directory, model)
+        assert source.averages[0] == name
+        assert set(source.averages) == averages.keys()
+        assert torch.equal(read_tensor(source, "w"), averages[name])
+    with pytest.raises(CheckpointNotFoundError, match=r"no average '0\.9'; it holds 0\.999, 0\.9999"):
+        open_source(directory, "ema:0.9")
 
 
 def test_our_average_is_read_beside_a_flat_model(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ def to_hf(
     base_model_path: Path,
     output_dir: Path | None = None,
     models: Literal["main", "ema", "both", "all"] = "all",
+    average: str | None = None,
     dtype: Dtype = "bfloat16",
     dtype_of: tuple[str, ...] = (),
     max_shard_size: str | None = None,
@@ -46,6 +47,7 @@ def to_hf(
         output_dir: The directory to make. It must not exist.
             Default: for out/checkpoint-500 it is out-hf/checkpoint-500, where no trainer looks for its own.
         models: What to write: "both" fails where one is missing, "all" takes what is there.
+        average: Which average, where the checkpoint has several, such as 0.999; "shardsmith inspect" names them.
         dtype: Of all floating-point tensors; "original" keeps what the checkpoint has.
         dtype_of: Exceptions from that, by pattern of the written names, such as '*norm*=float32'. The first that
             matches counts.
@@ -88,6 +90,7 @@ def to_hf(
         allow=allow,
         drop=drop,
         verify=verify,
+        average=average,
         names=choose_names(names, titan_model, titan_flavor),
         rules=tuple(find_rules(rules)),
     )

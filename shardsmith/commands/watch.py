@@ -15,6 +15,7 @@ def watch(
     output_dir: Path,
     base_model_path: Path,
     models: Literal["main", "ema", "both", "all"] = "all",
+    average: str | None = None,
     dtype: Dtype = "bfloat16",
     dtype_of: tuple[str, ...] = (),
     max_shard_size: str | None = None,
@@ -45,6 +46,7 @@ def watch(
         output_dir: Where the exports go. Made if missing; not inside CHECKPOINTS.
         base_model_path: As in to-hf.
         models: As in to-hf.
+        average: As in to-hf.
         dtype: As in to-hf.
         dtype_of: As in to-hf.
         max_shard_size: As in to-hf.
@@ -72,6 +74,7 @@ def watch(
         trust_remote_code=trust_remote_code,
         allow=allow,
         verify=verify,
+        average=average,
         names=choose_names(names, titan_model, titan_flavor),
     )
     what = WatchOptions(export=options, models=models, ema_as=ema_as, every=every, keep_latest=keep_latest)

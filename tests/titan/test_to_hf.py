@@ -7,9 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from shardsmith.cli import main
+from shardsmith.formats import open_source
+from shardsmith.tensors import read_tensor
+from tests.dcp_directories import save
 from tests.titan.jobs import Assets, Job, run_jobs
 
 LLAMA = LlamaConfig(
@@ -21,6 +25,7 @@ LLAMA = LlamaConfig(
     rope_theta=500000.0,
     architectures=["LlamaForCausalLM"],
 )
+KEYS = ["0.999", "0.9999"]
 TITAN = ["--titan_model", "llama3", "--titan_flavor", "debugmodel"]
 
 
@@ -38,6 +43,11 @@ def runs(assets: Assets, tmp_path_factory: pytest.TempPathFactory) -> Path:
         Job(run=root / "hf", options=[*last, "--checkpoint.last_save_in_hf"]),
     )
     return root
+
+
+def read_all(checkpoint: Path) -> dict[str, Tensor]:
+    source = open_source(checkpoint)
+    return {name: read_tensor(source, name) for name in source.specs}
 
 
 @pytest.fixture
@@ -87,3 +97,18 @@ def test_without_the_right_model_nothing_is_written(
     assert main(["to-hf", *places, *options]) == 2
     assert words in capsys.readouterr().err
     assert not output.exists()
+
+
+def test_an_average_that_torchtitan_saved_is_exported(
+    runs: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = read_all(runs / "full" / "checkpoint" / "step-4")
+    averages = {f"ema.state.{n}.ema_params.{key}": value + float(key) for n, value in weights.items() for key in KEYS}
+    checkpoint = save({**weights, **averages}, tmp_path / "step-4")
+    places = ["--checkpoint_dir", str(checkpoint), "--base_model_path", str(base), "--dtype", "original"]
+    for i, options in enumerate([[], ["--average", KEYS[1]]]):
+        output = tmp_path / f"out-{i}"
+        assert main(["to-hf", *places, *TITAN, "--output_dir", str(output), *options]) == 0
+        assert f"of several averages, {KEYS[i]}" in capsys.readouterr().out
+        found = load_file(output / "ema.safetensors")["model.norm.weight"]
+        assert torch.equal(found, weights["norm.weight"] + float(KEYS[i]))
