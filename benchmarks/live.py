@@ -6,16 +6,11 @@ the other rounds.
 
 from __future__ import annotations
 
-import gc
-import itertools
-import json
 import os
 import shutil
-import socket
 import statistics
 import threading
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +18,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.multiprocessing as mp
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -32,12 +26,15 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.tensor import DTensor
 
 from benchmarks.checkpoint import sharded_llama
+from benchmarks.live_training import measure_pauses, measure_steps
 from benchmarks.measure import anonymous_bytes
+from benchmarks.rank_processes import spawn_ranks
 from shardsmith.hooks import HFExport, at
 
 LIMIT = "4 processes that pwrite the same bytes"
 CAST = "cast of the local shard into a buffer that is there"
 OURS = "shardsmith HFExport"
+FILES = 'shardsmith HFExport, write_mode="files"'
 GATHER = "full gather on rank 0 + save_pretrained"
 CONSOLIDATE = "HuggingFaceStorageWriter, consolidated"
 
@@ -45,9 +42,13 @@ CONSOLIDATE = "HuggingFaceStorageWriter, consolidated"
 def compare_live(console: Console, work: Path, parameters: int, ranks: int, runs: int) -> dict[str, Any]:
     """Export live weights with each contender in turn, print the table; the figures."""
     console.print(f"exporting a Llama of about {parameters / 1e6:.0f} M parameters from {ranks} live ranks in {work}")
-    found = _spawn(_bench, ranks, work / "ranks", parameters, runs)
+    found = spawn_ranks(_bench, ranks, work / "ranks", parameters, runs)
     # alone, so that what is measured is the interpreter's lock and not several ranks on a few cores
-    pauses = _spawn(_pauses, 1, work / "alone", parameters // ranks)
+    pauses = spawn_ranks(measure_pauses, 1, work / "alone", parameters // ranks)
+    steps = {
+        f"{count} rank" + "s" * (count > 1): spawn_ranks(measure_steps, count, work / f"steps-{count}", size)
+        for count, size in ((1, parameters // ranks), (ranks, parameters))
+    }
     ours, cast, shard = found[OURS], found[CAST], parameters * 2 / ranks
     table = Table("way", "seconds", "times ours", "training waits", "times ours", "extra memory of a rank")
     for name, figures in found.items():
@@ -65,18 +66,26 @@ def compare_live(console: Console, work: Path, parameters: int, ranks: int, runs
         f"a rank's shard in bfloat16 is {shard / 1e6:.0f} MB; the main thread's pauses while one rank writes: "
         f"p99 {pauses['p99'] * 1e3:.1f} ms, longest {pauses['max'] * 1e3:.1f} ms"
     )
-    return {**found, "pauses": pauses}
+    for name, figures in steps.items():
+        console.print(
+            f"training steps of {name} on {os.cpu_count()} cores, median: {figures['quiet'] * 1e3:.0f} ms, while an "
+            f"export is written {figures['busy'] * 1e3:.0f} ms ({figures['busy'] / figures['quiet']:.2f}x)"
+        )
+    return {**found, "pauses": pauses, "steps": steps}
 
 
 def _bench(rank: int, folder: Path, parameters: int, runs: int) -> dict[str, Any]:
     model = sharded_llama(parameters)
     export = HFExport(folder / "hf", model=model, when=at(10**9))
+    share = f"{sum(parameter.numel() for parameter in model.parameters()) * 2 // dist.get_world_size()}"
+    files = HFExport(folder / "hf", model=model, when=at(10**9), write_mode="files", max_shard_size=share)
     found: dict[str, list[dict[str, float]]] = {}
     for run in range(runs + 1):  # the first is a warm-up: buffers are made then, and memory is read there, too
         contenders: dict[str, Callable[[], float]] = {
             CAST: lambda: _cast(model),
             LIMIT: lambda: _pwrite(model, folder / "limit"),
             OURS: lambda step=run + 1: _ours(export, step),
+            FILES: lambda step=run + 1: _ours(files, step),
             CONSOLIDATE: lambda: _consolidate(model, folder / "consolidated"),
             GATHER: lambda: _gather(model, folder / "gathered"),
         }
@@ -86,6 +95,7 @@ def _bench(rank: int, folder: Path, parameters: int, runs: int) -> dict[str, Any
                 found.setdefault(name, []).append(figures)
             _clean(folder)
     export.close()
+    files.close()
     return {
         name: {
             "seconds": statistics.median(run["seconds"] for run in figures[1:]),
@@ -160,21 +170,6 @@ def _pwrite(model: nn.Module, output: Path) -> float:
     return time.perf_counter() - began
 
 
-def _pauses(rank: int, folder: Path, parameters: int) -> dict[str, float]:  # noqa: ARG001
-    """How long the main thread stands still while an export is written in the background."""
-    export = HFExport(folder / "hf", model=sharded_llama(parameters), when=at(10**9))
-    export.export(1)
-    export.wait()
-    export.export(2)
-    ticks = [time.perf_counter()]
-    while export.in_flight:
-        time.sleep(0.001)
-        ticks.append(time.perf_counter())
-    export.close()
-    pauses = sorted(later - earlier - 0.001 for earlier, later in itertools.pairwise(ticks))
-    return {"p99": pauses[int(len(pauses) * 0.99)], "max": pauses[-1], "ticks": len(pauses)}
-
-
 class _Peak:
     """The most anonymous memory of this process between enter and exit."""
 
@@ -203,30 +198,3 @@ def _clean(folder: Path) -> None:
         for path in (folder / "hf").iterdir():
             shutil.rmtree(path)
     dist.barrier()
-
-
-def _spawn(body: Callable[..., dict[str, Any]], ranks: int, folder: Path, *arguments: Any) -> dict[str, Any]:
-    """Run on ranks of their own; what rank 0 returns."""
-    result = folder.parent / f"{folder.name}-{body.__name__}.json"
-    folder.mkdir(parents=True)
-    with socket.socket() as probe:  # a TCP store, as torchrun has it; a file store would be slower than any export
-        probe.bind(("127.0.0.1", 0))
-        store = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
-    mp.start_processes(_rank, (body, ranks, store, folder, result, arguments), ranks, start_method="spawn")
-    shutil.rmtree(folder)
-    content: dict[str, Any] = json.loads(result.read_text())
-    return content
-
-
-def _rank(
-    rank: int, body: Callable[..., Any], ranks: int, store: str, folder: Path, result: Path, arguments: Any
-) -> None:
-    warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks)
-    found = body(rank, folder, *arguments)
-    if rank == 0:
-        result.write_text(json.dumps(found))
-    dist.barrier()
-    gc.collect()  # what still holds the group would outlive it, and its threads the process
-    dist.destroy_process_group()
