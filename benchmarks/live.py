@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.tensor import DTensor
 
 from benchmarks.checkpoint import sharded_llama
-from benchmarks.live_training import measure_pauses, measure_steps
+from benchmarks.live_training import measure_alone, measure_steps
 from benchmarks.measure import anonymous_bytes
 from benchmarks.rank_processes import spawn_ranks
 from shardsmith.hooks import HFExport, at
@@ -44,11 +44,8 @@ def compare_live(console: Console, work: Path, parameters: int, ranks: int, runs
     console.print(f"exporting a Llama of about {parameters / 1e6:.0f} M parameters from {ranks} live ranks in {work}")
     found = spawn_ranks(_bench, ranks, work / "ranks", parameters, runs)
     # alone, so that what is measured is the interpreter's lock and not several ranks on a few cores
-    pauses = spawn_ranks(measure_pauses, 1, work / "alone", parameters // ranks)
-    steps = {
-        f"{count} rank" + "s" * (count > 1): spawn_ranks(measure_steps, count, work / f"steps-{count}", size)
-        for count, size in ((1, parameters // ranks), (ranks, parameters))
-    }
+    alone = spawn_ranks(measure_alone, 1, work / "alone", parameters // ranks)
+    pauses, steps = alone["pauses"], {"one rank": alone["steps"], f"{ranks} ranks": found.pop("steps")}
     ours, cast, shard = found[OURS], found[CAST], parameters * 2 / ranks
     table = Table("way", "seconds", "times ours", "training waits", "times ours", "extra memory of a rank")
     for name, figures in found.items():
@@ -94,9 +91,10 @@ def _bench(rank: int, folder: Path, parameters: int, runs: int) -> dict[str, Any
             if rank == 0:
                 found.setdefault(name, []).append(figures)
             _clean(folder)
+    steps = measure_steps(export)
     export.close()
     files.close()
-    return {
+    return {"steps": steps} | {
         name: {
             "seconds": statistics.median(run["seconds"] for run in figures[1:]),
             "stall": statistics.median(run["stall"] for run in figures[1:]),
