@@ -7,11 +7,11 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from shardsmith.errors import UnsupportedFormatError
+from shardsmith.errors import CheckpointError, UsageError
 from shardsmith.hf_directory import read_config
 from shardsmith.models import ModelSource, TranslatedModel
-from shardsmith.name_maps import NameMap, find_name_map
-from shardsmith.tensors import TensorSource, TensorSpec
+from shardsmith.name_maps import find_name_map
+from shardsmith.tensors import TensorSpec
 
 _TRANSIENT = re.compile(r"(^|\.)(inv_freq|original_inv_freq|masked_bias|position_ids|cos_cached|sin_cached|freqs_cis)$")
 _WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
@@ -64,38 +64,43 @@ def aligned_source(
 
     Args:
         base: Directory of the model that the template is from, whose config says how its names are made.
-        names: ``"auto"``: experts that are fused into one tensor come apart as transformers has them in files, where
-            the template has them apart. ``"transformers"``: so in any case. ``"identity"``: never. Or a name map that
-            an installed package offers.
+        names: ``"identity"``: as they are. ``"transformers"``: as transformers has them in files, experts one by one.
+            ``"auto"``: so where that brings more of them together. Or a name map that an installed package offers.
 
     Raises:
         CheckpointError, UsageError: a map that was asked for cannot be used.
     """
     found = align(source.specs, template)
-    name_map = _name_map(source, template, found, base, names)
-    if name_map is None:
-        return renamed(source, found), found
-    known = names in ("auto", "transformers")
-    translated = TranslatedModel(renamed(source, found if known else align(source.specs, ())), name_map)
-    return renamed(translated, align(translated.specs, template)), found
+    plain = renamed(source, found)
+    if names == "identity" or (names in ("auto", "transformers") and base is None):
+        return plain, found
+    if names not in ("auto", "transformers"):
+        name_map = find_name_map(names, read_config(base) if base is not None else None)
+        translated = TranslatedModel(renamed(source, align(source.specs, ())), name_map)
+        return renamed(translated, align(translated.specs, template)), found
+    assert base is not None
+    if names == "transformers":
+        return _as_in_files(plain, template, base), found
+    return _better(plain, template, base), found
 
 
-def _name_map(
-    source: ModelSource, template: Mapping[str, TensorSpec], found: Alignment, base: Path | None, names: str
-) -> NameMap | None:
-    """The map that is asked for; None for names as they are."""
-    if names not in ("auto", "identity", "transformers"):
-        return find_name_map(names, read_config(base) if base is not None else None)
-    if names == "identity" or base is None or (names == "auto" and not _fused(source, template, found)):
-        return None
+def _better(plain: ModelSource, template: Mapping[str, TensorSpec], base: Path) -> ModelSource:
+    """The names that transformers gives in files, if there are tensors on both sides that only they bring together."""
+    missing, extra = template.keys() - plain.specs.keys(), plain.specs.keys() - template.keys()
+    if not (missing and extra):
+        return plain
+    try:
+        translated = _as_in_files(plain, template, base)
+    except (CheckpointError, UsageError):
+        return plain
+    return translated if len(template.keys() - translated.specs.keys()) < len(missing) else plain
+
+
+def _as_in_files(plain: ModelSource, template: Mapping[str, TensorSpec], base: Path) -> ModelSource:
     from shardsmith.transformers_names import TransformersNames
 
-    try:
-        return TransformersNames.of_directory(base, template)
-    except UnsupportedFormatError:
-        if names == "transformers":
-            raise
-        return None
+    translated = TranslatedModel(plain, TransformersNames.of_directory(base, template))
+    return renamed(translated, align(translated.specs, template))
 
 
 def renamed(source: ModelSource | TranslatedModel, alignment: Alignment) -> ModelSource:
@@ -110,17 +115,6 @@ def renamed(source: ModelSource | TranslatedModel, alignment: Alignment) -> Mode
 def is_transient(name: str) -> bool:
     """Whether it is called like a buffer that older code made persistent, and that newer code makes from the config."""
     return _TRANSIENT.search(name) is not None
-
-
-def fused_experts(specs: Iterable[TensorSpec]) -> bool:
-    """Whether there are experts that are one tensor."""
-    return any(len(spec.shape) > 2 and "experts" in spec.name for spec in specs)
-
-
-def _fused(source: TensorSource, template: Mapping[str, TensorSpec], found: Alignment) -> bool:
-    """Whether one of the two has fused experts that the other does not have."""
-    unmatched = [source.specs[old] for new, old in found.keys.items() if new not in template]
-    return bool(template) and fused_experts(unmatched)
 
 
 def _prefixes(names: Iterable[str], template: Collection[str]) -> Iterator[tuple[str, str]]:

@@ -74,13 +74,13 @@ class LiveModel:
     @torch.no_grad()
     def plain_logits(self, tokens: Tensor) -> Tensor:
         """[B, T, V] in float32 of whole rows, whatever they were packed from."""
-        logits: Tensor = self.module(input_ids=tokens, use_cache=False).logits
+        logits: Tensor = self._run(input_ids=tokens).logits
         return logits.float()
 
     @torch.no_grad()
     def reported_loss(self, batch: Batch) -> float:
         """What the model's own forward calls the loss, given unshifted labels."""
-        return float(self.module(input_ids=batch.tokens, labels=batch.labels, use_cache=False).loss)
+        return float(self._run(input_ids=batch.tokens, labels=batch.labels).loss)
 
     @torch.no_grad()
     def auxiliary_loss(self, batch: Batch) -> float | None:
@@ -88,7 +88,7 @@ class LiveModel:
         factor = getattr(self.module.config, "router_aux_loss_coef", None)
         if not factor:
             return None
-        found = self.module(input_ids=batch.tokens, output_router_logits=True, use_cache=False).aux_loss
+        found = self._run(input_ids=batch.tokens, output_router_logits=True).aux_loss
         return None if found is None else float(factor) * float(found)
 
     def buffers(self) -> dict[str, Tensor]:
@@ -105,6 +105,13 @@ class LiveModel:
             yield
         finally:
             self._fill(before)
+
+    def _run(self, **arguments: Any) -> Any:
+        """The model's own forward. Raises UnsupportedFormatError if that raises anything."""
+        try:
+            return self.module(use_cache=False, **arguments)
+        except Exception as error:
+            raise _unusable(Path(type(self.module).__name__), error) from error
 
     @torch.no_grad()
     def _fill(self, values: Mapping[str, Tensor]) -> None:

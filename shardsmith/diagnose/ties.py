@@ -15,6 +15,7 @@ _EMBEDDINGS = (
     "embed_in.weight",
     "word_embeddings.weight",
     "tok_embeddings.weight",
+    ".embeddings.weight",
 )
 
 
