@@ -82,6 +82,10 @@ def _print_contents(console: Console, plan: ExportPlan) -> None:
             console.print(f"{model.model}: {alias} is tied to {kept}, which alone is in the file")
         if model.filled:
             console.print(f"{model.model}: {len(model.filled)} tensors that are not averaged are from main")
+        averages = plan.sources[model.model].averages
+        if len(averages) > 1:
+            others = ", ".join(averages[1:])
+            console.print(f"{model.model}: of several averages, {averages[0]}; --average takes another: {others}")
         left_out = getattr(plan.sources[model.model], "left_out", {})
         for name, reason in left_out.items():
             console.print(f"{model.model}: {name} is left out: {reason}")
