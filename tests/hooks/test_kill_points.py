@@ -1,24 +1,13 @@
-"""A rank is killed at every point at which it touches the disk; the next run goes on as if nothing had happened.
-
-A server process imports torch once and forks the ranks, so that a run takes a fraction of a second. In the rank that
-is to die, an audit hook and a wrapper of ``os.fsync`` count everything that touches the run directory.
-"""
+"""A rank is killed at every point at which it touches the disk; the next run goes on as if nothing had happened."""
 
 from __future__ import annotations
 
-import functools
-import multiprocessing
-import os
 import random
 import re
 import resource
 import shutil
 import signal
-import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from datetime import timedelta
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Literal
 
@@ -35,38 +24,25 @@ from shardsmith.hooks import EMA, Hooks, ShardedSave, every, latest
 from shardsmith.layout import is_leftover, parse_step
 from shardsmith.metadata import read_metadata
 from shardsmith.tensors import read_tensor
+from tests.hooks.killed_runs import RANKS, KilledRun, Server
 
 pytestmark = pytest.mark.long
 
 Mode = Literal["async", "disabled"]
-RANKS = 2
-WATCHED = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class Run(KilledRun):
     """One run of all ranks, from the last checkpoint if there is one, that saves every step and keeps the last."""
 
-    directory: Path
-    """The run directory; files that belong to the test are beside it."""
     steps: int
     mode: Mode
-    victim: int | None = None
-    """The rank that writes down what it does to the disk."""
-    point: int | None = None
-    """It dies before it does this one of these things, counted from 0."""
     file_limit: int | None = None
-    """It dies when it makes a file longer than this."""
+    """The victim dies when it makes a file longer than this."""
     width: int = 8
-    spare_others: bool = False
-    """Let the other ranks find out by themselves; otherwise they are killed too, as a launcher does."""
 
-    def beside(self, name: str) -> Path:
-        return self.directory.with_name(f"{self.directory.name}.{name}")
-
-    def events(self) -> list[str]:
-        """What the victim was about to do, the last of which it did not do if it was killed."""
-        return self.beside("events").read_text().splitlines()
+    def train(self) -> None:
+        train(self)
 
 
 def train(run: Run) -> None:
@@ -101,116 +77,6 @@ def train(run: Run) -> None:
         step += 1
         hooks.step(step)
     hooks.close()
-
-
-def die_at(run: Run) -> None:
-    """From now on write down everything that this process does to the run directory, and die at the chosen point."""
-    root = str(run.directory)
-    log = os.open(run.beside("events"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    count = 0
-
-    def reached(what: str, path: str, goal: str = "") -> None:
-        nonlocal count
-        if path != root and not path.startswith(f"{root}/"):
-            return
-        os.write(log, f"{what} {path.removeprefix(root)} {goal.removeprefix(root)}\n".encode())
-        if count == run.point:
-            os.kill(os.getpid(), signal.SIGKILL)
-        count += 1
-
-    def audit(event: str, args: tuple[object, ...]) -> None:
-        if event not in WATCHED or isinstance(args[0], int):
-            return
-        path = os.fsdecode(os.fspath(args[0]))  # type: ignore[call-overload]
-        folder = args[-1] if event != "open" and isinstance(args[-1], int) else -1
-        if folder >= 0:
-            path = f"{os.readlink(f'/proc/self/fd/{folder}')}/{path}"
-        reached(event, path, str(args[1]) if event == "os.rename" else "")
-
-    fsync = os.fsync
-
-    @functools.wraps(fsync)
-    def watched_fsync(descriptor: int) -> None:
-        reached("fsync", os.readlink(f"/proc/self/fd/{descriptor}"))
-        fsync(descriptor)
-
-    os.fsync = watched_fsync
-    sys.addaudithook(audit)
-
-
-def run_rank(rank: int, run: Run) -> None:
-    """The life of one rank; it never returns."""
-    log = os.open(run.beside(f"rank-{rank}.log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    signal.alarm(60)  # whatever happens, no rank outlives the test
-    status = 1
-    try:
-        torch.set_num_threads(1)
-        store = f"file://{run.beside('store')}"
-        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS, timeout=timedelta(seconds=30))
-        if rank == run.victim:
-            die_at(run)
-        train(run)
-        dist.destroy_process_group()
-        status = 0
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-    finally:
-        sys.stderr.flush()
-        os._exit(status)
-
-
-def run_ranks(run: Run) -> list[int]:
-    """Fork the ranks and wait for all of them; how each ended: its exit status, or minus the signal."""
-    run.beside("store").unlink(missing_ok=True)
-    ranks = {}
-    for rank in range(RANKS):
-        pid = os.fork()
-        if pid == 0:
-            run_rank(rank, run)
-        ranks[pid] = rank
-    ends: dict[int, int] = {}
-    while len(ends) < RANKS:
-        pid, status = os.wait()
-        ends[ranks[pid]] = os.waitstatus_to_exitcode(status)
-        if status and not run.spare_others:
-            for other, rank in ranks.items():
-                if rank not in ends:
-                    os.kill(other, signal.SIGKILL)
-    return [ends[rank] for rank in range(RANKS)]
-
-
-def serve(connection: Connection) -> None:
-    """Do runs until told to stop."""
-    import torch._dynamo  # the first fully_shard and the first optimizer want it, which would take each rank a second
-    import torch.profiler  # noqa: F401
-
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    while (run := connection.recv()) is not None:
-        connection.send(run_ranks(run))
-
-
-class Server:
-    """Starts runs in a process that has threads of neither Gloo nor pytest."""
-
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-
-    def run(self, run: Run) -> list[int]:
-        self._connection.send(run)
-        return self._connection.recv()  # type: ignore[no-any-return]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=serve, args=(theirs,))
-    process.start()
-    yield Server(ours)
-    ours.send(None)
-    process.join()
 
 
 def digests(checkpoint: Path) -> dict[str, str]:
