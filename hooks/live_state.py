@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import shutil
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,6 +37,8 @@ from shardsmith.transformers_names import TransformersNames
 from .adapters import View
 from .ema import EMA
 from .recognition import Recognition, own_tensors
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,6 +274,9 @@ class LiveState:
         shapes = {name: spec.shape for name, spec in specs.items()}
         if self._translated is None or self._translated[0] != shapes:
             self._translated = shapes, Translation(self._name_map, specs)
+            if left_out := self._translated[1].left_out:
+                name, reason = next(iter(left_out.items()))
+                log.warning("%s tensors are in no export, %s for one: %s", len(left_out), name, reason)
         return self._translated[1]
 
     def _find_name_map(self) -> NameMap | None:

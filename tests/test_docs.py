@@ -6,9 +6,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from shardsmith.diagnose.codes import CODES
 from shardsmith.digest import digest_tensor
@@ -19,18 +20,42 @@ from tests.planted_faults import PLANTED
 DOCS = Path(__file__).parent.parent / "docs"
 
 
-def test_the_name_map_of_the_documents_takes_a_tensor_apart(tmp_path: Path) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", (DOCS / "extending.md").read_text(), re.DOTALL)
+@pytest.fixture(scope="module")
+def documented() -> dict[str, Any]:
+    """What the examples on name maps define."""
     names: dict[str, Any] = {}
-    exec(code, names)
-    model = nn.ModuleDict({"qkv": nn.Linear(4, 9, bias=False), "out": nn.Linear(3, 4)})
-    export = HFExport(tmp_path, model=model, when=every(1), dtype="float32", names=names["ApartInFiles"]())
+    for code in re.findall(r"```python\n(.*?)```", (DOCS / "extending.md").read_text(), re.DOTALL):
+        if "targets(self, specs)" in code:
+            exec(code, names)
+    return names
+
+
+def exported(model: nn.Module, names: Any, directory: Path) -> dict[str, Tensor]:
+    export = HFExport(directory, model=model, when=every(1), dtype="float32", names=names)
     export.export(1)
     export.close()
-    found = load_file(tmp_path / "step-1" / "model.safetensors")
+    return load_file(directory / "step-1" / "model.safetensors")
+
+
+def test_the_name_map_of_the_documents_takes_a_tensor_apart(documented: dict[str, Any], tmp_path: Path) -> None:
+    model = nn.ModuleDict({"qkv": nn.Linear(4, 9, bias=False), "out": nn.Linear(3, 4)})
+    found = exported(model, documented["ApartInFiles"](), tmp_path)
     assert sorted(found) == ["k_proj.weight", "out.bias", "out.weight", "q_proj.weight", "v_proj.weight"]
     joined = torch.cat([found[f"{part}_proj.weight"] for part in "qkv"])
     assert torch.equal(joined, model["qkv"].weight)
+
+
+def test_the_name_map_of_the_documents_brings_values_into_another_order(
+    documented: dict[str, Any], tmp_path: Path
+) -> None:
+    model = nn.ModuleDict({"patch_embedding": nn.Conv2d(3, 8, 4), "q_proj": nn.Linear(6, 16, bias=False)})
+    found = exported(model, documented["AnotherOrder"](heads=2), tmp_path)
+    patches = torch.randn(5, 3, 4, 4)
+    as_linear = patches.permute(0, 2, 3, 1).reshape(5, -1) @ found["patch_embedding.weight"].T
+    expected = model["patch_embedding"](patches).view(5, 8) - model["patch_embedding"].bias
+    assert torch.allclose(as_linear, expected, atol=1e-5)
+    halves = found["q_proj.weight"].view(2, 2, 4, 6)
+    assert torch.equal(torch.stack([halves[:, 0], halves[:, 1]], dim=2).reshape(16, 6), model["q_proj"].weight)
 
 
 def test_the_digest_of_the_documents_is_the_digest() -> None:
