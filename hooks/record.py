@@ -81,13 +81,18 @@ class Recorder(Hook):
         self._running.append((step, self._writer.submit(self._record, step, path, end, facts, mesh)))
 
     def on_step_end(self, step: int) -> None:  # noqa: ARG002
-        """Report recordings that have ended; raise what failed in them. All ranks; no communication."""
-        self._report(wait=False)
+        """Report recordings that have ended; raise what failed in them.
+
+        All ranks; while any is under way it communicates through the store: a rank that raised a step before the others
+        would leave them waiting in the training's collectives.
+        """
+        if self._running:
+            self._report(self._ranks.lead("looking for what was recorded", self._count_ended))
 
     def close(self) -> None:
         """Wait for the recordings under way; raise what failed in them."""
         try:
-            self._report(wait=True)
+            self._report(len(self._running))
         finally:
             self._writer.shutdown()
 
@@ -124,8 +129,14 @@ class Recorder(Hook):
         steps = (parse_step(path.name) for path in self.directory.iterdir() if path.is_dir())
         return sorted(step for step in steps if step is not None)
 
-    def _report(self, *, wait: bool) -> None:
-        while self._running and (wait or self._running[0][1].done()):
+    def _count_ended(self) -> int:
+        """How many of the oldest recordings under way have ended on this rank."""
+        running = [recording.done() for _, recording in self._running]
+        return running.index(False) if False in running else len(running)
+
+    def _report(self, count: int) -> None:
+        """Wait until this many have ended, and announce them; raise what failed in the first that did."""
+        for _ in range(count):
             step, recording = self._running.popleft()
             path = recording.result()
             if self.announce_saved:

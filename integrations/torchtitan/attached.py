@@ -13,9 +13,11 @@ from shardsmith.errors import UsageError
 from shardsmith.hooks import EMA, HFExport, Hooks, every, last, latest
 from shardsmith.hooks.record import Recorder
 from shardsmith.hooks.schedule import Schedule
+from shardsmith.names import clean_fqn
 
 from .assets import find_base_model
 from .average import average_states
+from .names import TorchTitanNames
 from .options import CheckpointHooks
 
 
@@ -116,7 +118,7 @@ class Attached:
                 max_shard_size=options.export_max_shard_size,
                 keep=latest(options.export_keep) if options.export_keep else None,
                 base_model=find_base_model(options, sd_adapter),
-                names=_names(sd_adapter),
+                names=_names(sd_adapter, model),
                 when_busy=options.export_when_busy,
                 on_error=options.export_on_error,
                 timeout_secs=options.timeout_secs,
@@ -150,6 +152,8 @@ def _export_folder(options: CheckpointHooks, dump_folder: Path, folder: Path) ->
     return path
 
 
-def _names(sd_adapter: Any) -> Any:
+def _names(sd_adapter: Any, model: nn.Module) -> str | TorchTitanNames:
     """How the weights are called in files: through TorchTitan's adapter, where the model has one."""
-    return "auto" if sd_adapter is None else "identity"
+    if sd_adapter is None:
+        return "auto"
+    return TorchTitanNames(sd_adapter, [clean_fqn(name, model) for name, _ in model.named_buffers()])

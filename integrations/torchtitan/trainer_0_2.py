@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torchtitan.config import ConfigManager
 from shardsmith.errors import UsageError
 
 from .manager import HookedManager
-from .options import CheckpointHooks
+from .options import CheckpointHooks, parse
 
 CONFIG_MODULE = f"{__package__}.job_config"
 
@@ -49,24 +49,30 @@ class HookedTrainer(torchtitan.train.Trainer):
 
 def train(arguments: Sequence[str]) -> None:
     """What ``torchtitan.train`` does with a command line. The table needs no ``job.custom_config_module`` here."""
-    if not _names_config_module(arguments):
+    toml = _read_toml(arguments)
+    parse(toml.get("checkpoint_hooks", {}))  # TorchTitan would not say what there is
+    if not _names_config_module(arguments, toml):
         arguments = [*arguments, f"{_CUSTOM[0]}={CONFIG_MODULE}"]
     # it took the command line when it was imported
     ConfigManager.parse_args.__defaults__ = (list(arguments),)
     torchtitan.train.main(HookedTrainer)
 
 
-def _names_config_module(arguments: Sequence[str]) -> bool:
-    """Whether the command line or the TOML that it names chooses a config module already."""
-    if _value_of(_CUSTOM, arguments) is not None:
-        return True
+def _read_toml(arguments: Sequence[str]) -> dict[str, Any]:
+    """The content of the TOML file that the command line names; empty without one. TorchTitan complains of it."""
     file = _value_of(_CONFIG_FILE, arguments)
     if file is None or not Path(file).is_file():
-        return False
+        return {}
     with Path(file).open("rb") as toml:
-        content = tomllib.load(toml)
+        return tomllib.load(toml)
+
+
+def _names_config_module(arguments: Sequence[str], toml: Mapping[str, Any]) -> bool:
+    """Whether the command line or the TOML chooses a config module already."""
     return bool(
-        content.get("job", {}).get("custom_config_module") or content.get("experimental", {}).get("custom_args_module")
+        _value_of(_CUSTOM, arguments)
+        or toml.get("job", {}).get("custom_config_module")
+        or toml.get("experimental", {}).get("custom_args_module")
     )
 
 

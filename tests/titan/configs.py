@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import torchtitan.models.llama3.config_registry as llama3
+import torchtitan.models.qwen3 as qwen3_models
+import torchtitan.models.qwen3.config_registry as qwen3
 from torchtitan.components.optimizer import default_adamw
 from torchtitan.models.common.attention import FlexAttention, ScaledDotProductAttention
 from torchtitan.trainer import Trainer
+
+from shardsmith.integrations.torchtitan import checkpoint_hooks
+from tests.titan import small_models
 
 
 def llama3_debugmodel() -> Trainer.Config:
@@ -17,6 +22,24 @@ def llama3_still() -> Trainer.Config:
     config = llama3_debugmodel()
     config.optimizer = default_adamw(lr=0.0)
     return config
+
+
+def llama3_debugmodel_with_hooks() -> Trainer.Config:
+    config = llama3_debugmodel()
+    config.checkpoint = checkpoint_hooks(config.checkpoint, metadata=True)
+    return config
+
+
+def qwen3_small() -> Trainer.Config:
+    config = qwen3.qwen3_debugmodel()
+    config.model_spec = qwen3_models.model_registry(small_models.DENSE)
+    return _on_cpu(config)
+
+
+def qwen3_small_moe() -> Trainer.Config:
+    config = qwen3.qwen3_moe_debug()
+    config.model_spec = qwen3_models.model_registry(small_models.MOE)
+    return _on_cpu(config)
 
 
 def _on_cpu(config: Trainer.Config) -> Trainer.Config:

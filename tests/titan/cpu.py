@@ -58,4 +58,15 @@ def _sum_gradients(original: Any) -> Any:
     return initialize
 
 
+def _histogram(original: Any) -> Any:
+    """On a CPU there is none of whole numbers, in which a router counts the tokens of its experts."""
+
+    @functools.wraps(original)
+    def histc(values: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return original(values.float(), *args, **kwargs).to(values.dtype)
+
+    return histc
+
+
+torch.histc = _histogram(torch.histc)
 FSDPParamGroup.__init__ = _sum_gradients(FSDPParamGroup.__init__)  # type: ignore[method-assign]

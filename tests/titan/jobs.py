@@ -19,6 +19,7 @@ from typing import Any
 import torch.distributed as dist
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.distributed.checkpoint.api import CheckpointException
+from transformers import GenerationConfig, LlamaConfig
 
 from tests.ranks import run_on_ranks
 from tests.titan.cpu import IS_0_3, train, trainer
@@ -27,9 +28,30 @@ WORDS = 2000
 OVERRIDE = "shardsmith.integrations.torchtitan.checkpoint_hooks"
 PRELOADED = [
     "tests.titan.jobs",
+    "tests.titan.small_models",
     "shardsmith.integrations.torchtitan.manager",
     *(["tests.titan.configs", "shardsmith.integrations.torchtitan.manager_0_3"] if IS_0_3 else []),
 ]
+
+LLAMA = LlamaConfig(
+    vocab_size=2048,
+    hidden_size=256,
+    intermediate_size=768,
+    num_hidden_layers=6,
+    num_attention_heads=16,
+    rms_norm_eps=1e-5,
+    rope_parameters={
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+    max_position_embeddings=131072,
+    tie_word_embeddings=False,
+    architectures=["LlamaForCausalLM"],
+)
 
 _STEPS = ["--training.steps=4", "--training.seq_len=32", "--training.local_batch_size=2", "--metrics.log_freq=1"]
 _MODEL = (
@@ -50,6 +72,8 @@ class Job:
     """More of the command line; the last word wins."""
     hooks: Mapping[str, Any] | None = None
     """Options of ours; None: nothing of ours is there at all."""
+    within: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    """What the job runs within, on each rank."""
     observe: Callable[[Any, Path], None] | None = None
     """Called on each rank with the trainer and ``run`` when the training has ended, before anything is closed."""
 
@@ -67,13 +91,15 @@ class Assets:
         object.__setattr__(self, "data", self.root / "data")
 
     def make(self) -> Assets:
-        """A tokenizer and a data set of JSON lines."""
+        """A data set of JSON lines, a tokenizer, and the configs of the model, as TorchTitan's debugmodel is made."""
         vocabulary = {f"w{i}": i for i in range(WORDS)} | {"<eos>": WORDS}
         tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
         tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
         self.hf.mkdir(parents=True)
         tokenizer.save(str(self.hf / "tokenizer.json"))
         (self.hf / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<eos>"}))
+        LLAMA.save_pretrained(self.hf)
+        GenerationConfig(max_new_tokens=7).save_pretrained(self.hf)
         self.data.mkdir()
         texts = (" ".join(f"w{(i * 31 + j * j * 7) % WORDS}" for j in range(80)) for i in range(64))
         (self.data / "data.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -111,7 +137,7 @@ def _run_jobs(assets: Assets, jobs: Sequence[Job]) -> None:
     os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=size)
     for job in jobs:
         job.run.mkdir(parents=True, exist_ok=True)
-        with _logging_to(job.run / f"log-{rank}.txt"):
+        with _logging_to(job.run / f"log-{rank}.txt"), job.within():
             try:
                 _run_job(assets, job)
             except (Exception, CheckpointException) as error:
