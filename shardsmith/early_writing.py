@@ -32,6 +32,8 @@ from shardsmith.shard_files import PlannedChunk, Stream, Written, plan_chunks, w
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 """In files; in memory, transformers fuses them, so the names alone tell that this is no case for us."""
 _REPORT_BYTES = 64 << 20
+_MOST_WASTE = 1 << 20
+"""Bytes that may be in the shards and not in the index: old versions of transformers saved some buffers, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,9 @@ class EarlyWriting:
             CheckpointError, WriteError: what failed in the child.
         """
         done = next((i for i, chunk in enumerate(chunks) if not self._has(streams[chunk.key])), len(chunks))
-        if not done or any(self._has(streams[chunk.key]) for chunk in chunks[done:]):
+        used = {streams[chunk.key].name for chunk in chunks[:done]}
+        wasted = sum(chunk.nbytes for chunk in self._chunks if chunk.key not in used)
+        if not done or wasted > _MOST_WASTE or any(self._has(streams[chunk.key]) for chunk in chunks[done:]):
             self.stop()
             for file in self.attempt.directory.iterdir():
                 file.unlink()

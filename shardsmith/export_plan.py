@@ -259,7 +259,10 @@ def compare_with_base(
     lines = _differences(plan, template, allow) if template else []
     if lines:
         summary = f"{len(lines)} tensors are not as in the base model"
-        advice = "Nothing was written. If a difference is meant, allow it by name: --allow 'PATTERN'."
+        advice = (
+            "Nothing was written. If a difference is meant, allow it by name: --allow 'PATTERN'. To leave tensors "
+            "of the checkpoint out: --drop 'PATTERN'."
+        )
         raise MismatchError(path, summary, lines, advice)
 
 

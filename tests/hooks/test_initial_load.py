@@ -2,18 +2,27 @@ from __future__ import annotations
 
 import copy
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from shardsmith.cli import main
-from shardsmith.errors import InitialLoadError, UsageError
+from shardsmith.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    IncompleteCheckpointError,
+    InitialLoadError,
+    UsageError,
+)
 from shardsmith.hooks import EMA, Hooks, InitialLoad, ShardedSave, at
 from shardsmith.initial import load_initial, poison_weights, prove_loaded
+from tests.dcp_directories import save
 from tests.hooks.initial_models import (
     SHARDINGS,
     local,
@@ -62,6 +71,76 @@ def test_a_cast_is_proved_and_reported(sources: Path) -> None:
     assert report.digests == "recorded, and read where it was cast"
     truth = torch.load(sources / "llama" / "truth.pt")
     assert torch.equal(model.lm_head.weight, truth["lm_head.weight"].bfloat16())
+
+
+@pytest.mark.parametrize("source", ["bf16", "bf16-dcp"])
+def test_a_narrow_source_into_a_wide_model_is_a_cast_too(source: str, tmp_path: Path) -> None:
+    narrow = made("llama", dtype=torch.bfloat16)
+    narrow.save_pretrained(tmp_path / "bf16")
+    assert (
+        main(["to-dcp", "--model", str(tmp_path / "bf16"), "--checkpoint", str(tmp_path / "bf16-dcp"), "--quiet"]) == 0
+    )
+    model = started("llama", "none")
+    report = load_initial(tmp_path / source, model=model)
+    assert "bfloat16 -> float32" in report.cast
+    assert all(torch.equal(value, narrow.state_dict()[name].float()) for name, value in model.state_dict().items())
+
+
+def test_a_torch_file_is_a_source_like_any_other(tmp_path: Path) -> None:
+    state = made("llama").state_dict()
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    report = load_initial(tmp_path, model=started("llama", "none"))
+    assert (report.source_format, report.tensors) == ("torch", len(state))
+
+
+def run_stages(path: Path) -> None:
+    """Each rank has one stage of a pipeline, with names of its own."""
+    rank = dist.get_rank()
+    stage = nn.ModuleDict({f"stage{rank}": nn.Linear(3, 3)})
+    report = load_initial(path, model=stage)
+    assert report.tensors == 4
+    with torch.no_grad():
+        stage[f"stage{rank}"].weight.add_(rank)
+    with pytest.raises(InitialLoadError, match=r"stage1\.weight: other values"):
+        prove_loaded(stage, path)
+
+
+def test_stages_of_a_pipeline_are_one_model(tmp_path: Path) -> None:
+    save(nn.ModuleDict({f"stage{i}": nn.Linear(3, 3) for i in range(2)}).state_dict(), tmp_path / "dcp")
+    run_on_ranks(run_stages, 2, tmp_path, tmp_path / "dcp")
+
+
+def cut_the_shards(path: Path) -> None:
+    for shard in path.glob("*.distcp"):
+        shard.write_bytes(shard.read_bytes()[:100])
+
+
+def change_a_byte(path: Path) -> None:
+    (shard,) = path.glob("*.distcp")
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+
+
+def plant_code(path: Path) -> None:
+    (path / ".metadata").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+
+
+DAMAGED = {
+    "cut": (cut_the_shards, IncompleteCheckpointError),
+    "a bit flipped": (change_a_byte, InitialLoadError),
+    "code in the index": (plant_code, CheckpointError),
+    "no such place": (shutil.rmtree, CheckpointNotFoundError),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_damaged_or_hostile_checkpoint_is_a_typed_error(case: str, sources: Path, tmp_path: Path) -> None:
+    damage, kind = DAMAGED[case]
+    path = shutil.copytree(sources / "olmo2" / "converted", tmp_path / "copy")
+    damage(path)
+    with pytest.raises(kind):
+        load_initial(path, model=started("olmo2", "none"))
 
 
 def zero_rotary(model: nn.Module) -> None:
@@ -242,8 +321,6 @@ class WithHead(nn.Module):
 def test_what_is_allowed_to_miss_keeps_its_values_and_is_reported(tmp_path: Path) -> None:
     model, source = WithHead(), nn.ModuleDict({"body": nn.Linear(3, 3), "other": nn.Linear(2, 2)})
     torch.save(source.state_dict(), tmp_path / "x")
-    from tests.dcp_directories import save
-
     save(source.state_dict(), tmp_path / "dcp")
     head = model.head.weight.detach().clone()
     with pytest.raises(InitialLoadError):
@@ -255,8 +332,6 @@ def test_what_is_allowed_to_miss_keeps_its_values_and_is_reported(tmp_path: Path
 
 
 def test_parts_of_a_model_are_loaded_together(tmp_path: Path) -> None:
-    from tests.dcp_directories import save
-
     body, head = nn.ModuleDict({"body": nn.Linear(3, 3)}), nn.ModuleDict({"ln": nn.LayerNorm(3)})
     state = {name: torch.randn_like(value) for part in (body, head) for name, value in part.state_dict().items()}
     save(dict(state), tmp_path / "dcp")
