@@ -112,7 +112,7 @@ def prove_values(
     found: dict[str, Any] = ranks.agree(
         "digesting the model",
         lambda: {
-            "digests": {name: _digested(live, name) for name in dtypes if name in live.specs},
+            "digests": _digested(live, dtypes),
             "read": _read_digests(source, set(unknown.values()), ranks),
             "tied": [alias for alias, kept in source.ties.items() if live.is_tied(alias, kept)],
             "buffers": [[fault.code, fault.name, fault.problem] for fault in reference.compare(live)],
@@ -178,9 +178,12 @@ def _added(parts: list[dict[str, str]]) -> dict[str, Digest]:
     return {name: sum((Digest.parse(part[name]) for part in parts), Digest()) for name in parts[0]}
 
 
-def _digested(live: LiveWeights, name: str) -> list[list[Any]]:
-    """This rank's boxes of a tensor, as JSON: where they are, and the share in the digest."""
-    return [[[*box.offsets, *box.sizes], str(share)] for box, share in live.digest(name)]
+def _digested(live: LiveWeights, names: Iterable[str]) -> dict[str, list[list[Any]]]:
+    """This rank's boxes of each tensor, as JSON: where they are, and the share in the digest."""
+    return {
+        name: [[[*box.offsets, *box.sizes], str(share)] for box, share in boxes]
+        for name, boxes in live.digests(names).items()
+    }
 
 
 def _wrong(parts: list[dict[str, list[list[Any]]]], expected: Mapping[str, Digest]) -> dict[str, str]:

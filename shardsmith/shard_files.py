@@ -24,6 +24,7 @@ from shardsmith.block_copy import one_thread_per_operator
 from shardsmith.commit import writing
 from shardsmith.description import Measured
 from shardsmith.digest import Digest, digest_run
+from shardsmith.joint_plan import threads_per_process
 from shardsmith.memory import memory_of
 from shardsmith.metadata import FileRecord
 from shardsmith.tensors import Chunk, TensorSource, TensorSpec, read_into, row_major_blocks
@@ -119,7 +120,8 @@ def write_shard_files(
         CheckpointError, WriteError: from reading or writing. No thread is left running.
     """
     nbytes = sum(chunks[i].nbytes for i in mine)
-    threads = max(1, min(_MOST_THREADS, os.cpu_count() or 1, nbytes // _LEAST_FILE_BYTES))
+    most = threads_per_process() or os.cpu_count() or 1
+    threads = max(1, min(_MOST_THREADS, most, nbytes // _LEAST_FILE_BYTES))
     job = _Job(streams, chunks, directory, progress)
     shares = [part for part in divide(chunks, mine, threads) if part]
     with one_thread_per_operator(), ThreadPoolExecutor(threads, "shardsmith-shards") as pool:
