@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import re
 import resource
 import shutil
+import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +209,51 @@ def run_unfit_base(directory: Path) -> None:
     assert "failed on 1 of 2 ranks\n  rank 1: CheckpointNotFoundError: " in text
     run = Run(directory / "hf", base_model=directory / "good")
     run.goes_on(1)
+    run.export.close()
+
+
+class Filler:
+    """A processor that takes up space when it is saved."""
+
+    nbytes = 0
+
+    def save_pretrained(self, directory: Path) -> None:
+        (directory / "filler").write_bytes(b"x" * self.nbytes)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 20 MB; where none may be mounted, a directory on a disk that is never full."""
+    command = ["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(tmp_path)]
+    is_mounted = shutil.which("mount") is not None and subprocess.run(command, check=False).returncode == 0
+    yield tmp_path
+    if is_mounted:
+        subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
+
+
+def test_a_full_disk_is_an_error_of_all_ranks_and_the_next_export_works(
+    small_disk: Path, tmp_path_factory: Any
+) -> None:
+    run_on_ranks(run_full_disk, 2, tmp_path_factory.mktemp("store"), small_disk / "hf")
+
+
+def run_full_disk(directory: Path) -> None:
+    logging.disable()
+    filler = Filler()
+    run = Run(directory, processor=filler)
+    free = shutil.disk_usage(directory).free
+    if free > 20 * MiB:  # it cannot be filled: each file may only be so long
+        limit(resource.RLIMIT_FSIZE, 12 * MiB)
+    filler.nbytes = 13 * MiB  # there is room for the weights, which are 8
+    run.export.on_step_end(1)
+    text = caught(run.export.wait)
+    assert "committing step-1 failed on 1 of 2 ranks\n  rank 0: WriteError: " in text
+    assert re.search(r"No space left on device \(0\.\d+ GB free|File too large", text)
+    filler.nbytes = 0
+    run.goes_on(1)
+    run.export.on_step_end(2)
+    if free <= 20 * MiB:
+        assert "making room for" in caught(lambda: [run.export.on_step_end(3), run.export.wait()])
     run.export.close()
 
 
