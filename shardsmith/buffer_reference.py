@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from shardsmith.blueprint import Blueprint, describe, transformers_parts, twin_of, without_weights
 from shardsmith.errors import UsageError
-from shardsmith.hf_directory import CONFIG_FILE, read_config
 from shardsmith.initial_record import InitialRecord
+from shardsmith.live_config import LIVE_CONFIG, source_config
 from shardsmith.live_weights import LiveWeights
 from shardsmith.load_faults import LoadFault
 from shardsmith.local_boxes import local_boxes
@@ -95,7 +95,8 @@ def find_reference(
     origin = "a model made anew"
     for part in live.parts:
         for prefix, module in transformers_parts(part).items():
-            wanted, origin = _config_of(module, path, record, config) if not prefix else (None, origin)
+            wanted, words = source_config(module, path, record, config) if not prefix else (None, LIVE_CONFIG)
+            origin = f"a model made anew from {words}"
             blueprint = _twin(module, wanted, origin)
             dot = f"{prefix}." if prefix else ""
             buffers |= {dot + name: values for name, values in blueprint.transient.items()}
@@ -113,22 +114,6 @@ def _of_fresh(fresh: Fresh) -> BufferReference:
     with without_weights():
         blueprint = describe(fresh())
     return BufferReference(blueprint.transient, "a model made by fresh()", blueprint.tied)
-
-
-def _config_of(module: Any, path: Path, record: InitialRecord | None, given: Any) -> tuple[Any, str]:
-    """A config for a twin of this transformers model, and what to call the twin. None for the config that it has."""
-    kind = type(module.config)
-    if given is None and record is not None and record.config is not None:
-        return kind.from_dict(dict(record.config)), "a model made anew from the checkpoint's recorded config"
-    if given is None and (path / CONFIG_FILE).is_file():
-        given, origin = path, f"a model made anew from {path.name}/{CONFIG_FILE}"
-    elif given is None:
-        return None, "a model made anew from the live model's own config"
-    else:
-        origin = "a model made anew from the config given"
-    if isinstance(given, str | Path):
-        given = read_config(Path(given))
-    return (kind.from_dict(dict(given)) if isinstance(given, Mapping) else given), origin
 
 
 def _twin(module: Any, config: Any, origin: str) -> Blueprint:

@@ -11,6 +11,7 @@ import contextlib
 import multiprocessing
 import os
 import re
+import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -163,6 +164,7 @@ def _write(
     directory: Path,
 ) -> None:
     """In the child."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it, too, and ends this process
     other_end.close()  # so that a write fails when the parent is gone
     reports = _Reports(connection)
     try:

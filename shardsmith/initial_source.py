@@ -35,6 +35,7 @@ class InitialSource:
         self.format = detect_checkpoint_format(path).name
         opened = open_source(path, weights)
         self._keys = opened.keys
+        self._files = opened.specs
         self.tensors: TensorSource = opened
         self._metadata: CheckpointMetadata | None = read_metadata(path) if self.format == SHARDED else None
         self.record: InitialRecord | None = self._metadata.initial if self._metadata else None
@@ -65,9 +66,10 @@ class InitialSource:
             return  # then the names are compared as they are, and every difference is said
 
     @property
-    def unused(self) -> tuple[str, ...]:
+    def unused(self) -> dict[str, TensorSpec]:
         """Tensors of the files that a model with other names has no place for."""
-        return self.tensors.unused if isinstance(self.tensors, RestoredModel) else ()
+        names = self.tensors.unused if isinstance(self.tensors, RestoredModel) else ()
+        return {name: self._files[name] for name in names}
 
     def key_of(self, name: str) -> str | None:
         """The tensor that holds what the model calls so; None without any."""

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from shardsmith.blueprint import plain_config, transformers_parts
-from shardsmith.diagnose.configs import compare_configs, effective_config
-from shardsmith.hf_directory import CONFIG_FILE
+from shardsmith.diagnose.configs import compare_configs
+from shardsmith.hf_directory import CONFIG_FILE, read_config
 from shardsmith.initial_record import InitialRecord
 from shardsmith.live_weights import LiveWeights
 from shardsmith.load_faults import LoadFault
+
+LIVE_CONFIG = "the live model's own config"
 
 
 def compare_live_config(
@@ -26,10 +28,10 @@ def compare_live_config(
         CheckpointError: the config cannot be read.
     """
     whole = next((parts[""] for part in live.parts if "" in (parts := transformers_parts(part))), None)
-    expected = _expected(path, record, given)
+    expected = None if whole is None else source_config(whole, path, record, given)[0]
     if whole is None or expected is None:
         return []
-    findings = compare_configs(expected, plain_config(whole.config), "the live model")
+    findings = compare_configs(plain_config(expected), plain_config(whole.config), "the live model")
     return [
         LoadFault(finding.code, ", ".join(finding.where), f"{finding.found}, expected {finding.expected}")
         for finding in findings
@@ -37,11 +39,18 @@ def compare_live_config(
     ]
 
 
-def _expected(path: Path, record: InitialRecord | None, given: Any) -> Mapping[str, Any] | None:
-    if given is not None:
-        if isinstance(given, str | Path):
-            return effective_config(Path(given))
-        return given if isinstance(given, Mapping) else plain_config(given)
-    if record is not None and record.config is not None:
-        return record.config
-    return effective_config(path) if (path / CONFIG_FILE).is_file() else None
+def source_config(module: Any, path: Path, record: InitialRecord | None, given: Any) -> tuple[Any, str]:
+    """The config that a live transformers model should have, of the class of its own, and where it is from, in words.
+
+    None where the source has none: then its own is all that there is.
+    """
+    kind = type(module.config)
+    if given is None and record is not None and record.config is not None:
+        return kind.from_dict(dict(record.config)), "the checkpoint's recorded config"
+    if given is None and not (path / CONFIG_FILE).is_file():
+        return None, LIVE_CONFIG
+    words = f"{path.name}/{CONFIG_FILE}" if given is None else "the config given"
+    found = path if given is None else given
+    if isinstance(found, str | Path):
+        found = read_config(Path(found))
+    return (kind.from_dict(dict(found)) if isinstance(found, Mapping) else found), words

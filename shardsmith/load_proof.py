@@ -80,14 +80,9 @@ def compare_names(
         else:
             dtypes[name] = spec.dtype
     used = {source.key_of(name) for name in specs}
-    unused = [name for name in source.specs if name not in used]
-    extra = tuple(name for name in [*unused, *source.unused] if _matches(name, allow_extra))
-    faults += [_extra(name, source) for name in unused if name not in extra]
-    faults += [
-        LoadFault("missing-in-model", name, "in the checkpoint, not in the model")
-        for name in source.unused
-        if name not in extra
-    ]
+    unused = {name: spec for name, spec in source.specs.items() if name not in used} | source.unused
+    extra = tuple(name for name in unused if _matches(name, allow_extra))
+    faults += [_extra(spec, source) for name, spec in unused.items() if name not in extra]
     return Names(dtypes, faults, tuple(missing), extra)
 
 
@@ -245,12 +240,12 @@ def _faults(
     return [[fault.code, fault.name, fault.problem] for fault in classify(looks, total, matrices, ends, known)]
 
 
-def _extra(name: str, source: InitialSource) -> LoadFault:
+def _extra(spec: TensorSpec, source: InitialSource) -> LoadFault:
     heads = source.record.heads if source.record else {}
-    head = next((head for head, keys in heads.items() if name in keys), None)
+    head = next((head for head, keys in heads.items() if spec.name in keys), None)
     of = f"of the head {head!r}: pass that part of the model, too, or allow_extra" if head else "not in the model"
-    code = "qk-norms-dropped" if _QK_NORM.search(name) else "missing-in-model"
-    return LoadFault(code, name, f"in the checkpoint {source.specs[name].shape}, {of}")
+    code = "qk-norms-dropped" if _QK_NORM.search(spec.name) else "missing-in-model"
+    return LoadFault(code, spec.name, f"in the checkpoint {spec.shape}, {of}")
 
 
 def _casts(source: InitialSource, dtypes: Mapping[str, torch.dtype]) -> dict[str, int]:

@@ -5,6 +5,7 @@ import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -240,14 +241,30 @@ def test_what_a_load_of_somebody_else_left_out_is_called_so(sources: Path) -> No
     ]
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_fused_experts_are_loaded_from_the_files_of_the_hub(tied: bool, tmp_path: Path) -> None:
+def mixture_of_experts(seed: int, *, tied: bool = False) -> Any:
     import transformers
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     experts = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 18}
-    config = transformers.Qwen3MoeConfig(**SIZES, **experts, tie_word_embeddings=tied)
-    source, model = transformers.Qwen3MoeForCausalLM(config), transformers.Qwen3MoeForCausalLM(config)
+    model = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**SIZES, **experts, tie_word_embeddings=tied))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.1)
+    return model
+
+
+@pytest.mark.parametrize("fault", PLANTED)
+def test_the_same_is_found_in_a_mixture_of_experts(fault: str, tmp_path: Path) -> None:
+    tied = "tie" in fault
+    mixture_of_experts(0, tied=tied).save_pretrained(tmp_path / "hf")
+    model = mixture_of_experts(1, tied=tied)
+    load_initial(tmp_path / "hf", model=model)
+    assert plant_and_prove(model, PLANTED[fault][1], tmp_path / "hf") == PLANTED[fault][2]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_fused_experts_are_loaded_from_the_files_of_the_hub(tied: bool, tmp_path: Path) -> None:
+    source, model = mixture_of_experts(0, tied=tied), mixture_of_experts(1, tied=tied)
     source.save_pretrained(tmp_path / "hf")
     with pytest.raises(InitialLoadError, match="nothing-loaded"):
         prove_loaded(model, tmp_path / "hf")
