@@ -67,10 +67,15 @@ class Attached:
         for name in ("save_state", "load_state"):
             vars(self._accelerator).pop(name, None)
 
+    def wait(self) -> None:
+        """Wait for what is being added to the last folder; raise what failed in it. All ranks."""
+        self._folder_save.wait()
+
     def _note(self, *told: Any) -> None:
         self._folder = Path(told[-1])
 
     def _save_state(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        self._folder_save.wait()  # accelerate may delete older folders first
         if output_dir is not None:
             self._folder_save.before_save(Path(output_dir))
         result = self._save(output_dir, *args, **kwargs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -74,3 +75,39 @@ def run_loop(sharding: str, directory: Path, steps: int, load: str | None, name:
     truth = {"main": whole(model), "ema": average, "history": history, "step": step}
     if accelerator.is_main_process:
         torch.save(truth, directory / name)
+
+
+def run_named_by_accelerate(directory: Path) -> None:
+    """One process; accelerate names its folders and keeps two."""
+    from accelerate import Accelerator
+    from accelerate.utils import ProjectConfiguration
+
+    from shardsmith.errors import UsageError
+    from shardsmith.integrations.accelerate import attach, last_checkpoint
+
+    project = ProjectConfiguration(str(directory), automatic_checkpoint_naming=True, total_limit=2)
+    accelerator = Accelerator(cpu=True, project_config=project)
+    with pytest.raises(UsageError, match="0 models were prepared"):
+        attach(accelerator, Hooks())
+    model = accelerator.prepare(nn.Linear(3, 2))
+    ema = EMA(model, decay=DECAY)
+    hooks = Hooks(ema)
+    attached = attach(accelerator, hooks)
+    hooks.resume()
+    for step in range(1, 5):
+        nn.init.constant_(model.weight, step)
+        hooks.step(step)
+        accelerator.save_state()
+    attached.wait()
+    newest = str(directory / "checkpoints" / "checkpoint_3")
+    assert last_checkpoint(directory / "checkpoints", verify=True) == newest
+    average = ema.model_state_dict()["weight"].clone()
+    nn.init.zeros_(model.weight)
+    ema.reset()
+    accelerator.load_state()
+    assert float(model.weight[0, 0]) == 4
+    assert torch.equal(ema.model_state_dict()["weight"], average)
+    attached.remove()
+    accelerator.save_state()
+    hooks.close()
+    assert last_checkpoint(directory / "checkpoints") == newest

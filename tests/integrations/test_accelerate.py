@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.integrations.accelerate_runs import run_loop
+from shardsmith.commands.to_hf import to_hf
+from shardsmith.companion import find_folder_damage
+from tests.integrations.accelerate_runs import run_loop, run_named_by_accelerate
+from tests.integrations.test_trainer_exports import loaded, make_base
 from tests.integrations.trainer_runs import assert_close, assert_equal, averaged
 from tests.ranks import run_on_ranks
 
@@ -23,3 +26,21 @@ def test_what_two_ranks_saved_comes_back_with_its_average_on_any_number(
     assert_close(saved["ema"], averaged(saved["history"]))
     assert_equal(loaded["main"], saved["main"])
     assert_equal(loaded["ema"], saved["ema"])
+
+
+@pytest.mark.parametrize(("sharding", "ranks"), [("fsdp2", 2), ("ddp", 2), ("none", 1)])
+def test_folders_and_exports_are_what_from_pretrained_loads(tmp_path: Path, sharding: str, ranks: int) -> None:
+    run_on_ranks(run_loop, ranks, tmp_path, sharding, tmp_path, 2, None, "truth.pt")
+    truth = torch.load(tmp_path / "truth.pt")
+    assert_equal(loaded(tmp_path / "hf" / "step-2"), truth["main"])
+    folder = tmp_path / "state-2"
+    assert find_folder_damage(folder) == []
+    base = make_base("qwen2", tmp_path / "base")
+    assert to_hf(folder, base, tmp_path / "converted", dtype="float32", ema_as="directory", quiet=True) == 0
+    assert_equal(loaded(tmp_path / "converted"), truth["main"])
+    assert_equal(loaded(tmp_path / "converted-ema"), truth["ema"])
+
+
+def test_folders_that_accelerate_names_and_deletes_have_ours_in_them_until_it_is_removed(tmp_path: Path) -> None:
+    run_on_ranks(run_named_by_accelerate, 1, tmp_path, tmp_path)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["checkpoint_3", "checkpoint_4"]
