@@ -100,7 +100,8 @@ class CheckpointHooks(TrainerCallback):
         self, args: Any, state: Any, control: Any, model: Any = None, processing_class: Any = None, **_: Any
     ) -> None:
         """Attach to the model, which is wrapped and loaded by now. All ranks; communicates."""
-        if getattr(args, "deepspeed", None) or state.is_hyper_param_search:
+        deepspeed = getattr(args, "deepspeed_plugin", None) or getattr(args, "deepspeed", None)
+        if deepspeed or state.is_hyper_param_search:
             raise UsageError("CheckpointHooks works neither under DeepSpeed nor in a hyperparameter search")
         self.close()
         self.ema = EMA(model, **self._ema_options) if self._ema_options else None

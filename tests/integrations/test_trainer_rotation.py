@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -140,6 +141,13 @@ def evaluate_both(trainer: Any, hooks: CheckpointHooks, directory: Path) -> None
 def test_what_makes_no_sense_is_refused_at_once(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         CheckpointHooks(**options)
+
+
+@pytest.mark.parametrize(("deepspeed", "search"), [({"stage": 3}, False), (None, True)])
+def test_what_is_not_supported_is_refused_when_training_begins(deepspeed: Any, search: bool) -> None:
+    args, state = SimpleNamespace(deepspeed=deepspeed), SimpleNamespace(is_hyper_param_search=search)
+    with pytest.raises(UsageError, match="neither under DeepSpeed nor in a hyperparameter search"):
+        CheckpointHooks().on_train_begin(args, state, None, model=make_model("llama"))
 
 
 def test_exports_where_trainer_rotates_are_refused(tmp_path: Path) -> None:
