@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,15 +41,20 @@ class AdapterView:
         self._model = model
         self._names: dict[str, str] = {}
 
-    def names(self, fqns: Iterable[str]) -> dict[str, str]:
+    def names(self, fqns: Collection[str]) -> dict[str, str]:
         """FQN -> name in the files, of what is to be written."""
         if not self._names:  # asked once: peft may look on the Hub whether the vocabulary was resized
             from peft import get_peft_model_state_dict
 
-            chosen = get_peft_model_state_dict(
-                self._model, state_dict={fqn: fqn for fqn in fqns}, adapter_name=self._model.active_adapter
-            )
-            self._names = {fqn: name for name, fqn in chosen.items()}
+            fqn_of = {fqn: fqn for fqn in fqns}
+            for (
+                path,
+                _,
+            ) in self._model.named_modules():  # peft looks below the paths of modules, FSDP1's wrappers included
+                below = f"{clean_fqn(path, self._model)}."
+                fqn_of |= {f"{path}.{fqn.removeprefix(below)}": fqn for fqn in fqns if fqn.startswith(below)}
+            chosen = get_peft_model_state_dict(self._model, fqn_of, adapter_name=self._model.active_adapter)
+            self._names = {fqn: clean_fqn(name) for name, fqn in chosen.items()}
         return self._names
 
     def values(self, model: str) -> Mapping[str, Tensor]:  # noqa: ARG002

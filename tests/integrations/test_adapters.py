@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.multiprocessing import ProcessRaisedException
 
 from shardsmith.errors import UsageError
 from shardsmith.hooks import HFExport, last
@@ -102,3 +104,15 @@ def test_a_resumed_adapter_goes_on_exactly(finished: Finished, tmp_path: Path, s
 def test_a_base_model_beside_an_adapter_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="pass processor="):
         HFExport(tmp_path / "hf", model=make_model("lora"), when=last(), base_model=tmp_path)
+
+
+def test_under_fsdp1_the_adapter_is_exported_alone_and_merging_is_refused(tmp_path: Path) -> None:
+    """Without Trainer's own saves, in which peft does not find ``modules_to_save`` under FSDP1."""
+    case = Case(kind="lora", sharding="fsdp1", arguments={"save_strategy": "no"})
+    run(case, tmp_path / "alone")
+    truth = torch.load(tmp_path / "alone" / "truth.pt")
+    export = tmp_path / "alone" / "out-hf" / f"step-{STEPS}"
+    assert_close(adapted(export), merged(truth["main"]))
+    assert_close(adapted(export.with_name(f"{export.name}-ema")), merged(averaged(truth["history"])))
+    with pytest.raises(ProcessRaisedException, match="under FSDP1 an adapter cannot be merged"):
+        run(replace(case, hooks={"adapters": "merged"}), tmp_path / "merged")
