@@ -50,7 +50,7 @@ class AdapterView:
             for (
                 path,
                 _,
-            ) in self._model.named_modules():  # peft looks below the paths of modules, FSDP1's wrappers included
+            ) in self._model.named_modules():  # below which peft looks, FSDP1 wrappers included
                 below = f"{clean_fqn(path, self._model)}."
                 fqn_of |= {f"{path}.{fqn.removeprefix(below)}": fqn for fqn in fqns if fqn.startswith(below)}
             chosen = get_peft_model_state_dict(self._model, fqn_of, adapter_name=self._model.active_adapter)
