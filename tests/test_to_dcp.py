@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 from shardsmith.cli import main
 from shardsmith.commit import sweep
@@ -255,6 +257,26 @@ def test_a_large_tensor_is_cut_into_chunks_that_torch_puts_together(
     to_dcp(tmp_path / "model.safetensors", output)
     assert len(DcpSource(output).index.tensors["a"].chunks) > 2
     assert_same(tensors_of(output), state)
+
+
+def run_sharded_load(checkpoint: Path, truth: Path) -> None:
+    model = fresh("tied", seed=1)
+    fully_shard(model)
+    state = model.state_dict()
+    dcp.load(state, checkpoint_id=checkpoint)
+    expected = torch.load(truth, weights_only=True)
+    for name, value in state.items():
+        assert torch.equal(value.full_tensor(), expected[name]), name
+
+
+def test_ranks_load_their_parts_of_a_tensor_that_is_cut_into_chunks(
+    models: Path, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shardsmith.shard_files.CHUNK_BYTES", 1000)
+    to_dcp(models / "tied", output)
+    assert len(DcpSource(output).index.tensors["lm_head.weight"].chunks) > 2
+    torch.save(fresh("tied").state_dict(), tmp_path / "truth.pt")
+    run_on_ranks(run_sharded_load, 2, tmp_path, output, tmp_path / "truth.pt")
 
 
 def test_a_dry_run_says_what_it_would_do_and_writes_nothing(

@@ -36,7 +36,7 @@ from tests.hooks.initial_models import (
     started,
 )
 from tests.ranks import run_on_ranks
-from tests.trained_runs import SIZES, TOKENS
+from tests.trained_runs import SIZES, TOKENS, Odd
 
 KINDS = ("llama", "qwen2", "olmo2", "odd")
 
@@ -366,6 +366,40 @@ def test_a_buffer_without_a_reference_must_be_allowed(sources: Path) -> None:
     report = load_initial(sources / "odd" / "ours", model=model, allow_missing=["angles"])
     assert report.unproved == ("angles",)
     load_initial(sources / "odd" / "ours", model=model, **options("odd"))
+
+
+def test_a_function_that_makes_the_model_is_a_reference_too(sources: Path) -> None:
+    def make() -> nn.Module:
+        model = Odd()
+        model.angles = torch.arange(4.0)
+        return model
+
+    model = started("odd", "none")
+    assert load_initial(sources / "odd" / "ours", model=model, fresh=make).buffers == ("angles",)
+    model.angles.zero_()
+    with pytest.raises(InitialLoadError, match="buffer-zero"):
+        prove_loaded(model, sources / "odd" / "ours", fresh=make)
+
+
+def test_poison_reaches_floats_and_integers_and_is_told_from_values(sources: Path) -> None:
+    model, path = started("odd", "none"), sources / "odd" / "ours"
+    poison_weights(model, spare=["row.*"])
+    assert model.embed.weight.isnan().all()
+    assert model.seen.item() == 0x5A5A5A5A5A5A5A5A
+    assert not model.row.weight.isnan().any()
+    load_initial(path, model=model, poison=False, **options("odd"))
+    poison_weights(model, spare=["[!s]*"])
+    with pytest.raises(InitialLoadError, match=r"seen: 1 of 1 elements were not touched by the load"):
+        prove_loaded(model, path, **options("odd"))
+
+
+def test_a_tie_that_is_gone_is_loaded_into_both_and_said(sources: Path) -> None:
+    model = started("qwen2", "none")
+    lose_tie(model)
+    report = load_initial(sources / "qwen2" / "hf", model=model)
+    assert torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+    assert report.untied == {"lm_head.weight": "model.embed_tokens.weight"}
+    assert "NO LONGER TIED" in report.summary
 
 
 def test_a_model_on_meta_is_refused_with_advice(sources: Path) -> None:
