@@ -245,6 +245,8 @@ def _is_allowed(fault: LoadFault, allow_missing: Sequence[str]) -> bool:
 def _error(path: Path, faults: Sequence[LoadFault], state: str) -> InitialLoadError:
     effects = {fault.code: EFFECTS[fault.code] for fault in faults}
     lines = [f"{code}: {effect}." for code, effect in effects.items()]
+    if any(code.startswith("buffer-") and code != "buffer-without-reference" for code in effects):
+        lines.append("repair_buffers=True overwrites the buffers with the reference, and says so.")
     advice = "\n".join([state, *lines, "docs/troubleshooting.md says more under each of these names."])
     count = f"{len(faults)} fault{'s' if len(faults) > 1 else ''}"
     summary = f"the model is not the one in this checkpoint: {count}"

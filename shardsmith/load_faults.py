@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from shardsmith.diagnose.codes import CODES
+
 _LAYER = re.compile(r"(?P<layer>(?:.*\.)?(?:layers|h|blocks|block|layer)\.\d+)\..+")
 
 
@@ -23,30 +25,33 @@ class LoadFault:
         return f"{self.name}: {self.problem} [{self.code}]"
 
 
-EFFECTS: Mapping[str, str] = {
-    "nothing-loaded": "the loss begins at about the logarithm of the vocabulary's size",
-    "layer-not-loaded": "the loss is too high by some tenths and sinks for a while",
-    "embedding-differs": "the loss is about doubled",
-    "head-differs": "the loss begins at about the logarithm of the vocabulary's size",
-    "tie-broken": "the output embedding is not the input embedding: the loss begins near that of a random model",
-    "tensor-not-loaded": "as high as what the tensor contributes",
-    "norms-are-one": "the loss hardly moves, and the model is another one",
-    "qk-norms-dropped": "the loss hardly moves, and the model is another one",
-    "rope-differs": "the loss is too high by some tenths, more at long contexts",
-    "norm-eps-differs": "slight to nearly all, depending on the size of the activations",
-    "config-differs": "depends on the setting",
-    "constant-values": "the loss hardly moves, and the model is another one",
-    "values-differ": "the model is another one; the loss may or may not show it",
-    "not-finite": "the loss is NaN, now or soon",
+_AS_DIAGNOSED = (
+    "nothing-loaded",
+    "layer-not-loaded",
+    "tensor-not-loaded",
+    "embedding-differs",
+    "head-differs",
+    "tie-broken",
+    "norms-are-one",
+    "qk-norms-dropped",
+    "constant-values",
+    "values-differ",
+    "not-finite",
+    "shape-differs",
+    "rope-differs",
+    "norm-eps-differs",
+    "config-differs",
+    "buffer-zero",
+    "buffer-not-finite",
+    "buffer-differs",
+)
+_OF_LIVE_MODELS = {
     "replicas-differ": "the ranks train different models",
     "missing-in-source": "it starts from what the model happened to hold",
     "missing-in-model": "the model lacks a part of the source; the loss may hardly show it",
-    "shape-differs": "nothing can be loaded into it",
-    "buffer-zero": "rotary positions are lost: the loss is too high by a third and more",
-    "buffer-not-finite": "the loss is NaN",
-    "buffer-differs": "positions, or whatever the buffer says, are wrong; the loss is too high by some tenths or more",
     "buffer-without-reference": "nobody knows whether it is right",
 }
+EFFECTS: Mapping[str, str] = {**{code: CODES[code].effect for code in _AS_DIAGNOSED}, **_OF_LIVE_MODELS}
 """By code: what it does to the loss. The codes are headings of docs/troubleshooting.md."""
 
 
