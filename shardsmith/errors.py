@@ -22,6 +22,7 @@ ShardsmithError
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,9 @@ class InitialLoadError(MismatchError):
         codes: Code of each fault, in the order of ``problems``; see ``shardsmith.load_faults``.
     """
 
-    def __init__(self, path: str | Path, summary: str, problems: list[str], codes: list[str], advice: str) -> None:
+    def __init__(
+        self, path: str | Path, summary: str, problems: list[str], advice: str, codes: Sequence[str] = ()
+    ) -> None:
         super().__init__(path, summary, problems, advice)
         self.codes = list(codes)
 

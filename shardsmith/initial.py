@@ -250,7 +250,7 @@ def _error(path: Path, faults: Sequence[LoadFault], state: str) -> InitialLoadEr
     advice = "\n".join([state, *lines, "docs/troubleshooting.md says more under each of these names."])
     count = f"{len(faults)} fault{'s' if len(faults) > 1 else ''}"
     summary = f"the model is not the one in this checkpoint: {count}"
-    return InitialLoadError(path, summary, [str(fault) for fault in faults], [fault.code for fault in faults], advice)
+    return InitialLoadError(path, summary, [str(fault) for fault in faults], advice, [fault.code for fault in faults])
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
