@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -42,7 +43,7 @@ class OpenedCheckpoint:
     def has_optimizer(self) -> bool:
         """Whether an optimizer's state lies beside the model, so that it was trained."""
         if self.dcp is None:
-            return False
+            return self.path.is_dir() and any(name.startswith("optim") for name in os.listdir(self.path))
         keys = (*self.dcp.index.tensors, *self.dcp.index.objects)
         return any(key.split(".", 1)[0] in ("optimizer", "optim") for key in keys)
 

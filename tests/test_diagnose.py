@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from shardsmith.cli import main
@@ -23,7 +24,7 @@ from shardsmith.slices import Slice
 from shardsmith.tensors import TensorSpec
 from shardsmith.verification import VerifyOptions, verify
 from tests.dcp_directories import edit_index, save, save_sharded
-from tests.diagnosed_models import FAMILIES, Specimen
+from tests.diagnosed_models import FAMILIES, Specimen, config_of
 from tests.planted_faults import halves_to_pairs, random_like
 from tests.test_diagnose_planted import codes
 from tests.test_imports import HEAVY
@@ -159,6 +160,17 @@ def test_a_tied_head_counts_once_and_may_be_absent(specimens: dict[str, Specimen
     assert counts == [0, 0]
 
 
+SHIFTS_TWICE = """
+from transformers import Olmo2Config, Olmo2ForCausalLM
+
+class Twice(Olmo2ForCausalLM):
+    def forward(self, input_ids=None, labels=None, **more):
+        if labels is not None:
+            labels = labels.roll(-1, 1)
+        return super().forward(input_ids=input_ids, labels=labels, **more)
+"""
+
+
 class Numbered:
     """A name map: the names of a trainer that numbers its tensors, and stores matrices the other way round."""
 
@@ -177,6 +189,48 @@ class Numbered:
 def numbered(config: object, title: str = "") -> Numbered:  # noqa: ARG001
     """As an entry point offers it."""
     return Numbered(title.split(","))
+
+
+@pytest.mark.parametrize("sign", ["optimizer beside it", "step in its name", "step of an export"])
+def test_files_of_a_trained_model_may_differ(sign: str, olmo: Specimen, tmp_path: Path) -> None:
+    checkpoint = tmp_path / ("checkpoint-500" if sign == "step in its name" else "run")
+    checkpoint.mkdir()
+    moved = {name: tensor + 0.01 for name, tensor in olmo.state.items()}
+    save_file(moved, checkpoint / "model.safetensors")
+    save_file({name: (moved[name] + olmo.state[name]) / 2 for name in moved}, checkpoint / "ema.safetensors")
+    assert codes(diagnose(checkpoint, olmo.base, Questions(level="values", trained=False))) == {"values-differ"}
+    if sign == "optimizer beside it":
+        (checkpoint / "optimizer.00000-of-00001.pt").write_bytes(b"")
+    if sign == "step of an export":
+        (checkpoint / "shardsmith.json").write_text('{"step": 500}')
+    assert diagnose(checkpoint, olmo.base, Questions(level="values")).faults == ()
+
+
+def test_logits_tell_what_the_other_levels_were_not_asked_for(olmo: Specimen, tmp_path: Path) -> None:
+    state = olmo.state | {"model.norm.weight": torch.ones(64)}
+    found = diagnose(save_sharded(state, tmp_path / "c", 2), olmo.base, Questions(level="model", batch=olmo.batch))
+    assert codes(found) == {"logits-differ"}
+    facts = found.levels[0].facts
+    assert facts["loss with the checkpoint's weights"] > facts["loss of the model"] + 0.05
+    assert facts["KL a token, largest"] > facts["KL a token, mean"] > 0
+
+
+def test_a_tokenizer_with_more_tokens_than_rows_is_found(good: Path, olmo: Specimen, tmp_path: Path) -> None:
+    content = json.loads((olmo.base / "tokenizer.json").read_text())
+    content["model"]["vocab"]["more"] = 96
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text(json.dumps(content))
+    found = diagnose(good, olmo.base, Questions(level="model", tokenizer=tmp_path / "tokenizer"))
+    assert codes(found) == {"tokenizer-too-large"}
+
+
+def test_an_index_that_contradicts_itself_and_one_that_leads_away_are_findings(good: Path, olmo: Specimen) -> None:
+    index = (good / ".metadata").read_bytes()
+    edit_index(good, lambda metadata: metadata.state_dict_metadata["lm_head.weight"].chunks.reverse())
+    edit_index(good, lambda metadata: setattr(metadata.state_dict_metadata["lm_head.weight"], "size", torch.Size([5])))
+    assert codes(structure(good, olmo)) == {"corrupt-checkpoint"}
+    (good / ".metadata").write_bytes(index.replace(b"__0_0.distcp", b"../../../etc"))
+    assert codes(structure(good, olmo)) == {"unsafe-checkpoint"}
 
 
 def test_a_name_map_of_ones_own_brings_names_and_values_into_place(
@@ -198,6 +252,17 @@ def test_names_of_torchtitans_own_models_are_told(olmo: Specimen, tmp_path: Path
     missing = structure(save_sharded(own, tmp_path / "c", 2), olmo).faults[0]
     assert missing.code == "missing-tensors"
     assert "--titan_model" in missing.found
+
+
+def test_what_looks_wrong_and_is_not_is_explained(specimens: dict[str, Specimen], tmp_path: Path) -> None:
+    specimen = specimens["llama-tied"]
+    state = {f"wrapped._orig_mod.{name}": tensor.bfloat16() for name, tensor in specimen.state.items()}
+    checkpoint = save_sharded(state, tmp_path / "c", 2, nested="model")
+    config_of("llama-tied", dtype="float16", use_cache=False).save_pretrained(tmp_path / "trainer")
+    found = diagnose(checkpoint, specimen.base, Questions(config=tmp_path / "trainer"))
+    assert found.faults == ()
+    notes = {"tied-weights", "nested-layout", "wrapped-names", "names-translated", "other-dtype", "rounded-values"}
+    assert {note.code for note in found.notes} == notes | {"harmless-settings"}
 
 
 @pytest.mark.parametrize(("layout", "wanted"), [(None, "nested"), ("model", "flat")])
@@ -312,6 +377,19 @@ def test_code_of_the_model_runs_where_it_is_trusted_and_that_of_the_checkpoint_n
     assert not list(tmp_path.glob("ran-*"))
     assert diagnose(good, model, Questions(trust_remote_code=True)).exit_code == 0
     assert [path.name for path in tmp_path.glob("ran-*")] == ["ran-model"]
+
+
+def test_a_model_that_shifts_labels_once_more_is_found(
+    good: Path, olmo: Specimen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    model = shutil.copytree(olmo.base, tmp_path / "model")
+    (model / "twice.py").write_text(SHIFTS_TWICE)
+    config = json.loads((model / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "twice.Twice"}
+    (model / "config.json").write_text(json.dumps(config))
+    found = diagnose(good, model, Questions(level="model", trust_remote_code=True))
+    assert codes(found) == {"loss-differs-from-logits"}
 
 
 def test_several_faults_at_once_are_told_apart(olmo: Specimen, tmp_path: Path) -> None:

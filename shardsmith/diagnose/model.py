@@ -189,5 +189,7 @@ def _own_loss(model: LiveModel, batch: Batch, right: float) -> Iterator[Finding]
     if batch.positions is not None:
         return
     reported = model.reported_loss(batch)
+    if getattr(model.module.config, "output_router_logits", False):
+        right += model.auxiliary_loss(batch) or 0.0
     if not abs(reported - right) <= _SAME_LOSS * max(1.0, right):
         yield one("loss-differs-from-logits", ["forward(labels=...)"], f"{right:.4f}", f"{reported:.4f}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,9 @@ from shardsmith.model_keys import MAIN
 from shardsmith.models import ModelSource
 from shardsmith.opened import OpenedCheckpoint, open_checkpoint
 from shardsmith.tensors import TensorSpec
+
+_STEP_NAME = re.compile(r"(?:step-|checkpoint-)([0-9]{1,18})|([0-9]{7})")
+"""Of the directory of a step, as TorchTitan, Trainer and BAGEL name it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +104,8 @@ def _step(checkpoint: Path) -> int | None:
     try:
         step = read_json(checkpoint / layout.PROVENANCE_FILE).get("step")
     except CheckpointError:
-        step = layout.parse_step(checkpoint.resolve().name)
+        match = _STEP_NAME.fullmatch(checkpoint.resolve().name)
+        step = int(match[1] or match[2]) if match else None
     return step if type(step) is int else None
 
 

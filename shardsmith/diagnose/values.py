@@ -53,6 +53,11 @@ class _Sorted:
     subject: Subject
     compared: Comparisons
 
+    @property
+    def trained(self) -> bool:
+        """Whether the weights need not be the reference's. An average that is not has been trained."""
+        return self.subject.trained or self.model == EMA
+
     def findings(self) -> Iterator[Finding]:
         rest = {name: found for name, found in self.compared.items() if not found.equal or not found.extremes.finite}
         for finding in self._all(rest):
@@ -96,7 +101,7 @@ class _Sorted:
             return
         groups: dict[tuple[str, str], list[str]] = {}
         for name, found in rest.items():
-            if not found.extremes.constant and (not self.subject.trained or self._unrelated(found)):
+            if not found.extremes.constant and (not self.trained or self._unrelated(found)):
                 moved = find_reordering(self.source, self.subject.reference.source, found)
                 if moved:
                     code = self._order_code(name, rows=moved.rows)
@@ -155,11 +160,11 @@ class _Sorted:
     def _different(self, rest: Comparisons) -> Iterator[Finding]:
         if rest:
             apart = max(d.largest for found in rest.values() if (d := found.distance))
-            code = "trained-weights" if self.subject.trained else "values-differ"
+            code = "trained-weights" if self.trained else "values-differ"
             yield self._one(code, list(rest), "the model's values", f"other values, apart by up to {apart:.3g}")
 
     def _unrelated(self, found: TensorComparison) -> bool:
-        return unrelated(found, trained=self.subject.trained)
+        return unrelated(found, trained=self.trained)
 
     def _one(self, code: str, names: Collection[str], expected: str, found: str) -> Finding:
         return one(code, names, expected, found if self.model == MAIN else f"{found} (in {self.model})")
