@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -18,9 +18,9 @@ Indices = tuple[int, tuple[Axis, ...]]
 """Which indices of one dimension a slice has: the first one, and the axes."""
 
 
-def find_impossible(slices: Mapping[str, Slice], specs: Mapping[str, TensorSpec]) -> Iterator[str]:
-    """A line for each target that is no slice of any of the tensors."""
-    for name, part in slices.items():
+def find_impossible(slices: Iterable[tuple[str, Slice]], specs: Mapping[str, TensorSpec]) -> Iterator[str]:
+    """A line for each slice, which comes with the name of its target, that is none of any of the tensors."""
+    for name, part in slices:
         spec = specs.get(part.source)
         if spec is None:
             yield f"{name}: made of {part.source}, which is not there"
@@ -28,10 +28,10 @@ def find_impossible(slices: Mapping[str, Slice], specs: Mapping[str, TensorSpec]
             yield f"{name}: {part} is no slice of a tensor of shape {spec.shape}"
 
 
-def find_uncovered(slices: Mapping[str, Slice], specs: Mapping[str, TensorSpec]) -> Iterator[str]:
+def find_uncovered(slices: Iterable[Slice], specs: Mapping[str, TensorSpec]) -> Iterator[str]:
     """A line for each tensor of which something is in no target, or in several. The slices are possible ones."""
     grids: dict[str, list[Grid]] = {}
-    for part in slices.values():
+    for part in slices:
         grids.setdefault(part.source, []).append(part.grid)
     for source, spec in specs.items():
         found = grids.get(source)

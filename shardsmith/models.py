@@ -13,7 +13,7 @@ from shardsmith.errors import CheckpointNotFoundError, UnsupportedFormatError
 from shardsmith.metadata import CheckpointMetadata, read_metadata
 from shardsmith.model_keys import EMA, MAIN, find_averages, find_models
 from shardsmith.name_maps import NameMap, Translation
-from shardsmith.rearranged import Link, read_linked
+from shardsmith.rearranged import read_linked
 from shardsmith.tensors import Chunk, TensorSource, TensorSpec
 
 
@@ -110,11 +110,9 @@ class TranslatedModel:
 
     def pieces(self, name: str, box: Chunk) -> Iterator[tuple[Chunk, Tensor]]:
         """As ``TensorSource.pieces``."""
-        part = self._translation.slices.get(name)
-        if part is None:
+        if name not in self._specs:
             raise CheckpointNotFoundError(self.path, f"has no tensor named {name!r}")
-        link = Link(part.source, part.grid, part.target)
-        yield from read_linked(self._model, [link], box, self._specs[name].dtype)
+        yield from read_linked(self._model, self._translation.links_to(name), box, self._specs[name].dtype)
 
     def close(self) -> None:
         """Let go of the files."""

@@ -85,11 +85,9 @@ class RestoredModel:
         if name in self._made:
             yield box, self._made[name][box.within(Chunk.whole(self._specs[name].shape))]
             return
-        links = (
-            Link(self._stored[target], part.target, part.grid)
-            for target, part in self._translation.targets_of(name, box)
-        )
-        yield from read_linked(self._files, links, box, self._specs[name].dtype)
+        links = self._translation.links_from(name, box)
+        stored = (Link(self._stored[link.name], link.here, link.there) for link in links)
+        yield from read_linked(self._files, stored, box, self._specs[name].dtype)
 
     def close(self) -> None:
         """Let go of the files."""
@@ -114,6 +112,6 @@ class RestoredModel:
         """That of all its parts, or one that holds the values of all of them."""
         if name in self._made:
             return self._made[name].dtype
-        targets = self._translation.targets_of(name, Chunk.whole(spec.shape))
-        dtypes = [self._files.specs[self._stored[target]].dtype for target, _ in targets]
+        links = self._translation.links_from(name, Chunk.whole(spec.shape))
+        dtypes = [self._files.specs[self._stored[link.name]].dtype for link in links]
         return functools.reduce(torch.promote_types, dtypes) if dtypes else spec.dtype

@@ -1,9 +1,12 @@
-"""``Slice``: a tensor that is made of another one by slicing, permuting and reshaping it, written as that would be."""
+"""``Slice``: a tensor that is made of another one by slicing, permuting and reshaping it, written as that would be.
+
+``Joined`` are several of them in one tensor.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from shardsmith.grids import Axis, Grid
@@ -39,6 +42,20 @@ class Slice:
     def shape(self) -> Shape:
         """Of the target."""
         return tuple(math.prod(axis.size for axis in axes) for axes in self.dims)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The one that it is of."""
+        return (self.source,)
+
+    @property
+    def placed(self) -> list[tuple[Slice, Grid]]:
+        """Itself, and where in the target the elements of its grid are."""
+        return [(self, self.target)]
+
+    def of(self, names: Mapping[str, str]) -> Slice:
+        """The same of a source that has another name."""
+        return replace(self, source=names[self.source])
 
     @property
     def grid(self) -> Grid:
@@ -100,6 +117,53 @@ class Slice:
         except ValueError as error:
             raise ValueError(f"a tensor of shape {self.shape} is not regular in the shape {shape}: {error}") from None
         return self.of_axes(self.source, self.start, reversed(dims))
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """A target: slices one after the other along a dimension, as ``torch.cat`` puts them together."""
+
+    parts: tuple[Slice, ...]
+    """Of equal shapes but for the one dimension; no dimension of them was put together from several."""
+    dim: int
+
+    def __post_init__(self) -> None:
+        shapes = {part.shape[: self.dim] + part.shape[self.dim + 1 :] for part in self.parts}
+        ranks = {len(part.shape) for part in self.parts}
+        if len(shapes) != 1 or len(ranks) != 1 or not 0 <= self.dim < min(ranks):
+            raise ValueError(
+                f"slices of shapes {[part.shape for part in self.parts]} cannot be joined along {self.dim}"
+            )
+        if any(len(axes) > 1 for part in self.parts for axes in part.dims):
+            raise ValueError("a slice of which a dimension was put together from several cannot be joined to others")
+
+    @property
+    def shape(self) -> Shape:
+        """Of the target."""
+        first = self.parts[0].shape
+        return (*first[: self.dim], sum(part.shape[self.dim] for part in self.parts), *first[self.dim + 1 :])
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Those that it is of."""
+        return tuple(part.source for part in self.parts)
+
+    @property
+    def placed(self) -> list[tuple[Slice, Grid]]:
+        """Each part, and where in the target the elements of its grid are."""
+        found, offset = [], 0
+        for part in self.parts:
+            start = (*(0,) * self.dim, offset, *(0,) * (len(part.shape) - self.dim - 1))
+            found.append((part, Grid(start, part.target.axes)))
+            offset += part.shape[self.dim]
+        return found
+
+    def of(self, names: Mapping[str, str]) -> Joined:
+        """The same of sources that have other names."""
+        return Joined(tuple(part.of(names) for part in self.parts), self.dim)
+
+
+Target = Slice | Joined
 
 
 def _narrowed(axes: tuple[Axis, ...], item: int | slice) -> tuple[list[Axis], list[int]]:

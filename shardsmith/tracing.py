@@ -17,30 +17,30 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from shardsmith.grids import Axis, Grid
-from shardsmith.slices import Slice
+from shardsmith.slices import Joined, Slice, Target
 from shardsmith.tensors import Chunk, Shape, TensorSpec
 
 _aten = torch.ops.aten
 _COPIES = {_aten.clone.default, _aten._to_copy.default}
-_COPIES_OF_SEVERAL = {_aten.cat.default, _aten.stack.default}
+_JOINS = {_aten.cat.default, _aten.stack.default}
 
 
 def trace(
     function: Callable[[dict[str, Tensor]], Mapping[str, Any]], specs: Mapping[str, TensorSpec]
-) -> tuple[dict[str, Slice], list[str]]:
+) -> tuple[dict[str, Target], list[str]]:
     """Run a function of named tensors that returns named tensors, on meta tensors.
 
-    It may slice, permute, reshape, split and copy them.
+    It may slice, permute, reshape, split, copy and concatenate them.
 
     Returns:
-        What each result is made of, and the names of those that are no slices of one tensor.
+        What each result is made of, and the names of those that are computed in other ways.
     """
     probes = Probes(specs)
     with probes:
         made = function(dict(probes.tensors))
-    found = {name: probes.slice_of(result) for name, result in made.items() if isinstance(result, Tensor)}
-    slices = {name: part for name, part in found.items() if part is not None}
-    return slices, [name for name in made if name not in slices]
+    found = {name: probes.content_of(result) for name, result in made.items() if isinstance(result, Tensor)}
+    targets = {name: target for name, target in found.items() if target is not None}
+    return targets, [name for name in made if name not in targets]
 
 
 class Probes(TorchDispatchMode):
@@ -53,43 +53,54 @@ class Probes(TorchDispatchMode):
     def __init__(self, specs: Mapping[str, TensorSpec]) -> None:
         super().__init__()
         self.tensors = {name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for name, spec in specs.items()}
-        self._known: dict[int, tuple[Tensor, Slice]] = {}  # by storage: a tensor that is all of it, and what it holds
+        self._known: dict[int, tuple[Tensor, Target]] = {}  # by storage: a tensor that is all of it, and what it holds
         for name, spec in specs.items():
             self._note(self.tensors[name], Slice.whole(spec))
 
-    def slice_of(self, tensor: Tensor) -> Slice | None:
-        """What a tensor holds, if it is a slice of one probe."""
+    def content_of(self, tensor: Tensor) -> Target | None:
+        """What a tensor holds, if it was cut out of probes."""
         whole, content = self._known.get(tensor.untyped_storage()._cdata, (None, None))
         if whole is None or content is None or tensor.dtype != whole.dtype or tensor.is_neg() or tensor.is_conj():
             return None
+        if isinstance(content, Joined):
+            is_whole = tensor.shape == whole.shape and tensor.stride() == whole.stride()
+            return content if is_whole and tensor.storage_offset() == whole.storage_offset() else None
         return _view_of(tensor, content)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in _written_by(func, args, kwargs or {}):
             self._known.pop(tensor.untyped_storage()._cdata, None)
-        original = _copied_by(func, args)
-        content = None if original is None else self.slice_of(original)
-        if original is not None and content is not None and result.dtype == original.dtype and result.is_meta:
-            self._note_copy(result, content.reshape(*result.shape))
+        if func in _COPIES and result.dtype == args[0].dtype and result.is_meta:
+            self._note_copy(result, self.content_of(args[0]))
+        elif func in _JOINS and all(tensor.dtype == result.dtype for tensor in args[0]):
+            dim = args[1] if len(args) > 1 else (kwargs or {}).get("dim", 0)
+            self._note_copy(result, self._join(args[0], dim % result.dim(), stacked=func is _aten.stack.default))
         return result
 
-    def _note_copy(self, copy: Tensor, content: Slice) -> None:
+    def _join(self, tensors: Sequence[Tensor], dim: int, *, stacked: bool) -> Target | None:
+        contents = [self.content_of(tensor) for tensor in tensors]
+        parts = [content for content in contents if isinstance(content, Slice)]
+        if len(parts) < len(contents):
+            return None
+        if stacked:
+            parts = [part.reshape(*part.shape[:dim], 1, *part.shape[dim:]) for part in parts]
+        try:
+            return parts[0] if len(parts) == 1 else Joined(tuple(parts), dim)
+        except ValueError:  # not all of them are simple enough
+            return None
+
+    def _note_copy(self, copy: Tensor, content: Target | None) -> None:
         """A copy may keep the strides of what it was made from: it is all of its storage in their order only."""
         order = sorted(range(copy.dim()), key=lambda dim: (-copy.stride()[dim], -copy.shape[dim]))
-        if copy.permute(order).is_contiguous():
-            self._note(copy, content.permute(*order))
+        if content is None or not copy.permute(order).is_contiguous():
+            return
+        if isinstance(content, Slice):
+            content = content.permute(*order)
+        self._note(copy, content)
 
-    def _note(self, tensor: Tensor, content: Slice) -> None:
+    def _note(self, tensor: Tensor, content: Target) -> None:
         self._known[tensor.untyped_storage()._cdata] = (tensor, content)
-
-
-def _copied_by(func: Any, args: Sequence[Any]) -> Tensor | None:
-    """The tensor whose values, in the same order, are all that an operation gives back."""
-    original = args[0] if func in _COPIES else None
-    if func in _COPIES_OF_SEVERAL and len(args[0]) == 1:
-        (original,) = args[0]
-    return original if isinstance(original, Tensor) else None
 
 
 def _written_by(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:

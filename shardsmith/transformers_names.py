@@ -1,7 +1,7 @@
 """The names that ``save_pretrained`` of transformers 5 writes: its own weight conversions, run on tensors without data.
 
 transformers says how it converts only by doing it. So it converts meta tensors, and where in which of them a result
-lies is the map. What is computed, or put together from several tensors, is refused by name.
+lies is the map. What is computed is refused by name.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from shardsmith.errors import UnsupportedFormatError
-from shardsmith.slices import Slice
+from shardsmith.slices import Target
 from shardsmith.tensors import TensorSpec
 from shardsmith.tracing import trace
 
@@ -75,11 +75,11 @@ class TransformersNames:
         loaded_with: Any = getattr(live, "_weight_conversions", None)
         return cls(kind.__name__, model, _conversions_of(model, ()) if loaded_with is None else loaded_with)
 
-    def targets(self, specs: Mapping[str, TensorSpec]) -> dict[str, Slice]:
+    def targets(self, specs: Mapping[str, TensorSpec]) -> dict[str, Target]:
         """As ``NameMap.targets``.
 
         Raises:
-            UnsupportedFormatError: a conversion computes something, or puts several tensors into one.
+            UnsupportedFormatError: a conversion computes something.
         """
         from transformers.core_model_loading import revert_weight_conversion
 
@@ -92,12 +92,12 @@ class TransformersNames:
             self._refuse(refused, found, specs)
         return found
 
-    def _refuse(self, targets: Sequence[str], found: Mapping[str, Slice], specs: Mapping[str, TensorSpec]) -> None:
-        used = {part.source for part in found.values()}
+    def _refuse(self, targets: Sequence[str], found: Mapping[str, Target], specs: Mapping[str, TensorSpec]) -> None:
+        used = {source for target in found.values() for source in target.sources}
         sources = [name for name in specs if name not in used]
         lines = "\n  ".join(f"{name}: {self._operations(name)}" for name in sources)
         message = (
-            f"transformers saves {len(targets)} tensors, {targets[0]} for one, that are not cut out of one tensor in "
+            f"transformers saves {len(targets)} tensors, {targets[0]} for one, that are not cut out of the tensors in "
             f"memory, so they cannot be written shard by shard. They are made of\n  {lines}\n{IDENTITY_ADVICE}"
         )
         raise UnsupportedFormatError(self._origin, message)

@@ -11,7 +11,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from shardsmith.slices import Slice
+from shardsmith.slices import Joined, Slice, Target
 from shardsmith.tensors import Chunk, Shape, TensorSpec
 
 Step = tuple[str, tuple[object, ...]]
@@ -84,16 +84,16 @@ def shards(draw: st.DrawFn, shape: Shape) -> list[Chunk]:
 class Known:
     """A name map that knows its answer. Each tensor of ``files`` is what the slice of that name is of ``memory``."""
 
-    memory: Mapping[str, Tensor]
-    files: Mapping[str, Tensor]
-    slices: Mapping[str, Slice]
+    memory: dict[str, Tensor]
+    files: dict[str, Tensor]
+    slices: dict[str, Target]
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
         return {name: TensorSpec(name, tuple(value.shape), value.dtype) for name, value in self.memory.items()}
 
-    def targets(self, specs: Mapping[str, TensorSpec]) -> dict[str, Slice]:
-        return {name: part for name, part in self.slices.items() if part.source in specs}
+    def targets(self, specs: Mapping[str, TensorSpec]) -> dict[str, Target]:
+        return {name: part for name, part in self.slices.items() if set(part.sources) <= specs.keys()}
 
 
 @st.composite
@@ -106,7 +106,25 @@ def name_maps(draw: st.DrawFn) -> Known:
         for j, part in enumerate(_taken_apart(draw, draw(rearranged(whole, most=2)))):
             case = draw(rearranged(part, most=2))
             known.slices[f"file.{i}.{j}"], known.files[f"file.{i}.{j}"] = case.slice, case.tensor.contiguous()
+    if draw(st.booleans()):
+        _join_some(draw, known)
     return known
+
+
+def _join_some(draw: st.DrawFn, known: Known) -> None:
+    """Put some of the files together into one, if they can be."""
+    most = min(3, len(known.files))
+    names = draw(st.lists(st.sampled_from(sorted(known.files)), min_size=1, max_size=most, unique=True))
+    dim = draw(st.integers(0, 2))
+    parts = [part for name in names if isinstance(part := known.slices[name], Slice)]
+    try:
+        joined = Joined(tuple(parts), dim)
+    except ValueError:
+        return
+    known.files["joined"] = torch.cat([known.files.pop(name) for name in names], dim)
+    known.slices["joined"] = joined
+    for name in names:
+        del known.slices[name]
 
 
 def _taken_apart(draw: st.DrawFn, case: Case) -> Sequence[Case]:

@@ -18,7 +18,7 @@ Z = Slice.whole(TensorSpec("w", (13, 6), torch.float32))
 
 def problems(parts: Sequence[Slice]) -> list[str]:
     slices = {f"file.{i}": part for i, part in enumerate(parts)}
-    return [*find_impossible(slices, {"w": SPEC})] or [*find_uncovered(slices, {"w": SPEC})]
+    return [*find_impossible(slices.items(), {"w": SPEC})] or [*find_uncovered(parts, {"w": SPEC})]
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
 from shardsmith.errors import MismatchError, UsageError
 from shardsmith.models import ModelSource, TranslatedModel
+from shardsmith.name_maps import Translation
 from shardsmith.restored import RestoredModel
 from shardsmith.safetensors_source import SafetensorsSource
 from shardsmith.slices import Slice
@@ -86,14 +87,27 @@ def test_there_and_back_is_the_same(known: Known, data: st.DataObject) -> None:
 def test_a_map_that_loses_or_repeats_something_is_refused(known: Known, data: st.DataObject) -> None:
     model = ModelSource.whole(ShardsInMemory(known.memory, data))
     name = data.draw(st.sampled_from(sorted(known.slices)))
-    part = known.slices[name]
-    lost = Known(known.memory, known.files, {n: p for n, p in known.slices.items() if n != name})
-    twice = Known(known.memory, known.files, {**known.slices, "again": part})
-    empty = not part.grid.numel
+    target = known.slices[name]
+    assume(all(part.grid.numel for part, _ in target.placed))
+    lost = Known(known.memory, known.files, {n: t for n, t in known.slices.items() if n != name})
+    twice = Known(known.memory, known.files, {**known.slices, "again": target})
     for wrong in [lost, twice]:
-        if not (empty and (wrong is twice or any(p.source == part.source for p in lost.slices.values()))):
-            with pytest.raises(UsageError, match=part.source):
-                TranslatedModel(model, wrong)
+        with pytest.raises(UsageError, match=target.sources[0]):
+            TranslatedModel(model, wrong)
+
+
+@given(name_maps(), st.data())
+def test_shards_of_the_model_fall_into_parts_of_the_files(known: Known, data: st.DataObject) -> None:
+    translation = Translation(known, known.specs)
+    made = {name: torch.full(shape, -1, dtype=torch.int32) for name, shape in translation.shapes.items()}
+    for source, values in known.memory.items():
+        whole = Chunk.whole(tuple(values.shape))
+        for box in data.draw(shards(whole.sizes)):
+            for name, part, found in translation.to_targets(source, box, values[box.within(whole)].clone()):
+                place = part.within(Chunk.whole(translation.shapes[name]))
+                assert bool((made[name][place] == -1).all())
+                made[name][place] = found
+    assert all(torch.equal(made[name].reshape(value.shape), value) for name, value in known.files.items())
 
 
 class WithoutCounts(Permuted):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from shardsmith.grids import Axis, Grid
-from shardsmith.slices import Slice
+from shardsmith.slices import Joined, Slice
 from shardsmith.tensors import Chunk, TensorSpec
 from shardsmith.tracing import trace
 from tests.slice_cases import Case, boxes, filled, shards, slices
@@ -67,6 +67,27 @@ def test_a_function_is_traced_to_the_slice_that_its_steps_make(case: Case) -> No
         assert traced["result"].shape == case.slice.shape
 
 
+def test_what_a_function_concatenates_and_stacks_is_traced() -> None:
+    def run(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        a, b = tensors["a"], tensors["b"]
+        return {
+            "cat": torch.cat([a[2:], b], dim=1),
+            "stack": torch.stack([a[0], a[1]], dim=1),
+            "again": torch.cat([torch.cat([a])]),
+            "sum": a[:2] + b[:, :3],
+            "part": torch.cat([a, a])[1:],
+        }
+
+    specs = {"a": TensorSpec("a", (4, 3), torch.float32), "b": TensorSpec("b", (2, 5), torch.float32)}
+    traced, refused = trace(run, specs)
+    whole = {name: Slice.whole(spec) for name, spec in specs.items()}
+    columns = [whole["a"][i].reshape(3, 1) for i in range(2)]
+    assert traced["cat"] == Joined((whole["a"][2:], whole["b"]), 1)
+    assert traced["stack"] == Joined(tuple(columns), 1)
+    assert traced["again"] == whole["a"]
+    assert refused == ["sum", "part"]
+
+
 def test_two_ways_to_say_the_same_give_equal_slices() -> None:
     there = W.reshape(4, 2, 8, 6).transpose(1, 2).reshape(64, 6)
     assert there != W
@@ -84,6 +105,9 @@ def test_two_ways_to_say_the_same_give_equal_slices() -> None:
         (lambda: W.reshape(384)[3:11], IndexError, "reshape it first"),
         (lambda: W[64], IndexError, "out of range"),
         (lambda: W[0, 0, 0], IndexError, "3 indices into"),
+        (lambda: Joined((W, W[0]), 0), ValueError, "cannot be joined"),
+        (lambda: Joined((W, W[:, 1:]), 0), ValueError, "cannot be joined"),
+        (lambda: Joined((W.reshape(-1), W.reshape(-1)), 0), ValueError, "put together from several"),
     ],
 )
 def test_what_is_not_regular_is_refused(make: object, error: type[Exception], words: str) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from shardsmith.blueprint import Blueprint
 from shardsmith.errors import UnsupportedFormatError, UsageError
-from shardsmith.slices import Slice
+from shardsmith.slices import Target
 from shardsmith.tensors import Shape, TensorSpec
 from shardsmith.tracing import trace
 
@@ -53,9 +53,9 @@ class TorchTitanNames:
         self._adapter = _without_ties(adapter)
         self._buffers = frozenset(buffers)
         self._shapes = shapes
-        self._answer: tuple[tuple[TensorSpec, ...], dict[str, Slice]] | None = None  # many experts take a second
+        self._answer: tuple[tuple[TensorSpec, ...], dict[str, Target]] | None = None  # many experts take a second
 
-    def targets(self, specs: Mapping[str, TensorSpec]) -> dict[str, Slice]:
+    def targets(self, specs: Mapping[str, TensorSpec]) -> dict[str, Target]:
         """As ``NameMap.targets``.
 
         Raises:
@@ -68,11 +68,11 @@ class TorchTitanNames:
 
     def leaves_out(self, specs: Mapping[str, TensorSpec]) -> dict[str, str]:
         """The buffers that the adapter has no name for."""
-        used = {part.source for part in self.targets(specs).values()}
+        used = {source for target in self.targets(specs).values() for source in target.sources}
         reason = f"{type(self._adapter).__name__} has no name for it in Hugging Face"
         return {name: reason for name in specs if name not in used}
 
-    def _ask(self, specs: Mapping[str, TensorSpec]) -> dict[str, Slice]:
+    def _ask(self, specs: Mapping[str, TensorSpec]) -> dict[str, Target]:
         kind = type(self._adapter).__name__
         if problems := self._find_strange(specs):
             message = f"{len(problems)} tensors are not those of this model. {_RIGHT_MODEL}"
@@ -85,7 +85,7 @@ class TorchTitanNames:
         if refused:
             message = f"computes {len(refused)} tensors instead of cutting them out of others"
             raise UnsupportedFormatError(kind, "\n  ".join([message, *refused]))
-        used = {part.source for part in found.values()}
+        used = {source for target in found.values() for source in target.sources}
         if dropped := [name for name in specs if name not in used and name not in self._buffers]:
             message = f"drops {len(dropped)} weights: what it makes is not this model. {_RIGHT_MODEL}"
             raise UnsupportedFormatError(kind, "\n  ".join([message, *dropped]))

@@ -14,16 +14,18 @@ from torch.distributed.tensor import Shard
 
 from shardsmith.hooks import HFExport, ShardedSave, every
 from shardsmith.models import TranslatedModel, open_dcp_model
-from shardsmith.slices import Slice
+from shardsmith.slices import Joined, Slice, Target
 from shardsmith.tensors import TensorSpec, read_tensor
 from tests.ranks import run_on_ranks
 
 
 class Rearranged:
-    """Heads whose halves are pairs in memory, gate and up row by row in turn, and a convolution for a linear layer."""
+    """Heads whose halves are pairs in memory, gate and up row by row in turn, a convolution for a linear layer, and two
+    linear layers that are one.
+    """
 
-    def targets(self, specs: Mapping[str, TensorSpec]) -> dict[str, Slice]:
-        found = {}
+    def targets(self, specs: Mapping[str, TensorSpec]) -> dict[str, Target]:
+        found: dict[str, Target] = {}
         for name, spec in specs.items():
             whole = Slice.whole(spec)
             if name == "q.weight":
@@ -32,6 +34,8 @@ class Rearranged:
                 found |= {"gate.weight": whole[::2], "up.weight": whole[1::2]}
             elif name == "patch.weight":
                 found[name] = whole.permute(0, 2, 3, 1).reshape(whole.shape[0], -1)
+            elif name.endswith(".weight"):
+                found["kv.weight"] = Joined(tuple(Slice.whole(specs[f"{part}.weight"]) for part in "kv"), 1)
             else:
                 found[name] = whole
         return found
@@ -46,6 +50,8 @@ class Model(nn.Module):
         self.q = nn.Linear(5, 24, bias=False)
         self.gate_up = nn.Linear(5, 14)
         self.patch = nn.Conv2d(3, 7, 2)
+        self.k = nn.Linear(5, 4, bias=False)
+        self.v = nn.Linear(3, 4, bias=False)
 
 
 def expected() -> dict[str, Tensor]:
@@ -53,6 +59,7 @@ def expected() -> dict[str, Tensor]:
     pair = weights.pop("gate_up.weight")
     patch = weights["patch.weight"].permute(0, 2, 3, 1).reshape(7, 12)
     query = weights["q.weight"].view(4, 3, 2, 5).transpose(1, 2).reshape(24, 5)
+    weights["kv.weight"] = torch.cat([weights.pop("k.weight"), weights.pop("v.weight")], dim=1)
     return {**weights, "q.weight": query, "patch.weight": patch, "gate.weight": pair[::2], "up.weight": pair[1::2]}
 
 
