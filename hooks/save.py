@@ -25,12 +25,12 @@ from shardsmith.metadata import CheckpointMetadata, read_metadata
 from shardsmith.ranks import Ranks
 from shardsmith.save import SaveInProgress
 from shardsmith.staging import Stager
+from shardsmith.train_state import TrainState
 
 from .base import Hook
 from .ema import EMA
 from .retention import Retention, steps_to_remove
 from .schedule import Schedule
-from .train_state import TrainState
 
 log = logging.getLogger(__name__)
 

@@ -22,7 +22,8 @@ from shardsmith.detected import (
 from shardsmith.errors import CheckpointError, IncompleteCheckpointError, UnsupportedFormatError
 from shardsmith.metadata import has_manifest, read_metadata
 from shardsmith.model_keys import MAIN, find_models
-from shardsmith.models import ModelSource, open_dcp_model
+from shardsmith.models import ModelSource, choose_model, open_dcp_model
+from shardsmith.rank_shards import RankShards
 
 _ACCELERATE_MODEL = re.compile(r"pytorch_model_fsdp_(0|[1-9][0-9]*)")
 ACCELERATE_MAIN = "pytorch_model_fsdp_0"
@@ -95,6 +96,18 @@ def _open_accelerate(path: Path, model: str) -> ModelSource:
     return open_dcp_model(path / ACCELERATE_MAIN, model)
 
 
-OURS_READER = FormatReader(detect_ours, dcp_models, open_dcp_model)
+def _open_ours(path: Path, model: str) -> ModelSource:
+    """From a DCP directory, or from files of single ranks."""
+    if (path / layout.DCP_INDEX_FILE).exists():
+        return open_dcp_model(path, model)
+    source = RankShards(path)
+    return choose_model(source, find_models(source.specs, {}), model)
+
+
+def _our_models(path: Path) -> list[str]:
+    return dcp_models(path) if (path / layout.DCP_INDEX_FILE).exists() else list(read_metadata(path).models)
+
+
+OURS_READER = FormatReader(detect_ours, _our_models, _open_ours)
 DCP_READER = FormatReader(detect_dcp, dcp_models, open_dcp_model)
 ACCELERATE_READER = FormatReader(detect_accelerate, lambda path: dcp_models(path / ACCELERATE_MAIN), _open_accelerate)

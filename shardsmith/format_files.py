@@ -28,8 +28,14 @@ _ZIP, _PICKLE = b"PK\x03\x04", b"\x80\x02"
 
 
 def has_safetensors(path: Path, stem: str) -> bool:
-    """Whether a directory has a single safetensors file or an index of that stem."""
-    return any((path / name).is_file() for name in (*layout.shard_file_names(stem, 1), layout.index_file_name(stem)))
+    """Whether a directory has a single safetensors file or an index of that stem.
+
+    An index that is all there is of one stem says nothing if the other has weights: BAGEL's release has such a one.
+    """
+    if (path / f"{stem}.safetensors").is_file():
+        return True
+    is_alone = not any((path / f"{other}.safetensors").is_file() for other in STEMS.values())
+    return (path / layout.index_file_name(stem)).is_file() and (is_alone or any(path.glob(f"{stem}-*.safetensors")))
 
 
 def detect_huggingface(path: Path) -> DetectedFormat | None:

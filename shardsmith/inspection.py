@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from shardsmith import layout
 from shardsmith.checkpoints import find_damage
 from shardsmith.companion import companion_of, find_folder_damage, is_complete
 from shardsmith.dcp_index import read_index
@@ -123,13 +124,17 @@ def _summary(path: Path, name: str) -> ModelSummary:
 
 def _beside(path: Path) -> dict[str, int]:
     """Bytes of tensors that belong to no model, by the first part of their path."""
-    index = read_index(path)
-    of_models = {key for names in find_models(index.tensors, index.containers).values() for key in names.values()}
+    if (path / layout.DCP_INDEX_FILE).exists():
+        index = read_index(path)
+        specs, paths = {key: entry.spec for key, entry in index.tensors.items()}, index.containers
+    else:
+        specs, paths = {key: record.spec(key) for key, record in read_metadata(path).tensors.items()}, {}
+    of_models = {key for names in find_models(specs, paths).values() for key in names.values()}
     sizes: dict[str, int] = {}
-    for key, entry in index.tensors.items():
+    for key, spec in specs.items():
         if key not in of_models:
-            first = str(index.containers.get(key, (key,))[0]).split(".", 1)[0]
-            sizes[first] = sizes.get(first, 0) + entry.spec.nbytes
+            first = str(paths.get(key, (key,))[0]).split(".", 1)[0]
+            sizes[first] = sizes.get(first, 0) + spec.nbytes
     return sizes
 
 

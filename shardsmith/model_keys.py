@@ -27,6 +27,7 @@ NOT_A_MODEL = frozenset(
         "lr_scheduler",
         "scheduler",
         "dataloader",
+        "data_status",
         "train_state",
         "rng",
         "ema",

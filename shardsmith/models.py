@@ -136,10 +136,17 @@ def open_dcp_model(directory: Path, model: str = MAIN) -> ModelSource:
         found = f"it holds {', '.join(averages)}" if averages else "its average has no name"
         raise CheckpointNotFoundError(directory, f"has no average {average!r}; {found}")
     models = find_models(source.specs, source.index.containers, average or None)
+    return choose_model(source, models, model, average)
+
+
+def choose_model(
+    source: TensorSource, models: Mapping[str, dict[str, str]], model: str, average: str = ""
+) -> ModelSource:
+    """One of the models that ``find_models`` has found in an open source. Raises as ``open_dcp_model``."""
     if model not in models:
         found = ", ".join(models) or "no model at all"
-        raise CheckpointNotFoundError(directory, f"has no {model!r} weights; it holds {found}")
-    return _choose(source, models, model, _metadata(directory), average)
+        raise CheckpointNotFoundError(source.path, f"has no {model!r} weights; it holds {found}")
+    return _choose(source, models, model, _metadata(source.path), average)
 
 
 def models_of(source: DcpSource) -> dict[str, ModelSource]:
@@ -150,7 +157,7 @@ def models_of(source: DcpSource) -> dict[str, ModelSource]:
 
 
 def _choose(
-    source: DcpSource,
+    source: TensorSource,
     models: Mapping[str, dict[str, str]],
     model: str,
     metadata: CheckpointMetadata | None,

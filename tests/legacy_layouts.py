@@ -37,7 +37,9 @@ WORLD = 4
 
 
 def wrap(model: nn.Module, sharding: str) -> nn.Module:
-    """``fsdp1``: BAGEL's FULL_SHARD. ``hybrid``: its HYBRID_SHARD, 2 x 2. ``fsdp2``: fully_shard."""
+    """``fsdp1``: BAGEL's FULL_SHARD. ``hybrid``: its HYBRID_SHARD, 2 x 2. ``fsdp2``: fully_shard. ``none``."""
+    if sharding == "none":
+        return model
     if sharding == "fsdp2":
         for module in reversed(list(model.modules())):  # inner ones first
             if type(module) in WRAPPED:

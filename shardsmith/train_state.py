@@ -18,13 +18,13 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from shardsmith.average import Average
 from shardsmith.errors import UsageError
+from shardsmith.fsdp1_hybrid import hybrid_groups_have_a_source
 from shardsmith.model_keys import NOT_A_MODEL
 from shardsmith.names import tied_weights
+from shardsmith.rng import rng_state, set_rng_state
 from shardsmith.save import RNG, Contents
-
-from .ema import EMA
-from .rng import rng_state, set_rng_state
 
 _OPTIMIZER = StateDictOptions(flatten_optimizer_state_dict=True)
 _OURS = frozenset({"model", "optimizer", "lr_scheduler", "ema_model", "ema_state", "train_state", RNG})
@@ -43,7 +43,7 @@ class TrainState:
         *,
         optimizer: Optimizer | Iterable[Optimizer] | None = None,
         scheduler: Stateful | None = None,
-        ema: EMA | None = None,
+        ema: Average | None = None,
         stateful: Mapping[str, Stateful] | None = None,
         nested: bool = False,
         rank: int = 0,
@@ -59,16 +59,22 @@ class TrainState:
         if taken := sorted(_OURS & self._stateful.keys()):
             raise UsageError(f"stateful: {', '.join(taken)} is used by the checkpoint itself; choose another name")
 
-    def collect(self, step: int, *, with_rng: bool = True) -> Contents:
+    def collect(self, step: int, *, with_rng: bool = True, with_main: bool = True) -> Contents:
         """The live state, not copied. All ranks; communicates only under FSDP1.
+
+        Args:
+            with_main: Whether to take the main weights, too.
 
         Raises:
             UsageError: the model's names cannot be told from the rest of the checkpoint.
         """
         main = get_model_state_dict(self._model)
         state: dict[str, Any] = {"model": main} if self._nested else self._flat(main)
+        if not with_main:
+            state = {}
         if self._optimizers:
-            state["optimizer"] = get_optimizer_state_dict(self._model, self._optimizers, options=_OPTIMIZER)
+            with hybrid_groups_have_a_source(self._model):
+                state["optimizer"] = get_optimizer_state_dict(self._model, self._optimizers, options=_OPTIMIZER)
         if self._scheduler is not None:
             state["lr_scheduler"] = self._scheduler.state_dict()
         if self.ema is not None:
@@ -84,10 +90,13 @@ class TrainState:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Hand loaded state, in the form that ``collect`` gave, back to its owners. All ranks; communicates (FSDP1)."""
         aside = _OURS | self._stateful.keys()
-        main = state["model"] if self._nested else {name: value for name, value in state.items() if name not in aside}
-        set_model_state_dict(self._model, main)
+        flat = {name: value for name, value in state.items() if name not in aside}
+        main = state.get("model", {}) if self._nested else flat
+        if main:
+            set_model_state_dict(self._model, main)
         if self._optimizers:
-            set_optimizer_state_dict(self._model, self._optimizers, state["optimizer"], options=_OPTIMIZER)
+            with hybrid_groups_have_a_source(self._model):
+                set_optimizer_state_dict(self._model, self._optimizers, state["optimizer"], options=_OPTIMIZER)
         if self._scheduler is not None:
             self._scheduler.load_state_dict(state["lr_scheduler"])
         if self.ema is not None:
