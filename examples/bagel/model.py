@@ -260,7 +260,7 @@ class TimeEmbedder(nn.Module):
     def forward(self, time: Tensor) -> Tensor:
         half = self.time_dim // 2
         angles = time[:, None] * torch.exp(-math.log(10000) * torch.arange(half, device=time.device) / half)
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1))
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(time.dtype))
 
 
 class PositionEmbedding(nn.Module):

@@ -1,8 +1,8 @@
 """Train the small BAGEL under FSDP, with its average in a second module, and save sharded checkpoints.
 
-    torchrun --nproc_per_node=2 examples/bagel/train.py --run bagel-run --steps 6
+    torchrun --nproc_per_node=2 examples/bagel/train.py --dir bagel-run --steps 6
 
-It makes the base model too, BAGEL-SMALL-MoT, if it is not there, and goes on from the newest checkpoint if there is one.
+It makes the base model too, BAGEL-SMALL-MoT, if it is not there, and goes on from the newest checkpoint, if any.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main() -> None:
     model = wrap(whole, options.fsdp)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     manager = ShardedCheckpointManager(
-        options.run / "checkpoints",
+        options.dir / "checkpoints",
         model=model,
         optimizer=optimizer,
         ema=average,
@@ -108,7 +108,7 @@ def make_base(directory: Path, model: Bagel) -> None:
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run", type=Path, default=Path("bagel-run"))
+    parser.add_argument("--dir", type=Path, default=Path("bagel-run"))
     parser.add_argument("--base", type=Path, default=Path("BAGEL-SMALL-MoT"))
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--fsdp", type=int, choices=(1, 2), default=1)
