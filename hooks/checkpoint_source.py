@@ -12,10 +12,12 @@ from shardsmith.checkpoint_writer import CheckpointWriter
 from shardsmith.errors import CheckpointNotFoundError, UsageError
 from shardsmith.layout import step_name
 from shardsmith.leases import hold
+from shardsmith.live_boxes import StagingBuffer
 from shardsmith.live_export import JointExport
 from shardsmith.ranks import Ranks
 
-from .live_state import LiveDirectory, LiveState
+from .live_source import Begin, Target
+from .live_state import LiveState
 from .schedule import Schedule
 
 
@@ -65,27 +67,38 @@ class HeldCheckpoint:
 class CheckpointSource:
     """Makes the directories of a step from its checkpoint, a share on every rank."""
 
-    def __init__(self, saves: Saves, state: LiveState, writer_ranks: Ranks, *, whole_files: bool) -> None:
-        """``writer_ranks`` serves the thread that writes and commits."""
+    def __init__(
+        self, saves: Saves, state: LiveState, ranks: Ranks, writer_ranks: Ranks, *, when: Schedule, whole_files: bool
+    ) -> None:
+        """``ranks`` serves the main thread, ``writer_ranks`` the one that writes and commits.
+
+        Raises:
+            UsageError: ``when`` has steps that are never saved.
+        """
+        if (missing := when.outside(saves.when)) is not None:
+            raise UsageError(
+                f"exports from checkpoints are due at {missing}, but checkpoints are saved at {saves.when}: "
+                "export steps that are saved, or export live weights"
+            )
         self._saves = saves
         self._state = state
+        self._main_ranks = ranks
         self._ranks = writer_ranks
         self._whole_files = whole_files
 
-    def check(self, when: Schedule) -> None:
-        """Raise UsageError if ``when`` has steps that are never saved."""
-        if (missing := when.outside(self._saves.when)) is not None:
-            raise UsageError(
-                f"exports from checkpoints are due at {missing}, but checkpoints are saved at {self._saves.when}: "
-                "export steps that are saved, or export live weights"
-            )
-
-    def claim(self, step: int) -> HeldCheckpoint:
-        """The checkpoint of a step, to be awaited. Rank 0, main thread; no communication.
+    def begin(self, step: int, targets: Sequence[Target], buffers: Sequence[StagingBuffer]) -> Begin:  # noqa: ARG002
+        """Settle that the directories are made of the step's checkpoint. All ranks, main thread; communicates.
 
         Raises:
-            UsageError: the step is not saved.
+            UsageError: the step is not saved; with several ranks as RankFailedError.
         """
+        claims: list[HeldCheckpoint] = []  # on rank 0
+        phase = f"looking for the checkpoint of {step_name(step)}"
+        self._main_ranks.lead(phase, lambda: claims.append(self._claim(step)))
+        return lambda unfinished: self._open(claims, step, targets, unfinished)
+
+    def _claim(self, step: int) -> HeldCheckpoint:
+        """The checkpoint of a step, to be awaited. Rank 0; no communication."""
         try:
             return HeldCheckpoint(self._saves.directory / step_name(step), self._saves.saving(step))
         except UsageError as error:
@@ -93,19 +106,14 @@ class CheckpointSource:
             advice = "Pass the hook that saves to Hooks before HFExport" if is_due else "Save it, too"
             raise UsageError(f"step {step} cannot be exported from its checkpoint: {error}. {advice}") from error
 
-    def open(
+    def _open(
         self,
         claims: Sequence[HeldCheckpoint],
         step: int,
-        targets: Sequence[tuple[LiveDirectory, Path]],
+        targets: Sequence[Target],
         unfinished: contextlib.ExitStack,
     ) -> list[JointExport]:
         """Wait until a checkpoint is committed; the exports to be made. Background thread, all ranks; communicates.
-
-        Args:
-            claims: On rank 0 the one that was made of the step.
-            targets: What to make, and where.
-            unfinished: What is to be let go of in the end.
 
         Raises:
             RankFailedError: on all ranks, if it was not saved, or cannot be read.
@@ -127,3 +135,15 @@ class CheckpointSource:
 
         self._ranks.gather(f"opening {step_name(step)}", plan)
         return jobs
+
+
+def check_source(source: str, checkpoints: Saves | None, *, is_adapter: bool) -> None:
+    """Raise UsageError if the arguments of these names do not fit each other."""
+    if source not in ("live", "checkpoint", "auto"):
+        raise UsageError(f'source="{source}": it is "live", "checkpoint" or "auto"')
+    if source == "checkpoint" and checkpoints is None:
+        raise UsageError('source="checkpoint" needs checkpoints=: pass the ShardedSave of the run')
+    if source == "live" and checkpoints is not None:
+        raise UsageError('checkpoints= is of no use to source="live": leave it out, or choose another source')
+    if checkpoints is not None and is_adapter:
+        raise UsageError("an adapter is exported from live weights only: leave source= and checkpoints= out")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,27 +12,25 @@ from torch import Tensor, nn
 
 from shardsmith.checkpoints import committed_steps
 from shardsmith.commit import prove_writable, remove, sweep
-from shardsmith.errors import RankTimeoutError, ShardsmithError, UsageError
+from shardsmith.errors import ShardsmithError, UsageError
 from shardsmith.file_writer import choose_writer
 from shardsmith.layout import PROVENANCE_FILE, step_name
-from shardsmith.live_export import Check, JointExport, LiveExporter, LiveModel
+from shardsmith.live_export import Check
 from shardsmith.name_maps import NameMap
 from shardsmith.ranks import Ranks
 
 from .adapters import AdapterView, view_of
 from .answers import Answers
 from .base import Hook
-from .checkpoint_source import CheckpointSource, HeldCheckpoint, Saves
+from .checkpoint_source import CheckpointSource, Saves, check_source
 from .ema import EMA
 from .in_flight import SLOTS, InFlight
+from .live_source import Begin, LiveSource
 from .live_state import LiveDirectory, LiveState, ModelFiles
 from .retention import Retention, steps_to_remove
 from .schedule import Schedule
 
 log = logging.getLogger(__name__)
-
-_Begin = Callable[[contextlib.ExitStack], list[JointExport]]
-"""In the background thread: the directories of a step, ready to be written; what is to be undone when they are."""
 
 
 class HFExport(Hook):
@@ -144,6 +141,7 @@ class HFExport(Hook):
             raise UsageError(
                 "an adapter has no base model beside it: pass processor= for the tokenizer, not base_model="
             )
+        check_source(source, checkpoints, is_adapter=view is not None)
         if verify not in ("digest", "load"):
             raise UsageError(f'verify="{verify}": it is "digest" or "load"')
         self._answers = Answers(model, ema, verify_inputs) if verify == "load" else None
@@ -151,15 +149,16 @@ class HFExport(Hook):
         self._state = LiveState(model, ema, files, names=names, view=view, **sizes)
         self._directories = LiveDirectory.choose(chosen, ema_as, view)
         self._ranks, self._writer_ranks = Ranks(timeout_secs), Ranks(timeout_secs)  # one for each thread
-        self._exporter = LiveExporter(self._ranks)
-        self._weights_writer = choose_writer(write_mode, self._ranks)
+        live = LiveSource(self._state, self._ranks, self._writer_ranks, choose_writer(write_mode, self._ranks))
+        saved: CheckpointSource | None = None
+        if checkpoints is not None:
+            both, whole_files = (self._ranks, self._writer_ranks), write_mode == "files"
+            saved = CheckpointSource(checkpoints, self._state, *both, when=when, whole_files=whole_files)
         self._in_flight = InFlight(len(self._directories))
         self._exported_step: int | None = None
         self._ranks.lead(f"preparing {self.directory}", self._prepare_directory)
         self._ranks.gather("reading the base model", self._state.read_files)
-        self._checkpoints = self._choose_source(source, checkpoints, whole_files=write_mode == "files")
-        if self._checkpoints is None:
-            self._ranks.gather("looking at the base model", lambda: self._state.check(compare=self._ranks.is_leader))
+        self._choose_source(source, live, saved)
 
     def on_train_begin(self, step: int) -> None:
         """After a resume, make the export of that step if it was due and the former run died before it was made.
@@ -215,8 +214,9 @@ class HFExport(Hook):
         wanted = self._make_room(step, when_busy)
         if not wanted:
             return
-        begin = self._claim(step, wanted) if self._checkpoints else self._stage_all(step, wanted)
         checks = [self._ask(step, self._directories[i]) for i in wanted]
+        targets = [(self._directories[i], self._path(step, self._directories[i])) for i in wanted]
+        begin = self._source.begin(step, targets, [self._in_flight.next_buffers[i] for i in wanted])
         self._exported_step = step
         self._in_flight.start(step, lambda: self._finish(step, begin, checks))
 
@@ -227,35 +227,6 @@ class HFExport(Hook):
             phase = f"asking the live model for {self._path(step, directory).name}"
             self._ranks.gather(phase, lambda: checks.append(answers.check_for(directory)))
         return checks[-1]
-
-    def _stage_all(self, step: int, wanted: list[int]) -> _Begin:
-        """Copy the live weights of these directories."""
-        with contextlib.ExitStack() as unchanged:
-            jobs = [self._stage(step, i, unchanged) for i in wanted]
-        return lambda _: jobs
-
-    def _claim(self, step: int, wanted: list[int]) -> _Begin:
-        """Settle that they are made from the step's checkpoint."""
-        assert self._checkpoints is not None
-        source = self._checkpoints
-        claims: list[HeldCheckpoint] = []
-        self._ranks.lead(f"looking for the checkpoint of step {step}", lambda: claims.append(source.claim(step)))
-        targets = [(self._directories[i], self._path(step, self._directories[i])) for i in wanted]
-        return lambda unfinished: source.open(claims, step, targets, unfinished)
-
-    def _stage(self, step: int, i: int, unchanged: contextlib.ExitStack) -> JointExport:
-        directory, buffer = self._directories[i], self._in_flight.next_buffers[i]
-
-        def collect() -> list[LiveModel]:
-            unchanged.enter_context(self._state.staging())
-            return self._state.models(directory)
-
-        path = self._path(step, directory)
-        plans, boxes = self._exporter.begin(f"collecting {path.name}", directory.suffix, collect)
-        plan = self._state.plan(path, step, directory, plans)
-        job = JointExport(plan, self._writer_ranks, self._weights_writer)
-        job.stage(boxes, buffer, self._ranks)
-        return job
 
     def _make_room(self, step: int, when_busy: Literal["wait", "skip", "raise"]) -> list[int]:
         """Which of the directories to export; if any, there is a free slot.
@@ -280,7 +251,7 @@ class HFExport(Hook):
             return []
         return wanted
 
-    def _finish(self, step: int, begin: _Begin, checks: list[Check | None]) -> list[Path]:
+    def _finish(self, step: int, begin: Begin, checks: list[Check | None]) -> list[Path]:
         """Write and commit. In the background thread."""
         try:
             with contextlib.ExitStack() as unfinished:
@@ -325,34 +296,13 @@ class HFExport(Hook):
         if errors and self._on_error == "raise":
             raise errors[0]
 
-    def _choose_source(self, source: str, checkpoints: Saves | None, *, whole_files: bool) -> CheckpointSource | None:
-        """Where the weights come from; None is the live ones. All ranks; with "auto", communicates."""
-        if source not in ("live", "checkpoint", "auto"):
-            raise UsageError(f'source="{source}": it is "live", "checkpoint" or "auto"')
-        if source == "checkpoint" and checkpoints is None:
-            raise UsageError('source="checkpoint" needs checkpoints=: pass the ShardedSave of the run')
-        if source == "live" and checkpoints is not None:
-            raise UsageError('checkpoints= is of no use to source="live": leave it out, or choose another source')
-        if checkpoints is None:
-            return None
-        if self._state.has_view:
-            raise UsageError("an adapter is exported from live weights only: leave source= and checkpoints= out")
-        found = CheckpointSource(checkpoints, self._state, self._writer_ranks, whole_files=whole_files)
-        found.check(self.when)
-        return found if source == "checkpoint" or not self._can_export_live() else None
-
-    def _can_export_live(self) -> bool:
-        """Settle who would write what, as the first export does. All ranks; communicates."""
-        try:
-            for directory in self._directories:
-                collect = partial(self._state.models, directory)
-                self._exporter.begin("trying to export the live weights", directory.suffix, collect)
-        except RankTimeoutError:
-            raise
-        except Exception as error:  # of whatever kind of tensor they are
-            log.warning("the live weights cannot be exported, so the checkpoints will be: %s", error)
-            return False
-        return True
+    def _choose_source(self, source: str, live: LiveSource, saved: CheckpointSource | None) -> None:
+        """All ranks; communicates."""
+        self._source: LiveSource | CheckpointSource = live
+        if saved is not None and (source == "checkpoint" or not live.is_possible(self._directories)):
+            self._source = saved
+        if self._source is live:
+            self._ranks.gather("looking at the base model", lambda: self._state.check(compare=self._ranks.is_leader))
 
     def _prepare_directory(self) -> None:
         prove_writable(self.directory)

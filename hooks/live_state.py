@@ -124,11 +124,6 @@ class LiveState:
         self._translated: tuple[dict[str, Shape], Translation] | None = None
         self._known: dict[str, _Known] = {}  # by suffix of the directory
 
-    @property
-    def has_view(self) -> bool:
-        """Whether something else is written than the model as it is."""
-        return self._view is not None
-
     def read_files(self) -> None:
         """Read what lies beside the weights. First of all, on every rank; no communication. Raises CheckpointError."""
         self._config = self._read_config()

@@ -38,7 +38,7 @@ def train(folder: Path, steps: int) -> None:
     for parameter in model.parameters():
         nn.init.zeros_(parameter)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    options: dict[str, Any] = {"model": model, "when": every(2), "timeout_secs": 3}
+    options: dict[str, Any] = {"model": model, "when": every(2), "timeout_secs": 5}
     save = ShardedSave(folder / "steps", optimizer=optimizer, keep=latest(2), **options)
     options |= {"dtype": "original", "max_shard_size": "200KB"}
     exports = [HFExport(folder / mode, write_mode=mode, **options) for mode in ("slices", "files")]

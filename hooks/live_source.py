@@ -1,0 +1,77 @@
+"""Exports that come straight from the live weights."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from shardsmith.errors import RankTimeoutError
+from shardsmith.live_boxes import StagingBuffer
+from shardsmith.live_export import JointExport, LiveExporter, LiveModel
+from shardsmith.live_writers import WeightsWriter
+from shardsmith.ranks import Ranks
+
+from .live_state import LiveDirectory, LiveState
+
+log = logging.getLogger(__name__)
+
+Target = tuple[LiveDirectory, Path]
+"""One of the directories of a step, and where it is to appear."""
+Begin = Callable[[contextlib.ExitStack], list[JointExport]]
+"""What the background thread begins with: the directories of a step, ready to be written. The stack takes what is to be
+undone when they are."""
+
+
+class LiveSource:
+    """Copies the live weights, each rank its own part, while the training waits."""
+
+    def __init__(self, state: LiveState, ranks: Ranks, writer_ranks: Ranks, writer: WeightsWriter) -> None:
+        """``ranks`` serves the main thread, ``writer_ranks`` and ``writer`` the one that writes."""
+        self._state = state
+        self._ranks = ranks
+        self._writer_ranks = writer_ranks
+        self._writer = writer
+        self._exporter = LiveExporter(ranks)
+
+    def begin(self, step: int, targets: Sequence[Target], buffers: Sequence[StagingBuffer]) -> Begin:
+        """Copy what goes into these directories. All ranks, main thread; communicates.
+
+        Raises:
+            RankFailedError: on all ranks, if any could not stage its part.
+        """
+        with contextlib.ExitStack() as unchanged:
+            jobs = [
+                self._stage(step, target, buffer, unchanged) for target, buffer in zip(targets, buffers, strict=True)
+            ]
+        return lambda _: jobs
+
+    def is_possible(self, directories: Sequence[LiveDirectory]) -> bool:
+        """Settle who would write what, as the first export does; False, with a warning, if that fails.
+
+        All ranks, main thread; communicates. Raises RankTimeoutError.
+        """
+        try:
+            for directory in directories:
+                collect = partial(self._state.models, directory)
+                self._exporter.begin("trying to export the live weights", directory.suffix, collect)
+        except RankTimeoutError:
+            raise
+        except Exception as error:  # of whatever kind of tensor they are
+            log.warning("the live weights cannot be exported, so the checkpoints will be: %s", error)
+            return False
+        return True
+
+    def _stage(self, step: int, target: Target, buffer: StagingBuffer, unchanged: contextlib.ExitStack) -> JointExport:
+        directory, path = target
+
+        def collect() -> list[LiveModel]:
+            unchanged.enter_context(self._state.staging())
+            return self._state.models(directory)
+
+        plans, boxes = self._exporter.begin(f"collecting {path.name}", directory.suffix, collect)
+        job = JointExport(self._state.plan(path, step, directory, plans), self._writer_ranks, self._writer)
+        job.stage(boxes, buffer, self._ranks)
+        return job
