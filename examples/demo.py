@@ -123,7 +123,7 @@ def train(run: Path, steps: int, kill_at: int | None = None) -> list[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     common = {"WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(LOOP), "--run", str(run), "--steps", str(steps)]
+    command = [sys.executable, str(LOOP), "--directory", str(run), "--steps", str(steps)]
     processes = [
         subprocess.Popen(
             command,

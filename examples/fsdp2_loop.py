@@ -1,6 +1,6 @@
 """A small OLMo-2 learns Python from the standard library's own source, under FSDP2, with Shardsmith attached.
 
-    torchrun --nproc_per_node=2 examples/fsdp2_loop.py --run demo-run --steps 200
+    torchrun --nproc_per_node=2 examples/fsdp2_loop.py --directory demo-run --steps 200
 
 Kill it at any moment and start it again: it goes on from its last checkpoint. It runs on CPU (Gloo). Everything that
 it needs it makes itself: the text is on every machine that has Python, and the tokenizer is trained on it.
@@ -130,16 +130,16 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, default=Path("demo-run"), help="where everything is written")
+    parser.add_argument("--directory", type=Path, default=Path("demo-run"), help="where everything is written")
     parser.add_argument("--steps", type=int, default=200, help="optimizer steps")
     arguments = parser.parse_args()
     torch.set_num_threads(max(1, (os.cpu_count() or 2) // int(os.environ.get("WORLD_SIZE", "1"))))
     dist.init_process_group("gloo")
     try:
         if dist.get_rank() == 0:
-            prepare(arguments.run)
+            prepare(arguments.directory)
         dist.barrier()
-        train(arguments.run, arguments.steps)
+        train(arguments.directory, arguments.steps)
     finally:
         dist.destroy_process_group()
 
