@@ -5,6 +5,7 @@ from .ema import EMA
 from .export import HFExport
 from .folder_save import FolderSave
 from .initial_load import InitialLoad
+from .record import Recorder
 from .retention import Retention, latest, multiples_of
 from .save import ShardedSave
 from .schedule import Schedule, at, every, last
@@ -16,6 +17,7 @@ __all__ = [
     "Hook",
     "Hooks",
     "InitialLoad",
+    "Recorder",
     "Retention",
     "Schedule",
     "ShardedSave",

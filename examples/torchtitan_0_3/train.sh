@@ -18,7 +18,7 @@ fi
 torchrun --nproc_per_node="$NGPU" -m torchtitan.train --module llama3 --config "$CONFIG" \
     --hf_assets_path "$MODEL" --dump_folder "$RUN" \
     --checkpoint.enable --checkpoint.interval 500 --checkpoint.keep_latest_k 3 --checkpoint.async_mode async \
-    --checkpoint.initial_load_path "$RUN/start" \
+    --checkpoint.no-last-save-model-only --checkpoint.initial_load_path "$RUN/start" \
     --override.imports 'shardsmith.integrations.torchtitan.checkpoint_hooks={
         "ema_decay": 0.999, "export_interval": 1000, "export_last": true}' \
     "$@"

@@ -10,13 +10,14 @@ from torch import nn
 from torch.distributed.checkpoint.stateful import Stateful
 
 from shardsmith.errors import UsageError
-from shardsmith.hooks import EMA, HFExport, Hooks, every, last, latest
-from shardsmith.hooks.record import Recorder
+from shardsmith.hooks import EMA, HFExport, Hooks, Recorder, every, last, latest
 from shardsmith.hooks.schedule import Schedule
+from shardsmith.name_maps import NameMap
 from shardsmith.names import clean_fqn
 
 from .assets import find_base_model
 from .average import average_states
+from .inner import InnerNames
 from .names import TorchTitanNames
 from .options import CheckpointHooks
 
@@ -152,8 +153,8 @@ def _export_folder(options: CheckpointHooks, dump_folder: Path, folder: Path) ->
     return path
 
 
-def _names(sd_adapter: Any, model: nn.Module) -> str | TorchTitanNames:
+def _names(sd_adapter: Any, model: nn.Module) -> str | NameMap:
     """How the weights are called in files: through TorchTitan's adapter, where the model has one."""
     if sd_adapter is None:
-        return "auto"
+        return InnerNames.of(model) or "auto"
     return TorchTitanNames(sd_adapter, [clean_fqn(name, model) for name, _ in model.named_buffers()])

@@ -50,6 +50,7 @@ class LoadWatch:
         """
         if not self._is_initial(checkpoint):
             self._say_what_is_not_used(checkpoint)
+            self._ranks.gather(f"looking at {checkpoint}", lambda: _refuse_weights_only(state_dict, checkpoint))
             return
         self._ranks.gather(f"looking at {checkpoint}", lambda: self._compare(state_dict, checkpoint, from_hf))
         poison_weights(self._parts)
@@ -137,6 +138,11 @@ class LoadWatch:
         return None
 
 
+def is_remote(*paths: str) -> bool:
+    """Whether any is a URI, such as gs://bucket, which TorchTitan reads and this package does not."""
+    return any("://" in path for path in paths)
+
+
 def without_absent(state_dict: dict[str, Any], checkpoint: Path, keys: Sequence[str]) -> dict[str, Any]:
     """Of what is to be loaded, all but those of ``keys`` that a checkpoint was made without: it had no average then."""
     stored = {key.split(".", 1)[0] for key in read_index(checkpoint).tensors}
@@ -157,6 +163,21 @@ def newest_complete(folder: Path, newest: int) -> int:
         step_name(complete[-1]),
     )
     return complete[-1]
+
+
+def _refuse_weights_only(state_dict: Mapping[str, Any], checkpoint: Path) -> None:
+    """Raise MismatchError unless a step holds all that a run needs to go on, part by part."""
+    index = read_index(checkpoint)
+    stored = {key.split(".", 1)[0] for key in (*index.tensors, *index.objects)}
+    absent = [key for key, value in state_dict.items() if not isinstance(value, Tensor) and key not in stored]
+    if absent:
+        raise MismatchError(
+            checkpoint,
+            "a run cannot go on from this step",
+            [f"{key}: not in it" for key in absent],
+            "Nothing was loaded. A last step has weights only unless checkpoint.last_save_model_only is off. Go on "
+            "from an earlier one with checkpoint.load_step, or start a new run from this one with initial_load_path.",
+        )
 
 
 def _values(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:

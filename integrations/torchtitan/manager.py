@@ -6,20 +6,25 @@ What it does itself is left to it; this says when what happens. In both generati
 
 from __future__ import annotations
 
+import logging
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torchtitan.components.checkpoint import CheckpointManager
 
+from shardsmith.errors import UsageError
 from shardsmith.layout import parse_step
 
 from .attached import Attached
 from .average import MODEL as AVERAGES
 from .average import STATE as COUNTERS
-from .load import LoadWatch, newest_complete, without_absent
+from .load import LoadWatch, is_remote, newest_complete, without_absent
 from .options import CheckpointHooks
+
+log = logging.getLogger(__name__)
 
 
 class HookedManager(CheckpointManager):
@@ -41,6 +46,10 @@ class HookedManager(CheckpointManager):
             self._watch = LoadWatch(config, parts["model_parts"], parts["sd_adapter"], folder)
         if options.is_idle:
             return
+        if is_remote(parts.get("base_folder") or "", config.folder):
+            raise UsageError(
+                f"checkpoint_hooks needs folders on a file system; {dump_folder} {config.folder} is remote"
+            )
         self._attached = Attached(
             options,
             model_parts=parts["model_parts"],
@@ -98,11 +107,15 @@ class HookedManager(CheckpointManager):
         path, from_hf = Path(checkpoint_id), bool(kwargs.get("from_hf"))
         if self._attached is not None and AVERAGES in state_dict:
             state_dict = without_absent(state_dict, path, (AVERAGES, COUNTERS))
-        if self._watch is not None:
-            self._watch.before(state_dict, path, from_hf=from_hf)
+        watch = self._watch if _has_weights(state_dict) else None
+        if watch is not None and is_remote(checkpoint_id):
+            log.warning("%s is remote: what is loaded from there is not proved", checkpoint_id)
+            watch = None
+        if watch is not None:
+            watch.before(state_dict, path, from_hf=from_hf)
         super().dcp_load(state_dict, checkpoint_id, *args, **kwargs)
-        if self._watch is not None:
-            self._watch.after(path, from_hf=from_hf)
+        if watch is not None:
+            watch.after(path, from_hf=from_hf)
 
     def _find_load_step(self, folder: str = "") -> int:
         """As TorchTitan's, but of steps that are marked complete, if there are any, only such."""
@@ -115,6 +128,11 @@ class HookedManager(CheckpointManager):
         """TorchTitan's counts what is incomplete, and foreign folders; with a recorder, that one removes instead."""
         if self._attached is None or self._attached.recorder is None:
             super()._purge_stale_checkpoints()
+
+
+def _has_weights(state_dict: dict[str, Any]) -> bool:
+    """Whether the model is in it; torchft loads its data loaders alone."""
+    return any(isinstance(value, Tensor) for value in state_dict.values())
 
 
 def _end_of(result: Any) -> Future[Any] | None:

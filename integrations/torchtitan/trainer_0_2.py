@@ -1,24 +1,30 @@
 """TorchTitan 0.2: its trainer, with hooks in its checkpoint manager. Imports TorchTitan."""
 
-from __future__ import annotations
-
+import functools
+import importlib
 import tomllib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torchtitan.train
-from torchtitan.config import ConfigManager
+from torchtitan.config import ConfigManager, JobConfig
 
-from shardsmith.errors import UsageError
-
+from .job_config import Table
 from .manager import HookedManager
-from .options import CheckpointHooks, parse
-
-CONFIG_MODULE = f"{__package__}.job_config"
+from .options import parse
 
 _CONFIG_FILE = ("--job.config_file", "--job.config-file")
-_CUSTOM = ("--job.custom_config_module", "--job.custom-config-module", "--experimental.custom_args_module")
+_CUSTOM = ("--job.custom_config_module", "--job.custom-config-module")
+
+
+@dataclass
+class HookedJobConfig(JobConfig):
+    """TorchTitan's, with our table; a ``job.custom_config_module`` is merged into it as into TorchTitan's."""
+
+    checkpoint_hooks: Table = field(default_factory=Table)
+    """Checkpoint hooks of Shardsmith."""
 
 
 class HookedTrainer(torchtitan.train.Trainer):
@@ -26,12 +32,7 @@ class HookedTrainer(torchtitan.train.Trainer):
 
     def __init__(self, job_config: Any) -> None:
         """As TorchTitan's, which makes its checkpoint manager itself, from a class that it looks up in its module."""
-        options: Any = getattr(job_config, "checkpoint_hooks", None)
-        if not isinstance(options, CheckpointHooks):
-            raise UsageError(
-                "the job's config has no checkpoint_hooks: let the JobConfig of your job.custom_config_module derive "
-                f"from that of {CONFIG_MODULE}"
-            )
+        options = job_config.checkpoint_hooks
         options.check()
 
         class Manager(HookedManager):
@@ -51,11 +52,14 @@ def train(arguments: Sequence[str]) -> None:
     """What ``torchtitan.train`` does with a command line. The table needs no ``job.custom_config_module`` here."""
     toml = _read_toml(arguments)
     parse(toml.get("checkpoint_hooks", {}))  # TorchTitan would not say what there is
-    if not _names_config_module(arguments, toml):
-        arguments = [*arguments, f"{_CUSTOM[0]}={CONFIG_MODULE}"]
-    # it took the command line when it was imported
-    ConfigManager.parse_args.__defaults__ = (list(arguments),)
-    torchtitan.train.main(HookedTrainer)
+    ConfigManager.parse_args.__defaults__ = (list(arguments),)  # it took the command line when it was imported
+    original = torchtitan.train.ConfigManager
+    if not _has_table(_config_module(arguments, toml)):
+        torchtitan.train.ConfigManager = functools.partial(ConfigManager, HookedJobConfig)
+    try:
+        torchtitan.train.main(HookedTrainer)
+    finally:
+        torchtitan.train.ConfigManager = original
 
 
 def _read_toml(arguments: Sequence[str]) -> dict[str, Any]:
@@ -67,13 +71,17 @@ def _read_toml(arguments: Sequence[str]) -> dict[str, Any]:
         return tomllib.load(toml)
 
 
-def _names_config_module(arguments: Sequence[str], toml: Mapping[str, Any]) -> bool:
-    """Whether the command line or the TOML chooses a config module already."""
-    return bool(
-        _value_of(_CUSTOM, arguments)
-        or toml.get("job", {}).get("custom_config_module")
-        or toml.get("experimental", {}).get("custom_args_module")
-    )
+def _config_module(arguments: Sequence[str], toml: Mapping[str, Any]) -> str | None:
+    """The module that the job extends TorchTitan's config with."""
+    named: str | None = _value_of(_CUSTOM, arguments) or toml.get("job", {}).get("custom_config_module")
+    return named
+
+
+def _has_table(module: str | None) -> bool:
+    """Whether the job's own extension of the config has our table already."""
+    if module is None:
+        return False
+    return any(field.name == "checkpoint_hooks" for field in fields(importlib.import_module(module).JobConfig))
 
 
 def _value_of(names: Sequence[str], arguments: Sequence[str]) -> str | None:

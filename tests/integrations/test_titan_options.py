@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any
+from pathlib import Path
+from typing import Any, get_type_hints
 
 import pytest
 
 from shardsmith.errors import UsageError
 from shardsmith.integrations.torchtitan.help import help_text
-from shardsmith.integrations.torchtitan.options import CheckpointHooks, parse
+from shardsmith.integrations.torchtitan.options import CheckpointHooks, name_of, parse
 
 
 def test_without_options_nothing_is_attached() -> None:
@@ -60,6 +61,16 @@ def test_options_of_a_wrong_type_or_that_contradict_each_other_are_all_named(
 def test_further_options_are_added_to_those_there_are() -> None:
     first = parse({"ema_decay": 0.9})
     assert parse({"export_interval": 2}, first) == parse({"ema_decay": 0.9, "export_interval": 2})
+
+
+def test_the_documentation_says_of_every_option_what_the_help_says() -> None:
+    table = (Path(__file__).parent.parent.parent / "docs" / "torchtitan.md").read_text()
+    hints, help_words = get_type_hints(CheckpointHooks), " ".join(help_text().split())
+    for field in fields(CheckpointHooks):
+        (row,) = [line for line in table.splitlines() if line.startswith(f"| `{field.name}` |")]
+        kind, default, meaning = row.removesuffix(" |").split(" | ")[1:]
+        assert (kind, default) == (name_of(hints[field.name]), f"`{field.default!r}`")
+        assert meaning in help_words
 
 
 def test_the_help_explains_every_option() -> None:

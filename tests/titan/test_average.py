@@ -122,6 +122,16 @@ def test_a_last_save_of_weights_only_has_the_average_too(runs: dict[str, Job]) -
     assert not any(key.startswith("optimizer.") for key in metadata.tensors)
 
 
+def test_a_run_cannot_go_on_from_weights_only_and_is_told_how(
+    assets: Assets, runs: dict[str, Job], tmp_path: Path
+) -> None:
+    again = Job(run=runs["weights only"].run, hooks=EMA, options=["--training.steps=6"])
+    run_jobs(assets, 2, tmp_path, again)
+    assert "a run cannot go on from this step" in error_of(again)
+    assert "optimizer: not in it" in error_of(again)
+    assert "checkpoint.load_step" in error_of(again)
+
+
 def test_hooks_without_options_change_not_a_byte(runs: dict[str, Job]) -> None:
     plain, idle = (runs[name].run / "checkpoint" for name in ("plain", "idle"))
     assert steps_in(plain) == steps_in(idle) == ["step-2", "step-4"]
