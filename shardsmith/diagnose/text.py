@@ -15,7 +15,11 @@ from shardsmith.printable import printable
 _SHOWN_NAMES = 8
 _SHOWN_TEXT = 400
 _COLOURS = {"error": "bold red", "warning": "yellow", "note": "cyan"}
-TITLES = {"structure": "names, shapes and counts", "values": "values", "model": "config, tokenizer, buffers and logits"}
+TITLES = {
+    "structure": "names, shapes and counts",
+    "values": "every tensor against the model's",
+    "model": "config, tokenizer, buffers and logits",
+}
 
 
 def print_diagnosis(diagnosis: Diagnosis, console: Console) -> None:

@@ -20,7 +20,8 @@ def verdict_of(diagnosis: Diagnosis) -> str:
     if wrong.get("structure"):
         return f"The checkpoint does not hold the model's tensors as they should be: {_codes(wrong['structure'])}."
     if wrong.get("values"):
-        return f"Names and shapes are right, values are not: {_codes(wrong['values'])}."
+        begin = "Names and shapes are right, values are not" if "structure" in wrong else "Values are not the model's"
+        return f"{begin}: {_codes(wrong['values'])}."
     weights = _weights(diagnosis)
     if wrong.get("model"):
         return f"{weights}; look at: {_codes(wrong['model'])}."
