@@ -131,6 +131,11 @@ class FolderSave(Hook):
         else:
             self._announce(step, folder, self._finish(job, folder, step, live))
 
+    def has(self, folder: Path) -> bool:
+        """Whether our directory is in a folder. All ranks, which get one answer; waits for a save in flight."""
+        self._report(wait=True)
+        return self._ranks.lead(f"looking into {folder.name}", lambda: is_complete(folder))
+
     def load(self, folder: Path, *, prove: bool = True) -> int:
         """The trainer has loaded a folder: prove that, and load the average. All ranks; communicates. Returns the step.
 
@@ -145,8 +150,7 @@ class FolderSave(Hook):
             MismatchError: the live model is not the one that was saved, or no such average. Nothing of ours was loaded.
             UsageError: the average there has another decay than ours. Nothing was loaded.
         """
-        self._report(wait=True)
-        if not self._ranks.lead(f"looking into {folder.name}", lambda: is_complete(folder)):
+        if not self.has(folder):
             raise CheckpointNotFoundError(folder, f"has no complete {COMPANION}/ directory")
         self._refuse_damage(folder)
         if prove:

@@ -23,7 +23,6 @@ from typing import Any, Literal
 from accelerate import Accelerator
 from torch import nn
 
-from shardsmith.companion import is_complete
 from shardsmith.errors import UsageError
 from shardsmith.folders import last_checkpoint
 from shardsmith.hooks import EMA, FolderSave, Hooks
@@ -84,7 +83,7 @@ class Attached:
 
     def _load_state(self, *args: Any, **kwargs: Any) -> None:
         self._load(*args, **kwargs)
-        if is_complete(self._folder) or (self._has_ema and self._on_missing == "raise"):
+        if self._folder_save.has(self._folder) or (self._has_ema and self._on_missing == "raise"):
             self._folder_save.load(self._folder, prove=self._prove)
         else:
             log.warning("%s holds nothing of ours: an average starts from the weights as they are", self._folder)

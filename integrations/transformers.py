@@ -17,7 +17,6 @@ from typing import Any, Literal
 
 from transformers import TrainerCallback
 
-from shardsmith.companion import is_complete
 from shardsmith.errors import UsageError
 from shardsmith.folders import last_checkpoint
 from shardsmith.hooks import EMA, FolderSave, HFExport, Hooks, Schedule
@@ -105,8 +104,8 @@ class CheckpointHooks(TrainerCallback):
             raise UsageError("CheckpointHooks works neither under DeepSpeed nor in a hyperparameter search")
         self.close()
         self.ema = EMA(model, **self._ema_options) if self._ema_options else None
-        self._companion = FolderSave(model, ema=self.ema)
-        attached = [self.ema, self._companion, self._make_export(args, model, processing_class)]
+        self._folder_save = FolderSave(model, ema=self.ema)
+        attached = [self.ema, self._folder_save, self._make_export(args, model, processing_class)]
         self.hooks = Hooks(*(hook for hook in attached if hook is not None))
         self._ended = False
         if state.global_step > 0:
@@ -132,14 +131,14 @@ class CheckpointHooks(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Add our directory to what Trainer has just written. All ranks; communicates."""
         if self.hooks:
-            self._companion.save(state.global_step, _folder(args, state))
+            self._folder_save.save(state.global_step, _folder(args, state))
             if control.should_training_stop:
-                self._companion.wait()  # in the end Trainer may delete folders, also this one
+                self._folder_save.wait()  # in the end Trainer may delete folders, also this one
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Wait for the save in flight if Trainer may decide on the next one without an event. No communication."""
         if self.hooks and args.save_strategy == "best":
-            self._companion.wait()
+            self._folder_save.wait()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Export the last step if that is wanted and not done, and wait for what is in flight. All ranks."""
@@ -169,22 +168,22 @@ class CheckpointHooks(TrainerCallback):
     def _load(self, args: Any, state: Any) -> None:
         given = self._resume_from or args.resume_from_checkpoint
         folder = Path(given) if given and Path(given).is_dir() else _folder(args, state)
-        if is_complete(folder) or (self.ema is not None and self._on_missing == "raise"):
-            self._companion.load(folder, prove=self._prove)
+        if self._folder_save.has(folder) or (self.ema is not None and self._on_missing == "raise"):
+            self._folder_save.load(folder, prove=self._prove)
         else:
             log.warning("%s holds nothing of ours: the average starts from the weights as they are", folder)
 
     def _look_ahead(self, args: Any, state: Any, control: Any) -> None:
         if control.should_save:
-            self._companion.before_save(_folder(args, state))
+            self._folder_save.before_save(_folder(args, state))
         if self.hooks and control.should_training_stop and not self._ended:
             self._ended = True
             self.hooks.train_end(state.global_step)  # now, because Trainer may load the best model afterwards
 
     def _follow_best(self, folder: Path, state: Any) -> int:
         """Trainer has loaded the best model: load the average that goes with it. The step of that."""
-        if is_complete(folder):
-            self._companion.load(folder, prove=self._prove)
+        if self._folder_save.has(folder):
+            self._folder_save.load(folder, prove=self._prove)
         else:
             log.warning("%s holds nothing of ours: the average is still that of the last step", folder)
         return int(state.best_global_step)
