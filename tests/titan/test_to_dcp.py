@@ -32,7 +32,8 @@ def made_up(titan: TitanModel) -> dict[str, Tensor]:
 def save_directory(titan: TitanModel, directory: Path) -> dict[str, Tensor]:
     """A model directory with random weights; what it holds."""
     directory.mkdir()
-    (directory / "config.json").write_text(json.dumps({"model_type": "x", "architectures": ["X"]}))
+    config = {"architectures": ["X"], "tie_word_embeddings": bool(tied_weights(titan.model))}
+    (directory / "config.json").write_text(json.dumps(config))
     files = {name: value.clone() for name, value in titan.adapter.to_hf(made_up(titan)).items()}
     save_file(files, directory / "model.safetensors")
     return files
@@ -44,16 +45,32 @@ def convert(titan: TitanModel, source: Path, checkpoint: Path, *options: str) ->
     return main(["to-dcp", "--model", str(source), "--checkpoint", str(checkpoint), *names, *options])
 
 
+def convert_back(titan: TitanModel, checkpoint: Path, base: Path, output: Path) -> dict[str, Tensor]:
+    """What the Hugging Face directory of a checkpoint holds."""
+    model, flavor = titan.title.split("/")
+    places = ["--checkpoint_dir", str(checkpoint), "--base_model_path", str(base), "--output_dir", str(output)]
+    names = ["--titan_model", model, "--titan_flavor", flavor]
+    assert main(["to-hf", *places, *names, "--dtype", "original", "--quiet"]) == 0
+    return load_file(output / "model.safetensors")
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
 @pytest.mark.parametrize("title", TITLES)
-def test_it_holds_what_the_adapter_reads_from_the_files(title: str, tmp_path: Path) -> None:
+def test_it_holds_what_the_adapter_reads_from_the_files_and_comes_back(title: str, tmp_path: Path) -> None:
     titan = build_titan_model(title)
-    expected = titan.adapter.from_hf(save_directory(titan, tmp_path / "hf"))
+    files = save_directory(titan, tmp_path / "hf")
+    expected = titan.adapter.from_hf(dict(files))
     assert convert(titan, tmp_path / "hf", tmp_path / "dcp", "--quiet") == 0
     found = open_source(tmp_path / "dcp")
     assert {**found.specs, **found.aliases}.keys() == titan.model.state_dict().keys()
     for name, value in expected.items():
         assert torch.equal(read_tensor(found, found.aliases.get(name, name)), value), name
     assert read_metadata(tmp_path / "dcp").initial.names == f"torchtitan:{title}"
+    assert_same(convert_back(titan, tmp_path / "dcp", tmp_path / "hf", tmp_path / "back"), files)
 
 
 def test_a_directory_without_one_of_the_tensors_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -72,10 +89,5 @@ def test_torchtitan_starts_from_it_and_it_comes_back_byte_for_byte(assets: Asset
     assert convert(titan, tmp_path / "hf", tmp_path / "dcp", "--quiet") == 0
     start = [f"--checkpoint.initial_load_path={tmp_path / 'dcp'}", "--checkpoint.initial_load_model_only"]
     run_jobs(assets, 2, tmp_path, Job(run=tmp_path / "run", options=[*start, STILL]))
-    places = {"checkpoint_dir": tmp_path / "run" / "checkpoint" / "step-2", "base_model_path": tmp_path / "hf"}
-    options = [text for name, value in places.items() for text in (f"--{name}", str(value))]
-    names = ["--titan_model", "llama3", "--titan_flavor", "debugmodel"]
-    assert main(["to-hf", *options, *names, "--output_dir", str(tmp_path / "out"), "--dtype", "original"]) == 0
-    found = load_file(tmp_path / "out" / "model.safetensors")
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    step = tmp_path / "run" / "checkpoint" / "step-2"
+    assert_same(convert_back(titan, step, tmp_path / "hf", tmp_path / "out"), expected)
