@@ -1,4 +1,4 @@
-"""Experts that are one tensor in memory come out under the names of their files, as ``save_pretrained`` has them."""
+"""What transformers fuses or takes apart in memory comes out as ``save_pretrained`` has it in files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedConfig, Qwen3MoeConfig
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    MixtralConfig,
+    NomicBertConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+)
 
 from shardsmith.cli import main
 from shardsmith.hooks import HFExport, ShardedSave, every
@@ -26,10 +34,21 @@ CONFIGS = {
 def test_fused_experts_are_written_one_by_one(tmp_path: Path, config: PreTrainedConfig) -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
-    model.save_pretrained(tmp_path / "base")
-    expected = load_file(tmp_path / "base" / "model.safetensors")
+    expected = assert_exported_as_saved(model, tmp_path)
     assert len(expected) > len(model.state_dict())
 
+
+def test_projections_that_are_one_tensor_in_files_are_joined(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = AutoModel.from_config(NomicBertConfig(**COMMON, intermediate_size=48, max_position_embeddings=16))
+    expected = assert_exported_as_saved(model, tmp_path)
+    assert len(expected) < len(model.state_dict())
+
+
+def assert_exported_as_saved(model: PreTrainedModel, tmp_path: Path) -> dict[str, Tensor]:
+    """Live, and from a checkpoint; what the files hold."""
+    model.save_pretrained(tmp_path / "base")
+    expected = load_file(tmp_path / "base" / "model.safetensors")
     export = HFExport(tmp_path / "hf", model=model, when=every(1), dtype="float32")
     export.export(1)
     export.close()
@@ -42,6 +61,7 @@ def test_fused_experts_are_written_one_by_one(tmp_path: Path, config: PreTrained
     options = [part for name, value in arguments.items() for part in (f"--{name}", str(value))]
     assert main(["to-hf", *options, "--output_dir", str(tmp_path / "out"), "--dtype", "float32", "--quiet"]) == 0
     assert_same(load_file(tmp_path / "out" / "model.safetensors"), expected)
+    return expected
 
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
