@@ -72,6 +72,13 @@ def test_nothing_is_written_and_nobody_asked(place: Path, watched: list[str]) ->
     assert snapshot(place) == before
 
 
+@pytest.mark.parametrize("folder", ["checkpoint", "model"])
+def test_a_report_is_not_written_into_what_it_is_about(folder: str, place: Path) -> None:
+    before = snapshot(place)
+    assert main([*commands(place)[0], "--html", str(place / folder / "report.html")]) == 2
+    assert snapshot(place) == before
+
+
 def test_a_name_that_is_not_in_the_cache_is_not_fetched(place: Path, watched: list[str]) -> None:
     assert main(["diagnose", "--checkpoint", str(place / "checkpoint"), "--model", "nobody/nothing"]) == 2
     assert watched == []

@@ -42,6 +42,7 @@ def test_the_benchmark_runs_every_tool(tmp_path: Path) -> None:
     assert len(figures["offline"]) == 4
     assert len(figures["initial"]) == 4
     assert {"shardsmith HFExport", "pauses"} < figures["live"].keys()
+    assert {"structure", "GB/s a core"} < figures["diagnose"].keys()
 
 
 @pytest.fixture(scope="session")

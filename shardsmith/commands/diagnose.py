@@ -62,6 +62,7 @@ def diagnose(
     from shardsmith.diagnose import diagnose as look
     from shardsmith.diagnose.html import html_of
     from shardsmith.diagnose.text import print_diagnosis
+    from shardsmith.hf_directory import protect
     from shardsmith.model_directory import find_model
 
     questions = Questions(
@@ -77,7 +78,10 @@ def diagnose(
         reference_loss=reference_loss,
         trust_remote_code=trust_remote_code,
     )
-    found = look(checkpoint, find_model(model, fetch=False), questions)
+    reference = find_model(model, fetch=False)
+    if html is not None:
+        protect(html, checkpoint, reference)
+    found = look(checkpoint, reference, questions)
     if html is not None:
         html.write_text(html_of(found), encoding="utf-8")
     if json:
