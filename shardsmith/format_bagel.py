@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from shardsmith import layout
-from shardsmith.dcp_index import read_index
 from shardsmith.detected import BAGEL, BAGEL_SHARDED, INCOMPLETE, DetectedFormat, FormatReader, reason_of
 from shardsmith.errors import CheckpointError, CheckpointNotFoundError
 from shardsmith.format_files import detect_huggingface, has_safetensors, open_safetensors_model, safetensors_models
@@ -159,8 +158,6 @@ def _model_problems(path: Path, model: str, manifest: ForkManifest) -> list[str]
         )
         return [f"{model}: {found} of ranks"]
     try:
-        if has_directory:
-            read_index(path / f"{stem}_sharded")
         _open(path, model).close()
     except CheckpointError as error:
         return [reason_of(error, path)]
