@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from rich.console import Console
 
+from benchmarks.bagel import compare_bagel
 from benchmarks.diagnosis import measure_diagnosis
 from benchmarks.initial import compare_initial
 from benchmarks.live import compare_live
@@ -21,17 +22,19 @@ def main(
     parameters: str = "700M",
     shards: int = 4,
     runs: int = 3,
-    only: Literal["all", "offline", "live", "initial", "diagnose"] = "all",
+    only: Literal["all", "offline", "live", "initial", "diagnose", "bagel"] = "all",
+    bagel_parameters: str | None = None,
     directory: Path | None = None,
     json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
 ) -> None:
     """Compare ways to a Hugging Face directory, and from one.
 
     offline: from a sharded checkpoint. live: from live sharded weights. initial: to a checkpoint to start from.
-    diagnose: what a diagnosis costs.
+    diagnose: what a diagnosis costs. bagel: a model like BAGEL with its average, in one process and in four.
 
     Args:
         parameters: Size of the float32 Llama, such as 700M.
+        bagel_parameters: Size of the model like BAGEL; default twice the Llama, which is a tenth of BAGEL.
         shards: Number of ranks that hold it.
         runs: Runs of each tool.
         directory: Where to work; default the system's temporary directory. Needs about 5 times the model.
@@ -49,6 +52,10 @@ def main(
             figures["initial"] = compare_initial(console, Path(work), size, shards, runs)
         if only in ("all", "diagnose"):
             figures["diagnose"] = measure_diagnosis(console, Path(work), min(4 * size, 1 << 30), runs)
+        if only in ("all", "bagel"):
+            figures["bagel"] = compare_bagel(
+                console, Path(work), parse_size(bagel_parameters) if bagel_parameters else 2 * size, runs
+            )
     if json_file:
         json_file.write_text(json.dumps(figures, indent=1))
 
