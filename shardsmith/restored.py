@@ -105,8 +105,9 @@ class RestoredModel:
             summary = (
                 f"{len(problems)} of the {len(wanted)} tensors that the model needs are not there as it needs them"
             )
-            advice = f"The files have {len(self.unused)} that it has no place for"
-            raise MismatchError(self.path, summary, problems, ": ".join([advice, ", ".join(self.unused[:5])]))
+            some = f", such as {', '.join(self.unused[:5])}" if self.unused else ""
+            advice = f"The files have {len(self.unused)} that it has no place for{some}"
+            raise MismatchError(self.path, summary, problems, advice)
 
     def _dtype(self, name: str, spec: TensorSpec) -> torch.dtype:
         """That of all its parts, or one that holds the values of all of them."""
