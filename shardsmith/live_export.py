@@ -64,7 +64,10 @@ class LiveModel:
     def shapes(self) -> dict[str, Shape]:
         """In which shape the boxes of each tensor of the files are."""
         own = {spec.name: spec.shape for spec in self.plan.specs}
-        return own if self.translation is None else {name: self.translation.shapes[name] for name in own}
+        if self.translation is None:
+            return own
+        shapes = self.translation.shapes
+        return {name: shapes[name] for name in own}
 
 
 @dataclass(frozen=True, slots=True)
