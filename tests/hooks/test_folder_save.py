@@ -179,7 +179,7 @@ def run_out_of_space(directory: Path) -> None:
     assert find_folder_damage(folder) == []
 
 
-@pytest.mark.parametrize("point", range(0, 60, 5))
+@pytest.mark.parametrize("point", range(0, 60, 8))
 def test_killed_at_any_point_the_folder_is_whole_or_not_marked_and_the_next_save_works(
     tmp_path: Path, point: int
 ) -> None:

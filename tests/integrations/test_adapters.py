@@ -70,7 +70,7 @@ def test_the_adapter_is_exported_as_peft_saves_it(tmp_path: Path, sharding: str,
         assert_equal(load_file(export / saved.name), load_file(saved))
 
 
-@pytest.mark.parametrize(("sharding", "ranks"), SHARDINGS)
+@pytest.mark.parametrize(("sharding", "ranks"), [SHARDINGS[0], SHARDINGS[2]])
 def test_a_merged_export_is_a_model_of_its_own_and_the_run_does_not_notice(
     tmp_path: Path, sharding: str, ranks: int
 ) -> None:
@@ -90,7 +90,7 @@ def test_a_merged_export_is_a_model_of_its_own_and_the_run_does_not_notice(
     assert_equal({name: truth["main"][name] for name in plain}, plain)
 
 
-@pytest.mark.parametrize(("sharding", "ranks"), SHARDINGS)
+@pytest.mark.parametrize(("sharding", "ranks"), [SHARDINGS[0], SHARDINGS[2]])
 def test_a_resumed_adapter_goes_on_exactly(finished: Finished, tmp_path: Path, sharding: str, ranks: int) -> None:
     case = case_of(sharding, ranks)
     before = finished(case) / "out" / f"checkpoint-{RESUMED}"
