@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from tests.titan.cpu import checkpoint
@@ -80,7 +81,10 @@ def _titan_loss(model: nn.Module) -> float:
         model._skip_lm_head = False  # else it is in TorchTitan's chunked loss
     try:
         with torch.no_grad():
-            return _loss(model(TOKENS[:, :-1]))
+            logits = model(TOKENS[:, :-1])
+            return _loss(
+                logits.full_tensor() if isinstance(logits, DTensor) else logits
+            )  # tensor parallel cuts them up
     finally:
         if headless is not None:
             model._skip_lm_head = headless

@@ -18,6 +18,7 @@ from tests.titan.evaluation import FLOAT32, evaluated, losses_of, transformers_l
 from tests.titan.jobs import Assets, Job, error_of, log_of, run_jobs
 
 EXPORT = {"ema_decay": 0.5, "export_interval": 3, "export_last": True, "export_dtype": "float32"}
+SUFFIXES = {"main": "", "ema": "-ema"}
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def jobs(assets: Assets, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     return jobs
 
 
-@pytest.mark.parametrize(("model", "suffix"), [("main", ""), ("ema", "-ema")])
+@pytest.mark.parametrize(("model", "suffix"), SUFFIXES.items())
 def test_the_directory_of_a_step_has_the_loss_that_torchtitan_had(
     jobs: dict[str, Job], model: str, suffix: str
 ) -> None:
@@ -46,6 +47,21 @@ def test_the_directory_of_a_step_has_the_loss_that_torchtitan_had(
     assert not (run / "checkpoint" / "step-3").exists()
     assert transformers_loss(run / "hf" / f"step-3{suffix}") == pytest.approx(losses_of(run)[model], abs=1e-4)
     assert losses_of(run)["main"] != pytest.approx(losses_of(run)["ema"], abs=1e-4)
+
+
+def test_so_has_it_under_hsdp_and_tensor_parallelism(assets: Assets, tmp_path: Path) -> None:
+    jobs = [
+        Job(run=tmp_path / name, hooks=EXPORT, options=[*FLOAT32, option], within=partial(evaluated, 3))
+        for name, option in (
+            ("hsdp", "--parallelism.data_parallel_replicate_degree=2"),
+            ("tp", "--parallelism.tensor_parallel_degree=2"),
+        )
+    ]
+    run_jobs(assets, 4, tmp_path, *jobs)
+    for job in jobs:
+        assert error_of(job) == ""
+        found = {name: transformers_loss(job.run / "hf" / f"step-3{suffix}") for name, suffix in SUFFIXES.items()}
+        assert found == pytest.approx(losses_of(job.run), abs=1e-4)
 
 
 def test_it_is_tensor_for_tensor_what_torchtitan_writes_at_the_end(jobs: dict[str, Job]) -> None:
