@@ -94,7 +94,7 @@ def assert_refused(
     place = Place(place.root, checkpoint or place.checkpoint, place.base, output or place.output)
     before = place.snapshot()
     with pytest.raises(error):
-        to_hf(place.checkpoint, place.output, place.base, quiet=True, **_as_keywords(options))
+        to_hf(place.checkpoint, place.base, place.output, quiet=True, **_as_keywords(options))
     assert cli.main([*place.arguments(), *options]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
