@@ -15,7 +15,7 @@ from benchmarks.diagnosis import measure_diagnosis
 from benchmarks.initial import compare_initial
 from benchmarks.live import compare_live
 from benchmarks.offline import compare_offline
-from shardsmith.safetensors_files import parse_size
+from shardsmith.safetensors_files.plan import parse_size
 
 
 def main(

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from shardsmith.ranks import Ranks
-from shardsmith.save import Contents, SaveInProgress
+from shardsmith.run_state.save import Contents, SaveInProgress
 
 
 def config_of(parameters: int) -> LlamaConfig:

@@ -28,10 +28,10 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from shardsmith.comparison import compare_tensor
+from shardsmith.compare.values import compare_tensor
 from shardsmith.digest import digest_run
-from shardsmith.formats import open_source
-from shardsmith.safetensors_files import plan_files
+from shardsmith.formats.by_path import open_source
+from shardsmith.safetensors_files.plan import plan_files
 from shardsmith.tensors import Chunk, TensorSource, TensorSpec
 
 TENSORS, FILES = 1223, 8

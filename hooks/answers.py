@@ -15,9 +15,9 @@ from torch._dynamo.eval_frame import OptimizedModule
 from torch.distributed.tensor import DTensor
 
 from shardsmith.errors import UsageError
+from shardsmith.export.live import Check
+from shardsmith.export.load_check import compare_answers, first_tensor
 from shardsmith.layout import MAIN_WEIGHTS
-from shardsmith.live_export import Check
-from shardsmith.load_check import compare_answers, first_tensor
 from shardsmith.model_keys import EMA as AVERAGE
 from shardsmith.names import unwrapped
 

@@ -8,12 +8,12 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Protocol
 
-from shardsmith.checkpoint_writer import CheckpointWriter
 from shardsmith.errors import CheckpointNotFoundError, UsageError
+from shardsmith.export.checkpoint_writer import CheckpointWriter
+from shardsmith.export.live import JointExport
+from shardsmith.export.live_boxes import StagingBuffer
 from shardsmith.layout import step_name
 from shardsmith.leases import hold
-from shardsmith.live_boxes import StagingBuffer
-from shardsmith.live_export import JointExport
 from shardsmith.ranks import Ranks
 
 from .live_source import Begin, Target

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from shardsmith.checkpoints import committed_steps
 from shardsmith.commit import prove_writable, remove, sweep
 from shardsmith.errors import ShardsmithError, UsageError
-from shardsmith.file_writer import choose_writer
+from shardsmith.export.file_writer import choose_writer
+from shardsmith.export.live import Check
 from shardsmith.layout import PROVENANCE_FILE, step_name
-from shardsmith.live_export import Check
-from shardsmith.name_maps import NameMap
+from shardsmith.name_maps.maps import NameMap
 from shardsmith.ranks import Ranks
 
 from .adapters import AdapterView, view_of

@@ -17,20 +17,20 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-from shardsmith.adopt import disown
 from shardsmith.checkpoints import find_damage
 from shardsmith.commit import remove, sweep
-from shardsmith.companion import companion_of, is_complete, is_deserted, read_folder_record
-from shardsmith.dcp_load import load_into
+from shardsmith.dcp.load import load_into
 from shardsmith.errors import CheckpointNotFoundError, CorruptCheckpointError, MismatchError, UsageError
-from shardsmith.folder_record import SHARDED_MODEL, LiveModel, record_folder
+from shardsmith.initial.live_digest import OTHER_VALUES, compare_digests, digest_live
 from shardsmith.layout import COMPANION, FOLDER_FILE
-from shardsmith.live_digest import OTHER_VALUES, compare_digests, digest_live
 from shardsmith.metadata import TensorRecord, read_metadata
 from shardsmith.names import tied_weights
 from shardsmith.ranks import Ranks
-from shardsmith.save import Contents, SaveInProgress
-from shardsmith.staging import Stager
+from shardsmith.record.adopt import disown
+from shardsmith.record.companion import companion_of, is_complete, is_deserted, read_folder_record
+from shardsmith.record.folder import SHARDED_MODEL, LiveModel, record_folder
+from shardsmith.run_state.save import Contents, SaveInProgress
+from shardsmith.run_state.staging import Stager
 
 from .base import Hook
 from .ema import EMA
@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 
 class FolderSave(Hook):
-    """Adds a directory of ours to checkpoint folders that a trainer writes; see ``shardsmith.companion``.
+    """Adds a directory of ours to checkpoint folders that a trainer writes; see ``shardsmith.record.companion``.
 
     Call ``save`` when the trainer has written a folder, and ``load`` when it has loaded one. The trainer's files are
     only read; even the folder's modification time, by which some trainers choose what to delete, stays what it was.

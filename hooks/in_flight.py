@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
-from shardsmith.live_boxes import StagingBuffer
+from shardsmith.export.live_boxes import StagingBuffer
 
 SLOTS = 2
 

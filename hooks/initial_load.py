@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from shardsmith.buffer_reference import Fresh
-from shardsmith.initial import load_initial, prove_buffers
-from shardsmith.initial_report import InitialLoadReport
+from shardsmith.initial.buffer_reference import Fresh
+from shardsmith.initial.load import load_initial, prove_buffers
+from shardsmith.initial.report import InitialLoadReport
 from shardsmith.model_keys import MAIN
 from shardsmith.ranks import Ranks
 
@@ -48,7 +48,7 @@ class InitialLoad(Hook):
         weights: str = MAIN,
         timeout_secs: float = 1800.0,
     ) -> None:
-        """Nothing is read yet. The arguments are those of ``shardsmith.initial.load_initial``."""
+        """Nothing is read yet. The arguments are those of ``shardsmith.initial.load.load_initial``."""
         self.path = Path(path)
         self.report: InitialLoadReport | None = None
         self._model = model

@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 
 from shardsmith.errors import RankTimeoutError
-from shardsmith.live_boxes import StagingBuffer
-from shardsmith.live_export import JointExport, LiveExporter, LiveModel
-from shardsmith.live_writers import WeightsWriter
+from shardsmith.export.live import JointExport, LiveExporter, LiveModel
+from shardsmith.export.live_boxes import StagingBuffer
+from shardsmith.export.live_writers import WeightsWriter
 from shardsmith.ranks import Ranks
 
 from .live_state import LiveDirectory, LiveState

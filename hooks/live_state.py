@@ -16,23 +16,23 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from shardsmith.commit import writing
-from shardsmith.directory_plan import DirectoryPlan, ModelPlan, Origin, plan_model
 from shardsmith.dtypes import parse_dtypes
 from shardsmith.errors import MismatchError
-from shardsmith.export_plan import base_specs, compare_with_base, origin_of
-from shardsmith.formats import open_source
-from shardsmith.hf_directory import files_to_copy, read_config
+from shardsmith.export.directory import DirectoryPlan, ModelPlan, Origin, plan_model
+from shardsmith.export.hf_directory import files_to_copy, read_config
+from shardsmith.export.live import LiveModel
+from shardsmith.export.plan import base_specs, compare_with_base, origin_of
+from shardsmith.formats.by_path import open_source
+from shardsmith.initial.live_weights import model_state_dict
 from shardsmith.layout import EMA_WEIGHTS, MAIN_WEIGHTS
-from shardsmith.live_export import LiveModel
-from shardsmith.live_weights import model_state_dict
 from shardsmith.model_keys import EMA as AVERAGE
 from shardsmith.model_keys import MAIN
 from shardsmith.models import ModelSource, TranslatedModel
-from shardsmith.name_maps import NameMap, Translation, find_name_map
+from shardsmith.name_maps.maps import NameMap, Translation, find_name_map
+from shardsmith.name_maps.transformers import TransformersNames
 from shardsmith.names import non_persistent_buffers, tied_weights, unwrapped
-from shardsmith.safetensors_files import parse_size
+from shardsmith.safetensors_files.plan import parse_size
 from shardsmith.tensors import Shape, TensorSpec
-from shardsmith.transformers_names import TransformersNames
 
 from .adapters import View
 from .ema import EMA

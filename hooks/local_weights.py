@@ -14,7 +14,7 @@ from torch.distributed.fsdp._runtime_utils import _reshard as reshard_fsdp1
 from torch.distributed.tensor import DTensor
 
 from shardsmith.errors import UsageError
-from shardsmith.live_weights import model_state_dict
+from shardsmith.initial.live_weights import model_state_dict
 from shardsmith.names import clean_fqn, tied_weights
 
 

@@ -11,13 +11,13 @@ from typing import Any
 
 from torch import nn
 
-from shardsmith.adopt import adopt, disown
 from shardsmith.checkpoints import committed_steps
 from shardsmith.commit import remove, sweep
 from shardsmith.errors import ShardsmithError
 from shardsmith.layout import parse_step, step_name
 from shardsmith.names import tied_weights
 from shardsmith.ranks import Ranks
+from shardsmith.record.adopt import adopt, disown
 
 from .base import Hook
 from .ema import EMA

@@ -8,11 +8,11 @@ from pathlib import Path
 from torch import nn
 
 from shardsmith.errors import CheckpointError
-from shardsmith.formats import open_source
-from shardsmith.live_weights import LiveWeights
+from shardsmith.formats.by_path import open_source
+from shardsmith.initial.live_weights import LiveWeights
+from shardsmith.name_maps.restored import RestoredModel
+from shardsmith.name_maps.transformers import TransformersNames
 from shardsmith.names import unwrapped
-from shardsmith.restored import RestoredModel
-from shardsmith.transformers_names import TransformersNames
 
 
 def reload(model: nn.Module, folder: Path, names: Iterable[str]) -> bool:

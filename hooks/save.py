@@ -18,14 +18,14 @@ from torch.optim import Optimizer
 
 from shardsmith.checkpoints import committed_steps, find_damage, set_aside
 from shardsmith.commit import prove_writable, remove, sweep
-from shardsmith.dcp_load import load_into
+from shardsmith.dcp.load import load_into
 from shardsmith.errors import IncompleteCheckpointError, ShardsmithError, UsageError
 from shardsmith.layout import step_name
 from shardsmith.metadata import CheckpointMetadata, read_metadata
 from shardsmith.ranks import Ranks
-from shardsmith.save import SaveInProgress
-from shardsmith.staging import Stager
-from shardsmith.train_state import TrainState
+from shardsmith.run_state.save import SaveInProgress
+from shardsmith.run_state.staging import Stager
+from shardsmith.run_state.train_state import TrainState
 
 from .base import Hook
 from .ema import EMA

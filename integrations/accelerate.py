@@ -24,8 +24,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from shardsmith.errors import UsageError
-from shardsmith.folders import last_checkpoint
 from shardsmith.hooks import EMA, FolderSave, Hooks
+from shardsmith.record.trainer_folders import last_checkpoint
 
 __all__ = ["Attached", "attach", "last_checkpoint"]
 

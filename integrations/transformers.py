@@ -18,8 +18,8 @@ from typing import Any, Literal
 from transformers import TrainerCallback
 
 from shardsmith.errors import UsageError
-from shardsmith.folders import last_checkpoint
 from shardsmith.hooks import EMA, FolderSave, HFExport, Hooks, Schedule
+from shardsmith.record.trainer_folders import last_checkpoint
 
 __all__ = ["CheckpointHooks", "last_checkpoint"]
 

@@ -11,7 +11,7 @@ import tyro
 
 from shardsmith.commands import COMMANDS
 from shardsmith.errors import ShardsmithError
-from shardsmith.launch import is_other_rank
+from shardsmith.torchrun.process import is_other_rank
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

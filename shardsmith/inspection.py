@@ -8,12 +8,12 @@ from typing import Any
 
 from shardsmith import layout
 from shardsmith.checkpoints import find_damage
-from shardsmith.companion import companion_of, find_folder_damage, is_complete
-from shardsmith.dcp_index import read_index
+from shardsmith.dcp.index import read_index
 from shardsmith.errors import CheckpointError
-from shardsmith.formats import DCP, SHARDED, UNKNOWN, detect_checkpoint_format, model_names, open_source
+from shardsmith.formats.by_path import DCP, SHARDED, UNKNOWN, detect_checkpoint_format, model_names, open_source
 from shardsmith.metadata import dtype_name, read_metadata
 from shardsmith.model_keys import find_models
+from shardsmith.record.companion import companion_of, find_folder_damage, is_complete
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,12 +13,17 @@ from torch import nn
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim import Optimizer
 
-from shardsmith import formats, layout
-from shardsmith.average import Average, ModuleAverage
-from shardsmith.buffer_reference import Fresh
+from shardsmith import layout
 from shardsmith.checkpoints import committed_steps, find_damage
 from shardsmith.commit import prove_writable, sweep
-from shardsmith.detected import (
+from shardsmith.errors import (
+    CheckpointNotFoundError,
+    IncompleteCheckpointError,
+    UnsupportedFormatError,
+    UsageError,
+)
+from shardsmith.formats import by_path as formats
+from shardsmith.formats.detected import (
     ACCELERATE,
     BAGEL,
     BAGEL_SHARDED,
@@ -30,18 +35,14 @@ from shardsmith.detected import (
     TORCH,
     DetectedFormat,
 )
-from shardsmith.errors import (
-    CheckpointNotFoundError,
-    IncompleteCheckpointError,
-    UnsupportedFormatError,
-    UsageError,
-)
-from shardsmith.foreign_load import ForeignLoad, Loaded
-from shardsmith.rank_shards_writer import save_rank_shards
+from shardsmith.initial.buffer_reference import Fresh
 from shardsmith.ranks import Ranks
-from shardsmith.resume import DATA_STATUS, Wanted, load_ours
-from shardsmith.save import Contents, SaveInProgress
-from shardsmith.train_state import TrainState
+from shardsmith.run_state.average import Average, ModuleAverage
+from shardsmith.run_state.foreign import ForeignLoad, Loaded
+from shardsmith.run_state.rank_shards_writer import save_rank_shards
+from shardsmith.run_state.resume import DATA_STATUS, Wanted, load_ours
+from shardsmith.run_state.save import Contents, SaveInProgress
+from shardsmith.run_state.train_state import TrainState
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +121,7 @@ class ShardedCheckpointManager:
             UsageError: ``data_status`` could not be read again without running code.
             RankFailedError: on all ranks, if saving failed on any. Nothing became visible.
         """
-        from shardsmith.rank_shards import pack_object
+        from shardsmith.run_state.rank_shards import pack_object
 
         target = self.directory / layout.step_name(step)
         state = self._state(Wanted())

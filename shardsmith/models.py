@@ -8,12 +8,12 @@ from typing import Self
 
 from torch import Tensor
 
-from shardsmith.dcp import DcpSource
+from shardsmith.dcp.source import DcpSource
 from shardsmith.errors import CheckpointNotFoundError, UnsupportedFormatError
 from shardsmith.metadata import CheckpointMetadata, read_metadata
 from shardsmith.model_keys import EMA, MAIN, find_averages, find_models
-from shardsmith.name_maps import NameMap, Translation
-from shardsmith.rearranged import read_linked
+from shardsmith.name_maps.maps import NameMap, Translation
+from shardsmith.name_maps.rearranged import read_linked
 from shardsmith.tensors import Chunk, TensorSource, TensorSpec
 
 

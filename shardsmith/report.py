@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from shardsmith.export_plan import ExportPlan
+    from shardsmith.export.plan import ExportPlan
     from shardsmith.inspection import Inspection
     from shardsmith.watch import Outcome
 

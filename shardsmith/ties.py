@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from shardsmith.digest import digest_tensor
-from shardsmith.hf_directory import ties_word_embeddings
+from shardsmith.export.hf_directory import ties_word_embeddings
 from shardsmith.tensors import TensorSource, TensorSpec, read_tensor
 
 

@@ -20,13 +20,13 @@ from typing import Literal
 from shardsmith.checkpoints import committed_steps
 from shardsmith.commit import prove_writable, remove, sweep
 from shardsmith.errors import CheckpointNotFoundError, ShardsmithError, TargetExistsError, UsageError, WriteError
-from shardsmith.export import write_directories
-from shardsmith.export_plan import ExportOptions, choose_stems, plan_directory
-from shardsmith.hf_directory import files_to_copy, protect, read_config
+from shardsmith.export.hf_directory import files_to_copy, protect, read_config
+from shardsmith.export.plan import ExportOptions, choose_stems, plan_directory
+from shardsmith.export.write import write_directories
 from shardsmith.layout import PROVENANCE_FILE, parse_step, step_name
 from shardsmith.leases import hold
 from shardsmith.metadata import has_manifest
-from shardsmith.safetensors_files import parse_size
+from shardsmith.safetensors_files.plan import parse_size
 
 log = logging.getLogger(__name__)
 

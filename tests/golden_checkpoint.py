@@ -18,7 +18,7 @@ from torch.distributed.tensor import distribute_tensor, init_device_mesh
 from torch.distributed.tensor.placement_types import Shard
 
 from shardsmith.ranks import Ranks
-from shardsmith.save import Contents, SaveInProgress
+from shardsmith.run_state.save import Contents, SaveInProgress
 from tests.ranks import run_on_ranks
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from examples.bagel.model import Sizes, average_of, build
 from shardsmith import ShardedCheckpointManager
-from shardsmith.fsdp1_hybrid import hybrid_groups_have_a_source
+from shardsmith.run_state.fsdp1_hybrid import hybrid_groups_have_a_source
 from tests.legacy_layouts import SIZES, train_step, update_by_position, wrap
 
 WHOLE = StateDictOptions(full_state_dict=True)

@@ -11,7 +11,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from shardsmith.slices import Joined, Slice, Target
+from shardsmith.name_maps.slices import Joined, Slice, Target
 from shardsmith.tensors import Chunk, Shape, TensorSpec
 
 Step = tuple[str, tuple[object, ...]]

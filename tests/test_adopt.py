@@ -12,15 +12,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from shardsmith import commit
-from shardsmith.adopt import adopt, disown
 from shardsmith.checkpoints import committed_steps, find_damage
 from shardsmith.commit import place_file, remove, sweep
 from shardsmith.digest import digest_tensor
 from shardsmith.errors import IncompleteCheckpointError, RankFailedError, TargetExistsError, WriteError
-from shardsmith.formats import SHARDED, detect_checkpoint_format
+from shardsmith.formats.by_path import SHARDED, detect_checkpoint_format
 from shardsmith.layout import METADATA_FILE
 from shardsmith.metadata import read_metadata
 from shardsmith.ranks import Ranks
+from shardsmith.record.adopt import adopt, disown
 from tests import dcp_directories
 from tests.ranks import run_on_ranks
 

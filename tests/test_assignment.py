@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardsmith.assignment import Held, assign_boxes
 from shardsmith.errors import RanksDisagreeError
+from shardsmith.export.assignment import Held, assign_boxes
 from shardsmith.tensors import Chunk, Shape
 
 RANKS = 5

@@ -19,9 +19,9 @@ from examples.bagel.model import build
 from shardsmith import cli
 from shardsmith.digest import digest_tensor
 from shardsmith.errors import RankFailedError
-from shardsmith.export import write_directories
-from shardsmith.export_plan import ExportOptions, choose_stems, plan_directory
-from shardsmith.joint_plan import plan_together
+from shardsmith.export.joint_plan import plan_together
+from shardsmith.export.plan import ExportOptions, choose_stems, plan_directory
+from shardsmith.export.write import write_directories
 from shardsmith.ranks import Ranks
 from tests import dcp_directories
 from tests.bagel_base import COPIED, PATCHES, fingerprint, initial_weights, make_bagel_base

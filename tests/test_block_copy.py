@@ -18,13 +18,13 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from shardsmith.block_copy import copy_blocks
-from shardsmith.dcp import DcpSource
+from shardsmith.dcp.source import DcpSource
 from shardsmith.digest import Digest, digest_tensor
 from shardsmith.errors import CheckpointError, WriteError
-from shardsmith.safetensors_files import plan_files
-from shardsmith.safetensors_source import SafetensorsSource
-from shardsmith.safetensors_writer import SafetensorsFileWriter
+from shardsmith.export.block_copy import copy_blocks
+from shardsmith.safetensors_files.plan import plan_files
+from shardsmith.safetensors_files.source import SafetensorsSource
+from shardsmith.safetensors_files.writer import SafetensorsFileWriter
 from shardsmith.tensors import Chunk, TensorSource, TensorSpec
 from tests import dcp_directories
 from tests.tensor_cases import partitions, random_tensor, tensors

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from shardsmith.blueprint import describe, transformers_parts, twin_of, without_weights
+from shardsmith.initial.blueprint import describe, transformers_parts, twin_of, without_weights
 from tests.hooks.live_models import from_transformers
 from tests.tensor_cases import raw_bytes
 from tests.trained_runs import Odd

@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 
-from shardsmith.companion import (
+from shardsmith.errors import CheckpointNotFoundError, CorruptCheckpointError
+from shardsmith.metadata import TensorRecord
+from shardsmith.ranks import Ranks
+from shardsmith.record.companion import (
     FolderRecord,
     companion_of,
     find_folder_damage,
@@ -16,11 +19,8 @@ from shardsmith.companion import (
     is_deserted,
     read_folder_record,
 )
-from shardsmith.errors import CheckpointNotFoundError, CorruptCheckpointError
-from shardsmith.folder_record import LiveModel, record_folder
-from shardsmith.folders import last_checkpoint
-from shardsmith.metadata import TensorRecord
-from shardsmith.ranks import Ranks
+from shardsmith.record.folder import LiveModel, record_folder
+from shardsmith.record.trainer_folders import last_checkpoint
 
 TENSORS = {"w": TensorRecord(shape=(2, 3), dtype="float32", digest="0" * 32)}
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from shardsmith.coverage import find_impossible, find_uncovered
-from shardsmith.slices import Slice
+from shardsmith.name_maps.coverage import find_impossible, find_uncovered
+from shardsmith.name_maps.slices import Slice
 from shardsmith.tensors import TensorSpec
 
 SPEC = TensorSpec("w", (12, 6), torch.float32)

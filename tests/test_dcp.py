@@ -27,8 +27,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from shardsmith.dcp import DcpSource
-from shardsmith.dcp_load import load_into, metadata_for_torch
+from shardsmith.dcp.load import load_into, metadata_for_torch
+from shardsmith.dcp.source import DcpSource
 from shardsmith.errors import (
     CheckpointError,
     CheckpointNotFoundError,

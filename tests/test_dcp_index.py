@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from shardsmith.dcp_index import read_index
+from shardsmith.dcp.index import read_index
 from shardsmith.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,

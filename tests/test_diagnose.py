@@ -15,14 +15,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from shardsmith.cli import main
+from shardsmith.compare.verification import VerifyOptions, verify
 from shardsmith.diagnose import Diagnosis, Questions, diagnose
 from shardsmith.diagnose.structure import look_at_structure
 from shardsmith.diagnose.subject import Reference, Subject
 from shardsmith.diagnose.values import look_at_values
-from shardsmith.name_maps import ENTRY_POINTS
-from shardsmith.slices import Slice
+from shardsmith.name_maps.maps import ENTRY_POINTS
+from shardsmith.name_maps.slices import Slice
 from shardsmith.tensors import TensorSpec
-from shardsmith.verification import VerifyOptions, verify
 from tests.dcp_directories import edit_index, save, save_sharded
 from tests.diagnosed_models import FAMILIES, Specimen, config_of
 from tests.planted_faults import halves_to_pairs, random_like
@@ -237,7 +237,9 @@ def test_a_name_map_of_ones_own_brings_names_and_values_into_place(
     olmo: Specimen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     point = EntryPoint("numbered", "tests.test_diagnose:numbered", ENTRY_POINTS)
-    monkeypatch.setattr("shardsmith.name_maps.entry_points", lambda group: [point] if group == ENTRY_POINTS else [])
+    monkeypatch.setattr(
+        "shardsmith.name_maps.maps.entry_points", lambda group: [point] if group == ENTRY_POINTS else []
+    )
     own = {f"p.{i}": t.T.contiguous() if t.dim() == 2 else t for i, t in enumerate(olmo.state.values())}
     checkpoint = save_sharded(own, tmp_path / "c", 3)
     assert {"missing-tensors", "extra-tensors"} <= codes(structure(checkpoint, olmo))

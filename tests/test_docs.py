@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from shardsmith.diagnose.codes import CODES
 from shardsmith.digest import digest_tensor
 from shardsmith.hooks import HFExport, every
-from shardsmith.load_faults import EFFECTS
+from shardsmith.initial.faults import EFFECTS
 from tests.planted_faults import PLANTED
 
 DOCS = Path(__file__).parent.parent / "docs"

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from shardsmith.errors import CheckpointNotFoundError, IncompleteCheckpointError, UnsupportedFormatError
-from shardsmith.formats import detect_checkpoint_format, model_names, open_source
+from shardsmith.formats.by_path import detect_checkpoint_format, model_names, open_source
 from shardsmith.tensors import TensorSource, read_tensor
 from tests import dcp_directories
 from tests.trained_runs import Trained

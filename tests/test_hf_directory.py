@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from shardsmith.errors import CheckpointNotFoundError, ProtectedPathError, UnsafeCheckpointError, WriteError
-from shardsmith.hf_directory import config_for, copy_files, files_to_copy, protect, read_config, ties_word_embeddings
+from shardsmith.export.hf_directory import (
+    config_for,
+    copy_files,
+    files_to_copy,
+    protect,
+    read_config,
+    ties_word_embeddings,
+)
 
 KEPT = [
     "config.json",

@@ -12,8 +12,8 @@ from tests.golden_checkpoint import SHARDED
 
 HEAVY = ("torch.distributed.checkpoint", "torch.distributed.tensor", "torch.distributed.fsdp", "transformers", "sympy")
 READING = {
-    "importing": "import shardsmith.export, shardsmith.inspection, shardsmith.formats",
-    "the command line": "import shardsmith.cli, shardsmith.report, shardsmith.export_plan",
+    "importing": "import shardsmith.export.write, shardsmith.inspection, shardsmith.formats.by_path",
+    "the command line": "import shardsmith.cli, shardsmith.report, shardsmith.export.plan",
     "inspecting": f"from shardsmith.inspection import inspect_checkpoint; inspect_checkpoint({str(SHARDED)!r})",
 }
 

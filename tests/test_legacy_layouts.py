@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from shardsmith.errors import CheckpointNotFoundError, CorruptCheckpointError, IncompleteCheckpointError
-from shardsmith.formats import detect_checkpoint_format, model_names, open_source
+from shardsmith.formats.by_path import detect_checkpoint_format, model_names, open_source
 from shardsmith.tensors import read_tensor
 from tests.legacy_layouts import STEP
 

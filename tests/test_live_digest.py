@@ -13,7 +13,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from shardsmith.digest import digest_tensor
 from shardsmith.errors import RankFailedError
-from shardsmith.live_digest import OTHER_VALUES, compare_digests, digest_live
+from shardsmith.initial.live_digest import OTHER_VALUES, compare_digests, digest_live
 from shardsmith.metadata import TensorRecord
 from shardsmith.ranks import Ranks
 from tests.ranks import run_on_ranks

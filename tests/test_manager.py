@@ -26,7 +26,7 @@ from shardsmith.errors import (
     UnsupportedFormatError,
     UsageError,
 )
-from shardsmith.formats import detect_checkpoint_format, open_source
+from shardsmith.formats.by_path import detect_checkpoint_format, open_source
 from shardsmith.hooks import EMA
 from shardsmith.tensors import read_tensor
 from tests.bagel_base import initial_weights, make_bagel_base

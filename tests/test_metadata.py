@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from shardsmith.checkpoints import find_damage
-from shardsmith.dcp import DcpSource
+from shardsmith.dcp.source import DcpSource
 from shardsmith.digest import digest_tensor
 from shardsmith.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError, UnsupportedFormatError
 from shardsmith.initial_record import BufferRecord, InitialRecord, config_hash

@@ -9,9 +9,9 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.checkpoint.stateful import Stateful
 
-from shardsmith.dcp_index import read_index
+from shardsmith.dcp.index import read_index
 from shardsmith.errors import CheckpointNotFoundError
-from shardsmith.formats import open_source
+from shardsmith.formats.by_path import open_source
 from shardsmith.model_keys import NOT_A_MODEL, find_models
 from shardsmith.tensors import read_tensor
 from tests.dcp_directories import save

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from shardsmith.errors import MismatchError, UsageError
 from shardsmith.models import ModelSource, TranslatedModel
-from shardsmith.name_maps import Translation
-from shardsmith.restored import RestoredModel
-from shardsmith.safetensors_source import SafetensorsSource
-from shardsmith.slices import Slice
+from shardsmith.name_maps.maps import Translation
+from shardsmith.name_maps.restored import RestoredModel
+from shardsmith.name_maps.slices import Slice
+from shardsmith.safetensors_files.source import SafetensorsSource
 from shardsmith.tensors import Chunk, TensorSource, TensorSpec, read_into, read_tensor
 from tests.slice_cases import Known, boxes, name_maps, shards
 

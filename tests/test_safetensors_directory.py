@@ -18,7 +18,7 @@ from shardsmith.errors import (
     UnsafeCheckpointError,
     UsageError,
 )
-from shardsmith.safetensors_source import SafetensorsSource, open_safetensors_directory
+from shardsmith.safetensors_files.source import SafetensorsSource, open_safetensors_directory
 from shardsmith.tensors import Chunk, TensorSource, read_tensor
 
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardsmith.errors import UsageError
-from shardsmith.safetensors_files import FilePlan, WeightsPlan, parse_size, plan_files
+from shardsmith.safetensors_files.plan import FilePlan, WeightsPlan, parse_size, plan_files
 from shardsmith.tensors import TensorSpec
 
 SIZES = st.lists(st.integers(0, 60), max_size=30)

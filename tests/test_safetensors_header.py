@@ -16,7 +16,7 @@ from shardsmith.errors import (
     IncompleteCheckpointError,
     UsageError,
 )
-from shardsmith.safetensors_header import Header, build_header, place_tensors, read_header
+from shardsmith.safetensors_files.header import Header, build_header, place_tensors, read_header
 from shardsmith.tensors import TensorSpec
 from tests.hostile_headers import HOSTILE, framed
 from tests.tensor_cases import DTYPES, random_tensor, spec_of, tensors

@@ -10,7 +10,7 @@ from safetensors.torch import save, save_file
 from torch import Tensor
 
 from shardsmith.errors import CheckpointError, IncompleteCheckpointError
-from shardsmith.safetensors_source import SafetensorsSource
+from shardsmith.safetensors_files.source import SafetensorsSource
 from shardsmith.tensors import Chunk, read_into, read_tensor
 from tests.hostile_headers import HOSTILE
 from tests.tensor_cases import partitions, raw_bytes, spec_of, tensors

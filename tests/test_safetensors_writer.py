@@ -21,8 +21,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from shardsmith.errors import TargetExistsError, UsageError, WriteError
-from shardsmith.safetensors_files import FilePlan, plan_files
-from shardsmith.safetensors_writer import SafetensorsFileWriter
+from shardsmith.safetensors_files.plan import FilePlan, plan_files
+from shardsmith.safetensors_files.writer import SafetensorsFileWriter
 from shardsmith.tensors import Chunk
 from tests.tensor_cases import partitions, random_tensor, raw_bytes, spec_of, tensors
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardsmith.shard_files import PlannedChunk, divide
+from shardsmith.dcp.shard_files import PlannedChunk, divide
 from shardsmith.tensors import Chunk
 
 

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from shardsmith.grids import Axis, Grid
-from shardsmith.slices import Joined, Slice
+from shardsmith.name_maps.grids import Axis, Grid
+from shardsmith.name_maps.slices import Joined, Slice
+from shardsmith.name_maps.tracing import trace
 from shardsmith.tensors import Chunk, TensorSpec
-from shardsmith.tracing import trace
 from tests.slice_cases import Case, boxes, filled, shards, slices
 
 W = Slice.whole(TensorSpec("w", (64, 6), torch.int32))

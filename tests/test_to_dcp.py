@@ -20,7 +20,7 @@ from torch.distributed.fsdp import fully_shard
 
 from shardsmith.cli import main
 from shardsmith.commit import sweep
-from shardsmith.dcp import DcpSource
+from shardsmith.dcp.source import DcpSource
 from shardsmith.digest import digest_tensor
 from shardsmith.initial_record import config_hash
 from shardsmith.metadata import read_metadata
@@ -250,8 +250,8 @@ def test_a_directory_that_nothing_knows_keeps_its_names(
 def test_a_large_tensor_is_cut_into_chunks_that_torch_puts_together(
     tmp_path: Path, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shardsmith.shard_files.CHUNK_BYTES", 100)
-    monkeypatch.setattr("shardsmith.shard_files._BLOCK_BYTES", 64)
+    monkeypatch.setattr("shardsmith.dcp.shard_files.CHUNK_BYTES", 100)
+    monkeypatch.setattr("shardsmith.dcp.shard_files._BLOCK_BYTES", 64)
     state = {"a": torch.randn(31, 9), "b": torch.randn(2, 3, 40), "c": torch.arange(77), "d": torch.randn(())}
     save_file(state, tmp_path / "model.safetensors")
     to_dcp(tmp_path / "model.safetensors", output)
@@ -272,7 +272,7 @@ def run_sharded_load(checkpoint: Path, truth: Path) -> None:
 def test_ranks_load_their_parts_of_a_tensor_that_is_cut_into_chunks(
     models: Path, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shardsmith.shard_files.CHUNK_BYTES", 1000)
+    monkeypatch.setattr("shardsmith.dcp.shard_files.CHUNK_BYTES", 1000)
     to_dcp(models / "tied", output)
     assert len(DcpSource(output).index.tensors["lm_head.weight"].chunks) > 2
     torch.save(fresh("tied").state_dict(), tmp_path / "truth.pt")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from shardsmith.cli import main
 from shardsmith.digest import digest_tensor
-from shardsmith.hf_directory import config_for
+from shardsmith.export.hf_directory import config_for
 from tests.tensor_cases import raw_bytes
 from tests.trained_runs import STEP, Trained, loaded_logits, logits_of
 

@@ -22,7 +22,7 @@ from shardsmith.errors import (
     UnsafeCheckpointError,
 )
 from shardsmith.mapped import MappedFile
-from shardsmith.torch_archive import read_archived_object, read_archived_tensor
+from shardsmith.torch_files.archive import read_archived_object, read_archived_tensor
 
 DTYPES = [
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex128, torch.bool),

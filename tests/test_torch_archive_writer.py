@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from shardsmith.mapped import MappedFile
-from shardsmith.torch_archive import read_archived_tensor
-from shardsmith.torch_archive_writer import ALIGNMENT, archive_layout
+from shardsmith.torch_files.archive import read_archived_tensor
+from shardsmith.torch_files.archive_writer import ALIGNMENT, archive_layout
 from tests.tensor_cases import DTYPES, raw_bytes
 
 

@@ -20,9 +20,9 @@ from shardsmith.errors import (
     UnsafeCheckpointError,
     UnsupportedFormatError,
 )
-from shardsmith.formats import detect_checkpoint_format, model_names, open_source
+from shardsmith.formats.by_path import detect_checkpoint_format, model_names, open_source
 from shardsmith.tensors import Chunk, TensorSource, read_tensor
-from shardsmith.torch_files import read_torch_file
+from shardsmith.torch_files.files import read_torch_file
 from tests.ranks import run_on_ranks
 from tests.tensor_cases import raw_bytes
 

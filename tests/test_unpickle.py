@@ -16,9 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
+from shardsmith.dcp.index_pickle import SavedBytes, SavedIndex, SavedTensor, load_dcp_index
 from shardsmith.errors import CorruptCheckpointError, UnsafeCheckpointError, UnsupportedFormatError
 from shardsmith.tensors import Chunk
-from shardsmith.unpickle import SavedBytes, SavedIndex, SavedTensor, load_dcp_index
 from tests import dcp_directories, hostile_pickles
 from tests.pickle_parts import (
     CHECKPOINT,

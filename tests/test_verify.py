@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from shardsmith.cli import main
-from shardsmith.verification import Verification, VerifyOptions, verify
+from shardsmith.compare.verification import Verification, VerifyOptions, verify
 from tests.dcp_directories import edit_index, save_sharded
 from tests.diagnosed_models import FAMILIES, Specimen
 from tests.trained_runs import Trained

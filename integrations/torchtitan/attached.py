@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 from shardsmith.errors import UsageError
 from shardsmith.hooks import EMA, HFExport, Hooks, Recorder, every, last, latest
 from shardsmith.hooks.schedule import Schedule
-from shardsmith.name_maps import NameMap
+from shardsmith.name_maps.maps import NameMap
 from shardsmith.names import clean_fqn
 
 from .assets import find_base_model

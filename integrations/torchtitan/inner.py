@@ -9,10 +9,10 @@ from typing import Self
 
 from torch import nn
 
-from shardsmith.name_maps import NameMap
-from shardsmith.slices import Joined, Slice, Target
+from shardsmith.name_maps.maps import NameMap
+from shardsmith.name_maps.slices import Joined, Slice, Target
+from shardsmith.name_maps.transformers import TransformersNames
 from shardsmith.tensors import TensorSpec
-from shardsmith.transformers_names import TransformersNames
 
 
 class InnerNames:

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.fsdp import FSDPModule
 
-from shardsmith.buffer_reference import Fresh
 from shardsmith.checkpoints import committed_steps
-from shardsmith.dcp_index import read_index
-from shardsmith.dcp_load import compare
+from shardsmith.dcp.index import read_index
+from shardsmith.dcp.load import compare
 from shardsmith.errors import CheckpointNotFoundError, MismatchError
-from shardsmith.initial import poison_weights, prove_loaded
+from shardsmith.initial.buffer_reference import Fresh
+from shardsmith.initial.live_weights import LiveWeights
+from shardsmith.initial.load import poison_weights, prove_loaded
 from shardsmith.layout import step_name
-from shardsmith.live_weights import LiveWeights
 from shardsmith.ranks import Ranks
 
 log = logging.getLogger(__name__)

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shardsmith.blueprint import OLD_ROTARY, Blueprint, without_weights
 from shardsmith.errors import UsageError
+from shardsmith.initial.blueprint import OLD_ROTARY, Blueprint, without_weights
 from shardsmith.names import tied_weights
 from shardsmith.tensors import TensorSpec
 

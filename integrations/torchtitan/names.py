@@ -12,11 +12,11 @@ from typing import Any
 
 from torch import Tensor
 
-from shardsmith.blueprint import Blueprint
 from shardsmith.errors import UnsupportedFormatError, UsageError
-from shardsmith.slices import Target
+from shardsmith.initial.blueprint import Blueprint
+from shardsmith.name_maps.slices import Target
+from shardsmith.name_maps.tracing import trace
 from shardsmith.tensors import Shape, TensorSpec
-from shardsmith.tracing import trace
 
 from .models import TitanModel, build_titan_model
 

@@ -15,7 +15,7 @@ def detect(path: tyro.conf.Positional[Path]) -> int:
     Args:
         path: Any file or directory.
     """
-    from shardsmith.formats import detect_checkpoint_format
+    from shardsmith.formats.by_path import detect_checkpoint_format
 
     found = detect_checkpoint_format(path)
     print(f"{found.name}: {found.reason}")

@@ -58,12 +58,12 @@ def diagnose(
 
     from rich.console import Console
 
+    from shardsmith.conversion.model_directory import find_model
     from shardsmith.diagnose import Questions
     from shardsmith.diagnose import diagnose as look
     from shardsmith.diagnose.html import html_of
     from shardsmith.diagnose.text import print_diagnosis
-    from shardsmith.hf_directory import protect
-    from shardsmith.model_directory import find_model
+    from shardsmith.export.hf_directory import protect
 
     questions = Questions(
         level=level,

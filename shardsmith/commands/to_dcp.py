@@ -52,9 +52,9 @@ def to_dcp(
     import contextlib
 
     from shardsmith import report
+    from shardsmith.conversion.early_writing import early_writing
+    from shardsmith.conversion.model_directory import find_model
     from shardsmith.dtypes import parse_dtypes
-    from shardsmith.early_writing import early_writing
-    from shardsmith.model_directory import find_model
 
     choice = parse_dtypes(dtype)
     assert choice is None or not hasattr(choice, "items"), "one dtype for all"
@@ -64,10 +64,12 @@ def to_dcp(
         if not dry_run and names is None:
             early = stack.enter_context(early_writing(find_model(model), checkpoint, choice))
 
-        from shardsmith import conversion_report  # these take seconds, in which the first shards are written
-        from shardsmith.conversion import convert
-        from shardsmith.conversion_plan import ConversionOptions, plan_conversion
-        from shardsmith.torchrun import joined_ranks
+        from shardsmith.conversion import (
+            report as conversion_report,  # these take seconds, in which the first shards are written
+        )
+        from shardsmith.conversion.plan import ConversionOptions, plan_conversion
+        from shardsmith.conversion.write import convert
+        from shardsmith.torchrun.group import joined_ranks
 
         options = ConversionOptions(
             dtype=choice,

@@ -75,12 +75,13 @@ def to_hf(
         quiet: No progress bar and no summary.
         json: Print what was planned or checked as JSON on one line.
     """
-    from shardsmith import report, report_export
+    from shardsmith import report
     from shardsmith.dtypes import parse_dtypes
-    from shardsmith.export import write_directories
-    from shardsmith.export_plan import ExportOptions, ExportPlan, choose_stems, plan_directory
-    from shardsmith.joint_plan import plan_together, team_of_torchrun, threads_per_process
-    from shardsmith.layout_rules import find_rules
+    from shardsmith.export import report as report_export
+    from shardsmith.export.joint_plan import plan_together, team_of_torchrun, threads_per_process
+    from shardsmith.export.layout_rules import find_rules
+    from shardsmith.export.plan import ExportOptions, ExportPlan, choose_stems, plan_directory
+    from shardsmith.export.write import write_directories
     from shardsmith.leases import hold
 
     options = ExportOptions(

@@ -47,9 +47,9 @@ def verify(
         trust_remote_code: For logits, run the Python files of the Hugging Face directory.
         json: Print JSON instead of tables.
     """
-    from shardsmith import report_verification as report
-    from shardsmith.verification import VerifyOptions
-    from shardsmith.verification import verify as compare
+    from shardsmith.compare import report
+    from shardsmith.compare.verification import VerifyOptions
+    from shardsmith.compare.verification import verify as compare
 
     options = VerifyOptions(
         models=models or None,
@@ -59,7 +59,7 @@ def verify(
         rounding=rounding,
     )
     if logits:
-        from shardsmith.logits import verify_logits
+        from shardsmith.compare.logits import verify_logits
 
         chosen = models or ("main",)
         found = [verify_logits(a, b, name, options, model, trust_remote_code=trust_remote_code) for name in chosen]

@@ -65,7 +65,7 @@ def watch(
     """
     from shardsmith import report
     from shardsmith.dtypes import parse_dtypes
-    from shardsmith.export_plan import ExportOptions
+    from shardsmith.export.plan import ExportOptions
     from shardsmith.watch import Watcher, WatchOptions, stopped_by_signals
 
     options = ExportOptions(

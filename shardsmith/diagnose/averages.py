@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from shardsmith.comparison import TensorComparison, same_as
+from shardsmith.compare.values import TensorComparison, same_as
 from shardsmith.diagnose.findings import Finding, one
 from shardsmith.diagnose.subject import Subject
 from shardsmith.metadata import dtype_name

@@ -13,7 +13,7 @@ from torch import Tensor
 from shardsmith.diagnose.tokenizers import encode
 from shardsmith.errors import CheckpointError, CorruptCheckpointError
 from shardsmith.metadata import read_json
-from shardsmith.safetensors_source import SafetensorsSource
+from shardsmith.safetensors_files.source import SafetensorsSource
 from shardsmith.tensors import read_tensor
 
 IGNORED = -100

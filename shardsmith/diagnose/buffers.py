@@ -11,7 +11,7 @@ from torch import Tensor
 from shardsmith.diagnose.findings import Finding, one
 from shardsmith.initial_record import BufferRecord
 from shardsmith.names import clean_fqn
-from shardsmith.safetensors_source import SafetensorsSource
+from shardsmith.safetensors_files.source import SafetensorsSource
 from shardsmith.tensors import read_tensor
 
 _TOLERANCE = 1e-5

@@ -9,7 +9,7 @@ from typing import Any
 from shardsmith.diagnose.effective import config_of
 from shardsmith.diagnose.findings import Finding, one
 from shardsmith.errors import UnsupportedFormatError
-from shardsmith.hf_directory import CONFIG_FILE
+from shardsmith.export.hf_directory import CONFIG_FILE
 from shardsmith.metadata import read_json
 
 _ABSENT = object()

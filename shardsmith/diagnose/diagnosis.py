@@ -10,7 +10,7 @@ from shardsmith.diagnose.questions import Questions
 from shardsmith.diagnose.structure import look_at_structure, unreadable
 from shardsmith.diagnose.subject import Reference, Subject
 from shardsmith.errors import CheckpointError
-from shardsmith.formats import detect_checkpoint_format
+from shardsmith.formats.by_path import detect_checkpoint_format
 
 
 def diagnose(checkpoint: Path, model: Path, questions: Questions) -> Diagnosis:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from shardsmith.blueprint import describe, model_of_directory
+from shardsmith.conversion.model_directory import hash_tokenizer
 from shardsmith.diagnose.batches import Batch, check_ids, fixed_batch, read_batch
 from shardsmith.diagnose.buffers import compare_buffers, recorded_buffers, saved_buffers
 from shardsmith.diagnose.configs import compare_configs, effective_config
@@ -26,8 +26,8 @@ from shardsmith.diagnose.ties import embedding_of
 from shardsmith.diagnose.tokenizers import compare_hashes, compare_tokenizers, tokenizer_too_large
 from shardsmith.diagnose.training_settings import TrainingSettings
 from shardsmith.errors import CheckpointError
+from shardsmith.initial.blueprint import describe, model_of_directory
 from shardsmith.initial_record import InitialRecord
-from shardsmith.model_directory import hash_tokenizer
 from shardsmith.model_keys import MAIN
 
 _SAME_LOSS = 1e-3

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from shardsmith.diagnose.findings import Level
-from shardsmith.opened import Layout
+from shardsmith.formats.opened import Layout
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shardsmith.comparison import TensorComparison, scan_source
+from shardsmith.compare.values import TensorComparison, scan_source
 from shardsmith.tensors import Chunk, TensorSource, read_into, read_tensor
 
 _SAMPLED_ROWS = 64

@@ -7,15 +7,15 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from shardsmith.alignment import Alignment, is_transient
+from shardsmith.compare.alignment import Alignment, is_transient
 from shardsmith.diagnose.findings import Finding, Looked, one
 from shardsmith.diagnose.subject import Reference, Subject
 from shardsmith.diagnose.ties import tied_names
 from shardsmith.errors import CheckpointError, CorruptCheckpointError, IncompleteCheckpointError, UnsafeCheckpointError
+from shardsmith.formats.opened import Layout
 from shardsmith.metadata import dtype_name
 from shardsmith.model_keys import MAIN
 from shardsmith.models import ModelSource
-from shardsmith.opened import Layout
 from shardsmith.tensors import TensorSpec
 
 _HEADS = {

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from shardsmith import layout
-from shardsmith.alignment import Alignment, aligned_source
+from shardsmith.compare.alignment import Alignment, aligned_source
 from shardsmith.errors import CheckpointError, CheckpointNotFoundError
-from shardsmith.formats import model_names, open_source
-from shardsmith.hf_directory import read_config
+from shardsmith.export.hf_directory import read_config
+from shardsmith.formats.by_path import model_names, open_source
+from shardsmith.formats.opened import OpenedCheckpoint, open_checkpoint
 from shardsmith.metadata import CheckpointMetadata, read_json
 from shardsmith.model_keys import MAIN
 from shardsmith.models import ModelSource
-from shardsmith.opened import OpenedCheckpoint, open_checkpoint
 from shardsmith.tensors import TensorSpec
 
 _STEP_NAME = re.compile(r"(?:step-|checkpoint-)([0-9]{1,18})|([0-9]{7})")
@@ -111,7 +111,7 @@ def _step(checkpoint: Path) -> int | None:
 
 def _specs_by_config(path: Path) -> Mapping[str, TensorSpec]:
     """The tensors that a model without weights would have, as transformers makes it; of tied ones the kept name."""
-    from shardsmith.blueprint import describe, model_of_directory
+    from shardsmith.initial.blueprint import describe, model_of_directory
 
     made = describe(model_of_directory(path))
     return {name: spec for name, spec in made.state_dict.items() if name not in made.tied}

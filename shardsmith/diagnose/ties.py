@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from shardsmith.diagnose.subject import Reference
-from shardsmith.hf_directory import ties_word_embeddings
+from shardsmith.export.hf_directory import ties_word_embeddings
 from shardsmith.tensors import TensorSpec
 
 _HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")

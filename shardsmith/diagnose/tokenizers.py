@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from shardsmith.conversion.model_directory import hash_tokenizer
 from shardsmith.diagnose.findings import Finding, one
 from shardsmith.errors import CheckpointNotFoundError, UnsupportedFormatError
-from shardsmith.model_directory import hash_tokenizer
 
 TOKENIZER_FILE = "tokenizer.json"
 _MODEL_FILES = (TOKENIZER_FILE, "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model")

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from shardsmith.checkpoints import find_damage
-from shardsmith.comparison import TensorComparison, compare_sources, same_as, scan_source
+from shardsmith.compare.values import TensorComparison, compare_sources, same_as, scan_source
 from shardsmith.diagnose.averages import look_at_average
 from shardsmith.diagnose.findings import Finding, Looked, one
 from shardsmith.diagnose.signatures import QK_NORM, QUERY_KEY, find_reordering, is_all, unrelated
 from shardsmith.diagnose.subject import Reference, Subject
 from shardsmith.diagnose.ties import embedding_of, head_of, tied_names
-from shardsmith.formats import SHARDED
+from shardsmith.formats.by_path import SHARDED
 from shardsmith.metadata import dtype_name
 from shardsmith.model_keys import EMA, MAIN, find_models
 from shardsmith.models import ModelSource

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 
 from shardsmith.hooks import EMA, HFExport, at
-from shardsmith.safetensors_source import open_safetensors_directory
+from shardsmith.safetensors_files.source import open_safetensors_directory
 from shardsmith.tensors import read_tensor
 from tests.ranks import run_on_ranks
 

@@ -14,7 +14,7 @@ from torch.distributed.tensor import Shard
 
 from shardsmith.hooks import HFExport, ShardedSave, every
 from shardsmith.models import TranslatedModel, open_dcp_model
-from shardsmith.slices import Joined, Slice, Target
+from shardsmith.name_maps.slices import Joined, Slice, Target
 from shardsmith.tensors import TensorSpec, read_tensor
 from tests.ranks import run_on_ranks
 

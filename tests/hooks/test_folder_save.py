@@ -16,7 +16,6 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from shardsmith.companion import companion_of, find_folder_damage, is_complete, read_folder_record
 from shardsmith.digest import digest_tensor
 from shardsmith.errors import (
     CheckpointNotFoundError,
@@ -27,6 +26,7 @@ from shardsmith.errors import (
 )
 from shardsmith.hooks import EMA, FolderSave, Hooks
 from shardsmith.layout import is_leftover
+from shardsmith.record.companion import companion_of, find_folder_damage, is_complete, read_folder_record
 from tests.hooks.training import Tiny
 from tests.ranks import run_on_ranks
 

@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from shardsmith.checkpoints import find_damage
-from shardsmith.dcp import DcpSource
+from shardsmith.dcp.source import DcpSource
 from shardsmith.digest import digest_tensor
 from shardsmith.hooks import EMA, Hooks, ShardedSave, every, latest
 from shardsmith.layout import is_leftover, parse_step

@@ -10,7 +10,7 @@ from torch import nn
 from torch.multiprocessing import ProcessExitedException
 
 from shardsmith.checkpoints import committed_steps, find_damage
-from shardsmith.dcp import DcpSource
+from shardsmith.dcp.source import DcpSource
 from shardsmith.errors import RankFailedError, TargetExistsError, UsageError
 from shardsmith.hooks import EMA, Hook, Hooks, ShardedSave, at, every, last, latest, multiples_of
 from shardsmith.metadata import CheckpointMetadata, read_metadata

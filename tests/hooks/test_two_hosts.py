@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from shardsmith.checkpoints import find_damage
-from shardsmith.formats import open_source
+from shardsmith.formats.by_path import open_source
 from shardsmith.layout import parse_step
 from shardsmith.tensors import read_tensor
 from tests.two_hosts import Host, two_hosts, wait_for

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from shardsmith.commands.to_hf import default_output, to_hf
-from shardsmith.formats import detect_checkpoint_format, model_names
+from shardsmith.formats.by_path import detect_checkpoint_format, model_names
 from shardsmith.inspection import inspect_checkpoint
 from tests.integrations.trainer_runs import CASES, STEPS, Case, assert_equal, make_model, run
 

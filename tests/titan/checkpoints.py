@@ -7,8 +7,8 @@ from pathlib import Path
 from torch import Tensor
 
 from shardsmith.checkpoints import find_damage
-from shardsmith.dcp import DcpSource
-from shardsmith.formats import open_source
+from shardsmith.dcp.source import DcpSource
+from shardsmith.formats.by_path import open_source
 from shardsmith.metadata import read_metadata
 from shardsmith.tensors import read_tensor
 

@@ -13,10 +13,10 @@ from shardsmith.errors import ShardsmithError, UnsupportedFormatError, UsageErro
 from shardsmith.integrations.torchtitan.models import TitanModel, build_titan_model
 from shardsmith.integrations.torchtitan.names import TorchTitanNames
 from shardsmith.models import ModelSource, TranslatedModel
-from shardsmith.name_maps import find_name_map
+from shardsmith.name_maps.maps import find_name_map
+from shardsmith.name_maps.restored import RestoredModel
 from shardsmith.names import tied_weights
-from shardsmith.restored import RestoredModel
-from shardsmith.safetensors_source import SafetensorsSource
+from shardsmith.safetensors_files.source import SafetensorsSource
 from shardsmith.tensors import TensorSource, TensorSpec, read_tensor
 from tests.titan.cpu import IS_0_3
 

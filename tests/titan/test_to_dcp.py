@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from shardsmith.cli import main
-from shardsmith.formats import open_source
+from shardsmith.formats.by_path import open_source
 from shardsmith.integrations.torchtitan.models import TitanModel, build_titan_model
 from shardsmith.metadata import read_metadata
 from shardsmith.names import tied_weights

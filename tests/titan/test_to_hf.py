@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from shardsmith.cli import main
-from shardsmith.formats import open_source
+from shardsmith.formats.by_path import open_source
 from shardsmith.tensors import read_tensor
 from tests.dcp_directories import save
 from tests.titan.jobs import Assets, Job, run_jobs

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torchtitan
 
-from shardsmith.formats import DCP, detect_checkpoint_format
+from shardsmith.formats.by_path import DCP, detect_checkpoint_format
 from tests.titan.jobs import Assets, Job, error_of, log_of, run_jobs
 
 

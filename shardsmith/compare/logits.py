@@ -1,0 +1,79 @@
+"""Are two checkpoints the same model, by what they answer to a fixed text? Needs memory for two models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from shardsmith.compare.alignment import aligned_source
+from shardsmith.compare.verification import OpenedPair, VerifyOptions, is_huggingface
+from shardsmith.diagnose.batches import fixed_batch
+from shardsmith.diagnose.live_model import LiveModel
+from shardsmith.diagnose.start_loss import cross_entropy, divergence
+from shardsmith.diagnose.subject import Reference
+from shardsmith.errors import UsageError
+from shardsmith.formats.opened import OpenedCheckpoint
+
+
+@dataclass(frozen=True, slots=True)
+class LogitsVerification:
+    """How far apart the answers of two checkpoints are."""
+
+    model: str
+    batch: str
+    largest: float
+    """The largest absolute difference of two logits."""
+    divergence: float
+    """The largest Kullback-Leibler divergence a token, in nats."""
+    losses: tuple[float, float]
+    tolerance: float
+
+    @property
+    def same(self) -> bool:
+        """Whether the logits are, but for the tolerance."""
+        return self.largest <= self.tolerance
+
+
+def verify_logits(
+    left: Path,
+    right: Path,
+    model: str,
+    options: VerifyOptions,
+    base: Path | None = None,
+    *,
+    trust_remote_code: bool = False,
+) -> LogitsVerification:
+    """Run both on a fixed text.
+
+    Args:
+        model: ``"main"`` or ``"ema"``.
+        options: The tolerance is of logits; the names are those of a side that is no Hugging Face directory.
+        base: A Hugging Face directory of that kind of model; None: whichever of the two is one.
+
+    Raises:
+        UsageError: there is none.
+        CheckpointError: one cannot be read, or transformers cannot run it.
+    """
+    pair = OpenedPair(left, right, options.names)
+    try:
+        base = base or pair.base
+        if base is None:
+            raise UsageError("neither is a Hugging Face directory: give one of the same kind of model as --model")
+        pair.common([model])
+        reference = Reference.open(base)
+        made = LiveModel.of_directory(base, trust_remote_code=trust_remote_code)
+        batch = fixed_batch(base, made.module.get_input_embeddings().weight.shape[0])
+        answers = []
+        for side in (pair.left, pair.right):
+            source, _ = aligned_source(side.models[model], reference.specs, base, _names(side, options.names))
+            loaded = [name for name in source.specs if name in reference.specs]
+            answers.append(made.with_weights(source, loaded).logits(batch))
+        losses = (cross_entropy(answers[0], batch.labels), cross_entropy(answers[1], batch.labels))
+        largest = float((answers[0] - answers[1]).abs().max())
+        return LogitsVerification(model, batch.origin, largest, divergence(*answers)[1], losses, options.tolerance)
+    finally:
+        pair.close()
+
+
+def _names(side: OpenedCheckpoint, names: str) -> str:
+    return "auto" if is_huggingface(side) else names

@@ -1,0 +1,259 @@
+"""Are two checkpoints the same model? Of any formats and shardings, under whatever wrappers; nothing is written.
+
+By value: both are streamed and compared block by block. By digest: what is recorded is not read again. By logits: what
+the models answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from shardsmith import layout
+from shardsmith.compare.alignment import aligned_source, is_transient
+from shardsmith.compare.values import TensorComparison, compare_sources, same_as
+from shardsmith.digest import Digest
+from shardsmith.errors import CheckpointError, CheckpointNotFoundError
+from shardsmith.export.hf_directory import CONFIG_FILE
+from shardsmith.formats.by_path import HUGGINGFACE
+from shardsmith.formats.opened import OpenedCheckpoint, open_checkpoint
+from shardsmith.initial.source_digests import digest_source
+from shardsmith.metadata import dtype_name, read_json
+from shardsmith.models import ModelSource
+
+By = Literal["values", "digests"]
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One tensor that is not the same in both."""
+
+    name: str
+    problem: Literal["only in A", "only in B", "shape", "dtype", "values"]
+    left: str
+    """What A has."""
+    right: str
+    largest: float | None
+    """The largest absolute difference of two elements; None where that was not measured."""
+    differing: int | None
+    """Elements that differ."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelVerification:
+    """One model of both checkpoints."""
+
+    model: str
+    """``main`` or ``ema``."""
+    compared: int
+    """Tensors."""
+    equal: int
+    """Of those, the ones with the same bytes."""
+    converted: tuple[str, ...]
+    """Stored in other dtypes, the values being the same, or those of one side rounded where that was allowed."""
+    tied: tuple[str, ...]
+    """Only on one side, where they repeat a tensor that both have."""
+    differences: tuple[Difference, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What became of a comparison."""
+
+    left: str
+    right: str
+    by: str
+    models: tuple[ModelVerification, ...]
+
+    @property
+    def same(self) -> bool:
+        """Whether nothing differs."""
+        return not any(model.differences for model in self.models)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VerifyOptions:
+    """What counts as the same."""
+
+    models: Sequence[str] | None = None
+    """Such as ``["main"]``; None: all that both have."""
+    names: str = "auto"
+    """How the names of the one become those of the other, as ``aligned_source`` says."""
+    by: By = "values"
+    tolerance: float = 0.0
+    """Largest absolute difference of two values that is none."""
+    rounding: bool = False
+    """Whether the values of one may be those of the other, rounded to its dtype."""
+
+
+def verify(left: Path, right: Path, options: VerifyOptions | None = None) -> Verification:
+    """Compare two checkpoints.
+
+    Raises:
+        CheckpointError: one cannot be read, or does not have a model that was asked for.
+    """
+    options = options or VerifyOptions()
+    with_both = OpenedPair(left, right, options.names)
+    try:
+        names = with_both.common(options.models)
+        models = tuple(_verify_model(name, with_both, options) for name in names)
+        return Verification(str(left), str(right), options.by, models)
+    finally:
+        with_both.close()
+
+
+class OpenedPair:
+    """Two checkpoints, the tensors of both under one set of names: those of Hugging Face files, if one has them."""
+
+    def __init__(self, left: Path, right: Path, names: str = "auto") -> None:
+        """Open both. Raises CheckpointError."""
+        self.names = names
+        self.left = open_checkpoint(left)
+        self.right = open_checkpoint(right)
+
+    @property
+    def base(self) -> Path | None:
+        """The directory whose config says what model it is; None if neither has one."""
+        sides = (self.right, self.left)
+        return next((side.path for side in sides if is_huggingface(side)), None)
+
+    def common(self, wanted: Sequence[str] | None) -> list[str]:
+        """The models to compare. Raises CheckpointNotFoundError for one that is not in both."""
+        for side in (self.left, self.right):
+            missing = [name for name in wanted or () if name not in side.models]
+            if missing:
+                found = ", ".join(side.models)
+                raise CheckpointNotFoundError(side.path, f"has no {' and no '.join(missing)} weights; it holds {found}")
+        names = list(wanted or (name for name in self.left.models if name in self.right.models))
+        if not names:
+            found = f"{', '.join(self.left.models)} here, {', '.join(self.right.models)} in {self.right.path}"
+            raise CheckpointNotFoundError(self.left.path, f"no model is in both: {found}")
+        return names
+
+    def sources(self, model: str) -> tuple[ModelSource, ModelSource]:
+        """One model of both."""
+        left, right = self.left.models[model], self.right.models[model]
+        if is_huggingface(self.right) or not is_huggingface(self.left):
+            return aligned_source(left, right.specs, self.base, self.names)[0], right
+        return left, aligned_source(right, left.specs, self.base, self.names)[0]
+
+    def close(self) -> None:
+        """Let go of the files."""
+        self.left.close()
+        self.right.close()
+
+
+def is_huggingface(side: OpenedCheckpoint) -> bool:
+    """Whether it says by itself what model it is."""
+    return side.format == HUGGINGFACE and (side.path / CONFIG_FILE).is_file()
+
+
+def _verify_model(model: str, pair: OpenedPair, options: VerifyOptions) -> ModelVerification:
+    left, right = pair.sources(model)
+    tied = (*_repeated(left, right), *_repeated(right, left))
+    differences = [*_only(left, right, "only in A", tied), *_only(right, left, "only in B", tied)]
+    names = [name for name in left.specs if name in right.specs]
+    shapes = [name for name in names if left.specs[name].shape != right.specs[name].shape]
+    differences += [Difference(name, "shape", _spec(left, name), _spec(right, name), None, None) for name in shapes]
+    names = [name for name in names if name not in shapes]
+    if options.by == "digests":
+        found = list(_by_digest(model, pair, left, right, names))
+        return ModelVerification(model, len(names), len(names) - len(found), (), tied, (*differences, *found))
+    return _by_value(model, compare_sources(left, right, names), tied, differences, options)
+
+
+def _by_value(
+    model: str,
+    compared: Mapping[str, TensorComparison],
+    tied: tuple[str, ...],
+    differences: list[Difference],
+    options: VerifyOptions,
+) -> ModelVerification:
+    converted = [name for name, found in compared.items() if not found.equal and _converted(found, options)]
+    for name, found in compared.items():
+        distance = found.distance
+        if distance is not None and name not in converted and not distance.largest <= options.tolerance:
+            left, right = _extent(found.left.shape, dtype_name(found.left.dtype)), dtype_name(found.right.dtype)
+            differences.append(
+                Difference(
+                    name, "values", left, _extent(found.right.shape, right), distance.largest, distance.differing
+                )
+            )
+    equal = sum(found.equal for found in compared.values())
+    return ModelVerification(model, len(compared), equal, tuple(converted), tied, tuple(differences))
+
+
+def _converted(found: TensorComparison, options: VerifyOptions) -> bool:
+    """Whether only the dtype differs: never a value, or by rounding alone where that is allowed."""
+    distance = found.distance
+    assert distance is not None
+    return distance.differing == 0 or (options.rounding and distance.rounding is not None)
+
+
+def _by_digest(
+    model: str, pair: OpenedPair, left: ModelSource, right: ModelSource, names: list[str]
+) -> Iterator[Difference]:
+    """Reads only what has no recorded digest. Of tensors in two dtypes nothing can be told by digests."""
+    dtypes = [name for name in names if left.specs[name].dtype != right.specs[name].dtype]
+    for name in dtypes:
+        yield Difference(name, "dtype", _spec(left, name), _spec(right, name), None, None)
+    names = [name for name in names if name not in dtypes]
+    mine, theirs = digests_of(pair.left, model, left, names), digests_of(pair.right, model, right, names)
+    for name in names:
+        if mine[name] != theirs[name]:
+            yield Difference(name, "values", f"digest {mine[name]}", f"digest {theirs[name]}", None, None)
+
+
+def digests_of(opened: OpenedCheckpoint, model: str, source: ModelSource, names: list[str]) -> dict[str, Digest]:
+    """Digests of some tensors: as recorded in the checkpoint, or else worked out from its files."""
+    recorded = _recorded(opened, model)
+    whole = opened.models[model]
+    own = {name: source.keys[name] if source is whole else whole.keys.get(source.keys[name], "") for name in names}
+    known = {name: recorded[own[name]] for name in names if own[name] in recorded}
+    rest = {name: source.specs[name].dtype for name in names if name not in known}
+    return {**known, **digest_source(source, rest)} if rest else known
+
+
+def _recorded(opened: OpenedCheckpoint, model: str) -> dict[str, Digest]:
+    """By key in the checkpoint."""
+    if opened.metadata is not None:
+        return {key: Digest.parse(record.digest) for key, record in opened.metadata.tensors.items()}
+    try:
+        tensors = read_json(opened.path / layout.PROVENANCE_FILE)["models"][model]["tensors"]
+        return {name: Digest.parse(record["digest"]) for name, record in tensors.items()}
+    except (CheckpointError, LookupError, TypeError, ValueError, AttributeError):
+        return {}  # not ours, or not what we wrote: then the files are read
+
+
+def _only(
+    source: ModelSource, other: ModelSource, problem: Literal["only in A", "only in B"], tied: Sequence[str]
+) -> Iterator[Difference]:
+    for name in source.specs:
+        if name not in other.specs and name not in tied and name not in other.aliases and not is_transient(name):
+            here, there = _spec(source, name), "nothing"
+            left, right = (here, there) if problem == "only in A" else (there, here)
+            yield Difference(name, problem, left, right, None, None)
+
+
+def _repeated(source: ModelSource, other: ModelSource) -> Iterator[str]:
+    """Names that only one side has, and whose values are those of another name, which both have."""
+    for name, spec in source.specs.items():
+        if name not in other.specs and len(spec.shape) > 1:
+            twins = [
+                twin
+                for twin, kept in source.specs.items()
+                if twin in other.specs and (kept.shape, kept.dtype) == (spec.shape, spec.dtype) and "emb" in twin
+            ]
+            if any(list(same_as(source, source, {name: twin})) for twin in twins):
+                yield name
+
+
+def _spec(source: ModelSource, name: str) -> str:
+    spec = source.specs[name]
+    return _extent(spec.shape, dtype_name(spec.dtype))
+
+
+def _extent(shape: Sequence[int], dtype: str) -> str:
+    return f"{list(shape)} {dtype}"

@@ -1,0 +1,184 @@
+"""Work out what ``to-dcp`` makes of a model before a byte is written, and refuse what cannot be done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from shardsmith.commit import refuse_existing
+from shardsmith.conversion.heads import Head, HeadType, future_predictor, make_head, parse_extra_module
+from shardsmith.conversion.model import ConversionModel, open_conversion_model
+from shardsmith.conversion.model_directory import find_model, hash_tokenizer
+from shardsmith.dcp.shard_files import PlannedChunk, Stream, plan_chunks
+from shardsmith.dtypes import cast_specs
+from shardsmith.errors import UsageError
+from shardsmith.export.hf_directory import CONFIG_FILE, protect, read_config
+from shardsmith.formats.by_path import detect_checkpoint_format
+from shardsmith.initial_record import BufferRecord, InitialRecord, config_hash
+from shardsmith.metadata import dtype_name
+from shardsmith.model_keys import NOT_A_MODEL
+from shardsmith.tensors import TensorSpec
+
+Layout = Literal["flat", "nested"]
+_NESTED = "model"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConversionOptions:
+    """How to make a checkpoint to start from."""
+
+    dtype: torch.dtype | None = None
+    """Of floating-point tensors; None keeps that of the files."""
+    layout: Layout = "flat"
+    names: str | None = None
+    """Name map of the model that is to train, if it is not that of the directory's config: "torchtitan:llama3/8B"."""
+    trust_remote_code: bool = False
+    future_predictor: HeadType | None = None
+    """Type of the head, or None without one."""
+    extra_modules: tuple[str, ...] = ()
+    """``pkg.mod:factory={...}``."""
+    seed: int = 0
+    """Of the heads' random values."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConversionPlan:
+    """A checkpoint to be made."""
+
+    output: Path
+    directory: Path
+    """Of the model."""
+    model: ConversionModel
+    heads: tuple[Head, ...]
+    streams: Mapping[str, Stream]
+    """By key."""
+    chunks: Sequence[PlannedChunk]
+    aliases: Mapping[str, str]
+    """Key of a tied tensor -> the key that it is the same as."""
+    containers: Mapping[str, tuple[str, ...]]
+    """Where each key lies in the nested state dict, if it does."""
+    initial: InitialRecord
+
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors, tied ones once."""
+        return sum(stream.spec.nbytes for stream in self.streams.values())
+
+    def close(self) -> None:
+        """Let go of the model's files."""
+        self.model.source.close()
+
+
+def plan_conversion(model: str, output: Path, options: ConversionOptions) -> ConversionPlan:
+    """Work out a checkpoint and refuse what cannot be done. Writes nothing.
+
+    Args:
+        model: A directory, or a name on the Hub.
+
+    Raises:
+        ProtectedPathError, TargetExistsError: the output is no place to write to.
+        CheckpointError: the model cannot be used, or its tensors are not those of its config.
+        UsageError: a head cannot be made, or has a key that the model has.
+    """
+    directory = find_model(model)
+    protect(output, directory)
+    refuse_existing(output)
+    found = open_conversion_model(directory, names=options.names, trust_remote_code=options.trust_remote_code)
+    specs = {spec.name: spec for spec in cast_specs([*found.specs.values()], options.dtype)}
+    heads = _make_heads(directory, found, specs, options)
+    _refuse_collisions([*specs, *found.tied], heads, options.layout)
+    streams = {name: Stream(spec, found.source, found.stored[name]) for name, spec in specs.items()}
+    streams |= {key: Stream(spec, head, key) for head in heads for key, spec in head.specs.items()}
+    prefix = f"{_NESTED}." if options.layout == "nested" else ""
+    placed = {prefix + name: _renamed(stream, prefix + name) for name, stream in streams.items()}
+    names = [*streams, *found.tied]
+    return ConversionPlan(
+        output=output,
+        directory=directory,
+        model=found,
+        heads=tuple(heads),
+        streams=placed,
+        chunks=plan_chunks(stream.spec for stream in placed.values()),
+        aliases={prefix + alias: prefix + kept for alias, kept in found.tied.items()},
+        containers={prefix + name: (_NESTED, name) for name in names} if prefix else {},
+        initial=_record(model, directory, found, heads, options),
+    )
+
+
+def _make_heads(
+    directory: Path, model: ConversionModel, specs: Mapping[str, TensorSpec], options: ConversionOptions
+) -> list[Head]:
+    dtype = _usual_dtype(specs)
+    heads = []
+    if options.future_predictor is not None:
+        head_type, hidden = options.future_predictor, _hidden_size(directory, model)
+        heads.append(make_head("future_predictor", lambda: future_predictor(head_type, hidden), options.seed, dtype))
+    for text in options.extra_modules:
+        name, make = parse_extra_module(text)
+        heads.append(make_head(name, make, options.seed, dtype))
+    return heads
+
+
+def _usual_dtype(specs: Mapping[str, TensorSpec]) -> torch.dtype | None:
+    """The floating-point dtype of most elements."""
+    counts: dict[torch.dtype, int] = {}
+    for spec in specs.values():
+        if spec.dtype.is_floating_point:
+            counts[spec.dtype] = counts.get(spec.dtype, 0) + spec.numel
+    return max(counts, key=lambda dtype: counts[dtype], default=None)
+
+
+def _hidden_size(directory: Path, model: ConversionModel) -> int:
+    config: Mapping[str, Any] = (model.blueprint.config if model.blueprint else None) or {}
+    if not config and (directory / CONFIG_FILE).is_file():
+        config = read_config(directory)
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    size = next((part["hidden_size"] for part in parts if isinstance(part.get("hidden_size"), int)), None)
+    if size is None:
+        raise UsageError(f"{directory}: no config says a hidden_size, which the future predictor needs")
+    return int(size)
+
+
+def _refuse_collisions(names: Sequence[str], heads: Sequence[Head], layout: Layout) -> None:
+    owners = dict.fromkeys(names, "the model")
+    problems = []
+    for head in heads:
+        problems += [f"{key}: of {head.name} and of {owners[key]}" for key in head.tensors if key in owners]
+        owners |= dict.fromkeys(head.tensors, head.name)
+    if problems:
+        lines = "\n  ".join(problems)
+        raise UsageError(f"{len(problems)} keys would be used twice; nothing was written\n  {lines}")
+    taken = sorted(name for name in owners if name.split(".", 1)[0] in NOT_A_MODEL)
+    if taken and layout == "flat":
+        raise UsageError(
+            f"tensors have names that a checkpoint uses for other things: {', '.join(taken)}. Nothing was written. "
+            "Take --layout nested, which keeps the model under a key of its own"
+        )
+
+
+def _renamed(stream: Stream, key: str) -> Stream:
+    return Stream(TensorSpec(key, stream.spec.shape, stream.spec.dtype), stream.source, stream.name)
+
+
+def _record(
+    name: str, directory: Path, model: ConversionModel, heads: Sequence[Head], options: ConversionOptions
+) -> InitialRecord:
+    blueprint = model.blueprint
+    config = blueprint.config if blueprint else None
+    return InitialRecord(
+        source=directory.resolve().name if Path(name).exists() else name,
+        source_format=detect_checkpoint_format(directory).name,
+        names=model.names,
+        cast_to=None if options.dtype is None else dtype_name(options.dtype),
+        model_class=blueprint.model_class if blueprint else None,
+        config=config,
+        config_xxh3_128=None if config is None else config_hash(config),
+        tokenizer=hash_tokenizer(directory),
+        buffers={name: BufferRecord.of(values) for name, values in blueprint.transient.items()} if blueprint else {},
+        heads={head.name: tuple(head.tensors) for head in heads},
+        seed=options.seed if heads else None,
+    )

@@ -1,0 +1,57 @@
+"""How ``to-dcp`` says what it has done."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from shardsmith.conversion.counts import Count
+from shardsmith.conversion.plan import ConversionPlan
+from shardsmith.report import new_console, size_text
+
+
+def print_plan(plan: ConversionPlan) -> None:
+    """What a dry run would write."""
+    console = new_console()
+    console.print(f"would write {plan.output} from {plan.directory}: {size_text(plan.nbytes)}")
+    _print_facts(plan)
+    console.print("dry run: nothing was written")
+
+
+def print_result(plan: ConversionPlan, counts: Sequence[Count]) -> None:
+    """What was written, against what it should be."""
+    console = new_console()
+    console.print(f"wrote {plan.output} from {plan.directory}: {size_text(plan.nbytes)}")
+    table = Table("", "tensors", "elements", "should be", "")
+    for count in counts:
+        expected = "unknown" if count.expected_elements is None else f"{count.expected_elements:,}"
+        verdict = "" if count.expected_elements is None else "yes" if count.is_right else "NO"
+        table.add_row(count.what, str(count.tensors), f"{count.elements:,}", expected, verdict)
+    console.print(table)
+    _print_facts(plan)
+    if all(count.is_right for count in counts):
+        known = "every count is as the model has it" if plan.model.blueprint else "every tensor of the files is in it"
+        console.print(f"complete: {known}; a digest of each tensor is in metadata.json")
+    else:
+        console.print("NOT COMPLETE: the counts above that are not as they should be")
+
+
+def _print_facts(plan: ConversionPlan) -> None:
+    console = new_console()
+    initial = plan.initial
+    if initial.model_class:
+        console.print(f"model: {initial.model_class}, config {initial.config_xxh3_128}, names: {initial.names}")
+    if plan.model.note:
+        console.print(f"note: {plan.model.note}")
+    for alias, kept in plan.aliases.items():
+        console.print(f"{alias} is tied to {kept}: stored once, to be read under both names")
+    if initial.buffers:
+        names = ", ".join(initial.buffers)
+        console.print(f"no state dict holds {names}: values for a check are in metadata.json")
+    for head in plan.heads:
+        console.print(f"{head.name}: random, seed {initial.seed}: {', '.join(head.tensors)}")
+    if plan.model.ignored:
+        console.print(f"left out, as the model makes them itself: {', '.join(plan.model.ignored)}")
+    if initial.cast_to:
+        console.print(f"floating-point tensors are cast to {initial.cast_to}")

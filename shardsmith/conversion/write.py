@@ -1,0 +1,138 @@
+"""Make a checkpoint to start from: write, count, commit. One process, or the ranks of a job that share the writing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from shardsmith import layout
+from shardsmith.commit import Attempt, require_space, sweep, write_file
+from shardsmith.conversion.counts import Count, count_tensors
+from shardsmith.conversion.early_writing import EarlyWriting
+from shardsmith.conversion.plan import ConversionPlan
+from shardsmith.dcp.index_writer import write_index
+from shardsmith.dcp.shard_files import Place, Written, divide, write_shard_files
+from shardsmith.dcp.source import DcpSource
+from shardsmith.errors import RanksDisagreeError
+from shardsmith.metadata import FileRecord
+from shardsmith.ranks import Ranks
+from shardsmith.record.description import Measured, describe
+
+
+def convert(
+    plan: ConversionPlan,
+    ranks: Ranks,
+    progress: Callable[[int], None] | None = None,
+    early: EarlyWriting | None = None,
+) -> list[Count]:
+    """Write a planned checkpoint and make it visible when all of it is on disk; what is in it.
+
+    All ranks call it with the same plan; each writes its part. Communicates through the store.
+
+    Args:
+        progress: Called from several threads with the number of bytes just written.
+        early: What is being written of it already; with one rank only.
+
+    Raises:
+        RanksDisagreeError: the ranks planned different things. Nothing was written.
+        CheckpointError, WriteError: reading or writing failed, with several ranks as RankFailedError. Nothing became
+            visible.
+    """
+    attempt: list[Attempt] = []
+    try:
+        ranks.agree(f"planning {plan.output.name}", lambda: _fingerprint(plan), _refuse_disagreement)
+        attempt_id = ranks.lead(f"making the directory for {plan.output.name}", lambda: _begin(plan, attempt, early))
+        directory = layout.temporary_path(plan.output, attempt_id)
+        counts: list[list[Any]] = ranks.agree(
+            f"writing {plan.output.name}",
+            lambda: _write(plan, directory, ranks, progress, early),
+            lambda parts: [list(asdict(count).values()) for count in _commit(plan, attempt[0], parts, ranks.size)],
+        )
+        return [Count(*count) for count in counts]
+    finally:
+        plan.close()
+        for unfinished in attempt:
+            unfinished.__exit__()
+
+
+def _begin(plan: ConversionPlan, attempt: list[Attempt], early: EarlyWriting | None) -> str:
+    if early is not None:
+        attempt.append(early.attempt)
+        return early.attempt.id
+    sweep(plan.output.parent)
+    attempt.append(Attempt(plan.output))
+    require_space(attempt[0].directory, plan.nbytes)
+    return attempt[0].id
+
+
+def _write(
+    plan: ConversionPlan,
+    directory: Path,
+    ranks: Ranks,
+    progress: Callable[[int], None] | None,
+    early: EarlyWriting | None,
+) -> dict[str, Any]:
+    """This rank's part, as JSON."""
+    written, mine = Written(), divide(plan.chunks, range(len(plan.chunks)), ranks.size)[ranks.rank]
+    if early is not None and (done := early.finish(plan.streams, plan.chunks, progress)) is not None:
+        written, mine = done[0], range(done[1], len(plan.chunks))
+    files = written.measured.files
+    if mine or not files:
+        rest = write_shard_files(plan.streams, plan.chunks, mine, directory, ranks.rank, progress, len(files))
+        files.update(rest.measured.files)
+        written.measured.digests.update(rest.measured.digests)
+        written.places.update(rest.places)
+    return {**written.measured.to_plain(), "places": {i: asdict(place) for i, place in written.places.items()}}
+
+
+def _commit(plan: ConversionPlan, attempt: Attempt, parts: list[dict[str, Any]], world_size: int) -> list[Count]:
+    """On rank 0: index, manifest, a look at what is there, rename."""
+    directory = attempt.directory
+    measured = Measured.merge(parts)
+    places = {int(i): Place(**place) for part in parts for i, place in part["places"].items()}
+    specs = {key: stream.spec for key, stream in plan.streams.items()}
+    index = write_index(
+        specs, plan.chunks, places, aliases=plan.aliases, containers=plan.containers, attempt=attempt.id
+    )
+    size = write_file(directory / layout.DCP_INDEX_FILE, index)
+    measured.files[layout.DCP_INDEX_FILE] = FileRecord(size=size, xxh3_128=xxhash.xxh3_128_hexdigest(index))
+    for alias, kept in plan.aliases.items():
+        measured.digests[alias] = measured.digests[kept]
+    source = DcpSource(directory)
+    try:
+        source.check_archives()
+        metadata = describe(
+            source.index,
+            measured,
+            attempt=attempt.id,
+            step=0,
+            ema=None,
+            tied=dict(plan.model.tied),
+            world_size=world_size,
+            mesh=None,
+        )
+        counts = count_tensors(plan, source.specs)
+    finally:
+        source.close()
+    content = dataclasses.replace(metadata, initial=plan.initial).to_json()
+    sizes = {name: record.size for name, record in measured.files.items()}
+    sizes[layout.METADATA_FILE] = write_file(directory / layout.METADATA_FILE, content)
+    attempt.commit(sizes)
+    return counts
+
+
+def _fingerprint(plan: ConversionPlan) -> str:
+    specs = [[key, list(stream.spec.shape), str(stream.spec.dtype)] for key, stream in plan.streams.items()]
+    text = json.dumps([specs, sorted(plan.aliases.items()), sorted(plan.containers)])
+    return str(xxhash.xxh3_128_hexdigest(text.encode()))
+
+
+def _refuse_disagreement(fingerprints: list[str]) -> None:
+    if len(set(fingerprints)) > 1:
+        raise RanksDisagreeError("the ranks see different models, or were given different options; nothing was written")

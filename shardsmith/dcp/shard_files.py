@@ -1,0 +1,253 @@
+"""DCP files written straight from a source, front to back, as fast as its bytes can be digested.
+
+torch's own writer needs the tensors in memory. Here each thread fills a file of its own: it reads a block from the
+mapped source, cast where that is wanted, adds it to the digest of its tensor, to the checksum of its archive and to the
+hash of its file, and writes it. Memory stays at a block a thread, whatever the model's size.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import xxhash
+from torch import Tensor
+
+from shardsmith.commit import writing
+from shardsmith.digest import Digest, digest_run
+from shardsmith.export.block_copy import one_thread_per_operator
+from shardsmith.export.joint_plan import threads_per_process
+from shardsmith.memory import memory_of
+from shardsmith.metadata import FileRecord
+from shardsmith.record.description import Measured
+from shardsmith.tensors import Chunk, TensorSource, TensorSpec, read_into, row_major_blocks
+from shardsmith.torch_files.archive_writer import ALIGNMENT, ArchiveLayout, archive_layout
+
+CHUNK_BYTES = 64 << 20
+"""Of a tensor at most: whoever loads a part of one reads only the chunks that it meets."""
+_BLOCK_BYTES = 2 << 20
+_LEAST_FILE_BYTES = 16 << 20
+_MOST_THREADS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """A tensor on its way into a checkpoint."""
+
+    spec: TensorSpec
+    """Under its key, and in the dtype that it is to have."""
+    source: TensorSource
+    name: str
+    """In the source."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedChunk:
+    """A part of a tensor, contiguous in row-major order, that becomes one archive."""
+
+    key: str
+    first: int
+    """Flat index of its first element in the tensor."""
+    box: Chunk
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a chunk was written."""
+
+    file: str
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What one rank wrote."""
+
+    measured: Measured = field(default_factory=Measured)
+    places: dict[int, Place] = field(default_factory=dict)
+    """By number of the chunk in the plan."""
+
+
+def plan_chunks(specs: Iterable[TensorSpec]) -> list[PlannedChunk]:
+    """All chunks, in the order of the tensors; of a tensor without elements one, which is empty."""
+    chunks = []
+    for spec in specs:
+        size = spec.dtype.itemsize
+        boxes = list(row_major_blocks(spec.shape, CHUNK_BYTES // size)) or [(0, Chunk.whole(spec.shape))]
+        chunks += [PlannedChunk(spec.name, first, box, box.numel * size) for first, box in boxes]
+    return chunks
+
+
+def divide(chunks: Sequence[PlannedChunk], numbers: range, parts: int) -> list[range]:
+    """Consecutive chunks for each part, with about the same number of bytes."""
+    ends = list(itertools.accumulate(chunks[i].nbytes for i in numbers))
+    total = ends[-1] if ends else 0
+    cuts, start = [], numbers.start
+    for part in range(parts):
+        stop = numbers.start + sum(end * parts <= total * (part + 1) for end in ends)
+        stop = numbers.stop if part == parts - 1 else max(start, stop)
+        cuts.append(range(start, stop))
+        start = stop
+    return cuts
+
+
+def write_shard_files(
+    streams: Mapping[str, Stream],
+    chunks: Sequence[PlannedChunk],
+    mine: range,
+    directory: Path,
+    rank: int,
+    progress: Callable[[int], None] | None = None,
+    first_file: int = 0,
+) -> Written:
+    """Write and fsync some of the chunks, as ``__<rank>_<i>.distcp``. No communication.
+
+    Args:
+        mine: Numbers of the chunks that are this rank's.
+        progress: Called from the threads with the number of bytes just written.
+        first_file: Number of the first file, where this rank has written some already.
+
+    Raises:
+        CheckpointError, WriteError: from reading or writing. No thread is left running.
+    """
+    nbytes = sum(chunks[i].nbytes for i in mine)
+    most = threads_per_process() or os.cpu_count() or 1
+    threads = max(1, min(_MOST_THREADS, most, nbytes // _LEAST_FILE_BYTES))
+    job = _Job(streams, chunks, directory, progress)
+    shares = [part for part in divide(chunks, mine, threads) if part]
+    with one_thread_per_operator(), ThreadPoolExecutor(threads, "shardsmith-shards") as pool:
+        try:
+            futures = [
+                pool.submit(job.write_file, f"__{rank}_{i}.distcp", part) for i, part in enumerate(shares, first_file)
+            ]
+            for future in futures:
+                future.result()
+        except BaseException:
+            job.stopped = True
+            raise
+    return job.written
+
+
+class _Job:
+    """What the threads share."""
+
+    def __init__(
+        self,
+        streams: Mapping[str, Stream],
+        chunks: Sequence[PlannedChunk],
+        directory: Path,
+        progress: Callable[[int], None] | None,
+    ) -> None:
+        self.written = Written()
+        self.stopped = False
+        self._streams = streams
+        self._chunks = chunks
+        self._directory = directory
+        self._progress = progress
+        self._lock = threading.Lock()
+
+    def write_file(self, name: str, numbers: range) -> None:
+        """Write one file and fsync it. In a thread of its own."""
+        path = self._directory / name
+        try:
+            with writing(path, "write"), _ShardFile(path) as file:
+                for i in numbers:
+                    self._write_chunk(file, name, i)
+                record = file.finish()
+            with self._lock:
+                self.written.measured.files[name] = record
+        except BaseException:
+            self.stopped = True
+            raise
+
+    def _write_chunk(self, file: _ShardFile, name: str, number: int) -> None:
+        chunk = self._chunks[number]
+        stream = self._streams[chunk.key]
+        archive = archive_layout(chunk.box.sizes, stream.spec.dtype)
+        offset = file.begin(archive)
+        scratch = torch.empty(_BLOCK_BYTES, dtype=torch.uint8)
+        measured = Measured(digests={chunk.key: Digest()})  # also of a tensor without elements
+        for first, box in row_major_blocks(chunk.box.sizes, _BLOCK_BYTES // stream.spec.dtype.itemsize):
+            if self.stopped:
+                return
+            values = _read(stream, _moved(box, chunk.box), scratch)
+            measured.add(chunk.key, digest_run(values, chunk.first + first))
+            file.write_payload(values)
+            if self._progress:
+                self._progress(values.nbytes)
+        file.end(archive)
+        with self._lock:
+            self.written.places[number] = Place(name, offset, archive.length)
+            for key, share in measured.digests.items():
+                self.written.measured.add(key, share)
+
+
+class _ShardFile:
+    """A new file that is written front to back."""
+
+    def __init__(self, path: Path) -> None:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        self._file = os.fdopen(descriptor, "wb", buffering=0)
+        self._hash = xxhash.xxh3_128()
+        self._size = 0
+        self._crc = 0
+
+    def begin(self, archive: ArchiveLayout) -> int:
+        """Begin an archive, aligned; where."""
+        self._write(memoryview(bytes(-self._size % ALIGNMENT)))
+        offset = self._size
+        self._write(memoryview(archive.head))
+        self._crc = 0
+        return offset
+
+    def write_payload(self, values: Tensor) -> None:
+        """Go on with the bytes of the archive's tensor."""
+        memory = memory_of(values)
+        self._crc = zlib.crc32(memory, self._crc)
+        self._write(memory)
+
+    def end(self, archive: ArchiveLayout) -> None:
+        """End the archive."""
+        self._write(memoryview(archive.tail(self._crc)))
+
+    def finish(self) -> FileRecord:
+        """Make the file durable; what it is."""
+        os.fsync(self._file.fileno())
+        return FileRecord(size=self._size, xxh3_128=self._hash.hexdigest())
+
+    def _write(self, memory: memoryview) -> None:
+        self._hash.update(memory)
+        self._size += len(memory)
+        while memory:
+            memory = memory[self._file.write(memory) :]
+
+    def __enter__(self) -> _ShardFile:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._file.close()
+
+
+def _moved(box: Chunk, outer: Chunk) -> Chunk:
+    """A box in a chunk as a box of the tensor."""
+    return Chunk(tuple(a + b for a, b in zip(box.offsets, outer.offsets, strict=True)), box.sizes)
+
+
+def _read(stream: Stream, box: Chunk, scratch: Tensor) -> Tensor:
+    """A block in the dtype that it is to have: a view on the source where it can be, else in ``scratch``."""
+    dtype = stream.spec.dtype
+    if stream.source.specs[stream.name].dtype == dtype:
+        pieces = list(stream.source.pieces(stream.name, box))
+        if len(pieces) == 1 and pieces[0][0] == box and pieces[0][1].is_contiguous():
+            return pieces[0][1]
+    out = scratch[: box.numel * dtype.itemsize].view(dtype).view(box.sizes)
+    return read_into(stream.source, stream.name, box, out)

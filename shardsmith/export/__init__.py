@@ -1,0 +1,1 @@
+"""Complete Hugging Face directories, from checkpoints (``to-hf``) and from live weights."""

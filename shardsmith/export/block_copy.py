@@ -1,0 +1,139 @@
+"""Copy a source's tensors into planned safetensors files, block by block, with several threads."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from shardsmith.digest import Digest, digest_run
+from shardsmith.safetensors_files.writer import SafetensorsFileWriter
+from shardsmith.tensors import Chunk, TensorSource, TensorSpec, read_into, row_major_blocks
+
+_BLOCK_BYTES = 2 << 20
+"""Of output: large enough that Python costs little, small enough to stay in cache from the cast to the write."""
+_MOST_THREADS = 8
+
+Block = tuple[SafetensorsFileWriter, TensorSpec, int, Chunk]
+
+
+def copy_blocks(
+    source: TensorSource,
+    writers: Sequence[SafetensorsFileWriter],
+    progress: Callable[[int], None] | None = None,
+    *,
+    part: int = 0,
+    parts: int = 1,
+    threads: int | None = None,
+) -> dict[str, Digest]:
+    """Fill files with the tensors that they are planned for, cast to the planned dtypes; the digest of each tensor.
+
+    No communication. Memory: one block a thread.
+
+    Args:
+        source: Holds every planned tensor, in the planned shape.
+        progress: Called from the threads with the number of bytes just written.
+        part: Which share of the blocks to copy, so that ranks can divide them; the digests are shares, then, too.
+        parts: Into how many shares.
+        threads: 1 stays in this thread and leaves torch's threads alone, as in a process that trains. None: as many as
+            are of use.
+
+    Raises:
+        CheckpointError, WriteError: from reading or writing. The other threads stop at their next block; none is left
+            running, also after a KeyboardInterrupt.
+    """
+    copier = _Copier(source, writers, progress, part, parts)
+    if threads == 1:
+        copier.work()
+        return copier.digests
+    threads = threads or min(_MOST_THREADS, os.cpu_count() or 1)
+    with one_thread_per_operator(), ThreadPoolExecutor(threads, "shardsmith-copy") as pool:
+        try:
+            futures = [pool.submit(copier.work) for _ in range(threads)]
+            for future in futures:
+                future.result()
+        except BaseException:
+            copier.stop()
+            raise
+    return copier.digests
+
+
+class _Copier:
+    """The blocks still to be done, shared by the threads."""
+
+    def __init__(
+        self,
+        source: TensorSource,
+        writers: Sequence[SafetensorsFileWriter],
+        progress: Callable[[int], None] | None,
+        part: int,
+        parts: int,
+    ) -> None:
+        self.digests = {name: Digest() for writer in writers for name in writer.plan.tensors}
+        self._source = source
+        blocks = [*_blocks(writers)]
+        self._blocks = iter(blocks[len(blocks) * part // parts : len(blocks) * (part + 1) // parts])
+        self._progress = progress
+        self._lock = threading.Lock()
+        self._stopped = False
+
+    def work(self) -> None:
+        scratch = torch.empty(_BLOCK_BYTES, dtype=torch.uint8)
+        try:
+            while (block := self._next()) is not None:
+                self._copy(*block, scratch)
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """Hand out no more blocks."""
+        self._stopped = True
+
+    def _next(self) -> Block | None:
+        with self._lock:
+            return None if self._stopped else next(self._blocks, None)
+
+    def _copy(self, writer: SafetensorsFileWriter, spec: TensorSpec, first: int, box: Chunk, scratch: Tensor) -> None:
+        values = _read(self._source, spec, box, scratch)
+        share = digest_run(values, first)
+        writer.write_run(spec.name, first, values)
+        with self._lock:
+            self.digests[spec.name] += share
+        if self._progress:
+            self._progress(values.nbytes)
+
+
+def _blocks(writers: Sequence[SafetensorsFileWriter]) -> Iterator[Block]:
+    """Every block of every file, in file order, so that reads and writes go forward."""
+    for writer in writers:
+        for placement in writer.plan.tensors.values():
+            spec = placement.spec
+            for first, box in row_major_blocks(spec.shape, _BLOCK_BYTES // spec.dtype.itemsize):
+                yield writer, spec, first, box
+
+
+def _read(source: TensorSource, spec: TensorSpec, box: Chunk, scratch: Tensor) -> Tensor:
+    """The block in the planned dtype: a view on the source where it lies there as it is needed, else in ``scratch``."""
+    if source.specs[spec.name].dtype == spec.dtype:
+        pieces = list(source.pieces(spec.name, box))
+        if len(pieces) == 1 and pieces[0][0] == box and pieces[0][1].is_contiguous():
+            return pieces[0][1]
+    out = scratch[: box.numel * spec.dtype.itemsize].view(spec.dtype).view(box.sizes)
+    return read_into(source, spec.name, box, out)
+
+
+@contextlib.contextmanager
+def one_thread_per_operator() -> Iterator[None]:
+    """We bring the threads; torch's own in each of them would only be in each other's way."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,184 @@
+"""What is checked of an exported directory before it becomes visible, and what is said of it afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from shardsmith.digest import Digest
+from shardsmith.errors import CorruptCheckpointError
+from shardsmith.export.directory import ModelPlan
+from shardsmith.export.plan import ExportPlan
+from shardsmith.initial.source_digests import digest_source
+from shardsmith.metadata import dtype_name
+from shardsmith.model_keys import EMA, MAIN
+from shardsmith.safetensors_files.source import SafetensorsSource
+from shardsmith.tensors import Chunk
+
+Texts = Mapping[str, Mapping[str, str]]
+"""Digests by model and tensor."""
+
+_MASK = (1 << 64) - 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelCheck:
+    """What is known of one model in the directory."""
+
+    model: str
+    files: list[str]
+    tensors: int
+    elements: int
+    dtypes: dict[str, int]
+    """Elements by dtype."""
+    read_back: bool
+    """Whether what is in the files was read again and has the digests of what was to be written."""
+    compared: int
+    """Tensors whose name and shape were compared with those of the base model."""
+    allowed: list[str]
+    """Tensors that differ from the base model's, or are on one side only, as was allowed."""
+    rules: dict[str, str]
+    """Tensor -> the layout rule that was used on it."""
+    orders: dict[str, str]
+    """Patch embedding -> what its values say about the order of its inputs."""
+    from_main: int
+    """Tensors that the average does not cover."""
+    constant: list[str]
+    """Tensors all of whose elements are equal: zeros, or ones, as after an initialisation."""
+    same_as_main: int | None
+    """Of an average: tensors with the same values as in main; None where main was not written."""
+    remark: str | None
+    """What is to be said about that."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportCheck:
+    """What is known of one directory."""
+
+    output: str
+    source: str
+    base: str
+    template: str
+    """Which file of the base model the weights were compared with, or why with none."""
+    models: list[ModelCheck]
+
+
+def read_back(plan: ModelPlan, directory: Path, part: int, parts: int) -> dict[str, Digest]:
+    """This share of the digests of what is in the files of a model. No communication."""
+    digests: dict[str, Digest] = {}
+    for file in plan.weights.files:
+        source = SafetensorsSource(directory / file.name)
+        digests |= digest_source(source, {n: t.spec.dtype for n, t in file.tensors.items()}, part=part, parts=parts)
+        source.close()
+    return digests
+
+
+def compare_read_back(directory: Path, written: Texts, found: Texts) -> None:
+    """Raise CorruptCheckpointError if the files do not hold what was to be written."""
+    wrong = [
+        f"{model}: {name}" for model, texts in written.items() for name in texts if found[model][name] != texts[name]
+    ]
+    if wrong:
+        lines = "\n  ".join([f"{len(wrong)} tensors are not what was written; nothing became visible", *wrong])
+        raise CorruptCheckpointError(directory, lines)
+
+
+def check_export(
+    plan: ExportPlan, directory: Path, digests: Texts, all_digests: Sequence[Texts], plans: Sequence[ExportPlan]
+) -> ExportCheck:
+    """Say what is known of a directory whose weights are written.
+
+    Args:
+        digests: Of what was written to it.
+        all_digests: Of what was written to each directory, for an average may have one of its own.
+        plans: Of these directories.
+    """
+    main = next((texts[MAIN] for texts in all_digests if MAIN in texts), None)
+    return ExportCheck(
+        output=str(plan.directory.output),
+        source=str(plan.checkpoint),
+        base=str(plan.base),
+        template=plan.template.origin,
+        models=[
+            _check_model(plan, model, directory, digests[model.model], main, plans) for model in plan.directory.models
+        ],
+    )
+
+
+def _check_model(
+    plan: ExportPlan,
+    model: ModelPlan,
+    directory: Path,
+    digests: Mapping[str, str],
+    main: Mapping[str, str] | None,
+    plans: Sequence[ExportPlan],
+) -> ModelCheck:
+    names = {spec.name for spec in model.specs}
+    dtypes: dict[str, int] = {}
+    for spec in model.specs:
+        dtypes[dtype_name(spec.dtype)] = dtypes.get(dtype_name(spec.dtype), 0) + spec.numel
+    same = None if model.model != EMA or main is None else [n for n, text in digests.items() if main.get(n) == text]
+    differing = sorted(name for name in names ^ plan.template.specs.keys() if plan.template.specs)
+    return ModelCheck(
+        model=model.model,
+        files=[file.name for file in model.weights.files],
+        tensors=len(names),
+        elements=sum(spec.numel for spec in model.specs),
+        dtypes=dtypes,
+        read_back=plan.verify,
+        compared=len(names & plan.template.specs.keys()),
+        allowed=[name for name in differing if any(fnmatchcase(name, pattern) for pattern in plan.allow)],
+        rules={name: rule for name, rule in plan.rules.items() if name in names},
+        orders={name: order for name, order in plan.orders.items() if name in names},
+        from_main=len(model.filled),
+        constant=_constant(model, directory, digests),
+        same_as_main=None if same is None else len(same),
+        remark=_remark(model, same, plans),
+    )
+
+
+def _remark(model: ModelPlan, same: Sequence[str] | None, plans: Sequence[ExportPlan]) -> str | None:
+    """An average all of whose tensors are those of main is one that nobody has loaded, or one that never moved."""
+    averaged = [spec.name for spec in model.specs if spec.name not in model.filled]
+    if same is None or not averaged or not set(averaged) <= set(same):
+        return None
+    sources = {name: source for plan in plans for name, source in plan.sources.items()}
+    dtypes = {name: sources[EMA].specs[name].dtype for name in averaged}
+    if any(sources[MAIN].specs[name].dtype != dtype for name, dtype in dtypes.items()):
+        return "is equal to main as it was written; in the checkpoint they have different dtypes"
+    if digest_source(sources[EMA], dtypes) == digest_source(sources[MAIN], dtypes):
+        return "is equal to main in the checkpoint itself: it was never updated, or main was saved in its place"
+    return "is equal to main once it is rounded; in the checkpoint it is not"
+
+
+def _constant(plan: ModelPlan, directory: Path, digests: Mapping[str, str]) -> list[str]:
+    """Tensors of which every element is the first one, told by their digests."""
+    found = []
+    for file in plan.weights.files:
+        source = SafetensorsSource(directory / file.name)
+        for name, placement in file.tensors.items():
+            spec = placement.spec
+            if spec.numel > 1 and spec.dtype.is_floating_point and spec.dtype.itemsize in (2, 4):
+                ((_, first),) = source.pieces(name, Chunk((0,) * len(spec.shape), (1,) * len(spec.shape)))
+                if str(_digest_of_constant(first, spec.numel)) == digests[name]:
+                    found.append(name)
+        source.close()
+    return found
+
+
+def _digest_of_constant(first: Tensor, count: int) -> Digest:
+    """The digest of a tensor of ``count`` elements equal to this one, of 2 or 4 bytes."""
+    bits = int(first.reshape(1).view(torch.int16 if first.itemsize == 2 else torch.int32).item())
+    if first.itemsize == 4:
+        word, whole, rest = bits & 0xFFFFFFFF, count, 0
+    else:
+        half = bits & 0xFFFF
+        word, whole, rest = half | half << 16, count // 2, half if count % 2 else 0
+    total = whole * word + rest
+    weighted = word * (whole * (whole + 1) // 2) + (whole + 1) * rest
+    return Digest(total & _MASK, weighted & _MASK)

@@ -1,0 +1,257 @@
+"""One export of live, sharded weights to a Hugging Face directory. All ranks act together.
+
+    begin    main thread    the ranks say what they hold; who writes which box is settled, once for all exports
+    stage    main thread    every rank copies its boxes, cast, into CPU memory: all that the training waits for
+    write    any thread     the boxes go to their final places in the final files, in one of the ways of live_writers
+    commit   any thread     rank 0 adds what makes the directory complete, checks it, and renames it
+
+No tensor is gathered, nothing is written twice, and nothing is consolidated afterwards: names, shapes and dtypes alone
+say where every element lies in a safetensors file.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import xxhash
+from torch import Tensor
+
+from shardsmith import layout
+from shardsmith.commit import Attempt, require_space, sweep
+from shardsmith.errors import RanksDisagreeError
+from shardsmith.export.assignment import assign_boxes
+from shardsmith.export.completion import complete_directory
+from shardsmith.export.directory import DirectoryPlan, ModelPlan
+from shardsmith.export.live_boxes import LiveBox, StagingBuffer, held_boxes
+from shardsmith.export.live_writers import WeightsWriter
+from shardsmith.name_maps.maps import Translation
+from shardsmith.ranks import Ranks
+from shardsmith.tensors import Chunk, Shape
+
+log = logging.getLogger(__name__)
+
+Check = Callable[[Path, set[torch.dtype]], None]
+"""Looks at a complete directory before it becomes visible: its path, and the dtypes that floating-point weights have in
+it. On rank 0, in the background."""
+
+
+@dataclass(frozen=True, slots=True)
+class LiveModel:
+    """One model on its way out: ``plan`` says what its files hold, ``tensors`` are the live ones."""
+
+    plan: ModelPlan
+    tensors: Mapping[str, Tensor]
+    translation: Translation | None = None
+    """From the tensors to what the files hold; None where they have the same names."""
+
+    def boxes(self) -> list[LiveBox]:
+        """All that this rank holds, in the names of the files. No communication; shares memory."""
+        held = held_boxes(self.tensors)
+        if self.translation is None:
+            return held
+        shapes = self.translation.shapes
+        return [
+            LiveBox(name, shapes[name], part, values)
+            for box in held
+            for name, part, values in self.translation.to_targets(box.name, box.box, box.values)
+        ]
+
+    def shapes(self) -> dict[str, Shape]:
+        """In which shape the boxes of each tensor of the files are."""
+        own = {spec.name: spec.shape for spec in self.plan.specs}
+        if self.translation is None:
+            return own
+        shapes = self.translation.shapes
+        return {name: shapes[name] for name in own}
+
+
+@dataclass(frozen=True, slots=True)
+class _Share:
+    """What this rank writes of each model, and what the ranks held when that was settled."""
+
+    plans: list[ModelPlan]
+    """Whoever gives the same objects again says that its ranks hold the same as before."""
+    signature: str
+    global_signature: str
+    mine: dict[str, list[int]]
+    """By model, positions in its boxes."""
+
+
+class LiveExporter:
+    """Exports one run's models again and again. Make it on every rank at the same point.
+
+    It keeps what does not change: who writes what. A staging buffer belongs to one export from ``stage`` to the end of
+    ``write``.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._shares: dict[str, _Share] = {}
+
+    def begin(
+        self, phase: str, kind: str, collect: Callable[[], Sequence[LiveModel]]
+    ) -> tuple[list[ModelPlan], dict[str, list[LiveBox]]]:
+        """Plans of the models, and by model the live boxes that this rank is to write. Main thread, all ranks.
+
+        Communicates through the store.
+
+        Args:
+            kind: Exports of one kind hold the same; what was settled for the one before is used again.
+            collect: The models, as they are now.
+
+        Raises:
+            RankFailedError: on all ranks, if ``collect`` raised on any, or they do not hold whole tensors together.
+        """
+        models: list[LiveModel] = []
+        held: dict[str, list[LiveBox]] = {}
+
+        def look() -> tuple[bool, str]:
+            models.extend(collect())
+            held.update({model.plan.model: model.boxes() for model in models})
+            share = self._shares.get(kind)
+            if share is not None and _are_same(share.plans, models):
+                return True, share.global_signature
+            return share is not None and share.signature == _signature(models, held), _global_signature(models)
+
+        if not self._ranks.agree(phase, look, _all_know):
+            mine = {model.plan.model: self._settle(phase, model, held[model.plan.model]) for model in models}
+            plans = [model.plan for model in models]
+            self._shares[kind] = _Share(plans, _signature(models, held), _global_signature(models), mine)
+        mine = self._shares[kind].mine
+        return [model.plan for model in models], {name: [boxes[i] for i in mine[name]] for name, boxes in held.items()}
+
+    def _settle(self, phase: str, model: LiveModel, held: Sequence[LiveBox]) -> list[int]:
+        """Let rank 0 deal out the boxes of one model; the positions of those that this rank is to write."""
+        dealt = self._ranks.agree(
+            phase,
+            lambda: [(box.name, box.box.offsets, box.box.sizes) for box in held],
+            lambda said: _deal(model, said),
+        )
+        return dealt[self._ranks.rank]
+
+
+class JointExport:
+    """One directory that all ranks make. Make it on every rank; then, within a ``with``, ``write`` and ``commit``.
+
+    What comes from live weights is staged before. Leaving the ``with`` before it is committed deletes what was written.
+
+    Attributes:
+        check: What the directory must pass, or None.
+    """
+
+    check: Check | None = None
+
+    def __init__(self, plan: DirectoryPlan, ranks: Ranks, writer: WeightsWriter) -> None:
+        """``ranks`` serves the thread that writes and commits."""
+        self.plan = plan
+        self._ranks = ranks
+        self._staged: dict[str, list[LiveBox]] = {}
+        self._attempt: Attempt | None = None
+        self._writer = writer
+        self._receipts: list[Any] = []
+
+    def stage(self, boxes: Mapping[str, Sequence[LiveBox]], buffer: StagingBuffer, ranks: Ranks) -> None:
+        """Copy this rank's boxes, cast, into the buffer. When it returns the weights may change.
+
+        Args:
+            ranks: Serves the main thread, which is the one that calls this.
+
+        Raises:
+            RankFailedError: on all ranks, if copying failed on any.
+        """
+        ranks.gather(f"staging {self.plan.output.name}", lambda: self._stage(boxes, buffer))
+
+    def write(self) -> None:
+        """Write this rank's part of the weights. Any thread, all ranks; communicates.
+
+        Raises:
+            RankFailedError: on all ranks, if it failed on any. Nothing became visible.
+        """
+        name = self.plan.output.name
+        attempt = self._ranks.lead(f"making the files of {name}", self._make_files)
+        directory = layout.temporary_path(self.plan.output, attempt)
+        write = self._writer.write
+        self._receipts = self._ranks.gather(f"writing {name}", lambda: write(self.plan, self._staged, directory))
+
+    def commit(self) -> Path:
+        """Complete the directory and make it visible. Any thread, all ranks; communicates through the store.
+
+        Raises:
+            RankFailedError: on all ranks, if rank 0 could not. Nothing became visible.
+        """
+        self._ranks.lead(f"committing {self.plan.output.name}", self._commit)
+        return self.plan.output
+
+    def _stage(self, boxes: Mapping[str, Sequence[LiveBox]], buffer: StagingBuffer) -> None:
+        specs = {f"{model.model}/{spec.name}": spec for model in self.plan.models for spec in model.specs}
+        flat = [replace(box, name=f"{model}/{box.name}") for model, held in boxes.items() for box in held]
+        self._staged = {model: [] for model in boxes}
+        for box in buffer.stage(flat, specs):
+            model, name = box.name.split("/", 1)
+            self._staged[model].append(replace(box, name=name))
+
+    def _make_files(self) -> str:
+        sweep(self.plan.output.parent)
+        self._attempt = Attempt(self.plan.output)
+        require_space(self._attempt.directory, self.plan.nbytes)
+        self._writer.make_files(self.plan, self._attempt.directory)
+        return self._attempt.id
+
+    def _commit(self) -> None:
+        assert self._attempt is not None
+        directory = self._attempt.directory
+        digests = self._writer.merge(self.plan, self._receipts, directory)
+        sizes = complete_directory(self.plan, directory, digests)
+        if self.check is not None:
+            self.check(directory, self.plan.dtypes)
+        self._attempt.commit(sizes)
+        log.info("exported %s", self.plan.output)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._attempt is not None:
+            self._attempt.__exit__(*exc)
+
+
+def _are_same(plans: Sequence[ModelPlan], models: Sequence[LiveModel]) -> bool:
+    return len(plans) == len(models) and all(plan is model.plan for plan, model in zip(plans, models, strict=True))
+
+
+def _signature(models: Sequence[LiveModel], held: Mapping[str, Sequence[LiveBox]]) -> str:
+    """Of what this rank holds: as long as it stays the same, so does the dealing out."""
+    boxes = [(name, [(box.name, box.box) for box in found]) for name, found in held.items()]
+    return xxhash.xxh3_128_hexdigest(repr((_global_signature(models), boxes)).encode())
+
+
+def _global_signature(models: Sequence[LiveModel]) -> str:
+    """Of what all ranks together are about to write; the same on each."""
+    specs = [(model.plan.model, [file.name for file in model.plan.weights.files], model.plan.specs) for model in models]
+    return xxhash.xxh3_128_hexdigest(repr(specs).encode())
+
+
+def _all_know(votes: Sequence[tuple[bool, str]]) -> bool:
+    """Whether every rank knows its share. Raises RanksDisagreeError if they are about to write different things."""
+    signatures = [signature for _, signature in votes]
+    if different := [rank for rank, signature in enumerate(signatures) if signature != signatures[0]]:
+        raise RanksDisagreeError(
+            f"ranks {', '.join(map(str, different))} are about to export other names, shapes, dtypes or files than "
+            "rank 0. Nothing was written. All ranks must hold the same model and call the hooks at the same steps."
+        )
+    return all(known for known, _ in votes)
+
+
+def _deal(model: LiveModel, said: Sequence[Sequence[tuple[str, Shape, Shape]]]) -> list[list[int]]:
+    """For each rank the positions, in what it said it holds, of what it is to write."""
+    held = [[(name, Chunk(tuple(offsets), tuple(sizes))) for name, offsets, sizes in boxes] for boxes in said]
+    dealt = assign_boxes(held, model.shapes(), {spec.name: spec.dtype.itemsize for spec in model.plan.specs})
+    return [
+        [i for i, box in enumerate(boxes) if box in chosen]
+        for boxes, chosen in zip(held, map(frozenset, dealt), strict=True)
+    ]

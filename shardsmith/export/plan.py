@@ -1,0 +1,289 @@
+"""Work out what ``to-hf`` makes of a checkpoint before a byte is written, and refuse what cannot be done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from shardsmith import layout
+from shardsmith.commit import refuse_existing
+from shardsmith.dtypes import DtypeChoice
+from shardsmith.errors import CheckpointNotFoundError, MismatchError, UnsupportedFormatError, UsageError
+from shardsmith.export.base_layout import in_base_layout, orders_of_patches
+from shardsmith.export.base_template import BaseTemplate, read_template
+from shardsmith.export.directory import DirectoryPlan, ModelPlan, Origin, plan_model
+from shardsmith.export.hf_directory import files_to_copy, protect, read_config
+from shardsmith.export.layout_rules import DECLARED, LayoutRule, LayoutRules
+from shardsmith.formats.by_path import SHARDED, detect_checkpoint_format, model_names, open_source
+from shardsmith.metadata import read_metadata
+from shardsmith.model_keys import EMA, MAIN
+from shardsmith.models import ModelSource, TranslatedModel
+from shardsmith.name_maps.maps import NameMap, find_name_map
+from shardsmith.record.companion import companion_of, is_complete
+from shardsmith.tensors import TensorSpec
+from shardsmith.ties import tied_by_config
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportOptions:
+    """How to write a Hugging Face directory."""
+
+    dtype: DtypeChoice = torch.bfloat16
+    """Of floating-point tensors; None keeps what the checkpoint has."""
+    max_shard_size: str | None = None
+    """Such as "5GB": more than one file if the weights are larger. None: one file."""
+    trust_remote_code: bool = False
+    """Also copy the base model's Python files. They are never run."""
+    allow: tuple[str, ...] = ()
+    """Patterns of tensor names that may differ from the base model's weights."""
+    drop: tuple[str, ...] = ()
+    """Patterns of tensors of the checkpoint to leave out, such as those of a head that was trained beside the model."""
+    verify: bool = True
+    """Compare the checkpoint's files with their recorded hashes, and what was written with what was to be written."""
+    rules: tuple[LayoutRule, ...] = DECLARED
+    """What is done to tensors whose layout is not the base model's."""
+    average: str | None = None
+    """Which one, where the checkpoint has several; None takes the first."""
+    names: str = "auto"
+    """Name map: "identity", "transformers", one that a package offers, or "auto": transformers where it is needed."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExportPlan:
+    """A directory, and the checkpoint that it is made from."""
+
+    directory: DirectoryPlan
+    checkpoint: Path
+    base: Path
+    sources: Mapping[str, ModelSource | TranslatedModel]
+    """By model."""
+    verify: bool
+    template: BaseTemplate
+    rules: Mapping[str, str] = field(default_factory=dict)
+    """Name of a tensor -> the layout rule that was used on it."""
+    orders: Mapping[str, str] = field(default_factory=dict)
+    """Name of a patch embedding -> whether its values are in the base model's order."""
+    allow: tuple[str, ...] = ()
+    """Patterns of names that may differ from the template."""
+    dropped: tuple[str, ...] = ()
+    """Tensors of the checkpoint that were left out."""
+
+    def close(self) -> None:
+        """Let go of the checkpoint's files, which take up space as long as they are open, even when deleted."""
+        for source in self.sources.values():
+            source.close()
+
+
+def plan_directory(
+    checkpoint: Path, output: Path, base: Path, stems: Mapping[str, str], options: ExportOptions
+) -> ExportPlan:
+    """Work out a directory and refuse what cannot be done. Writes nothing.
+
+    Args:
+        stems: Model name ("main", "ema") -> stem of its weight files.
+
+    Raises:
+        ProtectedPathError, TargetExistsError: the output is no place to write to.
+        CheckpointError: the checkpoint or the base cannot be used, or the weights do not fit the base's.
+    """
+    protect(output, checkpoint, base)
+    refuse_existing(output)
+    copies = files_to_copy(base, trust_remote_code=options.trust_remote_code)
+    config = read_config(base)
+    template = read_template(base)
+    specs = template.specs
+    layouts = LayoutRules(specs, options.rules)
+    sources: dict[str, ModelSource | TranslatedModel] = {}
+    models = []
+    name_map: NameMap | None = None
+    dropped: dict[str, None] = {}
+    for model, stem in stems.items():
+        named = f"{model}:{options.average}" if options.average and model == EMA else model
+        opened = open_source(checkpoint, named)
+        unwanted = _dropped(opened, options.drop)
+        dropped |= dict.fromkeys(unwanted)
+        opened = opened.without(unwanted)
+        source = sources[model] = in_base_layout(opened, layouts)
+        as_stored = _plan_model(source, model, stem, config, specs, replace(options, dtype=None))
+        name_map = name_map or _choose_name_map(as_stored, base, config, specs, options)
+        if name_map is not None:
+            source = sources[model] = in_base_layout(TranslatedModel(opened, name_map), layouts)
+        plan = _plan_model(source, model, stem, config, specs, options, name_map)
+        compare_with_base(source.path, plan, specs, options.allow)
+        models.append(plan)
+    used = {name: rule.name for name, rule in layouts.used.items()}
+    orders = orders_of_patches(sources, template, options.rules, options.allow)
+    directory = DirectoryPlan(output, tuple(models), origin_of(checkpoint), config, base, tuple(copies))
+    return ExportPlan(
+        directory, checkpoint, base, sources, options.verify, template, used, orders, options.allow, tuple(dropped)
+    )
+
+
+def _dropped(source: ModelSource, patterns: Sequence[str]) -> list[str]:
+    """What is to be left out. Raises UsageError if a pattern fits nothing: then something is not as was thought."""
+    names = [*source.specs, *source.aliases]
+    if idle := [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)]:
+        raise UsageError(
+            f"drop: {', '.join(map(repr, idle))} fits no tensor of {source.path}. Correct it, or leave it out"
+        )
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def choose_stems(
+    checkpoint: Path,
+    base: Path,
+    models: Literal["main", "ema", "both", "all"],
+    ema_as: Literal["auto", "file", "directory"],
+) -> list[tuple[str, dict[str, str]]]:
+    """Which directories to make: suffix of the output's name and, per model in it, the stem of its files.
+
+    An average beside the main weights is ``ema.safetensors``. Alone it is the directory's own weights, which
+    ``from_pretrained`` loads, unless the base model itself keeps its weights in ``ema.safetensors``.
+
+    Raises:
+        CheckpointNotFoundError: the checkpoint does not hold what was asked for.
+    """
+    present = model_names(checkpoint)
+    wanted = {"both": [MAIN, EMA], "all": present or [MAIN]}.get(models, [models])
+    if missing := [model for model in wanted if model not in present]:
+        kind = detect_checkpoint_format(checkpoint)
+        here = f"it holds only {present[0]}: --models {present[0]}" if present else f"it is {kind.name}: {kind.reason}"
+        raise CheckpointNotFoundError(checkpoint, f"has no {' and no '.join(missing)} weights; {here}")
+    both = len(wanted) == 2
+    if both and ema_as == "directory":
+        return [("", {MAIN: layout.MAIN_WEIGHTS}), ("-ema", {EMA: layout.MAIN_WEIGHTS})]
+    as_file = ema_as == "file" or both
+    if not both and ema_as == "auto":
+        as_file = (base / f"{layout.EMA_WEIGHTS}.safetensors").is_file()
+    stems = {MAIN: layout.MAIN_WEIGHTS, EMA: layout.EMA_WEIGHTS if as_file else layout.MAIN_WEIGHTS}
+    return [("", {model: stems[model] for model in wanted})]
+
+
+def _plan_model(
+    source: ModelSource | TranslatedModel,
+    model: str,
+    stem: str,
+    config: dict[str, Any],
+    template: Mapping[str, TensorSpec],
+    options: ExportOptions,
+    name_map: NameMap | None = None,
+) -> ModelPlan:
+    return plan_model(
+        model,
+        list(source.specs.values()),
+        stem=stem,
+        dtype=options.dtype,
+        max_shard_size=options.max_shard_size,
+        aliases=source.aliases or _tied_by_config(source, config, template, name_map),
+        filled=source.filled,
+    )
+
+
+def _tied_by_config(
+    source: ModelSource | TranslatedModel,
+    config: dict[str, Any],
+    template: Mapping[str, TensorSpec],
+    name_map: NameMap | None,
+) -> dict[str, str]:
+    """As ``tied_by_config``. What an average took from main is compared there: here its twin has moved on."""
+    if not source.filled:
+        return tied_by_config(source, config, template)
+    opened = open_source(source.path, MAIN)
+    main = opened if name_map is None else TranslatedModel(opened, name_map)
+    aliases = tied_by_config(main, config, template)
+    main.close()
+    return aliases
+
+
+def _choose_name_map(
+    plan: ModelPlan, base: Path, config: dict[str, Any], template: Mapping[str, TensorSpec], options: ExportOptions
+) -> NameMap | None:
+    """The map that the options ask for; None for the identity. transformers, which takes seconds, only if needed.
+
+    Where the base has no weights to compare with, experts that are fused into one tensor are what needs it.
+    """
+    if options.names == "identity":
+        return None
+    if options.names not in ("auto", "transformers"):
+        return find_name_map(options.names, config)
+    if options.names == "auto":
+        _refuse_titan_names(plan, template)
+        fused = any(len(spec.shape) > 2 and "experts" in spec.name for spec in plan.specs)
+        if not (_differences(plan, template, options.allow) if template else fused):
+            return None
+    from shardsmith.name_maps.transformers import TransformersNames
+
+    try:
+        return TransformersNames.of_directory(base, template)
+    except UnsupportedFormatError:
+        if options.names == "auto":
+            return None
+        raise
+
+
+def _refuse_titan_names(plan: ModelPlan, template: Mapping[str, TensorSpec]) -> None:
+    """Raise UsageError for names that no Hugging Face model has, unless the base model has them."""
+    name = "tok_embeddings.weight"
+    if name not in template and any(spec.name == name for spec in plan.specs):
+        example = "--titan_model llama3 --titan_flavor 8B"
+        advice = f"say which one it is, as in {example}, or keep the names: --names identity"
+        raise UsageError(f"the checkpoint has {name}, as TorchTitan's own models: {advice}")
+
+
+def origin_of(checkpoint: Path) -> Origin:
+    """What ``shardsmith.json`` is to say of where the weights come from."""
+    name = checkpoint.resolve().name
+    if is_complete(checkpoint):
+        metadata = read_metadata(companion_of(checkpoint))
+    elif detect_checkpoint_format(checkpoint).name == SHARDED:
+        metadata = read_metadata(checkpoint)
+    else:
+        return Origin(name)
+    return Origin(name, metadata.attempt, metadata.step, metadata.ema)
+
+
+def base_specs(base: Path) -> Mapping[str, TensorSpec]:
+    """The base model's own tensors, from its headers; empty if it comes without weights. See ``read_template``."""
+    return read_template(base).specs
+
+
+def compare_with_base(
+    path: Path, plan: ModelPlan, template: Mapping[str, TensorSpec], allow: Sequence[str] = ()
+) -> None:
+    """Raise MismatchError if names or shapes are not those of the base model's weights."""
+    lines = _differences(plan, template, allow) if template else []
+    if lines:
+        summary = f"{len(lines)} tensors are not as in the base model"
+        advice = (
+            "Nothing was written. If a difference is meant, allow it by name: --allow 'PATTERN'. To leave tensors "
+            "of the checkpoint out: --drop 'PATTERN'."
+        )
+        raise MismatchError(path, summary, lines, advice)
+
+
+def _differences(plan: ModelPlan, template: Mapping[str, TensorSpec], allow: Sequence[str]) -> list[str]:
+    ours = {spec.name: spec for spec in plan.specs}
+    problems = {name: "in the base model, not in the checkpoint" for name in template if name not in ours}
+    problems |= {name: "in the checkpoint, not in the base model" for name in ours if name not in template}
+    problems |= {
+        name: f"{spec.shape} in the checkpoint, {template[name].shape} in the base model"
+        for name, spec in ours.items()
+        if name in template and spec.shape != template[name].shape
+    }
+    problems |= {
+        name: f"{spec.dtype} in the checkpoint, {template[name].dtype} in the base model"
+        for name, spec in ours.items()
+        if name in template
+        and name not in problems
+        and spec.dtype.is_floating_point != template[name].dtype.is_floating_point
+    }
+    return [
+        f"{name}: {problem}"
+        for name, problem in sorted(problems.items())
+        if name not in plan.aliases and not any(fnmatchcase(name, pattern) for pattern in allow)
+    ]

@@ -1,0 +1,143 @@
+"""How the command line shows what ``to-hf`` would write, and what it has written and checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from shardsmith.export.check import ExportCheck, ModelCheck
+from shardsmith.export.plan import ExportPlan
+from shardsmith.report import new_console, size_text
+
+_SHOWN = 5
+
+
+def print_plans(plans: Sequence[ExportPlan], *, as_json: bool = False) -> None:
+    """What a dry run would write."""
+    if as_json:
+        print(json.dumps({"dry_run": True, "directories": [_plain(plan) for plan in plans]}))
+        return
+    console = new_console()
+    for plan in plans:
+        console.print(f"would write {plan.directory.output} from {plan.checkpoint} and {plan.base}")
+        console.print(_template_line(plan.template.origin, bool(plan.template.specs)))
+        _print_contents(console, plan)
+    console.print("dry run: nothing was written")
+
+
+def print_written(plans: Sequence[ExportPlan], checks: Sequence[ExportCheck], *, as_json: bool = False) -> None:
+    """What was written, and what was checked of it."""
+    if as_json:
+        print(json.dumps({"dry_run": False, "directories": [dataclasses.asdict(check) for check in checks]}))
+        return
+    console = new_console()
+    for plan, check in zip(plans, checks, strict=True):
+        console.print(f"wrote {plan.directory.output} from {plan.checkpoint} and {plan.base}")
+        _print_contents(console, plan)
+        console.print(_checks_table(check, bool(plan.template.specs)))
+        for model in check.models:
+            for line in _remarks(model):
+                console.print(f"{model.model}: {line}")
+
+
+def _plain(plan: ExportPlan) -> dict[str, object]:
+    return {
+        "output": str(plan.directory.output),
+        "source": str(plan.checkpoint),
+        "base": str(plan.base),
+        "template": plan.template.origin,
+        "bytes": plan.directory.nbytes,
+        "models": [
+            {
+                "model": model.model,
+                "files": [file.name for file in model.weights.files],
+                "tensors": len(model.specs),
+                "elements": sum(spec.numel for spec in model.specs),
+                "bytes": model.nbytes,
+            }
+            for model in plan.directory.models
+        ],
+        "copies": list(plan.directory.copies),
+        "rules": dict(plan.rules),
+        "orders": dict(plan.orders),
+    }
+
+
+def _template_line(origin: str, has_weights: bool) -> str:
+    if has_weights:
+        return f"names, shapes and dtypes are as in {origin} of the base model"
+    return f"the base model has no weights to compare with: {origin}"
+
+
+def _print_contents(console: Console, plan: ExportPlan) -> None:
+    console.print(_files_table(plan))
+    if plan.dropped:
+        console.print(f"left out, as asked for: {', '.join(plan.dropped)}")
+    for model in plan.directory.models:
+        for alias, kept in model.aliases.items():
+            console.print(f"{model.model}: {alias} is tied to {kept}, which alone is in the file")
+        if model.filled:
+            console.print(f"{model.model}: {len(model.filled)} tensors that are not averaged are from main")
+        averages = plan.sources[model.model].averages
+        if len(averages) > 1:
+            others = ", ".join(averages[1:])
+            console.print(f"{model.model}: of several averages, {averages[0]}; --average takes another: {others}")
+        left_out = getattr(plan.sources[model.model], "left_out", {})
+        for name, reason in left_out.items():
+            console.print(f"{model.model}: {name} is left out: {reason}")
+
+
+def _files_table(plan: ExportPlan) -> Table:
+    table = Table("file", "holds", "tensors", "size")
+    for model in plan.directory.models:
+        for file in model.weights.files:
+            dtypes = ", ".join(sorted({str(t.spec.dtype).removeprefix("torch.") for t in file.tensors.values()}))
+            table.add_row(file.name, f"{model.model}, {dtypes}", str(len(file.tensors)), size_text(file.size))
+    table.add_row("config.json, shardsmith.json", "written", "", "")
+    for name in plan.directory.copies:
+        if name != "config.json":
+            table.add_row(name, "from the base model", "", size_text((plan.base / name).stat().st_size))
+    return table
+
+
+def _checks_table(check: ExportCheck, has_template: bool) -> Table:
+    table = Table("check", *(model.model for model in check.models))
+    rows = {
+        "values read back and compared by digest": ["equal" if m.read_back else "not done" for m in check.models],
+        _template_line(check.template, has_template): [
+            f"{m.compared} of {m.tensors}" if has_template else "not done" for m in check.models
+        ],
+        "elements": [f"{m.elements:,}" for m in check.models],
+        "tensors equal to main": ["" if m.same_as_main is None else str(m.same_as_main) for m in check.models],
+        "tensors of equal elements": [str(len(m.constant)) for m in check.models],
+    }
+    for name in dict.fromkeys(name for m in check.models for name in (*m.rules, *m.orders)):
+        rows[name] = [_layout_text(m, name) for m in check.models]
+    for title, cells in rows.items():
+        table.add_row(title, *cells)
+    return table
+
+
+def _layout_text(model: ModelCheck, name: str) -> str:
+    rule = model.rules.get(name, "no rule needed")
+    order = {
+        "as in the base": "order of its values as in the base",
+        "undecided": "order of its values undecided: too far from the base's",
+        "channels first": "order of its values allowed to be another",
+    }.get(model.orders.get(name, ""), "order of its values not compared")
+    return f"{rule}; {order}"
+
+
+def _remarks(model: ModelCheck) -> list[str]:
+    lines = [model.remark] if model.remark else []
+    if model.constant:
+        more = f" and {len(model.constant) - _SHOWN} more" if len(model.constant) > _SHOWN else ""
+        lines.append(
+            f"all elements are equal in {', '.join(model.constant[:_SHOWN])}{more}, as after an initialisation"
+        )
+    lines += [f"{name} differs from the base model, as was allowed" for name in model.allowed[:_SHOWN]]
+    return lines

@@ -1,0 +1,221 @@
+"""Make Hugging Face directories from a checkpoint of any format: plan, write, read back, commit.
+
+No model is built. Threads go through the output front to back; each reads one block from the mapped source, casts it
+into its own buffer and writes that to its final place, so memory stays at some blocks. Several processes, where there
+are some, take a share of the blocks each; the files are the same, byte for byte.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from shardsmith import layout
+from shardsmith.checkpoints import find_damage
+from shardsmith.commit import Attempt, require_space, sweep
+from shardsmith.digest import Digest
+from shardsmith.errors import CorruptCheckpointError
+from shardsmith.export.block_copy import copy_blocks
+from shardsmith.export.check import ExportCheck, check_export, compare_read_back, read_back
+from shardsmith.export.completion import complete_directory
+from shardsmith.export.directory import DirectoryPlan
+from shardsmith.export.plan import ExportPlan
+from shardsmith.formats.by_path import SHARDED, detect_checkpoint_format
+from shardsmith.record.companion import find_folder_damage, is_complete
+from shardsmith.safetensors_files.writer import SafetensorsFileWriter
+from shardsmith.torchrun.team import Alone, Team
+
+Texts = dict[str, dict[str, str]]
+"""Digests, or shares of them, by model and tensor, as JSON has them."""
+
+
+def write_directories(
+    plans: Sequence[ExportPlan],
+    progress: Callable[[int], None] | None = None,
+    *,
+    team: Team | None = None,
+    threads: int | None = None,
+) -> list[ExportCheck]:
+    """Write planned directories of one checkpoint and make them visible when all of them are on disk.
+
+    The first one appears last, so whoever sees it can rely on the others. The plans' sources are closed in the end.
+    Call it within ``hold(checkpoint)``, and plan there too, if something might remove the checkpoint meanwhile.
+
+    Args:
+        progress: Called from several threads with the number of bytes of weights just written.
+        team: All ranks that call it, with equal plans, to divide the work. Communicates through the store.
+        threads: Of this process; None: as many as are of use.
+
+    Returns:
+        What was checked of each directory; on rank 0 only.
+
+    Raises:
+        CorruptCheckpointError: the checkpoint's bytes are not those that were saved, or what was written is not what
+            was to be written.
+        WriteError: writing failed. No output exists, and nothing else was touched.
+        RankFailedError: one of these, with several ranks, on all of them.
+    """
+    with contextlib.ExitStack() as unfinished:
+        for plan in plans:
+            unfinished.callback(plan.close)
+        job = _Job(plans, progress, team or Alone(), threads, unfinished)
+        job.make_files()
+        written = job.write()
+        read = job.read_back()
+        return job.commit(written, read)
+
+
+def verify_source(checkpoint: Path, part: int = 0, parts: int = 1) -> None:
+    """Raise CorruptCheckpointError if a file of a checkpoint with recorded hashes has changed. Others pass.
+
+    Args:
+        part: Which share of the files to look at.
+        parts: Into how many shares.
+    """
+    if detect_checkpoint_format(checkpoint).name == SHARDED:
+        refuse_damage(checkpoint, find_damage(checkpoint, part=part, parts=parts))
+    elif is_complete(checkpoint):
+        refuse_damage(checkpoint, find_folder_damage(checkpoint, weights_only=True, part=part, parts=parts))
+
+
+def refuse_damage(checkpoint: Path, damage: Sequence[str]) -> None:
+    """Raise CorruptCheckpointError if ``find_damage`` has found any."""
+    if damage:
+        lines = "\n  ".join(damage)
+        advice = "Nothing was written. Copy these files again, or take another step."
+        raise CorruptCheckpointError(checkpoint, f"is damaged\n  {lines}\n{advice}")
+
+
+class _Job:
+    """One call of ``write_directories`` on this rank."""
+
+    def __init__(
+        self,
+        plans: Sequence[ExportPlan],
+        progress: Callable[[int], None] | None,
+        team: Team,
+        threads: int | None,
+        unfinished: contextlib.ExitStack,
+    ) -> None:
+        self.plans = plans
+        self.team = team
+        self._progress = progress
+        self._threads = threads
+        self._unfinished = unfinished
+        self._attempts: list[Attempt] = []
+        self._directories: list[Path] = []
+
+    def make_files(self) -> None:
+        """Rank 0 makes all files, at their full size, in directories that are not visible yet."""
+        attempts = self.team.lead("making the files", self._make_files)
+        outputs = [plan.directory.output for plan in self.plans]
+        self._directories = [layout.temporary_path(path, id_) for path, id_ in zip(outputs, attempts, strict=True)]
+
+    def write(self) -> list[Texts]:
+        """Each rank verifies and copies its share; on rank 0, for each plan, the digests of whole tensors."""
+        shares = self.team.gather("writing the weights", self._write)
+        return self._merged(shares)
+
+    def read_back(self) -> list[Texts]:
+        """Each rank reads its share of the files; on rank 0 the digests of what is in them."""
+        return self._merged(self.team.gather("reading back what was written", self._read_back))
+
+    def commit(self, written: list[Texts], read: list[Texts]) -> list[ExportCheck]:
+        """Rank 0 compares, completes the directories and makes them visible."""
+        checks: list[ExportCheck] = []
+        self.team.lead("committing", lambda: checks.extend(self._commit(written, read)))
+        return checks
+
+    def _make_files(self) -> list[str]:
+        for parent in {plan.directory.output.parent for plan in self.plans}:
+            sweep(parent)
+        for plan in self.plans:
+            attempt = self._unfinished.enter_context(Attempt(plan.directory.output))
+            self._attempts.append(attempt)
+            require_space(attempt.directory, sum(plan.directory.nbytes for plan in self.plans))
+            for model in plan.directory.models:
+                for file in model.weights.files:
+                    SafetensorsFileWriter.create(attempt.directory, file).close()
+        return [attempt.id for attempt in self._attempts]
+
+    def _write(self) -> list[Texts]:
+        checkpoints = {plan.checkpoint for plan in self.plans if plan.verify}
+        with ThreadPoolExecutor(1, "shardsmith-verify") as pool:
+            verified = [pool.submit(verify_source, path, self.team.rank, self.team.size) for path in checkpoints]
+            written = [
+                {model: _texts(digests) for model, digests in self._copy(plan, directory)}
+                for plan, directory in zip(self.plans, self._directories, strict=True)
+            ]
+            for verification in verified:
+                verification.result()
+        return written
+
+    def _copy(self, plan: ExportPlan, directory: Path) -> Iterator[tuple[str, Mapping[str, Digest]]]:
+        """Write and fsync this rank's share of each model in turn."""
+        for model in plan.directory.models:
+            with contextlib.ExitStack() as files:
+                writers = [
+                    files.enter_context(SafetensorsFileWriter.open_existing(directory, file))
+                    for file in model.weights.files
+                ]
+                digests = copy_blocks(
+                    plan.sources[model.model],
+                    writers,
+                    self._progress,
+                    part=self.team.rank,
+                    parts=self.team.size,
+                    threads=self._threads,
+                )
+                for writer in writers:
+                    writer.sync()
+            yield model.model, digests
+
+    def _read_back(self) -> list[Texts]:
+        return [
+            {
+                model.model: _texts(read_back(model, directory, self.team.rank, self.team.size))
+                for model in plan.directory.models
+                if plan.verify
+            }
+            for plan, directory in zip(self.plans, self._directories, strict=True)
+        ]
+
+    def _merged(self, shares: Sequence[list[Texts]]) -> list[Texts]:
+        """For each plan the sums over all ranks."""
+        return [_add_up(plan.directory, [share[i] for share in shares]) for i, plan in enumerate(self.plans) if shares]
+
+    def _commit(self, written: list[Texts], read: list[Texts]) -> list[ExportCheck]:
+        made = list(zip(self.plans, self._attempts, written, read, strict=True))
+        for plan, attempt, digests, found in made:
+            if plan.verify:
+                compare_read_back(attempt.directory, digests, found)
+        checks = [
+            check_export(plan, attempt.directory, digests, written, self.plans) for plan, attempt, digests, _ in made
+        ]
+        sizes = [
+            complete_directory(plan.directory, attempt.directory, _digests(texts)) for plan, attempt, texts, _ in made
+        ]
+        for (_, attempt, _, _), files in reversed(list(zip(made, sizes, strict=True))):
+            attempt.commit(files)
+        return checks
+
+
+def _texts(digests: Mapping[str, Digest]) -> dict[str, str]:
+    return {name: str(digest) for name, digest in digests.items() if digest != Digest()}
+
+
+def _digests(texts: Texts) -> dict[str, dict[str, Digest]]:
+    return {model: {name: Digest.parse(text) for name, text in found.items()} for model, found in texts.items()}
+
+
+def _add_up(plan: DirectoryPlan, shares: Sequence[Texts]) -> Texts:
+    merged: Texts = {}
+    for model in plan.models:
+        digests = {spec.name: Digest() for spec in model.specs}
+        for share in shares:
+            for name, text in share.get(model.model, {}).items():
+                digests[name] += Digest.parse(text)
+        merged[model.model] = {name: str(digest) for name, digest in digests.items()}
+    return merged

@@ -1,0 +1,144 @@
+"""What a path holds, with the reason; and its weights as a ``TensorSource``, whatever the format."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from shardsmith import layout
+from shardsmith.dcp.index import read_index
+from shardsmith.errors import CheckpointNotFoundError, IncompleteCheckpointError, UnsupportedFormatError
+from shardsmith.formats.bagel import BAGEL_READER, FORK_READER
+from shardsmith.formats.dcp import ACCELERATE_READER, DCP_READER, OURS_READER
+from shardsmith.formats.detected import (
+    ACCELERATE,
+    BAGEL,
+    BAGEL_SHARDED,
+    DCP,
+    HUGGINGFACE,
+    INCOMPLETE,
+    SAFETENSORS,
+    SHARDED,
+    TORCH,
+    UNKNOWN,
+    DetectedFormat,
+    FormatReader,
+)
+from shardsmith.formats.files import FILE_READER, HUGGINGFACE_READER, TORCH_READER
+from shardsmith.formats.trainer import trainer_reader
+from shardsmith.model_keys import MAIN
+from shardsmith.models import ModelSource
+
+__all__ = [
+    "ACCELERATE",
+    "BAGEL",
+    "BAGEL_SHARDED",
+    "DCP",
+    "HUGGINGFACE",
+    "INCOMPLETE",
+    "SAFETENSORS",
+    "SHARDED",
+    "TORCH",
+    "UNKNOWN",
+    "DetectedFormat",
+    "detect_checkpoint_format",
+    "model_names",
+    "open_source",
+]
+
+_WITHOUT_OURS = (
+    OURS_READER,
+    DCP_READER,
+    FORK_READER,
+    ACCELERATE_READER,
+    BAGEL_READER,
+    HUGGINGFACE_READER,
+    TORCH_READER,
+)
+_DIRECTORIES = (trainer_reader(_WITHOUT_OURS), *_WITHOUT_OURS)
+"""The first that knows a directory has it: weights of their own before what lies beside them."""
+_STEP = re.compile(r"(step-|checkpoint-)?(?P<step>[0-9]+)")
+
+
+def detect_checkpoint_format(path: str | Path) -> DetectedFormat:
+    """Find out what a file or directory holds. Reads names, headers and indexes, no weights; runs no code of it.
+
+    Raises:
+        CheckpointNotFoundError: there is nothing at the path.
+    """
+    return _detect(Path(path))[0]
+
+
+def open_source(path: str | Path, model: str = MAIN) -> ModelSource:
+    """Open the weights of one model, under the names that the model gives them; of tied ones, the kept name only.
+
+    Args:
+        path: Anything that ``detect_checkpoint_format`` knows.
+        model: ``"main"`` or ``"ema"``; ``"ema:NAME"`` where a DCP directory has several averages. What an average does
+            not cover (frozen weights, buffers) comes from main.
+
+    Raises:
+        IncompleteCheckpointError: files are missing or truncated, or tensors have holes.
+        UnsupportedFormatError: not a format with weights that we read.
+        CheckpointNotFoundError: nothing there, or not this model.
+    """
+    path = Path(path)
+    found, reader = _detect_readable(path)
+    if reader is None:
+        raise UnsupportedFormatError(path, f"cannot read {model} weights from it: {found.name} ({found.reason})")
+    return reader.open(path, model)
+
+
+def model_names(path: str | Path) -> list[str]:
+    """Which of ``main`` and ``ema`` a checkpoint holds; none where there are no weights in a format that we read.
+
+    Raises:
+        CheckpointNotFoundError: there is nothing at the path.
+        CheckpointError: it is half-written or damaged, or its index cannot be read.
+    """
+    path = Path(path)
+    reader = _detect_readable(path)[1]
+    return reader.models(path) if reader else []
+
+
+def _detect(path: Path) -> tuple[DetectedFormat, FormatReader | None]:
+    """The format, and what reads it: None where nothing does."""
+    if path.is_dir():
+        if layout.is_leftover(path.name):
+            return DetectedFormat(INCOMPLETE, "its name says that it was being written or deleted"), None
+        for reader in _DIRECTORIES:
+            if (found := reader.detect(path)) is not None:
+                return found, reader
+        return DetectedFormat(UNKNOWN, _what_else(path)), None
+    if path.is_file():
+        found = FILE_READER.detect(path)
+        assert found is not None, "a file is always something"
+        return found, FILE_READER
+    raise CheckpointNotFoundError(path, "there is no such file or directory")
+
+
+def _detect_readable(path: Path) -> tuple[DetectedFormat, FormatReader | None]:
+    """The same, unless it is clear that the weights cannot be read from there: then the error that says why."""
+    found, reader = _detect(path)
+    if found.name == UNKNOWN and (path / layout.DCP_INDEX_FILE).exists():
+        read_index(path)
+    if found.name == INCOMPLETE:
+        raise IncompleteCheckpointError(path, found.reason)
+    return found, None if found.name == UNKNOWN else reader
+
+
+def _what_else(path: Path) -> str:
+    """What may have been meant by a directory that is no checkpoint."""
+    names = os.listdir(path)
+    steps = {
+        int(match["step"]): match[0] for match in map(_STEP.fullmatch, names) if match and (path / match[0]).is_dir()
+    }
+    known = [steps[step] for step in sorted(steps) if _is_known(path / steps[step])]
+    if known:
+        return f"a folder of {len(known)} checkpoints; name one of them, such as {path / known[-1]}"
+    return f"none of its {len(names)} entries is a weights file or an index that we know"
+
+
+def _is_known(path: Path) -> bool:
+    return any(reader.detect(path) is not None for reader in _DIRECTORIES)

@@ -1,0 +1,141 @@
+"""Whole weights in files: safetensors and ``torch.save``, single or indexed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from shardsmith import layout
+from shardsmith.errors import CheckpointError, CheckpointNotFoundError, UnsafeCheckpointError, UnsupportedFormatError
+from shardsmith.formats.detected import (
+    HUGGINGFACE,
+    INCOMPLETE,
+    SAFETENSORS,
+    TORCH,
+    UNKNOWN,
+    DetectedFormat,
+    FormatReader,
+    reason_of,
+)
+from shardsmith.model_keys import EMA, MAIN
+from shardsmith.models import ModelSource
+from shardsmith.safetensors_files.source import SafetensorsSource, open_safetensors_directory
+from shardsmith.torch_files.source import models_of, open_torch_directory, open_torch_file
+
+STEMS = {MAIN: layout.MAIN_WEIGHTS, EMA: layout.EMA_WEIGHTS}
+_TORCH_NAMES = {MAIN: ("pytorch_model.bin", "pytorch_model_fsdp.bin", "model.pt"), EMA: ("ema.pt",)}
+_TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+_ZIP, _PICKLE = b"PK\x03\x04", b"\x80\x02"
+
+
+def has_safetensors(path: Path, stem: str) -> bool:
+    """Whether a directory has a single safetensors file or an index of that stem.
+
+    An index that is all there is of one stem says nothing if the other has weights: BAGEL's release has such a one.
+    """
+    if (path / f"{stem}.safetensors").is_file():
+        return True
+    is_alone = not any((path / f"{other}.safetensors").is_file() for other in STEMS.values())
+    return (path / layout.index_file_name(stem)).is_file() and (is_alone or any(path.glob(f"{stem}-*.safetensors")))
+
+
+def detect_huggingface(path: Path) -> DetectedFormat | None:
+    """A directory with safetensors files under one of our two stems."""
+    found = []
+    for stem in STEMS.values():
+        if has_safetensors(path, stem):
+            try:
+                source = open_safetensors_directory(path, stem)
+            except CheckpointError as error:
+                return DetectedFormat(INCOMPLETE, reason_of(error, path))
+            found.append(f"{len(source.specs)} tensors in {', '.join(source.headers)}")
+            source.close()
+    return DetectedFormat(HUGGINGFACE, "; ".join(found)) if found else None
+
+
+def safetensors_models(path: Path) -> list[str]:
+    """Which models a directory has safetensors files of."""
+    return [model for model, stem in STEMS.items() if has_safetensors(path, stem)]
+
+
+def open_safetensors_model(path: Path, model: str) -> ModelSource:
+    """The weights of one model in a directory of safetensors files."""
+    return ModelSource.whole(open_safetensors_directory(path, STEMS[model]))
+
+
+def detect_torch_directory(path: Path) -> DetectedFormat | None:
+    """A directory with a known name of a ``torch.save`` file, or an index of several."""
+    found = []
+    for model in _TORCH_NAMES:
+        name = _torch_name(path, model)
+        if name is not None:
+            try:
+                source = open_torch_directory(path, name)
+            except (UnsafeCheckpointError, UnsupportedFormatError) as error:
+                return DetectedFormat(UNKNOWN, f"{name} cannot be read: {reason_of(error, path)}")
+            except CheckpointError as error:
+                return DetectedFormat(INCOMPLETE, reason_of(error, path))
+            found.append(f"{len(source.specs)} tensors in {name}")
+            source.close()
+    return DetectedFormat(TORCH, "; ".join(found)) if found else None
+
+
+def detect_file(path: Path) -> DetectedFormat:
+    """What a file is by its suffix and first bytes."""
+    if path.suffix == ".safetensors":
+        try:
+            source = SafetensorsSource(path)
+        except CheckpointError as error:
+            return DetectedFormat(INCOMPLETE, reason_of(error, path))
+        source.close()
+        return DetectedFormat(SAFETENSORS, f"a header of {len(source.specs)} tensors")
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if path.suffix in _TORCH_SUFFIXES and magic.startswith(_PICKLE):
+        return DetectedFormat(TORCH, f"a {path.suffix} file of torch before 1.6, which is read into memory as a whole")
+    if path.suffix in _TORCH_SUFFIXES and magic == _ZIP:
+        return _detect_torch_file(path)
+    return DetectedFormat(UNKNOWN, f"a file that begins with {magic!r}")
+
+
+def _detect_torch_file(path: Path) -> DetectedFormat:
+    try:
+        models = models_of(path)
+    except (UnsafeCheckpointError, UnsupportedFormatError) as error:
+        return DetectedFormat(UNKNOWN, f"cannot be read: {reason_of(error, path)}")
+    except CheckpointError as error:
+        return DetectedFormat(INCOMPLETE, reason_of(error, path))
+    return DetectedFormat(TORCH, f"a {path.suffix} file of torch.save with {', '.join(models) or 'no'} weights")
+
+
+def _torch_name(path: Path, model: str) -> str | None:
+    """The name of the single file of a model, which may be there or stand for several with an index."""
+    names = _TORCH_NAMES[model]
+    return next((name for name in names for found in (name, f"{name}.index.json") if (path / found).is_file()), None)
+
+
+def _open_file(path: Path, model: str) -> ModelSource:
+    if path.suffix != ".safetensors":
+        return open_torch_file(path, model)
+    if model != MAIN:
+        raise CheckpointNotFoundError(path, f"has no {model!r} weights; it is one file of weights, which are main")
+    return ModelSource.whole(SafetensorsSource(path))
+
+
+def _file_models(path: Path) -> list[str]:
+    return [MAIN] if path.suffix == ".safetensors" else models_of(path)
+
+
+def _open_torch(path: Path, model: str) -> ModelSource:
+    name = _torch_name(path, model)
+    if name is None:
+        raise CheckpointNotFoundError(path, f"has no {model!r} weights; it holds {', '.join(_torch_models(path))}")
+    return open_torch_directory(path, name)
+
+
+def _torch_models(path: Path) -> list[str]:
+    return [model for model in _TORCH_NAMES if _torch_name(path, model) is not None]
+
+
+HUGGINGFACE_READER = FormatReader(detect_huggingface, safetensors_models, open_safetensors_model)
+TORCH_READER = FormatReader(detect_torch_directory, _torch_models, _open_torch)
+FILE_READER = FormatReader(detect_file, _file_models, _open_file)

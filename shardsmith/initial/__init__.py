@@ -1,0 +1,1 @@
+"""The load that a run starts from, and its proof."""

@@ -1,0 +1,153 @@
+"""The right values of the buffers that no state dict holds, and what of a live model differs from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shardsmith.errors import UsageError
+from shardsmith.initial.blueprint import Blueprint, describe, transformers_parts, twin_of, without_weights
+from shardsmith.initial.faults import LoadFault
+from shardsmith.initial.live_config import LIVE_CONFIG, source_config
+from shardsmith.initial.live_weights import LiveWeights
+from shardsmith.initial_record import InitialRecord
+from shardsmith.local_boxes import local_boxes
+from shardsmith.tensors import Chunk
+
+Fresh = Callable[[], nn.Module] | Mapping[str, Tensor]
+"""Makes a model of which only the buffers are looked at; or the buffers themselves, by name."""
+
+_RELATIVE = 1e-5
+_OF_TABLES = 2e-3
+
+
+@dataclass(frozen=True, slots=True)
+class BufferReference:
+    """Buffers as a fresh model has them.
+
+    Attributes:
+        tied: Alias -> kept name, as a fresh model has them.
+    """
+
+    buffers: Mapping[str, Tensor]
+    origin: str
+    """In words."""
+    tied: Mapping[str, str]
+
+    def compare(self, live: LiveWeights) -> list[LoadFault]:
+        """What is wrong with the non-persistent buffers of a model on this rank. No communication."""
+        found = live.transient()
+        return [fault for name, buffer in found.items() if (fault := self._fault(name, buffer)) is not None]
+
+    def repair(self, live: LiveWeights) -> list[str]:
+        """Overwrite those that are wrong and can be mended; their names. No communication."""
+        found = live.transient()
+        mendable = [fault.name for fault in self.compare(live) if fault.code != "buffer-without-reference"]
+        repaired = []
+        for name in mendable:
+            if tuple(found[name].shape) == tuple(self.buffers[name].shape):
+                live.widen_buffer(name, self.buffers[name].dtype)
+                for box, values in local_boxes(live.transient()[name]):
+                    values.copy_(self._part(name, box))
+                repaired.append(name)
+        return repaired
+
+    def _part(self, name: str, box: Chunk) -> Tensor:
+        whole = self.buffers[name]
+        return whole[box.within(Chunk.whole(tuple(whole.shape)))]
+
+    def _fault(self, name: str, buffer: Tensor) -> LoadFault | None:
+        expected = self.buffers.get(name)
+        if expected is None:
+            return LoadFault("buffer-without-reference", name, f"no reference for it in {self.origin}")
+        if tuple(buffer.shape) != tuple(expected.shape):
+            shapes = f"has shape {tuple(buffer.shape)}, expected {tuple(expected.shape)}"
+            return LoadFault("buffer-differs", name, f"{shapes} as in {self.origin}")
+        for box, values in local_boxes(buffer):
+            if (problem := _difference(values.cpu(), self._part(name, box))) is not None:
+                return LoadFault(problem[0], name, f"{problem[1]}; the reference is {self.origin}")
+        return None
+
+
+def find_reference(
+    live: LiveWeights, path: Path, record: InitialRecord | None, config: Any = None, fresh: Fresh | None = None
+) -> BufferReference:
+    """The reference for a live model. No communication.
+
+    Args:
+        path: What the weights are loaded from: its config is what the model is to be like.
+        record: What its metadata.json says.
+        config: Overrides that of ``path``: a config of transformers, its dict, or a directory with config.json.
+        fresh: Takes the place of all the rest.
+
+    Raises:
+        UsageError: the config does not fit the model, or ``fresh`` failed.
+    """
+    if fresh is not None:
+        return _of_fresh(fresh)
+    buffers: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    origin = "a model made anew"
+    for part in live.parts:
+        for prefix, module in transformers_parts(part).items():
+            wanted, words = source_config(module, path, record, config) if not prefix else (None, LIVE_CONFIG)
+            origin = f"a model made anew from {words}"
+            blueprint = _twin(module, wanted, origin)
+            dot = f"{prefix}." if prefix else ""
+            buffers |= {dot + name: values for name, values in blueprint.transient.items()}
+            tied |= {dot + alias: dot + kept for alias, kept in blueprint.tied.items()}
+    recorded = {name: found.tensor() for name, found in record.buffers.items()} if record and config is None else {}
+    known = {name: values for name, values in recorded.items() if values is not None}
+    if known and not buffers:
+        origin = f"{path.name}/metadata.json"
+    return BufferReference({**known, **buffers}, origin, tied)
+
+
+def _of_fresh(fresh: Fresh) -> BufferReference:
+    if isinstance(fresh, Mapping):
+        return BufferReference({name: values.cpu() for name, values in fresh.items()}, "the buffers given as fresh", {})
+    with without_weights():
+        blueprint = describe(fresh())
+    return BufferReference(blueprint.transient, "a model made by fresh()", blueprint.tied)
+
+
+def _twin(module: Any, config: Any, origin: str) -> Blueprint:
+    try:
+        return describe(twin_of(module, config))
+    except Exception as error:  # whatever a class of the user's raises
+        reason = f"{type(error).__name__}: {error}"
+        name = type(module).__name__
+        raise UsageError(
+            f"{name} cannot be made anew ({origin}): {reason}. Pass fresh=a function that makes one"
+        ) from error
+
+
+def _difference(found: Tensor, expected: Tensor) -> tuple[str, str] | None:
+    """Code and words, or None where they are equal but for what another device's arithmetic explains."""
+    if found.dtype != expected.dtype:
+        return "buffer-differs", f"is {found.dtype}, expected {expected.dtype}: it was cast together with the weights"
+    if found.numel() == 0 or torch.equal(found, expected):
+        return None
+    if not found.dtype.is_floating_point and not found.dtype.is_complex:
+        return "buffer-differs", f"{int((found != expected).sum())} of {found.numel()} values differ"
+    precision = max(_RELATIVE, 8 * torch.finfo(found.dtype).eps)
+    if found.dtype.is_complex:
+        found, expected = torch.view_as_real(found), torch.view_as_real(expected)
+    found, wanted = found.double(), expected.double()
+    if int((~found.isfinite() & wanted.isfinite()).sum()):
+        return "buffer-not-finite", f"{int((~found.isfinite()).sum())} of {found.numel()} values are not finite"
+    if not found.any():
+        return "buffer-zero", f"all {found.numel()} values are 0, expected up to {wanted.abs().max().item():g}"
+    # tables of sines cross zero, where only an absolute distance says anything
+    slack = _OF_TABLES * wanted.abs().max().item() if found.dim() > 1 else 0.0
+    apart = (found - wanted).abs() > slack + precision * wanted.abs()
+    if not apart.any():
+        return None
+    at = int(apart.reshape(-1).int().argmax())
+    values = f"{found.reshape(-1)[at].item():g}, expected {wanted.reshape(-1)[at].item():g}"
+    return "buffer-differs", f"{int(apart.sum())} of {found.numel()} values differ; value {at} is {values}"

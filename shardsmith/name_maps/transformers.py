@@ -1,0 +1,164 @@
+"""The names that ``save_pretrained`` of transformers 5 writes: its own weight conversions, run on tensors without data.
+
+transformers says how it converts only by doing it. So it converts meta tensors, and where in which of them a result
+lies is the map. What is computed is refused by name.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from shardsmith.errors import UnsupportedFormatError
+from shardsmith.name_maps.slices import Target
+from shardsmith.name_maps.tracing import trace
+from shardsmith.tensors import TensorSpec
+
+IDENTITY_ADVICE = "To write the names as they are in memory, ask for the identity; or write a name map"
+
+
+class TransformersNames:
+    """A ``NameMap``: what transformers' conversions for one model make of its tensors."""
+
+    def __init__(self, origin: str | Path, model: Any, conversions: Sequence[Any]) -> None:
+        """``model`` is on the meta device; ``conversions`` are those that ``from_pretrained`` applies when it loads."""
+        self._origin = origin
+        self._model = model
+        self._conversions = list(conversions)
+        model._weight_conversions = self._conversions  # where transformers looks for them
+
+    @classmethod
+    def of_directory(cls, base: Path, names: Iterable[str] = ()) -> Self:
+        """For the model of a local directory. Runs no code of it.
+
+        Args:
+            names: Of the tensors in the base model's files, if it has any: some conversions only apply where a
+                ``from_pretrained`` of the base would apply them.
+
+        Raises:
+            UnsupportedFormatError: there is no transformers 5, or it does not know this model.
+        """
+        try:
+            import transformers
+
+            config = transformers.AutoConfig.from_pretrained(str(base), trust_remote_code=False, local_files_only=True)
+            model = _on_meta(getattr(transformers, config.architectures[0]), config)
+            conversions = _conversions_of(model, names)
+        except Exception as error:  # whatever a config that it does not know makes it raise
+            reason = f"{type(error).__name__}: {error}"
+            raise UnsupportedFormatError(base, f"transformers cannot make this model ({reason})") from error
+        return cls(base, model, conversions)
+
+    @classmethod
+    def of_model(cls, live: nn.Module) -> Self | None:
+        """For a live model without wrappers around it; None if transformers converts nothing of it. Only reads it.
+
+        Raises:
+            UnsupportedFormatError: the model cannot be made a second time from its config.
+        """
+        modeling = sys.modules.get("transformers.modeling_utils")
+        if modeling is None or not isinstance(live, modeling.PreTrainedModel) or not _is_converted(live):
+            return None
+        kind = next(kind for kind in type(live).__mro__ if not _made_by_fsdp(kind))
+        try:
+            model = _on_meta(kind, live.config)
+        except Exception as error:  # whatever a class of the user's raises
+            reason = f"{type(error).__name__}: {error}"
+            message = f"cannot be made from its config to see how transformers names it ({reason}). {IDENTITY_ADVICE}"
+            raise UnsupportedFormatError(kind.__name__, message) from error
+        loaded_with: Any = getattr(live, "_weight_conversions", None)
+        return cls(kind.__name__, model, _conversions_of(model, ()) if loaded_with is None else loaded_with)
+
+    def targets(self, specs: Mapping[str, TensorSpec]) -> dict[str, Target]:
+        """As ``NameMap.targets``.
+
+        Raises:
+            UnsupportedFormatError: a conversion computes something.
+        """
+        from transformers.core_model_loading import revert_weight_conversion
+
+        try:
+            found, refused = trace(lambda tensors: revert_weight_conversion(self._model, tensors), specs)
+        except Exception as error:  # an operation that does not fit these tensors
+            message = f"transformers cannot convert them ({type(error).__name__}: {error}). {IDENTITY_ADVICE}"
+            raise UnsupportedFormatError(self._origin, message) from error
+        if refused:
+            self._refuse(refused, found, specs)
+        return found
+
+    def _refuse(self, targets: Sequence[str], found: Mapping[str, Target], specs: Mapping[str, TensorSpec]) -> None:
+        used = {source for target in found.values() for source in target.sources}
+        sources = [name for name in specs if name not in used]
+        lines = "\n  ".join(f"{name}: {self._operations(name)}" for name in sources)
+        message = (
+            f"transformers saves {len(targets)} tensors, {targets[0]} for one, that are not cut out of the tensors in "
+            f"memory, so they cannot be written shard by shard. They are made of\n  {lines}\n{IDENTITY_ADVICE}"
+        )
+        raise UnsupportedFormatError(self._origin, message)
+
+    def _operations(self, source: str) -> str:
+        """What transformers does to a tensor when it saves."""
+        for conversion in self._conversions[::-1]:
+            reverse = conversion.reverse_transform()
+            if hasattr(reverse, "operations") and reverse.rename_source_key(source)[1] is not None:
+                return ", then ".join(map(repr, reverse.operations))
+        return "no conversion that is known by its name"
+
+
+def _on_meta(kind: Any, config: Any) -> Any:
+    """A model without data. Leaves config and random numbers as they are."""
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        return kind._from_config(copy.deepcopy(config))
+
+
+def _made_by_fsdp(kind: type) -> bool:
+    """FSDP2 derives a class of its own from that of a model."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return issubclass(kind, FSDPModule)
+
+
+def _is_converted(live: Any) -> bool:
+    """Whether any conversion could apply to a live model when ``save_pretrained`` saves it."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    from transformers.modeling_utils import PreTrainedModel
+
+    if getattr(live, "_hf_peft_config_loaded", False) or getattr(live, "hf_quantizer", None) is not None:
+        return False  # adapters and quantised weights are saved in other ways
+    loaded_with = getattr(live, "_weight_conversions", None)
+    if loaded_with is not None:
+        return bool(loaded_with)
+    submodels = [module for module in live.modules() if isinstance(module, PreTrainedModel)]
+    keys = {kind.__name__ for module in submodels for kind in type(module).__mro__}
+    keys |= {module.config.model_type for module in submodels}
+    return any(get_checkpoint_conversion_mapping(key) for key in keys)
+
+
+def _conversions_of(model: Any, names: Iterable[str]) -> list[Any]:
+    """Those that ``from_pretrained`` would have used on files with these names; without names, as for a new model."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        PrefixChange,
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+    )
+
+    names = sorted(names, key=dot_natural_key)
+    if not names:  # as revert_weight_conversion does: without files nobody knows whether they had a prefix
+        conversions = get_model_conversion_mapping(model, add_legacy=False)
+        return [conversion for conversion in conversions if not isinstance(conversion, PrefixChange)]
+    conversions = get_model_conversion_mapping(model)
+    renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
+    converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
+    state = model.state_dict()
+    for name in names:
+        rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+    return [conversion for conversion in conversions if conversion.was_used()]

@@ -1,0 +1,1 @@
+"""What we say of checkpoints and folders that somebody else wrote."""

@@ -1,0 +1,193 @@
+"""Write a checkpoint as safetensors files, two a rank: no process group, no collective, no whole tensor."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint._nested_dict import flatten_state_dict
+
+from shardsmith import layout
+from shardsmith.checkpoints import hash_file
+from shardsmith.commit import Attempt, write_file
+from shardsmith.dcp.index import DcpEntry, DcpIndex, StoredChunk
+from shardsmith.digest import digest_box
+from shardsmith.export.assignment import Held, assign_boxes
+from shardsmith.local_boxes import local_boxes
+from shardsmith.metadata import FileRecord
+from shardsmith.model_keys import NOT_A_MODEL
+from shardsmith.ranks import Ranks
+from shardsmith.record.description import Measured, describe
+from shardsmith.run_state.rank_shards import HEADER_KEY, Part, file_name, pack_object
+from shardsmith.run_state.save import Contents
+from shardsmith.safetensors_files.header import PT_METADATA, build_header, place_tensors
+from shardsmith.safetensors_files.plan import FilePlan
+from shardsmith.safetensors_files.writer import SafetensorsFileWriter
+from shardsmith.tensors import Chunk, TensorSpec
+
+log = logging.getLogger(__name__)
+
+Values = dict[Held, Tensor]
+"""Key and box -> values, on this rank."""
+
+
+def save_rank_shards(target: Path, collect: Callable[[], Contents], ranks: Ranks) -> Path:
+    """Save what ``collect`` gives on every rank. All ranks; communicates through the store. Returns when committed.
+
+    Of replicas one rank writes. As with any save of ours, nothing is visible before all of it is on disk.
+
+    Raises:
+        RankFailedError: on all ranks, if it failed on any. Nothing became visible. With one rank, the original error.
+    """
+    save = _Save(target, ranks)
+    mine = save.deal(collect)
+    try:
+        save.make_directory()
+        receipts = ranks.gather(f"writing {target.name}", lambda: save.write(mine))
+        ranks.lead(f"committing {target.name}", lambda: save.commit(receipts))
+    except BaseException:
+        save.abandon()
+        raise
+    log.info("saved %s", target)
+    return target
+
+
+class _Save:
+    def __init__(self, target: Path, ranks: Ranks) -> None:
+        self._target = target
+        self._ranks = ranks
+        self._attempt: Attempt | None = None
+        self._id = ""
+        self._contents: Contents
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._objects: set[str] = set()
+
+    def deal(self, collect: Callable[[], Contents]) -> Values:
+        """What this rank is to write; every element of every tensor is written by exactly one."""
+        values: Values = {}
+        empty: Values = {}
+
+        def look() -> list[Any]:
+            self._contents = collect()
+            tensors = dict(_flattened(self._contents.state_dict, self._objects))
+            self._shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+            for key, tensor in tensors.items():
+                values.update({(key, box): held for box, held in local_boxes(tensor)})
+                if 0 in tensor.shape:
+                    empty[key, Chunk.whole(tuple(tensor.shape))] = torch.empty(tensor.shape, dtype=tensor.dtype)
+            specs = {key: [list(tensor.shape), tensor.dtype.itemsize] for key, tensor in tensors.items()}
+            return [specs, [(key, box.offsets, box.sizes) for key, box in values]]
+
+        dealt = self._ranks.agree(f"collecting {self._target.name}", look, _deal)[self._ranks.rank]
+        chosen = {(key, Chunk(tuple(offsets), tuple(sizes))) for key, offsets, sizes in dealt}
+        mine = {held: tensor for held, tensor in values.items() if held in chosen}
+        return mine | empty if self._ranks.is_leader else mine
+
+    def make_directory(self) -> None:
+        self._id = self._ranks.lead(f"making the directory for {self._target.name}", self._make_directory)
+
+    def write(self, mine: Values) -> dict[str, Any]:
+        """Write this rank's two files; what the others need to know of it."""
+        measured = Measured()
+        directory = layout.temporary_path(self._target, self._id)
+        for kind in ("weights", "state"):
+            held = {h: tensor for h, tensor in mine.items() if _kind(h[0]) == kind}
+            name = file_name(kind, self._ranks.rank)
+            parts = [Part(key, box, self._shapes[key], key in self._objects) for key, box in held]
+            _write_file(directory, name, parts, list(held.values()), measured)
+            path = directory / name
+            measured.files[name] = FileRecord(size=path.stat().st_size, xxh3_128=hash_file(path))
+        boxes = [[key, list(box.offsets), list(box.sizes)] for key, box in mine]
+        dtypes = {key: str(tensor.dtype).removeprefix("torch.") for (key, _), tensor in mine.items()}
+        shapes = {key: list(self._shapes[key]) for key in dtypes}
+        return {
+            **measured.to_plain(),
+            "tied": self._contents.tied,
+            "boxes": boxes,
+            "dtypes": dtypes,
+            "shapes": shapes,
+        }
+
+    def commit(self, receipts: list[dict[str, Any]]) -> None:
+        assert self._attempt is not None
+        directory = self._attempt.directory
+        measured = Measured.merge(receipts)
+        metadata = describe(
+            _index(directory, receipts),
+            measured,
+            attempt=self._id,
+            step=self._contents.step,
+            ema=self._contents.ema,
+            tied={alias: kept for receipt in receipts for alias, kept in receipt["tied"].items()},
+            world_size=self._ranks.size,
+            mesh=self._contents.mesh,
+        )
+        sizes = {name: record.size for name, record in measured.files.items()}
+        sizes[layout.METADATA_FILE] = write_file(directory / layout.METADATA_FILE, metadata.to_json())
+        self._attempt.commit(sizes)
+
+    def abandon(self) -> None:
+        if self._attempt is not None:
+            self._attempt.abandon()
+
+    def _make_directory(self) -> str:
+        self._attempt = Attempt(self._target)
+        return self._attempt.id
+
+
+def _flattened(state: dict[str, Any], objects: set[str]) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor by the key that it has in a DCP directory; what is no tensor is packed, and its key noted."""
+    for key, value in flatten_state_dict(state)[0].items():
+        if not isinstance(value, Tensor):
+            objects.add(key)
+            value = pack_object(value)
+        yield key, value
+
+
+def _deal(said: Sequence[Any]) -> list[list[Any]]:
+    """For each rank the boxes that it is to write. Raises RanksDisagreeError if they do not make up whole tensors."""
+    specs = {key: spec for rank_specs, _ in reversed(said) for key, spec in rank_specs.items()}
+    held = [[(key, Chunk(tuple(offsets), tuple(sizes))) for key, offsets, sizes in boxes] for _, boxes in said]
+    shapes = {key: tuple(shape) for key, (shape, _) in specs.items()}
+    dealt = assign_boxes(held, shapes, {key: itemsize for key, (_, itemsize) in specs.items()})
+    return [[[key, list(box.offsets), list(box.sizes)] for key, box in boxes] for boxes in dealt]
+
+
+def _kind(key: str) -> str:
+    """Main weights and average, or what is needed to go on."""
+    first = key.split(".", 1)[0]
+    return "weights" if first == "ema_model" or first not in NOT_A_MODEL else "state"
+
+
+def _write_file(
+    directory: Path, name: str, parts: Sequence[Part], values: Sequence[Tensor], measured: Measured
+) -> None:
+    """Tensors are numbered in the file; its header says what they are."""
+    specs = [
+        TensorSpec(str(i), part.box.sizes, held.dtype) for i, (part, held) in enumerate(zip(parts, values, strict=True))
+    ]
+    says = {HEADER_KEY: json.dumps({str(i): part.to_plain() for i, part in enumerate(parts)})}
+    header = build_header(specs, {**PT_METADATA, **says})
+    plan = FilePlan(name, header, place_tensors(specs, len(header)))
+    with SafetensorsFileWriter.create(directory, plan) as writer:
+        for i, (part, tensor) in enumerate(zip(parts, values, strict=True)):
+            held = tensor.detach().to("cpu")
+            measured.add(part.key, digest_box(held, part.box, part.shape))
+            writer.write_run(str(i), 0, held)
+        writer.sync()
+
+
+def _index(directory: Path, receipts: Sequence[Mapping[str, Any]]) -> DcpIndex:
+    """What the files hold together, in the words of an index."""
+    tensors: dict[str, DcpEntry] = {}
+    for receipt in receipts:
+        for key, offsets, sizes in receipt["boxes"]:
+            spec = TensorSpec(key, tuple(receipt["shapes"][key]), getattr(torch, receipt["dtypes"][key]))
+            chunk = StoredChunk(Chunk(tuple(offsets), tuple(sizes)), directory.name, 0, 0)
+            tensors[key] = DcpEntry(spec, (*(tensors[key].chunks if key in tensors else ()), chunk))
+    return DcpIndex(directory, tensors, {}, {key: (key,) for key in tensors}, {})

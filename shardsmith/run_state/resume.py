@@ -1,0 +1,92 @@
+"""Load parts of a checkpoint of ours, of either kind, and prove that the run has them now."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from shardsmith import layout
+from shardsmith.dcp.load import load_into
+from shardsmith.dcp.source import DcpSource
+from shardsmith.errors import CheckpointNotFoundError, UsageError
+from shardsmith.metadata import CheckpointMetadata, read_metadata
+from shardsmith.model_keys import EMA
+from shardsmith.ranks import Ranks
+from shardsmith.run_state.average import Average
+from shardsmith.run_state.proof import fill_state, prove_state
+from shardsmith.run_state.rank_shards import RankShards, unpack_object
+from shardsmith.run_state.train_state import TrainState
+from shardsmith.tensors import TensorSource, read_tensor
+
+DATA_STATUS = "data_status"
+"""Key of what each rank says of its data loader."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wanted:
+    """Which parts to load."""
+
+    model: bool = True
+    ema: bool = True
+    optimizer: bool = True
+    scheduler: bool = True
+    data_status: bool = True
+    rng: bool = True
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Those that are wanted."""
+        return tuple(name for name in self.__slots__ if getattr(self, name))
+
+
+def load_ours(
+    path: Path, state: TrainState, wanted: Wanted, ranks: Ranks, group: dist.ProcessGroup | None
+) -> tuple[int, int, Any]:
+    """Load into what ``state`` was made of. All ranks; communicates.
+
+    Returns:
+        The step, how many tensors were proved, and this rank's data status.
+
+    Raises:
+        CheckpointNotFoundError: it has no average, and one is wanted.
+        UsageError: its average has another decay.
+        MismatchError: it does not hold what is wanted. Nothing was loaded.
+        CorruptCheckpointError: what was loaded has not the digests that were recorded.
+    """
+    metadata = read_metadata(path)
+    if state.ema is not None:
+        _compare_averages(path, state.ema, metadata)
+    with_rng = wanted.rng and ranks.rank < metadata.world_size
+    target = state.collect(metadata.step, with_rng=with_rng, with_main=wanted.model).state_dict
+    is_dcp = (path / layout.DCP_INDEX_FILE).exists()
+    if is_dcp:
+        load_into(target, path, process_group=group)
+    else:
+        ranks.gather(f"loading {path.name}", lambda: fill_state(target, RankShards(path)))
+    status = _read_status(path, ranks.rank, is_dcp) if wanted.data_status else None
+    state.restore(target)
+    live = state.collect(metadata.step, with_rng=False, with_main=wanted.model).state_dict
+    return metadata.step, prove_state(ranks, live, path, metadata), status
+
+
+def _compare_averages(path: Path, average: Average, metadata: CheckpointMetadata) -> None:
+    if EMA not in metadata.models:
+        raise CheckpointNotFoundError(path, "has no average; pass load_ema=False")
+    saved = (metadata.ema or {}).get("decay")
+    if saved is not None and saved != average.decay:
+        raise UsageError(
+            f"{path} holds an average with decay {saved}, this one has {average.decay}. Nothing was loaded; "
+            f"use decay {saved}, or load_ema=False"
+        )
+
+
+def _read_status(path: Path, rank: int, is_dcp: bool) -> Any:
+    source: TensorSource = DcpSource(path) if is_dcp else RankShards(path)
+    try:
+        key = f"{DATA_STATUS}.rank-{rank}"
+        return unpack_object(read_tensor(source, key)) if key in source.specs else None
+    finally:
+        source.close()

@@ -1,0 +1,1 @@
+"""Commands that torchrun has started: who they are among how many."""
