@@ -45,7 +45,10 @@ def test_a_killed_run_goes_on_from_its_last_complete_folder_as_if_nothing_had_ha
     with pytest.raises(ProcessExitedException):
         run(SHARDED, tmp_path, kill_after=5)
     resume = last_checkpoint(tmp_path / "out", verify=True)
-    assert resume == str(tmp_path / "out" / "checkpoint-4")
+    # the folder of step 4 is marked in the background, and the kill may have been faster
+    marked = [step for step in (2, 4) if (tmp_path / "out" / f"checkpoint-{step}" / "shardsmith").is_dir()]
+    assert marked in ([2], [2, 4])
+    assert resume == str(tmp_path / "out" / f"checkpoint-{marked[-1]}")
     run(SHARDED, tmp_path, resume=resume)
     straight, resumed = torch.load(finished(SHARDED) / "truth.pt"), torch.load(tmp_path / "truth.pt")
     assert_equal(resumed["main"], straight["main"])
