@@ -24,8 +24,9 @@ from shardsmith import ShardedCheckpointManager
 
 
 def sizes_of(parameters: int) -> Sizes:
-    """BAGEL, half or a sixteenth as wide, with as many layers as make about that many parameters."""
-    part, heads, kv_heads, vit_heads = (2, 14, 2, 8) if parameters >= 500_000_000 else (16, 7, 1, 4)
+    """BAGEL, a half to a sixteenth as wide, with as many layers as make about that many parameters."""
+    widths = {500_000_000: (2, 14, 2, 8), 100_000_000: (4, 7, 1, 4), 0: (16, 7, 1, 4)}
+    part, heads, kv_heads, vit_heads = next(width for least, width in widths.items() if parameters >= least)
     narrow = {
         name: getattr(FULL_SIZE, name) // part for name in ("vocab", "hidden", "inner", "vit_hidden", "vit_inner")
     }
