@@ -77,6 +77,7 @@ def main() -> None:
         losses["ema"] = trainer.evaluate()["eval_loss"]
     if trainer.is_world_process_zero():
         print(f"evaluation loss: main {losses['main']:.6f}, ema {losses['ema']:.6f}", flush=True)
+    trainer.accelerator.end_training()  # the process groups end before the interpreter does: torch may abort otherwise
 
 
 if __name__ == "__main__":
