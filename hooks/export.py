@@ -14,6 +14,7 @@ from shardsmith.checkpoints import committed_steps
 from shardsmith.commit import prove_writable, remove, sweep
 from shardsmith.errors import ShardsmithError, UsageError
 from shardsmith.export.file_writer import choose_writer
+from shardsmith.export.hf_directory import protect
 from shardsmith.export.live import Check
 from shardsmith.layout import PROVENANCE_FILE, step_name
 from shardsmith.name_maps.maps import NameMap
@@ -129,8 +130,9 @@ class HFExport(Hook):
         self._on_exported = on_exported
         self._when_busy = when_busy
         self._on_error = on_error
+        self._base = Path(base_model) if base_model is not None else None
         files = ModelFiles(
-            base=Path(base_model) if base_model is not None else None,
+            base=self._base,
             processor=processor,
             extra={name: Path(path) for name, path in (extra_files or {}).items()},
             trust_remote_code=trust_remote_code,
@@ -305,5 +307,7 @@ class HFExport(Hook):
             self._ranks.gather("looking at the base model", lambda: self._state.check(compare=self._ranks.is_leader))
 
     def _prepare_directory(self) -> None:
+        if self._base is not None:
+            protect(self.directory / step_name(0), self._base)
         prove_writable(self.directory)
         sweep(self.directory)

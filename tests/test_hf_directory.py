@@ -2,8 +2,12 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -144,3 +148,60 @@ def test_a_file_that_is_another_name_of_an_input_is_protected(base: Path, tmp_pa
     os.link(base / "model.safetensors", tmp_path / "other-name")
     with pytest.raises(ProtectedPathError, match="only read"):
         protect(tmp_path / "other-name", base / "model.safetensors")
+
+
+SECOND_NAMES = [  # a second name, what it is a name of, and outputs that would touch the base
+    ("mounted", "base", ["mounted", "mounted/out", "mounted/vae/deep/out"]),
+    ("mounted", "base/vae", ["mounted", "mounted/out"]),  # a part of the base alone
+    ("mounted", ".", ["mounted", "mounted/base", "mounted/base/out"]),
+    ("BASE", "base", ["BASE", "BASE/out", "BASE/vae/out"]),  # as where case does not matter
+]
+
+
+@pytest.mark.parametrize(("name", "meant", "outputs"), SECOND_NAMES)
+def test_a_folder_under_a_second_name_is_protected_by_what_it_is(
+    name: str, meant: str, outputs: list[str], base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the kernel says of a bind mount, or where case does not matter: another name, the same device and inode."""
+    root, stat = base.parent, os.stat
+    (root / name).mkdir()
+
+    def stat_as_mounted(path: Path, **options: Any) -> os.stat_result:
+        within = Path(path).is_relative_to(root / name)
+        return stat(root / meant / Path(path).relative_to(root / name) if within else path, **options)
+
+    monkeypatch.setattr(os, "stat", stat_as_mounted)
+    for output in outputs:
+        with pytest.raises(ProtectedPathError, match="only read; choose another output"):
+            protect(root / output, base)
+    protect(root / "mounted-out", base)
+
+
+NAMESPACE = ("unshare", "--user", "--map-root-user", "--mount")
+"""What may bind mounts without being root, where the kernel lets users have that; where not, the test above is left."""
+MAY_MOUNT = subprocess.run([*NAMESPACE, "true"], capture_output=True).returncode == 0
+MOUNTED = """
+import sys
+from pathlib import Path
+from shardsmith.errors import ProtectedPathError
+from shardsmith.export.hf_directory import protect
+base, *outputs = map(Path, sys.argv[1:])
+for output in outputs:
+    try:
+        protect(output, base)
+    except ProtectedPathError:
+        print("refused")
+"""
+
+if MAY_MOUNT:
+
+    def test_a_real_bind_mount_of_the_base_or_of_a_part_of_it_is_refused(base: Path, tmp_path: Path) -> None:
+        meant = {"all": base, "part": base / "vae", "around": base.parent}
+        outputs = [tmp_path / "all" / "out", tmp_path / "part" / "out", tmp_path / "around" / "base" / "out"]
+        for name in meant:
+            (tmp_path / name).mkdir()
+        mounts = [f"mount --bind {shlex.quote(str(place))} {name}" for name, place in meant.items()]
+        python = shlex.join([sys.executable, "-c", MOUNTED, str(base), *map(str, outputs)])
+        command = [*NAMESPACE, "sh", "-c", " && ".join([*mounts, python])]
+        ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert ran.stdout.splitlines() == ["refused"] * 3, ran.stderr

@@ -6,11 +6,12 @@ the result stands on its own.
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -124,22 +125,38 @@ def ties_word_embeddings(config: dict[str, Any]) -> bool:
 
 
 def protect(output: Path, *inputs: Path) -> None:
-    """Raise ProtectedPathError if writing to ``output`` could touch an input: the same, inside, around, or linked."""
+    """Raise ProtectedPathError if writing to ``output`` could touch an input: the same, inside, around, or linked.
+
+    What exists is told by what it is, not by what it is called: through a bind mount, a hard link or a file system that
+    does not mind case, one thing has many names. An input's own folders and files count as the input.
+    """
     place = Path(os.path.realpath(output))
+    itself = _identities([place])
+    around_it = itself | _identities(place.parents)
     for given in inputs:
         source = Path(os.path.realpath(given))
-        if any(_same(folder, source) for folder in (place, *place.parents)):
+        if source in (place, *place.parents) or around_it & _identities(_everything_in(source)):
             raise ProtectedPathError(output, f"lies in or is {given}, which is only read; choose another output")
-        if any(_same(folder, place) for folder in source.parents):
+        if place in source.parents or itself & _identities(source.parents):
             raise ProtectedPathError(output, f"holds {given}, which is only read; choose another output")
 
 
-def _same(one: Path, other: Path) -> bool:
-    """Whether two paths are one file or folder, also through a bind mount or a hard link."""
-    try:
-        return one == other or os.path.samefile(one, other)
-    except OSError:  # one does not exist
-        return False
+def _everything_in(source: Path) -> Iterator[Path]:
+    """It, and what is below it, but for links to folders: whoever follows one is somewhere else."""
+    yield source
+    for place, folders, files in os.walk(source):
+        yield from (Path(place, folder) for folder in folders if not Path(place, folder).is_symlink())
+        yield from (Path(place, file) for file in files)
+
+
+def _identities(paths: Iterable[Path]) -> set[tuple[int, int]]:
+    """Device and inode of those that exist."""
+    found = set()
+    for path in paths:
+        with contextlib.suppress(OSError):
+            status = os.stat(path)
+            found.add((status.st_dev, status.st_ino))
+    return found
 
 
 def _with_dtype(config: dict[str, Any], name: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 from shardsmith.digest import digest_tensor
-from shardsmith.errors import CheckpointNotFoundError, MismatchError, UsageError, WriteError
+from shardsmith.errors import CheckpointNotFoundError, MismatchError, ProtectedPathError, UsageError, WriteError
 from shardsmith.hooks import EMA, HFExport, Hooks, at, every, last, latest
 from tests.hooks.live_models import CASES, STEP, Case, run_cases
 from tests.ranks import run_on_ranks
@@ -355,6 +355,13 @@ def test_a_pattern_of_dtypes_that_fits_no_tensor_is_refused_at_once(tmp_path: Pa
 def test_a_base_model_that_is_not_there_is_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(CheckpointNotFoundError, match="base"):
         HFExport(tmp_path / "hf", model=tiny(), when=at(1), base_model=tmp_path / "base")
+
+
+def test_a_directory_within_the_base_model_is_refused_at_once(tmp_path: Path) -> None:
+    config_of("llama").save_pretrained(tmp_path / "base")
+    with pytest.raises(ProtectedPathError, match="only read"):
+        HFExport(tmp_path / "base" / "hf", model=tiny(), when=at(1), base_model=tmp_path / "base")
+    assert not (tmp_path / "base" / "hf").exists()
 
 
 def test_a_base_model_of_other_shapes_is_refused_with_every_difference(tmp_path: Path) -> None:
