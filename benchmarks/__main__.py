@@ -4,18 +4,33 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
 
-from benchmarks.bagel import compare_bagel
+from benchmarks.bagel import compare_bagel, disk_needed, memory_needed
 from benchmarks.diagnosis import measure_diagnosis
 from benchmarks.initial import compare_initial
 from benchmarks.live import compare_live
 from benchmarks.offline import compare_offline
+from benchmarks.room import why_not, working_directory
 from shardsmith.safetensors_files.plan import parse_size
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A part of the benchmark, and what it needs at its peak."""
+
+    run: Callable[[Path], dict[str, Any]]
+    disk_bytes: float
+    memory_bytes: float
+
+
+Name = Literal["offline", "live", "initial", "diagnose", "bagel"]
 
 
 def main(
@@ -30,32 +45,43 @@ def main(
     """Compare ways to a Hugging Face directory, and from one.
 
     offline: from a sharded checkpoint. live: from live sharded weights. initial: to a checkpoint to start from.
-    diagnose: what a diagnosis costs. bagel: a model like BAGEL with its average, in one process and in four.
+    diagnose: what a diagnosis costs. bagel: a model like BAGEL with its average, in one process, two and four.
+
+    Needs at the default sizes, at the peak of each section: offline 8 GB of disk and 8 GB of memory, live 3 and 11,
+    initial 5 and 4, diagnose 3 and 1, bagel 17 and 14: all of it fits a machine with 24 GB of memory and 40 GB of disk.
+    On tmpfs the disk is memory, too. A section, or a way to gather a full state dict, for which there is no room is not
+    run, and that is said.
 
     Args:
         parameters: Size of the float32 Llama, such as 700M.
         bagel_parameters: Size of the model like BAGEL; default twice the Llama, which is a tenth of BAGEL.
         shards: Number of ranks that hold it.
         runs: Runs of each tool.
-        directory: Where to work; default the system's temporary directory. Needs about 5 times the model.
+        directory: Where to work; default the system's temporary directory, or /var/tmp where that one is in memory.
         json_file: Also write the figures there.
     """
     console = Console(soft_wrap=True, highlight=False)
     figures: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory(prefix="shardsmith-bench-", dir=directory) as work:
-        size = parse_size(parameters)
-        if only in ("all", "offline"):
-            figures["offline"] = compare_offline(console, Path(work), size, shards, runs)
-        if only in ("all", "live"):
-            figures["live"] = compare_live(console, Path(work), size, shards, runs)
-        if only in ("all", "initial"):
-            figures["initial"] = compare_initial(console, Path(work), size, shards, runs)
-        if only in ("all", "diagnose"):
-            figures["diagnose"] = measure_diagnosis(console, Path(work), min(4 * size, 1 << 30), runs)
-        if only in ("all", "bagel"):
-            figures["bagel"] = compare_bagel(
-                console, Path(work), parse_size(bagel_parameters) if bagel_parameters else 2 * size, runs
-            )
+    size = parse_size(parameters)
+    bagel = parse_size(bagel_parameters) if bagel_parameters else 2 * size
+    compared = min(4 * size, 1 << 30)
+    sections: dict[Name, Section] = {
+        "offline": Section(lambda work: compare_offline(console, work, size, shards, runs), 11 * size, 11 * size),
+        "live": Section(lambda work: compare_live(console, work, size, shards, runs), 4 * size, 15 * size),
+        "initial": Section(lambda work: compare_initial(console, work, size, shards, runs), 6 * size, 5 * size),
+        "diagnose": Section(lambda work: measure_diagnosis(console, work, compared, runs), 3 * compared, 1e9),
+        "bagel": Section(
+            lambda work: compare_bagel(console, work, bagel, runs), disk_needed(bagel), memory_needed(bagel)
+        ),
+    }
+    with tempfile.TemporaryDirectory(prefix="shardsmith-bench-", dir=directory or working_directory()) as work:
+        for name, section in sections.items():
+            if only not in ("all", name):
+                continue
+            lack = why_not(Path(work), section.disk_bytes, section.memory_bytes)
+            if lack:
+                console.print(f"{name}: not run, {lack}")
+            figures[name] = {"not run": lack} if lack else section.run(Path(work))
     if json_file:
         json_file.write_text(json.dumps(figures, indent=1))
 

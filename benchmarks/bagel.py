@@ -1,11 +1,14 @@
-"""A model like BAGEL with its average, from a sharded checkpoint to a complete directory: one process, four, and the
-way that gathers a full state dict.
+"""A model like BAGEL with its average, from a sharded checkpoint to a complete directory: ``to-hf`` in one process and
+in several, and the way that gathers a full state dict.
 
-Times are of whole processes, imports included; memory is anonymous memory, summed over all processes.
+The checkpoint is laid out as the sharded fork of BAGEL does it: one DCP directory a model. Each way runs alone, finds
+the checkpoint outside the page cache, and its output is removed before the next begins. Times are of whole processes,
+imports included; memory is anonymous memory, summed over all processes.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import statistics
 import sys
@@ -16,14 +19,42 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.measure import Measurement, measure
+from benchmarks.room import forget_cached, is_in_memory, why_not
 
+RANKS = 4
 OURS = "shardsmith to-hf"
-TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node=4", "--master_port=29671")
+GATHER = f"dcp.load + full state dict on rank 0, {RANKS} processes"
+_PROCESS_BYTES = 650e6
+"""What a process holds that has imported torch, FSDP and the model, and some tensors on their way."""
+
+
+def torchrun(processes: int) -> tuple[str, ...]:
+    """How to start so many."""
+    return ("-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=29671")
+
+
+TO_HF = ("-m", "shardsmith.cli", "to-hf", "--quiet")
 CONTENDERS = {
-    OURS: ("-m", "shardsmith.cli", "to-hf", "--quiet"),
-    f"{OURS}, 4 processes": (*TORCHRUN, "-m", "shardsmith.cli", "to-hf", "--quiet"),
-    "dcp.load + full state dict on rank 0, 4 processes": (*TORCHRUN, "-m", "benchmarks.bagel_contender", "gather"),
+    OURS: TO_HF,
+    f"{OURS}, 2 processes": (*torchrun(2), *TO_HF),
+    f"{OURS}, 4 processes": (*torchrun(4), *TO_HF),
+    GATHER: (*torchrun(RANKS), "-m", "benchmarks.bagel_contender", "gather"),
 }
+
+
+def disk_needed(parameters: int) -> float:
+    """Bytes: main weights and average in float32, and one output in bfloat16."""
+    return parameters * 2 * (4 + 2)
+
+
+def memory_needed(parameters: int) -> float:
+    """Bytes: one model at a time is made, sharded over all ranks; everything of ours takes less."""
+    return parameters * 4 + RANKS * _PROCESS_BYTES
+
+
+def memory_to_gather(parameters: int) -> float:
+    """Bytes: its shards, and all of it once more on rank 0."""
+    return parameters * 8 + RANKS * _PROCESS_BYTES
 
 
 def compare_bagel(console: Console, work: Path, parameters: int, runs: int) -> dict[str, Any]:
@@ -32,23 +63,44 @@ def compare_bagel(console: Console, work: Path, parameters: int, runs: int) -> d
     console.print(f"saving a model like BAGEL, {parameters / 1e6:.0f} M float32 parameters and its average, in {work}")
     places = ["--checkpoint_dir", checkpoint, "--output_dir", output, "--base_model_path", base]
     arguments = [str(place) for place in places]
-    make = (*TORCHRUN, "-m", "benchmarks.bagel_contender", "make", "--parameters", str(parameters))
+    make = (*torchrun(RANKS), "-m", "benchmarks.bagel_contender", "make", "--parameters", str(parameters))
     measure([sys.executable, *make, *arguments])
     results: dict[str, list[Measurement]] = {name: [] for name in CONTENDERS}
     for turn in range(runs):
         for name, command in CONTENDERS.items():
+            lack = why_not(work, disk_needed(parameters) / 3, memory_to_gather(parameters)) if name == GATHER else None
+            if lack:
+                console.print(f"run {turn + 1}: {name}: not run, {lack}")
+                continue
+            forget_cached(checkpoint)
             results[name].append(measure([sys.executable, *command, *arguments]))
             console.print(f"run {turn + 1}: {name}: {results[name][-1].seconds:.2f} s")
             shutil.rmtree(output)
-    console.print(_table(results))
     shutil.rmtree(checkpoint)
+    medium = "tmpfs" if is_in_memory(work) else "disk, not in the page cache"
+    console.print(_table(results, f"{parameters * 8 / 1e9:.1f} GB in, on {medium}; {os.cpu_count()} cores"))
+    console.print(_ratios(results))
     return {name: [vars(measurement) for measurement in found] for name, found in results.items()}
 
 
-def _table(results: dict[str, list[Measurement]]) -> Table:
-    table = Table("tool", "seconds", "times ours", "peak memory", title="main and average, bfloat16")
-    seconds = {name: statistics.median(m.seconds for m in found) for name, found in results.items()}
+def _table(results: dict[str, list[Measurement]], title: str) -> Table:
+    table = Table("main and average, bfloat16", "seconds", "times ours", "peak memory", title=title)
+    ours = _seconds(results[OURS])
     for name, found in results.items():
-        memory = statistics.median(m.peak_bytes for m in found)
-        table.add_row(name, f"{seconds[name]:.2f}", f"{seconds[name] / seconds[OURS]:.1f}x", f"{memory / 1e6:.0f} MB")
+        if found:
+            memory = statistics.median(m.peak_bytes for m in found)
+            table.add_row(name, f"{_seconds(found):.2f}", f"{_seconds(found) / ours:.1f}x", f"{memory / 1e6:.0f} MB")
+        else:
+            table.add_row(name, "not run", "", "")
     return table
+
+
+def _ratios(results: dict[str, list[Measurement]]) -> str:
+    """One process is threaded: several gain something only where it leaves cores idle."""
+    ours = _seconds(results[OURS])
+    found = (f"{count} processes {_seconds(results[f'{OURS}, {count} processes']) / ours:.2f}" for count in (2, 4))
+    return f"time of one process, which uses up to 8 threads, on {os.cpu_count()} cores: 1; {'; '.join(found)}"
+
+
+def _seconds(found: list[Measurement]) -> float:
+    return statistics.median(m.seconds for m in found)

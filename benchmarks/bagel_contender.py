@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import fully_shard
 
 from examples.bagel.model import FULL_SIZE, WRAPPED, Sizes, build, read_sizes, write_configs
-from shardsmith import ShardedCheckpointManager
+
+MODELS = ("model", "ema")
 
 
 def sizes_of(parameters: int) -> Sizes:
@@ -51,38 +53,43 @@ def sharded(sizes: Sizes) -> nn.Module:
 
 
 def make(options: argparse.Namespace) -> None:
-    """Save random weights and an average, and the configs of a base model."""
+    """Save random weights and an average, one after the other, and the configs of a base model."""
     sizes = sizes_of(options.parameters)
-    models = [sharded(sizes) for _ in range(2)]
-    for seed, model in enumerate(models):
+    for seed, stem in enumerate(MODELS):
         generator = torch.Generator().manual_seed(10 * dist.get_rank() + seed)
+        model = sharded(sizes)
         for parameter in model.parameters():
             parameter.data.to_local().normal_(std=0.02, generator=generator)
-    folder = options.checkpoint_dir.with_suffix(".run")
-    manager = ShardedCheckpointManager(folder, model=models[0], ema=models[1], ema_decay=0.9)
-    path = manager.save_sharded_checkpoint(1)
+        dcp.save(get_model_state_dict(model), checkpoint_id=options.checkpoint_dir / f"{stem}_sharded")
+        del model
+        gc.collect()
     if dist.get_rank() == 0:
-        path.rename(options.checkpoint_dir)
-        shutil.rmtree(folder)
+        facts = {"train_steps": 1, "world_size": dist.get_world_size(), "checkpoint_type": "sharded", "has_ema": True}
+        (options.checkpoint_dir / "metadata.json").write_text(json.dumps(facts))
         write_configs(sizes, options.base_model_path)
 
 
 def gather(options: argparse.Namespace) -> None:
-    """One model after the other: load its shards, gather all of it on rank 0, cast, save; copy the configs."""
+    """One model after the other: load its shards, gather all of it on rank 0, cast, save; copy the configs.
+
+    Kind to memory: shards go before anything is cast, and each tensor goes as soon as it is cast.
+    """
     sizes = read_sizes(options.base_model_path)
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
     if dist.get_rank() == 0:
         shutil.copytree(options.base_model_path, options.output_dir)
-    for prefix, name in (("", "model"), ("ema_model.", "ema")):
+    for stem in MODELS:
         model = sharded(sizes)
-        state = {f"{prefix}{fqn}": tensor for fqn, tensor in get_model_state_dict(model).items()}
-        dcp.load(state, checkpoint_id=options.checkpoint_dir)
+        state = get_model_state_dict(model)
+        dcp.load(state, checkpoint_id=options.checkpoint_dir / f"{stem}_sharded")
         full = get_model_state_dict(model, options=whole)
-        if dist.get_rank() == 0:
-            rounded = {fqn: tensor.bfloat16().contiguous() for fqn, tensor in full.items()}
-            save_file(rounded, options.output_dir / f"{name}.safetensors")
-        del model, state, full
+        del model, state
         gc.collect()
+        if dist.get_rank() == 0:
+            rounded = {fqn: full.pop(fqn).bfloat16().contiguous() for fqn in list(full)}
+            save_file(rounded, options.output_dir / f"{stem}.safetensors")
+            del rounded
+        dist.barrier()
 
 
 if __name__ == "__main__":
