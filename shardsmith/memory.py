@@ -23,6 +23,15 @@ def memory_of(tensor: Tensor) -> memoryview:
     return memory
 
 
+def int64_at(data: Tensor, first_byte: int, count: int) -> Tensor:
+    """Bytes of a contiguous CPU tensor as int64 [count], from any byte on, aligned or not. Shares memory; to be read.
+
+    Valid only as long as the caller holds the tensor.
+    """
+    assert 0 <= first_byte <= data.nbytes - 8 * count
+    return torch.frombuffer(_memory_at(data.data_ptr() + first_byte, 8 * count, 0x200), dtype=torch.int64)
+
+
 def as_integers(tensor: Tensor) -> Tensor:
     """The same elements as plain integers of the same size, of the same shape. Shares memory where it can."""
     return tensor.detach().resolve_conj().resolve_neg().view(_BITS[tensor.dtype.itemsize])

@@ -59,6 +59,15 @@ def test_runs_longer_than_a_block_add_up(dtype: torch.dtype, cut: int) -> None:
     assert str(digest_run(tensor[cut:], cut) + digest_run(tensor[:cut], 0)) == reference(tensor)
 
 
+def test_a_look_at_each_block_covers_the_run_once_in_order() -> None:
+    seen: list[tuple[int, int]] = []
+    tensor = random_tensor((3_000_001,), torch.uint8, seed=0)
+    digest_run(tensor[3:], 3, lambda begin, end: seen.append((begin, end)))
+    assert [begin for begin, _ in seen] == [0, *(end for _, end in seen[:-1])]
+    assert len(seen) > 2
+    assert seen[-1][1] == len(tensor) - 3
+
+
 @pytest.mark.parametrize("columns", [(0, 700), (1, 2), (3, 698), (697, 700)], ids=str)
 def test_column_boxes_longer_than_a_block_add_up(columns: tuple[int, int]) -> None:
     tensor = random_tensor((1201, 700), torch.bfloat16, seed=1)

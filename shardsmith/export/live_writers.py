@@ -7,11 +7,15 @@ file is to be written by one rank alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from shardsmith.digest import Digest, digest_box
+import torch
+from torch import Tensor
+
+from shardsmith.digest import Digest, digest_box, digest_run
 from shardsmith.errors import CorruptCheckpointError
 from shardsmith.export.directory import DirectoryPlan
 from shardsmith.export.live_boxes import LiveBox
@@ -63,11 +67,12 @@ class SliceWriter:
 
     def write(self, plan: DirectoryPlan, staged: Staged, directory: Path) -> Any:
         """Write this rank's boxes, and compare them with what the files hold then."""
+        found: Digests = {model.model: {} for model in plan.models}
         for model in plan.models:
             for file in model.weights.files:
                 if mine := [box for box in staged[model.model] if box.name in file.tensors]:
-                    _write_slices(directory, file, mine)
-        return encode(shares(plan, staged))
+                    _add_shares(found[model.model], _write_slices(directory, file, mine))
+        return encode(found)
 
     def merge(self, plan: DirectoryPlan, receipts: Sequence[Any], directory: Path) -> Digests:  # noqa: ARG002
         """The sum of all shares; each rank has compared its own."""
@@ -78,11 +83,14 @@ def shares(plan: DirectoryPlan, staged: Staged) -> Digests:
     """What this rank's boxes contribute to the digests of their tensors."""
     found: Digests = {}
     for model in plan.models:
-        digests = found.setdefault(model.model, {})
-        for box in staged[model.model]:
-            share = digest_box(box.values, box.box, box.shape)
-            digests[box.name] = digests.get(box.name, Digest()) + share
+        digests = ((box.name, digest_box(box.values, box.box, box.shape)) for box in staged[model.model])
+        _add_shares(found.setdefault(model.model, {}), digests)
     return found
+
+
+def _add_shares(digests: dict[str, Digest], shares: Iterable[tuple[str, Digest]]) -> None:
+    for name, share in shares:
+        digests[name] = digests.get(name, Digest()) + share
 
 
 def encode(digests: Digests) -> dict[str, dict[str, str]]:
@@ -100,22 +108,32 @@ def add_up(plan: DirectoryPlan, encoded: Sequence[Mapping[str, Mapping[str, str]
     return total
 
 
-def _write_slices(directory: Path, file: FilePlan, boxes: Sequence[LiveBox]) -> None:
+def _write_slices(directory: Path, file: FilePlan, boxes: Sequence[LiveBox]) -> list[tuple[str, Digest]]:
+    """Write boxes to one file and look at what it holds then; what each contributes to the digest of its tensor."""
     with SafetensorsFileWriter.open_existing(directory, file) as writer:
         for box in boxes:
             writer.write_box(box.name, box.box, box.values, box.shape)
         writer.sync()
-    _compare_with_file(directory / file.name, boxes)
+    with contextlib.closing(SafetensorsSource(directory / file.name)) as source:
+        return [(box.name, _compare_and_digest(source, box)) for box in boxes]
 
 
-def _compare_with_file(path: Path, boxes: Sequence[LiveBox]) -> None:
-    """Raise CorruptCheckpointError unless the file holds what was staged, bit for bit."""
-    source = SafetensorsSource(path)
-    try:
-        for box in boxes:
-            ((_, whole),) = source.pieces(box.name, Chunk.whole(source.specs[box.name].shape))
-            found = whole.view(box.shape)[box.box.within(Chunk.whole(box.shape))]
-            if not same_bits(found, box.values):
-                raise CorruptCheckpointError(path, f"{box.name}: {box.box} does not hold what was written to it")
-    finally:
-        source.close()
+def _compare_and_digest(source: SafetensorsSource, box: LiveBox) -> Digest:
+    """Digest of what was staged, in the same pass in which it is compared with what the file holds, bit for bit.
+
+    Raises CorruptCheckpointError if that is something else.
+    """
+    ((_, whole),) = source.pieces(box.name, Chunk.whole(source.specs[box.name].shape))
+    whole = whole.view(box.shape)
+    found = whole[box.box.within(Chunk.whole(box.shape))]
+
+    def compare(one: Tensor, other: Tensor) -> None:
+        if not same_bits(one, other):
+            raise CorruptCheckpointError(source.path, f"{box.name}: {box.box} does not hold what was written to it")
+
+    if found.is_contiguous():  # staged values always are
+        one, other = (values.view(-1).view(torch.uint8) for values in (found, box.values))
+        first = int(found.storage_offset() - whole.storage_offset())
+        return digest_run(box.values, first, lambda begin, end: compare(one[begin:end], other[begin:end]))
+    compare(found, box.values)
+    return digest_box(box.values, box.box, box.shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import resource
 import shutil
@@ -19,8 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from shardsmith.errors import RankFailedError, ShardsmithError
+from shardsmith.errors import CorruptCheckpointError, RankFailedError, ShardsmithError
 from shardsmith.hooks import EMA, HFExport, every
+from shardsmith.safetensors_files.writer import SafetensorsFileWriter
 from tests.ranks import run_on_ranks
 
 MiB = 1 << 20
@@ -82,6 +84,7 @@ def run_failing_ranks(directory: Path) -> None:
         is_culprit = dist.get_rank() == culprit
         check_collecting(Run(directory / f"collecting-{culprit}"), culprit, is_culprit)
         check_staging(Run(directory / f"staging-{culprit}"), culprit, is_culprit)
+        check_memory(Run(directory / f"memory-{culprit}", rows=4096), culprit, is_culprit)
         check_writing(Run(directory / f"writing-{culprit}"), culprit, is_culprit)
         files = Run(directory / f"files-{culprit}", average=True, write_mode="files")  # two, one for each rank
         check_writing(files, culprit, is_culprit)
@@ -118,6 +121,19 @@ def check_staging(run: Run, culprit: int, is_culprit: bool) -> None:
     text = caught(lambda: run.export.on_step_end(1))
     assert text == f"staging step-1 failed on 1 of 2 ranks\n  rank {culprit}: ZeroDivisionError: the device is gone"
     del run.model.one, run.model.two
+    run.goes_on(1)
+    run.export.close()
+
+
+def check_memory(run: Run, culprit: int, is_culprit: bool) -> None:
+    """An address space that ends before the staging buffer does."""
+    if is_culprit:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit(resource.RLIMIT_AS, pages * resource.getpagesize() + MiB)
+    text = caught(lambda: run.export.on_step_end(1))
+    limit(resource.RLIMIT_AS, resource.RLIM_INFINITY)
+    assert text.startswith(f"staging step-1 failed on 1 of 2 ranks\n  rank {culprit}: RuntimeError: ")
+    assert "allocate" in text
     run.goes_on(1)
     run.export.close()
 
@@ -293,6 +309,28 @@ def run_hearing_first(directory: Path) -> None:
     assert len(errors) == (1 if dist.get_rank() == 0 else 0)
     run.goes_on(1, 2, 3, 4, 5)
     run.export.close()
+
+
+@pytest.mark.parametrize("at", [-1, -3 * MiB])  # in the bias, and in the middle of the weight
+def test_an_export_whose_file_holds_one_wrong_byte_never_appears(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    def damage(writer: SafetensorsFileWriter) -> None:
+        with writer.path.open("r+b") as file:
+            file.seek(at, os.SEEK_END)
+            byte = file.read(1)[0]
+            file.seek(at, os.SEEK_END)
+            file.write(bytes([byte ^ 1]))
+
+    export = HFExport(tmp_path, model=nn.Linear(2048, 1024), when=every(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(SafetensorsFileWriter, "sync", damage)
+        export.export(1)
+        with pytest.raises(CorruptCheckpointError, match="does not hold what was written to it"):
+            export.wait()
+    assert [*tmp_path.iterdir()] == []
+    export.export(1)
+    export.close()
 
 
 def two_directories(directory: Path) -> HFExport:
