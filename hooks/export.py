@@ -73,6 +73,7 @@ class HFExport(Hook):
         adapters: Literal["adapter", "merged"] = "adapter",
         verify: Literal["digest", "load"] = "digest",
         verify_inputs: Mapping[str, Tensor] | None = None,
+        stages: bool = False,
         timeout_secs: float = 1800.0,
     ) -> None:
         """Prove that the directory can be written to, and that model and base model fit each other.
@@ -116,6 +117,7 @@ class HFExport(Hook):
                 0's host memory for the model in float32.
             verify_inputs: What to ask the models then: keyword arguments of ``forward``. None makes some up for models
                 of text and of images.
+            stages: ``model`` is a stage of a pipeline, others are on other ranks, and the directory has all of them.
             timeout_secs: How long to wait for a rank before an export is given up; also for a checkpoint to be saved.
 
         Raises:
@@ -160,6 +162,8 @@ class HFExport(Hook):
         self._exported_step: int | None = None
         self._ranks.lead(f"preparing {self.directory}", self._prepare_directory)
         self._ranks.gather("reading the base model", self._state.read_files)
+        if stages:
+            self._state.unite(self._ranks)
         self._choose_source(source, live, saved)
 
     def on_train_begin(self, step: int) -> None:

@@ -31,12 +31,14 @@ from shardsmith.models import ModelSource, TranslatedModel
 from shardsmith.name_maps.maps import NameMap, Translation, find_name_map
 from shardsmith.name_maps.transformers import TransformersNames
 from shardsmith.names import non_persistent_buffers, tied_weights, unwrapped
+from shardsmith.ranks import Ranks
 from shardsmith.safetensors_files.plan import parse_size
 from shardsmith.tensors import Shape, TensorSpec
 
 from .adapters import View
 from .ema import EMA
 from .recognition import Recognition, own_tensors
+from .stages import Stages
 
 log = logging.getLogger(__name__)
 
@@ -122,6 +124,7 @@ class LiveState:
         self._transient = tuple(non_persistent_buffers(self._inner)) if self._inner is not None else ()
         self._name_map: NameMap | None = None
         self._translated: tuple[dict[str, Shape], Translation] | None = None
+        self._stages: Stages | None = None
         self._known: dict[str, _Known] = {}  # by suffix of the directory
 
     def read_files(self) -> None:
@@ -130,6 +133,16 @@ class LiveState:
         if (base := self._files.base) is not None:
             self._copies = tuple(files_to_copy(base, trust_remote_code=self._files.trust_remote_code))
         self._name_map = self._find_name_map()
+
+    def unite(self, ranks: Ranks) -> None:
+        """From now on the files hold what all ranks together have: each has a stage of a pipeline.
+
+        After ``read_files``. All ranks, main thread; communicates.
+
+        Raises:
+            RankFailedError: on all ranks, if two of them have tensors of one name that are not alike.
+        """
+        self._stages = Stages.of(ranks, self._model, self._ema)
 
     @contextlib.contextmanager
     def staging(self) -> Iterator[None]:
@@ -242,6 +255,8 @@ class LiveState:
             tensors = {names[fqn]: values.get(fqn, tensor) for fqn, tensor in tensors.items() if fqn in names}
             aliases = {names[alias]: names[kept] for alias, kept in aliases.items() if alias in names}
         specs = {fqn: TensorSpec(fqn, tuple(tensor.shape), tensor.dtype) for fqn, tensor in tensors.items()}
+        if self._stages is not None:
+            specs, filled, aliases = self._stages.whole(is_average=average is not None)
         translation = self._translation(specs)
         if translation is not None:
             aliases = translation.translate_aliases(aliases, specs)

@@ -12,8 +12,10 @@ from torch.distributed.checkpoint.stateful import Stateful
 from shardsmith.errors import UsageError
 from shardsmith.hooks import EMA, HFExport, Hooks, Recorder, every, last, latest
 from shardsmith.hooks.schedule import Schedule
+from shardsmith.hooks.stages import are_stages, names_on_all
 from shardsmith.name_maps.maps import NameMap
 from shardsmith.names import clean_fqn
+from shardsmith.ranks import Ranks
 
 from .assets import find_base_model
 from .average import average_states
@@ -108,6 +110,7 @@ class Attached:
             keep = latest(keep_latest_k) if keep_latest_k else None
             self.recorder = Recorder(folder, model=model, ema=self.ema, keep=keep, timeout_secs=options.timeout_secs)
         if options.exports:
+            ranks = Ranks(options.timeout_secs)
             self._export = HFExport(
                 _export_folder(options, dump_folder, folder),
                 model=model,
@@ -119,9 +122,10 @@ class Attached:
                 max_shard_size=options.export_max_shard_size,
                 keep=latest(options.export_keep) if options.export_keep else None,
                 base_model=find_base_model(options, sd_adapter),
-                names=_names(sd_adapter, model),
+                names=_names(sd_adapter, model, ranks),
                 when_busy=options.export_when_busy,
                 on_error=options.export_on_error,
+                stages=are_stages(ranks, model),
                 timeout_secs=options.timeout_secs,
             )
 
@@ -153,8 +157,9 @@ def _export_folder(options: CheckpointHooks, dump_folder: Path, folder: Path) ->
     return path
 
 
-def _names(sd_adapter: Any, model: nn.Module) -> str | NameMap:
-    """How the weights are called in files: through TorchTitan's adapter, where the model has one."""
+def _names(sd_adapter: Any, model: nn.Module, ranks: Ranks) -> str | NameMap:
+    """How the weights are called in files: through TorchTitan's adapter, where the model has one. Communicates."""
     if sd_adapter is None:
         return InnerNames.of(model) or "auto"
-    return TorchTitanNames(sd_adapter, [clean_fqn(name, model) for name, _ in model.named_buffers()])
+    buffers = [clean_fqn(name, model) for name, _ in model.named_buffers()]
+    return TorchTitanNames(sd_adapter, names_on_all(ranks, buffers))

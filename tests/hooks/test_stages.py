@@ -1,0 +1,61 @@
+"""A model of which each rank has a stage of a pipeline."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import nn
+
+from shardsmith.errors import RankFailedError
+from shardsmith.hooks import EMA, HFExport, Hooks, last
+from tests.ranks import run_on_ranks
+
+STAGES = ("first", "second")
+
+
+def stage(rank: int) -> nn.Module:
+    """With a buffer, of which there is no average."""
+    torch.manual_seed(rank)
+    model = nn.ModuleDict({STAGES[rank]: nn.Linear(3, 2)})
+    model[STAGES[rank]].register_buffer("count", torch.tensor(7.0 + rank))
+    return model
+
+
+def run_pipeline(directory: Path) -> None:
+    model = stage(dist.get_rank())
+    ema = EMA(model, decay=0.5)
+    export = HFExport(directory, model=model, ema=ema, when=last(), dtype="original", stages=True)
+    with Hooks(ema, export) as hooks:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(2)
+        hooks.step(1)
+
+
+def test_the_live_weights_of_all_stages_are_in_one_directory(tmp_path: Path) -> None:
+    run_on_ranks(run_pipeline, 2, tmp_path, tmp_path / "hf")
+    started = {name: value for rank in range(2) for name, value in stage(rank).state_dict().items()}
+    found = {stem: load_file(tmp_path / "hf" / "step-1" / f"{stem}.safetensors") for stem in ("model", "ema")}
+    assert found["model"].keys() == found["ema"].keys() == started.keys()
+    for name, value in started.items():
+        trains = not name.endswith("count")
+        assert torch.equal(found["model"][name], value + 2 * trains)
+        torch.testing.assert_close(found["ema"][name], value + 1 * trains)
+    origin = json.loads((tmp_path / "hf" / "step-1" / "shardsmith.json").read_text())
+    assert origin["step"] == 1
+
+
+def run_unlike_stages(directory: Path) -> None:
+    model = nn.Linear(3, 2 + dist.get_rank(), bias=False)
+    with pytest.raises(RankFailedError, match=r"other shapes or dtypes: weight"):
+        HFExport(directory, model=model, when=last(), stages=True)
+
+
+def test_stages_that_call_different_tensors_the_same_are_refused(tmp_path: Path) -> None:
+    run_on_ranks(run_unlike_stages, 2, tmp_path, tmp_path / "hf")
+    assert list((tmp_path / "hf").iterdir()) == []
