@@ -18,11 +18,11 @@ from torch.optim import Optimizer
 
 from shardsmith.checkpoints import committed_steps, find_damage, set_aside
 from shardsmith.commit import prove_writable, remove, sweep
-from shardsmith.dcp.load import load_into
 from shardsmith.errors import IncompleteCheckpointError, ShardsmithError, UsageError
 from shardsmith.layout import step_name
 from shardsmith.metadata import CheckpointMetadata, read_metadata
 from shardsmith.ranks import Ranks
+from shardsmith.run_state.resume import fill
 from shardsmith.run_state.save import SaveInProgress
 from shardsmith.run_state.staging import Stager
 from shardsmith.run_state.train_state import TrainState
@@ -181,7 +181,8 @@ class ShardedSave(Hook):
     def load(self, checkpoint: Path) -> None:
         """Load everything from one checkpoint directory. All ranks; communicates.
 
-        Random number generators are restored on the ranks that the saving run had, too.
+        It may be one of ``ShardedCheckpointManager``, also in files of single ranks. Random number generators are
+        restored on the ranks that the saving run had, too.
 
         Raises:
             UsageError: the average in it has another decay than ours. Nothing was loaded.
@@ -190,7 +191,7 @@ class ShardedSave(Hook):
         metadata = read_metadata(checkpoint)
         self._refuse_other_average(checkpoint, metadata)
         state = self._state.collect(metadata.step, with_rng=self._ranks.rank < metadata.world_size).state_dict
-        load_into(state, checkpoint, process_group=self._group)
+        fill(state, checkpoint, self._ranks, self._group)
         self._state.restore(state)
         log.info("resumed from %s", checkpoint)
 

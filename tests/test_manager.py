@@ -28,6 +28,7 @@ from shardsmith.errors import (
 )
 from shardsmith.formats.by_path import detect_checkpoint_format, open_source
 from shardsmith.hooks import EMA
+from shardsmith.run_state.rank_shards import RankShards
 from shardsmith.tensors import read_tensor
 from tests.bagel_base import initial_weights, make_bagel_base
 from tests.legacy_layouts import STEP, WORLD
@@ -91,6 +92,23 @@ def test_both_kinds_hold_the_same_and_say_the_same(saved: dict[str, Path]) -> No
     names = [name for name in tensors["dcp"] if not name.startswith("rng.")]  # Python's differ from process to process
     assert len(names) > 500
     assert all(tensors["per_rank"][name] == tensors["dcp"][name] for name in names)
+
+
+def run_resharded(saved: Path, directory: Path) -> None:
+    run = Run(directory, "fsdp2", seed=7)
+    assert run.manager.load_sharded_checkpoint(saved).step == 2
+    states = run.states()
+    source = RankShards(saved)
+    assert len(states["optimizer"]) > 200
+    for part, prefix in (("main", ""), ("ema", "ema_model."), ("optimizer", "optimizer.")):
+        assert_equal({part: states[part]}, {part: {n: read_tensor(source, prefix + n) for n in states[part]}})
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_files_of_two_ranks_come_back_on_other_numbers_of_ranks_and_another_sharding(
+    ranks: int, saved: dict[str, Path], tmp_path: Path
+) -> None:
+    run_on_ranks(run_resharded, ranks, tmp_path, saved["per_rank"], tmp_path / "run")
 
 
 def test_files_of_single_ranks_are_two_a_rank(saved: dict[str, Path]) -> None:

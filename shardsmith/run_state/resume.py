@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,15 +62,33 @@ def load_ours(
         _compare_averages(path, state.ema, metadata)
     with_rng = wanted.rng and ranks.rank < metadata.world_size
     target = state.collect(metadata.step, with_rng=with_rng, with_main=wanted.model).state_dict
-    is_dcp = (path / layout.DCP_INDEX_FILE).exists()
-    if is_dcp:
-        load_into(target, path, process_group=group)
-    else:
-        ranks.gather(f"loading {path.name}", lambda: fill_state(target, RankShards(path)))
-    status = _read_status(path, ranks.rank, is_dcp) if wanted.data_status else None
+    fill(target, path, ranks, group)
+    status = _read_status(path, ranks.rank) if wanted.data_status else None
     state.restore(target)
     live = state.collect(metadata.step, with_rng=False, with_main=wanted.model).state_dict
     return metadata.step, prove_state(ranks, live, path, metadata), status
+
+
+def fill(target: dict[str, Any], path: Path, ranks: Ranks, group: dist.ProcessGroup | None) -> None:
+    """Fill what ``TrainState.collect`` gave from a checkpoint of either kind. All ranks; communicates.
+
+    Raises:
+        MismatchError: it does not hold what is wanted. Nothing was loaded. From files of single ranks, with several
+            ranks: RankFailedError.
+    """
+    if _is_dcp(path):
+        load_into(target, path, process_group=group)
+        return
+
+    def fill_own() -> None:
+        with contextlib.closing(RankShards(path)) as source:
+            fill_state(target, source)
+
+    ranks.gather(f"loading {path.name}", fill_own)
+
+
+def _is_dcp(path: Path) -> bool:
+    return (path / layout.DCP_INDEX_FILE).exists()
 
 
 def _compare_averages(path: Path, average: Average, metadata: CheckpointMetadata) -> None:
@@ -83,8 +102,8 @@ def _compare_averages(path: Path, average: Average, metadata: CheckpointMetadata
         )
 
 
-def _read_status(path: Path, rank: int, is_dcp: bool) -> Any:
-    source: TensorSource = DcpSource(path) if is_dcp else RankShards(path)
+def _read_status(path: Path, rank: int) -> Any:
+    source: TensorSource = DcpSource(path) if _is_dcp(path) else RankShards(path)
     try:
         key = f"{DATA_STATUS}.rank-{rank}"
         return unpack_object(read_tensor(source, key)) if key in source.specs else None
