@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from shardsmith import digest
 from shardsmith.digest import Digest, digest_box, digest_run, digest_tensor
 from shardsmith.tensors import Chunk
 from tests.tensor_cases import DTYPES, partitions, random_tensor, raw_bytes, tensors
@@ -81,6 +82,14 @@ def test_the_sums_wrap_around_at_64_bits() -> None:
     tensor = torch.full((300_000,), -1, dtype=torch.int64)
     assert 300_000 * 600_000 * (2**32 - 1) > 2**64
     assert str(digest_tensor(tensor)) == reference(tensor)
+
+
+def test_a_device_sums_as_the_processor_does() -> None:
+    tensor = random_tensor((70_001,), torch.float32, seed=4)
+    data = tensor.view(torch.uint8)
+    assert str(digest._digest_blocks(data, 0, digest._look_away)) == reference(tensor)  # how a device's memory is cut and padded
+    words, bases = data[:280_000].view(torch.int64).view(-1, 25), torch.arange(1400) * 25
+    assert digest._sum_on_device(words, bases) == digest_tensor(tensor[:70_000])
 
 
 def test_a_lazily_conjugated_tensor_has_the_digest_of_its_values() -> None:
