@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
+import sys
 
 import torch
 from torch import Tensor
@@ -12,6 +14,10 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _memory_at = ctypes.pythonapi.PyMemoryView_FromMemory
 _memory_at.argtypes = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
 _memory_at.restype = ctypes.py_object
+
+_advise = ctypes.CDLL(None).madvise
+_advise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_POPULATE_READ = 22  # of Linux 5.14; the module mmap does not know it yet
 
 _compare = ctypes.CDLL(None).memcmp  # torch.equal takes six times as long; while it runs, other threads may, too
 _compare.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
@@ -30,6 +36,17 @@ def int64_at(data: Tensor, first_byte: int, count: int) -> Tensor:
     """
     assert 0 <= first_byte <= data.nbytes - 8 * count
     return torch.frombuffer(_memory_at(data.data_ptr() + first_byte, 8 * count, 0x200), dtype=torch.int64)
+
+
+def map_pages(tensor: Tensor) -> None:
+    """Have all pages of a tensor in a mapped file mapped and read in one go, which costs less than a fault for each.
+
+    Most of all a ``write`` from pages that are not mapped yet is slow: ext4 takes them up one at a time. Does nothing
+    where the system cannot do it; what cannot be read is found by whoever reads it.
+    """
+    if sys.platform == "linux" and tensor.nbytes:
+        begin = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+        _advise(begin, tensor.data_ptr() + tensor.nbytes - begin, _POPULATE_READ)
 
 
 def as_integers(tensor: Tensor) -> Tensor:

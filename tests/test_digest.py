@@ -87,7 +87,9 @@ def test_the_sums_wrap_around_at_64_bits() -> None:
 def test_a_device_sums_as_the_processor_does() -> None:
     tensor = random_tensor((70_001,), torch.float32, seed=4)
     data = tensor.view(torch.uint8)
-    assert str(digest._digest_blocks(data, 0, digest._look_away)) == reference(tensor)  # how a device's memory is cut and padded
+    assert str(digest._digest_blocks(data, 0, digest._look_away)) == reference(
+        tensor
+    )  # how a device's memory is cut and padded
     words, bases = data[:280_000].view(torch.int64).view(-1, 25), torch.arange(1400) * 25
     assert digest._sum_on_device(words, bases) == digest_tensor(tensor[:70_000])
 

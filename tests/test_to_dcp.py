@@ -251,7 +251,7 @@ def test_a_large_tensor_is_cut_into_chunks_that_torch_puts_together(
     tmp_path: Path, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shardsmith.dcp.shard_files.CHUNK_BYTES", 100)
-    monkeypatch.setattr("shardsmith.dcp.shard_files._BLOCK_BYTES", 64)
+    monkeypatch.setattr("shardsmith.dcp.shard_files._MAPPED_BYTES", 64)
     state = {"a": torch.randn(31, 9), "b": torch.randn(2, 3, 40), "c": torch.arange(77), "d": torch.randn(())}
     save_file(state, tmp_path / "model.safetensors")
     to_dcp(tmp_path / "model.safetensors", output)

@@ -165,6 +165,7 @@ def _write(
 ) -> None:
     """In the child."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it, too, and ends this process
+    os.nice(3)  # its imports take longer than this, and run on one core only
     other_end.close()  # so that a write fails when the parent is gone
     reports = _Reports(connection)
     try:

@@ -2,7 +2,8 @@
 
 torch's own writer needs the tensors in memory. Here each thread fills a file of its own: it reads a block from the
 mapped source, cast where that is wanted, adds it to the digest of its tensor, to the checksum of its archive and to the
-hash of its file, and writes it. Memory stays at a block a thread, whatever the model's size.
+hash of its file, and writes it, all while it is in the processor's cache. Memory stays at a block a thread, whatever
+the model's size. What is written goes to the disk meanwhile, so that little is left for the fsync in the end.
 """
 
 from __future__ import annotations
@@ -10,21 +11,22 @@ from __future__ import annotations
 import itertools
 import os
 import threading
-import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 import xxhash
 from torch import Tensor
 
+from shardsmith.checksums import crc32
 from shardsmith.commit import writing
 from shardsmith.digest import Digest, digest_run
 from shardsmith.export.block_copy import one_thread_per_operator
 from shardsmith.export.joint_plan import threads_per_process
-from shardsmith.memory import memory_of
+from shardsmith.memory import map_pages, memory_of
 from shardsmith.metadata import FileRecord
 from shardsmith.record.description import Measured
 from shardsmith.tensors import Chunk, TensorSource, TensorSpec, read_into, row_major_blocks
@@ -32,7 +34,10 @@ from shardsmith.torch_files.archive_writer import ALIGNMENT, ArchiveLayout, arch
 
 CHUNK_BYTES = 64 << 20
 """Of a tensor at most: whoever loads a part of one reads only the chunks that it meets."""
-_BLOCK_BYTES = 2 << 20
+_MAPPED_BYTES = 16 << 20
+"""Of a mapped source that is mapped in one go."""
+_CAST_BYTES = 512 << 10
+"""Small enough to stay in a core's own cache from the cast to the write."""
 _LEAST_FILE_BYTES = 16 << 20
 _MOST_THREADS = 8
 
@@ -122,9 +127,13 @@ def write_shard_files(
     nbytes = sum(chunks[i].nbytes for i in mine)
     most = threads_per_process() or os.cpu_count() or 1
     threads = max(1, min(_MOST_THREADS, most, nbytes // _LEAST_FILE_BYTES))
-    job = _Job(streams, chunks, directory, progress)
     shares = [part for part in divide(chunks, mine, threads) if part]
-    with one_thread_per_operator(), ThreadPoolExecutor(threads, "shardsmith-shards") as pool:
+    with (
+        one_thread_per_operator(),
+        ThreadPoolExecutor(1, "shardsmith-sync") as syncing,
+        ThreadPoolExecutor(threads, "shardsmith-shards") as pool,
+    ):
+        job = _Job(streams, chunks, directory, syncing, progress)
         try:
             futures = [
                 pool.submit(job.write_file, f"__{rank}_{i}.distcp", part) for i, part in enumerate(shares, first_file)
@@ -145,6 +154,7 @@ class _Job:
         streams: Mapping[str, Stream],
         chunks: Sequence[PlannedChunk],
         directory: Path,
+        syncing: ThreadPoolExecutor,
         progress: Callable[[int], None] | None,
     ) -> None:
         self.written = Written()
@@ -152,6 +162,7 @@ class _Job:
         self._streams = streams
         self._chunks = chunks
         self._directory = directory
+        self._syncing = syncing
         self._progress = progress
         self._lock = threading.Lock()
 
@@ -159,7 +170,7 @@ class _Job:
         """Write one file and fsync it. In a thread of its own."""
         path = self._directory / name
         try:
-            with writing(path, "write"), _ShardFile(path) as file:
+            with writing(path, "write"), _ShardFile(path, self._syncing) as file:
                 for i in numbers:
                     self._write_chunk(file, name, i)
                 record = file.finish()
@@ -174,32 +185,38 @@ class _Job:
         stream = self._streams[chunk.key]
         archive = archive_layout(chunk.box.sizes, stream.spec.dtype)
         offset = file.begin(archive)
-        scratch = torch.empty(_BLOCK_BYTES, dtype=torch.uint8)
-        measured = Measured(digests={chunk.key: Digest()})  # also of a tensor without elements
-        for first, box in row_major_blocks(chunk.box.sizes, _BLOCK_BYTES // stream.spec.dtype.itemsize):
+        digest = Digest()
+        first = chunk.first
+        for values in _runs(stream, chunk.box):
+            digest += digest_run(values, first, partial(self._pass_on, file, memory_of(values)))
+            first += values.numel()
             if self.stopped:
                 return
-            values = _read(stream, _moved(box, chunk.box), scratch)
-            measured.add(chunk.key, digest_run(values, chunk.first + first))
-            file.write_payload(values)
-            if self._progress:
-                self._progress(values.nbytes)
         file.end(archive)
         with self._lock:
             self.written.places[number] = Place(name, offset, archive.length)
-            for key, share in measured.digests.items():
-                self.written.measured.add(key, share)
+            self.written.measured.add(chunk.key, digest)
+
+    def _pass_on(self, file: _ShardFile, memory: memoryview, begin: int, end: int) -> None:
+        """Write a part of a run, while the digest has it in cache."""
+        if self.stopped:
+            return
+        file.write_payload(memory[begin:end])
+        if self._progress:
+            self._progress(end - begin)
 
 
 class _ShardFile:
     """A new file that is written front to back."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, syncing: ThreadPoolExecutor) -> None:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         self._file = os.fdopen(descriptor, "wb", buffering=0)
         self._hash = xxhash.xxh3_128()
         self._size = 0
         self._crc = 0
+        self._syncing = syncing
+        self._synced: Future[None] | None = None
 
     def begin(self, archive: ArchiveLayout) -> int:
         """Begin an archive, aligned; where."""
@@ -209,20 +226,27 @@ class _ShardFile:
         self._crc = 0
         return offset
 
-    def write_payload(self, values: Tensor) -> None:
+    def write_payload(self, memory: memoryview) -> None:
         """Go on with the bytes of the archive's tensor."""
-        memory = memory_of(values)
-        self._crc = zlib.crc32(memory, self._crc)
+        self._crc = crc32(memory, self._crc)
         self._write(memory)
 
     def end(self, archive: ArchiveLayout) -> None:
-        """End the archive."""
+        """End the archive. What there is so far begins to go to the disk."""
         self._write(memoryview(archive.tail(self._crc)))
+        if self._synced is None or self._synced.done():
+            self._wait()
+            self._synced = self._syncing.submit(os.fsync, self._file.fileno())
 
     def finish(self) -> FileRecord:
         """Make the file durable; what it is."""
+        self._wait()  # an error of the disk is told once only
         os.fsync(self._file.fileno())
         return FileRecord(size=self._size, xxh3_128=self._hash.hexdigest())
+
+    def _wait(self) -> None:
+        if self._synced is not None:
+            self._synced.result()
 
     def _write(self, memory: memoryview) -> None:
         self._hash.update(memory)
@@ -234,20 +258,38 @@ class _ShardFile:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        if self._synced is not None:
+            wait([self._synced])
         self._file.close()
+
+
+def _runs(stream: Stream, chunk: Chunk) -> Iterator[Tensor]:
+    """The values of a chunk in the dtype that they are to have, run by run, in row-major order.
+
+    Views on the source where that has them in one piece; else each lies where the one before it lay.
+    """
+    dtype = stream.spec.dtype
+    if (values := _view(stream, chunk)) is not None:
+        for part in values.split(_MAPPED_BYTES // dtype.itemsize):
+            map_pages(part)
+            yield part
+        return
+    count = _CAST_BYTES // dtype.itemsize
+    scratch = torch.empty(min(count, chunk.numel), dtype=dtype)
+    for _, box in row_major_blocks(chunk.sizes, count):
+        out = scratch[: box.numel].view(box.sizes)
+        yield read_into(stream.source, stream.name, _moved(box, chunk), out)
+
+
+def _view(stream: Stream, box: Chunk) -> Tensor | None:
+    """The values as the source has them, flat, if it has them in that dtype and side by side."""
+    if box.numel and stream.source.specs[stream.name].dtype == stream.spec.dtype:
+        pieces = list(stream.source.pieces(stream.name, box))
+        if len(pieces) == 1 and pieces[0][0] == box and pieces[0][1].is_contiguous():
+            return pieces[0][1].reshape(-1)
+    return None
 
 
 def _moved(box: Chunk, outer: Chunk) -> Chunk:
     """A box in a chunk as a box of the tensor."""
     return Chunk(tuple(a + b for a, b in zip(box.offsets, outer.offsets, strict=True)), box.sizes)
-
-
-def _read(stream: Stream, box: Chunk, scratch: Tensor) -> Tensor:
-    """A block in the dtype that it is to have: a view on the source where it can be, else in ``scratch``."""
-    dtype = stream.spec.dtype
-    if stream.source.specs[stream.name].dtype == dtype:
-        pieces = list(stream.source.pieces(stream.name, box))
-        if len(pieces) == 1 and pieces[0][0] == box and pieces[0][1].is_contiguous():
-            return pieces[0][1]
-    out = scratch[: box.numel * dtype.itemsize].view(dtype).view(box.sizes)
-    return read_into(stream.source, stream.name, box, out)
