@@ -34,6 +34,11 @@ def initial_weights() -> dict[str, Tensor]:
     return build(SIZES).state_dict()
 
 
+def as_conv(linear: Tensor) -> Tensor:
+    """The convolution that the linear layer was made of."""
+    return linear.view(-1, SIZES.patch, SIZES.patch, 3).permute(0, 3, 1, 2).contiguous()
+
+
 def make_bagel_base(directory: Path, weights: dict[str, Tensor] | None = None) -> Path:
     """With the weights in bfloat16, as released; by default the ones that training began with."""
     write_configs(SIZES, directory)

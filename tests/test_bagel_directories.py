@@ -24,7 +24,7 @@ from shardsmith.export.plan import ExportOptions, choose_stems, plan_directory
 from shardsmith.export.write import write_directories
 from shardsmith.ranks import Ranks
 from tests import dcp_directories
-from tests.bagel_base import COPIED, PATCHES, fingerprint, initial_weights, make_bagel_base
+from tests.bagel_base import COPIED, PATCHES, as_conv, fingerprint, initial_weights, make_bagel_base
 from tests.legacy_layouts import SIZES, STEP, answers, inputs
 from tests.ranks import run_on_ranks
 
@@ -207,11 +207,6 @@ def test_what_is_as_after_an_initialisation_is_named(
     assert "llm2vae.weight" in untouched
     assert "language_model.model.norm.weight" in untouched  # all ones
     assert not any("proj.weight" in name for name in untouched)
-
-
-def as_conv(linear: Tensor) -> Tensor:
-    """The convolution that the linear layer was made of."""
-    return linear.view(-1, SIZES.patch, SIZES.patch, 3).permute(0, 3, 1, 2).contiguous()
 
 
 def test_a_patch_embedding_that_is_still_a_convolution_is_converted(

@@ -23,13 +23,15 @@ def diagnose(
     names: str = "auto",
     titan_model: str | None = None,
     titan_flavor: str | None = None,
+    rules: Path | None = None,
     trust_remote_code: bool = False,
     json: bool = False,
     html: Path | None = None,
 ) -> int:
     """Compare a checkpoint with a Hugging Face model and say what is wrong, what that does to the loss, and the cure.
 
-    Only reads. Exits with 0 if nothing is wrong, 1 with findings, 2 if it could not look.
+    Only reads. Exits with 0 if nothing is wrong, 1 with findings, 2 if it could not look. A model that transformers has
+    no class for, such as BAGEL, cannot be run: at --level all that is said and no reason for 2.
 
     Example: shardsmith diagnose --checkpoint outputs/checkpoint/step-0 --model assets/OLMo-2-1124-7B
 
@@ -50,6 +52,8 @@ def diagnose(
             installed package offers.
         titan_model: For checkpoints of TorchTitan's own models: which one, such as llama3. Needs TorchTitan installed.
         titan_flavor: Its flavor, such as 8B.
+        rules: TOML or JSON file of layout rules, as for to-hf, for tensors that the model has in another shape; a patch
+            embedding that was turned from a convolution into a linear layer needs none.
         trust_remote_code: Run the Python files that come with the model. Those of a checkpoint never run.
         json: Print JSON instead of tables.
         html: Also write a report that stands on its own.
@@ -64,10 +68,12 @@ def diagnose(
     from shardsmith.diagnose.html import html_of
     from shardsmith.diagnose.text import print_diagnosis
     from shardsmith.export.hf_directory import protect
+    from shardsmith.export.layout_rules import find_rules
 
     questions = Questions(
         level=level,
         names=choose_names(names, titan_model, titan_flavor),
+        rules=tuple(find_rules(rules)),
         layout=layout,
         trained=trained,
         config=config,

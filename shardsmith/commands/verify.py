@@ -22,6 +22,7 @@ def verify(
     names: str = "auto",
     titan_model: str | None = None,
     titan_flavor: str | None = None,
+    rules: Path | None = None,
     trust_remote_code: bool = False,
     json: bool = False,
 ) -> int:
@@ -44,16 +45,20 @@ def verify(
             installed package offers.
         titan_model: For checkpoints of TorchTitan's own models: which one, such as llama3. Needs TorchTitan installed.
         titan_flavor: Its flavor, such as 8B.
+        rules: TOML or JSON file of layout rules, as for to-hf, for tensors of which the two have different shapes; a
+            patch embedding that was turned from a convolution into a linear layer needs none.
         trust_remote_code: For logits, run the Python files of the Hugging Face directory.
         json: Print JSON instead of tables.
     """
     from shardsmith.compare import report
     from shardsmith.compare.verification import VerifyOptions
     from shardsmith.compare.verification import verify as compare
+    from shardsmith.export.layout_rules import find_rules
 
     options = VerifyOptions(
         models=models or None,
         names=choose_names(names, titan_model, titan_flavor),
+        rules=tuple(find_rules(rules)),
         by="digests" if digests else "values",
         tolerance=tolerance if tolerance is not None else 1e-3 if logits else 0.0,
         rounding=rounding,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from shardsmith.errors import CheckpointError, UsageError
+from shardsmith.export.base_layout import in_base_layout
 from shardsmith.export.hf_directory import read_config
+from shardsmith.export.layout_rules import DECLARED, LayoutRule, LayoutRules
 from shardsmith.models import ModelSource, TranslatedModel
 from shardsmith.name_maps.maps import find_name_map
 from shardsmith.tensors import TensorSpec
@@ -29,6 +31,8 @@ class Alignment:
     """Prefix that the checkpoint's names have more than the template's, such as ``module.``."""
     added: str
     """Prefix that they have less, such as ``model.``."""
+    layouts: Mapping[str, str] = field(default_factory=dict)
+    """The template's name -> the layout rule by which the checkpoint's tensor gets the template's shape."""
 
     @property
     def is_plain(self) -> bool:
@@ -58,18 +62,36 @@ def align(names: Iterable[str], template: Collection[str]) -> Alignment:
 
 
 def aligned_source(
-    source: ModelSource, template: Mapping[str, TensorSpec], base: Path | None, names: str = "auto"
+    source: ModelSource,
+    template: Mapping[str, TensorSpec],
+    base: Path | None,
+    names: str = "auto",
+    rules: Iterable[LayoutRule] = DECLARED,
 ) -> tuple[ModelSource, Alignment]:
-    """A model's tensors under the template's names.
+    """A model's tensors under the template's names, and in its layout where a rule leads there.
 
     Args:
         base: Directory of the model that the template is from, whose config says how its names are made.
         names: ``"identity"``: as they are. ``"transformers"``: as transformers has them in files, experts one by one.
             ``"auto"``: so where that brings more of them together. Or a name map that an installed package offers.
+        rules: What may be done to tensors of another shape; the first that fits is used.
 
     Raises:
         CheckpointError, UsageError: a map that was asked for cannot be used.
     """
+    named, found = _under_names(source, template, base, names)
+    layouts = LayoutRules(template, rules)
+    laid_out = in_base_layout(named, layouts)
+    if isinstance(laid_out, ModelSource):
+        return laid_out, found
+    used = {name: rule.name for name, rule in layouts.used.items()}
+    plain = renamed(laid_out, align(laid_out.specs, laid_out.specs))
+    return plain, replace(found, layouts=used)
+
+
+def _under_names(
+    source: ModelSource, template: Mapping[str, TensorSpec], base: Path | None, names: str
+) -> tuple[ModelSource, Alignment]:
     found = align(source.specs, template)
     plain = renamed(source, found)
     if names == "identity" or (names in ("auto", "transformers") and base is None):

@@ -65,7 +65,8 @@ def verify_logits(
         batch = fixed_batch(base, made.module.get_input_embeddings().weight.shape[0])
         answers = []
         for side in (pair.left, pair.right):
-            source, _ = aligned_source(side.models[model], reference.specs, base, _names(side, options.names))
+            how = (base, _names(side, options.names), options.rules)
+            source, _ = aligned_source(side.models[model], reference.specs, *how)
             loaded = [name for name in source.specs if name in reference.specs]
             answers.append(made.with_weights(source, loaded).logits(batch))
         losses = (cross_entropy(answers[0], batch.labels), cross_entropy(answers[1], batch.labels))

@@ -47,6 +47,7 @@ def print_logits(found: Sequence[LogitsVerification], *, as_json: bool) -> None:
 def _counts(model: ModelVerification) -> str:
     parts = [f"{model.compared} tensors compared", f"{model.equal} equal"]
     parts += [f"{len(model.converted)} equal but for their dtype"] if model.converted else []
+    parts += [f"{printable(name)} brought into one layout by {rule}" for name, rule in model.layouts.items()]
     parts += [f"{printable(', '.join(model.tied))} tied, on one side only"] if model.tied else []
     return f"{model.model}: {', '.join(parts)}"
 

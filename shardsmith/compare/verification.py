@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Literal
 
 from shardsmith import layout
-from shardsmith.compare.alignment import aligned_source, is_transient
+from shardsmith.compare.alignment import Alignment, aligned_source, is_transient
 from shardsmith.compare.values import TensorComparison, compare_sources, same_as
 from shardsmith.digest import Digest
 from shardsmith.errors import CheckpointError, CheckpointNotFoundError
 from shardsmith.export.hf_directory import CONFIG_FILE
+from shardsmith.export.layout_rules import DECLARED, LayoutRule
 from shardsmith.formats.by_path import HUGGINGFACE
 from shardsmith.formats.opened import OpenedCheckpoint, open_checkpoint
 from shardsmith.initial.source_digests import digest_source
@@ -55,6 +56,8 @@ class ModelVerification:
     """Stored in other dtypes, the values being the same, or those of one side rounded where that was allowed."""
     tied: tuple[str, ...]
     """Only on one side, where they repeat a tensor that both have."""
+    layouts: Mapping[str, str]
+    """Of two layouts, compared in one: name -> the layout rule that led there."""
     differences: tuple[Difference, ...]
 
 
@@ -81,6 +84,8 @@ class VerifyOptions:
     """Such as ``["main"]``; None: all that both have."""
     names: str = "auto"
     """How the names of the one become those of the other, as ``aligned_source`` says."""
+    rules: Sequence[LayoutRule] = DECLARED
+    """What may be done to tensors that the two have in other layouts."""
     by: By = "values"
     tolerance: float = 0.0
     """Largest absolute difference of two values that is none."""
@@ -95,7 +100,7 @@ def verify(left: Path, right: Path, options: VerifyOptions | None = None) -> Ver
         CheckpointError: one cannot be read, or does not have a model that was asked for.
     """
     options = options or VerifyOptions()
-    with_both = OpenedPair(left, right, options.names)
+    with_both = OpenedPair(left, right, options.names, options.rules)
     try:
         names = with_both.common(options.models)
         models = tuple(_verify_model(name, with_both, options) for name in names)
@@ -107,9 +112,10 @@ def verify(left: Path, right: Path, options: VerifyOptions | None = None) -> Ver
 class OpenedPair:
     """Two checkpoints, the tensors of both under one set of names: those of Hugging Face files, if one has them."""
 
-    def __init__(self, left: Path, right: Path, names: str = "auto") -> None:
+    def __init__(self, left: Path, right: Path, names: str = "auto", rules: Sequence[LayoutRule] = DECLARED) -> None:
         """Open both. Raises CheckpointError."""
         self.names = names
+        self.rules = rules
         self.left = open_checkpoint(left)
         self.right = open_checkpoint(right)
 
@@ -134,10 +140,18 @@ class OpenedPair:
 
     def sources(self, model: str) -> tuple[ModelSource, ModelSource]:
         """One model of both."""
+        left, right, _ = self.aligned(model)
+        return left, right
+
+    def aligned(self, model: str) -> tuple[ModelSource, ModelSource, Alignment]:
+        """One model of both, and what was done to the one to bring it beside the other."""
         left, right = self.left.models[model], self.right.models[model]
+        how = (self.base, self.names, self.rules)
         if is_huggingface(self.right) or not is_huggingface(self.left):
-            return aligned_source(left, right.specs, self.base, self.names)[0], right
-        return left, aligned_source(right, left.specs, self.base, self.names)[0]
+            left, alignment = aligned_source(left, right.specs, *how)
+        else:
+            right, alignment = aligned_source(right, left.specs, *how)
+        return left, right, alignment
 
     def close(self) -> None:
         """Let go of the files."""
@@ -151,7 +165,7 @@ def is_huggingface(side: OpenedCheckpoint) -> bool:
 
 
 def _verify_model(model: str, pair: OpenedPair, options: VerifyOptions) -> ModelVerification:
-    left, right = pair.sources(model)
+    left, right, alignment = pair.aligned(model)
     tied = (*_repeated(left, right), *_repeated(right, left))
     differences = [*_only(left, right, "only in A", tied), *_only(right, left, "only in B", tied)]
     names = [name for name in left.specs if name in right.specs]
@@ -160,29 +174,23 @@ def _verify_model(model: str, pair: OpenedPair, options: VerifyOptions) -> Model
     names = [name for name in names if name not in shapes]
     if options.by == "digests":
         found = list(_by_digest(model, pair, left, right, names))
-        return ModelVerification(model, len(names), len(names) - len(found), (), tied, (*differences, *found))
-    return _by_value(model, compare_sources(left, right, names), tied, differences, options)
+        equal = len(names) - len(found)
+        return ModelVerification(model, len(names), equal, (), tied, alignment.layouts, (*differences, *found))
+    compared = compare_sources(left, right, names)
+    converted = [name for name, found in compared.items() if not found.equal and _converted(found, options)]
+    differences += _by_value(compared, converted, options)
+    equal = sum(found.equal for found in compared.values())
+    return ModelVerification(model, len(compared), equal, tuple(converted), tied, alignment.layouts, tuple(differences))
 
 
 def _by_value(
-    model: str,
-    compared: Mapping[str, TensorComparison],
-    tied: tuple[str, ...],
-    differences: list[Difference],
-    options: VerifyOptions,
-) -> ModelVerification:
-    converted = [name for name, found in compared.items() if not found.equal and _converted(found, options)]
+    compared: Mapping[str, TensorComparison], converted: Sequence[str], options: VerifyOptions
+) -> Iterator[Difference]:
     for name, found in compared.items():
         distance = found.distance
         if distance is not None and name not in converted and not distance.largest <= options.tolerance:
-            left, right = _extent(found.left.shape, dtype_name(found.left.dtype)), dtype_name(found.right.dtype)
-            differences.append(
-                Difference(
-                    name, "values", left, _extent(found.right.shape, right), distance.largest, distance.differing
-                )
-            )
-    equal = sum(found.equal for found in compared.values())
-    return ModelVerification(model, len(compared), equal, tuple(converted), tied, tuple(differences))
+            left, right = (_extent(spec.shape, dtype_name(spec.dtype)) for spec in (found.left, found.right))
+            yield Difference(name, "values", left, right, distance.largest, distance.differing)
 
 
 def _converted(found: TensorComparison, options: VerifyOptions) -> bool:
@@ -210,10 +218,19 @@ def digests_of(opened: OpenedCheckpoint, model: str, source: ModelSource, names:
     """Digests of some tensors: as recorded in the checkpoint, or else worked out from its files."""
     recorded = _recorded(opened, model)
     whole = opened.models[model]
-    own = {name: source.keys[name] if source is whole else whole.keys.get(source.keys[name], "") for name in names}
+    own = {name: _stored_key(whole, source, name) for name in names}
     known = {name: recorded[own[name]] for name in names if own[name] in recorded}
     rest = {name: source.specs[name].dtype for name in names if name not in known}
     return {**known, **digest_source(source, rest)} if rest else known
+
+
+def _stored_key(whole: ModelSource, source: ModelSource, name: str) -> str:
+    """Where a tensor is stored as it is here; "" where it was taken apart, joined or brought into another layout."""
+    if source is whole:
+        return source.keys[name]
+    stored = source.keys[name]
+    as_it_is = stored in whole.specs and whole.specs[stored].shape == source.specs[name].shape
+    return whole.keys[stored] if as_it_is else ""
 
 
 def _recorded(opened: OpenedCheckpoint, model: str) -> dict[str, Digest]:

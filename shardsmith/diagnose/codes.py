@@ -65,6 +65,11 @@ CODES: dict[str, Code] = {
         "depends on the tensor; a shape check cannot see it",
         "convert with the permutation that belongs to the change of layout, not with a plain reshape",
     ),
+    "patches-not-permuted": Code(
+        "error",
+        "that of text hardly, that of images far up: the tower sees scrambled patches, and no shape shows it",
+        "take the tensor from before the reshape, and let to-hf convert it; by hand: permute(0, 2, 3, 1), then reshape",
+    ),
     "vocabulary-shifted": Code(
         "error", "most of what there is to lose: every token is taken for another", "train with the model's tokenizer"
     ),
@@ -81,7 +86,7 @@ CODES: dict[str, Code] = {
     "values-differ": Code(
         "warning",
         "unknown: these are other weights",
-        "check the revision of the model; if this checkpoint was trained, say --trained",
+        "check the revision of the model; if this checkpoint was trained, say --trained True",
     ),
     "ema-equals-main": Code("warning", "none in training; the average is none", "update the EMA after each step"),
     "ema-never-moved": Code(
@@ -160,6 +165,9 @@ CODES: dict[str, Code] = {
         "note", "none", "nothing for Shardsmith; a plain dcp.load wants a model that is wrapped in the same way"
     ),
     "names-translated": Code("note", "none", "nothing: the tensors are the model's under other names"),
+    "layout-converted": Code(
+        "note", "none", "nothing: the values are the model's in another shape; to-hf converts them in the same way"
+    ),
     "other-dtype": Code("note", "none", "nothing"),
     "rounded-values": Code("note", "about 0.001 or less", "nothing, if that dtype is meant"),
     "trained-weights": Code("note", "that of the trained model", "nothing: training moves weights"),

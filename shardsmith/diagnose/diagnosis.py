@@ -21,7 +21,7 @@ def diagnose(checkpoint: Path, model: Path, questions: Questions) -> Diagnosis:
     """
     reference = Reference.open(model)
     try:
-        subject = Subject.open(checkpoint, reference, questions.trained, questions.names)
+        subject = Subject.open(checkpoint, reference, questions.trained, questions.names, questions.rules)
     except CheckpointError as error:
         finding = unreadable(error)
         if finding is None:

@@ -55,6 +55,8 @@ class Looked:
     """What was measured, by what it is called."""
     unseen: tuple[str, ...] = ()
     """What could not be looked at, and why, one line each."""
+    inapplicable: tuple[str, ...] = ()
+    """What nobody can look at in such a model, and why: it is said, and counts for nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,11 @@ class Diagnosis:
         return tuple(line for level in self.levels for line in level.unseen)
 
     @property
+    def inapplicable(self) -> tuple[str, ...]:
+        """What cannot be asked of such a model, and why."""
+        return tuple(line for level in self.levels for line in level.inapplicable)
+
+    @property
     def exit_code(self) -> int:
         """0 clean, 1 faults, 2 nothing wrong was found but not all could be looked at."""
         return 1 if self.faults else 2 if self.unseen else 0
@@ -106,6 +113,7 @@ class Diagnosis:
             "findings": [finding.as_dict() for finding in self.faults],
             "notes": [finding.as_dict() for finding in self.notes],
             "unseen": list(self.unseen),
+            "inapplicable": list(self.inapplicable),
             "facts": {level.level: level.facts for level in self.levels},
         }
 

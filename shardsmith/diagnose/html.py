@@ -36,6 +36,9 @@ def html_of(diagnosis: Diagnosis) -> str:
             f'<p class="verdict{" bad" if diagnosis.faults else ""}">{_text(diagnosis.verdict)}</p>',
             *_section("What is wrong", [_finding(finding) for finding in diagnosis.faults]),
             *_section("What could not be looked at", [f"<p>{_text(line)}</p>" for line in diagnosis.unseen]),
+            *_section(
+                "What does not apply to such a model", [f"<p>{_text(line)}</p>" for line in diagnosis.inapplicable]
+            ),
             *(part for level in diagnosis.levels for part in _level(level)),
             *_section("What looks wrong and is not", [_finding(note) for note in diagnosis.notes]),
             "</body></html>\n",

@@ -17,6 +17,7 @@ from shardsmith.conversion.model_directory import hash_tokenizer
 from shardsmith.diagnose.batches import Batch, check_ids, fixed_batch, read_batch
 from shardsmith.diagnose.buffers import compare_buffers, recorded_buffers, saved_buffers
 from shardsmith.diagnose.configs import compare_configs, effective_config
+from shardsmith.diagnose.effective import unknown_kind
 from shardsmith.diagnose.findings import Finding, Looked, one
 from shardsmith.diagnose.live_model import LiveModel
 from shardsmith.diagnose.questions import Questions
@@ -41,7 +42,7 @@ def look_at_model(subject: Subject, questions: Questions) -> Looked:
     look = _Look(subject, questions)
     for part in (look.settings, look.configs, look.tokenizers, look.buffers, look.live):
         look.take(part)
-    return Looked("model", tuple(look.findings), look.facts, tuple(look.unseen))
+    return Looked("model", tuple(look.findings), look.facts, tuple(look.unseen), tuple(look.inapplicable))
 
 
 @dataclass(slots=True)
@@ -53,6 +54,7 @@ class _Look:
     findings: list[Finding] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
     unseen: list[str] = field(default_factory=list)
+    inapplicable: list[str] = field(default_factory=list)
     training: TrainingSettings | None = None
 
     def take(self, part: Callable[[], Iterator[Finding]]) -> None:
@@ -112,6 +114,8 @@ class _Look:
         if reference.source is None:
             self.unseen.append(f"{reference.path} has no weights, so no logits can be compared")
             return
+        if self._not_runnable():
+            return
         model = LiveModel.of_directory(reference.path, trust_remote_code=self.questions.trust_remote_code)
         batch = self._batch(model)
         yield from self._logits(model, batch)
@@ -119,6 +123,18 @@ class _Look:
             causes = list(possible_causes(model, batch))
             self.facts["loss, and why"] = {cause.text: cause.loss for cause in causes}
             yield from explain(causes, self.questions.reference_loss, batch)
+
+    def _not_runnable(self) -> bool:
+        """Whether there are no logits to ask for, since no class makes such a model. Who asks gets an error."""
+        asked = self.questions.level == "model" or self.questions.batch or self.questions.reference_loss is not None
+        kind = unknown_kind(self.subject.reference.config)
+        if kind is None or asked:
+            return False
+        self.inapplicable.append(
+            f"logits: transformers has no class for the model_type {kind!r} of {self.subject.reference.path}, so the "
+            "model cannot be run; names, shapes and values do not need it"
+        )
+        return True
 
     def _batch(self, model: LiveModel) -> Batch:
         vocabulary = model.module.get_input_embeddings().weight.shape[0]

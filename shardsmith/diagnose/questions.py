@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from shardsmith.diagnose.findings import Level
+from shardsmith.export.layout_rules import DECLARED, LayoutRule
 from shardsmith.formats.opened import Layout
 
 
@@ -17,6 +19,8 @@ class Questions:
     level: Level | Literal["all"] = "all"
     names: str = "auto"
     """How the checkpoint's names become the model's, as ``aligned_source`` says."""
+    rules: Sequence[LayoutRule] = DECLARED
+    """What may be done to tensors that the model has in another shape."""
     layout: Layout | None = None
     """The one that the trainer reads."""
     trained: bool | None = None

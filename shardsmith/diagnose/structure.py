@@ -95,6 +95,11 @@ def _renamings(model: str, alignment: Alignment) -> Iterator[Finding]:
     if alignment.removed or alignment.added:
         change = f"{alignment.removed!r} in front" if alignment.removed else f"no {alignment.added!r} in front"
         yield one("names-translated", [model], "names as in the model", change)
+    if alignment.layouts:
+        rules = ", ".join(dict.fromkeys(alignment.layouts.values()))
+        yield one(
+            "layout-converted", alignment.layouts, "the model's shape", f"another one, which {rules} turns into it"
+        )
 
 
 def _compare_names(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from shardsmith import layout
 from shardsmith.compare.alignment import Alignment, aligned_source
 from shardsmith.errors import CheckpointError, CheckpointNotFoundError
 from shardsmith.export.hf_directory import read_config
+from shardsmith.export.layout_rules import DECLARED, LayoutRule
 from shardsmith.formats.by_path import model_names, open_source
 from shardsmith.formats.opened import OpenedCheckpoint, open_checkpoint
 from shardsmith.metadata import CheckpointMetadata, read_json
@@ -61,14 +62,24 @@ class Subject:
     step: int | None
     trained: bool
     """Whether training has moved the weights, so that they need not equal the reference's."""
+    rules: Sequence[LayoutRule]
+    """By which tensors of another shape were brought into the reference's layout."""
 
     @classmethod
-    def open(cls, checkpoint: Path, reference: Reference, trained: bool | None = None, names: str = "auto") -> Subject:
+    def open(
+        cls,
+        checkpoint: Path,
+        reference: Reference,
+        trained: bool | None = None,
+        names: str = "auto",
+        rules: Sequence[LayoutRule] = DECLARED,
+    ) -> Subject:
         """Read the checkpoint's index; no tensor of it.
 
         Args:
             trained: None: as its step, or an optimizer state in it, says.
             names: How its names become the model's, as ``aligned_source`` says.
+            rules: What may be done to tensors that the model has in another shape.
 
         Raises:
             CheckpointError: it cannot be read, for whatever reason.
@@ -76,11 +87,12 @@ class Subject:
         """
         opened = open_checkpoint(checkpoint)
         aligned = {
-            name: aligned_source(found, reference.specs, reference.path, names) for name, found in opened.models.items()
+            name: aligned_source(found, reference.specs, reference.path, names, rules)
+            for name, found in opened.models.items()
         }
         step = opened.metadata.step if opened.metadata else _step(checkpoint)
         moved = bool(step) if step is not None else opened.has_optimizer
-        return cls(opened, reference, aligned, step, moved if trained is None else trained)
+        return cls(opened, reference, aligned, step, moved if trained is None else trained, rules)
 
     @property
     def path(self) -> Path:

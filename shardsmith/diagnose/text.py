@@ -33,6 +33,8 @@ def print_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
         console.print(_notes(diagnosis.notes))
     for line in diagnosis.unseen:
         console.print(Text.assemble(("not looked at", "yellow"), f" {shorten(line)}"))
+    for line in diagnosis.inapplicable:
+        console.print(Text.assemble(("does not apply", "cyan"), f" {shorten(line)}"))
     console.print(Text(diagnosis.verdict, "bold red" if diagnosis.faults else "bold green"))
 
 
@@ -71,6 +73,8 @@ def rows_of(facts: dict[str, Any]) -> list[tuple[str, str, str]]:
 def _print_level(level: Looked, console: Console) -> None:
     wrong = sum(finding.severity != "note" for finding in level.findings)
     state = Text(f"{wrong} finding{'' if wrong == 1 else 's'}", "red") if wrong else Text("nothing wrong", "green")
+    if level.inapplicable and not wrong:
+        state = Text("not for such a model", "cyan")
     if level.unseen and not wrong:
         state = Text("not all could be looked at", "yellow")
     console.print(Text.assemble("\n", (level.level, "bold"), f" ({TITLES[level.level]}): "), state, sep="")

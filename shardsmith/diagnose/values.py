@@ -14,10 +14,13 @@ from shardsmith.diagnose.findings import Finding, Looked, one
 from shardsmith.diagnose.signatures import QK_NORM, QUERY_KEY, find_reordering, is_all, unrelated
 from shardsmith.diagnose.subject import Reference, Subject
 from shardsmith.diagnose.ties import embedding_of, head_of, tied_names
+from shardsmith.export.base_layout import patch_embeddings
+from shardsmith.export.layout_rules import order_of_patches
 from shardsmith.formats.by_path import SHARDED
 from shardsmith.metadata import dtype_name
 from shardsmith.model_keys import EMA, MAIN, find_models
 from shardsmith.models import ModelSource
+from shardsmith.tensors import read_tensor
 
 _LAYER = re.compile(r"^(.*?(?:^|\.)(?:layers|h|blocks|block|layer)\.[0-9]+)\.")
 _MOST_OF = 0.9
@@ -69,6 +72,7 @@ class _Sorted:
     def _all(self, rest: dict[str, TensorComparison]) -> Iterator[Finding]:
         yield from self._non_finite(rest)
         yield from self._rounded(rest)
+        yield from self._patches(rest)
         yield from self._reordered(rest)
         yield from self._not_loaded(rest)
         yield from self._constant(rest)
@@ -95,6 +99,20 @@ class _Sorted:
             yield self._one(
                 "rounded-values", names, "the model's values", f"those, rounded to {dtype} (by up to {apart:.3g})"
             )
+
+    def _patches(self, rest: Comparisons) -> Iterator[Finding]:
+        reference = self.subject.reference.source
+        names = [
+            name
+            for name in patch_embeddings(rest, self.subject.rules)
+            if reference is not None
+            and order_of_patches(read_tensor(self.source, name), read_tensor(reference, name)) == "channels first"
+        ]
+        if names:
+            found = (
+                "values nearer to them with the channels first: a convolution that was reshaped without being permuted"
+            )
+            yield self._one("patches-not-permuted", names, "the model's values in the model's order", found)
 
     def _reordered(self, rest: Comparisons) -> Iterator[Finding]:
         if self.subject.reference.source is None:

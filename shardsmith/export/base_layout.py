@@ -21,6 +21,12 @@ def in_base_layout(source: ModelSource | TranslatedModel, layouts: LayoutRules) 
     return TranslatedModel(source, layouts)
 
 
+def patch_embeddings(names: Iterable[str], rules: Iterable[LayoutRule]) -> list[str]:
+    """Those of some tensors that are patch embeddings, by the rules."""
+    patterns = [rule.pattern for rule in rules if is_patch_rule(rule)]
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+
 def orders_of_patches(
     sources: Mapping[str, ModelSource | TranslatedModel],
     template: BaseTemplate,
@@ -32,11 +38,9 @@ def orders_of_patches(
     Raises:
         MismatchError: their order is not that of the base model.
     """
-    patterns = [rule.pattern for rule in rules if is_patch_rule(rule)]
-    names = [name for name in template.specs if any(fnmatchcase(name, pattern) for pattern in patterns)]
     found: dict[str, str] = {}
     problems = []
-    for name in names:
+    for name in patch_embeddings(template.specs, rules):
         base = template.values(name)
         for model, source in sources.items():
             if base is None or name not in source.specs:

@@ -156,21 +156,29 @@ def order_of_patches(values: Tensor, base: Tensor, channels: int = 3) -> str:
     at other places. If the weights descend from the base's they are nearer to it in one of the two orders.
 
     Args:
-        values: (out, height * width * channels).
-        base: The same of the base model.
+        values: (out, height * width * channels), or a convolution's (out, channels, height, width).
+        base: The same of the base model, in the same shape.
 
     Returns:
         "as in the base", "channels first", or "undecided": they do not descend from the base's, or are too far from it.
     """
-    side = math.isqrt(values.shape[1] // channels) if values.dim() == 2 else 0
-    if values.shape != base.shape or not side or side * side * channels != values.shape[1]:
+    if values.shape != base.shape:
         return "undecided"
-    ours, theirs = values.float(), base.float()
+    ours, theirs = _linear(values), _linear(base)
+    side = math.isqrt(ours.shape[1] // channels) if ours.dim() == 2 else 0
+    if not side or side * side * channels != ours.shape[1]:
+        return "undecided"
     as_conv = ours.view(-1, channels, side, side).permute(0, 2, 3, 1).reshape(ours.shape)
     here, there = (float((given - theirs).square().sum()) for given in (ours, as_conv))
     if min(here, there) > 0.8 * max(here, there):
         return "undecided"
     return "as in the base" if here < there else "channels first"
+
+
+def _linear(patches: Tensor) -> Tensor:
+    """In float32, channels last."""
+    as_linear = patches.permute(0, 2, 3, 1).reshape(len(patches), -1) if patches.dim() == 4 else patches
+    return as_linear.float()
 
 
 def _read_rules(file: Path) -> list[LayoutRule]:
