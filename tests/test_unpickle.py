@@ -16,9 +16,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
+from shardsmith.dcp.index import read_index
 from shardsmith.dcp.index_pickle import SavedBytes, SavedIndex, SavedTensor, load_dcp_index
-from shardsmith.errors import CorruptCheckpointError, UnsafeCheckpointError, UnsupportedFormatError
+from shardsmith.errors import (
+    CheckpointError,
+    CorruptCheckpointError,
+    IncompleteCheckpointError,
+    UnsafeCheckpointError,
+    UnsupportedFormatError,
+)
 from shardsmith.tensors import Chunk
+from shardsmith.torch_files.pickle_machine import _Machine, read_pickle
 from tests import dcp_directories, hostile_pickles
 from tests.pickle_parts import (
     CHECKPOINT,
@@ -290,3 +298,43 @@ def test_changed_bytes_never_cause_another_error(real_index: bytes, changes: lis
 def test_random_instructions_never_cause_another_error(body: list[bytes]) -> None:
     with pytest.raises((UnsafeCheckpointError, CorruptCheckpointError, UnsupportedFormatError)):
         load_dcp_index(whole(b"".join(body) + pickle.NONE), PATH)
+
+
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**31), 2**31) | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=5)
+        | st.lists(inner, max_size=5).map(tuple)
+        | st.dictionaries(st.text(max_size=3), inner, max_size=4)
+    ),
+)
+
+
+@given(PLAIN, st.integers(2, 5), st.data())
+def test_frequent_instructions_do_without_a_call_what_their_handlers_do(
+    value: object, protocol: int, data: st.DataObject
+) -> None:
+    pickled = pickle.dumps([value, value], protocol)
+    assert read_pickle(pickled, PATH, frozenset()) == [value, value]
+    cut = pickled[: data.draw(st.integers(0, len(pickled)))]
+    damaged = cut + bytes(data.draw(st.lists(st.sampled_from(b"h\x94jK\x85\x86)}N."), max_size=6)))
+    with pytest.MonkeyPatch.context() as patch:
+        quick = outcome(damaged)
+        patch.setattr(_Machine, "next_rare", _Machine.byte)
+        assert outcome(damaged) == quick
+
+
+def outcome(data: bytes) -> str:
+    try:
+        return repr(read_pickle(data, PATH, frozenset()))
+    except CheckpointError as error:
+        return type(error).__name__
+
+
+def test_an_index_is_decoded_once_and_its_files_are_looked_at_each_time(tmp_path: Path) -> None:
+    directory = tmp_path / "step-1"
+    dcp_directories.save({"w": torch.ones(3)}, directory)
+    assert read_index(directory) is read_index(directory)
+    next(directory.glob("*.distcp")).write_bytes(b"")
+    with pytest.raises(IncompleteCheckpointError):
+        read_index(directory)

@@ -6,6 +6,7 @@ cover it. torch itself loads a tensor with missing chunks without a word and lea
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import stat
@@ -86,8 +87,17 @@ def read_index(directory: str | Path, *, follow_links: bool = False) -> DcpIndex
         CorruptCheckpointError: when it is no index, or contradicts itself.
     """
     path = Path(directory)
-    saved = load_dcp_index(_read_bytes(path / DCP_INDEX_FILE, follow_links), path / DCP_INDEX_FILE)
-    return _Checker(path, saved, follow_links).index()
+    data = _read_bytes(path / DCP_INDEX_FILE, follow_links)
+    known = _known_index(path, data, follow_links)
+    if not known or any(_file_size(path / name, follow_links) != n for name, n in known[0].files.items()):
+        known[:] = [_Checker(path, load_dcp_index(data, path / DCP_INDEX_FILE), follow_links).index()]
+    return known[0]
+
+
+@functools.lru_cache(maxsize=2)  # one command looks at the same index several times, and that takes most of its time
+def _known_index(path: Path, data: bytes, follow_links: bool) -> list[DcpIndex]:  # noqa: ARG001
+    """A place for what these bytes say of a directory; empty if they have not been read yet."""
+    return []
 
 
 def _read_bytes(path: Path, follow_links: bool) -> bytes:

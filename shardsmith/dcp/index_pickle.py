@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -96,11 +95,6 @@ def load_dcp_index(data: bytes, path: Path) -> SavedIndex:
     """
     if len(data) > MAX_INDEX_BYTES:
         raise UnsupportedFormatError(path, f"has {len(data)} bytes; an index may have up to {MAX_INDEX_BYTES}")
-    return _decoded(data, path)
-
-
-@functools.lru_cache(maxsize=2)  # one command looks at the same index several times, and that takes most of its time
-def _decoded(data: bytes, path: Path) -> SavedIndex:
     return _IndexDecoder(path, len(data)).index(read_pickle(data, path, _INDEX_NAMES))
 
 

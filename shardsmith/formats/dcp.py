@@ -84,7 +84,8 @@ def dcp_models(path: Path) -> list[str]:
 def _describe(index: DcpIndex) -> str:
     main = find_models(index.tensors, index.containers).get(MAIN, {})
     where = " nested under model" if any(fqn != key for fqn, key in main.items()) else ""
-    beside = sorted({str(path[0]).split(".")[0] for key, path in index.containers.items() if key not in main.values()})
+    keys = set(main.values())
+    beside = sorted({str(path[0]).split(".")[0] for key, path in index.containers.items() if key not in keys})
     more = f"; beside the model {', '.join(beside)}" if main and beside else ""
     return (
         f"{layout.DCP_INDEX_FILE} lists {len(index.tensors)} tensors in {len(index.files)} files, "

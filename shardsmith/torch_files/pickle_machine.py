@@ -64,7 +64,7 @@ def read_pickle(data: bytes, path: Path, known: frozenset[Name], *, persistent_i
     machine = _Machine(data, path, known, persistent_ids)
     try:
         return machine.run()
-    except (IndexError, KeyError, UnicodeDecodeError) as error:
+    except (IndexError, KeyError, UnicodeDecodeError, struct.error) as error:
         raise machine.corrupt(f"it breaks off or contradicts itself ({type(error).__name__})") from error
 
 
@@ -85,7 +85,7 @@ class _Machine:
         if self.data[:1] != b"\x80" or not 2 <= self.data[1] <= 5:
             raise self.corrupt("it does not begin with a pickle protocol of 2 to 5")
         self.position = 2
-        while (code := self.byte()) != _STOP:
+        while (code := self.next_rare()) != _STOP:
             handler = _HANDLERS.get(code)
             if handler is None:
                 raise self.refused(code)
@@ -93,6 +93,40 @@ class _Machine:
         if len(self.stack) != 1 or self.outer or self.position != len(self.data):
             raise self.corrupt("something is left over behind its end")
         return self.stack[0]
+
+    def next_rare(self) -> int:
+        """Carry out the instructions that most of a pickle consists of, without a call for each; the next other one.
+
+        Their entries in ``_INSTRUCTIONS`` say the same.
+        """
+        data, stack, memo, position = self.data, self.stack, self.memo, self.position
+        try:
+            while True:
+                code = data[position]
+                position += 1
+                if code == _MEMOIZE:
+                    memo[len(memo)] = stack[-1]
+                elif code == _BINGET:
+                    stack.append(memo[data[position]])
+                    position += 1
+                elif code == _LONG_BINGET:
+                    stack.append(memo[_UINT32(data, position)[0]])
+                    position += 4
+                elif code == _BININT1:
+                    stack.append(data[position])
+                    position += 1
+                elif code == _TUPLE1:
+                    stack[-1] = (stack[-1],)
+                elif code == _TUPLE2:
+                    stack[-2:] = [(stack[-2], stack[-1])]
+                elif code == _EMPTY_TUPLE:
+                    stack.append(())
+                elif code == _EMPTY_DICT:
+                    stack.append({})
+                else:
+                    return code
+        finally:
+            self.position = position
 
     def corrupt(self, reason: str) -> CorruptCheckpointError:
         return CorruptCheckpointError(self.path, f"is no readable pickle: at byte {self.position}, {reason}")
@@ -156,6 +190,8 @@ class _Machine:
 
     def nested_class(self, of: Name, args: tuple[object, ...]) -> Name | None:
         """What protocols before 4 write for a known class inside a class: getattr(outer, "inner")."""
+        if of.name != "getattr":
+            return None
         match of, args:
             case Name(module="__builtin__" | "builtins", name="getattr"), (Name(module=module, name=outer), str(inner)):
                 found = Name(module, f"{outer}.{inner}")
@@ -180,7 +216,7 @@ class _Machine:
             target = target.items
         if type(target) is not dict or len(items) % 2:
             raise self.corrupt("an item is put into what is no dict")
-        for key, value in zip(items[::2], items[1::2], strict=True):
+        for key, value in zip(*[iter(items)] * 2, strict=True):
             if type(key) not in _KEY_TYPES or key in target:
                 raise self.corrupt("a key of a dict occurs twice or is neither a string, a number nor a record")
             target[key] = value
@@ -211,6 +247,15 @@ class _Machine:
 
 _KEY_TYPES = (str, int, Made)
 _STOP = pickle.STOP[0]
+_MEMOIZE = pickle.MEMOIZE[0]
+_BINGET = pickle.BINGET[0]
+_LONG_BINGET = pickle.LONG_BINGET[0]
+_BININT1 = pickle.BININT1[0]
+_TUPLE1 = pickle.TUPLE1[0]
+_TUPLE2 = pickle.TUPLE2[0]
+_EMPTY_TUPLE = pickle.EMPTY_TUPLE[0]
+_EMPTY_DICT = pickle.EMPTY_DICT[0]
+_UINT32 = struct.Struct("<I").unpack_from
 _RUN_CODE = {
     pickle.PERSID: "PERSID",
     pickle.INST: "INST",

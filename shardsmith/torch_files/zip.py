@@ -7,7 +7,6 @@ are thousands of archives in a checkpoint.
 
 from __future__ import annotations
 
-import functools
 import struct
 import sys
 from collections.abc import Iterator
@@ -48,7 +47,7 @@ class TorchZip:
         order = self.content("byteorder", 6) if "byteorder" in self._members else b"little"
         if order != b"little" or sys.byteorder != "little":
             raise UnusualArchiveError
-        self._payload = functools.lru_cache(maxsize=None)(self._locate)
+        self._payloads: dict[str, tuple[int, int]] = {}
 
     def content(self, name: str, max_bytes: int) -> bytes:
         """The bytes of a small member."""
@@ -61,11 +60,15 @@ class TorchZip:
         """A tensor as a read-only view on the file, with the shape and strides that were saved."""
         start = 0
         if record.storage_nbytes:
-            start, nbytes = self._payload(f"data/{record.storage}")
+            name = f"data/{record.storage}"
+            if name not in self._payloads:  # tensors may share one
+                self._payloads[name] = self._locate(name)
+            start, nbytes = self._payloads[name]
             if nbytes != record.storage_nbytes:
                 raise UnusualArchiveError
         begin = self._offset + start + record.offset * record.dtype.itemsize
-        return self._file.view(begin, record.span, record.dtype).as_strided(record.size, record.stride)
+        values = self._file.view(begin, record.span, record.dtype)
+        return values.as_strided(record.size, record.stride)
 
     def _locate(self, name: str) -> tuple[int, int]:
         """Start and length of a member. The local header has padding of its own in front of the bytes."""
