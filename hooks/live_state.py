@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from shardsmith.commit import writing
 from shardsmith.dtypes import parse_dtypes
@@ -30,7 +29,7 @@ from shardsmith.model_keys import MAIN
 from shardsmith.models import ModelSource, TranslatedModel
 from shardsmith.name_maps.maps import NameMap, Translation, find_name_map
 from shardsmith.name_maps.transformers import TransformersNames
-from shardsmith.names import non_persistent_buffers, tied_weights, unwrapped
+from shardsmith.names import non_persistent_buffers, own_class, tied_weights, unwrapped
 from shardsmith.ranks import Ranks
 from shardsmith.safetensors_files.plan import parse_size
 from shardsmith.tensors import Shape, TensorSpec
@@ -303,11 +302,11 @@ class LiveState:
             return read_config(self._files.base)
         model = self._inner
         to_json: Callable[[], str] | None = getattr(getattr(model, "config", None), "to_json_string", None)
-        if to_json is None:
+        if model is None or to_json is None:
             return None
         content: dict[str, Any] = json.loads(to_json())
         if not content.get("architectures"):  # transformers fills it in when it saves; FSDP2 makes a class of its own
-            content["architectures"] = [next(c.__name__ for c in type(model).__mro__ if not issubclass(c, FSDPModule))]
+            content["architectures"] = [own_class(model).__name__]
         return content
 
 

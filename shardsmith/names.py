@@ -7,7 +7,8 @@ FSDP2 does not. ``torch.distributed.checkpoint.state_dict.get_model_state_dict``
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
@@ -39,6 +40,16 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while isinstance(model, DistributedDataParallel | FullyShardedDataParallel | OptimizedModule):
         model = model._orig_mod if isinstance(model, OptimizedModule) else model.module
     return model
+
+
+def own_class(model: nn.Module) -> type[nn.Module]:
+    """The class that a model was made as. FSDP2 and ``replicate`` put one in its place that they derive from it."""
+    return next(kind for kind in type(model).__mro__ if not kind.__module__.startswith("torch.distributed."))
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a name is like any of the patterns, as those of a shell."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def tied_weights(model: nn.Module) -> dict[str, str]:

@@ -6,56 +6,88 @@ step in that folder, which outranks it; weights that its adapter has no name for
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
-from torch.distributed.fsdp import FSDPModule
 
 from shardsmith.checkpoints import committed_steps
 from shardsmith.dcp.index import read_index
 from shardsmith.dcp.load import compare
 from shardsmith.errors import CheckpointNotFoundError, MismatchError
+from shardsmith.hooks.stages import names_on_all
 from shardsmith.initial.buffer_reference import Fresh
 from shardsmith.initial.live_weights import LiveWeights
-from shardsmith.initial.load import poison_weights, prove_loaded
+from shardsmith.initial.load import poison_weights, prove_loaded, prove_names
 from shardsmith.layout import step_name
+from shardsmith.names import clean_fqn, matches, own_class
 from shardsmith.ranks import Ranks
 
+from .names import RunNames
+
 log = logging.getLogger(__name__)
+
+
+class Form(Enum):
+    """What a checkpoint is, in the words of TorchTitan's settings."""
+
+    DCP = "a directory of torch.distributed.checkpoint"
+    HF = "initial_load_in_hf"
+    QUANTIZED = "initial_load_in_hf_quantized"
 
 
 class LoadWatch:
     """The loads of one run. Make it on all ranks at the same point."""
 
-    def __init__(self, config: Any, model_parts: Sequence[nn.Module], sd_adapter: Any, folder: Path) -> None:
-        """``config`` is TorchTitan's of its checkpoints, and ``folder`` where it has them."""
+    def __init__(
+        self,
+        config: Any,
+        model_parts: Sequence[nn.Module],
+        sd_adapter: Any,
+        folder: Path,
+        allow_missing: tuple[str, ...] = (),
+        allow_extra: tuple[str, ...] = (),
+    ) -> None:
+        """``config`` is TorchTitan's of its checkpoints, and ``folder`` where it has them; the patterns our options."""
         self._path: str = config.initial_load_path or ""
         self._in_hf: bool = config.initial_load_in_hf
         self._parts = list(model_parts)
         self._adapter = sd_adapter
         self._folder = folder
+        self._allowed: dict[str, Any] = {"allow_missing": allow_missing, "allow_extra": allow_extra}
         self._ranks = Ranks()
 
-    def before(self, state_dict: Mapping[str, Any], checkpoint: Path, *, from_hf: bool) -> None:
-        """TorchTitan is about to load from ``checkpoint``. All ranks; communicates through the store.
+    def before(self, state_dict: dict[str, Any], checkpoint: Path, form: Form) -> dict[str, Any]:
+        """TorchTitan is about to load from ``checkpoint``: what it is to ask for. All ranks; communicates.
 
         Raises:
-            MismatchError: what it asks for is not there, or is dropped on the way. Nothing was loaded.
+            MismatchError, InitialLoadError: what it asks for is not there, or is dropped on the way, or more is there.
+                Nothing was loaded.
             RankFailedError: the same, on all ranks.
         """
         if not self._is_initial(checkpoint):
             self._say_what_is_not_used(checkpoint)
             self._ranks.gather(f"looking at {checkpoint}", lambda: _refuse_weights_only(state_dict, checkpoint))
-            return
-        self._ranks.gather(f"looking at {checkpoint}", lambda: self._compare(state_dict, checkpoint, from_hf))
-        poison_weights(self._parts)
+            return state_dict
+        absent: list[str] = []
+        self._ranks.gather(
+            f"looking at {checkpoint}", lambda: absent.extend(self._compare(state_dict, checkpoint, form))
+        )
+        kept: list[str] = []
+        if form is Form.HF:
+            found = prove_names(self._parts, checkpoint, **self._in_files(), **self._allowed, ranks=self._ranks)
+            absent += found.missing
+            kept += self._names.leaves_out(LiveWeights(self._parts).specs)
+        poison_weights(self._parts, spare=[*absent, *kept])
+        return {name: value for name, value in state_dict.items() if name not in absent}
 
-    def after(self, checkpoint: Path, *, from_hf: bool) -> None:
+    def after(self, checkpoint: Path, form: Form) -> None:
         """It has loaded. All ranks; communicates.
 
         Raises:
@@ -64,10 +96,12 @@ class LoadWatch:
         """
         if not self._is_initial(checkpoint):
             return
-        if from_hf:
+        if form is Form.QUANTIZED:
             self._ranks.gather(f"looking at what was loaded from {checkpoint}", lambda: self._refuse_poison(checkpoint))
-        else:
-            prove_loaded(self._parts, checkpoint, fresh=self._fresh(), ranks=self._ranks)
+            log.warning("%s is quantized: that nothing was left out is proved, the values are not", checkpoint)
+            return
+        names = self._in_files() if form is Form.HF else {"fresh": self._fresh()}
+        prove_loaded(self._parts, checkpoint, **names, **self._allowed, ranks=self._ranks)
 
     def nothing_loaded(self) -> None:
         """It has loaded nothing. Raises CheckpointNotFoundError if it was told to."""
@@ -94,18 +128,34 @@ class LoadWatch:
                 " and ".join(unused),
             )
 
-    def _compare(self, state_dict: Mapping[str, Any], checkpoint: Path, from_hf: bool) -> None:
-        if from_hf:
+    def _compare(self, state_dict: Mapping[str, Any], checkpoint: Path, form: Form) -> list[str]:
+        """What the checkpoint lacks, as it may. Raises if it lacks more."""
+        if form is not Form.DCP:
             self._refuse_dropped(state_dict, checkpoint)
-        else:
-            compare(flatten_state_dict(dict(_values(state_dict)))[0], read_index(checkpoint), allow_cast=True)
+            return []
+        index = read_index(checkpoint)
+        asked = flatten_state_dict(dict(_values(state_dict)))[0]
+        absent = [n for n in asked if n not in index.tensors and matches(n, self._allowed["allow_missing"])]
+        compare({name: value for name, value in asked.items() if name not in absent}, index, allow_cast=True)
+        return absent
+
+    def _in_files(self) -> dict[str, Any]:
+        """How the tensors of a Hugging Face directory become those of the model."""
+        return {"names": self._names, "fresh": self._fresh()}
+
+    @functools.cached_property
+    def _names(self) -> RunNames:
+        """All ranks ask for it at the same point; communicates."""
+        buffers = [clean_fqn(name, part) for part in self._parts for name, _ in part.named_buffers()]
+        return RunNames(self._adapter, names_on_all(self._ranks, buffers), self._fresh())
 
     def _refuse_dropped(self, state_dict: Mapping[str, Any], checkpoint: Path) -> None:
         tensors = {name: value for name, value in state_dict.items() if isinstance(value, Tensor)}
         empty = {name: torch.empty(value.shape, dtype=value.dtype, device="meta") for name, value in tensors.items()}
         kept = self._adapter.from_hf(self._adapter.to_hf(dict(empty)))
         tied = LiveWeights(self._parts).tied
-        lost = [name for name in tensors if name not in kept and tied.get(name) not in kept]
+        buffers = {clean_fqn(name, part) for part in self._parts for name, _ in part.named_buffers()}
+        lost = [n for n in tensors if n not in kept and tied.get(n) not in kept and n not in buffers]
         if lost:
             adapter = type(self._adapter).__name__
             raise MismatchError(
@@ -133,7 +183,7 @@ class LoadWatch:
             return lambda: config.build()
         model: Any = self._parts[0]
         if hasattr(model, "model_args") and len(self._parts) == 1 and not hasattr(model, "config"):
-            kind: Any = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
+            kind: Any = own_class(model)
             return lambda: kind(model.model_args)
         return None
 

@@ -21,7 +21,7 @@ from shardsmith.layout import parse_step
 from .attached import Attached
 from .average import MODEL as AVERAGES
 from .average import STATE as COUNTERS
-from .load import LoadWatch, is_remote, newest_complete, without_absent
+from .load import Form, LoadWatch, is_remote, newest_complete, without_absent
 from .options import CheckpointHooks
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,8 @@ class HookedManager(CheckpointManager):
         dump_folder = Path(parts.get("base_folder") or ".")
         folder = dump_folder / config.folder
         if config.enable and options.prove_load:
-            self._watch = LoadWatch(config, parts["model_parts"], parts["sd_adapter"], folder)
+            allowed = tuple(options.allow_missing), tuple(options.allow_extra)
+            self._watch = LoadWatch(config, parts["model_parts"], parts["sd_adapter"], folder, *allowed)
         if options.is_idle:
             return
         if is_remote(parts.get("base_folder") or "", config.folder):
@@ -104,7 +105,7 @@ class HookedManager(CheckpointManager):
 
     def dcp_load(self, state_dict: dict[str, Any], checkpoint_id: str, *args: Any, **kwargs: Any) -> None:
         """As TorchTitan's, but looked at before and after."""
-        path, from_hf = Path(checkpoint_id), bool(kwargs.get("from_hf"))
+        path, form = Path(checkpoint_id), _form_of(kwargs)
         if self._attached is not None and AVERAGES in state_dict:
             state_dict = without_absent(state_dict, path, (AVERAGES, COUNTERS))
         watch = self._watch if _has_weights(state_dict) else None
@@ -112,10 +113,10 @@ class HookedManager(CheckpointManager):
             log.warning("%s is remote: what is loaded from there is not proved", checkpoint_id)
             watch = None
         if watch is not None:
-            watch.before(state_dict, path, from_hf=from_hf)
+            state_dict = watch.before(state_dict, path, form)
         super().dcp_load(state_dict, checkpoint_id, *args, **kwargs)
         if watch is not None:
-            watch.after(path, from_hf=from_hf)
+            watch.after(path, form)
 
     def _find_load_step(self, folder: str = "") -> int:
         """As TorchTitan's, but of steps that are marked complete, if there are any, only such."""
@@ -128,6 +129,13 @@ class HookedManager(CheckpointManager):
         """TorchTitan's counts what is incomplete, and foreign folders; with a recorder, that one removes instead."""
         if self._attached is None or self._attached.recorder is None:
             super()._purge_stale_checkpoints()
+
+
+def _form_of(options: dict[str, Any]) -> Form:
+    """What TorchTitan is told to load, in our words."""
+    if not options.get("from_hf"):
+        return Form.DCP
+    return Form.QUANTIZED if options.get("from_quantized") else Form.HF
 
 
 def _has_weights(state_dict: dict[str, Any]) -> bool:

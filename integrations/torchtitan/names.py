@@ -13,7 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from shardsmith.errors import UnsupportedFormatError, UsageError
-from shardsmith.initial.blueprint import Blueprint
+from shardsmith.initial.blueprint import Blueprint, without_weights
+from shardsmith.initial.buffer_reference import Fresh
 from shardsmith.name_maps.slices import Target
 from shardsmith.name_maps.tracing import trace
 from shardsmith.tensors import Shape, TensorSpec
@@ -101,6 +102,24 @@ class TorchTitanNames:
             if spec.shape != self._shapes.get(name, spec.shape)
         }
         return [f"{name}: {problem}" for name, problem in problems.items()]
+
+
+class RunNames(TorchTitanNames):
+    """Those of the model that a run trains."""
+
+    def __init__(self, adapter: Any, buffers: Collection[str], fresh: Fresh | None) -> None:
+        """``fresh`` makes such a model anew; None where nobody knows how."""
+        super().__init__(adapter, buffers)
+        self._fresh = fresh
+
+    def make(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Buffers that no files have, as they are in a new model."""
+        wanted = set(names)
+        if not wanted or not callable(self._fresh):
+            return {}
+        with without_weights():
+            model = self._fresh()
+        return {name: buffer for name, buffer in model.named_buffers() if name in wanted}
 
 
 class FlavorNames(TorchTitanNames):

@@ -33,6 +33,11 @@ class CheckpointHooks:
     Set by ema_decay too."""
     prove_load: bool = True
     """After an initial load, prove that the model holds what the checkpoint does, or stop and say what is wrong."""
+    allow_missing: tuple[str, ...] = ()
+    """Patterns of tensors that the checkpoint of an initial load need not have, such as "*.q_norm.weight". They keep
+    the values that the model begins with, and the proof names them."""
+    allow_extra: tuple[str, ...] = ()
+    """Patterns of tensors of that checkpoint that the model need not have."""
 
     export_interval: int | None = None
     """Write a complete Hugging Face directory every so many steps, whatever checkpoint.interval is."""
@@ -90,7 +95,7 @@ class CheckpointHooks:
 
     def _contradictions(self) -> list[str]:
         problems = []
-        ours = {field.name: getattr(self, field.name) != field.default for field in fields(self)}
+        ours = {field.name: getattr(self, field.name) not in (field.default, []) for field in fields(self)}
         if self.ema_decay is None:
             problems += [f"{name} needs ema_decay" for name in ours if name.startswith("ema_") and ours[name]]
             if self.export_models in ("ema", "both"):
@@ -98,6 +103,8 @@ class CheckpointHooks:
         if not self.exports:
             named = [name for name in ours if name.startswith("export_") and ours[name]]
             problems += [f"{name} needs export_interval or export_last" for name in named]
+        if not self.prove_load:
+            problems += [f"{name} needs prove_load" for name in ours if name.startswith("allow_") and ours[name]]
         if self.export_interval is not None and self.export_interval < 1:
             problems.append(f"export_interval={self.export_interval}: steps are whole numbers from 1 on")
         if self.export_keep is not None and self.export_keep < 1:
@@ -126,6 +133,8 @@ def _fits(value: object, hint: Any) -> bool:
         return any(_fits(value, part) for part in get_args(hint))
     if get_origin(hint) is Literal:
         return value in get_args(hint)
+    if get_origin(hint) is tuple:  # JSON and TOML have lists
+        return isinstance(value, list | tuple) and all(_fits(item, get_args(hint)[0]) for item in value)
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
@@ -137,4 +146,6 @@ def name_of(hint: Any) -> str:
         return " or ".join(map(name_of, get_args(hint)))
     if get_origin(hint) is Literal:
         return " or ".join(f'"{value}"' for value in get_args(hint))
+    if get_origin(hint) is tuple:
+        return f"list of {name_of(get_args(hint)[0])}"
     return "None" if hint is type(None) else str(hint.__name__)

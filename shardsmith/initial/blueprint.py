@@ -22,7 +22,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
 from shardsmith.errors import UnsupportedFormatError
-from shardsmith.names import clean_fqn, non_persistent_buffers, tied_weights
+from shardsmith.names import clean_fqn, non_persistent_buffers, own_class, tied_weights
 from shardsmith.tensors import TensorSpec
 
 OLD_ROTARY = r"rotary_emb\.inv_freq$"
@@ -129,7 +129,7 @@ def model_of_directory(base: Path, *, trust_remote_code: bool = False) -> Any:
 
 def twin_of(live: Any, config: Any = None) -> Any:
     """A transformers model like a live one, made ``without_weights`` from its config, or from another one."""
-    kind: Any = next(kind for kind in type(live).__mro__ if not _made_by_fsdp(kind))
+    kind: Any = own_class(live)
     dtype = next((p.dtype for p in live.parameters() if p.is_floating_point()), torch.get_default_dtype())
     with without_weights():
         return kind._from_config(copy.deepcopy(live.config if config is None else config), dtype=dtype)
@@ -153,13 +153,6 @@ def plain_config(config: Any) -> dict[str, Any]:
     """A config of transformers, with every default filled in, as JSON can say it; infinity becomes a text."""
     content: dict[str, Any] = json.loads(config.to_json_string(use_diff=False), parse_constant=str)
     return content
-
-
-def _made_by_fsdp(kind: type) -> bool:
-    """FSDP2 derives a class of its own from that of a model."""
-    from torch.distributed.fsdp import FSDPModule
-
-    return issubclass(kind, FSDPModule)
 
 
 def _specs(tensors: Mapping[str, Tensor]) -> dict[str, TensorSpec]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,12 @@ from shardsmith.initial.buffer_reference import BufferReference, Fresh, find_ref
 from shardsmith.initial.faults import EFFECTS, LoadFault
 from shardsmith.initial.live_config import compare_live_config
 from shardsmith.initial.live_weights import LiveWeights
-from shardsmith.initial.proof import Names, compare_names, prove_values
+from shardsmith.initial.proof import Names, compare_names, prove_values, specs_on_all
 from shardsmith.initial.report import InitialLoadReport
 from shardsmith.initial.source import InitialSource, read_record
 from shardsmith.model_keys import MAIN
+from shardsmith.name_maps.maps import NameMap
+from shardsmith.names import matches
 from shardsmith.ranks import Ranks
 
 log = logging.getLogger(__name__)
@@ -89,17 +90,43 @@ def prove_loaded(
     allow_missing: Sequence[str] = (),
     allow_extra: Sequence[str] = (),
     weights: str = MAIN,
+    names: NameMap | None = None,
     ranks: Ranks | None = None,
 ) -> InitialLoadReport:
     """Prove that a model, which somebody else has loaded, is that of a checkpoint. Changes nothing but buffers.
 
     All ranks call it before the first step. Arguments, communication and errors are those of ``load_initial``. Call
     ``poison_weights`` before the load, so that what it leaves out cannot be right by chance and is called by its name.
+
+    Args:
+        names: From the model to the checkpoint, where it has files of another model's names.
     """
     ranks = ranks or Ranks()
-    with _opened(Path(path), model, weights, ranks, config, fresh) as load:
-        names = compare_names(ranks, load.live, load.source, tuple(allow_missing), tuple(allow_extra))
-        return load.prove(names, repair_buffers, tuple(allow_missing), loaded=False)
+    with _opened(Path(path), model, weights, ranks, config, fresh, names, allow_missing) as load:
+        found = compare_names(ranks, load.live, load.source, tuple(allow_missing), tuple(allow_extra))
+        return load.prove(found, repair_buffers, tuple(allow_missing), loaded=False)
+
+
+def prove_names(
+    model: nn.Module | Sequence[nn.Module],
+    path: str | Path,
+    *,
+    fresh: Fresh | None = None,
+    names: NameMap | None = None,
+    allow_missing: Sequence[str] = (),
+    allow_extra: Sequence[str] = (),
+    ranks: Ranks | None = None,
+) -> Names:
+    """Prove, before somebody else loads it, that a checkpoint has the tensors of a model and no others.
+
+    All ranks call it. Arguments, communication and errors are those of ``prove_loaded``; nothing is changed.
+    """
+    ranks = ranks or Ranks()
+    with _opened(Path(path), model, MAIN, ranks, None, fresh, names, allow_missing) as load:
+        found = compare_names(ranks, load.live, load.source, tuple(allow_missing), tuple(allow_extra))
+        if found.faults:
+            raise _error(load.source.path, found.faults, "Nothing was loaded; the model is unchanged.")
+        return found
 
 
 def prove_buffers(
@@ -144,15 +171,23 @@ def poison_weights(model: nn.Module | Sequence[nn.Module], *, spare: Sequence[st
         spare: Patterns of names to leave alone.
     """
     live = LiveWeights(model)
-    live.poison(frozenset(name for name in live.specs if not _matches(name, spare)))
+    live.poison(frozenset(name for name in live.specs if not matches(name, spare)))
 
 
 @contextlib.contextmanager
 def _opened(
-    path: Path, model: nn.Module | Sequence[nn.Module], weights: str, ranks: Ranks, config: Any, fresh: Fresh | None
+    path: Path,
+    model: nn.Module | Sequence[nn.Module],
+    weights: str,
+    ranks: Ranks,
+    config: Any,
+    fresh: Fresh | None,
+    names: NameMap | None = None,
+    allow_missing: Sequence[str] = (),
 ) -> Iterator[_Load]:
     """Open the source and make the model anew, on every rank; the source is closed in the end."""
     live = LiveWeights(model)
+    specs = specs_on_all(ranks, live) if names is not None else {}
     with contextlib.ExitStack() as stack:
         made: list[_Load] = []
 
@@ -160,7 +195,11 @@ def _opened(
             source = InitialSource(path, weights)
             stack.callback(source.close)
             reference = find_reference(live, path, source.record, config, fresh)
-            source.match(live, {**reference.tied, **live.tied})
+            ties = {**reference.tied, **live.tied}
+            if names is None:
+                source.match(live, ties)
+            else:
+                source.translate(names, specs, ties, allow_missing)
             settings = compare_live_config(live, path, source.record, config)
             made.append(_Load(ranks, live, source, reference, settings))
 
@@ -239,7 +278,7 @@ class _Load:
 
 
 def _is_allowed(fault: LoadFault, allow_missing: Sequence[str]) -> bool:
-    return fault.code == "buffer-without-reference" and _matches(fault.name, allow_missing)
+    return fault.code == "buffer-without-reference" and matches(fault.name, allow_missing)
 
 
 def _error(path: Path, faults: Sequence[LoadFault], state: str) -> InitialLoadError:
@@ -251,10 +290,6 @@ def _error(path: Path, faults: Sequence[LoadFault], state: str) -> InitialLoadEr
     count = f"{len(faults)} fault{'s' if len(faults) > 1 else ''}"
     summary = f"the model is not the one in this checkpoint: {count}"
     return InitialLoadError(path, summary, [str(fault) for fault in faults], advice, [fault.code for fault in faults])
-
-
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _united(lists: list[list[Any]]) -> list[Any]:

@@ -6,7 +6,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from shardsmith.initial.live_weights import LiveWeights
 from shardsmith.initial.source import InitialSource
 from shardsmith.initial.source_digests import digest_source
 from shardsmith.metadata import dtype_name
+from shardsmith.names import matches
 from shardsmith.ranks import Ranks
 from shardsmith.tensors import TensorSpec
 
@@ -57,20 +57,25 @@ class Proof:
     untied: dict[str, str]
 
 
-def compare_names(
-    ranks: Ranks, live: LiveWeights, source: InitialSource, allow_missing: Sequence[str], allow_extra: Sequence[str]
-) -> Names:
-    """Compare names and shapes; with pipeline stages, of all ranks together. Raises what ``Ranks.agree`` raises."""
+def specs_on_all(ranks: Ranks, live: LiveWeights) -> dict[str, TensorSpec]:
+    """The tensors of the model on all ranks; these differ with pipeline stages. Raises what ``Ranks.agree`` raises."""
     found: dict[str, list[Any]] = ranks.agree(
         "comparing names",
         lambda: {name: [list(spec.shape), dtype_name(spec.dtype)] for name, spec in live.specs.items()},
         lambda parts: {name: spec for part in reversed(parts) for name, spec in part.items()},
     )
-    specs = {name: TensorSpec(name, tuple(shape), getattr(torch, dtype)) for name, (shape, dtype) in found.items()}
+    return {name: TensorSpec(name, tuple(shape), getattr(torch, dtype)) for name, (shape, dtype) in found.items()}
+
+
+def compare_names(
+    ranks: Ranks, live: LiveWeights, source: InitialSource, allow_missing: Sequence[str], allow_extra: Sequence[str]
+) -> Names:
+    """Compare names and shapes; with pipeline stages, of all ranks together. Raises what ``Ranks.agree`` raises."""
+    specs = specs_on_all(ranks, live)
     faults, missing, dtypes = [], [], {}
     for name, spec in specs.items():
         key = source.key_of(name)
-        if key is None and _matches(name, allow_missing):
+        if key is None and matches(name, allow_missing):
             missing.append(name)
         elif key is None:
             faults.append(LoadFault("missing-in-source", name, f"in the model {spec.shape}, not in the checkpoint"))
@@ -81,7 +86,7 @@ def compare_names(
             dtypes[name] = spec.dtype
     used = {source.key_of(name) for name in specs}
     unused = {name: spec for name, spec in source.specs.items() if name not in used} | source.unused
-    extra = tuple(name for name in unused if _matches(name, allow_extra))
+    extra = tuple(name for name in unused if matches(name, allow_extra))
     faults += [_extra(spec, source) for name, spec in unused.items() if name not in extra]
     return Names(dtypes, faults, tuple(missing), extra)
 
@@ -251,7 +256,3 @@ def _extra(spec: TensorSpec, source: InitialSource) -> LoadFault:
 def _casts(source: InitialSource, dtypes: Mapping[str, torch.dtype]) -> dict[str, int]:
     pairs = [(source.specs[source.key_of(name) or name].dtype, dtype) for name, dtype in dtypes.items()]
     return dict(Counter(f"{dtype_name(old)} -> {dtype_name(new)}" for old, new in pairs if old != new))
-
-
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)

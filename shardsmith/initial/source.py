@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,9 +13,10 @@ from shardsmith.formats.by_path import SHARDED, detect_checkpoint_format, open_s
 from shardsmith.initial.live_weights import LiveWeights
 from shardsmith.initial_record import InitialRecord
 from shardsmith.metadata import CheckpointMetadata, dtype_name, read_metadata
+from shardsmith.name_maps.maps import LeavesOut, MakesBuffers, NameMap
 from shardsmith.name_maps.restored import RestoredModel
 from shardsmith.name_maps.transformers import TransformersNames
-from shardsmith.names import unwrapped
+from shardsmith.names import matches, unwrapped
 from shardsmith.tensors import TensorSource, TensorSpec
 
 
@@ -65,6 +66,34 @@ class InitialSource:
         except (MismatchError, UnsupportedFormatError):
             return  # then the names are compared as they are, and every difference is said
 
+    def translate(
+        self,
+        names: NameMap,
+        specs: Mapping[str, TensorSpec],
+        ties: Mapping[str, str],
+        allow_missing: Sequence[str] = (),
+    ) -> None:
+        """Read the tensors under the names of a model that a map translates into those of the files.
+
+        Args:
+            specs: All tensors of the model, on whatever rank.
+            ties: As in ``match``.
+            allow_missing: Patterns of tensors of the model that the files need not have.
+
+        Raises:
+            MismatchError: the files lack tensors, or have them in other shapes.
+            UnsupportedFormatError: the map does not know the model.
+        """
+        self.ties = {**ties, **self.ties}
+        wanted = {name: spec for name, spec in specs.items() if name not in self.ties}
+        if allow_missing:
+            lacking = _lacking(names, wanted, self.tensors)
+            wanted = {n: spec for n, spec in wanted.items() if n not in lacking or not matches(n, allow_missing)}
+        aliases = {alias: kept for alias, kept in self.ties.items() if alias in specs and kept in wanted}
+        left_out = names.leaves_out(wanted) if isinstance(names, LeavesOut) else {}
+        made = dict(names.make(left_out)) if isinstance(names, MakesBuffers) else {}
+        self.tensors = RestoredModel(self.tensors, names, wanted, aliases, made)
+
     @property
     def unused(self) -> dict[str, TensorSpec]:
         """Tensors of the files that a model with other names has no place for."""
@@ -89,6 +118,12 @@ class InitialSource:
     def close(self) -> None:
         """Let go of the files."""
         self.tensors.close()
+
+
+def _lacking(names: NameMap, specs: Mapping[str, TensorSpec], files: TensorSource) -> set[str]:
+    """The tensors of a model of which the files do not have all."""
+    targets = names.targets(specs)
+    return {source for name, target in targets.items() if name not in files.specs for source in target.sources}
 
 
 def read_record(path: Path) -> InitialRecord | None:

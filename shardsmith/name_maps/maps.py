@@ -52,6 +52,15 @@ class LeavesOut(Protocol):
         ...
 
 
+@runtime_checkable
+class MakesBuffers(Protocol):
+    """What a ``NameMap`` has besides if it knows the values of what it leaves out."""
+
+    def make(self, names: Iterable[str]) -> Mapping[str, Tensor]:
+        """Buffers that the files have no place for, as a new model has them."""
+        ...
+
+
 def find_name_map(name: str, config: dict[str, Any] | None) -> NameMap:
     """The map that an installed package offers under this name in the entry-point group ``shardsmith.name_maps``.
 

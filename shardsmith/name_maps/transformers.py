@@ -18,6 +18,7 @@ from torch import nn
 from shardsmith.errors import UnsupportedFormatError
 from shardsmith.name_maps.slices import Target
 from shardsmith.name_maps.tracing import trace
+from shardsmith.names import own_class
 from shardsmith.tensors import TensorSpec
 
 IDENTITY_ADVICE = "To write the names as they are in memory, ask for the identity; or write a name map"
@@ -65,7 +66,7 @@ class TransformersNames:
         modeling = sys.modules.get("transformers.modeling_utils")
         if modeling is None or not isinstance(live, modeling.PreTrainedModel) or not _is_converted(live):
             return None
-        kind = next(kind for kind in type(live).__mro__ if not _made_by_fsdp(kind))
+        kind = own_class(live)
         try:
             model = _on_meta(kind, live.config)
         except Exception as error:  # whatever a class of the user's raises
@@ -115,13 +116,6 @@ def _on_meta(kind: Any, config: Any) -> Any:
     """A model without data. Leaves config and random numbers as they are."""
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         return kind._from_config(copy.deepcopy(config))
-
-
-def _made_by_fsdp(kind: type) -> bool:
-    """FSDP2 derives a class of its own from that of a model."""
-    from torch.distributed.fsdp import FSDPModule
-
-    return issubclass(kind, FSDPModule)
 
 
 def _is_converted(live: Any) -> bool:

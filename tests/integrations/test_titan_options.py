@@ -46,6 +46,8 @@ def test_an_unknown_option_is_refused_with_a_list_of_those_there_are() -> None:
         ({"ema_warmup": True, "ema_offload": True}, ["ema_warmup needs ema_decay", "ema_offload needs ema_decay"]),
         ({"export_keep": 2}, ["export_keep needs export_interval or export_last"]),
         ({"export_interval": 2, "export_models": "both"}, ['export_models="both" needs ema_decay']),
+        ({"allow_extra": "head.*"}, ["allow_extra='head.*': list of str is expected"]),
+        ({"allow_missing": ["head.*"], "prove_load": False}, ["allow_missing needs prove_load"]),
         ({"export_interval": 0}, ["export_interval=0"]),
         ({"export_last": True, "export_keep": 0}, ["export_keep=0"]),
     ],

@@ -36,6 +36,16 @@ def qwen3_small() -> Trainer.Config:
     return _on_cpu(config)
 
 
+def qwen3_small_tied() -> Trainer.Config:
+    return qwen3_small()
+
+
+def qwen3_small_without_norms() -> Trainer.Config:
+    config = qwen3.qwen3_debugmodel()
+    config.model_spec = qwen3_models.model_registry(small_models.WITHOUT_NORMS)
+    return _on_cpu(config)
+
+
 def qwen3_small_moe() -> Trainer.Config:
     config = qwen3.qwen3_moe_debug()
     config.model_spec = qwen3_models.model_registry(small_models.MOE)

@@ -1,7 +1,8 @@
 """Flavors of TorchTitan's Qwen3 in sizes for tests. Importing this registers them.
 
 ``small_moe`` has experts. ``small`` is the debugmodel with fewer layers; in 0.2 also without its tie, because FSDP2 of
-the torch that we test with refuses what TorchTitan 0.2.2 does with tied weights.
+the torch that we test with refuses what TorchTitan 0.2.2 does with tied weights. ``small_tied`` has it in both, and
+``small_without_norms`` lacks the norms of queries and keys.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torchtitan.models.qwen3 as qwen3
 
 from tests.titan.cpu import IS_0_3
 
-DENSE, MOE = "small", "small_moe"
+DENSE, MOE, TIED_DENSE, WITHOUT_NORMS = "small", "small_moe", "small_tied", "small_without_norms"
 TIED = IS_0_3
 LAYERS, EXPERTS, CHOSEN, WIDTH = 2, 8, 2, 64
 
@@ -51,11 +52,26 @@ def _dense_config(attn_backend: str) -> Any:
     return config
 
 
+def _config_without_norms(attn_backend: str) -> Any:
+    """0.3."""
+    config = _dense_config(attn_backend)
+    for layer in config.layers:
+        layer.attention.qk_norm = None
+    return config
+
+
 if IS_0_3:
-    qwen3.qwen3_configs |= {MOE: _config, DENSE: _dense_config}
+    qwen3.qwen3_configs |= {
+        MOE: _config,
+        DENSE: _dense_config,
+        TIED_DENSE: _dense_config,
+        WITHOUT_NORMS: _config_without_norms,
+    }
 else:
-    full = qwen3.qwen3_args["debugmodel"]
+    full = dataclasses.replace(qwen3.qwen3_args["debugmodel"], n_layers=LAYERS)
     qwen3.qwen3_args |= {
         MOE: _arguments(),
-        DENSE: dataclasses.replace(full, n_layers=LAYERS, enable_weight_tying=TIED),
+        DENSE: dataclasses.replace(full, enable_weight_tying=TIED),
+        TIED_DENSE: full,
+        WITHOUT_NORMS: dataclasses.replace(full, qk_norm=False),
     }

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests import dcp_directories
@@ -19,6 +20,7 @@ from tests.titan.cpu import IS_0_3, checkpoint
 from tests.titan.jobs import Assets, Job, error_of, log_of, run_jobs
 
 PROVED = "elements) equal those of"
+ALLOWED: Mapping[str, Any] = {"allow_missing": ["norm.*"], "allow_extra": ["head.*"]}
 PROVE: Mapping[str, Any] = {"prove_load": True}
 
 
@@ -101,6 +103,11 @@ def adapter_that_drops_the_last_norm() -> Iterator[None]:
         Adapter.to_hf = original
 
 
+def with_others(weights: Mapping[str, torch.Tensor], lacking: str) -> dict[str, torch.Tensor]:
+    """Weights that are not quite those of the model."""
+    return {name: value for name, value in weights.items() if name != lacking} | {"head.weight": torch.ones(3)}
+
+
 def starting_from(path: Path, run: Path, *options: str, **fields: Any) -> Job:
     options = ("--training.steps=1", f"--checkpoint.initial_load_path={path}", *options)
     return Job(run=run, hooks=fields.pop("hooks", PROVE), options=options, **fields)
@@ -130,6 +137,10 @@ def jobs(assets: Assets, start: Path, tmp_path_factory: pytest.TempPathFactory) 
     plain = dcp_directories.save(weights, root / "as files")
     nested = dcp_directories.save({"model": weights}, root / "nested files")
     in_hf = "--checkpoint.initial_load_in_hf"
+    others = dcp_directories.save(with_others(weights, "norm.weight"), root / "other files")
+    (others_in_hf := root / "others in hf").mkdir()
+    (file,) = (start / "hf" / step).glob("*.safetensors")
+    save_file(with_others(load_file(file), "model.norm.weight"), others_in_hf / "model.safetensors")
     (root / "empty folder" / "checkpoint").mkdir(parents=True)
     jobs = {
         "recorded": starting_from(start / "dcp" / step, root / "recorded"),
@@ -137,6 +148,13 @@ def jobs(assets: Assets, start: Path, tmp_path_factory: pytest.TempPathFactory) 
         "disabled": starting_from(start / "dcp" / step, root / "disabled", hooks={"prove_load": False}),
         "hf": starting_from(start / "hf" / step, root / "hf", in_hf),
         "plain": starting_from(plain, root / "plain"),
+        "hf permuted": starting_from(
+            start / "hf" / step, root / "hf permuted", in_hf, within=partial(planted, "query rows permuted")
+        ),
+        "hf with others": starting_from(others_in_hf, root / "hf with others", in_hf),
+        "hf with others allowed": starting_from(others_in_hf, root / "hf with others allowed", in_hf, hooks=ALLOWED),
+        "others": starting_from(others, root / "others"),
+        "others allowed": starting_from(others, root / "others allowed", hooks=ALLOWED),
         "nested": starting_from(nested, root / "nested"),
         "empty folder": starting_from(start / "dcp" / step, root / "empty folder"),
         "first": Job(run=root / "outranked", options=["--training.steps=2"]),
@@ -195,3 +213,23 @@ def test_a_step_that_outranks_the_initial_load_is_named(jobs: dict[str, Job]) ->
 
 def test_what_an_adapter_drops_is_named(jobs: dict[str, Job]) -> None:
     assert "norm.weight: dropped by Llama3StateDictAdapter.to_hf" in error_of(jobs["dropped"])
+
+
+def test_a_load_from_files_is_proved_value_by_value(jobs: dict[str, Job]) -> None:
+    (line,) = [line for line in log_of(jobs["hf"]).splitlines() if PROVED in line]
+    assert "(digests read from its files)" in line
+    assert "layers.3.attention" in error_of(jobs["hf permuted"])
+    assert "[values-differ]" in error_of(jobs["hf permuted"])
+
+
+def test_a_checkpoint_of_other_tensors_is_refused(jobs: dict[str, Job]) -> None:
+    assert "norm.weight: not in the checkpoint" in error_of(jobs["others"])
+    assert "model.norm.weight: not in the files" in error_of(jobs["hf with others"])
+
+
+@pytest.mark.parametrize("name", ["others allowed", "hf with others allowed"])
+def test_unless_that_is_allowed_and_then_it_is_said(jobs: dict[str, Job], name: str) -> None:
+    assert error_of(jobs[name]) == ""
+    (line,) = [line for line in log_of(jobs[name]).splitlines() if PROVED in line]
+    assert "not in the checkpoint, as allowed: norm.weight" in line
+    assert "not in the model, as allowed: head.weight" in line
