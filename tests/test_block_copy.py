@@ -6,6 +6,7 @@ import os
 import signal
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -186,7 +187,9 @@ def test_an_interrupt_leaves_no_thread_that_goes_on_writing(tmp_path: Path) -> N
 
     with pytest.raises(KeyboardInterrupt):
         copied(source, progress=interrupt)
-    assert not copying_threads()
+    deadline = time.monotonic() + 60
+    while copying_threads():  # one that was just being started when the interrupt came finds nothing to do
+        assert time.monotonic() < deadline
     assert len(steps) < 10_000
 
 

@@ -201,7 +201,7 @@ def test_an_archive_cut_off_anywhere_is_an_error(tmp_path: Path) -> None:
         read_archived_tensor(file, offset, length + 10_000)
 
 
-@settings(max_examples=500, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=500, deadline=20_000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(changes=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=5))
 def test_changed_bytes_never_cause_another_error(tmp_path: Path, changes: list[tuple[float, int]]) -> None:
     data = bytearray(archive(torch.arange(40.0).view(5, 8).t()))

@@ -280,7 +280,7 @@ def test_an_index_cut_off_anywhere_is_corrupt(real_index: bytes) -> None:
             load_dcp_index(real_index[:length], PATH)
 
 
-@settings(max_examples=600, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=600, deadline=20_000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(changes=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=6))
 def test_changed_bytes_never_cause_another_error(real_index: bytes, changes: list[tuple[float, int]]) -> None:
     data = bytearray(real_index)
@@ -291,7 +291,7 @@ def test_changed_bytes_never_cause_another_error(real_index: bytes, changes: lis
     assert not {"open", "os.system", "exec", "compile", "import"} & set(events)
 
 
-@settings(max_examples=300, deadline=2000)
+@settings(max_examples=300, deadline=20_000)
 @given(
     body=st.lists(st.sampled_from([bytes([i]) for i in range(256)] + [W, number(3), METADATA, index()]), max_size=40)
 )
