@@ -1,7 +1,8 @@
 """From a Hugging Face directory to a checkpoint to start from: ``to-dcp``, a plain copy, and what people use instead.
 
 Each runs as a process of its own, several times, in turn with the others. Times are of the whole process, imports
-included; the median is shown. Memory is the peak of anonymous memory, summed over all processes.
+included; the median is shown. Memory is the peak of anonymous memory, summed over all processes. A smaller model is
+converted, too: so it shows what is spent once, on imports, and what a GB costs.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,8 @@ from benchmarks.measure import Measurement, measure
 
 OURS = "shardsmith to-dcp"
 COPY = "cp -r, the limit"
+IMPORTS = "importing the model's class, the limit"
+_SMALLER = 4
 
 
 @dataclass(frozen=True)
@@ -40,25 +44,22 @@ def ways(ranks: int) -> tuple[Way, ...]:
         Way(f"{OURS}, {ranks} ranks", (sys.executable, *torchrun, *ours)),
         Way("from_pretrained + dcp.save", (sys.executable, "-m", "benchmarks.initial_contender", "MODEL", "OUTPUT")),
         Way(COPY, ("cp", "-r", "MODEL", "OUTPUT")),
+        Way("cp -r and fsync", ("sh", "-c", 'cp -r "$0" "$1" && sync "$1"/* "$1"', "MODEL", "OUTPUT")),
+        Way("one pass with a hash, no fsync", (sys.executable, "-m", "benchmarks.one_pass", "MODEL", "OUTPUT")),
+        Way(IMPORTS, (sys.executable, "-c", "from transformers import LlamaForCausalLM")),
     )
 
 
 def compare_initial(console: Console, work: Path, parameters: int, ranks: int, runs: int) -> dict[str, Any]:
     """Make a model directory, convert it in each way in turn, print the table; the figures."""
-    model, output = work / "model", work / "output"
-    console.print(f"saving a bfloat16 Llama of about {parameters / 1e6:.0f} M parameters in {work}")
-    make = [sys.executable, "-m", "benchmarks.initial_contender", "--make", str(model), str(parameters)]
-    subprocess.run(make, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    nbytes = sum(file.stat().st_size for file in model.iterdir())
-    results: dict[str, list[Measurement]] = {way.name: [] for way in ways(ranks)}
-    for turn in range(runs):
-        for way in ways(ranks):
-            places = {"MODEL": str(model), "OUTPUT": str(output)}
-            found = measure([places.get(word, word) for word in way.command])
-            results[way.name].append(found)
-            console.print(f"run {turn + 1}: {way.name}: {found.seconds:.2f} s", highlight=False)
-            shutil.rmtree(output)
+    model, small = _make(console, work / "model", parameters), _make(console, work / "small", parameters // _SMALLER)
+    nbytes = _size(model)
+    results = _run_all(console, ways(ranks), model, runs)
+    both = [way for way in ways(ranks) if way.name in (OURS, COPY)]
+    smaller = _run_all(console, both, small, runs)
+    sizes = (nbytes, _size(small))
     shutil.rmtree(model)
+    shutil.rmtree(small)
     console.print(_table(results, nbytes))
     per_rank = _median(results[f"{OURS}, {ranks} ranks"], "peak_bytes") / ranks
     bound = 1.2 * nbytes / ranks + 300e6
@@ -67,15 +68,51 @@ def compare_initial(console: Console, work: Path, parameters: int, ranks: int, r
         f"anonymous memory of a rank: {per_rank / 1e6:.0f} MB; the aim is at most 1.2 x its shard + 300 MB = "
         f"{bound / 1e6:.0f} MB. Time against a copy: {against_copy:.1f}x; the aim is at most 2x"
     )
-    return {name: [vars(measurement) for measurement in found] for name, found in results.items()}
+    once, each = _fit([_median(found[OURS], "seconds") for found in (results, smaller)], sizes)
+    _, copied = _fit([_median(found[COPY], "seconds") for found in (results, smaller)], sizes)
+    reached = f"so twice a copy from about {once / (2 * copied - each):.0f} GB on" if each < 2 * copied else ""
+    console.print(f"{OURS}: {once:.1f} s and {each:.2f} s a GB; a copy: {copied:.2f} s a GB; {reached}")
+    named = {**results, **{f"{name}, {sizes[1]} bytes": found for name, found in smaller.items()}}
+    return {name: [vars(measurement) for measurement in found] for name, found in named.items()}
+
+
+def _make(console: Console, model: Path, parameters: int) -> Path:
+    console.print(f"saving a bfloat16 Llama of about {parameters / 1e6:.0f} M parameters in {model}")
+    command = [sys.executable, "-m", "benchmarks.initial_contender", "--make", str(model), str(parameters)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return model
+
+
+def _size(directory: Path) -> int:
+    return sum(file.stat().st_size for file in directory.iterdir())
+
+
+def _run_all(console: Console, chosen: Sequence[Way], model: Path, runs: int) -> dict[str, list[Measurement]]:
+    """Each way in turn, ``runs`` times round, so that a slow moment of the machine hits all alike."""
+    places = {"MODEL": str(model), "OUTPUT": str(model.with_name("output"))}
+    results: dict[str, list[Measurement]] = {way.name: [] for way in chosen}
+    for turn in range(runs):
+        for way in chosen:
+            found = measure([places.get(word, word) for word in way.command])
+            results[way.name].append(found)
+            console.print(f"run {turn + 1}: {way.name}: {found.seconds:.2f} s", highlight=False)
+            shutil.rmtree(places["OUTPUT"], ignore_errors=True)
+    return results
+
+
+def _fit(seconds: Sequence[float], sizes: Sequence[int]) -> tuple[float, float]:
+    """Seconds that are spent once, and those that each GB takes, from two sizes."""
+    each = (seconds[0] - seconds[1]) / (sizes[0] - sizes[1])
+    return seconds[0] - each * sizes[0], each * 1e9
 
 
 def _table(results: dict[str, list[Measurement]], nbytes: int) -> Table:
-    table = Table("way", "seconds", "times ours", "peak memory", title=f"{nbytes / 1e9:.2f} GB in")
+    table = Table("way", "seconds", "times ours", "CPU seconds", "peak memory", title=f"{nbytes / 1e9:.2f} GB in")
     ours = _median(results[OURS], "seconds")
     for name, found in results.items():
         seconds, memory = _median(found, "seconds"), _median(found, "peak_bytes")
-        table.add_row(name, f"{seconds:.2f}", f"{seconds / ours:.1f}x", f"{memory / 1e6:.0f} MB")
+        cpu = _median(found, "cpu_seconds")
+        table.add_row(name, f"{seconds:.2f}", f"{seconds / ours:.1f}x", f"{cpu:.1f}", f"{memory / 1e6:.0f} MB")
     return table
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -18,11 +19,13 @@ class Measurement:
     seconds: float
     peak_bytes: int
     """Most anonymous memory at any moment, the command's children included."""
+    cpu_seconds: float
+    """Of all processors, the command's children included: what other work on the machine does not change much."""
 
 
 def measure(command: Sequence[str]) -> Measurement:
     """Run a command to its end. Raises CalledProcessError if it fails."""
-    began = time.perf_counter()
+    began, cpu = time.perf_counter(), _cpu_seconds()
     process = subprocess.Popen(command)
     peak = 0
     while process.poll() is None:
@@ -31,7 +34,13 @@ def measure(command: Sequence[str]) -> Measurement:
     seconds = time.perf_counter() - began
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, list(command))
-    return Measurement(seconds, peak)
+    return Measurement(seconds, peak, _cpu_seconds() - cpu)
+
+
+def _cpu_seconds() -> float:
+    """Of the children that have ended so far."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _family(pid: int) -> Iterator[int]:
