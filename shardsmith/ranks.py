@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import json
 import logging
+import sys
 import time
 import warnings
 from collections.abc import Callable, Generator
@@ -18,7 +19,6 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
 
 from shardsmith.errors import RankFailedError, RanksDisagreeError, RankTimeoutError
 
@@ -225,9 +225,15 @@ def _attempt(phase: str, body: Callable[[], T]) -> tuple[_Outcome, BaseException
     """Run ``body``; an error becomes an outcome, so that this rank can still tell the others."""
     try:
         return _Outcome(phase, body()), None
-    except (Exception, CheckpointException) as error:  # the latter is no Exception
+    except _failures() as error:
         log.debug("failed", exc_info=True)
         return _Outcome(phase, error=f"{type(error).__name__}: {error}"), error
+
+
+def _failures() -> tuple[type[BaseException], ...]:
+    """What a phase may fail with: torch's own error of a checkpoint is no Exception, and half a second to import."""
+    checkpoint = sys.modules.get("torch.distributed.checkpoint.api")
+    return (Exception, checkpoint.CheckpointException) if checkpoint else (Exception,)
 
 
 def _own_connection() -> Any:

@@ -20,6 +20,7 @@ from torch.distributed.fsdp import fully_shard
 
 from shardsmith.cli import main
 from shardsmith.commit import sweep
+from shardsmith.conversion import write_plan
 from shardsmith.dcp.source import DcpSource
 from shardsmith.digest import digest_tensor
 from shardsmith.initial_record import config_hash
@@ -210,8 +211,15 @@ def test_a_head_that_cannot_be_is_refused(
 
 
 def run_conversions(models: Path, output: Path) -> None:
-    for kind in ("tied", "experts"):
-        to_dcp(models / f"{kind}-parts", output / kind)
+    planned = []
+    plan = write_plan._planned
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(write_plan, "_planned", lambda *args: planned.append(args) or plan(*args))
+        to_dcp(models / "tied-parts", output / "tied")
+        to_dcp(models / "tied-parts", output / "nested", "--layout", "nested", "--dtype", "float32")
+        assert len(planned) == (2 if dist.get_rank() == 0 else 0), "the others are told"
+        to_dcp(models / "experts-parts", output / "experts")
+        assert len(planned) == (3 if dist.get_rank() == 0 else 1), "experts are fused, so each makes the model"
     assert dist.is_initialized(), "the group of the caller is left alone"
 
 
@@ -223,6 +231,8 @@ def test_ranks_share_the_writing_and_make_the_same_checkpoint(models: Path, outp
         alone = read_metadata(to_dcp(models / kind, tmp_path / kind))
         together = read_metadata(output / kind)
         assert (together.tensors, together.world_size) == (alone.tensors, 2)
+    nested = {f"model.{name}": value.float() for name, value in fresh("tied").state_dict().items()}
+    assert_same(tensors_of(output / "nested"), nested)
 
 
 def run_failing(model: Path, output: Path) -> None:

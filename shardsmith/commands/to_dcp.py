@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from shardsmith.commands.options import Dtype, choose_names
+
+if TYPE_CHECKING:
+    from shardsmith.conversion.counts import Count
+    from shardsmith.conversion.write_plan import WritePlan
 
 
 def to_dcp(
@@ -64,11 +68,8 @@ def to_dcp(
         if not dry_run and names is None:
             early = stack.enter_context(early_writing(find_model(model), checkpoint, choice))
 
-        from shardsmith.conversion import (
-            report as conversion_report,  # these take seconds, in which the first shards are written
-        )
-        from shardsmith.conversion.plan import ConversionOptions, plan_conversion
         from shardsmith.conversion.write import convert
+        from shardsmith.conversion.write_plan import ConversionOptions, plan_on_ranks
         from shardsmith.torchrun.group import joined_ranks
 
         options = ConversionOptions(
@@ -81,18 +82,29 @@ def to_dcp(
             seed=seed,
         )
         ranks = stack.enter_context(joined_ranks())
-        plan = plan_conversion(model, checkpoint, options)
+        plan = plan_on_ranks(ranks, model, checkpoint, options)  # takes seconds, in which the first shards are written
         quiet = quiet or not ranks.is_leader
         if dry_run:
             plan.close()
             if not quiet:
-                conversion_report.print_plan(plan)
+                _report(plan, None)
             return 0
         with report.bytes_bar(checkpoint.name, plan.nbytes, quiet=quiet) as progress:
             counts = convert(plan, ranks, progress, early)
     if not quiet:
-        conversion_report.print_result(plan, counts)
+        _report(plan, counts)
     return 0 if all(count.is_right for count in counts) else 1
+
+
+def _report(plan: WritePlan, counts: list[Count] | None) -> None:
+    from shardsmith.conversion import report
+    from shardsmith.conversion.plan import ConversionPlan
+
+    assert isinstance(plan, ConversionPlan), "rank 0 makes the plan, and speaks"
+    if counts is None:
+        report.print_plan(plan)
+    else:
+        report.print_result(plan, counts)
 
 
 def _names_of(layout: str, titan_model: str | None, titan_flavor: str | None) -> str | None:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from shardsmith.conversion.plan import ConversionPlan
 from shardsmith.tensors import TensorSpec
+
+if TYPE_CHECKING:
+    from shardsmith.conversion.plan import ConversionPlan
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,6 +40,8 @@ class ConversionModel:
     """How the names of the files became these."""
     ignored: tuple[str, ...]
     """Tensors of the files that the model does without."""
+    files: Mapping[str, str] | None = None
+    """Name of each tensor to be written -> its name in the files, where each is there as it is; else None."""
     note: str = ""
     """What a user should know."""
 
@@ -81,10 +83,10 @@ def open_conversion_model(
     except UnsupportedFormatError as error:
         return _unknown(files, directory, str(error))
     blueprint = describe(model)
-    files = _prefixed(files, blueprint, getattr(model, "base_model_prefix", ""))
+    as_saved, files = files, _prefixed(files, blueprint, getattr(model, "base_model_prefix", ""))
     missing = _differences(files.specs, blueprint)
     if not missing:
-        return _identity(files, blueprint)
+        return _identity(files, blueprint, {} if files is as_saved else files.keys)
     converted = _transformers_names(directory, files)
     if converted is None:
         raise _mismatch(directory, missing)
@@ -105,8 +107,12 @@ def _prefixed(files: ModelSource, blueprint: Blueprint, prefix: str) -> ModelSou
     return ModelSource(files, names, filled=frozenset(), aliases={})
 
 
-def _identity(files: ModelSource, blueprint: Blueprint) -> ConversionModel:
-    """Every tensor of the model is in the files under its own name, or under that of a tie."""
+def _identity(files: ModelSource, blueprint: Blueprint, saved: Mapping[str, str]) -> ConversionModel:
+    """Every tensor of the model is in the files under its own name, or under that of a tie.
+
+    Args:
+        saved: Name that it was saved by, where that is another.
+    """
     stored, tied = {}, {}
     for name in blueprint.state_dict:
         kept = blueprint.tied.get(name)
@@ -118,7 +124,14 @@ def _identity(files: ModelSource, blueprint: Blueprint) -> ConversionModel:
     unused = tuple(name for name in files.specs if name not in stored.values() and name not in tied)
     specs = {name: _renamed(files.specs[other], name) for name, other in stored.items()}
     return ConversionModel(
-        source=files, stored=stored, specs=specs, tied=tied, blueprint=blueprint, names="identity", ignored=unused
+        source=files,
+        stored=stored,
+        specs=specs,
+        tied=tied,
+        blueprint=blueprint,
+        names="identity",
+        ignored=unused,
+        files={name: saved.get(other, other) for name, other in stored.items()},
     )
 
 
@@ -158,6 +171,7 @@ def _unknown(files: ModelSource, directory: Path, reason: str) -> ConversionMode
         blueprint=None,
         names="identity",
         ignored=(),
+        files={name: name for name in names},
         note=f"names and counts are those of the files; no model was made to compare them with: {reason}",
     )
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from shardsmith.commit import refuse_existing
-from shardsmith.conversion.heads import Head, HeadType, future_predictor, make_head, parse_extra_module
+from shardsmith.conversion.heads import Head, future_predictor, make_head, parse_extra_module
 from shardsmith.conversion.model import ConversionModel, open_conversion_model
 from shardsmith.conversion.model_directory import find_model, hash_tokenizer
-from shardsmith.dcp.shard_files import PlannedChunk, Stream, plan_chunks
+from shardsmith.conversion.write_plan import ConversionOptions, Layout, WritePlan
+from shardsmith.dcp.shard_files import Stream, plan_chunks
 from shardsmith.dtypes import cast_specs
 from shardsmith.errors import UsageError
 from shardsmith.export.hf_directory import CONFIG_FILE, protect, read_config
@@ -23,54 +24,18 @@ from shardsmith.metadata import dtype_name
 from shardsmith.model_keys import NOT_A_MODEL
 from shardsmith.tensors import TensorSpec
 
-Layout = Literal["flat", "nested"]
 _NESTED = "model"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ConversionOptions:
-    """How to make a checkpoint to start from."""
+class ConversionPlan(WritePlan):
+    """A checkpoint to be made, and all that is known of its model."""
 
-    dtype: torch.dtype | None = None
-    """Of floating-point tensors; None keeps that of the files."""
-    layout: Layout = "flat"
-    names: str | None = None
-    """Name map of the model that is to train, if it is not that of the directory's config: "torchtitan:llama3/8B"."""
-    trust_remote_code: bool = False
-    future_predictor: HeadType | None = None
-    """Type of the head, or None without one."""
-    extra_modules: tuple[str, ...] = ()
-    """``pkg.mod:factory={...}``."""
-    seed: int = 0
-    """Of the heads' random values."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ConversionPlan:
-    """A checkpoint to be made."""
-
-    output: Path
     directory: Path
     """Of the model."""
     model: ConversionModel
     heads: tuple[Head, ...]
-    streams: Mapping[str, Stream]
-    """By key."""
-    chunks: Sequence[PlannedChunk]
-    aliases: Mapping[str, str]
-    """Key of a tied tensor -> the key that it is the same as."""
-    containers: Mapping[str, tuple[str, ...]]
-    """Where each key lies in the nested state dict, if it does."""
     initial: InitialRecord
-
-    @property
-    def nbytes(self) -> int:
-        """Of all tensors, tied ones once."""
-        return sum(stream.spec.nbytes for stream in self.streams.values())
-
-    def close(self) -> None:
-        """Let go of the model's files."""
-        self.model.source.close()
 
 
 def plan_conversion(model: str, output: Path, options: ConversionOptions) -> ConversionPlan:
@@ -96,8 +61,11 @@ def plan_conversion(model: str, output: Path, options: ConversionOptions) -> Con
     prefix = f"{_NESTED}." if options.layout == "nested" else ""
     placed = {prefix + name: _renamed(stream, prefix + name) for name, stream in streams.items()}
     names = [*streams, *found.tied]
+    stored = {prefix + name: found.files[name] for name in specs} if found.files is not None and not heads else None
     return ConversionPlan(
         output=output,
+        source=found.source,
+        stored=stored,
         directory=directory,
         model=found,
         heads=tuple(heads),

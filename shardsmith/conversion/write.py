@@ -15,7 +15,7 @@ from shardsmith import layout
 from shardsmith.commit import Attempt, require_space, sweep, write_file
 from shardsmith.conversion.counts import Count, count_tensors
 from shardsmith.conversion.early_writing import EarlyWriting
-from shardsmith.conversion.plan import ConversionPlan
+from shardsmith.conversion.write_plan import WritePlan
 from shardsmith.dcp.index_writer import write_index
 from shardsmith.dcp.shard_files import Place, Written, divide, write_shard_files
 from shardsmith.dcp.source import DcpSource
@@ -26,7 +26,7 @@ from shardsmith.record.description import Measured, describe
 
 
 def convert(
-    plan: ConversionPlan,
+    plan: WritePlan,
     ranks: Ranks,
     progress: Callable[[int], None] | None = None,
     early: EarlyWriting | None = None,
@@ -61,7 +61,7 @@ def convert(
             unfinished.__exit__()
 
 
-def _begin(plan: ConversionPlan, attempt: list[Attempt], early: EarlyWriting | None) -> str:
+def _begin(plan: WritePlan, attempt: list[Attempt], early: EarlyWriting | None) -> str:
     if early is not None:
         attempt.append(early.attempt)
         return early.attempt.id
@@ -72,7 +72,7 @@ def _begin(plan: ConversionPlan, attempt: list[Attempt], early: EarlyWriting | N
 
 
 def _write(
-    plan: ConversionPlan,
+    plan: WritePlan,
     directory: Path,
     ranks: Ranks,
     progress: Callable[[int], None] | None,
@@ -91,8 +91,11 @@ def _write(
     return {**written.measured.to_plain(), "places": {i: asdict(place) for i, place in written.places.items()}}
 
 
-def _commit(plan: ConversionPlan, attempt: Attempt, parts: list[dict[str, Any]], world_size: int) -> list[Count]:
+def _commit(plan: WritePlan, attempt: Attempt, parts: list[dict[str, Any]], world_size: int) -> list[Count]:
     """On rank 0: index, manifest, a look at what is there, rename."""
+    from shardsmith.conversion.plan import ConversionPlan
+
+    assert isinstance(plan, ConversionPlan), "rank 0 makes the plan"
     directory = attempt.directory
     measured = Measured.merge(parts)
     places = {int(i): Place(**place) for part in parts for i, place in part["places"].items()}
@@ -127,7 +130,7 @@ def _commit(plan: ConversionPlan, attempt: Attempt, parts: list[dict[str, Any]],
     return counts
 
 
-def _fingerprint(plan: ConversionPlan) -> str:
+def _fingerprint(plan: WritePlan) -> str:
     specs = [[key, list(stream.spec.shape), str(stream.spec.dtype)] for key, stream in plan.streams.items()]
     text = json.dumps([specs, sorted(plan.aliases.items()), sorted(plan.containers)])
     return str(xxhash.xxh3_128_hexdigest(text.encode()))
