@@ -19,7 +19,7 @@ from shardsmith.ranks import Ranks
 
 from .assets import find_base_model
 from .average import average_states
-from .inner import InnerNames
+from .inner import InnerNames, refuse_replaced
 from .names import TorchTitanNames
 from .options import CheckpointHooks
 
@@ -159,6 +159,7 @@ def _export_folder(options: CheckpointHooks, dump_folder: Path, folder: Path) ->
 
 def _names(sd_adapter: Any, model: nn.Module, ranks: Ranks) -> str | NameMap:
     """How the weights are called in files: through TorchTitan's adapter, where the model has one. Communicates."""
+    refuse_replaced(model)
     if sd_adapter is None:
         return InnerNames.of(model) or "auto"
     buffers = [clean_fqn(name, model) for name, _ in model.named_buffers()]

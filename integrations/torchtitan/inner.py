@@ -1,18 +1,78 @@
-"""The names of a transformers model that lies inside a module of TorchTitan's, as in 0.2's backend of that name."""
+"""The names of a transformers model that lies inside a module of TorchTitan's, as in its backend of that name."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Self
+from pathlib import Path
+from typing import Any, Self
 
 from torch import nn
 
+from shardsmith.dcp.index import read_index
+from shardsmith.errors import UsageError
+from shardsmith.initial.blueprint import twin_of
+from shardsmith.initial.source import read_record
+from shardsmith.model_keys import MAIN, find_models
 from shardsmith.name_maps.maps import NameMap
 from shardsmith.name_maps.slices import Joined, Slice, Target
 from shardsmith.name_maps.transformers import TransformersNames
+from shardsmith.names import clean_fqn, own_class
 from shardsmith.tensors import TensorSpec
+
+
+def find_held(model: nn.Module) -> tuple[str, Any] | None:
+    """The model of transformers that a module is nothing but a holder of, and the attribute that holds it."""
+    modeling = sys.modules.get("transformers.modeling_utils")
+    children = model._modules  # what named_children says 0.3's holder makes up
+    if modeling is None or len(children) != 1 or isinstance(model, modeling.PreTrainedModel):
+        return None
+    ((attribute, inner),) = children.items()
+    return (attribute, inner) if isinstance(inner, modeling.PreTrainedModel) else None
+
+
+def held_alone(parts: Sequence[nn.Module], checkpoint: Path) -> list[nn.Module]:
+    """The models of transformers without their holders, if a DCP directory calls the tensors as these do; else none.
+
+    So it does if to-dcp made it with ``--layout nested``, where TorchTitan finds its own names.
+    """
+    held = [one[1] for part in parts if (one := find_held(part)) is not None]
+    index = read_index(checkpoint)
+    names = find_models(index.tensors, index.containers).get(MAIN, {}).keys()
+    as_held = all(name in names for part in parts for name in part.state_dict())
+    return held if len(held) == len(parts) and not as_held else []
+
+
+def refuse_replaced(model: nn.Module) -> None:
+    """Raise UsageError if modules of a held model are not those of transformers, so that nobody knows their names.
+
+    0.3 puts mixtures of experts of its own in the place of theirs.
+    """
+    if (held := find_held(model)) is None:
+        return
+    known = {clean_fqn(name) for name in twin_of(held[1]).state_dict()}
+    strange = [name for name in map(clean_fqn, held[1].state_dict()) if name not in known]
+    if strange:
+        kind = own_class(held[1]).__name__
+        raise UsageError(
+            f"checkpoint_hooks: TorchTitan has put {len(strange)} tensors into {kind} that transformers does not have "
+            f"there, {strange[0]} for one: what is exported would not load. Export nothing of it"
+        )
+
+
+def recorded_config(checkpoint: Path) -> Any:
+    """The config that to-dcp recorded, in the class that transformers has for it; None without one."""
+    record = read_record(checkpoint)
+    if record is None or record.config is None:
+        return None
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(**record.config)
+
+
+BACKEND = "transformers_modeling_backend"
+"""How TorchTitan calls its own."""
 
 
 class InnerNames:
@@ -26,14 +86,8 @@ class InnerNames:
     @classmethod
     def of(cls, model: nn.Module) -> Self | None:
         """For a module that is nothing but a holder of a model of transformers; None for any other."""
-        modeling = sys.modules.get("transformers.modeling_utils")
-        children = dict(model.named_children())
-        if modeling is None or len(children) != 1 or isinstance(model, modeling.PreTrainedModel):
-            return None
-        ((attribute, inner),) = children.items()
-        if not isinstance(inner, modeling.PreTrainedModel):
-            return None
-        return cls(attribute, TransformersNames.of_model(inner))
+        held = find_held(model)
+        return None if held is None else cls(held[0], TransformersNames.of_model(held[1]))
 
     def targets(self, specs: Mapping[str, TensorSpec]) -> dict[str, Target]:
         """As ``NameMap.targets``."""

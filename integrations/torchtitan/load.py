@@ -24,12 +24,14 @@ from shardsmith.errors import CheckpointNotFoundError, MismatchError
 from shardsmith.hooks.stages import names_on_all
 from shardsmith.initial.buffer_reference import Fresh
 from shardsmith.initial.live_weights import LiveWeights
-from shardsmith.initial.load import poison_weights, prove_loaded, prove_names
+from shardsmith.initial.load import poison_weights, prove_buffers, prove_loaded, prove_names
 from shardsmith.layout import step_name
 from shardsmith.names import clean_fqn, matches, own_class
 from shardsmith.ranks import Ranks
 
+from .inner import held_alone, recorded_config
 from .names import RunNames
+from .options import CheckpointHooks
 
 log = logging.getLogger(__name__)
 
@@ -51,16 +53,16 @@ class LoadWatch:
         model_parts: Sequence[nn.Module],
         sd_adapter: Any,
         folder: Path,
-        allow_missing: tuple[str, ...] = (),
-        allow_extra: tuple[str, ...] = (),
+        options: CheckpointHooks,
     ) -> None:
-        """``config`` is TorchTitan's of its checkpoints, and ``folder`` where it has them; the patterns our options."""
+        """``config`` is TorchTitan's of its checkpoints, and ``folder`` where it has them."""
         self._path: str = config.initial_load_path or ""
         self._in_hf: bool = config.initial_load_in_hf
         self._parts = list(model_parts)
         self._adapter = sd_adapter
         self._folder = folder
-        self._allowed: dict[str, Any] = {"allow_missing": allow_missing, "allow_extra": allow_extra}
+        self._allowed: dict[str, Any] = {"allow_missing": options.allow_missing, "allow_extra": options.allow_extra}
+        self._repair = options.repair_buffers
         self._ranks = Ranks()
 
     def before(self, state_dict: dict[str, Any], checkpoint: Path, form: Form) -> dict[str, Any]:
@@ -95,13 +97,17 @@ class LoadWatch:
             MismatchError: tensors were left out.
         """
         if not self._is_initial(checkpoint):
+            self._prove_buffers(checkpoint)
             return
         if form is Form.QUANTIZED:
             self._ranks.gather(f"looking at what was loaded from {checkpoint}", lambda: self._refuse_poison(checkpoint))
+            self._prove_buffers(checkpoint)
             log.warning("%s is quantized: that nothing was left out is proved, the values are not", checkpoint)
             return
-        names = self._in_files() if form is Form.HF else {"fresh": self._fresh()}
-        prove_loaded(self._parts, checkpoint, **names, **self._allowed, ranks=self._ranks)
+        parts, how = self._parts, self._in_files() if form is Form.HF else {"fresh": self._fresh()}
+        if form is Form.DCP and (held := held_alone(parts, checkpoint)):
+            parts, how = held, {"config": recorded_config(checkpoint)}
+        prove_loaded(parts, checkpoint, **how, **self._allowed, repair_buffers=self._repair, ranks=self._ranks)
 
     def nothing_loaded(self) -> None:
         """It has loaded nothing. Raises CheckpointNotFoundError if it was told to."""
@@ -112,6 +118,13 @@ class LoadWatch:
                 f"holds no checkpoint, but because it exists TorchTitan has ignored {wanted}: the run would start from "
                 "random weights. Nothing was loaded; remove the empty folder",
             )
+
+    def _prove_buffers(self, checkpoint: Path) -> None:
+        """No checkpoint holds the non-persistent ones. Raises InitialLoadError if they are wrong and stay so."""
+        how: dict[str, Any] = {"fresh": self._fresh(), "repair_buffers": self._repair, "ranks": self._ranks}
+        repaired = prove_buffers(self._parts, checkpoint, **how, allow_missing=self._allowed["allow_missing"])
+        if repaired and self._ranks.is_leader:
+            log.warning("non-persistent buffers were wrong and were repaired: %s", ", ".join(repaired))
 
     def _is_initial(self, checkpoint: Path) -> bool:
         """Whether it is one to start from: somewhere else, or step 0, of which TorchTitan loads the model only."""

@@ -43,8 +43,7 @@ class HookedManager(CheckpointManager):
         dump_folder = Path(parts.get("base_folder") or ".")
         folder = dump_folder / config.folder
         if config.enable and options.prove_load:
-            allowed = tuple(options.allow_missing), tuple(options.allow_extra)
-            self._watch = LoadWatch(config, parts["model_parts"], parts["sd_adapter"], folder, *allowed)
+            self._watch = LoadWatch(config, parts["model_parts"], parts["sd_adapter"], folder, options)
         if options.is_idle:
             return
         if is_remote(parts.get("base_folder") or "", config.folder):

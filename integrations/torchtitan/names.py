@@ -15,17 +15,19 @@ from torch import Tensor
 from shardsmith.errors import UnsupportedFormatError, UsageError
 from shardsmith.initial.blueprint import Blueprint, without_weights
 from shardsmith.initial.buffer_reference import Fresh
+from shardsmith.name_maps.maps import NameMap
 from shardsmith.name_maps.slices import Target
 from shardsmith.name_maps.tracing import trace
 from shardsmith.tensors import Shape, TensorSpec
 
+from .inner import BACKEND, InnerNames
 from .models import TitanModel, build_titan_model
 
 _RIGHT_MODEL = "Is it the right model, and the right version of TorchTitan?"
 _TIES = ("enable_weight_tying", "tie_word_embeddings")
 
 
-def torchtitan_names(config: dict[str, Any] | None, title: str = "") -> FlavorNames:
+def torchtitan_names(config: dict[str, Any] | None, title: str = "") -> NameMap:
     """The entry point: ``--names torchtitan:MODEL/FLAVOR``.
 
     Raises:
@@ -33,6 +35,8 @@ def torchtitan_names(config: dict[str, Any] | None, title: str = "") -> FlavorNa
     """
     if not title:
         raise UsageError("which of TorchTitan's models is it? --titan_model llama3 --titan_flavor debugmodel")
+    if title.partition("/")[0] == BACKEND:
+        return InnerNames("model", None)  # a model of transformers, whatever its flavor
     titan = build_titan_model(title)
     _compare_heads(titan, config or {})
     return FlavorNames(titan)

@@ -33,6 +33,9 @@ class CheckpointHooks:
     Set by ema_decay too."""
     prove_load: bool = True
     """After an initial load, prove that the model holds what the checkpoint does, or stop and say what is wrong."""
+    repair_buffers: bool = False
+    """After a load, overwrite non-persistent buffers that are wrong with those of a model made anew, and say so. False:
+    stop instead."""
     allow_missing: tuple[str, ...] = ()
     """Patterns of tensors that the checkpoint of an initial load need not have, such as "*.q_norm.weight". They keep
     the values that the model begins with, and the proof names them."""
@@ -104,7 +107,8 @@ class CheckpointHooks:
             named = [name for name in ours if name.startswith("export_") and ours[name]]
             problems += [f"{name} needs export_interval or export_last" for name in named]
         if not self.prove_load:
-            problems += [f"{name} needs prove_load" for name in ours if name.startswith("allow_") and ours[name]]
+            named = [name for name in ours if name.startswith(("allow_", "repair_")) and ours[name]]
+            problems += [f"{name} needs prove_load" for name in named]
         if self.export_interval is not None and self.export_interval < 1:
             problems.append(f"export_interval={self.export_interval}: steps are whole numbers from 1 on")
         if self.export_keep is not None and self.export_keep < 1:

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PreTrainedConfig
 
+from shardsmith.errors import UsageError
 from shardsmith.hooks import HFExport, at
-from shardsmith.integrations.torchtitan.inner import InnerNames
+from shardsmith.integrations.torchtitan.inner import InnerNames, refuse_replaced
 
 SMALL = {
     "vocab_size": 32,
@@ -52,6 +53,14 @@ def test_a_held_model_is_exported_as_itself(config: PreTrainedConfig, tmp_path: 
     expected = model.state_dict()
     assert found.state_dict().keys() == expected.keys()
     assert all(torch.equal(value, expected[name]) for name, value in found.state_dict().items())
+
+
+def test_modules_that_the_trainer_has_put_into_it_are_refused() -> None:
+    holder = Holder(AutoModelForCausalLM.from_config(LlamaConfig(**SMALL)))
+    refuse_replaced(holder)
+    holder.model.model.layers[0].mlp = nn.ModuleDict({"routed_experts": nn.Linear(2, 2)})
+    with pytest.raises(UsageError, match=r"LlamaForCausalLM .* model\.layers\.0\.mlp\.routed_experts\.weight for one"):
+        refuse_replaced(holder)
 
 
 def test_other_models_are_not_taken_for_such() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torchtitan.experiments.transformers_modeling_backend.config_registry as transformers_models
 import torchtitan.models.llama3.config_registry as llama3
 import torchtitan.models.qwen3 as qwen3_models
 import torchtitan.models.qwen3.config_registry as qwen3
@@ -44,6 +45,12 @@ def qwen3_small_without_norms() -> Trainer.Config:
     config = qwen3.qwen3_debugmodel()
     config.model_spec = qwen3_models.model_registry(small_models.WITHOUT_NORMS)
     return _on_cpu(config)
+
+
+def transformers_backend() -> Trainer.Config:
+    config = transformers_models.transformers_modeling_backend_full()
+    config.training.disable_cuda_graphs = True
+    return config
 
 
 def qwen3_small_moe() -> Trainer.Config:

@@ -29,6 +29,7 @@ OVERRIDE = "shardsmith.integrations.torchtitan.checkpoint_hooks"
 PRELOADED = [
     "tests.titan.jobs",
     "tests.titan.small_models",
+    "tests.titan.backend",
     "shardsmith.integrations.torchtitan.manager",
     *(["tests.titan.configs", "shardsmith.integrations.torchtitan.manager_0_3"] if IS_0_3 else []),
 ]

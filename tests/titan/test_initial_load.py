@@ -60,19 +60,23 @@ FAULTS: dict[str, tuple[Callable[[nn.Module], None], list[str]]] = {
 
 
 @contextlib.contextmanager
-def planted(name: str) -> Iterator[None]:
+def planted_by(change: Callable[[nn.Module], None]) -> Iterator[None]:
     """TorchTitan's load, and then something wrong with the model."""
     original = checkpoint.CheckpointManager.dcp_load
 
     def dcp_load(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        FAULTS[name][0](self.states["model"].model[0])
+        change(self.states["model"].model[0])
 
     checkpoint.CheckpointManager.dcp_load = dcp_load
     try:
         yield
     finally:
         checkpoint.CheckpointManager.dcp_load = original
+
+
+def planted(name: str) -> contextlib.AbstractContextManager[None]:
+    return planted_by(FAULTS[name][0])
 
 
 @contextlib.contextmanager
