@@ -1,10 +1,17 @@
 from __future__ import annotations
 
+import zlib
+from pathlib import Path
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
-from shardsmith.memory import same_bits
+from shardsmith.checksums import crc32
+from shardsmith.mapped import MappedFile
+from shardsmith.memory import map_pages, same_bits
 
 
 @pytest.mark.parametrize("contiguous", [True, False])
@@ -28,3 +35,17 @@ def test_bits_are_compared_and_not_numbers() -> None:
     assert same_bits(nan, nan.clone())
     assert not same_bits(torch.tensor([0.0]), torch.tensor([-0.0]))
     assert same_bits(torch.empty(0), torch.empty(0))
+
+
+@pytest.mark.parametrize(("begin", "length"), [(0, 100_000), (1, 99_999), (4095, 2), (99_999, 1), (5, 0)])
+def test_any_part_of_a_file_can_be_mapped_at_once_and_reads_as_before(begin: int, length: int, tmp_path: Path) -> None:
+    data = bytes(i % 251 for i in range(100_000))
+    (tmp_path / "file").write_bytes(data)
+    view = MappedFile(tmp_path / "file").tensor(begin, length)
+    map_pages(view)
+    assert bytes(view.tolist()) == data[begin : begin + length]
+
+
+@given(st.binary(max_size=300), st.integers(0, 300))
+def test_the_checksum_is_that_of_zip_and_goes_on_where_it_was(data: bytes, cut: int) -> None:
+    assert crc32(memoryview(data)[cut:], crc32(memoryview(data)[:cut], 0)) == zlib.crc32(data)

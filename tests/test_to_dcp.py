@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+import stat
 import subprocess
 import sys
 import time
@@ -453,6 +455,27 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(models: Path, output: Path) 
     assert "WriteError" in ran.stderr
     assert "File too large" in ran.stderr
     assert os.listdir(output.parent) == []
+
+
+def test_a_disk_that_fails_while_the_rest_is_written_is_an_error_and_leaves_nothing(
+    tmp_path: Path, output: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failed: list[int] = []
+
+    def fail_once(descriptor: int) -> None:
+        if not failed:  # as Linux does: of one descriptor an error is told once
+            failed.append(descriptor)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    save_file({"a": torch.randn(100), "b": torch.randn(100)}, tmp_path / "model.safetensors")
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None if is_directory(descriptor) else fail_once(descriptor))
+    assert main(["to-dcp", "--model", str(tmp_path / "model.safetensors"), "--checkpoint", str(output)]) == 2
+    assert "write failed: Input/output error" in capsys.readouterr().err
+    assert os.listdir(output.parent) == []
+
+
+def is_directory(descriptor: int) -> bool:
+    return stat.S_ISDIR(os.fstat(descriptor).st_mode)
 
 
 def test_a_killed_conversion_leaves_nothing_that_the_next_one_does_not_remove(tmp_path: Path, output: Path) -> None:
