@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from shardsmith.dcp.source import DcpSource
 from shardsmith.digest import Digest, digest_tensor
 from shardsmith.errors import CheckpointError, WriteError
-from shardsmith.export.block_copy import copy_blocks
+from shardsmith.export.block_copy import copy_blocks, useful_threads
 from shardsmith.safetensors_files.plan import plan_files
 from shardsmith.safetensors_files.source import SafetensorsSource
 from shardsmith.safetensors_files.writer import SafetensorsFileWriter
@@ -156,12 +156,19 @@ class Unreadable(SafetensorsSource):
         yield from super().pieces(name, box)
 
 
-def test_an_error_in_one_thread_stops_the_others_and_is_raised(tmp_path: Path) -> None:
+def test_an_error_in_one_thread_stops_the_others_and_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shardsmith.export.block_copy._LEAST_MEAN_BYTES", 0)  # threads for small blocks, too
     source = Unreadable(safetensors_of({f"layer.{i}": torch.zeros(1) for i in range(5000)}, tmp_path))
     with pytest.raises(CheckpointError, match=r"cannot read layer\.0"):
         copied(source)
     assert source.asked < 5000
     assert not copying_threads()
+
+
+def test_thousands_of_small_tensors_are_left_to_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    assert useful_threads(nbytes=10_000 * 1024, blocks=10_000) == 1
+    assert useful_threads(nbytes=1 << 30, blocks=512) == 4
 
 
 def test_a_failed_write_is_raised(tmp_path: Path) -> None:
@@ -176,7 +183,8 @@ def copying_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("shardsmith-copy")]
 
 
-def test_an_interrupt_leaves_no_thread_that_goes_on_writing(tmp_path: Path) -> None:
+def test_an_interrupt_leaves_no_thread_that_goes_on_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shardsmith.export.block_copy._LEAST_MEAN_BYTES", 0)  # several threads
     source = SafetensorsSource(safetensors_of({f"layer.{i}": torch.zeros(1) for i in range(10_000)}, tmp_path))
     steps = []
 

@@ -18,6 +18,8 @@ from shardsmith.tensors import Chunk, TensorSource, TensorSpec, read_into, row_m
 _BLOCK_BYTES = 2 << 20
 """Of output: large enough that Python costs little, small enough to stay in cache from the cast to the write."""
 _MOST_THREADS = 8
+_LEAST_MEAN_BYTES = 64 << 10
+"""Of a block, for which threads are of use."""
 
 Block = tuple[SafetensorsFileWriter, TensorSpec, int, Chunk]
 
@@ -51,7 +53,7 @@ def copy_blocks(
     if threads == 1:
         copier.work()
         return copier.digests
-    threads = threads or min(_MOST_THREADS, os.cpu_count() or 1)
+    threads = threads or useful_threads(copier.nbytes, copier.count)
     with one_thread_per_operator(), ThreadPoolExecutor(threads, "shardsmith-copy") as pool:
         try:
             futures = [pool.submit(copier.work) for _ in range(threads)]
@@ -77,7 +79,10 @@ class _Copier:
         self.digests = {name: Digest() for writer in writers for name in writer.plan.tensors}
         self._source = source
         blocks = [*_blocks(writers)]
-        self._blocks = iter(blocks[len(blocks) * part // parts : len(blocks) * (part + 1) // parts])
+        blocks = blocks[len(blocks) * part // parts : len(blocks) * (part + 1) // parts]
+        self.count = len(blocks)
+        self.nbytes = sum(box.numel * spec.dtype.itemsize for _, spec, _, box in blocks)
+        self._blocks = iter(blocks)
         self._progress = progress
         self._lock = threading.Lock()
         self._stopped = False
@@ -126,6 +131,15 @@ def _read(source: TensorSource, spec: TensorSpec, box: Chunk, scratch: Tensor) -
             return pieces[0][1]
     out = scratch[: box.numel * spec.dtype.itemsize].view(spec.dtype).view(box.sizes)
     return read_into(source, spec.name, box, out)
+
+
+def useful_threads(nbytes: int, blocks: int) -> int:
+    """How many threads of this process are of use for so many bytes in so many blocks.
+
+    One, where blocks are small: the time goes into Python, and threads would hand its lock to and fro.
+    """
+    small = nbytes < _LEAST_MEAN_BYTES * blocks
+    return 1 if small else min(_MOST_THREADS, os.cpu_count() or 1)
 
 
 @contextlib.contextmanager

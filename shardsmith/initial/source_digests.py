@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from shardsmith.digest import Digest, digest_run
-from shardsmith.export.block_copy import one_thread_per_operator
+from shardsmith.export.block_copy import one_thread_per_operator, useful_threads
 from shardsmith.tensors import Chunk, TensorSource, read_into, row_major_blocks
 
 _BLOCK_BYTES = 2 << 20
-_MOST_THREADS = 8
 
 Block = tuple[str, int, Chunk]
 """Tensor, flat index of the first element, and where it lies."""
@@ -36,9 +35,10 @@ def digest_source(
     """
     mine = _share_of_blocks(list(_blocks(source, dtypes)), part, parts)
     digests = {name: Digest() for name in dtypes}
-    threads = min(_MOST_THREADS, os.cpu_count() or 1)
+    threads = useful_threads(sum(box.numel * dtypes[name].itemsize for name, _, box in mine), len(mine))
     with one_thread_per_operator(), ThreadPoolExecutor(threads, "shardsmith-digest") as pool:
-        shares = pool.map(lambda block: _share(source, block, dtypes[block[0]]), mine)
+        digest = partial(_share, source, dtypes)
+        shares = map(digest, mine) if threads == 1 else pool.map(digest, mine)
         for (name, _, _), share in zip(mine, shares, strict=True):
             digests[name] += share
     return digests
@@ -58,9 +58,9 @@ def _share_of_blocks(blocks: list[Block], part: int, parts: int) -> list[Block]:
     return [block for block, start in zip(blocks, starts, strict=False) if start * parts // starts[-1] == part]
 
 
-def _share(source: TensorSource, block: Block, dtype: torch.dtype) -> Digest:
+def _share(source: TensorSource, dtypes: Mapping[str, torch.dtype], block: Block) -> Digest:
     name, first, box = block
-    return digest_run(_values(source, name, box, dtype), first)
+    return digest_run(_values(source, name, box, dtypes[name]), first)
 
 
 def _values(source: TensorSource, name: str, box: Chunk, dtype: torch.dtype) -> Tensor:
