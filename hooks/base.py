@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
+
+from shardsmith.errors import RankFailedError
+from shardsmith.ranks import rank_and_size
+from shardsmith.step_agreement import StepAgreement
+
+from .background import Background
+from .stop_signals import StopSignals
+
+_FAILED = "failed"
+_STOP = "stop"
 
 
 class Hook:
@@ -20,6 +32,9 @@ class Hook:
 
     loads_weights: bool = False
     """Whether ``on_train_begin`` may change the weights. It is then called before that of the other hooks."""
+
+    background: Background | None = None
+    """What this hook does in the background. ``Hooks`` lets all ranks raise a failure in it after the same step."""
 
     def resume(self) -> int | None:
         """Restore what this hook saved last; the step it was saved at, or None if it has nothing. May communicate."""
@@ -40,6 +55,15 @@ class Hook:
     def on_train_end(self, step: int) -> None:
         """Training ends after ``step`` steps done. May communicate."""
 
+    def on_stop(self, step: int) -> None:
+        """The run is to end before its time, after ``step`` steps done: what is needed to resume is to be saved.
+
+        It may communicate. ``on_train_end`` does not come then, but ``close`` does.
+        """
+
+    def report_background(self) -> None:
+        """Raise what failed in the background. After the same step on all ranks, where ``background`` is there."""
+
     def close(self) -> None:
         """Wait for background work, raise what failed in it, let go of resources. May communicate."""
 
@@ -53,15 +77,33 @@ class Hooks:
             hooks.step(step)
         hooks.close()
 
-    All ranks make the same calls. As a context manager it closes at the end; after an exception it waits for
-    background work but does not save a last step.
+    All ranks make it at the same point, and the same calls. As a context manager it closes at the end; after an
+    exception it waits for background work but does not save a last step. What fails in the background is raised by
+    ``step`` on all ranks after the same step, or by ``close``.
+
+    Attributes:
+        should_stop: A signal, or ``request_stop``, has asked for the end of the run, and what is needed to resume
+            after this step is saved or being saved. It turns true on all ranks after the same step. Leave the loop,
+            and close.
     """
 
-    def __init__(self, *hooks: Hook) -> None:
+    should_stop = False
+
+    def __init__(self, *hooks: Hook, stop_on: signal.Signals | Sequence[signal.Signals] = ()) -> None:
+        """Communicates not at all; with several ranks it starts a thread that sleeps until there is something to tell.
+
+        Args:
+            stop_on: Signals that ask for the end of the run, such as ``signal.SIGTERM`` with which a scheduler
+                announces that it takes the machine away. One rank that gets it is enough. What handled it before is
+                called, too; ``close`` puts it back. To be made on the main thread then.
+        """
         self.hooks: tuple[Hook, ...] = ()
         self._step = 0
         self._open = True
         self._ended = False
+        self._rank, self._size = rank_and_size()
+        self._agreement = StepAgreement()
+        self._signals = StopSignals([stop_on] if isinstance(stop_on, signal.Signals) else stop_on)
         for hook in hooks:
             self.add(hook)
 
@@ -73,6 +115,8 @@ class Hooks:
     def add(self, hook: Hook) -> None:
         """One more, after the others. Before ``resume``."""
         hook.announce_saved = self._on_saved
+        if hook.background is not None:
+            hook.background.tell = partial(self._tell_failure, len(self.hooks))
         self.hooks = (*self.hooks, hook)
 
     def resume(self) -> int:
@@ -96,8 +140,18 @@ class Hooks:
     def step_end(self, step: int) -> None:
         """The second half of ``step``."""
         self._step = step
+        if self._signals.take():
+            self.request_stop()
+        notices = self._agreement.due(step)
         for hook in self.hooks:
             hook.on_step_end(step)
+        if any(notice[0] == _STOP for notice in notices) and not self.should_stop:
+            self._stop(step)
+        self._raise_failures([notice for notice in notices if notice[0] == _FAILED])
+
+    def request_stop(self) -> None:
+        """Ask for the end of the run, as a signal does: any rank, any thread, not all. See ``should_stop``."""
+        self._agreement.tell([_STOP])
 
     def train_end(self, step: int) -> None:
         """The first half of ``close``, for trainers that do more after the last step: what is due at it is done."""
@@ -119,14 +173,34 @@ class Hooks:
     def _close(self) -> None:
         """Close every hook, also when one of them raises; the first error is raised in the end."""
         self._open = False
-        errors: list[Exception] = []
+        try:
+            _each(hook.close for hook in self.hooks)
+        finally:
+            self._agreement.close()
+            self._signals.restore()
+
+    def _stop(self, step: int) -> None:
+        self.should_stop = True
+        self._ended = True  # and not by coming to its end
         for hook in self.hooks:
-            try:
-                hook.close()
-            except Exception as error:
-                errors.append(error)
-        if errors:
-            raise errors[0]
+            hook.on_stop(step)
+
+    def _tell_failure(self, hook: int, job: int, error: str) -> None:
+        self._agreement.tell([_FAILED, hook, job, self._rank, error])
+
+    def _raise_failures(self, notices: list[Any]) -> None:
+        """Let every hook named report; raise what it raises, or, if it has not failed on this rank, what it told."""
+        told: dict[tuple[int, int], dict[int, str]] = {}
+        for _, hook, job, rank, error in notices:
+            told.setdefault((hook, job), {})[rank] = error
+        _each(partial(self._report, hook, job, failures) for (hook, job), failures in sorted(told.items()))
+
+    def _report(self, index: int, job: int, failures: dict[int, str]) -> None:
+        hook = self.hooks[index]
+        failed_here = hook.background is None or hook.background.failed_here(job)
+        hook.report_background()
+        if not failed_here:
+            raise RankFailedError(f"{type(hook).__name__} in the background", failures, self._size)
 
     def _on_saved(self, step: int, path: Path) -> None:
         for hook in self.hooks:
@@ -139,3 +213,15 @@ class Hooks:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close(broken_off=kind is not None)
+
+
+def _each(calls: Iterable[Callable[[], None]]) -> None:
+    """Make all of the calls, also when one of them raises; the first error is raised in the end."""
+    errors: list[Exception] = []
+    for call in calls:
+        try:
+            call()
+        except Exception as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]

@@ -99,7 +99,7 @@ class HFExport(Hook):
             on_exported: Called on every rank, on the main thread, when a directory has appeared: step and path.
             when_busy: What to do if one export is being written and one waits behind it: ``"wait"`` until there is
                 room, ``"skip"`` this one, or ``"raise"``.
-            on_error: What a failed export does: ``"raise"`` at the next moment, or ``"warn"`` in the log.
+            on_error: What a failed export does: ``"raise"`` on all ranks after the same step, or ``"warn"`` in the log.
             write_mode: ``"slices"``: every rank writes its own slices of every file. ``"files"``: every file is written
                 by one rank alone, to which the others send theirs over a Gloo group of our own; for NFS and the like,
                 where two hosts must not write one file. Then let ``max_shard_size`` give a file for each host.
@@ -159,6 +159,9 @@ class HFExport(Hook):
             both, whole_files = (self._ranks, self._writer_ranks), write_mode == "files"
             saved = CheckpointSource(checkpoints, self._state, *both, when=when, whole_files=whole_files)
         self._in_flight = InFlight(len(self._directories))
+        self._failures: list[BaseException] = []  # not yet raised
+        if on_error == "raise":
+            self.background = self._in_flight.background
         self._exported_step: int | None = None
         self._ranks.lead(f"preparing {self.directory}", self._prepare_directory)
         self._ranks.gather("reading the base model", self._state.read_files)
@@ -177,12 +180,20 @@ class HFExport(Hook):
             self._export(step, "wait")
 
     def on_step_end(self, step: int) -> None:
-        """Export if it is time, then report exports that have ended. All ranks; communicates when it exports."""
+        """Export if it is time, then announce exports that have ended. All ranks; communicates when it exports."""
         if self.when.due(step):
             self.export(step)
         else:
             self._in_flight.collect(self._in_flight.ended())
         self._announce()
+        if self._in_flight.background.tell is None:
+            self._raise_failure()
+
+    def report_background(self) -> None:
+        """Announce exports that have ended; raise what failed in one."""
+        self._in_flight.collect(self._in_flight.ended())
+        self._announce()
+        self._raise_failure()
 
     def on_train_end(self, step: int) -> None:
         """Export the last step if that is wanted and was not done. All ranks; communicates when it exports."""
@@ -198,6 +209,7 @@ class HFExport(Hook):
         """Wait for the exports in flight; raise what failed in them. All ranks."""
         self._in_flight.collect(self._in_flight.started)
         self._announce()
+        self._raise_failure()
 
     def close(self) -> None:
         """Wait for the exports in flight; raise what failed in them."""
@@ -211,7 +223,7 @@ class HFExport(Hook):
 
         Raises:
             RankFailedError: on all ranks, if any could not stage its part. Nothing became visible. What fails in the
-                background is raised by the next moment of this hook, or by ``wait``.
+                background is raised by ``wait`` or ``close``, or by ``Hooks`` on all ranks after the same step.
             UsageError: two exports are in flight, and ``when_busy`` is ``"raise"``.
         """
         self._export(step, self._when_busy)
@@ -293,12 +305,17 @@ class HFExport(Hook):
         return self.directory / (step_name(step) + directory.suffix)
 
     def _announce(self) -> None:
-        """Say which exports have ended; raise the first failure among them."""
-        ended = self._in_flight.take_ended()
-        errors = [error for one in ended if (error := one.future.exception()) is not None]
-        for one in ended:
-            if self._on_exported and one.future.exception() is None:
+        """Say which exports have ended well, and keep what failed in the others."""
+        for one in self._in_flight.take_ended():
+            error = one.future.exception()
+            if error is not None:
+                self._failures.append(error)
+            elif self._on_exported:
                 self._on_exported(one.step, one.future.result()[0])
+
+    def _raise_failure(self) -> None:
+        """The first one, if that is wanted; those after it are in the log, as all are."""
+        errors, self._failures = self._failures, []
         if errors and self._on_error == "raise":
             raise errors[0]
 

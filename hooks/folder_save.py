@@ -7,7 +7,8 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +33,7 @@ from shardsmith.record.folder import SHARDED_MODEL, LiveModel, record_folder
 from shardsmith.run_state.save import Contents, SaveInProgress
 from shardsmith.run_state.staging import Stager
 
+from .background import Background
 from .base import Hook
 from .ema import EMA
 from .reload import reload
@@ -67,8 +69,8 @@ class FolderSave(Hook):
         self._ema = ema
         self._ranks = Ranks(timeout_secs)
         self._group = dist.new_group(backend="gloo") if self._ranks.size > 1 else None
-        self._writer = ThreadPoolExecutor(1, "shardsmith-companion") if async_mode == "async" else None
-        self._stager = Stager() if self._writer else None
+        self.background = Background("shardsmith-companion") if async_mode == "async" else None
+        self._stager = Stager() if self.background else None
         self._in_flight: tuple[int, Path, Future[bool]] | None = None
         self._loaded_step: int | None = None
 
@@ -77,20 +79,29 @@ class FolderSave(Hook):
         return self._loaded_step
 
     def on_step_end(self, step: int) -> None:  # noqa: ARG002
-        """Report a save that has ended. All ranks; no communication."""
-        self._report(wait=False)
+        """Announce a save that has ended. All ranks; no communication."""
+        if self.background and self._in_flight and self.background.is_to_be_reported(self._in_flight[2]):
+            self.wait()
+
+    def report_background(self) -> None:
+        """Announce the save in flight, or raise what failed in it, if it has ended."""
+        if self._in_flight and self._in_flight[2].done():
+            self.wait()
 
     def wait(self) -> None:
-        """Wait for the save in flight; raise what failed in it. All ranks; no communication."""
-        self._report(wait=True)
+        """Wait for the save in flight: announce it, or raise what failed in it. All ranks; no communication."""
+        if self._in_flight is not None:
+            step, folder, future = self._in_flight
+            self._in_flight = None
+            self._announce(step, folder, future.result())
 
     def close(self) -> None:
         """Wait for the save in flight; raise what failed in it."""
         try:
             self.wait()
         finally:
-            if self._writer:
-                self._writer.shutdown()
+            if self.background:
+                self.background.close()
             if self._stager:
                 self._stager.close()
 
@@ -103,7 +114,7 @@ class FolderSave(Hook):
         Raises:
             WriteError: our old directory in it cannot be removed.
         """
-        self._report(wait=True)
+        self.wait()
         self._ranks.lead(f"preparing {folder.name}", lambda: self._withdraw(folder))
 
     def save(self, step: int, folder: Path) -> None:
@@ -114,7 +125,7 @@ class FolderSave(Hook):
         Raises:
             CheckpointNotFoundError, as RankFailedError with several ranks: there is no such folder.
             RankFailedError: on all ranks, if any failed. Our directory is not there, and the folder is as it was. What
-                fails in the background is raised by the next moment of this hook.
+                fails in the background is raised by ``wait``, or by ``Hooks`` on all ranks after the same step.
         """
         self.before_save(folder)
         job = SaveInProgress(companion_of(folder), self._ranks, self._group)
@@ -126,14 +137,15 @@ class FolderSave(Hook):
             job.begin(lambda: self._collect(step))
             if self._stager:
                 job.stage(self._stager)
-        if self._writer:
-            self._in_flight = (step, folder, self._writer.submit(self._finish, job, folder, step, live))
+        if self.background:
+            finish = partial(self._finish, job, folder, step, live)
+            self._in_flight = (step, folder, self.background.submit(finish))
         else:
             self._announce(step, folder, self._finish(job, folder, step, live))
 
     def has(self, folder: Path) -> bool:
         """Whether our directory is in a folder. All ranks, which get one answer; waits for a save in flight."""
-        self._report(wait=True)
+        self.wait()
         return self._ranks.lead(f"looking into {folder.name}", lambda: is_complete(folder))
 
     def load(self, folder: Path, *, prove: bool = True) -> int:
@@ -201,14 +213,6 @@ class FolderSave(Hook):
         if self._ranks.is_leader:
             shutil.rmtree(folder, ignore_errors=True)  # it could not while we were writing
         return False
-
-    def _report(self, *, wait: bool) -> None:
-        """If a background save has ended, or is waited for: announce it, or raise what failed in it."""
-        if self._in_flight is None or not (wait or self._in_flight[2].done()):
-            return
-        step, folder, future = self._in_flight
-        self._in_flight = None
-        self._announce(step, folder, future.result())
 
     def _announce(self, step: int, folder: Path, is_there: bool) -> None:
         if is_there and self.announce_saved:

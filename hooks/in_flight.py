@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 
 from shardsmith.export.live_boxes import StagingBuffer
+
+from .background import Background
 
 SLOTS = 2
 
@@ -37,7 +39,7 @@ class InFlight:
         self._free = [[StagingBuffer() for _ in range(directories)] for _ in range(SLOTS)]
         self._running: deque[Running] = deque()
         self._ended: list[Running] = []  # not yet taken
-        self._writer = ThreadPoolExecutor(1, "shardsmith-export")
+        self.background = Background("shardsmith-export")
 
     @property
     def next_buffers(self) -> list[StagingBuffer]:
@@ -46,7 +48,7 @@ class InFlight:
 
     def start(self, step: int, export: Callable[[], list[Path]]) -> None:
         """Run an export, when those before it have ended."""
-        self._running.append(Running(step, self._free.pop(), self._writer.submit(export)))
+        self._running.append(Running(step, self._free.pop(), self.background.submit(export)))
         self.started += 1
 
     def ended(self) -> int:
@@ -69,4 +71,4 @@ class InFlight:
 
     def close(self) -> None:
         """Wait for all."""
-        self._writer.shutdown()
+        self.background.close()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from shardsmith.names import tied_weights
 from shardsmith.ranks import Ranks
 from shardsmith.record.adopt import adopt, disown
 
+from .background import Background
 from .base import Hook
 from .ema import EMA
 from .retention import Retention, steps_to_remove
@@ -60,7 +62,7 @@ class Recorder(Hook):
         self._ema = ema
         self._tied = tied_weights(model)
         self._ranks, self._writer_ranks = Ranks(timeout_secs), Ranks(timeout_secs)  # one for each thread
-        self._writer = ThreadPoolExecutor(1, "shardsmith-record")
+        self.background: Background = Background("shardsmith-record")
         self._running: deque[tuple[int, Future[Path]]] = deque()
         self._ranks.lead(f"preparing {self.directory}", lambda: len(sweep(self.directory)))
 
@@ -78,23 +80,25 @@ class Recorder(Hook):
             mesh: As ``metadata.json`` has it.
         """
         facts = self._ema.facts() if self._ema is not None else None
-        self._running.append((step, self._writer.submit(self._record, step, path, end, facts, mesh)))
+        self._running.append((step, self.background.submit(partial(self._record, step, path, end, facts, mesh))))
 
     def on_step_end(self, step: int) -> None:  # noqa: ARG002
-        """Report recordings that have ended; raise what failed in them.
+        """Announce recordings that have ended. All ranks; no communication."""
+        while self._running and self.background.is_to_be_reported(self._running[0][1]):
+            self._report_oldest()
 
-        All ranks; while any is under way it communicates through the store: a rank that raised a step before the others
-        would leave them waiting in the training's collectives.
-        """
-        if self._running:
-            self._report(self._ranks.lead("looking for what was recorded", self._count_ended))
+    def report_background(self) -> None:
+        """Announce recordings that have ended, up to the first that failed; raise what failed in it."""
+        while self._running and self._running[0][1].done():
+            self._report_oldest()
 
     def close(self) -> None:
         """Wait for the recordings under way; raise what failed in them."""
         try:
-            self._report(len(self._running))
+            while self._running:
+                self._report_oldest()
         finally:
-            self._writer.shutdown()
+            self.background.close()
 
     def _record(
         self, step: int, path: Path, end: Future[Any] | None, ema: dict[str, Any] | None, mesh: Mapping[str, Any] | None
@@ -129,15 +133,9 @@ class Recorder(Hook):
         steps = (parse_step(path.name) for path in self.directory.iterdir() if path.is_dir())
         return sorted(step for step in steps if step is not None)
 
-    def _count_ended(self) -> int:
-        """How many of the oldest recordings under way have ended on this rank."""
-        running = [recording.done() for _, recording in self._running]
-        return running.index(False) if False in running else len(running)
-
-    def _report(self, count: int) -> None:
-        """Wait until this many have ended, and announce them; raise what failed in the first that did."""
-        for _ in range(count):
-            step, recording = self._running.popleft()
-            path = recording.result()
-            if self.announce_saved:
-                self.announce_saved(step, path)
+    def _report_oldest(self) -> None:
+        """Wait for the oldest recording: announce it, or raise what failed in it."""
+        step, recording = self._running.popleft()
+        path = recording.result()
+        if self.announce_saved:
+            self.announce_saved(step, path)

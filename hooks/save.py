@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from datetime import timedelta
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Literal
@@ -27,6 +28,7 @@ from shardsmith.run_state.save import SaveInProgress
 from shardsmith.run_state.staging import Stager
 from shardsmith.run_state.train_state import TrainState
 
+from .background import Background
 from .base import Hook
 from .ema import EMA
 from .retention import Retention, steps_to_remove
@@ -94,17 +96,28 @@ class ShardedSave(Hook):
         )
         timeout = timedelta(seconds=timeout_secs)
         self._group = dist.new_group(backend="gloo", timeout=timeout) if self._ranks.size > 1 else None
-        self._writer = ThreadPoolExecutor(1, "shardsmith-save") if async_mode == "async" else None
-        self._stager = Stager() if self._writer else None
+        self.background = Background("shardsmith-save") if async_mode == "async" else None
+        self._stager = Stager() if self.background else None
         self._in_flight: tuple[int, Future[Path]] | None = None
         self._saved_step: int | None = None
         self._ranks.lead(f"preparing {self.directory}", self._prepare_directory)
 
     def on_step_end(self, step: int) -> None:
-        """Report a save that has ended, and save if it is time. All ranks; communicates when it saves."""
-        self._report(wait=False)
+        """Announce a save that has ended, and save if it is time. All ranks; communicates when it saves."""
+        if self.background and self._in_flight and self.background.is_to_be_reported(self._in_flight[1]):
+            self._report()
         if self.when.due(step):
             self.save(step)
+
+    def on_stop(self, step: int) -> None:
+        """Save the step, if that was not done. All ranks; communicates."""
+        if step != self._saved_step:
+            self.save(step)
+
+    def report_background(self) -> None:
+        """Announce the save in flight, or raise what failed in it, if it has ended."""
+        if self._in_flight and self._in_flight[1].done():
+            self._report()
 
     def on_train_end(self, step: int) -> None:
         """Save the last step if that is wanted and was not done. All ranks; communicates when it saves."""
@@ -114,10 +127,10 @@ class ShardedSave(Hook):
     def close(self) -> None:
         """Wait for the save in flight; raise what failed in it."""
         try:
-            self._report(wait=True)
+            self._report()
         finally:
-            if self._writer:
-                self._writer.shutdown()
+            if self.background:
+                self.background.close()
             if self._stager:
                 self._stager.close()
 
@@ -128,17 +141,18 @@ class ShardedSave(Hook):
 
         Raises:
             RankFailedError: on all ranks, if any failed. Nothing became visible, and a later save starts afresh. With
-                one rank, the original error. What fails in the background is raised by the next moment of this hook.
+                one rank, the original error. What fails in the background is raised later, by this, by ``close``, or
+                by ``Hooks`` on all ranks after the same step.
         """
-        self._report(wait=True)
+        self._report()
         job = SaveInProgress(self.directory / step_name(step), self._ranks, self._group)
         with self._state.ema.staging() if self._state.ema else contextlib.nullcontext():
             job.begin(lambda: self._state.collect(step))
             if self._stager:
                 job.stage(self._stager)
         self._saved_step = step
-        if self._writer:
-            self._in_flight = (step, self._writer.submit(self._finish, job))
+        if self.background:
+            self._in_flight = (step, self.background.submit(partial(self._finish, job)))
         else:
             self._announce(step, self._finish(job))
 
@@ -225,13 +239,12 @@ class ShardedSave(Hook):
             except ShardsmithError as error:  # the checkpoint is saved all the same, and the next one tries again
                 log.warning("could not remove an old checkpoint: %s", error)
 
-    def _report(self, *, wait: bool) -> None:
-        """If a background save has ended, or is waited for: announce it, or raise what failed in it."""
-        if self._in_flight is None or not (wait or self._in_flight[1].done()):
-            return
-        step, future = self._in_flight
-        self._in_flight = None
-        self._announce(step, future.result())
+    def _report(self) -> None:
+        """Wait for the save in flight, if there is one: announce it, or raise what failed in it."""
+        if self._in_flight is not None:
+            step, future = self._in_flight
+            self._in_flight = None
+            self._announce(step, future.result())
 
     def _announce(self, step: int, path: Path) -> None:
         if self.announce_saved:

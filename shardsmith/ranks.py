@@ -55,14 +55,12 @@ class Ranks:
     """
 
     def __init__(self, timeout_secs: float = 1800.0) -> None:
-        distributed = dist.is_available() and dist.is_initialized()
-        self.rank = dist.get_rank() if distributed else 0
-        self.size = dist.get_world_size() if distributed else 1
+        self.rank, self.size = rank_and_size()
         self.timeout_secs = timeout_secs
         self._phases = itertools.count()
-        self._name = f"shardsmith/{next(_numbers)}"
+        self._name = own_name()
         self._answered: list[str] = []
-        self._store: Any = _own_connection() if self.size > 1 else None
+        self._store: Any = own_connection() if self.size > 1 else None
 
     @property
     def is_leader(self) -> bool:
@@ -236,7 +234,19 @@ def _failures() -> tuple[type[BaseException], ...]:
     return (Exception, checkpoint.CheckpointException) if checkpoint else (Exception,)
 
 
-def _own_connection() -> Any:
+def rank_and_size() -> tuple[int, int]:
+    """Who we are, among how many; (0, 1) without ``torch.distributed``."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def own_name() -> str:
+    """A prefix for keys in the store that nothing else uses. The same on every rank that asks at the same point."""
+    return f"shardsmith/{next(_numbers)}"
+
+
+def own_connection() -> Any:
     """A store client that no other thread uses: a blocking wait on a shared one would block the trainer's groups."""
     store: Any = dist.distributed_c10d._get_default_store()  # there is no public way to the job's store
     return store.clone()

@@ -1,0 +1,44 @@
+"""Signals that ask a run to end."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+from types import FrameType
+from typing import Any
+
+
+class StopSignals:
+    """Remembers that one of some signals came, and does nothing else in the handler: it may interrupt anything.
+
+    A second SIGTERM is as good as the first, since a scheduler may send it to the launcher and to its workers, and the
+    launcher passes it on. A second SIGINT does what SIGINT did before, so that a second Ctrl-C ends what hangs.
+    """
+
+    def __init__(self, signals: Sequence[signal.Signals]) -> None:
+        """Handle these from now on. Main thread, unless there are none."""
+        self._came = False
+        self._before: dict[signal.Signals, Any] = {}
+        for which in signals:
+            self._before[which] = signal.getsignal(which) or signal.SIG_DFL
+            signal.signal(which, self._handle)
+
+    def take(self) -> bool:
+        """Whether one came since this was last asked."""
+        came, self._came = self._came, False
+        return came
+
+    def restore(self) -> None:
+        """Put back what handled them before, unless somebody else has taken over meanwhile."""
+        for which, before in self._before.items():
+            if signal.getsignal(which) == self._handle:
+                signal.signal(which, before)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._came = True
+        which = signal.Signals(number)
+        before = self._before[which]
+        if which == signal.SIGINT:
+            signal.signal(which, before)
+        elif callable(before):
+            before(number, frame)
