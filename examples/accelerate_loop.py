@@ -9,6 +9,7 @@ on accelerators, FSDP2's. The model, its tokenizer and the text are those of fsd
 from __future__ import annotations
 
 import argparse
+import signal
 from pathlib import Path
 
 import torch
@@ -46,13 +47,13 @@ def main() -> None:
     ema = EMA(model, decay=0.98)
     tokenizer = AutoTokenizer.from_pretrained(given.directory / "base")
     export = HFExport(given.directory / "hf", model=model, ema=ema, processor=tokenizer, when=every(25) | last())
-    hooks = Hooks(ema, export)
+    hooks = Hooks(ema, export, stop_on=signal.SIGTERM)
     attach(accelerator, hooks)
 
     if (folder := last_checkpoint(given.directory / "states")) is not None:
         accelerator.load_state(folder)
     step = hooks.resume()
-    while step < given.steps:
+    while step < given.steps and not hooks.should_stop:
         for part in range(ACCUMULATION):
             number = (step * ACCUMULATION + part) * accelerator.num_processes + accelerator.process_index
             batch = sample(tokens["train"], number).to(accelerator.device)
@@ -62,7 +63,7 @@ def main() -> None:
                 optimizer.zero_grad()
         step += 1
         hooks.step(step)
-        if step % 10 == 0:
+        if step % 10 == 0 or hooks.should_stop:
             accelerator.save_state(str(given.directory / "states" / f"step-{step}"))
 
     test = tokens["test"].to(accelerator.device)

@@ -2,8 +2,9 @@
 
     torchrun --nproc_per_node=2 examples/fsdp2_loop.py --directory demo-run --steps 200
 
-Kill it at any moment and start it again: it goes on from its last checkpoint. It runs on CPU (Gloo). Everything that
-it needs it makes itself: the text is on every machine that has Python, and the tokenizer is trained on it.
+Kill it at any moment and start it again: it goes on from its last checkpoint. Told to end (SIGTERM, Ctrl-C) it saves
+the step that it is at, and goes on from there. It runs on CPU (Gloo). Everything that it needs it makes itself: the
+text is on every machine that has Python, and the tokenizer is trained on it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sysconfig
 from pathlib import Path
 
@@ -45,12 +47,12 @@ def train(run: Path, steps: int) -> None:
     export = HFExport(
         run / "hf", model=model, ema=ema, ema_as="directory", base_model=run / "base", when=every(100) | last()
     )
-    hooks = Hooks(ema, save, export)
+    hooks = Hooks(ema, save, export, stop_on=[signal.SIGTERM, signal.SIGINT])
 
     step = hooks.resume()
     if rank == 0 and step:
         print(f"resumed at step {step}", flush=True)
-    while step < steps:
+    while step < steps and not hooks.should_stop:
         batch = sample(tokens["train"], step * world_size + rank)
         loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
@@ -61,6 +63,11 @@ def train(run: Path, steps: int) -> None:
         if rank == 0 and step % 10 == 0:
             print(f"step {step}  loss {loss.item():.3f}", flush=True)
 
+    if hooks.should_stop:
+        hooks.close()
+        if rank == 0:
+            print(f"stopped after step {step}", flush=True)
+        return
     losses = {"main": evaluate(model, tokens["test"])}
     with ema.swapped_in():
         losses["ema"] = evaluate(model, tokens["test"])

@@ -9,6 +9,7 @@ on accelerators, FSDP2's. The model, its tokenizer and the text are those of fsd
 from __future__ import annotations
 
 import argparse
+import signal
 from pathlib import Path
 
 import torch
@@ -62,6 +63,7 @@ def main() -> None:
         export=every(25) | last(),  # at its own steps, to trainer-run/out-hf
         ema_as="directory",
         keep=latest(2),
+        stop_on=signal.SIGTERM,  # saves the step and ends
     )
     trainer = Trainer(
         model=AutoModelForCausalLM.from_config(Olmo2Config.from_pretrained(given.directory / "base")),

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from shardsmith.errors import RankFailedError
+from shardsmith.errors import RankFailedError, UsageError
 from shardsmith.ranks import rank_and_size
 from shardsmith.step_agreement import StepAgreement
 
@@ -102,8 +102,8 @@ class Hooks:
         self._open = True
         self._ended = False
         self._rank, self._size = rank_and_size()
-        self._agreement = StepAgreement()
         self._signals = StopSignals([stop_on] if isinstance(stop_on, signal.Signals) else stop_on)
+        self._agreement = StepAgreement() if stop_on or self._size == 1 else None  # else when a hook needs it
         for hook in hooks:
             self.add(hook)
 
@@ -116,6 +116,7 @@ class Hooks:
         """One more, after the others. Before ``resume``."""
         hook.announce_saved = self._on_saved
         if hook.background is not None:
+            self._agreement = self._agreement or StepAgreement()
             hook.background.tell = partial(self._tell_failure, len(self.hooks))
         self.hooks = (*self.hooks, hook)
 
@@ -142,7 +143,7 @@ class Hooks:
         self._step = step
         if self._signals.take():
             self.request_stop()
-        notices = self._agreement.due(step)
+        notices = self._agreement.due(step) if self._agreement is not None else []
         for hook in self.hooks:
             hook.on_step_end(step)
         if any(notice[0] == _STOP for notice in notices) and not self.should_stop:
@@ -150,7 +151,13 @@ class Hooks:
         self._raise_failures([notice for notice in notices if notice[0] == _FAILED])
 
     def request_stop(self) -> None:
-        """Ask for the end of the run, as a signal does: any rank, any thread, not all. See ``should_stop``."""
+        """Ask for the end of the run, as a signal does: any rank, any thread. See ``should_stop``.
+
+        Raises:
+            UsageError: there are several ranks, and neither ``stop_on`` nor a hook that works in the background.
+        """
+        if self._agreement is None:
+            raise UsageError("ranks that are to stop together need Hooks(stop_on=...), or a hook that saves or exports")
         self._agreement.tell([_STOP])
 
     def train_end(self, step: int) -> None:
@@ -176,7 +183,8 @@ class Hooks:
         try:
             _each(hook.close for hook in self.hooks)
         finally:
-            self._agreement.close()
+            if self._agreement is not None:
+                self._agreement.close()
             self._signals.restore()
 
     def _stop(self, step: int) -> None:
@@ -186,6 +194,7 @@ class Hooks:
             hook.on_stop(step)
 
     def _tell_failure(self, hook: int, job: int, error: str) -> None:
+        assert self._agreement is not None
         self._agreement.tell([_FAILED, hook, job, self._rank, error])
 
     def _raise_failures(self, notices: list[Any]) -> None:

@@ -2,15 +2,15 @@
 
 model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 ema = EMA(model, decay=0.999)
-hooks = Hooks(ema, HFExport("run/hf", model=model, ema=ema, when=every(1000) | last()))
+hooks = Hooks(ema, HFExport("run/hf", model=model, ema=ema, when=every(1000) | last()), stop_on=signal.SIGTERM)
 attach(accelerator, hooks)
 
 if resuming: accelerator.load_state(folder)
 step = hooks.resume()                                # that of the folder; 0 on a fresh start
-while step < max_steps:
+while step < max_steps and not hooks.should_stop:
     with accelerator.accumulate(model): ...
     if accelerator.sync_gradients: step += 1; hooks.step(step)
-    if step % 500 == 0: accelerator.save_state(f"run/step-{step}")
+    if step % 500 == 0 or hooks.should_stop: accelerator.save_state(f"run/step-{step}")
 hooks.close()
 """
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import inspect
 import logging
 import os
-from collections.abc import Mapping
+import signal
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
@@ -48,6 +49,7 @@ class CheckpointHooks(TrainerCallback):
         resume_from: str | Path | None = None,
         on_missing: Literal["raise", "start"] = "raise",
         prove: bool = True,
+        stop_on: signal.Signals | Sequence[signal.Signals] = (),
         **export_options: Any,
     ) -> None:
         """Nothing happens before training begins.
@@ -62,6 +64,8 @@ class CheckpointHooks(TrainerCallback):
                 ``output_dir``. Events do not tell.
             on_missing: What to do if it holds no average: ``"start"`` one from the weights, or ``"raise"``.
             prove: At a resume, compare every tensor that Trainer has loaded with what was saved.
+            stop_on: Signals, such as ``signal.SIGTERM``, upon which Trainer saves the step and ends; one rank that gets
+                it is enough. What was due at the last step is not done then.
             **export_options: What else ``HFExport`` takes: ``dtype``, ``models``, ``keep``, ``ema_as``, ...
 
         Raises:
@@ -81,6 +85,7 @@ class CheckpointHooks(TrainerCallback):
         self._resume_from = resume_from
         self._on_missing = on_missing
         self._prove = prove
+        self._stop_on = stop_on
         self._export_options = export_options
         self._ended = False
 
@@ -106,7 +111,7 @@ class CheckpointHooks(TrainerCallback):
         self.ema = EMA(model, **self._ema_options) if self._ema_options else None
         self._folder_save = FolderSave(model, ema=self.ema)
         attached = [self.ema, self._folder_save, self._make_export(args, model, processing_class)]
-        self.hooks = Hooks(*(hook for hook in attached if hook is not None))
+        self.hooks = Hooks(*(hook for hook in attached if hook is not None), stop_on=self._stop_on)
         self._ended = False
         if state.global_step > 0:
             self._load(args, state)
@@ -121,6 +126,8 @@ class CheckpointHooks(TrainerCallback):
         """Export if it is time; make way for Trainer if it is about to save. All ranks; communicates then."""
         if self.hooks:
             self.hooks.step_end(state.global_step)
+            if self.hooks.should_stop:
+                self._ended = control.should_save = control.should_training_stop = True
             self._look_ahead(args, state, control)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

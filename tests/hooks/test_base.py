@@ -22,6 +22,9 @@ class Noting(Hook):
     def on_saved(self, step: int, path: Path) -> None:
         self.notes.append(f"{self.name} saved {step} {path}")
 
+    def on_stop(self, step: int) -> None:
+        self.notes.append(f"{self.name} stop {step}")
+
     def on_train_end(self, step: int) -> None:
         self.notes.append(f"{self.name} end {step}")
 

@@ -63,18 +63,22 @@ def run_training(
     sharding: str = "fsdp2",
     when: Schedule | None = None,
     kill_after: int | None = None,
+    stop_after: int | None = None,
     **options: Any,
-) -> None:
-    """Train up to ``steps``, from the last checkpoint if there is one; by default, save every five steps."""
+) -> int:
+    """Train up to ``steps``, from the last checkpoint if there is one; by default, save every five steps.
+
+    Returns how many steps are done. ``stop_after``: then the last rank sends itself a SIGTERM.
+    """
     model = build(sharding)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=100)
     ema = EMA(model, decay=0.9, warmup=True)
     when = when or every(5) | last()
     save = ShardedSave(directory, model=model, optimizer=optimizer, scheduler=scheduler, ema=ema, when=when, **options)
-    hooks = Hooks(ema, save)
+    hooks = Hooks(ema, save, stop_on=signal.SIGTERM)
     step = hooks.resume()
-    while step < steps:
+    while step < steps and not hooks.should_stop:
         tokens = torch.randint(11, (3, 4))
         nn.functional.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten()).backward()
         optimizer.step()
@@ -84,7 +88,10 @@ def run_training(
         hooks.step(step)
         if step == kill_after:
             os.kill(os.getpid(), signal.SIGKILL)
+        if step == stop_after and dist.get_rank() == dist.get_world_size() - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
     hooks.close()
+    return step
 
 
 def run_resave(source: Path, target: Path, sharding: str = "fsdp2") -> None:

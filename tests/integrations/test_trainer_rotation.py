@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -51,6 +52,18 @@ def test_a_killed_run_goes_on_from_its_last_complete_folder_as_if_nothing_had_ha
     assert resume == str(tmp_path / "out" / f"checkpoint-{marked[-1]}")
     run(SHARDED, tmp_path, resume=resume)
     straight, resumed = torch.load(finished(SHARDED) / "truth.pt"), torch.load(tmp_path / "truth.pt")
+    assert_equal(resumed["main"], straight["main"])
+    assert_equal(resumed["ema"], straight["ema"])
+
+
+def test_a_run_that_is_told_to_end_saves_its_step_and_goes_on_from_there(finished: Finished, tmp_path: Path) -> None:
+    case = replace(ALONE, hooks={"stop_on": signal.SIGTERM})
+    run(case, tmp_path, kill_after=2, kill_with=signal.SIGTERM)
+    assert steps_in(tmp_path / "out", "checkpoint-") == [2, 3]
+    resume = last_checkpoint(tmp_path / "out", verify=True)
+    assert resume == str(tmp_path / "out" / "checkpoint-3")
+    run(case, tmp_path, resume=resume)
+    straight, resumed = torch.load(finished(ALONE) / "truth.pt"), torch.load(tmp_path / "truth.pt")
     assert_equal(resumed["main"], straight["main"])
     assert_equal(resumed["ema"], straight["ema"])
 

@@ -63,9 +63,9 @@ def train(case: Case, directory: Path, options: dict[str, Any]) -> None:
     """On each rank.
 
     Args:
-        options: ``detach``, to train without our hooks; ``resume``, a folder; ``kill_after``, a step; ``name`` of the
-            file for the truth; ``hold_exports_until``, a step that is saved before any export ends; ``finish``,
-            called at the end with Trainer, CheckpointHooks and directory.
+        options: ``detach``, to train without our hooks; ``resume``, a folder; ``kill_after``, a step, by
+            ``kill_with``, a signal; ``name`` of the file for the truth; ``hold_exports_until``, a step that is saved
+            before any export ends; ``finish``, called at the end with Trainer, CheckpointHooks and directory.
     """
     gate = Gate()
     if held := options.get("hold_exports_until"):
@@ -73,7 +73,8 @@ def train(case: Case, directory: Path, options: dict[str, Any]) -> None:
     trainer, hooks = make_trainer(case, directory)
     if options.get("detach"):
         trainer.remove_callback(hooks)
-    recorder = record(trainer, options.get("kill_after"), (held, gate))
+    kill = (options.get("kill_after"), options.get("kill_with", signal.SIGKILL))
+    recorder = record(trainer, kill, (held, gate))
     trainer.train(resume_from_checkpoint=options.get("resume"))
     if finish := options.get("finish"):
         finish(trainer, hooks, directory)
@@ -194,7 +195,7 @@ class Gate:
         (Path(directory) / "processor.txt").touch()
 
 
-def record(trainer: Any, kill_after: int | None, held: tuple[int | None, Gate]) -> Any:
+def record(trainer: Any, kill: tuple[int | None, signal.Signals], held: tuple[int | None, Gate]) -> Any:
     from transformers import TrainerCallback
 
     class Recorder(TrainerCallback):
@@ -210,8 +211,8 @@ def record(trainer: Any, kill_after: int | None, held: tuple[int | None, Gate]) 
             self.history.append(whole(model))
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if state.global_step == kill_after:
-                os.kill(os.getpid(), signal.SIGKILL)
+            if state.global_step == kill[0]:
+                os.kill(os.getpid(), kill[1])
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.global_step == held[0]:
