@@ -20,7 +20,7 @@ from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from shardsmith.checkpoints import committed_steps
 from shardsmith.dcp.index import read_index
 from shardsmith.dcp.load import compare
-from shardsmith.errors import CheckpointNotFoundError, MismatchError
+from shardsmith.errors import CheckpointNotFoundError, MismatchError, UsageError
 from shardsmith.hooks.stages import names_on_all
 from shardsmith.initial.buffer_reference import Fresh
 from shardsmith.initial.live_weights import LiveWeights
@@ -144,6 +144,11 @@ class LoadWatch:
     def _compare(self, state_dict: Mapping[str, Any], checkpoint: Path, form: Form) -> list[str]:
         """What the checkpoint lacks, as it may. Raises if it lacks more."""
         if form is not Form.DCP:
+            if self._adapter is None:
+                raise UsageError(
+                    "this model has no state-dict adapter, without which TorchTitan reads no Hugging Face directory: "
+                    "convert it with shardsmith to-dcp --layout nested, and leave initial_load_in_hf out"
+                )
             self._refuse_dropped(state_dict, checkpoint)
             return []
         index = read_index(checkpoint)

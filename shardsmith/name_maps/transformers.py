@@ -120,7 +120,10 @@ def _on_meta(kind: Any, config: Any) -> Any:
 
 def _is_converted(live: Any) -> bool:
     """Whether any conversion could apply to a live model when ``save_pretrained`` saves it."""
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    try:
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    except ModuleNotFoundError:
+        return False  # transformers 4 saves what is in memory
     from transformers.modeling_utils import PreTrainedModel
 
     if getattr(live, "_hf_peft_config_loaded", False) or getattr(live, "hf_quantizer", None) is not None:
