@@ -20,7 +20,7 @@ from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from shardsmith.checkpoints import committed_steps
 from shardsmith.dcp.index import read_index
 from shardsmith.dcp.load import compare
-from shardsmith.errors import CheckpointNotFoundError, MismatchError, UsageError
+from shardsmith.errors import CheckpointNotFoundError, InitialLoadError, MismatchError, RankFailedError, UsageError
 from shardsmith.hooks.stages import names_on_all
 from shardsmith.initial.buffer_reference import Fresh
 from shardsmith.initial.live_weights import LiveWeights
@@ -120,9 +120,20 @@ class LoadWatch:
             )
 
     def _prove_buffers(self, checkpoint: Path) -> None:
-        """No checkpoint holds the non-persistent ones. Raises InitialLoadError if they are wrong and stay so."""
+        """No checkpoint holds the non-persistent ones. All ranks; communicates.
+
+        Raises:
+            InitialLoadError: one is wrong and stays so. What no model can be made anew for is not looked at: the run
+                has trained with it before.
+        """
         how: dict[str, Any] = {"fresh": self._fresh(), "repair_buffers": self._repair, "ranks": self._ranks}
-        repaired = prove_buffers(self._parts, checkpoint, **how, allow_missing=self._allowed["allow_missing"])
+        try:
+            repaired = prove_buffers(self._parts, checkpoint, **how, allow_missing=("*",))
+        except InitialLoadError:
+            raise
+        except (UsageError, RankFailedError) as error:
+            log.warning("the non-persistent buffers of this run are not proved: %s", error)
+            return
         if repaired and self._ranks.is_leader:
             log.warning("non-persistent buffers were wrong and were repaired: %s", ", ".join(repaired))
 
