@@ -266,3 +266,13 @@ def test_an_object_in_place_of_a_tensor_stays_an_object(directory: Path) -> None
     index = read_index(directory)
     assert "model.w" in index.objects
     assert "model.w" not in index.tensors
+
+
+def test_a_remembered_index_is_checked_anew_as_soon_as_anything_has_changed(directory: Path) -> None:
+    first = read_index(directory)
+    assert read_index(directory) is first
+    dcp_directories.edit_index(directory, lambda metadata: metadata.state_dict_metadata.pop("model.w"))
+    assert "model.w" not in read_index(directory).tensors
+    os.truncate(directory / FILE, 10)
+    with pytest.raises(IncompleteCheckpointError, match="ends at byte 10"):
+        read_index(directory)

@@ -14,6 +14,7 @@ HEAVY = ("torch.distributed.checkpoint", "torch.distributed.tensor", "torch.dist
 READING = {
     "importing": "import shardsmith.export.write, shardsmith.inspection, shardsmith.formats.by_path",
     "the command line": "import shardsmith.cli, shardsmith.report, shardsmith.export.plan",
+    "one of several ranks": "import shardsmith.torchrun.group, shardsmith.export.write, shardsmith.export.plan",
     "inspecting": f"from shardsmith.inspection import inspect_checkpoint; inspect_checkpoint({str(SHARDED)!r})",
 }
 
