@@ -23,6 +23,7 @@ from benchmarks.room import forget_cached, is_in_memory, why_not
 
 RANKS = 4
 OURS = "shardsmith to-hf"
+ONE_CORE = f"{OURS}, on one core"
 GATHER = f"dcp.load + full state dict on rank 0, {RANKS} processes"
 _PROCESS_BYTES = 650e6
 """What a process holds that has imported torch, FSDP and the model, and some tensors on their way."""
@@ -30,12 +31,13 @@ _PROCESS_BYTES = 650e6
 
 def torchrun(processes: int) -> tuple[str, ...]:
     """How to start so many."""
-    return ("-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=29671")
+    return (sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=29671")
 
 
 TO_HF = ("-m", "shardsmith.cli", "to-hf", "--quiet")
 CONTENDERS = {
-    OURS: TO_HF,
+    ONE_CORE: ("taskset", "--cpu-list", "0", sys.executable, *TO_HF),
+    OURS: (sys.executable, *TO_HF),
     f"{OURS}, 2 processes": (*torchrun(2), *TO_HF),
     f"{OURS}, 4 processes": (*torchrun(4), *TO_HF),
     GATHER: (*torchrun(RANKS), "-m", "benchmarks.bagel_contender", "gather"),
@@ -64,7 +66,7 @@ def compare_bagel(console: Console, work: Path, parameters: int, runs: int) -> d
     places = ["--checkpoint_dir", checkpoint, "--output_dir", output, "--base_model_path", base]
     arguments = [str(place) for place in places]
     make = (*torchrun(RANKS), "-m", "benchmarks.bagel_contender", "make", "--parameters", str(parameters))
-    measure([sys.executable, *make, *arguments])
+    measure([*make, *arguments])
     results: dict[str, list[Measurement]] = {name: [] for name in CONTENDERS}
     for turn in range(runs):
         for name, command in CONTENDERS.items():
@@ -73,7 +75,7 @@ def compare_bagel(console: Console, work: Path, parameters: int, runs: int) -> d
                 console.print(f"run {turn + 1}: {name}: not run, {lack}")
                 continue
             forget_cached(checkpoint)
-            results[name].append(measure([sys.executable, *command, *arguments]))
+            results[name].append(measure([*command, *arguments]))
             console.print(f"run {turn + 1}: {name}: {results[name][-1].seconds:.2f} s")
             shutil.rmtree(output)
     shutil.rmtree(checkpoint)
@@ -96,10 +98,12 @@ def _table(results: dict[str, list[Measurement]], title: str) -> Table:
 
 
 def _ratios(results: dict[str, list[Measurement]]) -> str:
-    """One process is threaded: several gain something only where it leaves cores idle."""
+    """One process has a thread for each of up to 8 cores: several gain something only where that leaves cores idle."""
+    ways = {"one process": OURS, "on one core": ONE_CORE, "2 processes": f"{OURS}, 2 processes"}
+    ways["4 processes"] = f"{OURS}, 4 processes"
     ours = _seconds(results[OURS])
-    found = (f"{count} processes {_seconds(results[f'{OURS}, {count} processes']) / ours:.2f}" for count in (2, 4))
-    return f"time of one process, which uses up to 8 threads, on {os.cpu_count()} cores: 1; {'; '.join(found)}"
+    found = (f"{words} {_seconds(results[name]) / ours:.2f}" for words, name in ways.items())
+    return f"times against one process on {os.cpu_count()} cores: {', '.join(found)}"
 
 
 def _seconds(found: list[Measurement]) -> float:

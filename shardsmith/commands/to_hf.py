@@ -33,8 +33,9 @@ def to_hf(
     """Make a complete Hugging Face directory from a checkpoint.
 
     Streams from the checkpoint's files into the final ones: no model, little memory. The output appears when all of it
-    is on disk; the checkpoint and the base model are only read. One process is enough; under torchrun
-    (torchrun --nproc_per_node=4 -m shardsmith.cli to-hf ...) the work is divided, and the files are the same.
+    is on disk; the checkpoint and the base model are only read. One process uses up to 8 cores; where there are more,
+    or several hosts, torchrun (torchrun --nproc_per_node=4 -m shardsmith.cli to-hf ...) divides the work among
+    processes. The files are the same.
 
     Example: shardsmith to-hf --checkpoint_dir out/checkpoint-500 --base_model_path base
 
