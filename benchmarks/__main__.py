@@ -48,9 +48,9 @@ def main(
     diagnose: what a diagnosis costs. bagel: a model like BAGEL with its average, in one process, two and four.
 
     Needs at the default sizes, at the peak of each section: offline 8 GB of disk and 8 GB of memory, live 3 and 11,
-    initial 5 and 4, diagnose 3 and 1, bagel 17 and 14: all of it fits a machine with 24 GB of memory and 40 GB of disk.
-    On tmpfs the disk is memory, too. A section, or a way to gather a full state dict, for which there is no room is not
-    run, and that is said.
+    initial 5 and 4, diagnose 3 and 1, bagel 17 and 17: all of it fits a machine with 24 GB of memory and 40 GB of disk.
+    On tmpfs the disk is memory, too. A section for which there is no room is not run, and that is said; of bagel only
+    the full state dict needs more than 9 GB of memory, and is left out alone.
 
     Args:
         parameters: Size of the float32 Llama, such as 700M.

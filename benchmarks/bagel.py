@@ -55,8 +55,8 @@ def memory_needed(parameters: int) -> float:
 
 
 def memory_to_gather(parameters: int) -> float:
-    """Bytes: its shards, and all of it once more on rank 0."""
-    return parameters * 8 + RANKS * _PROCESS_BYTES
+    """Bytes: its shards, all of it once more on rank 0, and on every rank the tensor that is being gathered."""
+    return parameters * 10 + RANKS * _PROCESS_BYTES
 
 
 def compare_bagel(console: Console, work: Path, parameters: int, runs: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from shardsmith import cli
+from shardsmith.export.layout_rules import ENTRY_POINTS, TRANSFORMS, LayoutRule
 from tests import dcp_directories
 from tests.bagel_base import PATCHES, as_conv, initial_weights, make_bagel_base
 
@@ -86,6 +88,19 @@ def test_rules_of_ones_own_serve_diagnose_and_verify(tmp_path: Path, capsys: pyt
     for how in ((), ("--digests",)):
         assert cli.main(["verify", str(turned), str(plain), "--rules", str(rules), *how]) == 0
     assert "llm2vae.weight brought into one layout by transpose" in capsys.readouterr().out
+
+
+def transposed() -> list[LayoutRule]:
+    """What a package would offer."""
+    return [LayoutRule("llm2vae.weight", "transpose", TRANSFORMS["transpose"])]
+
+
+def test_rules_that_a_package_offers_need_not_be_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    point = EntryPoint("turned", "tests.test_diagnose_layouts:transposed", ENTRY_POINTS)
+    offered = {ENTRY_POINTS: [point]}
+    monkeypatch.setattr("shardsmith.export.layout_rules.entry_points", lambda group: offered[group])
+    turned = save(tmp_path / "turned", LINEAR, **{"llm2vae.weight": WEIGHTS["llm2vae.weight"].t().contiguous()})
+    assert cli.main(["verify", str(turned), str(save(tmp_path / "plain", LINEAR))]) == 0
 
 
 @pytest.mark.parametrize(("patches", "code"), [(CONV, 0), (RESHAPED, 1)])

@@ -233,6 +233,23 @@ def run_legacy(legacy: Path, directory: Path) -> None:
         assert loaded.proved == 111 * len([part for part in loaded.parts if part in ("model", "ema")])
 
 
+def run_titan(legacy: Path, directory: Path) -> None:
+    run = Run(directory, "fsdp2", seed=9)
+    before, truth = run.states(), torch.load(legacy / "fsdp2" / "truth.pt", weights_only=True)
+    for layout in ("titan", "flame"):
+        path = legacy / "fsdp2" / layout / f"step-{STEP}"
+        for parameter in run.model.parameters():
+            parameter.data.zero_()
+        loaded = run.manager.load_sharded_checkpoint(path, load_ema=False, load_optimizer=False, load_scheduler=False)
+        assert (loaded.format, loaded.proved) == ("dcp", 111)
+        found = run.states()
+        assert_equal({"main": found["main"], "ema": found["ema"]}, {"main": truth["model"], "ema": before["ema"]})
+
+
+def test_weights_of_titan_and_flame_are_loaded_flat_and_nested(legacy: Path, tmp_path: Path) -> None:
+    run_on_ranks(run_titan, 2, tmp_path, legacy, tmp_path / "run")
+
+
 def states_of_without_scheduler(run: Run) -> dict[str, dict[str, Tensor]]:
     from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
@@ -279,22 +296,38 @@ def test_whole_weights_come_from_every_kind_of_file(tmp_path: Path) -> None:
     release = make_bagel_base(tmp_path / "release", average)
     torch.save(weights, make(tmp_path / "bin") / "pytorch_model.bin")
     torch.save({"model": weights}, make(tmp_path / "pt") / "model.pt")
+    save_in_two(weights, make(tmp_path / "indexed"), "model", "safetensors")
+    save_in_two(average, make(tmp_path / "indexed"), "ema", "safetensors")
+    save_in_two(weights, make(tmp_path / "indexed bin"), "pytorch_model", "bin")
     for stem, state in (("model", weights), ("ema", average)):
         save_file({n: t.contiguous() for n, t in state.items()}, make(tmp_path / "both") / f"{stem}.safetensors")
     run = Run(tmp_path / "run", "none", seed=8)
-    for name in ("bin", "pt"):
+    for name in ("bin", "pt", "indexed bin"):
         with pytest.raises(CheckpointNotFoundError, match=r"has no 'ema' weights.*Pass load_ema_from_main=True"):
             run.manager.load_hf_checkpoint(tmp_path / name)
         loaded = run.manager.load_hf_checkpoint(tmp_path / name, load_ema_from_main=True)
         assert loaded.format == "torch"
         assert_equal(states_of(run), {"model": weights, "ema": weights})
-    run.manager.load_hf_checkpoint(tmp_path / "both")
-    assert_equal(states_of(run), {"model": weights, "ema": average})
+    for name in ("both", "indexed"):
+        run.manager.load_hf_checkpoint(tmp_path / name)
+        assert_equal(states_of(run), {"model": weights, "ema": average})
     with pytest.raises(CheckpointNotFoundError, match=r"has no 'main' weights.*Pass load_main_from_ema=True"):
         run.manager.load_hf_checkpoint(release)
     run.manager.load_hf_checkpoint(release, load_main_from_ema=True)
     rounded = {name: tensor.bfloat16().float() for name, tensor in average.items()}
     assert_equal(states_of(run), {"model": rounded, "ema": rounded})
+
+
+def save_in_two(weights: dict[str, Tensor], directory: Path, stem: str, suffix: str) -> None:
+    """Two files and their index, as ``save_pretrained`` makes them."""
+    names, places = list(weights), {}
+    for part in range(2):
+        file = f"{stem}-0000{part + 1}-of-00002.{suffix}"
+        half = {name: weights[name].contiguous() for name in names[part::2]}
+        torch.save(half, directory / file) if suffix == "bin" else save_file(half, directory / file)
+        places |= dict.fromkeys(half, file)
+    index = {"metadata": {}, "weight_map": places}
+    (directory / f"{stem}.{suffix}.index.json").write_text(json.dumps(index))
 
 
 def make(directory: Path) -> Path:
