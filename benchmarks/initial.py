@@ -68,10 +68,8 @@ def compare_initial(console: Console, work: Path, parameters: int, ranks: int, r
         f"anonymous memory of a rank: {per_rank / 1e6:.0f} MB; the aim is at most 1.2 x its shard + 300 MB = "
         f"{bound / 1e6:.0f} MB. Time against a copy: {against_copy:.1f}x; the aim is at most 2x"
     )
-    once, each = _fit([_median(found[OURS], "seconds") for found in (results, smaller)], sizes)
-    _, copied = _fit([_median(found[COPY], "seconds") for found in (results, smaller)], sizes)
-    reached = f"so twice a copy from about {once / (2 * copied - each):.0f} GB on" if each < 2 * copied else ""
-    console.print(f"{OURS}: {once:.1f} s and {each:.2f} s a GB; a copy: {copied:.2f} s a GB; {reached}")
+    if sizes[0] != sizes[1]:  # the smallest model still has a layer
+        console.print(_costs(results, smaller, sizes))
     named = {**results, **{f"{name}, {sizes[1]} bytes": found for name, found in smaller.items()}}
     return {name: [vars(measurement) for measurement in found] for name, found in named.items()}
 
@@ -98,6 +96,13 @@ def _run_all(console: Console, chosen: Sequence[Way], model: Path, runs: int) ->
             console.print(f"run {turn + 1}: {way.name}: {found.seconds:.2f} s", highlight=False)
             shutil.rmtree(places["OUTPUT"], ignore_errors=True)
     return results
+
+
+def _costs(results: dict[str, list[Measurement]], smaller: dict[str, list[Measurement]], sizes: Sequence[int]) -> str:
+    once, each = _fit([_median(found[OURS], "seconds") for found in (results, smaller)], sizes)
+    _, copied = _fit([_median(found[COPY], "seconds") for found in (results, smaller)], sizes)
+    reached = f"so twice a copy from about {once / (2 * copied - each):.0f} GB on" if each < 2 * copied else ""
+    return f"{OURS}: {once:.1f} s and {each:.2f} s a GB; a copy: {copied:.2f} s a GB; {reached}"
 
 
 def _fit(seconds: Sequence[float], sizes: Sequence[int]) -> tuple[float, float]:
