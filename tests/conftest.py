@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from tests.trained_runs import FROM_TRANSFORMERS, Trained, make_base, read_run, 
 
 settings.register_profile("untimed", deadline=None)  # other work on the machine must not fail a test
 settings.load_profile("untimed")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and so their children, ignore it
 
 KINDS = (*FROM_TRANSFORMERS, "odd")
 RUNS = {1: KINDS, 2: KINDS, 4: ("odd",)}

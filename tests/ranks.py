@@ -6,6 +6,7 @@ some 10 ms instead of seconds.
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import multiprocessing
 import uuid
@@ -43,6 +44,7 @@ def run_on_ranks(
 def _rank(
     rank: int, body: Callable[..., None], world_size: int, store: str, timeout_secs: int, args: tuple[Any, ...]
 ) -> None:
+    faulthandler.enable()  # a rank that crashes says where all of its threads were
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_secs)
