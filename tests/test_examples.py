@@ -40,7 +40,7 @@ def test_the_benchmark_runs_every_tool(tmp_path: Path) -> None:
     assert found.returncode == 0, found.stdout + found.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert len(figures["offline"]) == 4
-    assert len(figures["initial"]) == 9  # 7 ways, and 2 of them at a smaller size
+    assert len(figures["initial"]) == 7
     assert len(figures["bagel"]) == 5
     assert {"shardsmith HFExport", "pauses"} < figures["live"].keys()
     assert {"structure", "GB/s a core"} < figures["diagnose"].keys()
