@@ -74,6 +74,31 @@ def test_good_checkpoints_have_no_finding_on_the_model_level(
     assert abs(facts["loss with the checkpoint's weights"] - facts["loss of the model"]) < 0.005
 
 
+def near_ties(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A mixture of experts whose router likes all experts nearly alike, so that rounding decides between them."""
+    return {
+        name: tensor[:1] * (1 + 1e-4 * torch.arange(len(tensor))[:, None]) if "mlp.gate." in name else tensor
+        for name, tensor in state.items()
+    }
+
+
+@pytest.mark.parametrize("harmed", [False, True])
+def test_a_token_that_rounding_sends_to_another_expert_is_no_fault(
+    harmed: bool, specimens: dict[str, Specimen], tmp_path: Path
+) -> None:
+    specimen = specimens["qwen3-moe"]
+    model = specimen.model()
+    model.load_state_dict(near_ties(specimen.state))
+    model.save_pretrained(tmp_path / "base")
+    state = {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}
+    if harmed:
+        state["model.norm.weight"] *= 1.02
+    checkpoint = save_sharded(state, tmp_path / "c", 2)
+    found = diagnose(checkpoint, tmp_path / "base", Questions(level="model", batch=specimen.batch))
+    assert found.levels[0].facts["KL a token, largest"] > 0.02
+    assert codes(found) == ({"logits-differ"} if harmed else set())
+
+
 def test_the_model_itself_has_no_finding(olmo: Specimen) -> None:
     assert diagnose(olmo.base, olmo.base, Questions()).exit_code == 0
 

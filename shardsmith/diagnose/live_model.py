@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -41,14 +42,23 @@ class LiveModel:
             raise _unusable(directory, error) from error
         return cls(module.eval())
 
-    def with_weights(self, source: TensorSource, names: list[str], config: Any = None) -> LiveModel:
+    def with_weights(
+        self,
+        source: TensorSource,
+        names: list[str],
+        config: Any = None,
+        rounded: Mapping[str, torch.dtype] = MappingProxyType({}),
+    ) -> LiveModel:
         """A second model of the same class with these tensors of a source, named as in files.
+
+        Args:
+            rounded: Name -> the dtype that its values are rounded to on the way to float32.
 
         Raises:
             UnsupportedFormatError: some of the model's tensors are not among them, or it cannot be made.
             CheckpointError: from reading.
         """
-        state = {name: read_tensor(source, name).float() for name in names}
+        state = {name: _wide(read_tensor(source, name), rounded.get(name)) for name in names}
         try:
             with _quiet():
                 module, info = type(self.module).from_pretrained(
@@ -118,6 +128,11 @@ class LiveModel:
         for name, buffer in self.buffers().items():
             if name in values and values[name].shape == buffer.shape:
                 buffer.copy_(values[name])
+
+
+def _wide(values: Tensor, rounded: torch.dtype | None) -> Tensor:
+    """In float32, and in memory of its own: where a view on a file begins may decide the last bit of a product."""
+    return values.to(rounded or values.dtype).to(torch.float32, copy=True)
 
 
 @contextlib.contextmanager
