@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from shardsmith.process_end import finish
 from shardsmith.ranks import Ranks
 from shardsmith.run_state.save import Contents, SaveInProgress
 
@@ -61,7 +62,7 @@ def _save(rank: int, checkpoint: str, parameters: int, shards: int, store: str) 
     save.begin(lambda: contents)
     save.write()
     save.commit()
-    dist.destroy_process_group()
+    finish()
 
 
 if __name__ == "__main__":

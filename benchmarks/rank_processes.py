@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import shutil
 import socket
@@ -14,6 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+from shardsmith.process_end import finish
 
 
 def spawn_ranks(body: Callable[..., dict[str, Any]], ranks: int, folder: Path, *arguments: Any) -> dict[str, Any]:
@@ -38,6 +39,4 @@ def _rank(
     found = body(rank, folder, *arguments)
     if rank == 0:
         result.write_text(json.dumps(found))
-    dist.barrier()
-    gc.collect()  # what still holds the group would outlive it, and its threads the process
-    dist.destroy_process_group()
+    finish()

@@ -18,7 +18,7 @@ from accelerate.utils import set_seed
 from fsdp2_loop import evaluate, prepare, sample
 from transformers import AutoModelForCausalLM, AutoTokenizer, Olmo2Config
 
-from shardsmith.hooks import EMA, HFExport, Hooks, every, last
+from shardsmith.hooks import EMA, HFExport, Hooks, every, finish, last
 from shardsmith.integrations.accelerate import attach, last_checkpoint
 
 ACCUMULATION = 2
@@ -72,6 +72,7 @@ def main() -> None:
         losses["ema"] = evaluate(model, test)
     hooks.close()
     accelerator.print(f"evaluation loss: main {losses['main']:.6f}, ema {losses['ema']:.6f}")
+    finish()
     accelerator.end_training()
 
 

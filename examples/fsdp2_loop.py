@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, Olmo2Config, PreTrainedTokenizerFast
 
-from shardsmith.hooks import EMA, HFExport, Hooks, ShardedSave, every, last, latest
+from shardsmith.hooks import EMA, HFExport, Hooks, ShardedSave, every, finish, last, latest
 
 SEQUENCE = 128
 BATCH = 8  # sequences a rank and step
@@ -142,13 +142,11 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(max(1, (os.cpu_count() or 2) // int(os.environ.get("WORLD_SIZE", "1"))))
     dist.init_process_group("gloo")
-    try:
-        if dist.get_rank() == 0:
-            prepare(arguments.directory)
-        dist.barrier()
-        train(arguments.directory, arguments.steps)
-    finally:
-        dist.destroy_process_group()
+    if dist.get_rank() == 0:
+        prepare(arguments.directory)
+    dist.barrier()
+    train(arguments.directory, arguments.steps)
+    finish()
 
 
 if __name__ == "__main__":

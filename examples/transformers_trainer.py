@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, Olmo2Config, Trainer, TrainingArguments, set_seed
 
-from shardsmith.hooks import every, last, latest
+from shardsmith.hooks import every, finish, last, latest
 from shardsmith.integrations.transformers import CheckpointHooks, last_checkpoint
 
 
@@ -79,7 +79,7 @@ def main() -> None:
         losses["ema"] = trainer.evaluate()["eval_loss"]
     if trainer.is_world_process_zero():
         print(f"evaluation loss: main {losses['main']:.6f}, ema {losses['ema']:.6f}", flush=True)
-    trainer.accelerator.end_training()  # the process groups end before the interpreter does: torch may abort otherwise
+    finish()  # ends the process groups before the interpreter does, which torch may hang in otherwise
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """What a training loop attaches."""
 
+from shardsmith.process_end import finish
+
 from .base import Hook, Hooks
 from .ema import EMA
 from .export import HFExport
@@ -23,6 +25,7 @@ __all__ = [
     "ShardedSave",
     "at",
     "every",
+    "finish",
     "last",
     "latest",
     "multiples_of",

@@ -26,6 +26,7 @@ from shardsmith.initial.live_digest import OTHER_VALUES, compare_digests, digest
 from shardsmith.layout import COMPANION, FOLDER_FILE
 from shardsmith.metadata import TensorRecord, read_metadata
 from shardsmith.names import tied_weights
+from shardsmith.process_end import end_group
 from shardsmith.ranks import Ranks
 from shardsmith.record.adopt import disown
 from shardsmith.record.companion import companion_of, is_complete, is_deserted, read_folder_record
@@ -104,6 +105,8 @@ class FolderSave(Hook):
                 self.background.close()
             if self._stager:
                 self._stager.close()
+            end_group(self._group)
+            self._group = None
 
     def before_save(self, folder: Path) -> None:
         """The trainer is about to write a folder: wait for ours in flight, and take our mark off this one.

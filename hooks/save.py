@@ -22,6 +22,7 @@ from shardsmith.commit import prove_writable, remove, sweep
 from shardsmith.errors import IncompleteCheckpointError, ShardsmithError, UsageError
 from shardsmith.layout import step_name
 from shardsmith.metadata import CheckpointMetadata, read_metadata
+from shardsmith.process_end import end_group
 from shardsmith.ranks import Ranks
 from shardsmith.run_state.resume import fill
 from shardsmith.run_state.save import SaveInProgress
@@ -133,6 +134,8 @@ class ShardedSave(Hook):
                 self.background.close()
             if self._stager:
                 self._stager.close()
+            end_group(self._group)
+            self._group = None
 
     def save(self, step: int) -> None:
         """Save now, as ``step-<step>``. All ranks; communicates.

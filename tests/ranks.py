@@ -7,7 +7,6 @@ some 10 ms instead of seconds.
 from __future__ import annotations
 
 import faulthandler
-import gc
 import multiprocessing
 import uuid
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+_HUNG_SECS = 60.0
 _PRELOADED = ["torch.distributed.checkpoint", "torch.distributed.fsdp", "transformers.trainer", "tests.ranks"]
 
 
@@ -44,13 +44,11 @@ def run_on_ranks(
 def _rank(
     rank: int, body: Callable[..., None], world_size: int, store: str, timeout_secs: int, args: tuple[Any, ...]
 ) -> None:
+    """Ends by ``os._exit``, as every process of a fork server: groups that are left are not taken down."""
     faulthandler.enable()  # a rank that crashes says where all of its threads were
+    faulthandler.dump_traceback_later(_HUNG_SECS, repeat=True)  # and so does one that hangs
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_secs)
     )
-    try:
-        body(*args)
-    finally:
-        gc.collect()  # FSDP1 modules are reference cycles that hold the group, whose threads would outlive it
-        dist.destroy_process_group()
+    body(*args)

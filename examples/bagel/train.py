@@ -22,6 +22,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
 from shardsmith import ShardedCheckpointManager
+from shardsmith.hooks import finish
 
 DECAY = 0.9
 SIZES = Sizes()
@@ -118,7 +119,5 @@ def parse_options() -> argparse.Namespace:
 
 if __name__ == "__main__":
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    try:
-        main()
-    finally:
-        dist.destroy_process_group()
+    main()
+    finish()

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import torch.distributed as dist
 
+from shardsmith.process_end import finish
 from shardsmith.ranks import Ranks
 
 
@@ -22,6 +23,9 @@ def joined_ranks(timeout_secs: float = 1800.0) -> Iterator[Ranks]:
         dist.init_process_group("gloo")
     try:
         yield Ranks(timeout_secs)
-    finally:
-        if starts:
+    except BaseException:
+        if starts:  # the other ranks may not get to the end
             dist.destroy_process_group()
+        raise
+    if starts:
+        finish()

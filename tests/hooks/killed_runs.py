@@ -6,6 +6,7 @@ is to die, an audit hook and a wrapper of ``os.fsync`` count everything that tou
 
 from __future__ import annotations
 
+import faulthandler
 import functools
 import os
 import resource
@@ -18,6 +19,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+from shardsmith.process_end import finish
 
 RANKS = 2
 WATCHED = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
@@ -88,6 +91,7 @@ def run_rank(rank: int, run: KilledRun) -> None:
     log = os.open(run.beside(f"rank-{rank}.log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    faulthandler.dump_traceback_later(50)  # where it hangs, if it does, is in the log
     signal.alarm(60)  # whatever happens, no rank outlives the test
     status = 1
     try:
@@ -97,7 +101,7 @@ def run_rank(rank: int, run: KilledRun) -> None:
         if rank == run.victim:
             die_at(run)
         run.train()
-        dist.destroy_process_group()
+        finish()
         status = 0
     except BaseException:
         sys.excepthook(*sys.exc_info())

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from shardsmith.process_end import finish
 from tests.hooks.training import run_training
 
 if __name__ == "__main__":
@@ -15,4 +16,4 @@ if __name__ == "__main__":
     dist.init_process_group("gloo")
     step = run_training(Path(sys.argv[1]), 10**6)
     print(f"stopped after step {step}", flush=True)
-    dist.destroy_process_group()
+    finish()

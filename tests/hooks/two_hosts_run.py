@@ -20,7 +20,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from shardsmith.errors import ShardsmithError
-from shardsmith.hooks import HFExport, Hooks, ShardedSave, every, latest
+from shardsmith.hooks import HFExport, Hooks, ShardedSave, every, finish, latest
 
 
 def stop_at(folder: Path, kind: str, step: int) -> None:
@@ -66,7 +66,7 @@ def main(folder: Path, steps: int, stop: list[str]) -> None:
     except ShardsmithError as error:
         (folder / f"error-{rank}").write_text(f"{type(error).__name__}: {error}")
         raise
-    dist.destroy_process_group()
+    finish()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,90 @@
+"""Many ends of a training script, interpreter teardown included, of each kind of process group.
+
+python -m tests.soak.ends COUNT [--bare]: ``--bare`` ends without ``finish``, to show what it is for.
+"""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import nn
+
+from shardsmith.hooks import EMA, HFExport, Hooks, ShardedSave, every, finish, last
+from tests.hooks.training import build
+from tests.soak.forked import start_ranks, wait_for
+
+KINDS = ("ddp", "fsdp1", "fsdp2", "accelerate")
+RANKS = 2
+
+
+def run_script(kind: str, folder: Path, *, bare: bool) -> None:
+    """Train two steps, save and export, gather something, end."""
+    accelerator: Any = None
+    if kind == "accelerate":
+        accelerator = Accelerator(cpu=True)
+        model = build("none")
+        model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
+    else:
+        model = build(kind)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    ema = EMA(model, decay=0.9)
+    save = ShardedSave(folder / "steps", model=model, optimizer=optimizer, ema=ema, when=every(2))
+    export = HFExport(folder / "hf", model=model, ema=ema, when=last(), write_mode="files")
+    hooks = Hooks(ema, save, export)
+    step = hooks.resume()
+    while step < 2:
+        tokens = torch.randint(11, (3, 4))
+        nn.functional.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        hooks.step(step)
+    hooks.close()
+    parts = [torch.empty(1000) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, torch.ones(1000))
+    if not bare:
+        finish()
+    elif accelerator is None:
+        dist.destroy_process_group()
+    if accelerator is not None:
+        accelerator.end_training()
+
+
+def count_ends(kind: str, count: int, *, bare: bool) -> Counter[str]:
+    """How the ranks of so many jobs ended."""
+    ends: Counter[str] = Counter()
+    for number in range(count):
+        root = Path(tempfile.mkdtemp(prefix="ends-"))
+        script = partial(run_script, kind, root / "run", bare=bare)
+        found = wait_for(start_ranks(RANKS, script, root / "log", root / "store"), 100)
+        ends.update(map(str, found))
+        if any(found):
+            print(f"{kind} {number}: {found}", *[(root / f"log.{rank}").read_text() for rank in range(RANKS)])
+        shutil.rmtree(root)
+    return ends
+
+
+def main() -> int:
+    count, bare = int(sys.argv[1]), "--bare" in sys.argv
+    import torch._dynamo  # the first fully_shard wants it, which would take each rank a second
+    import torch.profiler  # noqa: F401
+
+    gc.freeze()
+    found = {kind: count_ends(kind, count, bare=bare) for kind in KINDS}
+    for kind, ends in found.items():
+        print(f"{kind}: {dict(ends)}", flush=True)
+    return any(set(ends) != {"0"} for ends in found.values())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
