@@ -9,6 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from shardsmith.argument_types import StepNumber
+from shardsmith.arguments import check_value, checked
 from shardsmith.errors import RankFailedError, UsageError
 from shardsmith.ranks import rank_and_size
 from shardsmith.step_agreement import StepAgreement
@@ -35,6 +37,13 @@ class Hook:
 
     background: Background | None = None
     """What this hook does in the background. ``Hooks`` lets all ranks raise a failure in it after the same step."""
+
+    @staticmethod
+    def suggestion(value: object) -> str | None:
+        """What to write for a value that somebody has given for a hook; None if nobody can know."""
+        if isinstance(value, list | tuple):
+            return "the hooks one by one, as in Hooks(ema, save)"
+        return "nothing in its place" if value is None else None
 
     def resume(self) -> int | None:
         """Restore what this hook saved last; the step it was saved at, or None if it has nothing. May communicate."""
@@ -89,6 +98,7 @@ class Hooks:
 
     should_stop = False
 
+    @checked
     def __init__(self, *hooks: Hook, stop_on: signal.Signals | Sequence[signal.Signals] = ()) -> None:
         """Communicates not at all; with several ranks it starts a thread that sleeps until there is something to tell.
 
@@ -129,17 +139,30 @@ class Hooks:
         return self._step
 
     def step(self, step: int) -> None:
-        """Report that optimizer step number ``step`` (from 1) is done. Raises what failed in the background."""
+        """Report that optimizer step number ``step`` (from 1) is done. Raises what failed in the background.
+
+        A whole number of another type counts as what it is: ``np.int64(500)``, ``torch.tensor(500)`` and ``5e2`` are
+        step 500.
+
+        Raises:
+            UsageError: it is no whole number.
+        """
+        if type(step) is not int:
+            step = check_value("Hooks.step", "step", step, StepNumber)
         self.optimizer_step(step)
         self.step_end(step)
 
     def optimizer_step(self, step: int) -> None:
         """The first half of ``step``, for trainers that have a moment right after ``optimizer.step()``."""
+        if type(step) is not int:
+            step = check_value("Hooks.optimizer_step", "step", step, StepNumber)
         for hook in self.hooks:
             hook.on_optimizer_step(step)
 
     def step_end(self, step: int) -> None:
         """The second half of ``step``."""
+        if type(step) is not int:
+            step = check_value("Hooks.step_end", "step", step, StepNumber)
         self._step = step
         if self._signals.take():
             self.request_stop()

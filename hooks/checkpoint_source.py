@@ -139,8 +139,6 @@ class CheckpointSource:
 
 def check_source(source: str, checkpoints: Saves | None, *, is_adapter: bool) -> None:
     """Raise UsageError if the arguments of these names do not fit each other."""
-    if source not in ("live", "checkpoint", "auto"):
-        raise UsageError(f'source="{source}": it is "live", "checkpoint" or "auto"')
     if source == "checkpoint" and checkpoints is None:
         raise UsageError('source="checkpoint" needs checkpoints=: pass the ShardedSave of the run')
     if source == "live" and checkpoints is not None:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.tensor import DTensor
 
+from shardsmith.argument_types import Count, Decay, StepNumber
+from shardsmith.arguments import checked
 from shardsmith.errors import UsageError
 
 from .base import Hook
@@ -39,20 +41,17 @@ class EMA(Hook):
         updates: Number of updates so far.
     """
 
+    @checked
     def __init__(
         self,
         model: nn.Module,
         *,
-        decay: float = 0.999,
+        decay: Decay = 0.999,
         warmup: bool = False,
-        start_step: int = 0,
-        every_n_steps: int = 1,
+        start_step: StepNumber = 0,
+        every_n_steps: Count = 1,
         offload: bool = False,
     ) -> None:
-        if not 0 <= decay < 1:
-            raise UsageError(f"decay={decay}: it is at least 0 and below 1; 1 would never move the average")
-        if start_step < 0 or every_n_steps < 1:
-            raise UsageError(f"start_step={start_step} is at least 0, every_n_steps={every_n_steps} at least 1")
         self.decay = decay
         self.warmup = warmup
         self.start_step = start_step

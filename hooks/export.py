@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from shardsmith.argument_types import Directory, Dtype, LocalPath, Seconds, Size, StepNumber
+from shardsmith.arguments import checked
 from shardsmith.checkpoints import committed_steps
 from shardsmith.commit import prove_writable, remove, sweep
 from shardsmith.errors import ShardsmithError, UsageError
@@ -47,23 +49,24 @@ class HFExport(Hook):
         directory: Where the step directories are.
     """
 
+    @checked
     def __init__(
         self,
-        directory: str | Path,
+        directory: Directory,
         *,
         model: nn.Module,
         when: Schedule,
         ema: EMA | None = None,
         models: Literal["main", "ema", "both"] | None = None,
-        dtype: str | Mapping[str, str] = "bfloat16",
-        max_shard_size: str | None = "5GB",
-        base_model: str | Path | None = None,
+        dtype: Dtype = "bfloat16",
+        max_shard_size: Size | None = "5GB",
+        base_model: LocalPath | None = None,
         processor: object | None = None,
         ema_as: Literal["file", "directory"] = "file",
         trust_remote_code: bool = False,
         names: str | NameMap = "auto",
         keep: Retention | None = None,
-        extra_files: Mapping[str, str | Path] | None = None,
+        extra_files: Mapping[str, LocalPath] | None = None,
         on_exported: Callable[[int, Path], None] | None = None,
         when_busy: Literal["wait", "skip", "raise"] = "wait",
         on_error: Literal["raise", "warn"] = "raise",
@@ -74,7 +77,7 @@ class HFExport(Hook):
         verify: Literal["digest", "load"] = "digest",
         verify_inputs: Mapping[str, Tensor] | None = None,
         stages: bool = False,
-        timeout_secs: float = 1800.0,
+        timeout_secs: Seconds = 1800.0,
     ) -> None:
         """Prove that the directory can be written to, and that model and base model fit each other.
 
@@ -146,8 +149,6 @@ class HFExport(Hook):
                 "an adapter has no base model beside it: pass processor= for the tokenizer, not base_model="
             )
         check_source(source, checkpoints, is_adapter=view is not None)
-        if verify not in ("digest", "load"):
-            raise UsageError(f'verify="{verify}": it is "digest" or "load"')
         self._answers = Answers(model, ema, verify_inputs) if verify == "load" else None
         sizes: dict[str, Any] = {"dtype": dtype, "max_shard_size": max_shard_size}
         self._state = LiveState(model, ema, files, names=names, view=view, **sizes)
@@ -218,7 +219,8 @@ class HFExport(Hook):
         finally:
             self._in_flight.close()
 
-    def export(self, step: int) -> None:
+    @checked
+    def export(self, step: StepNumber) -> None:
         """Export now, as ``step-<step>``. All ranks; communicates. On return the weights may change.
 
         Raises:

@@ -18,6 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
+from shardsmith.argument_types import Seconds, StepNumber
+from shardsmith.arguments import checked
 from shardsmith.checkpoints import find_damage
 from shardsmith.commit import remove, sweep
 from shardsmith.dcp.load import load_into
@@ -50,13 +52,14 @@ class FolderSave(Hook):
     Make it on all ranks at the same point, after ``fully_shard`` / FSDP / DDP: it communicates.
     """
 
+    @checked
     def __init__(
         self,
         model: nn.Module,
         *,
         ema: EMA | None = None,
         async_mode: Literal["async", "disabled"] = "async",
-        timeout_secs: float = 1800.0,
+        timeout_secs: Seconds = 1800.0,
     ) -> None:
         """Nothing is written yet.
 
@@ -120,7 +123,8 @@ class FolderSave(Hook):
         self.wait()
         self._ranks.lead(f"preparing {folder.name}", lambda: self._withdraw(folder))
 
-    def save(self, step: int, folder: Path) -> None:
+    @checked
+    def save(self, step: StepNumber, folder: Path) -> None:
         """Add our directory to a folder that the trainer has just written. All ranks; communicates.
 
         On return the live state may change again.

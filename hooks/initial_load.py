@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from shardsmith.argument_types import LocalPath, Seconds
+from shardsmith.arguments import checked
 from shardsmith.initial.buffer_reference import Fresh
 from shardsmith.initial.load import load_initial, prove_buffers
 from shardsmith.initial.report import InitialLoadReport
@@ -34,9 +36,10 @@ class InitialLoad(Hook):
 
     loads_weights = True
 
+    @checked
     def __init__(
         self,
-        path: str | Path,
+        path: LocalPath,
         *,
         model: nn.Module | Sequence[nn.Module],
         config: Any = None,
@@ -46,7 +49,7 @@ class InitialLoad(Hook):
         allow_missing: Sequence[str] = (),
         allow_extra: Sequence[str] = (),
         weights: str = MAIN,
-        timeout_secs: float = 1800.0,
+        timeout_secs: Seconds = 1800.0,
     ) -> None:
         """Nothing is read yet. The arguments are those of ``shardsmith.initial.load.load_initial``."""
         self.path = Path(path)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import torch
 from torch import Tensor, nn
 
 from shardsmith.commit import writing
@@ -101,8 +102,8 @@ class LiveState:
         ema: EMA | None,
         files: ModelFiles,
         *,
-        dtype: str | Mapping[str, str],
-        max_shard_size: str | None,
+        dtype: str | torch.dtype | Mapping[str, str | torch.dtype],
+        max_shard_size: str | int | None,
         names: str | NameMap = "auto",
         view: View | None = None,
     ) -> None:

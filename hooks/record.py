@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import nn
 
+from shardsmith.argument_types import Directory, Seconds
+from shardsmith.arguments import checked
 from shardsmith.checkpoints import committed_steps
 from shardsmith.commit import remove, sweep
 from shardsmith.errors import ShardsmithError
@@ -39,14 +41,15 @@ class Recorder(Hook):
         directory: Where the step directories are.
     """
 
+    @checked
     def __init__(
         self,
-        directory: str | Path,
+        directory: Directory,
         *,
         model: nn.Module,
         ema: EMA | None = None,
         keep: Retention | None = None,
-        timeout_secs: float = 1800.0,
+        timeout_secs: Seconds = 1800.0,
     ) -> None:
         """Make it on all ranks at the same point. Communicates through the store.
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-from shardsmith.errors import UsageError
+from shardsmith.argument_types import Count
+from shardsmith.arguments import checked
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -25,6 +26,13 @@ class Retention:
         newest = sorted(set(steps), reverse=True)[: self.newest]
         return {*newest, *(step for step in steps if any(step % n == 0 for n in self.multiples))}
 
+    @staticmethod
+    def suggestion(value: object) -> str | None:
+        """What to write for a value that somebody has given for a policy; None if nobody can know."""
+        if isinstance(value, int) and value > 0 and not isinstance(value, bool):
+            return f"latest({value})"
+        return "None, which keeps all" if value in (0, -1, "all") else None
+
     def __or__(self, other: Retention) -> Retention:
         """Keeps what either keeps."""
         if not isinstance(other, Retention):
@@ -37,14 +45,16 @@ class Retention:
         return " | ".join(terms) or "Retention()"
 
 
-def latest(count: int) -> Retention:
+@checked
+def latest(count: Count) -> Retention:
     """Keeps the ``count`` newest checkpoints."""
-    return Retention(newest=_positive("latest", count))
+    return Retention(newest=count)
 
 
-def multiples_of(steps: int) -> Retention:
+@checked
+def multiples_of(steps: Count) -> Retention:
     """Keeps each checkpoint whose step is a multiple of ``steps``: the milestones that rotation spares."""
-    return Retention(multiples=frozenset([_positive("multiples_of", steps)]))
+    return Retention(multiples=frozenset([steps]))
 
 
 def steps_to_remove(policy: Retention | None, steps: Iterable[int], held: Collection[int] = ()) -> list[int]:
@@ -57,9 +67,3 @@ def steps_to_remove(policy: Retention | None, steps: Iterable[int], held: Collec
         return []
     kept = policy.keep(committed) | set(held) | {committed[-1]}
     return [step for step in committed if step not in kept]
-
-
-def _positive(function: str, number: int) -> int:
-    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-        raise UsageError(f"{function}({number!r}): give a whole number from 1 on; None as the policy keeps everything")
-    return number

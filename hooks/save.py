@@ -17,6 +17,8 @@ from torch import nn
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim import Optimizer
 
+from shardsmith.argument_types import Directory, Seconds, StepNumber
+from shardsmith.arguments import checked
 from shardsmith.checkpoints import committed_steps, find_damage, set_aside
 from shardsmith.commit import prove_writable, remove, sweep
 from shardsmith.errors import IncompleteCheckpointError, ShardsmithError, UsageError
@@ -50,9 +52,10 @@ class ShardedSave(Hook):
         directory: Where the step directories are.
     """
 
+    @checked
     def __init__(
         self,
-        directory: str | Path,
+        directory: Directory,
         *,
         model: nn.Module,
         when: Schedule,
@@ -63,7 +66,7 @@ class ShardedSave(Hook):
         keep: Retention | None = None,
         async_mode: Literal["async", "disabled"] = "async",
         layout: Literal["flat", "nested"] = "flat",
-        timeout_secs: float = 1800.0,
+        timeout_secs: Seconds = 1800.0,
     ) -> None:
         """Prove that the directory can be written to and remove what dead attempts left there.
 
@@ -137,7 +140,8 @@ class ShardedSave(Hook):
             end_group(self._group)
             self._group = None
 
-    def save(self, step: int) -> None:
+    @checked
+    def save(self, step: StepNumber) -> None:
         """Save now, as ``step-<step>``. All ranks; communicates.
 
         A save that is still in flight is waited for first. On return the live state may change again.

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from shardsmith.argument_types import Count
+from shardsmith.arguments import checked
 from shardsmith.errors import UsageError
 
 
@@ -37,6 +39,16 @@ class Schedule:
         rest = Schedule(frozenset(periods), frozenset(steps), self.at_last and not other.at_last)
         return None if rest == Schedule() else rest
 
+    @staticmethod
+    def suggestion(value: object) -> str | None:
+        """What to write for a value that somebody has given for a schedule; None if nobody can know."""
+        if isinstance(value, int) and value > 0 and not isinstance(value, bool):
+            return f"every({value})"
+        if isinstance(value, list | tuple | set) and value and all(isinstance(one, int) and one > 0 for one in value):
+            return f"at({', '.join(map(str, sorted(value)))})"
+        name = value if isinstance(value, str) else getattr(value, "__name__", None)
+        return {"last": "last()", "every": "every(500)", "at": "at(100, 250)"}.get(str(name))
+
     def __or__(self, other: Schedule) -> Schedule:
         """Due whenever either is."""
         if not isinstance(other, Schedule):
@@ -52,24 +64,20 @@ class Schedule:
         return " | ".join(terms) or "Schedule()"
 
 
-def every(steps: int) -> Schedule:
+@checked
+def every(steps: Count) -> Schedule:
     """Due at ``steps``, ``2 * steps``, ...; not at step 0, where nothing has been trained yet."""
-    return Schedule(periods=frozenset([_positive("every", steps)]))
+    return Schedule(periods=frozenset([steps]))
 
 
-def at(*steps: int) -> Schedule:
+@checked
+def at(*steps: Count) -> Schedule:
     """Due at each of these steps, counted from 1."""
     if not steps:
         raise UsageError("at() names no step: give at least one, as in at(100, 250)")
-    return Schedule(steps=frozenset(_positive("at", step) for step in steps))
+    return Schedule(steps=frozenset(steps))
 
 
 def last() -> Schedule:
     """Due at the last step of the run."""
     return Schedule(at_last=True)
-
-
-def _positive(function: str, steps: int) -> int:
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-        raise UsageError(f"{function}({steps!r}): steps are whole numbers from 1 on")
-    return steps

@@ -23,6 +23,7 @@ from typing import Any, Literal
 from accelerate import Accelerator
 from torch import nn
 
+from shardsmith.arguments import checked
 from shardsmith.errors import UsageError
 from shardsmith.hooks import EMA, FolderSave, Hooks
 from shardsmith.record.trainer_folders import last_checkpoint
@@ -89,6 +90,7 @@ class Attached:
             log.warning("%s holds nothing of ours: an average starts from the weights as they are", self._folder)
 
 
+@checked
 def attach(
     accelerator: Accelerator,
     hooks: Hooks,

@@ -7,7 +7,6 @@ It relies on the documented events of ``TrainerCallback`` alone, so it works wit
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
 import signal
@@ -18,6 +17,8 @@ from typing import Any, Literal
 
 from transformers import TrainerCallback
 
+from shardsmith.argument_types import Decay, Directory, LocalPath
+from shardsmith.arguments import check_options, checked
 from shardsmith.errors import UsageError
 from shardsmith.hooks import EMA, FolderSave, HFExport, Hooks, Schedule
 from shardsmith.record.trainer_folders import last_checkpoint
@@ -39,14 +40,15 @@ class CheckpointHooks(TrainerCallback):
         hooks: What is attached, once training has begun.
     """
 
+    @checked
     def __init__(
         self,
         *,
-        ema_decay: float | None = None,
+        ema_decay: Decay | None = None,
         ema_options: Mapping[str, Any] | None = None,
         export: Schedule | None = None,
-        export_dir: str | Path | None = None,
-        resume_from: str | Path | None = None,
+        export_dir: Directory | None = None,
+        resume_from: LocalPath | None = None,
         on_missing: Literal["raise", "start"] = "raise",
         prove: bool = True,
         stop_on: signal.Signals | Sequence[signal.Signals] = (),
@@ -71,8 +73,8 @@ class CheckpointHooks(TrainerCallback):
         Raises:
             UsageError: options that nothing takes, or that make no sense together.
         """
-        if unknown := sorted(export_options.keys() - inspect.signature(HFExport).parameters.keys()):
-            raise UsageError(f"CheckpointHooks takes no {', '.join(unknown)}")
+        check_options("CheckpointHooks", HFExport, export_options)
+        check_options("CheckpointHooks", EMA, ema_options or {}, "ema_options: ")
         if export is None and (export_options or export_dir):
             raise UsageError("there are options for exports, but export= does not say when: export=every(500), say")
         if ema_decay is None and ema_options:

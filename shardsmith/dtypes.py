@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
@@ -17,8 +18,16 @@ DtypeChoice = torch.dtype | Mapping[str, torch.dtype | None] | None
 """One dtype; or one by pattern, of which the first that matches a name decides; None keeps what is there."""
 
 
-def parse_dtypes(choice: str | Mapping[str, str], exceptions: Iterable[str] = ()) -> DtypeChoice:
-    """The choice that words name: ``"bfloat16"``, ``"original"``, or a mapping of patterns to such.
+SHORT_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
+"""Names that configs of trainers use."""
+
+
+def parse_dtypes(
+    choice: str | torch.dtype | Mapping[str, str | torch.dtype], exceptions: Iterable[str] = ()
+) -> DtypeChoice:
+    """The choice that words name: ``"bfloat16"``, ``"bf16"``, ``"original"``, or a mapping of patterns to such.
+
+    A dtype of torch may stand for its name.
 
     Args:
         exceptions: More patterns, as ``"PATTERN=DTYPE"``, which come first.
@@ -63,10 +72,20 @@ def _cast(spec: TensorSpec, dtype: torch.dtype | None) -> TensorSpec:
     return TensorSpec(spec.name, spec.shape, dtype) if dtype and spec.dtype in CASTABLE else spec
 
 
-def _parse(name: str) -> torch.dtype | None:
+def _parse(name: str | torch.dtype) -> torch.dtype | None:
     if name == "original":
         return None
-    dtype = getattr(torch, name, None) if isinstance(name, str) else None
+    if isinstance(name, str):
+        name = name.removeprefix("torch.")
+    dtype = getattr(torch, SHORT_NAMES.get(name, name), None) if isinstance(name, str) else name
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise UsageError(f'dtype "{name}": give a floating-point dtype of torch, such as "bfloat16", or "original"')
+        match = difflib.get_close_matches(str(name), [*map(_name, CASTABLE), "original"], 1)
+        cure = f'; did you mean "{match[0]}"?' if match else ""
+        raise UsageError(
+            f'dtype "{name}": give a floating-point dtype of torch, such as "bfloat16", or "original"{cure}'
+        )
     return dtype
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

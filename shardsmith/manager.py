@@ -14,6 +14,8 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim import Optimizer
 
 from shardsmith import layout
+from shardsmith.argument_types import Decay, Directory, Seconds, StepNumber
+from shardsmith.arguments import checked
 from shardsmith.checkpoints import committed_steps, find_damage
 from shardsmith.commit import prove_writable, sweep
 from shardsmith.errors import (
@@ -65,19 +67,20 @@ class ShardedCheckpointManager:
         average: The average, or None.
     """
 
+    @checked
     def __init__(
         self,
-        directory: str | Path,
+        directory: Directory,
         *,
         model: nn.Module,
         optimizer: Optimizer | Iterable[Optimizer] | None = None,
         scheduler: Stateful | None = None,
         ema: Average | nn.Module | None = None,
-        ema_decay: float | None = None,
-        ema_start_step: int = 0,
+        ema_decay: Decay | None = None,
+        ema_start_step: StepNumber = 0,
         backend: Literal["dcp", "per_rank"] = "dcp",
         fresh: Fresh | None = None,
-        timeout_secs: float = 1800.0,
+        timeout_secs: Seconds = 1800.0,
     ) -> None:
         """Prove that the directory can be written to, and remove what dead attempts left there.
 
@@ -111,7 +114,8 @@ class ShardedCheckpointManager:
         """What a path holds, with the reason. No communication. Raises CheckpointNotFoundError if nothing is there."""
         return formats.detect_checkpoint_format(path)
 
-    def save_sharded_checkpoint(self, step: int, *, data_status: Any = None) -> Path:
+    @checked
+    def save_sharded_checkpoint(self, step: StepNumber, *, data_status: Any = None) -> Path:
         """Save everything as ``step-<step>``; the path. Returns when it is committed.
 
         Args:

@@ -44,7 +44,7 @@ def test_a_pattern_that_decides_about_nothing_is_refused_by_name() -> None:
         dtypes_of({"*nrom*": "float32", "*weight": "float32", "*proj*": "float16", "*": "bfloat16"})
 
 
-@pytest.mark.parametrize("name", ["int8", "bf16", "nn", 16])
+@pytest.mark.parametrize("name", ["int8", "bf61", "nn", 16, torch.int8])
 def test_what_is_no_floating_point_dtype_is_refused(name: object) -> None:
     for choice in (name, {"*": name}):
         with pytest.raises(UsageError, match=f'dtype "{name}"'):

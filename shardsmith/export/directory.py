@@ -80,7 +80,7 @@ def plan_model(
     *,
     stem: str,
     dtype: DtypeChoice,
-    max_shard_size: str | None,
+    max_shard_size: str | int | None,
     aliases: Mapping[str, str],
     filled: frozenset[str] = frozenset(),
 ) -> ModelPlan:
@@ -90,7 +90,7 @@ def plan_model(
         stored: The tensors as they are, aliases included.
         stem: Of the weight files' names.
         dtype: Of floating-point tensors, by the names that they will have.
-        max_shard_size: Such as "5GB"; None makes one file.
+        max_shard_size: Such as "5GB", or bytes; None makes one file.
 
     Raises:
         UsageError: the size cannot be read, safetensors cannot hold the tensors, or a pattern of ``dtype`` is for none.

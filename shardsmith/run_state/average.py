@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
+from shardsmith.argument_types import Decay, StepNumber
+from shardsmith.arguments import checked
 from shardsmith.errors import UsageError
 
 
@@ -52,10 +54,9 @@ class ModuleAverage:
         updates: Number of updates so far.
     """
 
-    def __init__(self, module: nn.Module, *, decay: float, start_step: int = 0, updates: int = 0) -> None:
+    @checked
+    def __init__(self, module: nn.Module, *, decay: Decay, start_step: StepNumber = 0, updates: StepNumber = 0) -> None:
         """Raises UsageError if the decay is none."""
-        if not 0 <= decay < 1:
-            raise UsageError(f"decay={decay}: it is at least 0 and below 1")
         self.module = module
         self.decay = decay
         self.start_step = start_step

@@ -44,16 +44,17 @@ class WeightsPlan:
     index: dict[str, Any] | None
 
 
-def parse_size(text: str) -> int:
-    """Bytes in "5GB" (decimal, as on the Hub), "4.5 GiB" (binary) or "5000000".
+def parse_size(size_or_text: str | int) -> int:
+    """Bytes in "5GB" (decimal, as on the Hub), "4.5 GiB" (binary), "5000000" or 5_000_000.
 
     Raises:
         UsageError: when it is neither, or less than one byte.
     """
+    text = str(size_or_text)
     match = _SIZE.fullmatch(text.strip())
     size = int(Fraction(match[1]) * _UNITS[match[2].upper()]) if match else 0
     if size < 1:
-        raise UsageError(f"not a size: {text!r}; write it like 5GB, 500MB or 4GiB")
+        raise UsageError(f"not a size: {size_or_text!r}; write it like 5GB, 500MB or 4GiB")
     return size
 
 

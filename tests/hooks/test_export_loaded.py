@@ -110,5 +110,5 @@ def test_inputs_are_made_up_for_images_and_asked_for_otherwise(tmp_path: Path) -
 def test_models_that_transformers_cannot_load_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="transformers has no Linear"):
         export_of(tmp_path, nn.Linear(3, 2))
-    with pytest.raises(UsageError, match='verify="all"'):
+    with pytest.raises(UsageError, match="verify='all'"):
         HFExport(tmp_path, model=nn.Linear(3, 2), when=at(1), verify="all")  # type: ignore[arg-type]

@@ -56,7 +56,7 @@ def test_repr_reads_like_the_call(text: str) -> None:
     assert repr(eval(text)) == text
 
 
-@pytest.mark.parametrize("call", ["latest(0)", "latest(-1)", "latest(True)", "multiples_of(0)", "multiples_of(1e4)"])
+@pytest.mark.parametrize("call", ["latest(0)", "latest(-1)", "latest(True)", "multiples_of(0)", "multiples_of(1.5)"])
 def test_counts_that_make_no_sense_are_refused(call: str) -> None:
-    with pytest.raises(UsageError, match="whole number from 1"):
+    with pytest.raises(UsageError, match="whole number"):
         eval(call)

@@ -39,7 +39,7 @@ def test_repr_reads_like_the_call(text: str) -> None:
 
 @pytest.mark.parametrize("call", ["every(0)", "every(-5)", "every(2.5)", "every(True)", "at()", "at(3, 0)", "at('7')"])
 def test_steps_that_make_no_sense_are_refused(call: str) -> None:
-    with pytest.raises(UsageError, match=r"whole numbers from 1|names no step"):
+    with pytest.raises(UsageError, match=r"whole number|names no step"):
         eval(call)
 
 

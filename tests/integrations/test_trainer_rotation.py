@@ -149,7 +149,7 @@ def evaluate_both(trainer: Any, hooks: CheckpointHooks, directory: Path) -> None
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"export": every(1), "dtpye": "float32"}, "takes no dtpye"),
+        ({"export": every(1), "dtpye": "float32"}, "dtpye: there is no such option; did you mean dtype"),
         ({"dtype": "float32"}, "export= does not say when"),
         ({"ema_options": {"warmup": True}}, "no ema_decay"),
     ],
