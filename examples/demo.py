@@ -151,7 +151,7 @@ def train(run: Path, steps: int, kill_at: int | None = None) -> list[str]:
 def shardsmith(*arguments: str) -> None:
     """Run the command line, as a user would."""
     console.print(f"$ shardsmith {' '.join(arguments)}")
-    subprocess.run([sys.executable, "-m", "shardsmith.cli", *arguments], check=True)
+    subprocess.run([sys.executable, "-m", "shardsmith", *arguments], check=True)
 
 
 def say(text: str) -> None:

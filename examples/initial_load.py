@@ -182,7 +182,7 @@ def loss_of(model: Olmo2ForCausalLM) -> float:
 def shardsmith(*arguments: str | Path) -> tuple[int, str]:
     """Run the command line, as a user would; its exit code and what it printed."""
     console.print(f"$ shardsmith {' '.join(map(str, arguments))}")
-    command = [sys.executable, "-m", "shardsmith.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "shardsmith", *map(str, arguments)]
     ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     console.print(ran.stdout, markup=False)
     return ran.returncode, ran.stdout

@@ -1,7 +1,8 @@
-"""What a training loop attaches."""
+"""The hooks that a training loop attaches, and what is needed to write one."""
 
 from shardsmith.process_end import finish
 
+from .background import Background
 from .base import Hook, Hooks
 from .ema import EMA
 from .export import HFExport
@@ -14,6 +15,7 @@ from .schedule import Schedule, at, every, last
 
 __all__ = [
     "EMA",
+    "Background",
     "FolderSave",
     "HFExport",
     "Hook",

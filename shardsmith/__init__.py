@@ -1,19 +1,145 @@
-"""Shardsmith: the checkpoint layer of a sharded PyTorch training run."""
+"""Shardsmith: the checkpoint layer of a sharded PyTorch training run.
+
+Everything public is here, in ``shardsmith.hooks`` and in ``shardsmith.integrations``; other modules are private and may
+change. Names are imported when they are first used, so that the command line starts without importing torch.
+"""
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from shardsmith.commit import remove as remove_checkpoint
+    from shardsmith.compare.verification import Verification, VerifyOptions
+    from shardsmith.compare.verification import verify as verify_checkpoints
+    from shardsmith.diagnose.diagnosis import diagnose as diagnose_checkpoint
+    from shardsmith.diagnose.findings import Diagnosis, Finding
+    from shardsmith.diagnose.questions import Questions
+    from shardsmith.errors import (
+        CheckpointError,
+        CheckpointNotFoundError,
+        CorruptCheckpointError,
+        IncompleteCheckpointError,
+        InitialLoadError,
+        MismatchError,
+        ProtectedPathError,
+        RankError,
+        RankFailedError,
+        RanksDisagreeError,
+        RankTimeoutError,
+        ShardsmithError,
+        TargetError,
+        TargetExistsError,
+        UnsafeCheckpointError,
+        UnsupportedFormatError,
+        UsageError,
+        WriteError,
+    )
+    from shardsmith.export.layout_rules import LayoutRule
+    from shardsmith.formats.by_path import detect_checkpoint_format
+    from shardsmith.formats.detected import DetectedFormat
+    from shardsmith.formats.opened import OpenedCheckpoint, open_checkpoint
+    from shardsmith.initial.load import load_initial, poison_weights
+    from shardsmith.initial.load import prove_loaded as verify_loaded
+    from shardsmith.initial.report import InitialLoadReport
+    from shardsmith.inspection import Inspection, inspect_checkpoint
     from shardsmith.manager import ShardedCheckpointManager
+    from shardsmith.name_maps import Joined, NameMap, Slice
+    from shardsmith.name_maps.restored import RestoredModel
+    from shardsmith.name_maps.tracing import trace
+    from shardsmith.record.adopt import adopt
 
-__all__ = ["ShardedCheckpointManager"]
+__all__ = [
+    "CheckpointError",
+    "CheckpointNotFoundError",
+    "CorruptCheckpointError",
+    "DetectedFormat",
+    "Diagnosis",
+    "Finding",
+    "IncompleteCheckpointError",
+    "InitialLoadError",
+    "InitialLoadReport",
+    "Inspection",
+    "Joined",
+    "LayoutRule",
+    "MismatchError",
+    "NameMap",
+    "OpenedCheckpoint",
+    "ProtectedPathError",
+    "Questions",
+    "RankError",
+    "RankFailedError",
+    "RankTimeoutError",
+    "RanksDisagreeError",
+    "RestoredModel",
+    "ShardedCheckpointManager",
+    "ShardsmithError",
+    "Slice",
+    "TargetError",
+    "TargetExistsError",
+    "UnsafeCheckpointError",
+    "UnsupportedFormatError",
+    "UsageError",
+    "Verification",
+    "VerifyOptions",
+    "WriteError",
+    "__version__",
+    "adopt",
+    "detect_checkpoint_format",
+    "diagnose_checkpoint",
+    "inspect_checkpoint",
+    "load_initial",
+    "open_checkpoint",
+    "poison_weights",
+    "remove_checkpoint",
+    "trace",
+    "verify_checkpoints",
+    "verify_loaded",
+]
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "DetectedFormat": "formats.detected",
+    "Diagnosis": "diagnose.findings",
+    "Finding": "diagnose.findings",
+    "InitialLoadReport": "initial.report",
+    "Inspection": "inspection",
+    "Joined": "name_maps",
+    "LayoutRule": "export.layout_rules",
+    "NameMap": "name_maps",
+    "OpenedCheckpoint": "formats.opened",
+    "Questions": "diagnose.questions",
+    "RestoredModel": "name_maps.restored",
+    "ShardedCheckpointManager": "manager",
+    "Slice": "name_maps",
+    "Verification": "compare.verification",
+    "VerifyOptions": "compare.verification",
+    "adopt": "record.adopt",
+    "detect_checkpoint_format": "formats.by_path",
+    "diagnose_checkpoint": "diagnose.diagnosis:diagnose",
+    "inspect_checkpoint": "inspection",
+    "load_initial": "initial.load",
+    "open_checkpoint": "formats.opened",
+    "poison_weights": "initial.load",
+    "remove_checkpoint": "commit:remove",
+    "trace": "name_maps.tracing",
+    "verify_checkpoints": "compare.verification:verify",
+    "verify_loaded": "initial.load:prove_loaded",
+}
+"""Public name -> the module that defines it, with the name there where it is another. Errors are all in ``errors``."""
 
 
 def __getattr__(name: str) -> Any:
-    """What is imported when it is asked for: the command line has to start at once."""
-    if name in __all__:
-        from shardsmith.manager import ShardedCheckpointManager
+    """Import a public name when it is first used."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, _, original = _HOMES.get(name, "errors").partition(":")
+    found = getattr(importlib.import_module(f"{__name__}.{module}"), original or name)
+    globals()[name] = found
+    return found
 
-        return ShardedCheckpointManager
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -34,7 +34,10 @@ def test_the_package_installs_under_one_name(tmp_path: Path, options: list[str])
     module, file = subprocess.check_output([python, "-c", code], text=True, cwd=tmp_path).split()
     assert module == "shardsmith.hooks.save"
     expected = source / "hooks" if "--editable" in options else python.parent.parent / "lib"
-    assert Path(file).is_relative_to(expected)
+    assert Path(file).resolve().is_relative_to(expected)
+    # In a clone, the folder shardsmith/ hides the installed package: it must be complete by itself.
+    module, file = subprocess.check_output([python, "-c", code], text=True, cwd=source).split()
+    assert (module, Path(file).resolve()) == ("shardsmith.hooks.save", source / "hooks" / "__init__.py")
     assert b"to-hf" in subprocess.check_output([python.parent / "shardsmith", "--help"])
 
 
@@ -42,7 +45,9 @@ def copy_of_the_source(folder: Path) -> Path:
     """So that a build leaves nothing in the working tree."""
     for part in PARTS:
         if (ROOT / part).is_dir():
-            shutil.copytree(ROOT / part, folder / "source" / part, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(
+                ROOT / part, folder / "source" / part, symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
+            )
         else:
             (folder / "source").mkdir(exist_ok=True)
             shutil.copy(ROOT / part, folder / "source")

@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+import shardsmith
+import shardsmith.errors
+
 ROOT = Path(__file__).parent.parent
+DOCUMENTS = sorted(
+    str(path.relative_to(ROOT))
+    for pattern in ("*.md", "docs/**/*.md", "examples/**/*.*")
+    for path in ROOT.glob(pattern)
+    if path.suffix in (".md", ".py", ".toml", ".sh")
+)
+PUBLIC = re.compile(r"shardsmith\.(cli|errors|hooks|name_maps|integrations(\..*)?)$")
 MAY_IMPORT = {
     "shardsmith": (),
     "hooks": ("shardsmith.hooks",),
@@ -35,12 +47,52 @@ def test_imports_go_downward_only(folder: str) -> None:
         assert not wrong, f"{path} imports {wrong}"
 
 
-@pytest.mark.parametrize("package", ["shardsmith", "shardsmith.hooks", "shardsmith.integrations"])
-def test_what_a_package_exports_is_sorted_and_there(package: str) -> None:
+@pytest.mark.parametrize("package", ["shardsmith", "shardsmith.hooks", "shardsmith.name_maps"])
+def test_a_package_exports_all_that_it_has(package: str) -> None:
     module = importlib.import_module(package)
-    exported = getattr(module, "__all__", [])
-    assert exported == sorted(exported)
-    assert all(hasattr(module, name) for name in exported)
+    values = {name: getattr(module, name) for name in module.__all__}  # of lazy names, too
+    kept = {"TYPE_CHECKING", "Any", "annotations"}
+    others = {name for name, value in vars(module).items() if not isinstance(value, ModuleType)} - kept
+    assert {name for name in others if not name.startswith("_")} == values.keys() - {"__version__"}
+
+
+def test_lazy_names_are_those_that_a_type_checker_sees() -> None:
+    """Each name of the front door comes from the module that the imports for type checkers name."""
+    imported = [
+        (alias.asname or alias.name, getattr(importlib.import_module(node.module or ""), alias.name))
+        for node in ast.walk(ast.parse((ROOT / "shardsmith" / "__init__.py").read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("shardsmith.")
+        for alias in node.names
+    ]
+    assert {name for name, _ in imported} == set(shardsmith.__all__) - {"__version__"}
+    assert [name for name, value in imported if getattr(shardsmith, name) is not value] == []
+
+
+def test_every_error_is_at_the_front_door() -> None:
+    own = {name for name, value in vars(shardsmith.errors).items() if isinstance(value, type) and name[0] != "_"}
+    assert {name for name in own if name.endswith("Error")} <= set(shardsmith.__all__)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_documents_name_public_modules_only(document: str) -> None:
+    """Every module that a document imports or names by its path is public; any other may move."""
+    text = (ROOT / document).read_text()
+    named = re.findall(r"(?<![\w/.-])shardsmith((?:\.[a-zA-Z_]\w*)+)", text)
+    modules = {module for path in named for module in _modules_in(path)}
+    assert [module for module in sorted(modules) if not PUBLIC.match(module)] == []
+
+
+def _modules_in(path: str) -> list[str]:
+    """Those prefixes of ``.a.b.Name`` that are modules of the package."""
+    parts = path.split(".")[1:]
+    found = []
+    for end in range(1, len(parts) + 1):
+        module = ".".join(["shardsmith", *parts[:end]])
+        file = ROOT.joinpath(*module.split("."))
+        if not (file.with_suffix(".py").is_file() or (file / "__init__.py").is_file()):
+            break
+        found.append(module)
+    return found
 
 
 def test_the_core_imports_no_trainer_and_transformers_only_when_it_is_needed() -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.checkpoint.stateful import Stateful
 
 from shardsmith.errors import UsageError
-from shardsmith.hooks import EMA, HFExport, Hooks, Recorder, every, last, latest
+from shardsmith.hooks import EMA, HFExport, Hook, Hooks, Recorder, every, last, latest
 from shardsmith.hooks.schedule import Schedule
 from shardsmith.hooks.stages import are_stages, names_on_all
 from shardsmith.name_maps.maps import NameMap
@@ -65,7 +65,8 @@ class Attached:
         self._export: HFExport | None = None
         self._attach(options, _only(model_parts), sd_adapter, dump_folder, folder, keep_latest_k, saves)
         self.states: dict[str, Stateful] = average_states(self.ema) if self.ema is not None else {}
-        self._hooks = Hooks(*(hook for hook in (self.ema, self.recorder, self._export) if hook is not None))
+        attached: list[Hook | None] = [self.ema, self.recorder, self._export]
+        self._hooks = Hooks(*(hook for hook in attached if hook is not None))
         optimizers.register_step_post_hook(self._on_optimizer_step)
 
     def train_begin(self) -> None:

@@ -1,0 +1,6 @@
+"""``python -m shardsmith COMMAND``: the same as ``shardsmith COMMAND``."""
+
+from shardsmith.cli import run
+
+if __name__ == "__main__":
+    run()
