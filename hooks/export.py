@@ -57,7 +57,7 @@ class HFExport(Hook):
         model: nn.Module,
         when: Schedule,
         ema: EMA | None = None,
-        models: Literal["main", "ema", "both"] | None = None,
+        models: Literal["main", "ema", "both", "all"] = "all",
         dtype: Dtype = "bfloat16",
         max_shard_size: Size | None = "5GB",
         base_model: LocalPath | None = None,
@@ -84,7 +84,7 @@ class HFExport(Hook):
         Args:
             directory: Made if missing; on a file system that all ranks share, and where no trainer looks for its own.
             when: At which steps to export; independent of any checkpoint.
-            models: What to export; default everything there is.
+            models: What to export: "all" takes what there is, "both" needs ema=.
             dtype: Of all floating-point tensors, such as ``"bfloat16"``; ``"original"`` keeps each tensor's. Or by
                 pattern of the names in the files, of which the first that matches decides:
                 ``{"*norm*": "float32", "*": "bfloat16"}``. What none matches is kept as it is.
@@ -142,7 +142,7 @@ class HFExport(Hook):
             extra={name: Path(path) for name, path in (extra_files or {}).items()},
             trust_remote_code=trust_remote_code,
         )
-        chosen = models or ("both" if ema is not None else "main")
+        chosen = models if models != "all" else "both" if ema is not None else "main"
         view = view_of(model, adapters)
         if base_model is not None and isinstance(view, AdapterView):
             raise UsageError(

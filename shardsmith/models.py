@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Self
 
 from torch import Tensor
 
 from shardsmith.dcp.source import DcpSource
 from shardsmith.errors import CheckpointNotFoundError, UnsupportedFormatError
-from shardsmith.metadata import CheckpointMetadata, read_metadata
-from shardsmith.model_keys import EMA, MAIN, find_averages, find_models
+from shardsmith.metadata import read_metadata
+from shardsmith.model_keys import EMA, MAIN, KeyPath, find_averages, find_models, find_twins
 from shardsmith.name_maps.maps import NameMap, Translation
 from shardsmith.name_maps.rearranged import read_linked
 from shardsmith.tensors import Chunk, TensorSource, TensorSpec
@@ -25,6 +26,7 @@ class ModelSource:
         filled: Names that the model lacked and that were taken from the main weights.
         aliases: Names left out because they are tied to one that is there: alias -> kept name.
         averages: Where the checkpoint has several averages, this one and then the others, by name.
+        twins: Other dicts of the checkpoint that hold tensors under the model's names, such as a teacher.
     """
 
     def __init__(
@@ -35,7 +37,9 @@ class ModelSource:
         filled: frozenset[str],
         aliases: Mapping[str, str],
         averages: tuple[str, ...] = (),
+        twins: tuple[str, ...] = (),
     ) -> None:
+        self.twins = twins
         self.keys = dict(keys)
         self.filled = filled
         self.aliases = dict(aliases)
@@ -55,7 +59,9 @@ class ModelSource:
         gone = set(dropped)
         keys = {name: key for name, key in self.keys.items() if name not in gone}
         aliases = {alias: kept for alias, kept in self.aliases.items() if alias not in gone and kept not in gone}
-        return ModelSource(self._source, keys, filled=self.filled - gone, aliases=aliases, averages=self.averages)
+        return ModelSource(
+            self._source, keys, filled=self.filled - gone, aliases=aliases, averages=self.averages, twins=self.twins
+        )
 
     @property
     def path(self) -> Path:
@@ -93,6 +99,7 @@ class TranslatedModel:
         self._translation = Translation(name_map, model.specs)
         self._specs = self._translation.translate(model.specs)
         self.averages: tuple[str, ...] = model.averages
+        self.twins: tuple[str, ...] = model.twins
         inherited: dict[str, str] = getattr(model, "left_out", {})
         self.left_out: dict[str, str] = {**inherited, **self._translation.left_out}
         self.filled: frozenset[str] = self._translation.names_of(model.filled)
@@ -130,52 +137,62 @@ def open_dcp_model(directory: Path, model: str = MAIN) -> ModelSource:
         CheckpointNotFoundError: the checkpoint has no such model.
     """
     source = DcpSource(directory)
-    model, _, average = model.partition(":")
-    averages = find_averages(source.specs)
-    if average and average not in averages:
-        found = f"it holds {', '.join(averages)}" if averages else "its average has no name"
-        raise CheckpointNotFoundError(directory, f"has no average {average!r}; {found}")
-    models = find_models(source.specs, source.index.containers, average or None)
-    return choose_model(source, models, model, average)
+    return choose_model(source, source.index.containers, model, _tied(directory))
 
 
 def choose_model(
-    source: TensorSource, models: Mapping[str, dict[str, str]], model: str, average: str = ""
+    source: TensorSource, paths: Mapping[str, KeyPath], model: str, tied: Mapping[str, str] = MappingProxyType({})
 ) -> ModelSource:
-    """One of the models that ``find_models`` has found in an open source. Raises as ``open_dcp_model``."""
+    """Take one model of an open source.
+
+    Args:
+        paths: Key -> path in the nested dict that was saved, as ``find_models`` takes it.
+        model: As ``open_dcp_model`` takes it.
+        tied: Recorded ties: alias -> kept name.
+
+    Raises:
+        CheckpointNotFoundError: the source has no such model.
+    """
+    model, _, average = model.partition(":")
+    models = find_models(source.specs, paths, average or None)
+    averages = find_averages(source.specs, paths)
+    if average and EMA not in models:
+        found = f"it holds {', '.join(averages)}" if averages else "its average has no name"
+        raise CheckpointNotFoundError(source.path, f"has no average {average!r}; {found}")
     if model not in models:
         found = ", ".join(models) or "no model at all"
         raise CheckpointNotFoundError(source.path, f"has no {model!r} weights; it holds {found}")
-    return _choose(source, models, model, _metadata(source.path), average)
+    ordered = sorted(averages, key=lambda name: name != average) if model == EMA else []
+    twins = [name for name in find_twins(source.specs, paths) if name != average] if model == MAIN else []
+    return _choose(source, models, model, tied, averages=tuple(ordered), twins=tuple(twins))
 
 
 def models_of(source: DcpSource) -> dict[str, ModelSource]:
-    """All models of an open DCP directory, by name; as ``open_dcp_model`` opens one."""
+    """Take all models of an open DCP directory, by name; as ``open_dcp_model`` opens one."""
     models = find_models(source.specs, source.index.containers)
-    metadata = _metadata(source.path)
-    return {model: _choose(source, models, model, metadata) for model in models}
+    tied = _tied(source.path)
+    return {model: choose_model(source, source.index.containers, model, tied) for model in models}
 
 
 def _choose(
     source: TensorSource,
     models: Mapping[str, dict[str, str]],
     model: str,
-    metadata: CheckpointMetadata | None,
-    average: str = "",
+    tied: Mapping[str, str],
+    **beside: tuple[str, ...],
 ) -> ModelSource:
-    tied = metadata.tied if metadata else {}
     main = models.get(MAIN, {})
     own = models[model]
     filled = frozenset(name for name in main if name not in own) if model == EMA else frozenset()
     names = list(dict.fromkeys([*main, *own])) if model == EMA else list(own)
     aliases = {alias: kept for alias, kept in tied.items() if alias in names and kept in names}
     keys = {name: own.get(name) or main[name] for name in names if name not in aliases}
-    averages = sorted(find_averages(source.specs), key=lambda name: name != average) if model == EMA else ()
-    return ModelSource(source, keys, filled=filled - aliases.keys(), aliases=aliases, averages=tuple(averages))
+    return ModelSource(source, keys, filled=filled - aliases.keys(), aliases=aliases, **beside)
 
 
-def _metadata(directory: Path) -> CheckpointMetadata | None:
+def _tied(directory: Path) -> Mapping[str, str]:
+    """The ties that a checkpoint of ours records; none for others."""
     try:
-        return read_metadata(directory)
+        return read_metadata(directory).tied
     except (CheckpointNotFoundError, UnsupportedFormatError):
-        return None
+        return {}

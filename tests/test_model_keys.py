@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 from shardsmith.dcp.index import read_index
 from shardsmith.errors import CheckpointNotFoundError
-from shardsmith.formats.by_path import open_source
+from shardsmith.formats.by_path import model_names, open_source
 from shardsmith.model_keys import NOT_A_MODEL, find_models
 from shardsmith.tensors import read_tensor
 from tests.dcp_directories import save
@@ -136,3 +137,66 @@ def test_order_is_kept() -> None:
 
 def test_a_checkpoint_without_a_model_has_none(tmp_path: Path) -> None:
     assert saved({"optimizer": {"state": {"w": ONE}}}, tmp_path) == {}
+
+
+def renamed(value: float, rename: Callable[[str], str] = lambda name: name) -> dict[str, Any]:
+    return {rename(name): torch.full((2,), value) for name in ("layers.0.w", "norm.w")}
+
+
+AVERAGES = {  # what people and libraries call an average -> what is saved of it, the name that it then has
+    "ema": (lambda: {"ema": renamed(2)}, "ema"),
+    "model_ema": (lambda: {"model_ema": renamed(2)}, "model_ema"),
+    "ema_net": (lambda: {"ema_net": renamed(2)}, "ema_net"),
+    "shadow": (lambda: {"ema": {"decay": ONE, "shadow_params": renamed(2)}}, "ema.shadow_params"),
+    "torch's AveragedModel": (lambda: {"ema_model": {"n_averaged": ONE, "module": renamed(2)}}, "ema_model.module"),
+    "the same, elsewhere": (lambda: {"swa": {"n_averaged": ONE, "module": renamed(2)}}, "swa.module"),
+    "without dots": (lambda: {"model_ema": renamed(2, lambda name: name.replace(".", ""))}, "model_ema"),
+}
+
+
+@pytest.mark.parametrize("main", [{"model": renamed(1)}, {"model": renamed(1, "model.{}".format)}, renamed(1)])
+@pytest.mark.parametrize(("average", "name"), AVERAGES.values(), ids=AVERAGES)
+def test_an_average_under_any_key_is_found(
+    tmp_path: Path, main: dict[str, Any], average: Callable[[], dict[str, Any]], name: str
+) -> None:
+    directory = save({**main, **average(), "optimizer": {"state": renamed(9)}}, tmp_path / "dcp")
+    for chosen in ("ema", f"ema:{name}"):
+        source = open_source(directory, chosen)
+        assert source.specs.keys() == open_source(directory).specs.keys()
+        assert all(torch.equal(read_tensor(source, fqn), torch.full((2,), 2.0)) for fqn in source.specs)
+        assert not source.filled
+        assert source.averages == (name,)
+
+
+def test_an_average_inside_of_the_models_own_dict_is_not_part_of_the_model(tmp_path: Path) -> None:
+    inner = {**renamed(1, "net.{}".format), **renamed(2, "ema_net.module.{}".format), "ema_net.n_averaged": ONE}
+    found = saved({"model": inner}, tmp_path)
+    assert list(found["main"]) == ["net.layers.0.w", "net.norm.w"]
+    assert found["ema"] == {f"net.{name}": f"model.ema_net.module.{name}" for name in ("layers.0.w", "norm.w")}
+
+
+def test_of_averages_in_several_dicts_the_first_is_read_unless_one_is_chosen(tmp_path: Path) -> None:
+    directory = save({"model": renamed(1), "ema": renamed(2), "ema_slow": renamed(3)}, tmp_path / "dcp")
+    for chosen, value in {"ema": 2, "ema:ema": 2, "ema:ema_slow": 3}.items():
+        assert torch.equal(read_tensor(open_source(directory, chosen), "norm.w"), torch.full((2,), float(value)))
+    with pytest.raises(CheckpointNotFoundError, match=r"no average 'other'; it holds ema, ema_slow"):
+        open_source(directory, "ema:other")
+
+
+def test_another_dict_with_the_models_names_is_named_and_can_be_chosen(tmp_path: Path) -> None:
+    directory = save({"model": renamed(1), "teacher": renamed(2)}, tmp_path / "dcp")
+    assert model_names(directory) == ["main"]
+    assert open_source(directory).twins == ("teacher",)
+    assert torch.equal(read_tensor(open_source(directory, "ema:teacher"), "norm.w"), torch.full((2,), 2.0))
+
+
+def test_what_is_called_an_average_and_holds_other_names_is_none(tmp_path: Path) -> None:
+    state = {"model": {**renamed(1), "codebook.ema_count": ONE}, "moving_avg": {"loss": ONE}}
+    assert list(saved(state, tmp_path)) == ["main"]
+
+
+def test_an_average_in_a_file_of_torch_is_found_too(tmp_path: Path) -> None:
+    file = tmp_path / "last.pt"
+    torch.save({"state_dict": renamed(1), "model_ema": renamed(2)}, file)
+    assert model_names(file) == ["main", "ema"]
+    assert torch.equal(read_tensor(open_source(file, "ema"), "norm.w"), torch.full((2,), 2.0))

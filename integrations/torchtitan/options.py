@@ -48,7 +48,7 @@ class CheckpointHooks:
     """Write one at the last step too."""
     export_folder: str = "hf"
     """Where to, below the dump folder unless absolute. Not inside TorchTitan's checkpoint folder."""
-    export_models: Literal["main", "ema", "both"] | None = None
+    export_models: Literal["main", "ema", "both", "all"] = "all"
     """Which weights to export. None: all there are."""
     export_ema_as: Literal["file", "directory"] = "directory"
     """The average as ema.safetensors beside the main weights, or as a directory of its own, step-<n>-ema."""

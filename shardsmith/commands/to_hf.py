@@ -48,7 +48,8 @@ def to_hf(
         output_dir: The directory to make. It must not exist.
             Default: for out/checkpoint-500 it is out-hf/checkpoint-500, where no trainer looks for its own.
         models: What to write: "both" fails where one is missing, "all" takes what is there.
-        average: Which average, where the checkpoint has several, such as 0.999; "shardsmith inspect" names them.
+        average: Which average, where the checkpoint has several, such as 0.999, or the key that it lies under, such as
+            model_ema; "shardsmith inspect" names them.
         dtype: Of all floating-point tensors; "original" keeps what the checkpoint has.
         dtype_of: Exceptions from that, by pattern of the written names, such as '*norm*=float32'. The first that
             matches counts.

@@ -86,6 +86,8 @@ def _print_contents(console: Console, plan: ExportPlan) -> None:
         if len(averages) > 1:
             others = ", ".join(averages[1:])
             console.print(f"{model.model}: of several averages, {averages[0]}; --average takes another: {others}")
+        for twin in plan.sources[model.model].twins:
+            console.print(f"left out: {twin}, which holds tensors under the model's names; --average {twin} takes it")
         left_out = getattr(plan.sources[model.model], "left_out", {})
         for name, reason in left_out.items():
             console.print(f"{model.model}: {name} is left out: {reason}")

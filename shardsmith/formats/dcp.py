@@ -102,7 +102,7 @@ def _open_ours(path: Path, model: str) -> ModelSource:
     if (path / layout.DCP_INDEX_FILE).exists():
         return open_dcp_model(path, model)
     source = RankShards(path)
-    return choose_model(source, find_models(source.specs, {}), model)
+    return choose_model(source, {}, model, read_metadata(path).tied)
 
 
 def _our_models(path: Path) -> list[str]:

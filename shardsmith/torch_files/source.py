@@ -11,7 +11,7 @@ from torch import Tensor
 from shardsmith.boxes import BoxFinder, IrregularBoxesError, find_overlap
 from shardsmith.errors import CheckpointNotFoundError, CorruptCheckpointError
 from shardsmith.model_keys import MAIN, KeyPath, find_models
-from shardsmith.models import ModelSource
+from shardsmith.models import ModelSource, choose_model
 from shardsmith.safetensors_files.index import check_weight_map, read_weight_map, resolve, resolve_shards
 from shardsmith.tensors import Chunk, TensorSpec
 from shardsmith.torch_files.files import MergedTensor, merge_ranks, read_torch_file
@@ -74,7 +74,8 @@ class TorchSource:
 
 def open_torch_file(path: Path, model: str = MAIN) -> ModelSource:
     """One model of a ``torch.save`` file."""
-    return _model(_source(path, {path.name: path}, follow_links=True), model)
+    source = _source(path, {path.name: path}, follow_links=True)
+    return choose_model(source, source.paths, model)
 
 
 def open_torch_directory(directory: Path, single: str, model: str = MAIN) -> ModelSource:
@@ -85,7 +86,8 @@ def open_torch_directory(directory: Path, single: str, model: str = MAIN) -> Mod
         CorruptCheckpointError, IncompleteCheckpointError, UnsafeCheckpointError: as for safetensors files.
     """
     if (directory / single).is_file():
-        return _model(_source(directory, {single: resolve(directory, single)}), model)
+        source = _source(directory, {single: resolve(directory, single)})
+        return choose_model(source, source.paths, model)
     index = directory / f"{single}.index.json"
     if not index.is_file():
         raise CheckpointNotFoundError(directory, f"has neither {single} nor {index.name}")
@@ -94,12 +96,14 @@ def open_torch_directory(directory: Path, single: str, model: str = MAIN) -> Mod
     check_weight_map(
         index, weight_map, {".".join(map(str, keys)): name for name in files for keys in read_torch_file(files[name])}
     )
-    return _model(_source(directory, files), model)
+    source = _source(directory, files)
+    return choose_model(source, source.paths, model)
 
 
-def open_rank_files(directory: Path, names: list[str]) -> ModelSource:
-    """The model that the files of all ranks make up."""
-    return _model(_source(directory, {name: directory / name for name in names}), MAIN)
+def open_rank_files(directory: Path, names: list[str], model: str = MAIN) -> ModelSource:
+    """Open one model that the files of all ranks make up."""
+    source = _source(directory, {name: directory / name for name in names})
+    return choose_model(source, source.paths, model)
 
 
 def models_of(path: Path) -> list[str]:
@@ -111,14 +115,6 @@ def models_of(path: Path) -> list[str]:
 def _source(path: Path, files: Mapping[str, Path], *, follow_links: bool = False) -> TorchSource:
     held = [(name, read_torch_file(file, follow_links=follow_links)) for name, file in files.items()]
     return TorchSource(path, merge_ranks(path, held))
-
-
-def _model(source: TorchSource, model: str) -> ModelSource:
-    models = find_models(source.specs, source.paths)
-    if model not in models:
-        found = ", ".join(models) or "no model at all"
-        raise CheckpointNotFoundError(source.path, f"has no {model!r} weights; it holds {found}")
-    return ModelSource(source, models[model], filled=frozenset(), aliases={})
 
 
 def _known(keys: KeyPath) -> KeyPath:
