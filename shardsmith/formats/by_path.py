@@ -18,6 +18,7 @@ from shardsmith.formats.detected import (
     DCP,
     HUGGINGFACE,
     INCOMPLETE,
+    RANK_FILES,
     SAFETENSORS,
     SHARDED,
     TORCH,
@@ -26,6 +27,7 @@ from shardsmith.formats.detected import (
     FormatReader,
 )
 from shardsmith.formats.files import FILE_READER, HUGGINGFACE_READER, TORCH_READER
+from shardsmith.formats.rank_files import RANK_FILES_READER
 from shardsmith.formats.trainer import trainer_reader
 from shardsmith.model_keys import MAIN
 from shardsmith.models import ModelSource
@@ -37,6 +39,7 @@ __all__ = [
     "DCP",
     "HUGGINGFACE",
     "INCOMPLETE",
+    "RANK_FILES",
     "SAFETENSORS",
     "SHARDED",
     "TORCH",
@@ -55,6 +58,7 @@ _WITHOUT_OURS = (
     BAGEL_READER,
     HUGGINGFACE_READER,
     TORCH_READER,
+    RANK_FILES_READER,
 )
 _DIRECTORIES = (trainer_reader(_WITHOUT_OURS), *_WITHOUT_OURS)
 """The first that knows a directory has it: weights of their own before what lies beside them."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -100,10 +100,16 @@ def open_torch_directory(directory: Path, single: str, model: str = MAIN) -> Mod
     return choose_model(source, source.paths, model)
 
 
-def open_rank_files(directory: Path, names: list[str], model: str = MAIN) -> ModelSource:
+def open_rank_files(directory: Path, names: Sequence[str], model: str = MAIN) -> ModelSource:
     """Open one model that the files of all ranks make up."""
     source = _source(directory, {name: directory / name for name in names})
     return choose_model(source, source.paths, model)
+
+
+def rank_files_models(directory: Path, names: Sequence[str]) -> list[str]:
+    """Name which of ``main`` and ``ema`` the files of all ranks hold. Raises as ``merge_ranks``."""
+    source = _source(directory, {name: directory / name for name in names})
+    return list(find_models(source.specs, source.paths))
 
 
 def models_of(path: Path) -> list[str]:
