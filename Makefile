@@ -13,7 +13,7 @@ TITAN_0.3 = torchtitan==0.3.0
 TITANS = 0.2 0.3
 TITAN_READY = $(TITANS:%=.venv-titan-%/.ready)
 
-.PHONY: demo test test-titan check bench clean
+.PHONY: demo test test-titan check bench gpu gpu-wheels clean
 .DELETE_ON_ERROR:
 
 $(READY): pyproject.toml setup.cfg
@@ -48,5 +48,12 @@ check: $(READY)  ## style and types
 bench: $(READY)  ## us and what a user would pick instead, side by side (BENCH_ARGS="--parameters 700M --shards 4")
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
+gpu:  ## tests and figures on this machine's GPU, with the torch that $(PYTHON) has (GPU_ARGS="--device cpu" without one)
+	$(PYTHON) -m tests.gpu $(GPU_ARGS)
+
+gpu-wheels: $(READY)  ## what a GPU machine without a network needs besides torch: copy the repository there with it
+	rm -rf gpu-wheels
+	$(BIN)/python -m tests.gpu.packages gpu-wheels
+
 clean:
-	rm -rf $(VENV) .venv-titan-* build dist *.egg-info demo-run
+	rm -rf $(VENV) .venv-titan-* build dist *.egg-info demo-run gpu-wheels

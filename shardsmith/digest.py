@@ -235,6 +235,8 @@ def _digest_block(block: Tensor, start: int) -> Digest:
 
 def _digest_rows(rows: Tensor, starts: Tensor) -> Digest:
     """Share of many equally long runs. ``rows``: uint8 [n, length]; ``starts``: byte positions, int64 [n]."""
+    if rows.storage_offset() % 8 or rows.data_ptr() % 8:
+        rows = rows.clone()  # a part of a flat parameter may begin anywhere, a view of words may not
     leads = starts % 8
     if rows.shape[1] % 8 == 0 and not bool(leads.any()):
         return _digest_words(rows.view(torch.int64), starts // 8)

@@ -132,3 +132,10 @@ def test_parse_is_the_inverse_of_str(tensor: Tensor) -> None:
 def test_parse_refuses_what_is_no_digest(text: str) -> None:
     with pytest.raises(ValueError, match=r"digest|base 16"):
         Digest.parse(text)
+
+
+@pytest.mark.parametrize("begin", range(4))
+def test_rows_that_begin_at_any_byte_have_the_digest_of_a_copy(begin: int) -> None:
+    flat = random_tensor((100,), torch.bfloat16, seed=3)
+    box, values = Chunk((0, 0), (4, 4)), flat[begin : begin + 16].view(4, 4)
+    assert digest_box(values, box, (4, 8)) == digest_box(values.clone(), box, (4, 8))
