@@ -144,7 +144,7 @@ _BENCH = (
 
 
 def _size(kind: str) -> str:
-    """Of the model: with gradients and moments it takes eight bytes a parameter, beside what the casts and copies do."""
+    """Of the model, which with gradients and moments takes eight bytes a parameter."""
     if kind == "cpu":
         return "3M"
     free, _ = torch.accelerator.get_memory_info()
