@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from shardsmith.device_copy import copy_to_host
 from shardsmith.local_boxes import local_boxes
 from shardsmith.tensors import Chunk, Shape, TensorSpec
 
@@ -43,8 +44,8 @@ class StagingBuffer:
     def stage(self, boxes: Sequence[LiveBox], specs: Mapping[str, TensorSpec]) -> list[LiveBox]:
         """A copy of the boxes, cast to the dtypes of ``specs``. No communication.
 
-        On an accelerator the cast runs on the current stream and the copies on another one into pinned memory; this
-        returns when they are done, and until then only the host waits. The copies are valid until the next call.
+        From an accelerator through a window there, into pinned memory; only the host waits. The copies are valid until
+        the next call.
         """
         ends = [0]
         for box in boxes:  # each begins at a multiple of 64 bytes: a cache line, and aligned for any dtype
@@ -65,22 +66,9 @@ class StagingBuffer:
 
 
 def _copy(boxes: Sequence[LiveBox], staged: Sequence[LiveBox]) -> None:
-    pairs = list(zip(boxes, staged, strict=True))
-    on_device = [pair for pair in pairs if pair[0].values.device.type != "cpu"]
-    for box, target in pairs:
-        if box.values.device.type == "cpu":
-            target.values.copy_(box.values)
-    if on_device:
-        _copy_from_device(on_device)
-
-
-def _copy_from_device(pairs: Sequence[tuple[LiveBox, LiveBox]]) -> None:
-    """Cast on the stream that made the weights, copy on one of our own, so that casts and copies overlap."""
-    current, copying = torch.accelerator.current_stream(), torch.Stream(device=pairs[0][0].values.device)
-    for box, target in pairs:
-        cast = box.values.to(target.values.dtype).contiguous()
-        copying.wait_event(current.record_event())
-        with copying:
-            target.values.copy_(cast, non_blocking=True)
-        cast.record_stream(copying)  # its memory must not be used again before the copy is done
-    copying.synchronize()
+    pairs = [(box.values, target.values) for box, target in zip(boxes, staged, strict=True)]
+    on_device = [pair for pair in pairs if pair[0].device.type != "cpu"]
+    for values, target in pairs:
+        if values.device.type == "cpu":
+            target.copy_(values)
+    copy_to_host([values for values, _ in on_device], [target for _, target in on_device])
