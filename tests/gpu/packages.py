@@ -5,7 +5,6 @@ python -m tests.gpu.packages FOLDER    collect the wheels, on a machine with a n
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import subprocess
 import sys
@@ -43,16 +42,12 @@ def collect(folder: Path) -> int:
 
 
 def make_importable() -> None:
-    """Make everything importable in this process, also where nothing is installed.
+    """Make everything importable in this process that is in the folder of wheels, if there is one.
 
     What the machine has itself comes first: of the wheels only what it lacks is taken.
     """
     if WHEELS.is_dir() and str(_unpacked()) not in sys.path:
         sys.path.append(str(_unpacked()))
-    import shardsmith
-
-    if importlib.util.find_spec("shardsmith.hooks") is None:  # setup.cfg maps it, and nothing was installed
-        shardsmith.__path__.append(str(ROOT))
 
 
 def _unpacked() -> Path:
