@@ -90,8 +90,8 @@ def convert_and_load(run: Path, steps: int) -> Iterator[Check]:
         output = run / "converted" / dtype
         say(f"to-hf in {dtype}: main and EMA, each a directory that from_pretrained loads")
         shardsmith(
-            *("to-hf", "--checkpoint_dir", str(checkpoint), "--output_dir", str(output)),
-            *("--base_model_path", str(run / "base"), "--ema_as", "directory", "--dtype", dtype),
+            *("to-hf", "--checkpoint", str(checkpoint), "--output-dir", str(output)),
+            *("--base-model", str(run / "base"), "--ema-as", "directory", "--dtype", dtype),
         )
         for model, directory in (("main", output), ("ema", output.with_name(f"{dtype}-ema"))):
             loss, completion = load(directory, test)

@@ -65,17 +65,17 @@ def follow_the_guide(run: Path, model_directory: Path, steps: int) -> list[tuple
     save_file({name: buffer.clone() for name, buffer in model.named_buffers()}, run / "buffers.safetensors")
 
     say("Diagnose")
-    reported = ["--buffers", str(run / "buffers.safetensors"), "--reference_loss", f"{wrong:.4f}"]
+    reported = ["--buffers", str(run / "buffers.safetensors"), "--reference-loss", f"{wrong:.4f}"]
     batch = ["--batch", str(run / "batch.safetensors")]
     save_file({"input_ids": first_batch()}, run / "batch.safetensors")
-    first, printed = shardsmith("diagnose", "--checkpoint", old, "--model", model_directory, *batch, *reported)
+    first, printed = shardsmith("diagnose", "--checkpoint", old, "--base-model", model_directory, *batch, *reported)
 
     say("Convert")
     new = run / "checkpoint"
-    converted, summary = shardsmith("to-dcp", "--model", model_directory, "--checkpoint", new)
+    converted, summary = shardsmith("to-dcp", "--base-model", model_directory, "--output-dir", new)
 
     say("Diagnose again")
-    again, verdict = shardsmith("diagnose", "--checkpoint", new, "--model", model_directory, *batch)
+    again, verdict = shardsmith("diagnose", "--checkpoint", new, "--base-model", model_directory, *batch)
 
     say("Train")
     refused = refusal(from_meta(model_directory), new)

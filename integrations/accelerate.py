@@ -20,13 +20,18 @@ import logging
 from pathlib import Path
 from typing import Any, Literal
 
-from accelerate import Accelerator
 from torch import nn
 
 from shardsmith.arguments import checked
 from shardsmith.errors import UsageError
+from shardsmith.extras import missing_package
 from shardsmith.hooks import EMA, FolderSave, Hooks
 from shardsmith.record.trainer_folders import last_checkpoint
+
+try:
+    from accelerate import Accelerator
+except ModuleNotFoundError as error:
+    raise missing_package(error) from error
 
 __all__ = ["Attached", "attach", "last_checkpoint"]
 

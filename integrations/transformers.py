@@ -15,13 +15,17 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
-from transformers import TrainerCallback
-
 from shardsmith.argument_types import Decay, Directory, LocalPath
 from shardsmith.arguments import check_options, checked
 from shardsmith.errors import UsageError
+from shardsmith.extras import missing_package
 from shardsmith.hooks import EMA, FolderSave, HFExport, Hooks, Schedule
 from shardsmith.record.trainer_folders import last_checkpoint
+
+try:
+    from transformers import TrainerCallback
+except ModuleNotFoundError as error:
+    raise missing_package(error) from error
 
 __all__ = ["CheckpointHooks", "last_checkpoint"]
 

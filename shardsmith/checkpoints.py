@@ -15,6 +15,7 @@ import xxhash
 from shardsmith import layout
 from shardsmith.errors import CheckpointError
 from shardsmith.metadata import FileRecord, read_metadata
+from shardsmith.progress import advance
 
 _READ_BYTES = 1 << 20
 
@@ -66,6 +67,7 @@ def hash_file(path: Path) -> str:
         buffer = memoryview(bytearray(_READ_BYTES))
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
+            advance(count)
     return digest.hexdigest()
 
 

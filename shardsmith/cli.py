@@ -1,4 +1,4 @@
-"""``shardsmith COMMAND``: the jobs of this package on checkpoints that lie on disk; each is a file of ``commands/``."""
+"""``shardsmith COMMAND``: the jobs of this package on checkpoints on disk; each is a file of ``commands/``."""
 
 from __future__ import annotations
 
@@ -7,25 +7,46 @@ import gc
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from typing import NoReturn
+from typing import Annotated, Any, NoReturn, Union
 
 import tyro
 
+import shardsmith
 from shardsmith.commands import COMMANDS
+from shardsmith.commands.options import with_present_names
 from shardsmith.errors import ShardsmithError
+from shardsmith.extras import install_hint
 from shardsmith.torchrun.process import is_other_rank
+
+_CONFIG = (tyro.conf.DisallowNone,)  # an option that was not given has no spelling
+_BROKEN_PIPE = 128 + 13
+"""Exit code of a program that SIGPIPE ended, as a shell reports it."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command: 0 done, 1 findings, 2 refused or failed (nothing half-done stays on disk)."""
+    """Run a command.
+
+    Args:
+        arguments: The command and its options; those of the process by default.
+
+    Returns:
+        0 done, 1 findings, 2 refused or failed (nothing half-done stays on disk), 130 interrupted.
+    """
     try:
         with _fewer_collections():
-            return _run_command(arguments)
+            return _run_command(list(sys.argv[1:] if arguments is None else arguments))
     except ShardsmithError as error:
         if not is_other_rank():
             print(f"shardsmith: {type(error).__name__}\n{error}", file=sys.stderr)
         return 2
-    except OSError as error:  # what nobody foresaw, such as a file that may not be read
+    except ModuleNotFoundError as error:
+        if (hint := install_hint(error)) is None:
+            raise
+        print(f"shardsmith: {hint}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # unforeseen, such as a file that may not be read
         print(f"shardsmith: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -33,15 +54,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _run_command(arguments: Sequence[str] | None) -> int:
-    code: int = tyro.extras.subcommand_cli_from_dict(
-        COMMANDS,
-        prog="shardsmith",
-        description="Convert, inspect and diagnose sharded checkpoints.",
-        args=arguments,
-        use_underscores=True,
-    )
+def _run_command(arguments: list[str]) -> int:
+    if arguments[:1] == ["--version"]:
+        print(f"shardsmith {shardsmith.__version__}")
+        return 0
+    name, options = (arguments or [""])[0], arguments[1:]
+    code: int
+    if name in COMMANDS:
+        options = with_present_names(name, options)
+        code = tyro.cli(COMMANDS[name], prog=f"shardsmith {name}", args=options, use_underscores=False, config=_CONFIG)
+    else:  # help, completion of a shell, or a mistake
+        code = tyro.cli(
+            _all_commands(),
+            prog="shardsmith",
+            description="Convert, inspect and diagnose sharded checkpoints. --version prints the version.",
+            args=arguments,
+            use_underscores=False,
+            config=_CONFIG,
+        )
     return code
+
+
+def _all_commands() -> Any:
+    """One type for all commands, each described by the first line of its docstring."""
+    lines = {name: (run.__doc__ or "").splitlines()[0] for name, run in COMMANDS.items()}
+    return Union[  # noqa: UP007
+        tuple(
+            Annotated[Any, tyro.conf.subcommand(name=name, constructor=run, description=lines[name])]
+            for name, run in COMMANDS.items()
+        )
+    ]
 
 
 @contextlib.contextmanager
@@ -56,9 +98,17 @@ def _fewer_collections() -> Iterator[None]:
 
 
 def run() -> NoReturn:
-    """The console script: ``main``, then the end at once, since taking torch down takes a third of a second."""
-    code = main()
-    sys.stdout.flush()
+    """Run a command and end the process at once: taking torch down takes a third of a second."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # never fail for a terminal's encoding
+    try:
+        try:
+            code = main()
+        except SystemExit as end:  # of tyro: help, or options that do not fit
+            code = end.code if isinstance(end.code, int) else 2
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has seen enough, as in "shardsmith --help | head"
+        code = _BROKEN_PIPE
     sys.stderr.flush()
     os._exit(code)
 

@@ -11,14 +11,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    FileSizeColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 from rich.text import Text
+
+from shardsmith.progress import listening
 
 if TYPE_CHECKING:
     from shardsmith.export.plan import ExportPlan
     from shardsmith.inspection import Inspection
     from shardsmith.watch import Outcome
+
+
+_WIDTH_OF_FILES = 1000
+"""Columns of a table that goes to a file or a pipe, at most."""
 
 
 def progress_bar(
@@ -47,14 +62,36 @@ def bytes_bar(name: str, total: int, *, quiet: bool) -> Iterator[Callable[[int],
         yield lambda nbytes: bar.advance(task, nbytes)
 
 
+@contextlib.contextmanager
+def reading_bar(name: str, *, quiet: bool) -> Iterator[None]:
+    """Show how many bytes were read, how fast and for how long; nothing where nobody would see it."""
+    console = new_console(sys.stderr)
+    if quiet or not console.is_terminal:
+        yield
+        return
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        FileSizeColumn(),
+        TransferSpeedColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(name, total=None)
+        with listening(lambda nbytes: bar.advance(task, nbytes)):
+            yield
+
+
 def print_watching(checkpoints: Path, output: Path) -> None:
     """That it goes on until it is stopped."""
     new_console().print(f"exporting from {checkpoints} to {output}; Ctrl-C ends it")
 
 
-def print_outcome(outcome: Outcome, *, quiet: bool) -> None:
-    """One line on what became of a step, as soon as it is known; of a failure, all that is to be said."""
-    if outcome.error is not None:
+def print_outcome(outcome: Outcome, *, quiet: bool, as_json: bool = False) -> None:
+    """Print a line about the export of a step, as soon as it is known; the whole text of a failure."""
+    if as_json:
+        print(json.dumps(_plain_outcome(outcome)), flush=True)
+    elif outcome.error is not None:
         kind = type(outcome.error).__name__
         new_console(sys.stderr).print(f"{outcome.output.name} was not exported: {kind}\n{outcome.error}")
     elif not quiet:
@@ -64,6 +101,17 @@ def print_outcome(outcome: Outcome, *, quiet: bool) -> None:
             "gone": f"{outcome.output.name} was removed before it could be exported",
         }
         new_console().print(text[outcome.status])
+
+
+def _plain_outcome(outcome: Outcome) -> dict[str, object]:
+    return {
+        "step": outcome.step,
+        "output": str(outcome.output),
+        "status": outcome.status,
+        "bytes": outcome.nbytes,
+        "seconds": round(outcome.seconds, 3),
+        "error": None if outcome.error is None else f"{type(outcome.error).__name__}: {outcome.error}",
+    }
 
 
 def print_inspection(inspection: Inspection, *, as_json: bool) -> None:
@@ -92,8 +140,14 @@ def size_text(nbytes: int) -> str:
 
 
 def new_console(file: TextIO | None = None) -> Console:
-    """Prints texts as they are: names and paths may hold what rich would take for markup."""
-    return Console(file=file, soft_wrap=True, markup=False, emoji=False, highlight=False)
+    """Make a console that prints texts as they are: names and paths may hold what rich would take for markup.
+
+    Where the output is no terminal, tables have the width that they need.
+    """
+    console = Console(file=file, soft_wrap=True, markup=False, emoji=False, highlight=False)
+    if not console.is_terminal:
+        console.width = _WIDTH_OF_FILES
+    return console
 
 
 def _extent(inspection: Inspection) -> str:

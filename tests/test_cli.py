@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import importlib.metadata
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +12,7 @@ import pytest
 
 from shardsmith.cli import main
 from shardsmith.commands import COMMANDS
+from shardsmith.commands.options import FORMER_NAMES, with_present_names
 from tests.trained_runs import Trained
 
 HEAVY = {"torch", "transformers", "safetensors", "numpy"}
@@ -114,3 +118,78 @@ def test_a_file_that_may_not_be_read_is_an_error_and_no_traceback(
     name = tmp_path / ("x" * 300)  # as root, nothing is forbidden; too long a name is refused to everybody
     assert main(["detect", str(name)]) == 2
     assert "File name too long" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_list_of_commands_has_one_line_for_each(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    at = next(i for i, line in enumerate(lines) if f"• {command} " in line)
+    assert lines[at].rstrip(" │").endswith(".")
+    assert not lines[at + 1].strip(" │") or "•" in lines[at + 1] or "╰" in lines[at + 1]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_dashes_and_present_names(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    flags = set(re.findall(r"(?<![\w-])--[a-z_-]+", capsys.readouterr().out))
+    assert not [flag for flag in flags - {"--nproc_per_node"} if "_" in flag]
+    assert not flags & (FORMER_NAMES.get(command, {}).keys() - {"--checkpoint"})
+
+
+@pytest.mark.parametrize("command", FORMER_NAMES)
+def test_every_former_name_of_an_option_is_taken(command: str) -> None:
+    for former, name in FORMER_NAMES[command].items():
+        spellings = [former, former.replace("-", "_").replace("__", "--", 1)]
+        assert [with_present_names(command, [option]) for option in spellings] == [[name], [name]]
+        assert with_present_names(command, [f"{former}=x", "x"]) == [f"{name}=x", "x"]
+
+
+def test_the_version_is_that_of_the_package_and_needs_no_torch() -> None:
+    code = f"import atexit, sys; atexit.register(lambda: print({HEAVY!r} & set(sys.modules)))\n"
+    ran = python("-c", f"{code}from shardsmith.cli import main; main(['--version'])")
+    assert ran.stdout == f"shardsmith {importlib.metadata.version('shardsmith')}\nset()\n"
+
+
+def test_an_unknown_format_is_exit_code_1_and_json_says_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["detect", str(tmp_path)]) == 1
+    assert main(["detect", str(tmp_path), "--json"]) == 1
+    plain, as_json = capsys.readouterr().out.splitlines()
+    found = json.loads(as_json)
+    assert plain == f"{found['format']}: {found['reason']}"
+    assert (found["path"], found["format"]) == (str(tmp_path), "unknown")
+
+
+@pytest.mark.parametrize("checkpoint", ["/checkpoint", "/", "/a/.."])
+def test_a_checkpoint_in_no_folder_needs_an_output(checkpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["to-hf", "--checkpoint", checkpoint, "--base-model", "base"]) == 2
+    assert "--output-dir" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough_ends_it_without_a_word() -> None:
+    script = f"{sys.executable} -m shardsmith to-hf --help | head -1; echo ${{PIPESTATUS[0]}}"
+    ran = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    assert ran.stderr == ""
+    assert ran.stdout.splitlines()[-1] in ("0", "141")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_tables_are_whole_in_every_encoding(encoding: str, odd: Trained) -> None:
+    command = [sys.executable, "-m", "shardsmith", "inspect", str(odd.checkpoint)]
+    environment = os.environ | {"PYTHONIOENCODING": encoding, "COLUMNS": "80"}
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, encoding="utf-8", env=environment)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert "…" not in ran.stdout
+    assert ran.stdout.isascii() == (encoding == "ascii")
+
+
+@pytest.mark.parametrize("module", ["transformers", "accelerate"])
+def test_a_missing_extra_is_named_with_the_command_that_installs_it(module: str) -> None:
+    code = f"import sys; sys.modules[{module!r}] = None; import shardsmith.integrations.{module}"
+    ran = python("-c", code)
+    assert ran.returncode == 1
+    assert f"pip install 'shardsmith[{module}]'" in ran.stderr.splitlines()[-1]

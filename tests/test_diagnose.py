@@ -278,7 +278,7 @@ def test_names_of_torchtitans_own_models_are_told(olmo: Specimen, tmp_path: Path
     own = {name.replace("self_attn.q_proj", "attention.wq"): tensor for name, tensor in olmo.state.items()}
     missing = structure(save_sharded(own, tmp_path / "c", 2), olmo).faults[0]
     assert missing.code == "missing-tensors"
-    assert "--titan_model" in missing.found
+    assert "--titan-model" in missing.found
 
 
 def test_what_looks_wrong_and_is_not_is_explained(specimens: dict[str, Specimen], tmp_path: Path) -> None:

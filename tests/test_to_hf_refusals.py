@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from shardsmith import cli
 from shardsmith.commands import to_hf
+from shardsmith.commands.options import ExportArguments
 from shardsmith.errors import (
     CheckpointError,
     CheckpointNotFoundError,
@@ -94,7 +96,7 @@ def assert_refused(
     place = Place(place.root, checkpoint or place.checkpoint, place.base, output or place.output)
     before = place.snapshot()
     with pytest.raises(error):
-        to_hf(place.checkpoint, place.base, place.output, quiet=True, **_as_keywords(options))
+        to_hf(place.checkpoint, place.base, ExportArguments(**_as_keywords(options)), place.output, quiet=True)
     assert cli.main([*place.arguments(), *options]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
@@ -104,7 +106,7 @@ def assert_refused(
     assert place.snapshot() == before
 
 
-def _as_keywords(options: tuple[str, ...]) -> dict[str, str]:
+def _as_keywords(options: tuple[str, ...]) -> dict[str, Any]:
     names = [name.removeprefix("--") for name in options[::2]]
     return dict(zip(names, options[1::2], strict=True))
 

@@ -9,8 +9,8 @@ NGPU=${NGPU:-8}
 
 # The way in, once: the model's weights under TorchTitan's names, with digests by which the load is proved.
 if [ ! -d "$RUN/start" ]; then
-    shardsmith to-dcp --model "$MODEL" --checkpoint "$RUN/start" \
-        --layout torchtitan --titan_model llama3 --titan_flavor "$FLAVOR"
+    shardsmith to-dcp --base-model "$MODEL" --output-dir "$RUN/start" \
+        --layout torchtitan --titan-model llama3 --titan-flavor "$FLAVOR"
 fi
 
 # Our entry point in place of torchtitan.train. Starting the same again resumes from the newest complete step.

@@ -34,7 +34,7 @@ def torchtitan_names(config: dict[str, Any] | None, title: str = "") -> NameMap:
         UsageError: there is no such flavor, or its heads are not those of the config.
     """
     if not title:
-        raise UsageError("which of TorchTitan's models is it? --titan_model llama3 --titan_flavor debugmodel")
+        raise UsageError("which of TorchTitan's models is it? --titan-model llama3 --titan-flavor debugmodel")
     if title.partition("/")[0] == BACKEND:
         return InnerNames("model", None)  # a model of transformers, whatever its flavor
     titan = build_titan_model(title)

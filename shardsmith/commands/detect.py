@@ -7,16 +7,22 @@ from pathlib import Path
 import tyro
 
 
-def detect(path: tyro.conf.Positional[Path]) -> int:
-    """Say which format a file or directory has, and why.
+def detect(path: tyro.conf.Positional[Path], json: bool = False) -> int:
+    """Print the format of a file or directory.
+
+    Also prints how it was detected. Exits with 1 if the format is unknown.
 
     Example: shardsmith detect out/checkpoint-500
 
     Args:
         path: Any file or directory.
+        json: Print JSON on one line.
     """
-    from shardsmith.formats.by_path import detect_checkpoint_format
+    from json import dumps
+
+    from shardsmith.formats.by_path import UNKNOWN, detect_checkpoint_format
 
     found = detect_checkpoint_format(path)
-    print(f"{found.name}: {found.reason}")
-    return 0
+    as_json = {"path": str(path), "format": found.name, "reason": found.reason}
+    print(dumps(as_json) if json else f"{found.name}: {found.reason}")
+    return 1 if found.name == UNKNOWN else 0

@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from shardsmith.commands.options import choose_names
+import tyro
+
+from shardsmith.commands.options import NameArguments
 
 
 def diagnose(
     checkpoint: Path,
-    model: str,
+    base_model: str,
+    naming: tyro.conf.OmitArgPrefixes[NameArguments],
     level: Literal["structure", "values", "model", "all"] = "all",
     config: Path | None = None,
     tokenizer: Path | None = None,
@@ -20,24 +23,23 @@ def diagnose(
     reference_loss: float | None = None,
     layout: Literal["flat", "nested"] | None = None,
     trained: bool | None = None,
-    names: str = "auto",
-    titan_model: str | None = None,
-    titan_flavor: str | None = None,
-    rules: Path | None = None,
     trust_remote_code: bool = False,
     json: bool = False,
     html: Path | None = None,
 ) -> int:
-    """Compare a checkpoint with a Hugging Face model and say what is wrong, what that does to the loss, and the cure.
+    """Find out why a model starts training with a wrong loss.
 
-    Only reads. Exits with 0 if nothing is wrong, 1 with findings, 2 if it could not look. A model that transformers has
-    no class for, such as BAGEL, cannot be run: at --level all that is said and no reason for 2.
+    Compares a checkpoint with the Hugging Face model that it should hold; reports what is wrong, what that does to the
+    loss, and the cure. Only reads. Exits with 0 if nothing is wrong, 1 with findings, 2 if it could not look. A model
+    that transformers has no class for, such as BAGEL, cannot be run: --level all reports
+    that, and does not exit with 2 for it.
 
-    Example: shardsmith diagnose --checkpoint outputs/checkpoint/step-0 --model assets/OLMo-2-1124-7B
+    Example: shardsmith diagnose --checkpoint outputs/checkpoint/step-0 --base-model assets/OLMo-2-1124-7B
 
     Args:
         checkpoint: DCP directory (ours, TorchTitan's, plain dcp.save), Hugging Face directory or safetensors file.
-        model: Local directory of the model that it should hold, or the name of one in the Hugging Face cache.
+        base_model: Local directory of the model that it should hold, or the name of one in the Hugging Face cache.
+        naming: How tensors correspond.
         level: "structure": names, shapes, counts, from the indexes alone. "values": every tensor, streamed.
             "model": config, tokenizer, buffers, and the logits of both, which needs memory for two models.
         config: config.json that the trainer builds its model from, or the directory it is in.
@@ -48,32 +50,24 @@ def diagnose(
         reference_loss: The loss that the trainer reported at its start: which cause gives that loss?
         layout: The one that the trainer reads; a checkpoint in the other is a finding.
         trained: Whether training has moved the weights, so that they may differ. Otherwise as its step says.
-        names: How the checkpoint's names become the model's: "auto", "identity", "transformers", or a name map that an
-            installed package offers.
-        titan_model: For checkpoints of TorchTitan's own models: which one, such as llama3. Needs TorchTitan installed.
-        titan_flavor: Its flavor, such as 8B.
-        rules: TOML or JSON file of layout rules, as for to-hf, for tensors that the model has in another shape; a patch
-            embedding that was turned from a convolution into a linear layer needs none.
         trust_remote_code: Run the Python files that come with the model. Those of a checkpoint never run.
         json: Print JSON instead of tables.
         html: Also write a report that stands on its own.
     """
     import json as json_module
 
-    from rich.console import Console
-
+    from shardsmith import report
     from shardsmith.conversion.model_directory import find_model
     from shardsmith.diagnose import Questions
     from shardsmith.diagnose import diagnose as look
     from shardsmith.diagnose.html import html_of
     from shardsmith.diagnose.text import print_diagnosis
     from shardsmith.export.hf_directory import protect
-    from shardsmith.export.layout_rules import find_rules
 
     questions = Questions(
         level=level,
-        names=choose_names(names, titan_model, titan_flavor),
-        rules=tuple(find_rules(rules)),
+        names=naming.name_map,
+        rules=naming.layout_rules,
         layout=layout,
         trained=trained,
         config=config,
@@ -84,14 +78,15 @@ def diagnose(
         reference_loss=reference_loss,
         trust_remote_code=trust_remote_code,
     )
-    reference = find_model(model, fetch=False)
+    reference = find_model(base_model, fetch=False)
     if html is not None:
         protect(html, checkpoint, reference)
-    found = look(checkpoint, reference, questions)
+    with report.reading_bar("diagnosing", quiet=json):
+        found = look(checkpoint, reference, questions)
     if html is not None:
         html.write_text(html_of(found), encoding="utf-8")
     if json:
         print(json_module.dumps(found.as_dict()))
     else:
-        print_diagnosis(found, Console(soft_wrap=True, markup=False, emoji=False, highlight=False))
+        print_diagnosis(found, report.new_console())
     return found.exit_code

@@ -8,9 +8,10 @@ import tyro
 
 
 def inspect(checkpoint: tyro.conf.Positional[Path], verify: bool = False, json: bool = False) -> int:
-    """Show what is in a checkpoint: models, EMA, tensors, dtypes, sizes, world size, health.
+    """Show the content of a checkpoint.
 
-    Exits with 1 if anything is wrong with it.
+    Prints its models, EMA, tensors, dtypes, sizes, world size and any damage. Exits with 1 if anything is wrong
+    with it.
 
     Example: shardsmith inspect run/checkpoints/step-500
 
@@ -22,6 +23,7 @@ def inspect(checkpoint: tyro.conf.Positional[Path], verify: bool = False, json: 
     from shardsmith import report
     from shardsmith.inspection import inspect_checkpoint
 
-    inspection = inspect_checkpoint(checkpoint, verify=verify)
+    with report.reading_bar(checkpoint.name, quiet=json or not verify):
+        inspection = inspect_checkpoint(checkpoint, verify=verify)
     report.print_inspection(inspection, as_json=json)
     return 1 if inspection.damage else 0

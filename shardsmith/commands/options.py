@@ -1,15 +1,121 @@
-"""What the options of several commands have in common."""
+"""Options that several commands take, and the names that options had before."""
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from shardsmith.export.layout_rules import LayoutRule
+    from shardsmith.export.plan import ExportOptions
 
 Dtype = Literal["bfloat16", "float16", "float32", "original"]
-"""Of floating-point tensors; "original" keeps what is there."""
+"""Dtype of floating-point tensors; "original" keeps the dtype of each."""
+
+FORMER_NAMES = {
+    "to-hf": {"--checkpoint-dir": "--checkpoint", "--base-model-path": "--base-model"},
+    "to-dcp": {"--model": "--base-model", "--checkpoint": "--output-dir"},
+    "watch": {"--base-model-path": "--base-model"},
+    "diagnose": {"--model": "--base-model"},
+    "verify": {"--model": "--base-model"},
+}
+"""By command: former name of an option, which is still accepted -> its name. Underscores count as dashes."""
+
+
+def with_present_names(command: str, arguments: Sequence[str]) -> list[str]:
+    """Replace former names of options by present ones."""
+    former = FORMER_NAMES.get(command, {})
+    found = []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        known = former.get(name.replace("_", "-"))
+        found.append(argument if known is None else f"{known}{equals}{value}")
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class NameArguments:
+    """How tensors of a checkpoint correspond to tensors of the model."""
+
+    names: str = "auto"
+    """Name map between the checkpoint and the model.
+    "auto": no map if the names are equal, otherwise "transformers".
+    "identity": no map.
+    "transformers": the names that save_pretrained of transformers writes for this model.
+    Or the name of a map that an installed package offers."""
+    titan_model: str | None = None
+    """For checkpoints of TorchTitan's own models: the model, such as llama3. Needs TorchTitan."""
+    titan_flavor: str | None = None
+    """Flavor of that model, such as 8B."""
+    rules: Path | None = None
+    """TOML or JSON file of layout rules, for tensors that have another shape in the model:
+    [[rule]] pattern = "*.patch.weight" transform = "conv2d_to_linear" (or "flatten", "transpose", or steps)."""
+
+    @property
+    def name_map(self) -> str:
+        """Name of the name map. Raises UsageError if the options contradict each other."""
+        return choose_names(self.names, self.titan_model, self.titan_flavor)
+
+    @property
+    def layout_rules(self) -> tuple[LayoutRule, ...]:
+        """All layout rules. Raises UsageError if the file cannot be used."""
+        from shardsmith.export.layout_rules import find_rules
+
+        return tuple(find_rules(self.rules))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportArguments(NameArguments):
+    """How to write a Hugging Face directory; the same for ``to-hf`` and ``watch``."""
+
+    models: Literal["main", "ema", "both", "all"] = "all"
+    """Models to write. "both" fails if one is missing, "all" takes those that exist."""
+    average: str | None = None
+    """Name of the average, such as 0.999, or its key, such as model_ema, if the checkpoint has several; "shardsmith
+    inspect" lists them."""
+    dtype: Dtype = "bfloat16"
+    """Dtype of all floating-point tensors; "original" keeps the checkpoint's."""
+    dtype_of: tuple[str, ...] = ()
+    """Exceptions, by pattern of the written names, such as '*norm*=float32'. The first that matches counts."""
+    max_shard_size: str | None = None
+    """Write several files with an index if the weights are larger than this, such as 5GB."""
+    ema_as: Literal["auto", "file", "directory"] = "auto"
+    """Where to write the average.
+    "file": ema.safetensors, which no library loads unless asked.
+    "directory": model.safetensors of a directory of its own, OUTPUT_DIR-ema if main is written, too.
+    "auto": ema.safetensors beside main or where the base model has one, else a directory."""
+    allow: tuple[str, ...] = ()
+    """Patterns of tensor names that may differ from the base model's, such as 'lm_head.*'."""
+    drop: tuple[str, ...] = ()
+    """Patterns of tensors of the checkpoint to leave out, such as those of an extra head."""
+    trust_remote_code: bool = False
+    """Also copy the base model's Python files. They are not run."""
+    verify: bool = True
+    """Compare the checkpoint's files with their recorded hashes, if there are any, and read back the written files
+    before they are published."""
+
+    def options(self) -> ExportOptions:
+        """Return them as the export takes them. Raises UsageError."""
+        from shardsmith.dtypes import parse_dtypes
+        from shardsmith.export.plan import ExportOptions
+
+        return ExportOptions(
+            dtype=parse_dtypes(self.dtype, self.dtype_of),
+            max_shard_size=self.max_shard_size,
+            trust_remote_code=self.trust_remote_code,
+            allow=self.allow,
+            drop=self.drop,
+            verify=self.verify,
+            average=self.average,
+            names=self.name_map,
+            rules=self.layout_rules,
+        )
 
 
 def choose_names(names: str, titan_model: str | None, titan_flavor: str | None) -> str:
-    """The name map that the options ask for: a TorchTitan model is a choice of its own.
+    """Return the name map that the options ask for: a TorchTitan model is a choice of its own.
 
     Raises:
         UsageError: they contradict each other.
@@ -19,7 +125,7 @@ def choose_names(names: str, titan_model: str | None, titan_flavor: str | None) 
     if titan_model is None and titan_flavor is None:
         return names
     if titan_model is None or titan_flavor is None:
-        raise UsageError("--titan_model and --titan_flavor go together, as in --titan_model llama3 --titan_flavor 8B")
+        raise UsageError("--titan-model and --titan-flavor go together, as in --titan-model llama3 --titan-flavor 8B")
     if names not in ("auto", "torchtitan"):
-        raise UsageError(f"--names {names} and --titan_model {titan_model} are two answers to one question")
+        raise UsageError(f"--names {names} and --titan-model {titan_model} exclude each other")
     return f"torchtitan:{titan_model}/{titan_flavor}"

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 
 def to_dcp(
-    model: str,
-    checkpoint: Path,
+    base_model: str,
+    output_dir: Path,
     trust_remote_code: bool = False,
     dtype: Dtype = "original",
     layout: Literal["flat", "nested", "torchtitan"] = "flat",
@@ -26,32 +26,34 @@ def to_dcp(
     seed: int = 0,
     dry_run: bool = False,
     quiet: bool = False,
+    json: bool = False,
 ) -> int:
-    """Make a sharded checkpoint to start training from, out of a Hugging Face model.
+    """Make a sharded checkpoint from a Hugging Face model.
 
     Streams from the model's files into DCP files that torch, TorchTitan and this package load: no model in memory.
-    Under torchrun, each rank writes its part. The output appears when all of it is on disk; the model is only read.
-    Its metadata.json has a digest of each tensor, the effective config, and the right values of the buffers that no
-    state dict holds, by which a load is proved. Exits with 1 if a count is not what the model says it should be.
+    Under torchrun, each rank writes its part. The output is published when it is complete; the model is only read. Its
+    metadata.json has a digest of each tensor, the effective config, and the right values of the buffers that no state
+    dict holds, by which a load is verified. Exits with 1 if a count is not what the model says it should be.
 
-    Example: shardsmith to-dcp --model allenai/OLMo-2-0425-1B --checkpoint checkpoints/olmo2
+    Example: shardsmith to-dcp --base-model allenai/OLMo-2-0425-1B --output-dir checkpoints/olmo2
 
     Args:
-        model: A local directory, or the name of a model on the Hub (from the local cache, if it is there).
-        checkpoint: The directory to make. It must not exist.
+        base_model: A local directory, or the name of a model on the Hub (from the local cache, if it is there).
+        output_dir: The directory to make. It must not exist.
         trust_remote_code: Let transformers run the model's own Python files.
         dtype: Of all floating-point tensors; "original" keeps what the files have.
         layout: "flat": keys as the model has them, which TorchTitan from 0.2 on reads.
             "nested": under "model.", for older TorchTitan and flame.
-            "torchtitan": flat, as TorchTitan's own model has them; --titan_model and --titan_flavor say which one.
+            "torchtitan": flat, as TorchTitan's own model has them; --titan-model and --titan-flavor say which one.
         titan_model: Which of TorchTitan's own models is to train, such as llama3. Needs TorchTitan installed.
         titan_flavor: Its flavor, such as 8B.
         include_future_predictor: Add the head of that name, with random values.
         future_predictor_head_type: Which one.
         extra_module: Add the state dict of another module, as 'pkg.mod:factory={"json": "kwargs"}'. Runs that function.
         seed: Of the random values.
-        dry_run: Say what would be done, and write nothing.
+        dry_run: Print what would be done, and write nothing.
         quiet: No progress bar and no summary.
+        json: Print the plan or the counts as JSON on one line.
     """
     import contextlib
 
@@ -66,7 +68,7 @@ def to_dcp(
     with contextlib.ExitStack() as stack:
         early = None
         if not dry_run and names is None:
-            early = stack.enter_context(early_writing(find_model(model), checkpoint, choice))
+            early = stack.enter_context(early_writing(find_model(base_model), output_dir, choice))
 
         from shardsmith.conversion.write import convert
         from shardsmith.conversion.write_plan import ConversionOptions, plan_on_ranks
@@ -82,29 +84,29 @@ def to_dcp(
             seed=seed,
         )
         ranks = stack.enter_context(joined_ranks())
-        plan = plan_on_ranks(ranks, model, checkpoint, options)  # takes seconds, in which the first shards are written
-        quiet = quiet or not ranks.is_leader
+        plan = plan_on_ranks(ranks, base_model, output_dir, options)  # takes seconds, while shards are written
+        quiet = (quiet and not json) or not ranks.is_leader
         if dry_run:
             plan.close()
             if not quiet:
-                _report(plan, None)
+                _report(plan, None, json)
             return 0
-        with report.bytes_bar(checkpoint.name, plan.nbytes, quiet=quiet) as progress:
+        with report.bytes_bar(output_dir.name, plan.nbytes, quiet=quiet or json) as progress:
             counts = convert(plan, ranks, progress, early)
     if not quiet:
-        _report(plan, counts)
+        _report(plan, counts, json)
     return 0 if all(count.is_right for count in counts) else 1
 
 
-def _report(plan: WritePlan, counts: list[Count] | None) -> None:
+def _report(plan: WritePlan, counts: list[Count] | None, as_json: bool) -> None:
     from shardsmith.conversion import report
     from shardsmith.conversion.plan import ConversionPlan
 
     assert isinstance(plan, ConversionPlan), "rank 0 makes the plan, and speaks"
     if counts is None:
-        report.print_plan(plan)
+        report.print_plan(plan, as_json=as_json)
     else:
-        report.print_result(plan, counts)
+        report.print_result(plan, counts, as_json=as_json)
 
 
 def _names_of(layout: str, titan_model: str | None, titan_flavor: str | None) -> str | None:
@@ -114,5 +116,5 @@ def _names_of(layout: str, titan_model: str | None, titan_flavor: str | None) ->
     if names == "auto":
         return None
     if layout != "torchtitan":
-        raise UsageError(f"--titan_model {titan_model} goes with --layout torchtitan")
+        raise UsageError(f"--titan-model {titan_model} goes with --layout torchtitan")
     return names

@@ -7,28 +7,26 @@ from typing import Literal
 
 import tyro
 
-from shardsmith.commands.options import choose_names
+from shardsmith.commands.options import NameArguments
 
 
 def verify(
     a: tyro.conf.Positional[Path],
     b: tyro.conf.Positional[Path],
+    naming: tyro.conf.OmitArgPrefixes[NameArguments],
     models: tuple[Literal["main", "ema"], ...] = (),
     tolerance: float | None = None,
     rounding: bool = False,
     digests: bool = False,
     logits: bool = False,
-    model: Path | None = None,
-    names: str = "auto",
-    titan_model: str | None = None,
-    titan_flavor: str | None = None,
-    rules: Path | None = None,
+    base_model: Path | None = None,
     trust_remote_code: bool = False,
     json: bool = False,
 ) -> int:
-    """Say whether two checkpoints are the same model, whatever their formats, shardings and wrappers.
+    """Compare two checkpoints of any formats and shardings.
 
-    Only reads. Exits with 0 if they are, 1 if not, with all tensors that differ, and 2 if it could not look.
+    Only reads. Exits with 0 if they hold the same model, 1 if not, with all tensors that differ, and 2 if they
+    cannot be compared.
 
     Example: shardsmith verify run/checkpoints/step-500 run/hf/step-500 --rounding
 
@@ -40,25 +38,20 @@ def verify(
         rounding: Accept values that are those of the other, rounded to another dtype.
         digests: Compare digests; those that a checkpoint has recorded are believed, and nothing of it is read.
         logits: Compare what the models answer to a fixed text, instead of their values.
-        model: For logits, where neither is a Hugging Face directory: one of the same kind of model.
-        names: How the checkpoint's names become the model's: "auto", "identity", "transformers", or a name map that an
-            installed package offers.
-        titan_model: For checkpoints of TorchTitan's own models: which one, such as llama3. Needs TorchTitan installed.
-        titan_flavor: Its flavor, such as 8B.
-        rules: TOML or JSON file of layout rules, as for to-hf, for tensors of which the two have different shapes; a
-            patch embedding that was turned from a convolution into a linear layer needs none.
+        naming: How tensors correspond.
+        base_model: For logits, where neither is a Hugging Face directory: one of the same kind of model.
         trust_remote_code: For logits, run the Python files of the Hugging Face directory.
         json: Print JSON instead of tables.
     """
+    from shardsmith import report as progress
     from shardsmith.compare import report
     from shardsmith.compare.verification import VerifyOptions
     from shardsmith.compare.verification import verify as compare
-    from shardsmith.export.layout_rules import find_rules
 
     options = VerifyOptions(
         models=models or None,
-        names=choose_names(names, titan_model, titan_flavor),
-        rules=tuple(find_rules(rules)),
+        names=naming.name_map,
+        rules=naming.layout_rules,
         by="digests" if digests else "values",
         tolerance=tolerance if tolerance is not None else 1e-3 if logits else 0.0,
         rounding=rounding,
@@ -67,9 +60,13 @@ def verify(
         from shardsmith.compare.logits import verify_logits
 
         chosen = models or ("main",)
-        found = [verify_logits(a, b, name, options, model, trust_remote_code=trust_remote_code) for name in chosen]
+        with progress.reading_bar("logits", quiet=json):
+            found = [
+                verify_logits(a, b, name, options, base_model, trust_remote_code=trust_remote_code) for name in chosen
+            ]
         report.print_logits(found, as_json=json)
         return 0 if all(result.same for result in found) else 1
-    verification = compare(a, b, options)
+    with progress.reading_bar("comparing", quiet=json):
+        verification = compare(a, b, options)
     report.print_verification(verification, as_json=json)
     return 0 if verification.same else 1

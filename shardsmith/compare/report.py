@@ -6,12 +6,12 @@ import dataclasses
 import json
 from collections.abc import Sequence
 
-from rich.console import Console
 from rich.text import Text
 
 from shardsmith.compare.logits import LogitsVerification
 from shardsmith.compare.verification import Difference, ModelVerification, Verification
 from shardsmith.printable import printable
+from shardsmith.report import new_console
 
 
 def print_verification(verification: Verification, *, as_json: bool) -> None:
@@ -19,7 +19,7 @@ def print_verification(verification: Verification, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps({**dataclasses.asdict(verification), "same": verification.same}))
         return
-    console = _console()
+    console = new_console()
     console.print(f"A: {verification.left}\nB: {verification.right}")
     for model in verification.models:
         console.print(_counts(model))
@@ -35,7 +35,7 @@ def print_logits(found: Sequence[LogitsVerification], *, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"same": same, "logits": [dataclasses.asdict(result) for result in found]}))
         return
-    console = _console()
+    console = new_console()
     for result in found:
         console.print(
             f"{result.model}, on {result.batch}: logits differ by up to {result.largest:.3g} "
@@ -62,7 +62,3 @@ def _difference(found: Difference) -> str:
 
 def _verdict(same: bool, text: str) -> Text:
     return Text(text, "bold green") if same else Text(f"not {text}", "bold red")
-
-
-def _console() -> Console:
-    return Console(soft_wrap=True, markup=False, emoji=False, highlight=False)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from shardsmith.export.block_copy import one_thread_per_operator
 from shardsmith.memory import same_bits
+from shardsmith.progress import advance
 from shardsmith.tensors import Chunk, TensorSource, TensorSpec, read_into, row_major_blocks
 
 _BLOCK_ELEMENTS = 1 << 17
@@ -110,6 +111,7 @@ def compare_tensor(left: TensorSource, right: TensorSource, name: str) -> Tensor
     extremes: list[Tensor] = []
     for _, box in row_major_blocks(mine.shape, _BLOCK_ELEMENTS):
         a, b = block_of(left, name, box), block_of(right, name, box)
+        advance(a.nbytes + b.nbytes)
         extremes += torch.aminmax(_comparable(a))
         if sums is not None:
             sums.add(a, b)

@@ -90,11 +90,11 @@ def parse_extra_module(text: str) -> tuple[str, Callable[[], nn.Module]]:
         keywords = json.loads(arguments) if arguments.strip() else {}
     except (ImportError, AttributeError, ValueError) as error:
         raise UsageError(
-            f"--extra_module {text!r}: {type(error).__name__}: {error}. "
+            f"--extra-module {text!r}: {type(error).__name__}: {error}. "
             'Write pkg.mod:factory=\'{"json": "kwargs"}\', of a module that Python finds'
         ) from error
     if not isinstance(keywords, dict):
-        raise UsageError(f"--extra_module {text!r}: the arguments are no JSON object")
+        raise UsageError(f"--extra-module {text!r}: the arguments are no JSON object")
     return attribute, lambda: _made(text, factory, keywords)
 
 
@@ -102,9 +102,9 @@ def _made(text: str, factory: Any, keywords: dict[str, Any]) -> nn.Module:
     try:
         module = factory(**keywords)
     except Exception as error:  # the user's own function
-        raise UsageError(f"--extra_module {text!r} failed: {type(error).__name__}: {error}") from error
+        raise UsageError(f"--extra-module {text!r} failed: {type(error).__name__}: {error}") from error
     if not isinstance(module, nn.Module):
-        raise UsageError(f"--extra_module {text!r} made a {type(module).__name__}, not a torch.nn.Module")
+        raise UsageError(f"--extra-module {text!r} made a {type(module).__name__}, not a torch.nn.Module")
     return module
 
 

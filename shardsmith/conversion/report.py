@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Sequence
 
 from rich.table import Table
@@ -11,16 +13,23 @@ from shardsmith.conversion.plan import ConversionPlan
 from shardsmith.report import new_console, size_text
 
 
-def print_plan(plan: ConversionPlan) -> None:
-    """What a dry run would write."""
+def print_plan(plan: ConversionPlan, *, as_json: bool = False) -> None:
+    """Print what a dry run would write."""
+    if as_json:
+        print(json.dumps(_plain(plan, dry_run=True)))
+        return
     console = new_console()
     console.print(f"would write {plan.output} from {plan.directory}: {size_text(plan.nbytes)}")
     _print_facts(plan)
     console.print("dry run: nothing was written")
 
 
-def print_result(plan: ConversionPlan, counts: Sequence[Count]) -> None:
-    """What was written, against what it should be."""
+def print_result(plan: ConversionPlan, counts: Sequence[Count], *, as_json: bool = False) -> None:
+    """Print what was written beside what it should be."""
+    if as_json:
+        counted = [{**dataclasses.asdict(count), "is_right": count.is_right} for count in counts]
+        print(json.dumps({**_plain(plan, dry_run=False), "counts": counted}))
+        return
     console = new_console()
     console.print(f"wrote {plan.output} from {plan.directory}: {size_text(plan.nbytes)}")
     table = Table("", "tensors", "elements", "should be", "")
@@ -35,6 +44,18 @@ def print_result(plan: ConversionPlan, counts: Sequence[Count]) -> None:
         console.print(f"complete: {known}; a digest of each tensor is in metadata.json")
     else:
         console.print("NOT COMPLETE: the counts above that are not as they should be")
+
+
+def _plain(plan: ConversionPlan, *, dry_run: bool) -> dict[str, object]:
+    return {
+        "dry_run": dry_run,
+        "output": str(plan.output),
+        "source": str(plan.directory),
+        "bytes": plan.nbytes,
+        "model_class": plan.initial.model_class,
+        "tied": dict(plan.aliases),
+        "heads": [head.name for head in plan.heads],
+    }
 
 
 def _print_facts(plan: ConversionPlan) -> None:

@@ -18,7 +18,7 @@ class Code:
     mend: str
 
 
-_CONVERT = "convert again: shardsmith to-dcp --model MODEL --checkpoint NEW"
+_CONVERT = "convert again: shardsmith to-dcp --base-model MODEL --output-dir NEW"
 _REPAIR = "rebuild the buffers after to_empty(): shardsmith.hooks.InitialLoad(..., repair_buffers=True)"
 _RANDOM = "as high as what these tensors contribute; the whole model at random starts at ln(vocabulary)"
 
@@ -35,9 +35,9 @@ CODES: dict[str, Code] = {
     "extra-tensors": Code(
         "warning",
         "none: a load ignores them; but what they were meant for may be missing elsewhere",
-        "check that --model is the right model; a head of your own is loaded by your trainer, not by this model",
+        "check that --base-model is the right model; a head of your own is loaded by your trainer, not by this model",
     ),
-    "shape-differs": Code("error", "the load fails", "check that --model is the right model and size"),
+    "shape-differs": Code("error", "the load fails", "check that --base-model is the right model and size"),
     "wrong-layout": Code(
         "error",
         "the load fails with 'Missing key in checkpoint state_dict', or, where that is caught, nothing is loaded",

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from shardsmith.errors import UnsupportedFormatError
+from shardsmith.extras import describe_failure
 
 
 def config_of(directory: Path, *, trust_remote_code: bool = False) -> Any:
@@ -39,5 +40,5 @@ def unknown_kind(config: Mapping[str, Any]) -> str | None:
 
 
 def _unknown(directory: Path, error: Exception) -> UnsupportedFormatError:
-    reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    reason = describe_failure(error).splitlines()[0]
     return UnsupportedFormatError(directory, f"transformers cannot read this config ({reason})")

@@ -25,7 +25,7 @@ _HEADS = {
 }
 _HEAD_NORM = frozenset({"ln.weight", "ln.bias"})
 _TITAN_NAME = re.compile(r"(^|\.)(tok_embeddings|attention\.wq|attention\.qkv_linear|feed_forward\.w1)\.")
-_TITAN_HINT = ". The names are those of TorchTitan's own models: say which, with --titan_model and --titan_flavor"
+_TITAN_HINT = ". The names are those of TorchTitan's own models: say which, with --titan-model and --titan-flavor"
 _SIBLING = re.compile(r"(?:step|checkpoint)-([0-9]+)")
 
 

@@ -230,7 +230,7 @@ def _refuse_titan_names(plan: ModelPlan, template: Mapping[str, TensorSpec]) -> 
     """Raise UsageError for names that no Hugging Face model has, unless the base model has them."""
     name = "tok_embeddings.weight"
     if name not in template and any(spec.name == name for spec in plan.specs):
-        example = "--titan_model llama3 --titan_flavor 8B"
+        example = "--titan-model llama3 --titan-flavor 8B"
         advice = f"say which one it is, as in {example}, or keep the names: --names identity"
         raise UsageError(f"the checkpoint has {name}, as TorchTitan's own models: {advice}")
 

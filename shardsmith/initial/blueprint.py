@@ -22,6 +22,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
 from shardsmith.errors import UnsupportedFormatError
+from shardsmith.extras import describe_failure
 from shardsmith.names import clean_fqn, non_persistent_buffers, own_class, tied_weights
 from shardsmith.tensors import TensorSpec
 
@@ -123,8 +124,9 @@ def model_of_directory(base: Path, *, trust_remote_code: bool = False) -> Any:
                 return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=True)
             return getattr(transformers, config.architectures[0])._from_config(config)
     except Exception as error:  # whatever a config that it does not know makes it raise
-        reason = f"{type(error).__name__}: {error}"
-        raise UnsupportedFormatError(base, f"transformers cannot make this model ({reason})") from error
+        raise UnsupportedFormatError(
+            base, f"transformers cannot make this model ({describe_failure(error)})"
+        ) from error
 
 
 def twin_of(live: Any, config: Any = None) -> Any:

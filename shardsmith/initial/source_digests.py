@@ -12,6 +12,7 @@ from torch import Tensor
 
 from shardsmith.digest import Digest, digest_run
 from shardsmith.export.block_copy import one_thread_per_operator, useful_threads
+from shardsmith.progress import advance
 from shardsmith.tensors import Chunk, TensorSource, read_into, row_major_blocks
 
 _BLOCK_BYTES = 2 << 20
@@ -39,8 +40,9 @@ def digest_source(
     with one_thread_per_operator(), ThreadPoolExecutor(threads, "shardsmith-digest") as pool:
         digest = partial(_share, source, dtypes)
         shares = map(digest, mine) if threads == 1 else pool.map(digest, mine)
-        for (name, _, _), share in zip(mine, shares, strict=True):
+        for (name, _, box), share in zip(mine, shares, strict=True):
             digests[name] += share
+            advance(box.numel * dtypes[name].itemsize)
     return digests
 
 

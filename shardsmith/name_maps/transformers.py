@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from shardsmith.errors import UnsupportedFormatError
+from shardsmith.extras import describe_failure
 from shardsmith.name_maps.slices import Target
 from shardsmith.name_maps.tracing import trace
 from shardsmith.names import own_class
@@ -52,7 +53,7 @@ class TransformersNames:
             model = _on_meta(getattr(transformers, config.architectures[0]), config)
             conversions = _conversions_of(model, names)
         except Exception as error:  # whatever a config that it does not know makes it raise
-            reason = f"{type(error).__name__}: {error}"
+            reason = describe_failure(error)
             raise UnsupportedFormatError(base, f"transformers cannot make this model ({reason})") from error
         return cls(base, model, conversions)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from shardsmith.commands.options import ExportArguments
 from shardsmith.commands.to_hf import to_hf
 from shardsmith.record.companion import find_folder_damage
 from tests.integrations.accelerate_runs import run_loop, run_named_by_accelerate
@@ -36,7 +37,8 @@ def test_folders_and_exports_are_what_from_pretrained_loads(tmp_path: Path, shar
     folder = tmp_path / "state-2"
     assert find_folder_damage(folder) == []
     base = make_base("qwen2", tmp_path / "base")
-    assert to_hf(folder, base, tmp_path / "converted", dtype="float32", ema_as="directory", quiet=True) == 0
+    export = ExportArguments(dtype="float32", ema_as="directory")
+    assert to_hf(folder, base, export, tmp_path / "converted", quiet=True) == 0
     assert_equal(loaded(tmp_path / "converted"), truth["main"])
     assert_equal(loaded(tmp_path / "converted-ema"), truth["ema"])
 

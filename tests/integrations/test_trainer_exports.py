@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from shardsmith.commands.options import ExportArguments
 from shardsmith.commands.to_hf import default_output, to_hf
 from shardsmith.formats.by_path import detect_checkpoint_format, model_names
 from shardsmith.inspection import inspect_checkpoint
@@ -56,8 +57,8 @@ def test_a_folder_converts_with_one_command_main_and_average(finished: Finished,
     truth = torch.load(finished(case) / "truth.pt")
     assert model_names(folder) == ["main", "ema"]
     base = make_base(case.kind, tmp_path / "base")
-    options: dict[str, Any] = {"dtype": "float32", "ema_as": "directory", "quiet": True}
-    assert to_hf(folder, base, tmp_path / "hf", **options) == 0
+    export = ExportArguments(dtype="float32", ema_as="directory")
+    assert to_hf(folder, base, export, tmp_path / "hf", quiet=True) == 0
     assert_equal(loaded(tmp_path / "hf"), truth["main"])
     assert_equal(loaded(tmp_path / "hf-ema"), truth["ema"])
     assert json.loads((tmp_path / "hf" / "shardsmith.json").read_text())["step"] == STEPS
@@ -68,7 +69,7 @@ def test_sharded_runs_of_the_past_convert_with_one_command(tmp_path: Path) -> No
     run(case, tmp_path, detach=True)
     folder = tmp_path / "out" / f"checkpoint-{STEPS}"
     assert not (folder / "shardsmith").exists()
-    assert to_hf(folder, make_base(case.kind, tmp_path / "base"), dtype="float32", quiet=True) == 0
+    assert to_hf(folder, make_base(case.kind, tmp_path / "base"), ExportArguments(dtype="float32"), quiet=True) == 0
     assert_equal(loaded(tmp_path / "out-hf" / f"checkpoint-{STEPS}"), torch.load(tmp_path / "truth.pt")["main"])
 
 

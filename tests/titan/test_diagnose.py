@@ -69,4 +69,4 @@ def test_without_the_name_map_the_report_says_which_option_is_missing(
 ) -> None:
     checkpoint = save_sharded(state, tmp_path / "c", 2)
     found = diagnose(checkpoint, base, Questions(level="structure"))
-    assert "--titan_model" in next(finding.found for finding in found.faults if finding.code == "missing-tensors")
+    assert "--titan-model" in next(finding.found for finding in found.faults if finding.code == "missing-tensors")

@@ -26,7 +26,7 @@ LLAMA = LlamaConfig(
     architectures=["LlamaForCausalLM"],
 )
 KEYS = ["0.999", "0.9999"]
-TITAN = ["--titan_model", "llama3", "--titan_flavor", "debugmodel"]
+TITAN = ["--titan-model", "llama3", "--titan_flavor", "debugmodel"]
 
 
 @pytest.fixture(scope="module")
@@ -81,12 +81,12 @@ def test_from_pretrained_loads_all_of_it(runs: Path, base: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ([], "say which one it is, as in --titan_model"),
+        ([], "say which one it is, as in --titan-model"),
         (["--names", "torchtitan"], "which of TorchTitan's models"),
-        (["--titan_model", "llama3"], "go together"),
+        (["--titan-model", "llama3"], "go together"),
         ([*TITAN, "--names", "transformers"], "two answers"),
-        (["--titan_model", "qwen3", "--titan_flavor", "debugmodel"], "not the base model"),
-        (["--titan_model", "llama3", "--titan_flavor", "8B"], "not the base model"),
+        (["--titan-model", "qwen3", "--titan_flavor", "debugmodel"], "not the base model"),
+        (["--titan-model", "llama3", "--titan_flavor", "8B"], "not the base model"),
     ],
 )
 def test_without_the_right_model_nothing_is_written(

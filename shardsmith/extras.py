@@ -1,0 +1,31 @@
+"""Optional packages: the command that installs one, where it turns out to be missing."""
+
+from __future__ import annotations
+
+EXTRAS = {
+    "transformers": "transformers",
+    "huggingface_hub": "transformers",
+    "accelerate": "accelerate",
+    "torchtitan": "torchtitan",
+}
+"""Name of an importable package -> the extra of ours that installs it."""
+
+
+def install_hint(error: ModuleNotFoundError) -> str | None:
+    """Return a sentence with the command that installs a missing package; None for a package of no extra."""
+    package = (error.name or "").split(".")[0]
+    if package not in EXTRAS:
+        return None
+    return f"{package} is not installed; run: pip install 'shardsmith[{EXTRAS[package]}]'"
+
+
+def describe_failure(error: Exception) -> str:
+    """Return the type and text of an exception of another package, or how to install that package."""
+    hint = install_hint(error) if isinstance(error, ModuleNotFoundError) else None
+    return hint or f"{type(error).__name__}: {error}"
+
+
+def missing_package(error: ModuleNotFoundError) -> ModuleNotFoundError:
+    """Return the error with the command that installs the package, if it is that of an extra."""
+    hint = install_hint(error)
+    return error if hint is None else ModuleNotFoundError(hint, name=error.name, path=error.path)
