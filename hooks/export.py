@@ -152,20 +152,20 @@ class HFExport(Hook):
         self._answers = Answers(model, ema, verify_inputs) if verify == "load" else None
         sizes: dict[str, Any] = {"dtype": dtype, "max_shard_size": max_shard_size}
         self._state = LiveState(model, ema, files, names=names, view=view, **sizes)
-        self._directories = LiveDirectory.choose(chosen, ema_as, view)
         self._ranks, self._writer_ranks = Ranks(timeout_secs), Ranks(timeout_secs)  # one for each thread
         live = LiveSource(self._state, self._ranks, self._writer_ranks, choose_writer(write_mode, self._ranks))
         saved: CheckpointSource | None = None
         if checkpoints is not None:
             both, whole_files = (self._ranks, self._writer_ranks), write_mode == "files"
             saved = CheckpointSource(checkpoints, self._state, *both, when=when, whole_files=whole_files)
-        self._in_flight = InFlight(len(self._directories))
         self._failures: list[BaseException] = []  # not yet raised
-        if on_error == "raise":
-            self.background = self._in_flight.background
         self._exported_step: int | None = None
         self._ranks.lead(f"preparing {self.directory}", self._prepare_directory)
         self._ranks.gather("reading the base model", self._state.read_files)
+        self._directories = LiveDirectory.choose(chosen, ema_as, view, self._state.stem)
+        self._in_flight = InFlight(len(self._directories))
+        if on_error == "raise":
+            self.background = self._in_flight.background
         if stages:
             self._state.unite(self._ranks)
         self._choose_source(source, live, saved)

@@ -18,11 +18,15 @@ from torch import Tensor, nn
 from shardsmith.commit import writing
 from shardsmith.dtypes import parse_dtypes
 from shardsmith.errors import MismatchError
-from shardsmith.export.directory import DirectoryPlan, ModelPlan, Origin, plan_model
-from shardsmith.export.hf_directory import files_to_copy, read_config
+from shardsmith.export.base_files import choose_files
+from shardsmith.export.base_template import BaseTemplate, read_template
+from shardsmith.export.config_fit import model_class_of
+from shardsmith.export.directory import DirectoryPlan, Measure, ModelPlan, Origin, plan_model
+from shardsmith.export.hf_directory import main_stem, read_config
 from shardsmith.export.live import LiveModel
-from shardsmith.export.plan import base_specs, compare_with_base, origin_of
+from shardsmith.export.plan import fit, measure_of, origin_of
 from shardsmith.formats.by_path import open_source
+from shardsmith.initial.blueprint import plain_config
 from shardsmith.initial.live_weights import model_state_dict
 from shardsmith.layout import EMA_WEIGHTS, MAIN_WEIGHTS
 from shardsmith.model_keys import EMA as AVERAGE
@@ -30,10 +34,11 @@ from shardsmith.model_keys import MAIN
 from shardsmith.models import ModelSource, TranslatedModel
 from shardsmith.name_maps.maps import NameMap, Translation, find_name_map
 from shardsmith.name_maps.transformers import TransformersNames
-from shardsmith.names import non_persistent_buffers, own_class, tied_weights, unwrapped
+from shardsmith.names import clean_fqn, non_persistent_buffers, own_class, tied_weights, unwrapped
 from shardsmith.ranks import Ranks
 from shardsmith.safetensors_files.plan import parse_size
 from shardsmith.tensors import Shape, TensorSpec
+from shardsmith.ties import broken_ties, tied_groups
 
 from .adapters import View
 from .ema import EMA
@@ -54,16 +59,23 @@ class LiveDirectory:
 
     @classmethod
     def choose(
-        cls, models: Literal["main", "ema", "both"], ema_as: Literal["file", "directory"], view: View | None = None
+        cls,
+        models: Literal["main", "ema", "both"],
+        ema_as: Literal["file", "directory"],
+        view: View | None = None,
+        stem: str = MAIN_WEIGHTS,
     ) -> list[Self]:
         """As ``to-hf`` does: an average alone is a directory's own weights, which ``from_pretrained`` loads.
 
         Adapters each have a directory: peft knows one name only.
+
+        Args:
+            stem: Of main weights, as the library that loads them wants it.
         """
-        stem = MAIN_WEIGHTS if view is None else view.stem
+        stem = stem if view is None else view.stem
         if models != "both":
             return [cls("", {models: stem})]
-        if ema_as == "file" and stem == MAIN_WEIGHTS:
+        if ema_as == "file" and (view is None or stem == MAIN_WEIGHTS):
             return [cls("", {MAIN: stem, AVERAGE: EMA_WEIGHTS})]
         return [cls("", {MAIN: stem}), cls("-ema", {AVERAGE: stem})]
 
@@ -116,6 +128,8 @@ class LiveState:
         if max_shard_size is not None:
             parse_size(max_shard_size)
         self._config: dict[str, Any] | None = None
+        self._template = BaseTemplate(Path(), None, {}, "")
+        self._measure = Measure()
         self._copies: tuple[str, ...] = ()
         self._names = names
         self._view = view
@@ -131,8 +145,21 @@ class LiveState:
         """Read what lies beside the weights. First of all, on every rank; no communication. Raises CheckpointError."""
         self._config = self._read_config()
         if (base := self._files.base) is not None:
-            self._copies = tuple(files_to_copy(base, trust_remote_code=self._files.trust_remote_code))
+            self._template = read_template(base)
+            own = {clean_fqn(name, self._model): p for name, p in self._model.named_parameters()}
+            specs = {name: TensorSpec(name, tuple(p.shape), p.dtype) for name, p in own.items()}
+            files = choose_files(
+                base, {**specs, **self._template.specs}, trust_remote_code=self._files.trust_remote_code
+            )
+            self._copies = files.copies
+            for name, size in files.weights.items():
+                log.info("%s of the base model (%s bytes) holds other weights, and is copied", name, size)
         self._name_map = self._find_name_map()
+
+    @property
+    def stem(self) -> str:
+        """What the files of the main weights are called. After ``read_files``."""
+        return main_stem(self._config)
 
     def unite(self, ranks: Ranks) -> None:
         """From now on the files hold what all ranks together have: each has a stage of a pipeline.
@@ -198,9 +225,9 @@ class LiveState:
                 self._plan_model(name, stem, sources[name].specs, sources[name].aliases, sources[name].filled)
                 for name, stem in directory.stems.items()
             ]
-            if compare and self._files.base is not None:
+            if compare:
                 for model in models:
-                    compare_with_base(checkpoint, model, base_specs(self._files.base), self._transient)
+                    self._fit(checkpoint, model, sources[model.model])
             origin = origin_of(checkpoint)
             if AVERAGE not in directory.stems:
                 origin = replace(origin, ema=None)
@@ -214,12 +241,11 @@ class LiveState:
             MismatchError: with ``compare``, if names or shapes are not those of the base model's weights.
             UsageError: the name map or the patterns of dtypes do not fit the model.
         """
-        base = self._files.base
-        if base is not None or self._name_map is not None or isinstance(self._dtype, Mapping):
+        if self._config is not None or self._name_map is not None or isinstance(self._dtype, Mapping):
             with self.staging():
                 (model,) = self.models(LiveDirectory("", {MAIN: MAIN_WEIGHTS}))
-            if base is not None and compare:
-                _compare(base, model.plan, self._transient)
+            if compare:
+                self._compare(model.plan)
 
     def _plan(self, output: Path, models: Sequence[ModelPlan], origin: Origin) -> DirectoryPlan:
         return DirectoryPlan(
@@ -230,7 +256,55 @@ class LiveState:
             base=self._files.base,
             copies=self._copies,
             companions=self._write_companions,
+            measure=self._measure,
+            template=self._template.specs,
+            allow=self._transient,
         )
+
+    def _compare(self, plan: ModelPlan) -> None:
+        """As ``_fit``, of the live weights; what is wrong is said of the model that trains."""
+        place = self._files.base or Path(own_class(self._inner or self._model).__name__)
+        try:
+            self._fit(place, plan, None)
+        except MismatchError as error:
+            summary = f"{len(error.problems)} tensors of the model that trains are not as in the base model"
+            advice = "Nothing will be written. Give the base model that this one was made from."
+            raise MismatchError(place, summary, error.problems, advice) from None
+
+    def _fit(self, path: Path, plan: ModelPlan, source: ModelSource | TranslatedModel | None) -> None:
+        """Adapt the config to the tensors, and compare them with the base model and with the class that it names.
+
+        Args:
+            source: Of the tensors, where they are in a checkpoint; None for live weights, where what is tied is one
+                tensor in memory.
+
+        Raises:
+            MismatchError: as ``fit``.
+        """
+        if self._config is None:
+            return
+        model_class, _ = model_class_of(self._config)
+        separate: Mapping[str, str] = {}
+        if model_class is not None:
+            names = {spec.name for spec in plan.specs}
+            groups = tied_groups(model_class.tied, names)
+            separate = {alias: kept for kept, *aliases in groups for alias in aliases}
+            if source is not None and separate:
+                separate = {a: k for a, k in broken_ties(source, model_class).items() if {a, k} <= names}
+        found = fit(path, plan, self._config, self._template, separate, self._transient, self._live_config())
+        self._config, self._measure = found.config, measure_of(found, self._template)
+        for change in found.changes:
+            log.info("config.json is adapted: %s", change)
+
+    def _live_config(self) -> dict[str, Any]:
+        """What the live model's config says, with every default; empty for a model that has none."""
+        config = getattr(self._inner, "config", None)
+        if self._inner is None or not hasattr(config, "to_json_string"):
+            return {}
+        kinds = [
+            kind.__name__ for kind in own_class(self._inner).__mro__ if kind.__module__.startswith("transformers.")
+        ]
+        return {**plain_config(config), "architectures": kinds[:1]}
 
     def _write_companions(self, directory: Path) -> None:
         self._files.write(self._inner, directory)
@@ -302,11 +376,13 @@ class LiveState:
         if self._files.base is not None:
             return read_config(self._files.base)
         model = self._inner
-        to_json: Callable[[], str] | None = getattr(getattr(model, "config", None), "to_json_string", None)
+        owner = model if hasattr(model, "to_json_string") else getattr(model, "config", None)  # diffusers: the model
+        to_json: Callable[[], str] | None = getattr(owner, "to_json_string", None)
         if model is None or to_json is None:
             return None
         content: dict[str, Any] = json.loads(to_json())
-        if not content.get("architectures"):  # transformers fills it in when it saves; FSDP2 makes a class of its own
+        if owner is not model and not content.get("architectures"):
+            # transformers fills it in when it saves; FSDP2 makes a class of its own
             content["architectures"] = [own_class(model).__name__]
         return content
 
@@ -340,12 +416,3 @@ class _Known:
 
 def _weakly(tensors: Mapping[str, Tensor]) -> dict[str, weakref.ref[Tensor]]:
     return {name: weakref.ref(tensor) for name, tensor in tensors.items()}
-
-
-def _compare(base: Path, plan: ModelPlan, transient: Sequence[str]) -> None:
-    try:
-        compare_with_base(base, plan, base_specs(base), transient)
-    except MismatchError as error:
-        summary = f"{len(error.problems)} tensors of the model that trains are not as in the base model"
-        advice = "Nothing will be written. Give the base model that this one was made from, without weights if need be."
-        raise MismatchError(base, summary, error.problems, advice) from None

@@ -14,6 +14,9 @@ from shardsmith.tensors import TensorSpec
 CASTABLE = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 """Dtypes that a choice changes. Integers, bools and float8 (quantised) stay as they are."""
 
+_PACKED = frozenset({torch.int8, torch.uint8, torch.int16, torch.int32})
+"""Of integers that hold several weights, or one each."""
+
 DtypeChoice = torch.dtype | Mapping[str, torch.dtype | None] | None
 """One dtype; or one by pattern, of which the first that matches a name decides; None keeps what is there."""
 
@@ -47,21 +50,40 @@ def parse_dtypes(
 
 
 def cast_specs(specs: Sequence[TensorSpec], choice: DtypeChoice) -> tuple[TensorSpec, ...]:
-    """The tensors as they will be written.
+    """The tensors as they will be written. Scales of quantised weights keep their dtype unless they are named.
 
     Raises:
         UsageError: a pattern decides about none of them, because nothing has such a name or another comes first.
     """
+    scaling = _scaling(specs)
     if not isinstance(choice, Mapping):
-        return tuple(_cast(spec, choice) for spec in specs)
+        return tuple(spec if spec.name in scaling else _cast(spec, choice) for spec in specs)
     deciding = {spec.name: _first_match(spec.name, choice) for spec in specs}
     if idle := [pattern for pattern in choice if pattern not in deciding.values() and pattern != "*"]:
         raise UsageError(
             f"dtype: {', '.join(map(repr, idle))} decides about no tensor: there is none of such a name, or a pattern "
             "before it takes them all. Correct it, put it first, or leave it out"
         )
-    chosen = {name: choice[pattern] for name, pattern in deciding.items() if pattern is not None}
+    chosen = {
+        name: choice[pattern]
+        for name, pattern in deciding.items()
+        if pattern is not None and not (pattern == "*" and name in scaling)
+    }
     return tuple(_cast(spec, chosen.get(spec.name)) for spec in specs)
+
+
+def is_quantized(spec: TensorSpec) -> bool:
+    """Whether a tensor is of a dtype that only quantised weights have."""
+    if spec.dtype.is_floating_point:
+        return spec.dtype.itemsize == 1
+    return spec.dtype in _PACKED and len(spec.shape) > 1
+
+
+def _scaling(specs: Iterable[TensorSpec]) -> set[str]:
+    """What belongs to a quantised weight, such as its scales: rounded, it would change every value of the weight."""
+    specs = list(specs)
+    modules = {spec.name.rpartition(".")[0] for spec in specs if is_quantized(spec)}
+    return {s.name for s in specs if s.name.rpartition(".")[0] in modules and not s.name.endswith(".bias")}
 
 
 def _first_match(name: str, patterns: Iterable[str]) -> str | None:

@@ -32,6 +32,7 @@ REMOVED = "removed"
 """Stands for the name of a directory in that of its trash, where the name must not be seen."""
 
 MAIN_WEIGHTS = "model"
+COMPONENT_WEIGHTS = "diffusion_pytorch_model"
 EMA_WEIGHTS = "ema"
 """Stems of the weight files in a Hugging Face directory."""
 

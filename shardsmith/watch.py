@@ -20,7 +20,8 @@ from typing import Literal
 from shardsmith.checkpoints import committed_steps
 from shardsmith.commit import prove_writable, remove, sweep
 from shardsmith.errors import CheckpointNotFoundError, ShardsmithError, TargetExistsError, UsageError, WriteError
-from shardsmith.export.hf_directory import files_to_copy, protect, read_config
+from shardsmith.export.base_files import choose_files
+from shardsmith.export.hf_directory import protect, read_config
 from shardsmith.export.plan import ExportOptions, choose_stems, plan_directory
 from shardsmith.export.write import write_directories
 from shardsmith.layout import PROVENANCE_FILE, parse_step, step_name
@@ -148,7 +149,7 @@ class Watcher:
         self.base = base
         self.options = options
         self.failed: dict[int, Exception] = {}
-        files_to_copy(base)
+        choose_files(base)
         read_config(base)
         protect(output, checkpoints, base)
         prove_writable(output)

@@ -11,16 +11,18 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from shardsmith.errors import CheckpointNotFoundError, ProtectedPathError, UnsafeCheckpointError, WriteError
+from shardsmith.export.base_files import choose_files
 from shardsmith.export.hf_directory import (
     config_for,
     copy_files,
-    files_to_copy,
     protect,
     read_config,
     ties_word_embeddings,
 )
+from shardsmith.tensors import TensorSpec
 
 KEPT = [
     "config.json",
@@ -33,11 +35,23 @@ KEPT = [
     "README.md",
     "LICENSE",
     "ae.safetensors",
-    "diffusion_pytorch_model.safetensors",
     "vae/config.json",
+    "vae/diffusion_pytorch_model.safetensors",
     "additional_chat_templates/tool.jinja",
 ]
 LEFT_OUT = [
+    "diffusion_pytorch_model.safetensors",
+    "model.fp16.safetensors",
+    "renamed.safetensors",
+    "of-another-project.bin",
+    "adapter_model.safetensors",
+    "adapter_config.json",
+    "trainer_state.json",
+    "training_args.bin",
+    "scheduler.pt",
+    "rng_state_0.pth",
+    "unreadable.safetensors",
+    "checkpoint-500/model.safetensors",
     "model.safetensors",
     "model-00001-of-00002.safetensors",
     "model.safetensors.index.json",
@@ -60,6 +74,11 @@ LEFT_OUT = [
     "vae/.gitignore",
 ]
 CODE = ["modeling_x.py", "parts/tools.py"]
+RENAMED, UNLIKE_NAMES = "renamed.safetensors", "of-another-project.bin"
+MODEL = {
+    name: TensorSpec(name, shape, torch.float32)
+    for name, shape in {"embed.weight": (7, 5), "mlp.up.weight": (11, 5), "mlp.down.weight": (5, 11)}.items()
+}
 
 
 @pytest.fixture
@@ -67,11 +86,31 @@ def base(tmp_path: Path) -> Path:
     for name in (*KEPT, *LEFT_OUT, *CODE):
         (tmp_path / "base" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "base" / name).write_text(name)
+    other = {"decoder.conv_in.weight": torch.zeros(3, 4), "decoder.conv_out.weight": torch.zeros(4, 3)}
+    for name in ("ae.safetensors", "vae/diffusion_pytorch_model.safetensors"):
+        save_file(other, tmp_path / "base" / name)
+    save_file({f"module.{name}": torch.zeros(spec.shape) for name, spec in MODEL.items()}, tmp_path / "base" / RENAMED)
+    torch.save(
+        {"layers": {name[::-1]: torch.zeros(s.shape) for name, s in MODEL.items()}}, tmp_path / "base" / UNLIKE_NAMES
+    )
     return tmp_path / "base"
+
+
+def files_to_copy(base: Path, *, trust_remote_code: bool = False) -> list[str]:
+    return list(choose_files(base, MODEL, trust_remote_code=trust_remote_code).copies)
 
 
 def test_everything_but_weights_code_and_hidden_files_is_copied(base: Path) -> None:
     assert files_to_copy(base) == sorted(KEPT)
+
+
+def test_weights_of_other_parts_are_listed_with_their_size_and_what_is_not_copied_with_its_reason(base: Path) -> None:
+    files = choose_files(base, MODEL)
+    others = ["ae.safetensors", "vae/diffusion_pytorch_model.safetensors"]
+    assert files.weights == {name: (base / name).stat().st_size for name in others}
+    assert files.left_out[RENAMED] == files.left_out[UNLIKE_NAMES] == "weights of the model itself"
+    assert "cannot be read" in files.left_out["unreadable.safetensors"]
+    assert not {"ae.safetensors", "config.json"} & files.left_out.keys()
 
 
 def test_code_is_copied_if_it_is_trusted(base: Path) -> None:
@@ -80,8 +119,8 @@ def test_code_is_copied_if_it_is_trusted(base: Path) -> None:
 
 def test_a_copy_has_the_content_and_the_size_that_is_reported(base: Path, tmp_path: Path) -> None:
     sizes = copy_files(base, files_to_copy(base), tmp_path / "copy")
-    assert sizes == {name: len(name) for name in KEPT}
-    assert all((tmp_path / "copy" / name).read_text() == name for name in KEPT)
+    assert sizes == {name: (base / name).stat().st_size for name in KEPT}
+    assert all((tmp_path / "copy" / name).read_bytes() == (base / name).read_bytes() for name in KEPT)
 
 
 def test_links_are_copied_as_what_they_lead_to(tmp_path: Path) -> None:

@@ -19,7 +19,6 @@ from shardsmith.models import ModelSource
 from shardsmith.name_maps.maps import NameMap, find_name_map
 from shardsmith.name_maps.restored import RestoredModel
 from shardsmith.tensors import TensorSource, TensorSpec
-from shardsmith.ties import tied_by_config
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,7 +80,7 @@ def open_conversion_model(
     try:
         model = model_of_directory(directory, trust_remote_code=trust_remote_code)
     except UnsupportedFormatError as error:
-        return _unknown(files, directory, str(error))
+        return _unknown(files, str(error))
     blueprint = describe(model)
     as_saved, files = files, _prefixed(files, blueprint, getattr(model, "base_model_prefix", ""))
     missing = _differences(files.specs, blueprint)
@@ -158,10 +157,9 @@ def _restored(files: ModelSource, blueprint: Blueprint, name_map: NameMap, names
     )
 
 
-def _unknown(files: ModelSource, directory: Path, reason: str) -> ConversionModel:
+def _unknown(files: ModelSource, reason: str) -> ConversionModel:
     """Nothing knows the model: the names are those of the files."""
-    config = read_config(directory) if (directory / CONFIG_FILE).is_file() else {}
-    tied = dict(files.aliases) or tied_by_config(files, config, {})
+    tied = dict(files.aliases)
     names = [name for name in files.specs if name not in tied]
     return ConversionModel(
         source=files,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +44,8 @@ class BaseTemplate:
 
 
 def read_template(base: Path) -> BaseTemplate:
-    """Read the headers of the base model's weights: those called ``model``, else ``ema``, else ``pytorch_model.bin``.
+    """Read the headers of the base model's weights: those called ``model``, or as diffusers calls its own, or ``ema``,
+    or ``pytorch_model.bin``, or else a variant such as ``model.fp16``.
 
     An index whose files are all missing is left out, as in BAGEL's release, where it describes weights that only exist
     as ``ema.safetensors``.
@@ -51,7 +54,7 @@ def read_template(base: Path) -> BaseTemplate:
         CheckpointError: it has weights that cannot be read, so that nothing could be compared with them.
     """
     absent = "it comes without weights"
-    for stem in (layout.MAIN_WEIGHTS, layout.EMA_WEIGHTS):
+    for stem in (layout.MAIN_WEIGHTS, layout.COMPONENT_WEIGHTS, layout.EMA_WEIGHTS):
         index = base / layout.index_file_name(stem)
         single = f"{stem}.safetensors"
         if not (base / single).exists() and not index.exists():
@@ -62,7 +65,19 @@ def read_template(base: Path) -> BaseTemplate:
         source = open_safetensors_directory(base, stem)
         source.close()
         return BaseTemplate(base, stem, source.specs, ", ".join(source.headers))
-    return _torch_template(base) or BaseTemplate(base, None, {}, absent)
+    return _torch_template(base) or _variant(base) or BaseTemplate(base, None, {}, absent)
+
+
+def _variant(base: Path) -> BaseTemplate | None:
+    """The weights that ``from_pretrained(variant=...)`` loads: the same tensors, usually of another dtype."""
+    for main in (layout.MAIN_WEIGHTS, layout.COMPONENT_WEIGHTS):
+        for path in sorted(base.glob(f"{main}.*.safetensors*")):
+            stem = re.sub(r"(-[0-9]{5}-of-[0-9]{5})?\.safetensors(\.index\.json)?$", "", path.name)
+            with contextlib.suppress(CheckpointError):
+                source = open_safetensors_directory(base, stem)
+                source.close()
+                return BaseTemplate(base, stem, source.specs, ", ".join(source.headers))
+    return None
 
 
 def _torch_template(base: Path) -> BaseTemplate | None:

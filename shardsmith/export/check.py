@@ -39,7 +39,9 @@ class ModelCheck:
     read_back: bool
     """Whether what is in the files was read again and has the digests of what was to be written."""
     compared: int
-    """Tensors whose name and shape were compared with those of the base model."""
+    """Tensors that have name and shape of a tensor of the base model."""
+    same_dtype: int
+    """Those among them that have its dtype, too."""
     allowed: list[str]
     """Tensors that differ from the base model's, or are on one side only, as was allowed."""
     rules: dict[str, str]
@@ -65,6 +67,14 @@ class ExportCheck:
     base: str
     template: str
     """Which file of the base model the weights were compared with, or why with none."""
+    compared: str
+    """With what names and shapes were compared: the class that config.json names, the base's weights, or nothing."""
+    config_changes: list[str]
+    """What config.json says otherwise than the base model's, so that it describes these tensors."""
+    copied_weights: dict[str, int]
+    """Files of the base model that hold weights of other parts, and were copied -> size in bytes."""
+    not_copied: dict[str, str]
+    """Files of the base model that were left out for what they hold -> why."""
     models: list[ModelCheck]
 
 
@@ -104,6 +114,10 @@ def check_export(
         source=str(plan.checkpoint),
         base=str(plan.base),
         template=plan.template.origin,
+        compared=str(plan.directory.measure),
+        config_changes=list(plan.fitted.changes) if plan.fitted else [],
+        copied_weights=dict(plan.files.weights) if plan.files else {},
+        not_copied=dict(plan.files.left_out) if plan.files else {},
         models=[
             _check_model(plan, model, directory, digests[model.model], main, plans) for model in plan.directory.models
         ],
@@ -123,7 +137,9 @@ def _check_model(
     for spec in model.specs:
         dtypes[dtype_name(spec.dtype)] = dtypes.get(dtype_name(spec.dtype), 0) + spec.numel
     same = None if model.model != EMA or main is None else [n for n, text in digests.items() if main.get(n) == text]
-    differing = sorted(name for name in names ^ plan.template.specs.keys() if plan.template.specs)
+    alike = [s for s in model.specs if (t := plan.template.specs.get(s.name)) is not None and t.shape == s.shape]
+    shapes = {s.name for s in model.specs if s.name in plan.template.specs and s not in alike}
+    differing = sorted(name for name in (names ^ plan.template.specs.keys()) | shapes if plan.template.specs)
     return ModelCheck(
         model=model.model,
         files=[file.name for file in model.weights.files],
@@ -131,7 +147,8 @@ def _check_model(
         elements=sum(spec.numel for spec in model.specs),
         dtypes=dtypes,
         read_back=plan.verify,
-        compared=len(names & plan.template.specs.keys()),
+        compared=len(alike),
+        same_dtype=sum(spec.dtype == plan.template.specs[spec.name].dtype for spec in alike),
         allowed=[name for name in differing if any(fnmatchcase(name, pattern) for pattern in plan.allow)],
         rules={name: rule for name, rule in plan.rules.items() if name in names},
         orders={name: order for name, order in plan.orders.items() if name in names},

@@ -12,6 +12,7 @@ import torch
 from shardsmith import layout
 from shardsmith.commit import sync, write_file, writing
 from shardsmith.digest import Digest
+from shardsmith.dtypes import CASTABLE
 from shardsmith.export.directory import DirectoryPlan, ModelPlan
 from shardsmith.export.hf_directory import CONFIG_FILE, config_for, copy_files
 from shardsmith.metadata import dtype_name, now
@@ -32,7 +33,7 @@ def complete_directory(plan: DirectoryPlan, directory: Path, digests: Digests) -
     sizes = {file.name: file.size for model in plan.models for file in model.weights.files}
     for model in plan.models:
         if model.weights.index is not None:
-            name = layout.index_file_name(model.weights.files[0].name.split("-", 1)[0])
+            name = layout.index_file_name(model.stem)
             sizes[name] = write_file(directory / name, _json(model.weights.index))
     if plan.config is not None:
         sizes[CONFIG_FILE] = write_file(directory / CONFIG_FILE, config_for(plan.config, _main_dtype(plan)))
@@ -57,10 +58,10 @@ def _write_companions(plan: DirectoryPlan, directory: Path, known: Mapping[str, 
 
 
 def _main_dtype(plan: DirectoryPlan) -> torch.dtype:
-    """The dtype of most floating-point elements."""
+    """The dtype of most floating-point elements that are not quantised: what the model computes in."""
     counts: dict[torch.dtype, int] = {}
     for spec in plan.models[0].specs:
-        if spec.dtype.is_floating_point:
+        if spec.dtype in CASTABLE:
             counts[spec.dtype] = counts.get(spec.dtype, 0) + spec.numel
     return max(counts, key=lambda dtype: counts[dtype], default=torch.get_default_dtype())
 
@@ -74,6 +75,7 @@ def _provenance(plan: DirectoryPlan, digests: Digests) -> dict[str, Any]:
         "step": plan.origin.step,
         "ema": plan.origin.ema,
         "base_model": plan.base.resolve().name if plan.base else None,
+        "compared": str(plan.measure),
         "models": {model.model: _model_provenance(model, digests[model.model]) for model in plan.models},
     }
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from shardsmith.dtypes import DtypeChoice, cast_specs
+from shardsmith.layout import index_file_name
 from shardsmith.safetensors_files.plan import WeightsPlan, parse_size, plan_files
 from shardsmith.tensors import TensorSpec
 
@@ -23,6 +24,8 @@ class ModelPlan:
     specs: tuple[TensorSpec, ...]
     """As they will be written."""
     weights: WeightsPlan
+    stem: str
+    """Of the weight files' names."""
     aliases: Mapping[str, str] = field(default_factory=dict)
     """Tied names that are not written -> the name that is."""
     filled: frozenset[str] = frozenset()
@@ -32,6 +35,12 @@ class ModelPlan:
     def nbytes(self) -> int:
         """Bytes of all tensors as they will be written."""
         return sum(spec.nbytes for spec in self.specs)
+
+    @property
+    def file_names(self) -> list[str]:
+        """Of its weights, and of their index if there is one."""
+        names = [file.name for file in self.weights.files]
+        return names if self.weights.index is None else [*names, index_file_name(self.stem)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +54,26 @@ class Origin:
     step: int | None = None
     ema: dict[str, Any] | None = None
     """Facts of the average."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """With what the tensors of a directory are compared: something that we did not make."""
+
+    model_class: str | None = None
+    """The class that config.json names, with the library that has it."""
+    base: str | None = None
+    """The base model's weights, by their file."""
+    reason: str = ""
+    """Why there is no class."""
+
+    def __str__(self) -> str:
+        """What an export says about it in its first line."""
+        if self.model_class is not None:
+            return f"compared with {self.model_class}, which config.json names"
+        if self.base is not None:
+            return f"compared with {self.base} of the base model, and with no class: {self.reason}"
+        return f"not compared with any model: {self.reason or 'there is nothing to compare with'}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +91,12 @@ class DirectoryPlan:
     """Files of the base model that belong into the new directory."""
     companions: Callable[[Path], None] | None = None
     """Writes more files into the directory that it is given; they come before the base model's."""
+    measure: Measure = Measure()
+    """With what the plan was compared."""
+    template: Mapping[str, TensorSpec] = field(default_factory=dict)
+    """The base model's own tensors, in its files; empty without."""
+    allow: tuple[str, ...] = ()
+    """Patterns of names that may differ from the base model's or the class's."""
 
     @property
     def nbytes(self) -> int:
@@ -97,4 +132,4 @@ def plan_model(
     """
     specs = cast_specs([spec for spec in stored if spec.name not in aliases], dtype)
     limit = parse_size(max_shard_size) if max_shard_size else None
-    return ModelPlan(model, specs, plan_files(specs, stem, limit), dict(aliases), filled)
+    return ModelPlan(model, specs, plan_files(specs, stem, limit), stem, dict(aliases), filled)

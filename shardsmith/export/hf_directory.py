@@ -7,74 +7,21 @@ the result stands on its own.
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from shardsmith.commit import sync, writing
-from shardsmith.errors import CheckpointNotFoundError, ProtectedPathError, UnsafeCheckpointError
-from shardsmith.layout import PROVENANCE_FILE
+from shardsmith.errors import CheckpointNotFoundError, ProtectedPathError
+from shardsmith.layout import COMPONENT_WEIGHTS, MAIN_WEIGHTS
 from shardsmith.metadata import dtype_name, read_json
 
 CONFIG_FILE = "config.json"
-
-_OWN_WEIGHTS = (
-    "model.safetensors",
-    "model-*-of-*.safetensors",
-    "ema.safetensors",
-    "ema-*-of-*.safetensors",
-    "*.safetensors.index.json",
-    "pytorch_model*",
-    "tf_model*",
-    "flax_model*",
-    "consolidated*",
-    "*.bin.index.json",
-    "*.pth",
-    "*.pt",
-    "*.ckpt",
-    "*.h5",
-    "*.msgpack",
-    "*.gguf",
-    "*.onnx",
-)
-"""The model's own weights and their indexes, in any framework: replaced by ours, never copied beside them."""
-_OTHER_COPIES = ("consolidated*", "*.pth", "*.gguf", "*.onnx")
-"""The same weights once more, in folders below; safetensors there are other parts of the model, and are copied."""
-_NEVER = (PROVENANCE_FILE, ".*")
-
-
-def files_to_copy(base: Path, *, trust_remote_code: bool = False) -> list[str]:
-    """Files of the base model that belong into a directory with new weights, as relative paths, sorted.
-
-    All but its own weights: configs, tokenizer, processor, chat template, and weights of other parts (a VAE, or what
-    lies in folders). Python files only with ``trust_remote_code``. Hidden files and folders are left out.
-
-    Raises:
-        CheckpointNotFoundError: no such directory.
-        UnsafeCheckpointError: a file is no regular file, such as a pipe or a link that leads nowhere.
-    """
-    if not base.is_dir():
-        raise CheckpointNotFoundError(base, "the base model must be a local directory with at least its config.json")
-    never = (*_NEVER, *(() if trust_remote_code else ("*.py",)))
-    found = []
-    for folder, folders, names in os.walk(base):
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "checkpoint-")))
-        unwanted = (*never, *(_OWN_WEIGHTS if Path(folder) == base else _OTHER_COPIES))
-        found += [
-            os.path.relpath(os.path.join(folder, name), base)
-            for name in names
-            if not any(fnmatch.fnmatchcase(name, pattern) for pattern in unwanted)
-        ]
-    for name in found:
-        if not (base / name).is_file():
-            raise UnsafeCheckpointError(base / name, "is not a regular file, so it cannot be copied; remove it")
-    return sorted(found)
 
 
 def copy_files(base: Path, names: Iterable[str], directory: Path) -> dict[str, int]:
@@ -101,6 +48,8 @@ def read_config(base: Path) -> dict[str, Any]:
         CheckpointNotFoundError: it has none, and nobody can load weights without one.
         CorruptCheckpointError: it is no JSON object.
     """
+    if not (base / CONFIG_FILE).is_file() and (base / "model_index.json").is_file():
+        raise CheckpointNotFoundError(base, "is a pipeline of diffusers; give the folder of one model in it, as unet/")
     if not (base / CONFIG_FILE).is_file():
         raise CheckpointNotFoundError(base, f"has no {CONFIG_FILE}; give the directory of the original model")
     return read_json(base / CONFIG_FILE)
@@ -110,12 +59,22 @@ def config_for(config: dict[str, Any], dtype: torch.dtype) -> bytes:
     """``config.json`` for weights of this dtype: every dtype that the config states is replaced, at any depth.
 
     A config that states none gets one, under the name that it would use: ``dtype``, or ``torch_dtype`` before
-    transformers 5.
+    transformers 5. One of diffusers never states one, and would not be loaded with it.
     """
     changed = _with_dtype(config, dtype_name(dtype))
-    if "dtype" not in changed and "torch_dtype" not in changed:
+    if "dtype" not in changed and "torch_dtype" not in changed and not is_component(config):
         changed["dtype"] = dtype_name(dtype)
     return (json.dumps(changed, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def is_component(config: Mapping[str, Any]) -> bool:
+    """Whether it is the config of a model of diffusers."""
+    return "_class_name" in config
+
+
+def main_stem(config: Mapping[str, Any] | None) -> str:
+    """What the main weights must be called for the library whose config this is to load them."""
+    return COMPONENT_WEIGHTS if config is not None and is_component(config) else MAIN_WEIGHTS
 
 
 def ties_word_embeddings(config: dict[str, Any]) -> bool:

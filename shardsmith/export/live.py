@@ -27,6 +27,7 @@ from shardsmith.errors import RanksDisagreeError
 from shardsmith.export.assignment import assign_boxes
 from shardsmith.export.completion import complete_directory
 from shardsmith.export.directory import DirectoryPlan, ModelPlan
+from shardsmith.export.directory_check import check_directory
 from shardsmith.export.live_boxes import LiveBox, StagingBuffer, held_boxes
 from shardsmith.export.live_writers import WeightsWriter
 from shardsmith.name_maps.maps import Translation
@@ -207,10 +208,11 @@ class JointExport:
         directory = self._attempt.directory
         digests = self._writer.merge(self.plan, self._receipts, directory)
         sizes = complete_directory(self.plan, directory, digests)
+        measure = check_directory(self.plan, directory)
         if self.check is not None:
             self.check(directory, self.plan.dtypes)
         self._attempt.commit(sizes)
-        log.info("exported %s", self.plan.output)
+        log.info("exported %s, %s", self.plan.output, measure)
 
     def __enter__(self) -> Self:
         return self

@@ -12,13 +12,17 @@ import torch
 
 from shardsmith import layout
 from shardsmith.commit import refuse_existing
-from shardsmith.dtypes import DtypeChoice
+from shardsmith.dtypes import DtypeChoice, is_quantized
 from shardsmith.errors import CheckpointNotFoundError, MismatchError, UnsupportedFormatError, UsageError
+from shardsmith.export.base_files import BaseFiles, choose_files
 from shardsmith.export.base_layout import in_base_layout, orders_of_patches
 from shardsmith.export.base_template import BaseTemplate, read_template
-from shardsmith.export.directory import DirectoryPlan, ModelPlan, Origin, plan_model
-from shardsmith.export.hf_directory import files_to_copy, protect, read_config
+from shardsmith.export.config_fit import QUANTIZATION, ConfigFit, fit_config, model_class_of
+from shardsmith.export.directory import DirectoryPlan, Measure, ModelPlan, Origin, plan_model
+from shardsmith.export.directory_check import refusal
+from shardsmith.export.hf_directory import main_stem, protect, read_config
 from shardsmith.export.layout_rules import DECLARED, LayoutRule, LayoutRules
+from shardsmith.export.model_class import ModelClass
 from shardsmith.formats.by_path import SHARDED, detect_checkpoint_format, model_names, open_source
 from shardsmith.metadata import read_metadata
 from shardsmith.model_keys import EMA, MAIN
@@ -26,7 +30,10 @@ from shardsmith.models import ModelSource, TranslatedModel
 from shardsmith.name_maps.maps import NameMap, find_name_map
 from shardsmith.record.companion import companion_of, is_complete
 from shardsmith.tensors import TensorSpec
-from shardsmith.ties import tied_by_config
+from shardsmith.ties import broken_ties, find_ties
+
+_NAMED = 5
+"""How many names an advice lists."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,6 +79,10 @@ class ExportPlan:
     """Patterns of names that may differ from the template."""
     dropped: tuple[str, ...] = ()
     """Tensors of the checkpoint that were left out."""
+    fitted: ConfigFit | None = None
+    """What was adapted in the config, and what its class says of the tensors."""
+    files: BaseFiles | None = None
+    """What of the base model is copied, and what is not."""
 
     def close(self) -> None:
         """Let go of the checkpoint's files, which take up space as long as they are open, even when deleted."""
@@ -93,13 +104,14 @@ def plan_directory(
     """
     protect(output, checkpoint, base)
     refuse_existing(output)
-    copies = files_to_copy(base, trust_remote_code=options.trust_remote_code)
     config = read_config(base)
     template = read_template(base)
     specs = template.specs
     layouts = LayoutRules(specs, options.rules)
     sources: dict[str, ModelSource | TranslatedModel] = {}
     models = []
+    fitted: ConfigFit | None = None
+    model_class, _ = model_class_of(config)
     name_map: NameMap | None = None
     dropped: dict[str, None] = {}
     for model, stem in stems.items():
@@ -109,18 +121,43 @@ def plan_directory(
         dropped |= dict.fromkeys(unwanted)
         opened = opened.without(unwanted)
         source = sources[model] = in_base_layout(opened, layouts)
-        as_stored = _plan_model(source, model, stem, config, specs, replace(options, dtype=None))
+        as_stored = _plan_model(source, model, stem, model_class, specs, replace(options, dtype=None))
         name_map = name_map or _choose_name_map(as_stored, base, config, specs, options)
         if name_map is not None:
             source = sources[model] = in_base_layout(TranslatedModel(opened, name_map), layouts)
-        plan = _plan_model(source, model, stem, config, specs, options, name_map)
-        compare_with_base(source.path, plan, specs, options.allow)
+        plan = _plan_model(source, model, stem, model_class, specs, options, name_map)
+        separate = {} if model_class is None else _separate(source, plan, model_class)
+        fitted = fitted or fit(source.path, plan, config, template, separate, options.allow)
         models.append(plan)
     used = {name: rule.name for name, rule in layouts.used.items()}
     orders = orders_of_patches(sources, template, options.rules, options.allow)
-    directory = DirectoryPlan(output, tuple(models), origin_of(checkpoint), config, base, tuple(copies))
+    assert fitted is not None
+    tensors = {**{spec.name: spec for plan in models for spec in plan.specs}, **opened.specs}
+    files = choose_files(base, tensors, trust_remote_code=options.trust_remote_code)
+    directory = DirectoryPlan(
+        output,
+        tuple(models),
+        origin_of(checkpoint),
+        fitted.config,
+        base,
+        files.copies,
+        measure=measure_of(fitted, template),
+        template=specs,
+        allow=options.allow,
+    )
     return ExportPlan(
-        directory, checkpoint, base, sources, options.verify, template, used, orders, options.allow, tuple(dropped)
+        directory,
+        checkpoint,
+        base,
+        sources,
+        options.verify,
+        template,
+        used,
+        orders,
+        options.allow,
+        tuple(dropped),
+        fitted,
+        files,
     )
 
 
@@ -154,13 +191,13 @@ def choose_stems(
         kind = detect_checkpoint_format(checkpoint)
         here = f"it holds only {present[0]}: --models {present[0]}" if present else f"it is {kind.name}: {kind.reason}"
         raise CheckpointNotFoundError(checkpoint, f"has no {' and no '.join(missing)} weights; {here}")
-    both = len(wanted) == 2
+    both, main = len(wanted) == 2, main_stem(read_config(base))
     if both and ema_as == "directory":
-        return [("", {MAIN: layout.MAIN_WEIGHTS}), ("-ema", {EMA: layout.MAIN_WEIGHTS})]
+        return [("", {MAIN: main}), ("-ema", {EMA: main})]
     as_file = ema_as == "file" or both
     if not both and ema_as == "auto":
         as_file = (base / f"{layout.EMA_WEIGHTS}.safetensors").is_file()
-    stems = {MAIN: layout.MAIN_WEIGHTS, EMA: layout.EMA_WEIGHTS if as_file else layout.MAIN_WEIGHTS}
+    stems = {MAIN: main, EMA: layout.EMA_WEIGHTS if as_file else main}
     return [("", {model: stems[model] for model in wanted})]
 
 
@@ -168,7 +205,7 @@ def _plan_model(
     source: ModelSource | TranslatedModel,
     model: str,
     stem: str,
-    config: dict[str, Any],
+    model_class: ModelClass | None,
     template: Mapping[str, TensorSpec],
     options: ExportOptions,
     name_map: NameMap | None = None,
@@ -179,25 +216,77 @@ def _plan_model(
         stem=stem,
         dtype=options.dtype,
         max_shard_size=options.max_shard_size,
-        aliases=source.aliases or _tied_by_config(source, config, template, name_map),
+        aliases=source.aliases or _ties(source, model_class, template, name_map),
         filled=source.filled,
     )
 
 
-def _tied_by_config(
+def _ties(
     source: ModelSource | TranslatedModel,
-    config: dict[str, Any],
+    model_class: ModelClass | None,
     template: Mapping[str, TensorSpec],
     name_map: NameMap | None,
 ) -> dict[str, str]:
-    """As ``tied_by_config``. What an average took from main is compared there: here its twin has moved on."""
+    """As ``find_ties``. What an average took from main is compared there: here its twin has moved on."""
     if not source.filled:
-        return tied_by_config(source, config, template)
+        return find_ties(source, template, model_class)
     opened = open_source(source.path, MAIN)
     main = opened if name_map is None else TranslatedModel(opened, name_map)
-    aliases = tied_by_config(main, config, template)
+    aliases = find_ties(main, template, model_class)
     main.close()
     return aliases
+
+
+def _separate(source: ModelSource | TranslatedModel, plan: ModelPlan, model_class: ModelClass) -> dict[str, str]:
+    """What is to be written under both names although the class ties them, for the values differ."""
+    written = {spec.name for spec in plan.specs}
+    broken = broken_ties(source, model_class)
+    return {alias: kept for alias, kept in broken.items() if {alias, kept} <= written}
+
+
+def fit(
+    path: Path,
+    plan: ModelPlan,
+    config: dict[str, Any],
+    template: BaseTemplate,
+    separate: Mapping[str, str],
+    allow: Sequence[str] = (),
+    live: Mapping[str, Any] | None = None,
+) -> ConfigFit:
+    """The config for these tensors, which are those of the base and of the class that the config names.
+
+    Args:
+        path: Where the tensors are from, for the errors.
+        separate, live: As ``fit_config`` takes them.
+
+    Raises:
+        MismatchError: they are not.
+    """
+    specs = {spec.name: spec for spec in plan.specs}
+    fitted = fit_config(config, specs, base=template.specs, separate=separate, live=live, allow=allow)
+    if not (fitted.is_exact and (_was_quantized(template.specs, fitted) or _has_grown(plan, template, fitted, live))):
+        compare_with_base(path, plan, template.specs, allow, fitted)
+    if fitted.problems:
+        raise MismatchError(path, *refusal(fitted))
+    return fitted
+
+
+def _has_grown(plan: ModelPlan, template: BaseTemplate, fitted: ConfigFit, live: Mapping[str, Any] | None) -> bool:
+    """Whether a live model is the base model with another vocabulary, or with a head of its own, as its config says."""
+    has_other_head = any(change.startswith("architectures") for change in fitted.changes)
+    kept = all(name in {spec.name for spec in plan.specs} | plan.aliases.keys() for name in template.specs)
+    return bool(live) and not fitted.is_another_model and (kept or has_other_head)
+
+
+def _was_quantized(template: Mapping[str, TensorSpec], fitted: ConfigFit) -> bool:
+    """Whether the base model is quantised and the tensors are not: then it has other names and shapes."""
+    has_scheme = any(QUANTIZATION in change for change in fitted.changes)
+    return has_scheme and any(is_quantized(spec) for spec in template.values())
+
+
+def measure_of(fitted: ConfigFit, template: BaseTemplate) -> Measure:
+    """What a plan was compared with."""
+    return Measure(fitted.measured_by, template.origin if template.specs else None, fitted.reason)
 
 
 def _choose_name_map(
@@ -253,17 +342,53 @@ def base_specs(base: Path) -> Mapping[str, TensorSpec]:
 
 
 def compare_with_base(
-    path: Path, plan: ModelPlan, template: Mapping[str, TensorSpec], allow: Sequence[str] = ()
+    path: Path,
+    plan: ModelPlan,
+    template: Mapping[str, TensorSpec],
+    allow: Sequence[str] = (),
+    fitted: ConfigFit | None = None,
 ) -> None:
-    """Raise MismatchError if names or shapes are not those of the base model's weights."""
+    """Raise MismatchError if names or shapes are not those of the base model's weights.
+
+    Args:
+        fitted: Says which ways out lead to a right export, and which do not.
+    """
     lines = _differences(plan, template, allow) if template else []
     if lines:
         summary = f"{len(lines)} tensors are not as in the base model"
-        advice = (
+        raise MismatchError(path, summary, lines, _advice(lines, fitted))
+
+
+def _advice(lines: Sequence[str], fitted: ConfigFit | None) -> str:
+    """What to do about differences from the base. Only what gives an export that loads is offered."""
+    names = [line.split(": ", 1)[0] for line in lines]
+    if fitted is None or fitted.measured_by is None:
+        return (
             "Nothing was written. If a difference is meant, allow it by name: --allow 'PATTERN'. To leave tensors "
             "of the checkpoint out: --drop 'PATTERN'."
         )
-        raise MismatchError(path, summary, lines, advice)
+    if not fitted.problems:
+        changes = f" config.json will be adapted ({'; '.join(fitted.changes)})." if fitted.changes else ""
+        allowed = " ".join(f"'{name}'" for name in names[:_NAMED]) + (" ..." if len(names) > _NAMED else "")
+        return (
+            f"Nothing was written. {fitted.measured_by} takes the tensors as they are. If the difference from the base "
+            f"is meant: --allow {allowed}.{changes}"
+        )
+    wrong = [line.split(": ", 1)[0] for line in fitted.problems]
+    useless = [n for n in names if f"{n}: in the files, not in the model" in fitted.problems]
+    if set(wrong) <= set(useless):
+        return (
+            f"Nothing was written. {fitted.measured_by} has no place for {', '.join(useless[:_NAMED])}. To leave "
+            f"{'it' if len(useless) == 1 else 'them'} out of the export: --drop 'PATTERN'."
+        )
+    said = [f"config.json says {key}" for key in fitted.keys]
+    return "\n".join(
+        [
+            f"Nothing was written. As they are, {fitted.measured_by} would not load these tensors:",
+            *(f"  {line}" for line in [*fitted.problems[:_NAMED], *said]),
+            "Give the base model that this one was made from.",
+        ]
+    )
 
 
 def _differences(plan: ModelPlan, template: Mapping[str, TensorSpec], allow: Sequence[str]) -> list[str]:

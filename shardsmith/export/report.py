@@ -14,6 +14,8 @@ from shardsmith.export.plan import ExportPlan
 from shardsmith.report import new_console, size_text
 
 _SHOWN = 5
+_PLAIN_WEIGHTS = ("model.", "model-", "ema.", "ema-", "pytorch_model.", "pytorch_model-", "diffusion_pytorch_model.")
+"""Beginnings of names that nobody expects to be copied."""
 
 
 def print_plans(plans: Sequence[ExportPlan], *, as_json: bool = False) -> None:
@@ -23,7 +25,8 @@ def print_plans(plans: Sequence[ExportPlan], *, as_json: bool = False) -> None:
         return
     console = new_console()
     for plan in plans:
-        console.print(f"would write {plan.directory.output} from {plan.checkpoint} and {plan.base}")
+        paths = f"{plan.directory.output} from {plan.checkpoint} and {plan.base}"
+        console.print(f"would write {paths}, {plan.directory.measure}")
         console.print(_template_line(plan.template.origin, bool(plan.template.specs)))
         _print_contents(console, plan)
     console.print("dry run: nothing was written")
@@ -36,7 +39,7 @@ def print_written(plans: Sequence[ExportPlan], checks: Sequence[ExportCheck], *,
         return
     console = new_console()
     for plan, check in zip(plans, checks, strict=True):
-        console.print(f"wrote {plan.directory.output} from {plan.checkpoint} and {plan.base}")
+        console.print(f"wrote {check.output} from {plan.checkpoint} and {plan.base}, {check.compared}")
         _print_contents(console, plan)
         console.print(_checks_table(check, bool(plan.template.specs)))
         for model in check.models:
@@ -50,6 +53,9 @@ def _plain(plan: ExportPlan) -> dict[str, object]:
         "source": str(plan.checkpoint),
         "base": str(plan.base),
         "template": plan.template.origin,
+        "compared": str(plan.directory.measure),
+        "config_changes": list(plan.fitted.changes) if plan.fitted else [],
+        "not_copied": dict(plan.files.left_out) if plan.files else {},
         "bytes": plan.directory.nbytes,
         "models": [
             {
@@ -69,12 +75,20 @@ def _plain(plan: ExportPlan) -> dict[str, object]:
 
 def _template_line(origin: str, has_weights: bool) -> str:
     if has_weights:
-        return f"names, shapes and dtypes are as in {origin} of the base model"
+        return f"names and shapes are as in {origin} of the base model"
     return f"the base model has no weights to compare with: {origin}"
 
 
 def _print_contents(console: Console, plan: ExportPlan) -> None:
     console.print(_files_table(plan))
+    for change in plan.fitted.changes if plan.fitted else ():
+        console.print(f"config.json: {change}")
+    for ignored in (plan.fitted.ignored if plan.fitted else ())[:1]:
+        count = len(plan.fitted.ignored) if plan.fitted else 0
+        console.print(f"{count} tensors, {ignored} for one, are written, and the class passes over them when it loads")
+    for name, reason in (plan.files.left_out if plan.files else {}).items():
+        if "/" in name or not name.startswith(_PLAIN_WEIGHTS):
+            console.print(f"{name} of the base model is not copied: {reason}")
     if plan.dropped:
         console.print(f"left out, as asked for: {', '.join(plan.dropped)}")
     for model in plan.directory.models:
@@ -102,7 +116,8 @@ def _files_table(plan: ExportPlan) -> Table:
     table.add_row("config.json, shardsmith.json", "written", "", "")
     for name in plan.directory.copies:
         if name != "config.json":
-            table.add_row(name, "from the base model", "", size_text((plan.base / name).stat().st_size))
+            holds = "weights of another part, " if plan.files and name in plan.files.weights else ""
+            table.add_row(name, f"{holds}from the base model", "", size_text((plan.base / name).stat().st_size))
     return table
 
 
@@ -113,6 +128,9 @@ def _checks_table(check: ExportCheck, has_template: bool) -> Table:
         _template_line(check.template, has_template): [
             f"{m.compared} of {m.tensors}" if has_template else "not done" for m in check.models
         ],
+        f"dtypes are as in {check.template} of the base model": [
+            f"{m.same_dtype} of {m.tensors}" if has_template else "" for m in check.models
+        ],
         "elements": [f"{m.elements:,}" for m in check.models],
         "tensors equal to main": ["" if m.same_as_main is None else str(m.same_as_main) for m in check.models],
         "tensors of equal elements": [str(len(m.constant)) for m in check.models],
@@ -120,7 +138,8 @@ def _checks_table(check: ExportCheck, has_template: bool) -> Table:
     for name in dict.fromkeys(name for m in check.models for name in (*m.rules, *m.orders)):
         rows[name] = [_layout_text(m, name) for m in check.models]
     for title, cells in rows.items():
-        table.add_row(title, *cells)
+        if has_template or not title.startswith("dtypes"):
+            table.add_row(title, *cells)
     return table
 
 

@@ -21,6 +21,7 @@ from shardsmith.export.block_copy import copy_blocks
 from shardsmith.export.check import ExportCheck, check_export, compare_read_back, read_back
 from shardsmith.export.completion import complete_directory
 from shardsmith.export.directory import DirectoryPlan
+from shardsmith.export.directory_check import check_directory
 from shardsmith.export.plan import ExportPlan
 from shardsmith.formats.by_path import SHARDED, detect_checkpoint_format
 from shardsmith.record.companion import find_folder_damage, is_complete
@@ -197,6 +198,8 @@ class _Job:
         sizes = [
             complete_directory(plan.directory, attempt.directory, _digests(texts)) for plan, attempt, texts, _ in made
         ]
+        for plan, attempt, _, _ in made:
+            check_directory(plan.directory, attempt.directory)
         for (_, attempt, _, _), files in reversed(list(zip(made, sizes, strict=True))):
             attempt.commit(files)
         return checks

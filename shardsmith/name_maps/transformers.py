@@ -113,6 +113,11 @@ class TransformersNames:
         return "no conversion that is known by its name"
 
 
+def names_for(model: Any) -> TransformersNames:
+    """For a model on the meta device, as ``save_pretrained`` would name its tensors."""
+    return TransformersNames(type(model).__name__, model, _conversions_of(model, ()))
+
+
 def _on_meta(kind: Any, config: Any) -> Any:
     """A model without data. Leaves config and random numbers as they are."""
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
