@@ -243,7 +243,7 @@ class LiveState:
         """
         if self._config is not None or self._name_map is not None or isinstance(self._dtype, Mapping):
             with self.staging():
-                (model,) = self.models(LiveDirectory("", {MAIN: MAIN_WEIGHTS}))
+                (model,) = self.models(LiveDirectory("", {MAIN: self.stem}))
             if compare:
                 self._compare(model.plan)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,9 @@ def export_live(model: nn.Module, base: Path | None, output: Path, **options: An
 
 
 def saved(state: Mapping[str, Tensor], path: Path) -> Path:
-    dcp.save(dict(state), checkpoint_id=path, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        dcp.save(dict(state), checkpoint_id=path, no_dist=True)
     return path
 
 

@@ -13,7 +13,8 @@ from shardsmith.errors import CheckpointError, CorruptCheckpointError, MismatchE
 from shardsmith.export.base_files import choose_files
 from shardsmith.export.config_fit import ConfigFit, fit_config
 from shardsmith.export.directory import DirectoryPlan, Measure, ModelPlan
-from shardsmith.export.hf_directory import CONFIG_FILE
+from shardsmith.export.hf_directory import CONFIG_FILE, main_stem
+from shardsmith.layout import COMPONENT_WEIGHTS, MAIN_WEIGHTS
 from shardsmith.safetensors_files.source import open_safetensors_directory
 from shardsmith.tensors import TensorSpec
 
@@ -46,6 +47,10 @@ def check_directory(plan: DirectoryPlan, directory: Path) -> Measure:
     if not config_file.is_file():
         return Measure(None, plan.measure.base, "it has no config.json")
     config = json.loads(config_file.read_text())
+    wanted = main_stem(config)
+    if other := [m.stem for m in plan.models if m.stem in (MAIN_WEIGHTS, COMPONENT_WEIGHTS) and m.stem != wanted]:
+        summary = "the weights are not called as the library of its config wants them"
+        raise MismatchError(plan.output, summary, [f"{other[0]}: must be {wanted}"], "Nothing was written.")
     for model in plan.models:
         found = fit_config(config, _specs(model), base=plan.template, allow=plan.allow)
         if found.changes or found.problems:
