@@ -25,7 +25,6 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from shardsmith.names import tied_weights
 from shardsmith.tensors import Shape, TensorSpec
 
 DIFFUSERS_KEY = "_class_name"
@@ -148,6 +147,8 @@ class TransformersClass:
     @cached_property
     def tied(self) -> Mapping[str, str]:
         """As ``ModelClass``: what the class ties by name, and what is one parameter in it."""
+        from shardsmith.names import tied_weights  # which imports what only a model needs
+
         declared = dict(getattr(self._model, "all_tied_weights_keys", None) or {})
         return _with_file_names({**declared, **tied_weights(self._model)}, self._file_names)
 
@@ -206,6 +207,8 @@ class DiffusersClass:
     def __init__(self, config: Mapping[str, Any]) -> None:
         """Raises whatever diffusers does if it cannot make the model."""
         import diffusers
+
+        from shardsmith.names import tied_weights
 
         kind: Any = getattr(diffusers, str(config[DIFFUSERS_KEY]))
         with torch.device("meta"), _undisturbed():
