@@ -58,7 +58,7 @@ def _save(rank: int, checkpoint: str, parameters: int, shards: int, store: str) 
     model = sharded_llama(parameters)
     # nested and without anything beside the model: the only form that every tool here can read
     contents = Contents(step=0, state_dict={"model": get_model_state_dict(model)})
-    save = SaveInProgress(Path(checkpoint), Ranks(), dist.new_group(backend="gloo"))
+    save = SaveInProgress(Path(checkpoint), Ranks())
     save.begin(lambda: contents)
     save.write()
     save.commit()

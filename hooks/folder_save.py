@@ -24,6 +24,7 @@ from shardsmith.checkpoints import find_damage
 from shardsmith.commit import remove, sweep
 from shardsmith.dcp.load import load_into
 from shardsmith.errors import CheckpointNotFoundError, CorruptCheckpointError, MismatchError, UsageError
+from shardsmith.export.live_boxes import StagingBuffer
 from shardsmith.initial.live_digest import OTHER_VALUES, compare_digests, digest_live
 from shardsmith.layout import COMPANION, FOLDER_FILE
 from shardsmith.metadata import TensorRecord, read_metadata
@@ -34,7 +35,7 @@ from shardsmith.record.adopt import disown
 from shardsmith.record.companion import companion_of, is_complete, is_deserted, read_folder_record
 from shardsmith.record.folder import SHARDED_MODEL, LiveModel, record_folder
 from shardsmith.run_state.save import Contents, SaveInProgress
-from shardsmith.run_state.staging import Stager
+from shardsmith.run_state.share import Share
 
 from .background import Background
 from .base import Hook
@@ -74,7 +75,8 @@ class FolderSave(Hook):
         self._ranks = Ranks(timeout_secs)
         self._group = dist.new_group(backend="gloo") if self._ranks.size > 1 else None
         self.background = Background("shardsmith-companion") if async_mode == "async" else None
-        self._stager = Stager() if self.background else None
+        self._share = Share(self._ranks.rank)
+        self._buffer = StagingBuffer() if self.background else None
         self._in_flight: tuple[int, Path, Future[bool]] | None = None
         self._loaded_step: int | None = None
 
@@ -106,8 +108,7 @@ class FolderSave(Hook):
         finally:
             if self.background:
                 self.background.close()
-            if self._stager:
-                self._stager.close()
+            self._buffer = None
             end_group(self._group)
             self._group = None
 
@@ -135,15 +136,15 @@ class FolderSave(Hook):
                 fails in the background is raised by ``wait``, or by ``Hooks`` on all ranks after the same step.
         """
         self.before_save(folder)
-        job = SaveInProgress(companion_of(folder), self._ranks, self._group)
+        job = SaveInProgress(companion_of(folder), self._ranks, self._share)
         with self._ema.staging() if self._ema else contextlib.nullcontext(), self._same_time(folder):
             live = LiveModel(
                 digest_live(self._ranks, f"taking digests for {folder.name}", lambda: self._main(folder)),
                 tied_weights(self._model),
             )
             job.begin(lambda: self._collect(step))
-            if self._stager:
-                job.stage(self._stager)
+            if self._buffer:
+                job.stage(self._buffer)
         if self.background:
             finish = partial(self._finish, job, folder, step, live)
             self._in_flight = (step, folder, self.background.submit(finish))

@@ -22,13 +22,14 @@ from shardsmith.arguments import checked
 from shardsmith.checkpoints import committed_steps, find_damage, set_aside
 from shardsmith.commit import prove_writable, remove, sweep
 from shardsmith.errors import IncompleteCheckpointError, ShardsmithError, UsageError
+from shardsmith.export.live_boxes import StagingBuffer
 from shardsmith.layout import step_name
 from shardsmith.metadata import CheckpointMetadata, read_metadata
 from shardsmith.process_end import end_group
 from shardsmith.ranks import Ranks
 from shardsmith.run_state.resume import fill
 from shardsmith.run_state.save import SaveInProgress
-from shardsmith.run_state.staging import Stager
+from shardsmith.run_state.share import Share
 from shardsmith.run_state.train_state import TrainState
 
 from .background import Background
@@ -101,7 +102,8 @@ class ShardedSave(Hook):
         timeout = timedelta(seconds=timeout_secs)
         self._group = dist.new_group(backend="gloo", timeout=timeout) if self._ranks.size > 1 else None
         self.background = Background("shardsmith-save") if async_mode == "async" else None
-        self._stager = Stager() if self.background else None
+        self._share = Share(self._ranks.rank)
+        self._buffer = StagingBuffer() if self.background else None
         self._in_flight: tuple[int, Future[Path]] | None = None
         self._saved_step: int | None = None
         self._ranks.lead(f"preparing {self.directory}", self._prepare_directory)
@@ -135,8 +137,7 @@ class ShardedSave(Hook):
         finally:
             if self.background:
                 self.background.close()
-            if self._stager:
-                self._stager.close()
+            self._buffer = None
             end_group(self._group)
             self._group = None
 
@@ -152,11 +153,11 @@ class ShardedSave(Hook):
                 by ``Hooks`` on all ranks after the same step.
         """
         self._report()
-        job = SaveInProgress(self.directory / step_name(step), self._ranks, self._group)
+        job = SaveInProgress(self.directory / step_name(step), self._ranks, self._share)
         with self._state.ema.staging() if self._state.ema else contextlib.nullcontext():
             job.begin(lambda: self._state.collect(step))
-            if self._stager:
-                job.stage(self._stager)
+            if self._buffer:
+                job.stage(self._buffer)
         self._saved_step = step
         if self.background:
             self._in_flight = (step, self.background.submit(partial(self._finish, job)))

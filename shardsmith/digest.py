@@ -99,6 +99,16 @@ def digest_run(values: Tensor, first_element: int, look: Callable[[int, int], No
     return _digest_run(data, first_element * values.element_size(), look or _look_away)
 
 
+def first_of_run(box: Chunk, shape: Shape) -> int | None:
+    """Flat row-major index of a box's first element, if its elements lie side by side in the global tensor."""
+    if math.prod(box.sizes[: _run_dimension(box, shape)]) != 1:
+        return None
+    first = 0
+    for offset, size in zip(box.offsets, shape, strict=True):
+        first = first * size + offset
+    return first
+
+
 def _plain(values: Tensor) -> Tensor:
     """The values as they would stand in a file: contiguous, no conjugation or negation put off."""
     return values.detach().resolve_conj().resolve_neg().contiguous()

@@ -44,6 +44,7 @@ from shardsmith.run_state.foreign import ForeignLoad, Loaded
 from shardsmith.run_state.rank_shards_writer import save_rank_shards
 from shardsmith.run_state.resume import DATA_STATUS, Wanted, load_ours
 from shardsmith.run_state.save import Contents, SaveInProgress
+from shardsmith.run_state.share import Share
 from shardsmith.run_state.train_state import TrainState
 
 log = logging.getLogger(__name__)
@@ -107,6 +108,7 @@ class ShardedCheckpointManager:
         self._fresh = fresh
         self._ranks = Ranks(timeout_secs)
         self._group = dist.new_group(backend="gloo") if self._ranks.size > 1 else None
+        self._share = Share(self._ranks.rank)
         self._ranks.lead(f"preparing {self.directory}", self._prepare)
 
     @staticmethod
@@ -139,7 +141,7 @@ class ShardedCheckpointManager:
             if self._backend == "per_rank":
                 save_rank_shards(target, collect, self._ranks)
             else:
-                save = SaveInProgress(target, self._ranks, self._group)
+                save = SaveInProgress(target, self._ranks, self._share)
                 save.begin(collect)
                 save.write()
                 save.commit()

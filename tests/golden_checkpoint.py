@@ -74,7 +74,7 @@ def run_write(directory: Path) -> None:
         tied={"head.weight": "embed.weight"},
         mesh={"shape": [2], "dim_names": ["dp_shard"]},
     )
-    job = SaveInProgress(directory / "step-3", Ranks(), dist.new_group(backend="gloo"))
+    job = SaveInProgress(directory / "step-3", Ranks())
     job.begin(lambda: contents)
     job.write()
     job.commit()

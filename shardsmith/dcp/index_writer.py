@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from shardsmith.dcp.shard_files import Place, PlannedChunk
+from shardsmith.model_keys import KeyPath
 from shardsmith.tensors import TensorSpec
 
 
@@ -18,8 +19,9 @@ def write_index(
     places: Mapping[int, Place],
     *,
     aliases: Mapping[str, str],
-    containers: Mapping[str, tuple[str, ...]],
+    containers: Mapping[str, KeyPath],
     attempt: str,
+    objects: Mapping[str, Place] | None = None,
 ) -> bytes:
     """The content of ``.metadata``, as torch's own writer would make it.
 
@@ -28,9 +30,11 @@ def write_index(
         aliases: Key -> the key whose chunks are its chunks, too.
         containers: Key -> where it lies in a nested state dict.
         attempt: Recorded as the save id.
+        objects: Values that are no tensors, by key.
     """
     from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
     from torch.distributed.checkpoint.metadata import (
+        BytesStorageMetadata,
         ChunkStorageMetadata,
         Metadata,
         MetadataIndex,
@@ -55,6 +59,10 @@ def write_index(
             place = places[i]
             index = MetadataIndex(key, chunks[i].box.offsets, position)
             metadata.storage_data[index] = _StorageInfo(place.file, place.offset, place.length)
+    for key, place in (objects or {}).items():
+        metadata.state_dict_metadata[key] = BytesStorageMetadata()
+        metadata.planner_data[key] = containers.get(key, (key,))
+        metadata.storage_data[MetadataIndex(key)] = _StorageInfo(place.file, place.offset, place.length)
     out = io.BytesIO()
     pickle.dump(metadata, out)
     return out.getvalue()

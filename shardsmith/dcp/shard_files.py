@@ -12,25 +12,23 @@ import itertools
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
-import xxhash
 from torch import Tensor
 
-from shardsmith.checksums import crc32
 from shardsmith.commit import writing
+from shardsmith.dcp.archive_file import ArchiveFile
 from shardsmith.digest import Digest, digest_run
 from shardsmith.export.block_copy import one_thread_per_operator
 from shardsmith.export.joint_plan import threads_per_process
 from shardsmith.memory import map_pages, memory_of
-from shardsmith.metadata import FileRecord
 from shardsmith.record.description import Measured
 from shardsmith.tensors import Chunk, TensorSource, TensorSpec, read_into, row_major_blocks
-from shardsmith.torch_files.archive_writer import ALIGNMENT, ArchiveLayout, archive_layout
+from shardsmith.torch_files.archive_writer import archive_layout
 
 CHUNK_BYTES = 64 << 20
 """Of a tensor at most: whoever loads a part of one reads only the chunks that it meets."""
@@ -170,7 +168,7 @@ class _Job:
         """Write one file and fsync it. In a thread of its own."""
         path = self._directory / name
         try:
-            with writing(path, "write"), _ShardFile(path, self._syncing) as file:
+            with writing(path, "write"), ArchiveFile(path, self._syncing) as file:
                 for i in numbers:
                     self._write_chunk(file, name, i)
                 record = file.finish()
@@ -180,7 +178,7 @@ class _Job:
             self.stopped = True
             raise
 
-    def _write_chunk(self, file: _ShardFile, name: str, number: int) -> None:
+    def _write_chunk(self, file: ArchiveFile, name: str, number: int) -> None:
         chunk = self._chunks[number]
         stream = self._streams[chunk.key]
         archive = archive_layout(chunk.box.sizes, stream.spec.dtype)
@@ -197,70 +195,13 @@ class _Job:
             self.written.places[number] = Place(name, offset, archive.length)
             self.written.measured.add(chunk.key, digest)
 
-    def _pass_on(self, file: _ShardFile, memory: memoryview, begin: int, end: int) -> None:
+    def _pass_on(self, file: ArchiveFile, memory: memoryview, begin: int, end: int) -> None:
         """Write a part of a run, while the digest has it in cache."""
         if self.stopped:
             return
         file.write_payload(memory[begin:end])
         if self._progress:
             self._progress(end - begin)
-
-
-class _ShardFile:
-    """A new file that is written front to back."""
-
-    def __init__(self, path: Path, syncing: ThreadPoolExecutor) -> None:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-        self._file = os.fdopen(descriptor, "wb", buffering=0)
-        self._hash = xxhash.xxh3_128()
-        self._size = 0
-        self._crc = 0
-        self._syncing = syncing
-        self._synced: Future[None] | None = None
-
-    def begin(self, archive: ArchiveLayout) -> int:
-        """Begin an archive, aligned; where."""
-        self._write(memoryview(bytes(-self._size % ALIGNMENT)))
-        offset = self._size
-        self._write(memoryview(archive.head))
-        self._crc = 0
-        return offset
-
-    def write_payload(self, memory: memoryview) -> None:
-        """Go on with the bytes of the archive's tensor."""
-        self._crc = crc32(memory, self._crc)
-        self._write(memory)
-
-    def end(self, archive: ArchiveLayout) -> None:
-        """End the archive. What there is so far begins to go to the disk."""
-        self._write(memoryview(archive.tail(self._crc)))
-        if self._synced is None or self._synced.done():
-            self._wait()
-            self._synced = self._syncing.submit(os.fsync, self._file.fileno())
-
-    def finish(self) -> FileRecord:
-        """Make the file durable; what it is."""
-        self._wait()  # an error of the disk is told once only
-        os.fsync(self._file.fileno())
-        return FileRecord(size=self._size, xxh3_128=self._hash.hexdigest())
-
-    def _wait(self) -> None:
-        if self._synced is not None:
-            self._synced.result()
-
-    def _write(self, memory: memoryview) -> None:
-        self._hash.update(memory)
-        self._size += len(memory)
-        while memory:
-            memory = memory[self._file.write(memory) :]
-
-    def __enter__(self) -> _ShardFile:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self._synced is not None:
-            wait([self._synced])
-        self._file.close()
 
 
 def _runs(stream: Stream, chunk: Chunk) -> Iterator[Tensor]:

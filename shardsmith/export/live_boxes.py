@@ -47,17 +47,21 @@ class StagingBuffer:
         From an accelerator through a window there, into pinned memory; only the host waits. The copies are valid until
         the next call.
         """
+        copies = self.copy([box.values for box in boxes], [specs[box.name].dtype for box in boxes])
+        return [replace(box, values=copy) for box, copy in zip(boxes, copies, strict=True)]
+
+    def copy(self, tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+        """As ``stage``, of tensors and the dtypes that they are to have."""
         ends = [0]
-        for box in boxes:  # each begins at a multiple of 64 bytes: a cache line, and aligned for any dtype
-            ends.append(ends[-1] + -(-box.box.numel * specs[box.name].dtype.itemsize // 64) * 64)
+        for tensor, dtype in zip(tensors, dtypes, strict=True):  # each begins at a cache line, aligned for any dtype
+            ends.append(ends[-1] + -(-tensor.numel() * dtype.itemsize // 64) * 64)
         self._reserve(ends[-1])
-        staged = []
-        for box, begin in zip(boxes, ends, strict=False):
-            dtype = specs[box.name].dtype
-            target = self._memory[begin : begin + box.box.numel * dtype.itemsize].view(dtype).view(box.box.sizes)
-            staged.append(replace(box, values=target))
-        _copy(boxes, staged)
-        return staged
+        copies = [
+            self._memory[begin : begin + tensor.numel() * dtype.itemsize].view(dtype).view(tensor.shape)
+            for tensor, dtype, begin in zip(tensors, dtypes, ends, strict=False)
+        ]
+        _copy(tensors, copies)
+        return copies
 
     def _reserve(self, nbytes: int) -> None:
         if len(self._memory) < nbytes:
@@ -65,10 +69,10 @@ class StagingBuffer:
             self._memory = torch.empty(nbytes, dtype=torch.uint8, pin_memory=torch.accelerator.is_available())
 
 
-def _copy(boxes: Sequence[LiveBox], staged: Sequence[LiveBox]) -> None:
-    pairs = [(box.values, target.values) for box, target in zip(boxes, staged, strict=True)]
+@torch.no_grad()
+def _copy(tensors: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
+    pairs = list(zip(tensors, copies, strict=True))
+    if here := [pair for pair in pairs if pair[0].device.type == "cpu"]:
+        torch._foreach_copy_([copy for _, copy in here], [tensor for tensor, _ in here])
     on_device = [pair for pair in pairs if pair[0].device.type != "cpu"]
-    for values, target in pairs:
-        if values.device.type == "cpu":
-            target.copy_(values)
-    copy_to_host([values for values, _ in on_device], [target for _, target in on_device])
+    copy_to_host([tensor for tensor, _ in on_device], [copy for _, copy in on_device])

@@ -1,34 +1,34 @@
 """One save of a sharded checkpoint: collect, write, commit. All ranks act together; rank 0 alone makes it visible.
 
-collect   main thread    every rank says what it is about to save; disagreement is refused before any write
-write     any thread     every rank writes its shards into the attempt's directory and hands in a receipt
-commit    any thread     rank 0 checks receipts, index and listing, writes metadata.json, renames
+begin     main thread    every rank says what it holds; who writes what is agreed, once for all saves
+stage     main thread    every rank copies what it is to write: all that the training waits for
+write     any thread     every rank writes its file into the attempt's directory and hands in a receipt
+commit    any thread     rank 0 writes the index and metadata.json from the receipts, checks the listing, renames
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
 import xxhash
 from torch import Tensor
 
 from shardsmith import layout
-from shardsmith.commit import Attempt, sync, write_file
-from shardsmith.dcp.index import read_index
-from shardsmith.dcp.writer import write_shards
-from shardsmith.errors import RanksDisagreeError
-from shardsmith.metadata import FileRecord, dtype_name
+from shardsmith.commit import Attempt, write_file
+from shardsmith.dcp.rank_file import encode, write_rank_file
+from shardsmith.export.live_boxes import StagingBuffer
+from shardsmith.metadata import FileRecord
 from shardsmith.ranks import Ranks
-from shardsmith.record.description import Measured, describe
-from shardsmith.run_state.staging import Stager
+from shardsmith.record.description import describe
+from shardsmith.run_state.held import Held, hold
+from shardsmith.run_state.share import Share, speakers_of
+from shardsmith.run_state.whole_directory import pieces, rank_file, to_receipt
+from shardsmith.tensors import Chunk
 
 log = logging.getLogger(__name__)
 
@@ -61,36 +61,44 @@ class SaveInProgress:
 
     contents: Contents
 
-    def __init__(self, target: Path, ranks: Ranks, process_group: dist.ProcessGroup | None) -> None:
+    def __init__(self, target: Path, ranks: Ranks, share: Share | None = None) -> None:
+        """``share``: of the saves before this one, so that ranks need not agree again on who writes what."""
         self.target = target
         self._ranks = ranks
-        self._group = process_group
+        self._share = share or Share(ranks.rank)
         self._attempt: Attempt | None = None
         self._receipts: list[dict[str, Any]] = []
+        self._problems: list[str] = []
+        self._staged: tuple[list[Tensor], list[bytes]] | None = None
 
     def begin(self, collect: Callable[[], Contents]) -> None:
-        """Collect what is to be saved and make the attempt's directory. Main thread; communicates.
+        """Collect what is to be saved, agree on who writes what, and make the directory. Main thread; communicates.
 
         Raises:
             RankFailedError: on all ranks, if collecting failed on any, the ranks disagree, or the target exists.
         """
         phase = f"collecting {self.target.name}"
-        # different keys are legal, with pipeline stages; different shapes or facts are not
-        if not self._ranks.agree(phase, lambda: _fingerprint(self._collect(collect)), _all_equal):
-            self._ranks.agree(phase, lambda: [_facts(self.contents), _specs(self.contents)], _refuse_disagreement)
-        self._attempt_id = self._ranks.lead(f"making the directory for {self.target.name}", self._make_directory)
+        answer = self._ranks.agree(phase, lambda: self._collect(collect), self._decide)
+        if answer["attempt"] is None:
+            entries, speakers = self._held.entries, answer["speakers"]
+            answer = self._ranks.agree(phase, lambda: self._share.report(entries, speakers), self._settle)
+            self._share.accept(entries, answer["shares"][self._ranks.rank])
+        self._attempt_id = answer["attempt"]
 
-    def stage(self, stager: Stager) -> None:
-        """Replace the contents by a copy, so that the live state may change while it is written. Main thread.
+    def stage(self, buffer: StagingBuffer) -> None:
+        """Copy what this rank writes, so that the live state may change while it is written. Main thread.
+
+        Args:
+            buffer: Holds the copy until ``write`` has ended.
 
         Raises:
             RankFailedError: on all ranks, if copying failed on any. The attempt is gone.
         """
         with self._abandoned_on_error():
-            self._ranks.gather(f"staging {self.target.name}", lambda: self._stage(stager))
+            self._ranks.gather(f"staging {self.target.name}", lambda: self._stage(buffer))
 
     def write(self) -> None:
-        """Write this rank's shards. Any thread; communicates over the process group and the store.
+        """Write this rank's file. Any thread; communicates through the store.
 
         Raises:
             RankFailedError: on all ranks, if writing failed on any. The attempt is gone.
@@ -122,33 +130,61 @@ class SaveInProgress:
                 self._attempt.abandon()
             raise
 
-    def _stage(self, stager: Stager) -> None:
-        self.contents = replace(self.contents, state_dict=stager.stage(self.contents.state_dict))
-
-    def _collect(self, collect: Callable[[], Contents]) -> Contents:
+    def _collect(self, collect: Callable[[], Contents]) -> list[Any]:
         self.contents = collect()
-        return self.contents
+        self._held = hold(self.contents.state_dict)
+        return [_facts(self.contents), self._share.vote(self._held.entries)]
+
+    def _decide(self, votes: Sequence[Any]) -> dict[str, Any]:
+        """Rank 0: the attempt, if everybody knows what to write; else who is to describe what there is."""
+        self._problems = _different_facts([facts for facts, _ in votes])
+        if not self._problems and all(is_known for _, (is_known, _) in votes):
+            return {"attempt": self._make_directory()}
+        return {"attempt": None, "speakers": speakers_of([vote for _, vote in votes])}
+
+    def _settle(self, reports: Sequence[Any]) -> dict[str, Any]:
+        shares = self._share.settle(reports, self._problems)
+        return {"attempt": self._make_directory(), "shares": shares}
 
     def _make_directory(self) -> str:
         self._attempt = Attempt(self.target)
         return self._attempt.id
 
+    def _stage(self, buffer: StagingBuffer) -> None:
+        tensors = self._tensors()
+        self._staged = buffer.copy(tensors, [tensor.dtype for tensor in tensors]), self._objects()
+        self._held = Held(self._held.entries, [])  # the live tensors are needed no more
+
+    def _tensors(self) -> list[Tensor]:
+        held = self._held
+        return [
+            held.values[i][position][part.within(Chunk.whole(part.sizes))]
+            if part.sizes != held.entries[i].boxes[position].sizes
+            else held.values[i][position]
+            for _, i, position, part in pieces(held.entries, self._share.chosen)
+        ]
+
+    def _objects(self) -> list[bytes]:
+        held = self._held
+        return [encode(held.values[i][0]) for i, _ in self._share.chosen if held.entries[i].shape is None]
+
     def _write(self) -> dict[str, Any]:
+        tensors, objects = self._staged or (self._tensors(), self._objects())
+        file = rank_file(self._ranks.rank, self._held.entries, self._share.chosen)
         directory = layout.temporary_path(self.target, self._attempt_id)
-        receipt = write_shards(self.contents.state_dict, directory, self._attempt_id, self._group)
-        return {**receipt.to_plain(), "tied": self.contents.tied}
+        return {**to_receipt(write_rank_file(file, tensors, objects, directory)), "tied": self.contents.tied}
 
     def _commit(self, extra: Mapping[str, bytes]) -> None:
         assert self._attempt is not None
-        directory = self._attempt.directory
-        sync(directory / layout.DCP_INDEX_FILE)  # torch leaves it to the page cache
-        receipt = Measured.merge(self._receipts)
-        for name, content in extra.items():
+        directory, whole = self._attempt.directory, self._share.whole
+        measured = whole.measured(self._receipts)
+        index = whole.index(self._receipts, self._attempt_id)
+        for name, content in {layout.DCP_INDEX_FILE: index, **extra}.items():
             size = write_file(directory / name, content)
-            receipt.files[name] = FileRecord(size=size, xxh3_128=xxhash.xxh3_128_hexdigest(content))
+            measured.files[name] = FileRecord(size=size, xxh3_128=xxhash.xxh3_128_hexdigest(content))
         metadata = describe(
-            read_index(directory),
-            receipt,
+            whole.contents(directory),
+            measured,
             attempt=self._attempt_id,
             step=self.contents.step,
             ema=self.contents.ema,
@@ -156,7 +192,7 @@ class SaveInProgress:
             world_size=self._ranks.size,
             mesh=self.contents.mesh,
         )
-        sizes = {name: record.size for name, record in receipt.files.items()}
+        sizes = {name: record.size for name, record in measured.files.items()}
         sizes[layout.METADATA_FILE] = write_file(directory / layout.METADATA_FILE, metadata.to_json())
         self._attempt.commit(sizes)
 
@@ -165,41 +201,10 @@ def _facts(contents: Contents) -> dict[str, Any]:
     return {"step": contents.step, "ema": contents.ema, "mesh": contents.mesh}
 
 
-def _specs(contents: Contents) -> dict[str, Any]:
-    shared = {name: value for name, value in contents.state_dict.items() if name != RNG}
-    return {key: [list(value.shape), dtype_name(value.dtype)] for key, value in _tensors(shared)}
-
-
-def _fingerprint(contents: Contents) -> list[Any]:
-    return [_facts(contents), xxhash.xxh3_128_hexdigest(json.dumps(_specs(contents), sort_keys=True).encode())]
-
-
-def _all_equal(values: Sequence[Any]) -> bool:
-    return all(value == values[0] for value in values)
-
-
-def _tensors(state: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    for name, value in state.items():
-        if isinstance(value, Mapping):
-            yield from _tensors(value, f"{prefix}{name}.")
-        elif isinstance(value, torch.Tensor):
-            yield f"{prefix}{name}", value
-
-
-def _refuse_disagreement(reports: list[list[Any]]) -> None:
-    """Raise unless all ranks have the same facts, and the same shape and dtype for every key that several hold."""
-    problems = []
-    facts = [report[0] for report in reports]
-    for name in facts[0]:
-        if any(other[name] != facts[0][name] for other in facts):
-            problems.append(f"{name}: " + ", ".join(f"rank {r} {other[name]}" for r, other in enumerate(facts)))
-    seen: dict[str, tuple[int, Any]] = {}
-    for rank, (_, specs) in enumerate(reports):
-        for key, spec in specs.items():
-            first, expected = seen.setdefault(key, (rank, spec))
-            if spec != expected:
-                problems.append(f"{key}: rank {first} {tuple(expected)}, rank {rank} {tuple(spec)}")
-    if problems:
-        raise RanksDisagreeError(
-            "\n  ".join(["the ranks are about to save different things; nothing was written", *problems])
-        )
+def _different_facts(facts: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each fact that not all ranks have alike."""
+    return [
+        f"{name}: " + ", ".join(f"rank {rank} {other[name]}" for rank, other in enumerate(facts))
+        for name in facts[0]
+        if any(other[name] != facts[0][name] for other in facts)
+    ]

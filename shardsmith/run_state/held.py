@@ -1,0 +1,81 @@
+"""What one rank holds of a nested state dict: its keys in order, and of each tensor the boxes with their values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed.checkpoint._nested_dict import flatten_state_dict
+from torch.distributed.checkpoint._sharded_tensor_utils import _flatten_sharded_tensors as flatten_sharded_tensors
+
+from shardsmith.errors import UsageError
+from shardsmith.local_boxes import local_boxes
+from shardsmith.model_keys import KeyPath
+from shardsmith.tensors import Chunk, Shape
+
+
+class Entry(NamedTuple):
+    """One key of a state dict as one rank has it, without its values: equal as long as nobody shards it anew."""
+
+    key: str
+    path: KeyPath
+    """Where it lies in the nested state dict."""
+    shape: Shape | None
+    """Global shape; None for a value that is no tensor."""
+    dtype: torch.dtype | None
+    boxes: tuple[Chunk, ...]
+    """Those of this rank, in the order of its values. Of a tensor without elements the one box that there is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A state dict of one rank, flattened as torch.distributed.checkpoint does it."""
+
+    entries: list[Entry]
+    values: list[list[Any]]
+    """By entry: a tensor a box, which shares memory with the state dict; or the one value that is no tensor."""
+
+
+def hold(state_dict: Mapping[str, Any]) -> Held:
+    """Flatten a state dict and find this rank's boxes. No communication; shares memory.
+
+    Raises:
+        UsageError: naming all tensors that are not dense.
+    """
+    flat, paths = flatten_state_dict(dict(state_dict))
+    if any(isinstance(value, ShardedTensor) for value in flat.values()):
+        flat = flatten_sharded_tensors(flat)  # of FSDP1 with tensor parallelism the shards are sharded themselves
+    _refuse_sparse(flat)
+    held = Held([], [])
+    for key, value in flat.items():
+        boxes, values = _boxes(value)
+        shape, dtype = (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else (None, None)
+        held.entries.append(Entry(key, tuple(paths[key]), shape, dtype, boxes))
+        held.values.append(values)
+    return held
+
+
+def items(entries: Sequence[Entry]) -> Iterator[tuple[int, int]]:
+    """What can be written by one rank alone: entry and position in its values, in order."""
+    for i, entry in enumerate(entries):
+        for position in range(1 if entry.shape is None else len(entry.boxes)):
+            yield i, position
+
+
+def _boxes(value: Any) -> tuple[tuple[Chunk, ...], list[Any]]:
+    if not isinstance(value, Tensor):
+        return (), [value]
+    if 0 in value.shape:
+        return (Chunk.whole(tuple(value.shape)),), [torch.empty(tuple(value.shape), dtype=value.dtype)]
+    found = local_boxes(value)
+    return tuple(box for box, _ in found), [values for _, values in found]
+
+
+def _refuse_sparse(flat: Mapping[str, Any]) -> None:
+    tensors = {key: value for key, value in flat.items() if type(value) is Tensor}
+    if sparse := [f"{key}: {t.layout}" for key, t in tensors.items() if t.layout is not torch.strided]:
+        raise UsageError("\n  ".join(["only dense tensors can be saved; nothing was written", *sparse]))

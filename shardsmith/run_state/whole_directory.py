@@ -1,0 +1,105 @@
+"""What the files of all ranks are together: the plan of each, the index, and the digests of whole tensors."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shardsmith.dcp.index import DcpEntry, DcpIndex
+from shardsmith.dcp.index_writer import write_index
+from shardsmith.dcp.rank_file import Piece, RankFile, RankFileWritten, moved, split
+from shardsmith.dcp.shard_files import Place, PlannedChunk
+from shardsmith.digest import Digest
+from shardsmith.metadata import FileRecord
+from shardsmith.record.description import Measured
+from shardsmith.run_state.held import Entry
+from shardsmith.tensors import Chunk, TensorSpec
+
+
+def pieces(entries: Sequence[Entry], chosen: Sequence[tuple[int, int]]) -> Iterator[tuple[Piece, int, int, Chunk]]:
+    """The archives of tensors that a rank writes, each with its entry, the position in its values, and the part."""
+    for i, position in chosen:
+        entry = entries[i]
+        if entry.shape is not None and entry.dtype is not None:
+            box = entry.boxes[position]
+            for part in split(box, entry.dtype):
+                yield Piece(entry.key, entry.shape, entry.dtype, moved(part, box)), i, position, part
+
+
+def rank_file(rank: int, entries: Sequence[Entry], chosen: Sequence[tuple[int, int]]) -> RankFile:
+    """What is in the file of a rank, by what it holds and which of it it writes."""
+    tensors = tuple(piece for piece, *_ in pieces(entries, chosen))
+    return RankFile(f"__{rank}_0.distcp", tensors, tuple(entries[i].key for i, _ in chosen if entries[i].shape is None))
+
+
+def to_receipt(written: RankFileWritten) -> dict[str, Any]:
+    """What a rank tells of its file, as values that survive JSON; the order of everything is known."""
+    digests = np.array([(d.total, d.weighted) for d in written.digests], dtype=np.uint64)
+    lengths = np.array(written.object_lengths, dtype=np.uint32)
+    return {"file": asdict(written.record), "digests": _text(digests), "object_lengths": _text(lengths)}
+
+
+class WholeDirectory:
+    """All files of a save. Rank 0 keeps it from save to save; no communication."""
+
+    def __init__(self, held: Sequence[Sequence[Entry]], chosen: Sequence[Sequence[tuple[int, int]]]) -> None:
+        """What each rank holds, and which of it it writes."""
+        self.files = [
+            rank_file(rank, entries, mine) for rank, (entries, mine) in enumerate(zip(held, chosen, strict=True))
+        ]
+        ordered: dict[str, Entry] = {}
+        for rank_entries in held:
+            for entry in rank_entries:
+                ordered.setdefault(entry.key, entry)
+        self._containers = {key: entry.path for key, entry in ordered.items()}
+        self._specs = {
+            key: TensorSpec(key, entry.shape, entry.dtype)
+            for key, entry in ordered.items()
+            if entry.shape is not None and entry.dtype is not None
+        }
+        numbers = {key: i for i, key in enumerate(self._specs)}
+        self._numbers = [np.array([numbers[piece.key] for piece in file.pieces], dtype=np.int64) for file in self.files]
+        self._chunks = [PlannedChunk(p.key, 0, p.box, 0) for file in self.files for p in file.pieces]
+
+    def measured(self, receipts: Sequence[Mapping[str, Any]]) -> Measured:
+        """Files and digests by what ``to_receipt`` gave on each rank."""
+        sums = np.zeros((len(self._specs), 2), dtype=np.uint64)
+        files = {}
+        for file, numbers, receipt in zip(self.files, self._numbers, receipts, strict=True):
+            digests = np.frombuffer(base64.b64decode(receipt["digests"]), dtype=np.uint64).reshape(-1, 2)
+            np.add.at(sums, numbers, digests)  # mod 2**64, as digests are added
+            files[file.name] = FileRecord(**receipt["file"])
+        return Measured(files, {key: Digest(*row) for key, row in zip(self._specs, sums.tolist(), strict=True)})
+
+    def index(self, receipts: Sequence[Mapping[str, Any]], attempt: str) -> bytes:
+        """The content of ``.metadata``."""
+        places: list[Place] = []
+        objects: dict[str, Place] = {}
+        for file, receipt in zip(self.files, receipts, strict=True):
+            lengths = np.frombuffer(base64.b64decode(receipt["object_lengths"]), dtype=np.uint32).tolist()
+            found = [*file.places(lengths)]
+            places += found[: len(file.pieces)]
+            objects |= dict(zip(file.objects, found[len(file.pieces) :], strict=True))
+        return write_index(
+            self._specs,
+            self._chunks,
+            dict(enumerate(places)),
+            aliases={},
+            containers=self._containers,
+            attempt=attempt,
+            objects=objects,
+        )
+
+    def contents(self, directory: Path) -> DcpIndex:
+        """What a reader of the index finds in it, but for where it lies."""
+        tensors = {key: DcpEntry(spec, ()) for key, spec in self._specs.items()}
+        return DcpIndex(directory, tensors, {}, self._containers, {})
+
+
+def _text(numbers: Any) -> str:
+    return base64.b64encode(numbers.tobytes()).decode()
