@@ -36,13 +36,13 @@ from shardsmith.name_maps.maps import NameMap, Translation, find_name_map
 from shardsmith.name_maps.transformers import TransformersNames
 from shardsmith.names import clean_fqn, non_persistent_buffers, own_class, tied_weights, unwrapped
 from shardsmith.ranks import Ranks
+from shardsmith.recognition import Recognition, own_tensors
 from shardsmith.safetensors_files.plan import parse_size
 from shardsmith.tensors import Shape, TensorSpec
 from shardsmith.ties import broken_ties, tied_groups
 
 from .adapters import View
 from .ema import EMA
-from .recognition import Recognition, own_tensors
 from .stages import Stages
 
 log = logging.getLogger(__name__)

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from shardsmith.errors import UsageError
 from shardsmith.initial.live_weights import model_state_dict
+from shardsmith.local_boxes import local as local
 from shardsmith.names import clean_fqn, tied_weights
 
 
@@ -110,11 +111,6 @@ class LocalWeights:
     def _overwrite(self, values: list[Tensor]) -> None:
         torch._foreach_copy_(self.tensors(), values)
         forget_gathered(self._model)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a DTensor; any other tensor is local already. Shares memory. Call it without grad."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @dataclass(frozen=True, slots=True)

@@ -212,7 +212,9 @@ class ShardedSave(Hook):
         """
         metadata = read_metadata(checkpoint)
         self._refuse_other_average(checkpoint, metadata)
-        state = self._state.collect(metadata.step, with_rng=self._ranks.rank < metadata.world_size).state_dict
+        state = self._state.collect(
+            metadata.step, with_rng=self._ranks.rank < metadata.world_size, to_load=True
+        ).state_dict
         fill(state, checkpoint, self._ranks, self._group)
         self._state.restore(state)
         log.info("resumed from %s", checkpoint)

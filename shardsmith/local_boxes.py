@@ -40,6 +40,11 @@ def local_boxes(tensor: Tensor) -> list[tuple[Chunk, Tensor]]:
     return [(box, values) for box, values in pairs if box.numel]
 
 
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor; any other tensor is local already. Shares memory. Call it without grad."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def _chunks(tensor: DTensor) -> tuple[Chunk, ...]:
     """Where this rank's part lies. Worked out once for tensors that are sharded alike: a model has hundreds of them."""
     known = _known.setdefault(tensor.device_mesh, {})

@@ -109,6 +109,7 @@ class ShardedCheckpointManager:
         self._ranks = Ranks(timeout_secs)
         self._group = dist.new_group(backend="gloo") if self._ranks.size > 1 else None
         self._share = Share(self._ranks.rank)
+        self._all = self._state(Wanted())
         self._ranks.lead(f"preparing {self.directory}", self._prepare)
 
     @staticmethod
@@ -130,10 +131,9 @@ class ShardedCheckpointManager:
         from shardsmith.run_state.rank_shards import pack_object
 
         target = self.directory / layout.step_name(step)
-        state = self._state(Wanted())
 
         def collect() -> Contents:
-            contents = state.collect(step)
+            contents = self._all.collect(step)
             contents.state_dict[DATA_STATUS] = {f"rank-{self._ranks.rank}": pack_object(data_status)}
             return contents
 

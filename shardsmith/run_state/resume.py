@@ -61,7 +61,7 @@ def load_ours(
     if state.ema is not None:
         _compare_averages(path, state.ema, metadata)
     with_rng = wanted.rng and ranks.rank < metadata.world_size
-    target = state.collect(metadata.step, with_rng=with_rng, with_main=wanted.model).state_dict
+    target = state.collect(metadata.step, with_rng=with_rng, with_main=wanted.model, to_load=True).state_dict
     fill(target, path, ranks, group)
     status = _read_status(path, ranks.rank) if wanted.data_status else None
     state.restore(target)

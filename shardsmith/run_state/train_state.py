@@ -8,9 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
 )
@@ -20,13 +17,12 @@ from torch.optim import Optimizer
 
 from shardsmith.errors import UsageError
 from shardsmith.model_keys import NOT_A_MODEL
-from shardsmith.names import tied_weights
 from shardsmith.run_state.average import Average
 from shardsmith.run_state.fsdp1_hybrid import hybrid_groups_have_a_source
+from shardsmith.run_state.known_state import FLAT_OPTIMIZER, KnownState, ask_torch
 from shardsmith.run_state.rng import rng_state, set_rng_state
 from shardsmith.run_state.save import RNG, Contents
 
-_OPTIMIZER = StateDictOptions(flatten_optimizer_state_dict=True)
 _OURS = frozenset({"model", "optimizer", "lr_scheduler", "ema_model", "ema_state", "train_state", RNG})
 
 
@@ -55,26 +51,28 @@ class TrainState:
         self._scheduler = scheduler
         self._stateful = dict(stateful or {})
         self._nested = nested
+        self._known = KnownState(model, self._optimizers)
         self._rng_key = f"rank-{rank}"
         if taken := sorted(_OURS & self._stateful.keys()):
             raise UsageError(f"stateful: {', '.join(taken)} is used by the checkpoint itself; choose another name")
 
-    def collect(self, step: int, *, with_rng: bool = True, with_main: bool = True) -> Contents:
+    def collect(self, step: int, *, with_rng: bool = True, with_main: bool = True, to_load: bool = False) -> Contents:
         """The live state, not copied. All ranks; communicates only under FSDP1.
 
         Args:
             with_main: Whether to take the main weights, too.
+            to_load: Whether it is to be filled; otherwise it is only to be read.
 
         Raises:
             UsageError: the model's names cannot be told from the rest of the checkpoint.
         """
-        main = get_model_state_dict(self._model)
+        found = ask_torch(self._model, self._optimizers) if to_load else self._known.state_dicts()
+        main = found.model
         state: dict[str, Any] = {"model": main} if self._nested else self._flat(main)
         if not with_main:
             state = {}
         if self._optimizers:
-            with hybrid_groups_have_a_source(self._model):
-                state["optimizer"] = get_optimizer_state_dict(self._model, self._optimizers, options=_OPTIMIZER)
+            state["optimizer"] = found.optimizer
         if self._scheduler is not None:
             state["lr_scheduler"] = self._scheduler.state_dict()
         if self.ema is not None:
@@ -85,7 +83,7 @@ class TrainState:
         state["train_state"] = {"step": torch.tensor(step)}
         state |= {name: thing.state_dict() for name, thing in self._stateful.items()}
         facts = self.ema.facts() if self.ema is not None else None
-        return Contents(step=step, state_dict=state, ema=facts, tied=tied_weights(self._model), mesh=_mesh(main))
+        return Contents(step=step, state_dict=state, ema=facts, tied=found.tied, mesh=_mesh(main))
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Hand loaded state, in the form that ``collect`` gave, back to its owners. All ranks; communicates (FSDP1)."""
@@ -96,7 +94,7 @@ class TrainState:
             set_model_state_dict(self._model, main)
         if self._optimizers:
             with hybrid_groups_have_a_source(self._model):
-                set_optimizer_state_dict(self._model, self._optimizers, state["optimizer"], options=_OPTIMIZER)
+                set_optimizer_state_dict(self._model, self._optimizers, state["optimizer"], options=FLAT_OPTIMIZER)
         if self._scheduler is not None:
             self._scheduler.load_state_dict(state["lr_scheduler"])
         if self.ema is not None:

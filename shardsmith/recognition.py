@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
+from shardsmith.local_boxes import local
 from shardsmith.names import clean_fqn
-
-from .local_weights import local
 
 
 class Recognition:
@@ -42,7 +41,7 @@ def own_tensors(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tens
         return None
     named = itertools.chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
     mine = {clean_fqn(name, model): tensor for name, tensor in named}
-    found = {name: mine[name] for name, value in state.items() if name in mine and _is_same_memory(mine[name], value)}
+    found = {name: mine[name] for name, value in state.items() if name in mine and is_same_memory(mine[name], value)}
     return found if len(found) == len(state) else None
 
 
@@ -116,7 +115,7 @@ def _sharding(tensor: Tensor) -> Any:
 
 
 @torch.no_grad()
-def _is_same_memory(one: Tensor, other: Tensor) -> bool:
+def is_same_memory(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors are one, or views of all of the same."""
     if isinstance(one, DTensor) != isinstance(other, DTensor) or _sharding(one) != _sharding(other):
         return False

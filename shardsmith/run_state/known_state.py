@@ -1,0 +1,128 @@
+"""Model and optimizer state as torch's functions give it, which take long at every call: found out once."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
+from torch.optim import Optimizer
+
+from shardsmith.names import clean_fqn, tied_weights
+from shardsmith.recognition import Recognition, is_same_memory, own_tensors
+from shardsmith.run_state.fsdp1_hybrid import hybrid_groups_have_a_source
+
+FLAT_OPTIMIZER = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+@dataclass(frozen=True, slots=True)
+class StateDicts:
+    """The state of a model and its optimizers. Tensors share memory with the live ones."""
+
+    model: dict[str, Any]
+    optimizer: dict[str, Any]
+    """Flattened: ``state.<fqn>.<name>`` and ``param_groups.<fqn>.<name>``. Empty without an optimizer."""
+    tied: dict[str, str]
+    """Alias -> kept FQN."""
+
+
+class KnownState:
+    """Asks torch again only when the model or the keys of the optimizers have changed since it was last asked.
+
+    What is made up without torch was compared with torch's answer once: the same keys in the same order, the same
+    memory, the same values. Where it differs (FSDP1, hooks that save other tensors), torch is asked every time.
+    """
+
+    def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+        """Nothing is asked yet."""
+        self._model = model
+        self._optimizers = optimizers
+        self._known: _Known | None = None
+
+    def state_dicts(self) -> StateDicts:
+        """The live state, to be read. All ranks; communicates only under FSDP1."""
+        found = self._known.state_dicts(self._model, self._optimizers) if self._known else None
+        if found is None:
+            found = ask_torch(self._model, self._optimizers)
+            self._known = _Known.of(self._model, self._optimizers, found)
+        return found
+
+
+def ask_torch(model: nn.Module, optimizers: Sequence[Optimizer]) -> StateDicts:
+    """The state by torch's own functions, to be read or loaded into. All ranks; communicates only under FSDP1."""
+    main = get_model_state_dict(model)
+    optimizer: Mapping[str, Any] = {}
+    if optimizers:
+        with hybrid_groups_have_a_source(model):
+            optimizer = get_optimizer_state_dict(model, list(optimizers), options=FLAT_OPTIMIZER)
+    return StateDicts(dict(main), dict(optimizer), tied_weights(model))
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """How to make up the state without torch, as long as the model is what it was. Keeps no tensor alive."""
+
+    recognition: Recognition
+    tensors: dict[str, weakref.ref[Tensor]]
+    """Of the model, by key."""
+    names: dict[int, str]
+    """``id`` of a parameter -> its name in the optimizer's state."""
+    optimizer_keys: list[str]
+    tied: dict[str, str]
+
+    @classmethod
+    def of(cls, model: nn.Module, optimizers: Sequence[Optimizer], found: StateDicts) -> Self | None:
+        """From torch's answer; None if the state cannot be made up without torch."""
+        if not all(isinstance(value, Tensor) for value in found.model.values()):
+            return None
+        own = own_tensors(model, found.model)
+        if own is None:
+            return None
+        names = {id(parameter): clean_fqn(name, model) for name, parameter in model.named_parameters()}
+        known = cls(
+            Recognition(model), {k: weakref.ref(t) for k, t in own.items()}, names, [*found.optimizer], found.tied
+        )
+        again = known.state_dicts(model, optimizers)
+        return known if again is not None and _are_same(again.optimizer, found.optimizer) else None
+
+    def state_dicts(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> StateDicts | None:
+        """The state as it is now; None if anything has changed but values."""
+        if not self.recognition.fits(model):
+            return None
+        tensors = {name: tensor for name, reference in self.tensors.items() if (tensor := reference()) is not None}
+        optimizer = self._optimizer_state(optimizers)
+        if optimizer is None or len(tensors) != len(self.tensors):
+            return None
+        return StateDicts(tensors, optimizer, self.tied)
+
+    def _optimizer_state(self, optimizers: Sequence[Optimizer]) -> dict[str, Any] | None:
+        found: dict[str, Any] = {}
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                options = [(option, value) for option, value in group.items() if option != "params"]
+                for parameter in group["params"]:
+                    name = self.names.get(id(parameter))
+                    for key, value in optimizer.state.get(parameter, {}).items():
+                        found[f"state.{name}.{key}"] = value
+                    for option, value in options:
+                        found[f"param_groups.{name}.{option}"] = value
+        if len(found) != len(self.optimizer_keys):
+            return None
+        try:
+            return {key: found[key] for key in self.optimizer_keys}
+        except KeyError:
+            return None
+
+
+def _are_same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether values are the same objects, the same memory or, of plain values, equal."""
+    return one.keys() == other.keys() and all(_is_same(value, other[key]) for key, value in one.items())
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one is other or is_same_memory(one, other)
+    return type(one) is type(other) and not isinstance(one, Tensor) and bool(one == other)
