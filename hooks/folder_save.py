@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
@@ -22,18 +21,17 @@ from shardsmith.argument_types import Seconds, StepNumber
 from shardsmith.arguments import checked
 from shardsmith.checkpoints import find_damage
 from shardsmith.commit import remove, sweep
-from shardsmith.dcp.load import load_into
 from shardsmith.errors import CheckpointNotFoundError, CorruptCheckpointError, MismatchError, UsageError
 from shardsmith.export.live_boxes import StagingBuffer
 from shardsmith.initial.live_digest import OTHER_VALUES, compare_digests, digest_live
 from shardsmith.layout import COMPANION, FOLDER_FILE
 from shardsmith.metadata import TensorRecord, read_metadata
 from shardsmith.names import tied_weights
-from shardsmith.process_end import end_group
 from shardsmith.ranks import Ranks
 from shardsmith.record.adopt import disown
 from shardsmith.record.companion import companion_of, is_complete, is_deserted, read_folder_record
 from shardsmith.record.folder import SHARDED_MODEL, LiveModel, record_folder
+from shardsmith.run_state.resume import fill
 from shardsmith.run_state.save import Contents, SaveInProgress
 from shardsmith.run_state.share import Share
 
@@ -73,7 +71,6 @@ class FolderSave(Hook):
         self._model = model
         self._ema = ema
         self._ranks = Ranks(timeout_secs)
-        self._group = dist.new_group(backend="gloo") if self._ranks.size > 1 else None
         self.background = Background("shardsmith-companion") if async_mode == "async" else None
         self._share = Share(self._ranks.rank)
         self._buffer = StagingBuffer() if self.background else None
@@ -109,8 +106,6 @@ class FolderSave(Hook):
             if self.background:
                 self.background.close()
             self._buffer = None
-            end_group(self._group)
-            self._group = None
 
     def before_save(self, folder: Path) -> None:
         """The trainer is about to write a folder: wait for ours in flight, and take our mark off this one.
@@ -268,7 +263,7 @@ class FolderSave(Hook):
                 f"Nothing was loaded; ask for {saved['decay']}"
             )
         state = self._collect(0).state_dict
-        load_into(state, directory, process_group=self._group)
+        fill(state, directory, self._ranks)
         self._ema.load_state_dict({**state["ema_state"], "model": state["ema_model"]})
         log.info("the average goes on from %s", directory)
 

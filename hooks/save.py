@@ -6,13 +6,11 @@ import contextlib
 import logging
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
-from datetime import timedelta
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Literal
 
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim import Optimizer
@@ -25,7 +23,6 @@ from shardsmith.errors import IncompleteCheckpointError, ShardsmithError, UsageE
 from shardsmith.export.live_boxes import StagingBuffer
 from shardsmith.layout import step_name
 from shardsmith.metadata import CheckpointMetadata, read_metadata
-from shardsmith.process_end import end_group
 from shardsmith.ranks import Ranks
 from shardsmith.run_state.resume import fill
 from shardsmith.run_state.save import SaveInProgress
@@ -47,7 +44,7 @@ class ShardedSave(Hook):
         ShardedSave("run/checkpoints", model=model, optimizer=optimizer, ema=ema, when=every(500) | last())
 
     Each rank writes its own shards; nothing is gathered. A step's directory appears when all of it is on disk. Make it
-    on all ranks at the same point, after ``fully_shard`` / FSDP / DDP: it communicates (a Gloo group of its own).
+    on all ranks at the same point, after ``fully_shard`` / FSDP / DDP: it communicates.
 
     Attributes:
         directory: Where the step directories are.
@@ -99,8 +96,6 @@ class ShardedSave(Hook):
             nested=layout == "nested",
             rank=self._ranks.rank,
         )
-        timeout = timedelta(seconds=timeout_secs)
-        self._group = dist.new_group(backend="gloo", timeout=timeout) if self._ranks.size > 1 else None
         self.background = Background("shardsmith-save") if async_mode == "async" else None
         self._share = Share(self._ranks.rank)
         self._buffer = StagingBuffer() if self.background else None
@@ -138,8 +133,6 @@ class ShardedSave(Hook):
             if self.background:
                 self.background.close()
             self._buffer = None
-            end_group(self._group)
-            self._group = None
 
     @checked
     def save(self, step: StepNumber) -> None:
@@ -215,7 +208,7 @@ class ShardedSave(Hook):
         state = self._state.collect(
             metadata.step, with_rng=self._ranks.rank < metadata.world_size, to_load=True
         ).state_dict
-        fill(state, checkpoint, self._ranks, self._group)
+        fill(state, checkpoint, self._ranks)
         self._state.restore(state)
         log.info("resumed from %s", checkpoint)
 

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim import Optimizer
@@ -107,7 +106,6 @@ class ShardedCheckpointManager:
         self._backend = backend
         self._fresh = fresh
         self._ranks = Ranks(timeout_secs)
-        self._group = dist.new_group(backend="gloo") if self._ranks.size > 1 else None
         self._share = Share(self._ranks.rank)
         self._all = self._state(Wanted())
         self._ranks.lead(f"preparing {self.directory}", self._prepare)
@@ -209,7 +207,7 @@ class ShardedCheckpointManager:
         )
         found = self._detect(chosen)
         if found.name == SHARDED:
-            step, proved, status = load_ours(chosen, self._state(wanted), wanted, self._ranks, self._group)
+            step, proved, status = load_ours(chosen, self._state(wanted), wanted, self._ranks)
             loaded = Loaded(
                 path=chosen, format=SHARDED, step=step, parts=wanted.names, proved=proved, data_status=status
             )

@@ -31,6 +31,7 @@ from tests.ranks import run_on_ranks
 from tests.tensor_cases import DTYPES, random_tensor, raw_bytes
 
 SHAPES = [(7, 5), (4, 8), (1, 3), (0, 4), (3, 0), (9,), (2,), (), (3, 2, 5), (130, 3)]
+CPU = torch.device("cpu")
 MESHES = [(4,), (2, 2)]
 
 
@@ -162,12 +163,16 @@ def build(kind: str) -> nn.Module:
     elif kind == "hsdp":
         fully_shard(model, mesh=mesh)
     elif kind == "fsdp1":
-        return FullyShardedDataParallel(model, use_orig_params=True)
+        return FullyShardedDataParallel(model, use_orig_params=True, device_id=CPU)
     elif kind == "fsdp1 flat":
-        return FullyShardedDataParallel(model, use_orig_params=False)
+        return FullyShardedDataParallel(model, use_orig_params=False, device_id=CPU)
     elif kind == "fsdp1 hybrid":
         return FullyShardedDataParallel(
-            model, device_mesh=mesh, sharding_strategy=ShardingStrategy.HYBRID_SHARD, use_orig_params=True
+            model,
+            device_mesh=mesh,
+            sharding_strategy=ShardingStrategy.HYBRID_SHARD,
+            use_orig_params=True,
+            device_id=CPU,
         )
     return model
 

@@ -1,12 +1,12 @@
-"""A load through torch.distributed.checkpoint that trusts nothing and leaves nothing out.
+"""A load of a DCP directory that trusts nothing and leaves nothing out.
 
-torch plans the load (which rank needs which part of which DTensor) and carries errors from rank to rank; the index,
-the comparing, the reading and the unpacking of objects are ours.
+Each rank finds by itself which parts of the stored boxes it needs: the index says where they are. So ranks need to
+tell each other nothing but what failed.
 """
 
 from __future__ import annotations
 
-import os
+import contextlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
+from torch.distributed.checkpoint._sharded_tensor_utils import _flatten_sharded_tensors as flatten_sharded_tensors
 from torch.distributed.checkpoint._traverse import set_element
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, create_default_local_load_plan
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -25,16 +25,13 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.storage import StorageReader
-from torch.futures import Future
+from torch.distributed.checkpoint.planner_helpers import _init_state_dict
 
 from shardsmith.dcp.index import DcpEntry, DcpIndex
 from shardsmith.dcp.source import DcpSource
-from shardsmith.errors import CheckpointError, MismatchError, ShardsmithError
-from shardsmith.ranks import single_process_is_fine
-from shardsmith.tensors import Chunk, read_into
+from shardsmith.errors import CheckpointError, MismatchError
+from shardsmith.local_boxes import local_boxes
+from shardsmith.tensors import read_into
 
 
 def load_into(
@@ -64,139 +61,92 @@ def load_into(
         CheckpointError: when the directory cannot be read; see ``read_index`` and ``DcpSource``. On a rank on which
             nothing failed, the errors of the others.
     """
-    attempt = _Attempt(Path(directory), follow_links)
-    planner = _StrictPlanner(attempt, allow_pickle, allow_cast)
-    try:
-        with single_process_is_fine():
-            load(state_dict, storage_reader=_SourceReader(attempt), planner=planner, process_group=process_group)
-    except CheckpointException as error:  # derives from BaseException: it would pass through `except Exception`
-        raise attempt.error_of(error) from error
-    finally:
-        attempt.close()
+    load = LocalLoad(
+        state_dict, Path(directory), allow_pickle=allow_pickle, allow_cast=allow_cast, follow_links=follow_links
+    )
+    with contextlib.closing(load):
+        _on_all(load.compare, load.directory, process_group)
+        _on_all(load.fill, load.directory, process_group)
 
 
-class _Attempt:
-    """What the reader and the planner of one load share: the source, and what went wrong on this rank.
+class LocalLoad:
+    """What one rank does in a load. No communication.
 
-    torch sends the errors of each rank to all others, by pickle. Only their text makes the trip; the error itself, with
-    its type and attributes, stays here and is raised on this rank in the end.
+    Attributes:
+        directory: What is loaded.
     """
 
-    def __init__(self, directory: Path, follow_links: bool) -> None:
+    def __init__(
+        self,
+        state_dict: dict[str, Any],
+        directory: Path,
+        *,
+        allow_pickle: bool = False,
+        allow_cast: bool = False,
+        follow_links: bool = False,
+    ) -> None:
+        """The arguments are those of ``load_into``."""
         self.directory = directory
-        self.source: DcpSource | None = None
-        self.error: Exception | None = None
-        try:
-            self.source = DcpSource(directory, follow_links=follow_links)
-        except Exception as error:  # raised later: the other ranks are about to wait for us in torch
-            self.error = error
-
-    def run(self, part: Callable[[DcpSource], None]) -> None:
-        """Do a part of the load on the source, or tell torch why it cannot be done."""
-        try:
-            if self.source is not None:
-                part(self.source)
-        except Exception as error:
-            self.error = error
-        if self.error is not None:
-            raise RuntimeError(f"{type(self.error).__name__}: {self.error}")
-
-    def error_of(self, error: CheckpointException) -> Exception:
-        """What to raise on this rank."""
-        if isinstance(self.error, ShardsmithError):
-            return self.error
-        causes = [f"rank {rank}: {cause[0]}" for rank, cause in sorted(error.failures.items())]
-        return CheckpointError(self.directory, "\n  ".join(["could not be loaded", *causes]))
-
-    def close(self) -> None:
-        if self.source is not None:
-            self.source.close()
-
-
-class _StrictPlanner(DefaultLoadPlanner):
-    """Compares all that is asked for with all that is stored before anything is planned."""
-
-    def __init__(self, attempt: _Attempt, allow_pickle: bool, allow_cast: bool) -> None:
-        super().__init__()
-        self._attempt = attempt
+        self._state_dict = state_dict
         self._allow_pickle = allow_pickle
         self._allow_cast = allow_cast
+        self._follow_links = follow_links
+        self._source: DcpSource | None = None
 
-    def set_up_planner(
-        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
-    ) -> None:
-        # The parent replaces meta tensors, so the comparison comes first.
-        self._attempt.run(lambda source: compare(flatten_state_dict(state_dict)[0], source.index, self._allow_cast))
-        super().set_up_planner(state_dict, metadata, is_coordinator)
+    def compare(self) -> None:
+        """Open the directory and compare all that is asked for with all that is stored; nothing is changed.
 
-    def create_local_plan(self) -> LoadPlan:
-        """Without the parent's search for the keys of torch 2.3, which were not compared."""
-        assert self.metadata is not None
-        return create_default_local_load_plan(self.state_dict, self.metadata, strict=True)
+        Raises:
+            MismatchError, CheckpointError: as ``load_into``.
+        """
+        self._source = DcpSource(self.directory, follow_links=self._follow_links)
+        _materialize(self._state_dict)
+        self._wanted, self._paths = flatten_state_dict(self._state_dict)
+        if any(isinstance(value, ShardedTensor) for value in self._wanted.values()):
+            self._wanted = flatten_sharded_tensors(self._wanted)
+        compare(self._wanted, self._source.index, self._allow_cast)
 
-    def load_object(self, source: DcpSource, key: str) -> None:
-        """Put a value that is no tensor into its place in the state dict."""
-        value = source.read_object(key, allow_pickle=self._allow_pickle)
-        set_element(self.original_state_dict, self.mappings[key], value)
+    def fill(self) -> None:
+        """Fill the state dict; objects first, for one of them may be refused. After ``compare``."""
+        source = self._source
+        assert source is not None, "compare comes first"
+        for key, value in self._wanted.items():
+            if not isinstance(value, Tensor):
+                stored = source.read_object(key, allow_pickle=self._allow_pickle)
+                set_element(self._state_dict, self._paths[key], stored)
+        for key, value in self._wanted.items():
+            if isinstance(value, Tensor):
+                for box, values in local_boxes(value):
+                    read_into(source, key, box, values.detach())
 
-
-class _SourceReader(StorageReader):
-    """Reads what torch planned from a source."""
-
-    def __init__(self, attempt: _Attempt) -> None:
-        super().__init__()
-        self._attempt = attempt
-
-    @property
-    def checkpoint_id(self) -> str | os.PathLike[str]:
-        return self._attempt.directory
-
-    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        pass
-
-    def read_metadata(self) -> Metadata:
-        """The checked index. An error waits for the planner: here torch would log it and look for another index."""
-        source = self._attempt.source
-        return Metadata({}) if source is None else metadata_for_torch(source.index)
-
-    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool) -> None:
-        pass
-
-    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        return plan
-
-    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        return plans
-
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        self._attempt.run(lambda source: _read(source, plan, planner))
-        done: Future[None] = Future()
-        done.set_result(None)
-        return done
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        return Path(checkpoint_id).is_dir()
+    def close(self) -> None:
+        """Let go of the files."""
+        if self._source is not None:
+            self._source.close()
 
 
-def _read(source: DcpSource, plan: LoadPlan, planner: LoadPlanner) -> None:
-    """Load all items; objects first, for one of them may be refused."""
-    assert isinstance(planner, _StrictPlanner)
-    for item in plan.items:
-        if item.type is LoadItemType.BYTE_IO:
-            planner.load_object(source, item.storage_index.fqn)
-    for item in plan.items:
-        if item.type is LoadItemType.TENSOR and 0 not in item.lengths:
-            target = planner.resolve_tensor(item).detach()
-            read_into(source, item.storage_index.fqn, _box(item), target)
-            planner.commit_tensor(item, target)
+def _materialize(state_dict: dict[str, Any]) -> None:
+    """Give tensors on the meta device memory, as torch does."""
+    if any(isinstance(value, Tensor) and value.is_meta for value in flatten_state_dict(state_dict)[0].values()):
+        _init_state_dict(state_dict)
 
 
-def _box(item: ReadItem) -> Chunk:
-    """The part of the global tensor that an item asks for: torch counts from the start of a stored chunk."""
-    assert item.storage_index.offset is not None
-    offsets = tuple(a + b for a, b in zip(item.storage_index.offset, item.storage_offsets, strict=True))
-    return Chunk(offsets, tuple(item.lengths))
+def _on_all(act: Callable[[], None], directory: Path, group: dist.ProcessGroup | None) -> None:
+    """Do something on all ranks of a group; what fails on one of them is an error on all."""
+    error: Exception | None = None
+    try:
+        act()
+    except Exception as failed:  # raised when the others know
+        error = failed
+    errors = [error and f"{type(error).__name__}: {error}"]
+    if dist.is_available() and dist.is_initialized():
+        errors *= dist.get_world_size(group)
+        dist.all_gather_object(errors, errors[0], group=group)
+    if error is not None:
+        raise error
+    causes = [f"rank {rank}: {text}" for rank, text in enumerate(errors) if text is not None]
+    if causes:
+        raise CheckpointError(directory, "\n  ".join(["could not be loaded", *causes]))
 
 
 def metadata_for_torch(index: DcpIndex) -> Metadata:

@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from shardsmith import layout
-from shardsmith.dcp.load import load_into
+from shardsmith.dcp.load import LocalLoad
 from shardsmith.dcp.source import DcpSource
-from shardsmith.errors import CheckpointNotFoundError, UsageError
+from shardsmith.errors import CheckpointError, CheckpointNotFoundError, RankFailedError, UsageError
 from shardsmith.metadata import CheckpointMetadata, read_metadata
 from shardsmith.model_keys import EMA
 from shardsmith.ranks import Ranks
@@ -43,9 +41,7 @@ class Wanted:
         return tuple(name for name in self.__slots__ if getattr(self, name))
 
 
-def load_ours(
-    path: Path, state: TrainState, wanted: Wanted, ranks: Ranks, group: dist.ProcessGroup | None
-) -> tuple[int, int, Any]:
+def load_ours(path: Path, state: TrainState, wanted: Wanted, ranks: Ranks) -> tuple[int, int, Any]:
     """Load into what ``state`` was made of. All ranks; communicates.
 
     Returns:
@@ -62,29 +58,36 @@ def load_ours(
         _compare_averages(path, state.ema, metadata)
     with_rng = wanted.rng and ranks.rank < metadata.world_size
     target = state.collect(metadata.step, with_rng=with_rng, with_main=wanted.model, to_load=True).state_dict
-    fill(target, path, ranks, group)
+    fill(target, path, ranks)
     status = _read_status(path, ranks.rank) if wanted.data_status else None
     state.restore(target)
     live = state.collect(metadata.step, with_rng=False, with_main=wanted.model).state_dict
     return metadata.step, prove_state(ranks, live, path, metadata), status
 
 
-def fill(target: dict[str, Any], path: Path, ranks: Ranks, group: dist.ProcessGroup | None) -> None:
+def fill(target: dict[str, Any], path: Path, ranks: Ranks) -> None:
     """Fill what ``TrainState.collect`` gave from a checkpoint of either kind. All ranks; communicates.
 
     Raises:
         MismatchError: it does not hold what is wanted. Nothing was loaded. From files of single ranks, with several
-            ranks: RankFailedError.
+            ranks: RankFailedError. Of what fails on other ranks only, RankFailedError.
     """
-    if _is_dcp(path):
-        load_into(target, path, process_group=group)
+    if not _is_dcp(path):
+        ranks.gather(f"loading {path.name}", lambda: _fill_from_ranks(target, path))
         return
+    with contextlib.closing(LocalLoad(target, path)) as load:
+        try:
+            ranks.gather(f"comparing {path.name}", load.compare)
+            ranks.gather(f"loading {path.name}", load.fill)
+        except RankFailedError as error:
+            if isinstance(error.__cause__, CheckpointError):
+                raise error.__cause__ from None
+            raise
 
-    def fill_own() -> None:
-        with contextlib.closing(RankShards(path)) as source:
-            fill_state(target, source)
 
-    ranks.gather(f"loading {path.name}", fill_own)
+def _fill_from_ranks(target: dict[str, Any], path: Path) -> None:
+    with contextlib.closing(RankShards(path)) as source:
+        fill_state(target, source)
 
 
 def _is_dcp(path: Path) -> bool:
