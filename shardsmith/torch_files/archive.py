@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import io
 import pickle
 from typing import Any
@@ -15,6 +17,8 @@ from shardsmith.torch_files.tensor_pickle import MAX_TENSOR_PICKLE_BYTES, read_t
 from shardsmith.torch_files.zip import TorchZip, UnusualArchiveError
 
 _MAX_ENTRIES = 64
+_SMALL_BYTES = 2048
+"""Of an archive of a number or a short text."""
 
 
 def read_archived_tensor(file: MappedFile, offset: int, length: int) -> Tensor:
@@ -59,15 +63,23 @@ def read_archived_object(file: MappedFile, offset: int, length: int, *, allow_pi
         UnsafeCheckpointError: when it is of a type that is not known to be safe, and ``allow_pickle`` is off.
         CorruptCheckpointError: when it is no archive.
     """
-    data = io.BytesIO(file.bytes(offset, length))
+    data = file.bytes(offset, length)
     where = f"bytes {offset} to {offset + length}"
     try:
-        return torch.load(data, map_location="cpu", weights_only=not allow_pickle)
+        if length <= _SMALL_BYTES and not allow_pickle:
+            return copy.deepcopy(_load_small(data))
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=not allow_pickle)
     except pickle.UnpicklingError as error:
         raise UnsafeCheckpointError(file.path, f"{where} are of a type that was not read: {error}") from error
     except Exception as error:  # a dozen types, RuntimeError and EOFError among them
         reason = f"{where} are no torch.save archive: {type(error).__name__}: {error}"
         raise CorruptCheckpointError(file.path, reason) from error
+
+
+@functools.lru_cache(maxsize=1024)
+def _load_small(data: bytes) -> Any:
+    """Of the options of an optimizer's groups a checkpoint has one for each tensor, and few different ones."""
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 
 def _unpacked(file: MappedFile, offset: int, length: int) -> Tensor:
