@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -24,6 +23,7 @@ from shardsmith.export.live_boxes import StagingBuffer
 from shardsmith.local_boxes import local_boxes
 from shardsmith.metadata import read_metadata
 from shardsmith.ranks import Ranks
+from shardsmith.run_state.known_state import ask_torch
 from shardsmith.run_state.save import Contents, SaveInProgress
 from shardsmith.run_state.share import Share
 from shardsmith.tensors import read_tensor
@@ -193,7 +193,8 @@ def run_model(directory: Path, kind: str) -> None:
     optimizer.step()
 
     def state() -> dict[str, Any]:
-        return {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+        found = ask_torch(model, [optimizer])
+        return {"model": found.model, "optimizer": found.optimizer}
 
     dcp.save(state(), checkpoint_id=directory / "torch")
     ours = save(state(), directory / "ours", Share(dist.get_rank()), None)

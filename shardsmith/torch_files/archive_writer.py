@@ -43,6 +43,7 @@ class ArchiveLayout:
 
     Attributes:
         head: All before them.
+        length: Of the whole archive in bytes.
     """
 
     def __init__(self, shape: Shape, dtype: torch.dtype) -> None:
@@ -65,6 +66,7 @@ class ArchiveLayout:
         padding = struct.pack("<2H", _PADDING, -unpadded % ALIGNMENT) + bytes(-unpadded % ALIGNMENT)
         out.write(_local(payload, _CHECKSUM_FOLLOWS, 0, 0, padding))
         self.head = out.getvalue()
+        self.length = len(self.head) + self.nbytes + len(self.tail(0))
 
     def tail(self, crc32: int) -> bytes:
         """All behind the bytes of the tensor, whose CRC-32 this is."""
@@ -74,11 +76,6 @@ class ArchiveLayout:
         start = len(self.head) + self.nbytes + len(descriptor)
         count = len(self._entries) + 1
         return descriptor + directory + _END.pack(b"PK\5\6", 0, 0, count, count, len(directory), start, 0)
-
-    @property
-    def length(self) -> int:
-        """Of the whole archive in bytes."""
-        return len(self.head) + self.nbytes + len(self.tail(0))
 
 
 @functools.lru_cache(maxsize=4096)
