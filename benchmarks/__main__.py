@@ -18,6 +18,7 @@ from benchmarks.initial import compare_initial
 from benchmarks.live import compare_live
 from benchmarks.offline import compare_offline
 from benchmarks.room import why_not, working_directory
+from benchmarks.save import compare_saves
 from shardsmith.safetensors_files.plan import parse_size
 
 
@@ -30,25 +31,27 @@ class Section:
     memory_bytes: float
 
 
-Name = Literal["offline", "live", "initial", "diagnose", "bagel"]
+Name = Literal["save", "offline", "live", "initial", "diagnose", "bagel"]
 
 
 def main(
     parameters: str = "700M",
     shards: int = 4,
     runs: int = 3,
-    only: Literal["all", "offline", "live", "initial", "diagnose", "bagel"] = "all",
+    only: Literal["all", "save", "offline", "live", "initial", "diagnose", "bagel"] = "all",
     bagel_parameters: str | None = None,
     directory: Path | None = None,
     json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
 ) -> None:
-    """Compare ways to a Hugging Face directory, and from one.
+    """Compare ways to save a run and to resume it, to a Hugging Face directory, and from one.
 
+    save: a run on sharded ranks, a quarter of the size, with optimizer and average; and its resume.
     offline: from a sharded checkpoint. live: from live sharded weights. initial: to a checkpoint to start from.
     diagnose: what a diagnosis costs. bagel: a model like BAGEL with its average, in one process, two and four.
 
-    Needs at the default sizes, at the peak of each section: offline 8 GB of disk and 8 GB of memory, live 3 and 11,
-    initial 5 and 4, diagnose 3 and 1, bagel 17 and 17: all of it fits a machine with 24 GB of memory and 40 GB of disk.
+    Needs at the default sizes, at the peak of each section: save 12 GB of disk and 15 GB of memory, offline 8 and 8,
+    live 3 and 11, initial 5 and 4, diagnose 3 and 1, bagel 17 and 17: all of it fits a machine with 24 GB of memory
+    and 40 GB of disk.
     On tmpfs the disk is memory, too. A section for which there is no room is not run, and that is said; of bagel only
     the full state dict needs more than 9 GB of memory, and is left out alone.
 
@@ -66,6 +69,7 @@ def main(
     bagel = parse_size(bagel_parameters) if bagel_parameters else 2 * size
     compared = min(4 * size, 1 << 30)
     sections: dict[Name, Section] = {
+        "save": Section(lambda work: compare_saves(console, work, size // 4, shards, runs), 17 * size, 21 * size),
         "offline": Section(lambda work: compare_offline(console, work, size, shards, runs), 11 * size, 11 * size),
         "live": Section(lambda work: compare_live(console, work, size, shards, runs), 4 * size, 15 * size),
         "initial": Section(lambda work: compare_initial(console, work, size, shards, runs), 6 * size, 5 * size),

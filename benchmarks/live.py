@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import shutil
 import statistics
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from benchmarks.checkpoint import sharded_llama
 from benchmarks.live_training import measure_alone, measure_steps
-from benchmarks.measure import anonymous_bytes
+from benchmarks.measure import Peak, anonymous_bytes
 from benchmarks.rank_processes import spawn_ranks
 from shardsmith.hooks import HFExport, at
 
@@ -108,7 +107,7 @@ def _measure(body: Callable[[], float]) -> dict[str, float]:
     """All ranks run ``body``, which returns how long the training waited; the slowest and the largest count."""
     dist.barrier()
     before, began = anonymous_bytes("self"), time.perf_counter()
-    with _Peak() as peak:
+    with Peak() as peak:
         stall = body()
         dist.barrier()
     worst = torch.tensor([time.perf_counter() - began, stall, float(peak.bytes - before)], dtype=torch.float64)
@@ -166,25 +165,6 @@ def _pwrite(model: nn.Module, output: Path) -> float:
         done += os.pwrite(descriptor, data[done:], offset + done)
     os.close(descriptor)
     return time.perf_counter() - began
-
-
-class _Peak:
-    """The most anonymous memory of this process between enter and exit."""
-
-    def __enter__(self) -> _Peak:
-        self.bytes = anonymous_bytes("self")
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._done.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._done.wait(0.005):
-            self.bytes = max(self.bytes, anonymous_bytes("self"))
 
 
 def _clean(folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import subprocess
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -61,3 +62,22 @@ def anonymous_bytes(pid: int | str) -> int:
     except OSError:
         return 0
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
+
+
+class Peak:
+    """The most anonymous memory of this process between enter and exit."""
+
+    def __enter__(self) -> Peak:
+        self.bytes = anonymous_bytes("self")
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.005):
+            self.bytes = max(self.bytes, anonymous_bytes("self"))
