@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner_helpers import _init_state_dict
+from torch.distributed.checkpoint.stateful import Stateful
 
 from shardsmith.dcp.index import DcpEntry, DcpIndex
 from shardsmith.dcp.source import DcpSource
@@ -100,8 +101,10 @@ class LocalLoad:
             MismatchError, CheckpointError: as ``load_into``.
         """
         self._source = DcpSource(self.directory, follow_links=self._follow_links)
-        _materialize(self._state_dict)
-        self._wanted, self._paths = flatten_state_dict(self._state_dict)
+        owners = sorted(self._state_dict.items())
+        self._state = {key: value.state_dict() if isinstance(value, Stateful) else value for key, value in owners}
+        _materialize(self._state)
+        self._wanted, self._paths = flatten_state_dict(self._state)
         if any(isinstance(value, ShardedTensor) for value in self._wanted.values()):
             self._wanted = flatten_sharded_tensors(self._wanted)
         compare(self._wanted, self._source.index, self._allow_cast)
@@ -113,11 +116,16 @@ class LocalLoad:
         for key, value in self._wanted.items():
             if not isinstance(value, Tensor):
                 stored = source.read_object(key, allow_pickle=self._allow_pickle)
-                set_element(self._state_dict, self._paths[key], stored)
+                set_element(self._state, self._paths[key], stored)
         for key, value in self._wanted.items():
             if isinstance(value, Tensor):
                 for box, values in local_boxes(value):
                     read_into(source, key, box, values.detach())
+        for key, owner in [*self._state_dict.items()]:
+            if isinstance(owner, Stateful):
+                owner.load_state_dict(self._state[key])
+            else:
+                self._state_dict[key] = self._state[key]
 
     def close(self) -> None:
         """Let go of the files."""
