@@ -27,7 +27,7 @@ from shardsmith.ranks import Ranks
 from shardsmith.record.description import describe
 from shardsmith.run_state.held import Held, hold
 from shardsmith.run_state.share import Share, speakers_of
-from shardsmith.run_state.whole_directory import pieces, rank_file, to_receipt
+from shardsmith.run_state.whole_directory import to_receipt
 from shardsmith.tensors import Chunk
 
 log = logging.getLogger(__name__)
@@ -84,6 +84,7 @@ class SaveInProgress:
             answer = self._ranks.agree(phase, lambda: self._share.report(entries, speakers), self._settle)
             self._share.accept(entries, answer["shares"][self._ranks.rank])
         self._attempt_id = answer["attempt"]
+        self._own = self._share.own
 
     def stage(self, buffer: StagingBuffer) -> None:
         """Copy what this rank writes, so that the live state may change while it is written. Main thread.
@@ -156,23 +157,20 @@ class SaveInProgress:
         self._held = Held(self._held.entries, [])  # the live tensors are needed no more
 
     def _tensors(self) -> list[Tensor]:
-        held = self._held
-        return [
-            held.values[i][position][part.within(Chunk.whole(part.sizes))]
-            if part.sizes != held.entries[i].boxes[position].sizes
-            else held.values[i][position]
-            for _, i, position, part in pieces(held.entries, self._share.chosen)
-        ]
+        found = []
+        for i, position, part in self._own.tensors:
+            values = self._held.values[i][position]
+            found.append(values if part is None else values[part.within(Chunk.whole(part.sizes))])
+        return found
 
     def _objects(self) -> list[bytes]:
-        held = self._held
-        return [encode(held.values[i][0]) for i, _ in self._share.chosen if held.entries[i].shape is None]
+        return [encode(self._held.values[i][0]) for i in self._own.objects]
 
     def _write(self) -> dict[str, Any]:
         tensors, objects = self._staged or (self._tensors(), self._objects())
-        file = rank_file(self._ranks.rank, self._held.entries, self._share.chosen)
         directory = layout.temporary_path(self.target, self._attempt_id)
-        return {**to_receipt(write_rank_file(file, tensors, objects, directory)), "tied": self.contents.tied}
+        receipt = to_receipt(write_rank_file(self._own.file, tensors, objects, directory))
+        return {**receipt, "tied": self.contents.tied}
 
     def _commit(self, extra: Mapping[str, bytes]) -> None:
         assert self._attempt is not None

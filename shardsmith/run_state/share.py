@@ -20,7 +20,7 @@ from shardsmith.errors import RanksDisagreeError
 from shardsmith.export.assignment import assign_boxes
 from shardsmith.metadata import dtype_name
 from shardsmith.run_state.held import Entry, items
-from shardsmith.run_state.whole_directory import WholeDirectory
+from shardsmith.run_state.whole_directory import OwnFile, WholeDirectory
 from shardsmith.tensors import Chunk
 
 _OWN = "rank-*"
@@ -31,11 +31,11 @@ class Share:
     """What this rank writes, kept from save to save; on rank 0 also what every rank writes.
 
     Attributes:
-        chosen: Positions in ``items`` of what this rank writes.
+        own: What this rank writes.
         whole: Rank 0 only: what all ranks write together.
     """
 
-    chosen: list[tuple[int, int]]
+    own: OwnFile
     whole: WholeDirectory
 
     def __init__(self, rank: int) -> None:
@@ -82,7 +82,8 @@ class Share:
     def accept(self, entries: list[Entry], answer: str) -> None:
         """Take this rank's part of what ``settle`` gave."""
         flags = np.unpackbits(np.frombuffer(base64.b64decode(answer), dtype=np.uint8))
-        self.chosen = [item for item, mine in zip(items(entries), flags, strict=False) if mine]
+        chosen = [item for item, is_mine in zip(items(entries), flags, strict=False) if is_mine]
+        self.own = OwnFile.of(self._rank, entries, chosen)
         self._entries = entries
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -21,20 +21,32 @@ from shardsmith.run_state.held import Entry
 from shardsmith.tensors import Chunk, TensorSpec
 
 
-def pieces(entries: Sequence[Entry], chosen: Sequence[tuple[int, int]]) -> Iterator[tuple[Piece, int, int, Chunk]]:
-    """The archives of tensors that a rank writes, each with its entry, the position in its values, and the part."""
-    for i, position in chosen:
-        entry = entries[i]
-        if entry.shape is not None and entry.dtype is not None:
+@dataclass(frozen=True, slots=True)
+class OwnFile:
+    """The file of one rank, and where in what it holds the contents are."""
+
+    file: RankFile
+    tensors: list[tuple[int, int, Chunk | None]]
+    """By piece: entry, position in its values, and which part of that; None is all of it."""
+    objects: list[int]
+    """Entries."""
+
+    @classmethod
+    def of(cls, rank: int, entries: Sequence[Entry], chosen: Sequence[tuple[int, int]]) -> Self:
+        """By what a rank holds and which of it it writes."""
+        pieces: list[Piece] = []
+        tensors: list[tuple[int, int, Chunk | None]] = []
+        for i, position in chosen:
+            entry = entries[i]
+            if entry.shape is None or entry.dtype is None:
+                continue
             box = entry.boxes[position]
             for part in split(box, entry.dtype):
-                yield Piece(entry.key, entry.shape, entry.dtype, moved(part, box)), i, position, part
-
-
-def rank_file(rank: int, entries: Sequence[Entry], chosen: Sequence[tuple[int, int]]) -> RankFile:
-    """What is in the file of a rank, by what it holds and which of it it writes."""
-    tensors = tuple(piece for piece, *_ in pieces(entries, chosen))
-    return RankFile(f"__{rank}_0.distcp", tensors, tuple(entries[i].key for i, _ in chosen if entries[i].shape is None))
+                pieces.append(Piece(entry.key, entry.shape, entry.dtype, moved(part, box)))
+                tensors.append((i, position, None if part.sizes == box.sizes else part))
+        objects = [i for i, _ in chosen if entries[i].shape is None]
+        keys = tuple(entries[i].key for i in objects)
+        return cls(RankFile(f"__{rank}_0.distcp", tuple(pieces), keys), tensors, objects)
 
 
 def to_receipt(written: RankFileWritten) -> dict[str, Any]:
@@ -50,7 +62,7 @@ class WholeDirectory:
     def __init__(self, held: Sequence[Sequence[Entry]], chosen: Sequence[Sequence[tuple[int, int]]]) -> None:
         """What each rank holds, and which of it it writes."""
         self.files = [
-            rank_file(rank, entries, mine) for rank, (entries, mine) in enumerate(zip(held, chosen, strict=True))
+            OwnFile.of(rank, entries, mine).file for rank, (entries, mine) in enumerate(zip(held, chosen, strict=True))
         ]
         ordered: dict[str, Entry] = {}
         for rank_entries in held:
