@@ -1,4 +1,4 @@
-"""The state that is made up without torch is what torch's own functions give, whatever happens to model and optimizer."""
+"""The state that is made up without torch is what torch gives, whatever happens to model and optimizer."""
 
 from __future__ import annotations
 
