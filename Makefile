@@ -13,7 +13,7 @@ TITAN_0.3 = torchtitan==0.3.0
 TITANS = 0.2 0.3
 TITAN_READY = $(TITANS:%=.venv-titan-%/.ready)
 
-.PHONY: demo test test-titan check bench gpu gpu-wheels clean
+.PHONY: demo test test-titan check coverage docs bench gpu gpu-wheels clean
 .DELETE_ON_ERROR:
 
 $(READY): pyproject.toml setup.cfg
@@ -45,6 +45,16 @@ check: $(READY)  ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+coverage: $(READY)  ## the tests once more, with the lines that no test has run; twice as slow as make test
+	$(BIN)/python -m coverage erase
+	$(BIN)/python -m coverage run -m pytest $(TEST_ARGS)
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage report
+
+docs: $(READY)  ## the documentation as a site in site/; every link and every name of the reference is checked
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
+	$(BIN)/python -m mkdocs build --strict
+
 bench: $(READY)  ## us and what a user would pick instead, side by side (BENCH_ARGS="--parameters 700M --shards 4")
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
@@ -56,4 +66,4 @@ gpu-wheels: $(READY)  ## what a GPU machine without a network needs besides torc
 	$(BIN)/python -m tests.gpu.packages gpu-wheels
 
 clean:
-	rm -rf $(VENV) .venv-titan-* build dist *.egg-info demo-run gpu-wheels
+	rm -rf $(VENV) .venv-titan-* build dist site *.egg-info demo-run .coverage* gpu-wheels

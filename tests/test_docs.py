@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -72,3 +75,23 @@ def test_every_code_of_a_finding_is_a_heading_and_every_heading_a_code() -> None
 def test_every_planted_fault_is_in_the_published_table() -> None:
     table = re.findall(r"^\|.*\| `(.+)` \|$", (DOCS / "troubleshooting.md").read_text(), re.MULTILINE)
     assert {planted.code for planted in PLANTED} - {"not-finite"} <= set(table)
+
+
+@pytest.mark.parametrize("document", ["docs/tutorial.md"])
+def test_the_program_of_a_document_runs_as_it_is(document: str, tmp_path: Path) -> None:
+    (program,) = re.findall(r"```python\n(.*?)```", (DOCS.parent / document).read_text(), re.DOTALL)
+    (tmp_path / "train.py").write_text(program)
+    ran = subprocess.run([sys.executable, "train.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert sorted(os.listdir(tmp_path / "run/checkpoints")) == ["step-20", "step-25"]
+    assert sorted(load_file(tmp_path / "run/hf/step-25/model.safetensors")) == [
+        "0.bias",
+        "0.weight",
+        "2.bias",
+        "2.weight",
+    ]
+
+
+def test_every_page_is_in_the_navigation_of_the_site() -> None:
+    pages = re.findall(r": (\S+\.md)$", (DOCS.parent / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert sorted(pages) == sorted(str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md"))
