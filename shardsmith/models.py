@@ -63,6 +63,14 @@ class ModelSource:
             self._source, keys, filled=self.filled - gone, aliases=aliases, averages=self.averages, twins=self.twins
         )
 
+    def tied(self, aliases: Mapping[str, str]) -> ModelSource:
+        """The same with some names left out that are tied to others: alias -> kept name."""
+        keys = {name: key for name, key in self.keys.items() if name not in aliases}
+        known = {**self.aliases, **aliases}
+        return ModelSource(
+            self._source, keys, filled=self.filled - aliases.keys(), aliases=known, averages=self.averages
+        )
+
     @property
     def path(self) -> Path:
         """What was opened."""

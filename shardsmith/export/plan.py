@@ -120,6 +120,8 @@ def plan_directory(
         unwanted = _dropped(opened, options.drop)
         dropped |= dict.fromkeys(unwanted)
         opened = opened.without(unwanted)
+        if model_class is not None and not opened.aliases:  # the names in memory, before any map has changed them
+            opened = opened.tied(_ties(opened, model_class, specs, None))
         source = sources[model] = in_base_layout(opened, layouts)
         as_stored = _plan_model(source, model, stem, model_class, specs, replace(options, dtype=None))
         name_map = name_map or _choose_name_map(as_stored, base, config, specs, options)
