@@ -6,7 +6,7 @@ their names.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Collection, Container, Iterable, Mapping
 
 import torch
 
@@ -16,7 +16,10 @@ from shardsmith.tensors import Chunk, TensorSource, TensorSpec, read_into, read_
 
 
 def find_ties(
-    source: TensorSource, template: Mapping[str, TensorSpec], model_class: ModelClass | None
+    source: TensorSource,
+    template: Mapping[str, TensorSpec],
+    model_class: ModelClass | None,
+    vocabulary: Collection[int] = (),
 ) -> dict[str, str]:
     """Names of a source that need not be in its files: alias -> the name that is kept. Both have the same values.
 
@@ -24,12 +27,14 @@ def find_ties(
 
     Args:
         template: The tensors of the base model's files, of which none is left out. Empty if it has no weights.
-        model_class: Says what is tied. Without one, a matrix that the base does not list and that is bit for bit one
-            that it lists is taken as tied.
+        model_class: Says what is tied. Without one, a head that the base does not list and that is bit for bit an
+            embedding that it lists is taken as tied.
+        vocabulary: The sizes that it has by the config: without a class, what has one of them in its rows may be a head
+            or an embedding. Equal tensors alone say little: layers may be copies of each other.
     """
     names = _Digests(source)
     if model_class is None:
-        return _twins(names, template)
+        return _twins(names, template, vocabulary)
     aliases: dict[str, str] = {}
     for group in tied_groups(model_class.tied, source.specs):
         kept = next((name for name in group if name in template), group[0])
@@ -57,9 +62,10 @@ def tied_groups(tied: Mapping[str, str], present: Container[str]) -> list[list[s
     return [group for group in found if len(group) > 1]
 
 
-def _twins(names: _Digests, template: Mapping[str, TensorSpec]) -> dict[str, str]:
-    extra = [name for name, spec in names.source.specs.items() if name not in template and len(spec.shape) > 1]
-    listed = [name for name in template if name in names.source.specs]
+def _twins(names: _Digests, template: Mapping[str, TensorSpec], vocabulary: Collection[int]) -> dict[str, str]:
+    found = [n for n, spec in names.source.specs.items() if len(spec.shape) == 2 and spec.shape[0] in vocabulary]
+    extra = [name for name in found if name not in template]
+    listed = [name for name in found if name in template]
     pairs = ((name, names.first_equal(name, listed)) for name in extra)
     return {name: kept for name, kept in pairs if kept is not None}
 

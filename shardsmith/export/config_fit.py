@@ -191,6 +191,11 @@ def model_class_of(config: Config) -> tuple[ModelClass | None, str]:
     return _find(json.dumps(_undated(config), sort_keys=True, default=str))
 
 
+def vocabulary_sizes(config: Config) -> set[int]:
+    """What a config says of the size of a vocabulary, at any depth."""
+    return {value for path, value in _entries(config) if "vocab" in path[-1] and type(value) is int}
+
+
 def fit_of(model_class: ModelClass, config: Config, specs: Mapping[str, TensorSpec]) -> Fit:
     """As ``ModelClass.fit``, remembered: a directory that was planned is not judged twice."""
     key = (json.dumps(_undated(config), sort_keys=True, default=str), tuple(sorted(specs.items())))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -17,7 +17,7 @@ from shardsmith.errors import CheckpointNotFoundError, MismatchError, Unsupporte
 from shardsmith.export.base_files import BaseFiles, choose_files
 from shardsmith.export.base_layout import in_base_layout, orders_of_patches
 from shardsmith.export.base_template import BaseTemplate, read_template
-from shardsmith.export.config_fit import QUANTIZATION, ConfigFit, fit_config, model_class_of
+from shardsmith.export.config_fit import QUANTIZATION, ConfigFit, fit_config, model_class_of, vocabulary_sizes
 from shardsmith.export.directory import DirectoryPlan, Measure, ModelPlan, Origin, plan_model
 from shardsmith.export.directory_check import refusal
 from shardsmith.export.hf_directory import main_stem, protect, read_config
@@ -112,6 +112,7 @@ def plan_directory(
     models = []
     fitted: ConfigFit | None = None
     model_class, _ = model_class_of(config)
+    sizes = vocabulary_sizes(config)
     name_map: NameMap | None = None
     dropped: dict[str, None] = {}
     for model, stem in stems.items():
@@ -121,13 +122,13 @@ def plan_directory(
         dropped |= dict.fromkeys(unwanted)
         opened = opened.without(unwanted)
         if model_class is not None and not opened.aliases:  # the names in memory, before any map has changed them
-            opened = opened.tied(_ties(opened, model_class, specs, None))
+            opened = opened.tied(_ties(opened, model_class, specs, None, sizes))
         source = sources[model] = in_base_layout(opened, layouts)
-        as_stored = _plan_model(source, model, stem, model_class, specs, replace(options, dtype=None))
+        as_stored = _plan_model(source, model, stem, model_class, specs, replace(options, dtype=None), None, sizes)
         name_map = name_map or _choose_name_map(as_stored, base, config, specs, options)
         if name_map is not None:
             source = sources[model] = in_base_layout(TranslatedModel(opened, name_map), layouts)
-        plan = _plan_model(source, model, stem, model_class, specs, options, name_map)
+        plan = _plan_model(source, model, stem, model_class, specs, options, name_map, sizes)
         separate = {} if model_class is None else _separate(source, plan, model_class)
         fitted = fitted or fit(source.path, plan, config, template, separate, options.allow)
         models.append(plan)
@@ -211,6 +212,7 @@ def _plan_model(
     template: Mapping[str, TensorSpec],
     options: ExportOptions,
     name_map: NameMap | None = None,
+    vocabulary: Collection[int] = (),
 ) -> ModelPlan:
     return plan_model(
         model,
@@ -218,7 +220,7 @@ def _plan_model(
         stem=stem,
         dtype=options.dtype,
         max_shard_size=options.max_shard_size,
-        aliases=source.aliases or _ties(source, model_class, template, name_map),
+        aliases=source.aliases or _ties(source, model_class, template, name_map, vocabulary),
         filled=source.filled,
     )
 
@@ -228,13 +230,14 @@ def _ties(
     model_class: ModelClass | None,
     template: Mapping[str, TensorSpec],
     name_map: NameMap | None,
+    vocabulary: Collection[int],
 ) -> dict[str, str]:
     """As ``find_ties``. What an average took from main is compared there: here its twin has moved on."""
     if not source.filled:
-        return find_ties(source, template, model_class)
+        return find_ties(source, template, model_class, vocabulary)
     opened = open_source(source.path, MAIN)
     main = opened if name_map is None else TranslatedModel(opened, name_map)
-    aliases = find_ties(main, template, model_class)
+    aliases = find_ties(main, template, model_class, vocabulary)
     main.close()
     return aliases
 
