@@ -20,9 +20,10 @@ from typing import Literal
 from shardsmith.checkpoints import committed_steps
 from shardsmith.commit import prove_writable, remove, sweep
 from shardsmith.errors import CheckpointNotFoundError, ShardsmithError, TargetExistsError, UsageError, WriteError
+from shardsmith.export.adapter_plan import plan_export
 from shardsmith.export.base_files import choose_files
 from shardsmith.export.hf_directory import protect, read_config
-from shardsmith.export.plan import ExportOptions, choose_stems, plan_directory
+from shardsmith.export.plan import ExportOptions, choose_stems
 from shardsmith.export.write import write_directories
 from shardsmith.layout import PROVENANCE_FILE, parse_step, step_name
 from shardsmith.leases import hold
@@ -209,7 +210,7 @@ class Watcher:
         stems = choose_stems(checkpoint, self.base, self.options.models, self.options.ema_as)
         outputs = [(Path(f"{output}{suffix}"), names) for suffix, names in stems]
         plans = [
-            plan_directory(checkpoint, path, self.base, names, self.options.export)
+            plan_export(checkpoint, path, self.base, names, self.options.export)
             for path, names in outputs
             if path == output or not _is_export(path)  # a killed watcher may have made the others
         ]

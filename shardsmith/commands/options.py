@@ -90,6 +90,10 @@ class ExportArguments(NameArguments):
     """Patterns of tensor names that may differ from the base model's, such as 'lm_head.*'."""
     drop: tuple[str, ...] = ()
     """Patterns of tensors of the checkpoint to leave out, such as those of an extra head."""
+    adapters: Literal["adapter", "merged"] = "adapter"
+    """Of a model with an adapter of peft (LoRA): the adapter alone, for PeftModel.from_pretrained, or the whole model
+    with the adapter merged into its weights. Needs peft, and the run's adapter_config.json in the checkpoint's folder
+    or in the one above it."""
     trust_remote_code: bool = False
     """Also copy the base model's Python files. They are not run."""
     verify: bool = True
@@ -108,6 +112,7 @@ class ExportArguments(NameArguments):
             allow=self.allow,
             drop=self.drop,
             verify=self.verify,
+            adapters=self.adapters,
             average=self.average,
             names=self.name_map,
             rules=self.layout_rules,

@@ -43,8 +43,9 @@ def to_hf(
     """
     from shardsmith import report
     from shardsmith.export import report as report_export
+    from shardsmith.export.adapter_plan import plan_export
     from shardsmith.export.joint_plan import plan_together, team_of_torchrun, threads_per_process
-    from shardsmith.export.plan import ExportPlan, choose_stems, plan_directory
+    from shardsmith.export.plan import ExportPlan, choose_stems
     from shardsmith.export.write import write_directories
     from shardsmith.leases import hold
 
@@ -54,8 +55,7 @@ def to_hf(
     def make_plans() -> list[ExportPlan]:
         stems = choose_stems(checkpoint, base_model, export.models, export.ema_as)
         return [
-            plan_directory(checkpoint, Path(f"{output_dir}{suffix}"), base_model, stem, options)
-            for suffix, stem in stems
+            plan_export(checkpoint, Path(f"{output_dir}{suffix}"), base_model, stem, options) for suffix, stem in stems
         ]
 
     with hold(checkpoint), team_of_torchrun() as team:

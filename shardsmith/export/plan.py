@@ -14,6 +14,7 @@ from shardsmith import layout
 from shardsmith.commit import refuse_existing
 from shardsmith.dtypes import DtypeChoice, is_quantized
 from shardsmith.errors import CheckpointNotFoundError, MismatchError, UnsupportedFormatError, UsageError
+from shardsmith.export.adapters import open_merged
 from shardsmith.export.base_files import BaseFiles, choose_files
 from shardsmith.export.base_layout import in_base_layout, orders_of_patches
 from shardsmith.export.base_template import BaseTemplate, read_template
@@ -56,6 +57,8 @@ class ExportOptions:
     """What is done to tensors whose layout is not the base model's."""
     average: str | None = None
     """Which one, where the checkpoint has several; None takes the first."""
+    adapters: Literal["adapter", "merged"] = "adapter"
+    """Of a peft model: the adapter alone, as peft saves it, or the whole model with the adapter merged."""
     names: str = "auto"
     """Name map: "identity", "transformers", one that a package offers, or "auto": transformers where it is needed."""
 
@@ -117,7 +120,7 @@ def plan_directory(
     dropped: dict[str, None] = {}
     for model, stem in stems.items():
         named = f"{model}:{options.average}" if options.average and model == EMA else model
-        opened = open_source(checkpoint, named)
+        opened = open_merged(open_source(checkpoint, named), checkpoint, base)
         unwanted = _dropped(opened, options.drop)
         dropped |= dict.fromkeys(unwanted)
         opened = opened.without(unwanted)

@@ -1,0 +1,69 @@
+"""Work out the directory of an adapter alone, as ``PeftModel.save_pretrained`` writes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from shardsmith import layout
+from shardsmith.commit import refuse_existing
+from shardsmith.export.adapters import ADAPTER_WEIGHTS, AdapterCheckpoint, is_peft
+from shardsmith.export.base_template import BaseTemplate
+from shardsmith.export.directory import DirectoryPlan, plan_model
+from shardsmith.export.hf_directory import protect
+from shardsmith.export.plan import ExportOptions, ExportPlan, origin_of, plan_directory
+from shardsmith.formats.by_path import open_source
+from shardsmith.model_keys import EMA
+from shardsmith.models import ModelSource
+
+
+def plan_export(
+    checkpoint: Path, output: Path, base: Path, stems: Mapping[str, str], options: ExportOptions
+) -> ExportPlan:
+    """Plan the directory of a model, or of an adapter alone. Writes nothing. Args and errors as ``plan_directory``."""
+    adapter = plan_adapter(checkpoint, output, base, stems, options)
+    return adapter or plan_directory(checkpoint, output, base, stems, options)
+
+
+def plan_adapter(
+    checkpoint: Path, output: Path, base: Path, stems: Mapping[str, str], options: ExportOptions
+) -> ExportPlan | None:
+    """Plan the directory of an adapter; None where it is not asked for, or the checkpoint holds none. Writes nothing.
+
+    Args:
+        base: The base model's directory, of which config.json is needed.
+        stems: As ``plan_directory`` takes them; the adapter's weights are ``adapter_model.safetensors`` instead.
+
+    Raises:
+        ProtectedPathError, TargetExistsError: the output is no place to write to.
+        UsageError: the adapter's config is missing, or peft is.
+        CheckpointError: the checkpoint or the base cannot be used.
+    """
+    opened = {model: open_source(checkpoint, _named(model, options)) for model in stems}
+    if options.adapters != "adapter" or not all(map(is_peft, opened.values())):
+        for source in opened.values():
+            source.close()
+        return None
+    protect(output, checkpoint, base)
+    refuse_existing(output)
+    adapters = {model: AdapterCheckpoint(checkpoint, base, source) for model, source in opened.items()}
+    sources: dict[str, ModelSource] = {model: adapter.adapter() for model, adapter in adapters.items()}
+    models = tuple(
+        plan_model(
+            model,
+            list(source.specs.values()),
+            stem=layout.EMA_WEIGHTS if stems[model] == layout.EMA_WEIGHTS else ADAPTER_WEIGHTS,
+            dtype=options.dtype,
+            max_shard_size=None,  # peft reads one file
+            aliases={},
+        )
+        for model, source in sources.items()
+    )
+    write_config = next(iter(adapters.values())).write_config
+    directory = DirectoryPlan(output, models, origin_of(checkpoint), None, companions=write_config)
+    template = BaseTemplate(base, None, {}, "an adapter is compared with the layers that its config describes")
+    return ExportPlan(directory, checkpoint, base, sources, options.verify, template)
+
+
+def _named(model: str, options: ExportOptions) -> str:
+    return f"{model}:{options.average}" if options.average and model == EMA else model

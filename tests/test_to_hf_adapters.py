@@ -1,0 +1,133 @@
+"""``to-hf`` of LoRA runs: the adapter alone and merged, against what peft itself loads and merges."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+
+from shardsmith.cli import main
+from shardsmith.export.adapters import ADAPTER_CONFIG_FILE
+from tests.dcp_directories import save
+
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # by peft
+
+TINY: dict[str, Any] = {"hidden_size": 16, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 64}
+
+
+def llama(**more: Any) -> Any:
+    config = transformers.LlamaConfig(**TINY, intermediate_size=24, num_key_value_heads=2, **more)
+    return transformers.LlamaForCausalLM(config)
+
+
+def gpt2() -> Any:
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=16, n_head=2, n_layer=2, vocab_size=64))
+
+
+def t5() -> Any:
+    config = transformers.T5Config(d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, vocab_size=64)
+    return transformers.T5ForConditionalGeneration(config)
+
+
+KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "lora": (llama, {"target_modules": ["q_proj", "v_proj"]}),
+    "rank stabilised, by pattern": (
+        llama,
+        {"target_modules": ["q_proj", "down_proj"], "use_rslora": True, "rank_pattern": {"q_proj": 2}},
+    ),
+    "dora": (llama, {"target_modules": ["k_proj", "gate_proj"], "use_dora": True}),
+    "with a head that is trained": (llama, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+    "with biases": (gpt2, {"target_modules": ["c_attn"], "fan_in_fan_out": True, "bias": "lora_only"}),
+    "embeddings": (llama, {"target_modules": ["embed_tokens", "o_proj"]}),
+    "tied": (lambda: llama(tie_word_embeddings=True), {"target_modules": ["q_proj", "up_proj"]}),
+    "encoder and decoder": (t5, {"target_modules": ["q", "wo"]}),
+}
+
+
+def make_run(tmp_path: Path, kind: str, *, whole: bool = True) -> tuple[Any, Path, Path]:
+    """A tuned model, its base on disk, and the folder that accelerate writes of it."""
+    make, options = KINDS[kind]
+    torch.manual_seed(0)
+    model = make().eval()
+    base, checkpoint = tmp_path / "base", tmp_path / "run" / "checkpoint-9"
+    model.save_pretrained(base)
+    tuned = get_peft_model(model, LoraConfig(r=4, init_lora_weights=False, **options)).eval()
+    state = {name: value for name, value in tuned.state_dict().items() if whole or is_trained(name)}
+    save({"model": state}, checkpoint / "pytorch_model_fsdp_0")
+    tuned.peft_config["default"].save_pretrained(str(checkpoint))
+    return tuned, base, checkpoint
+
+
+def is_trained(name: str) -> bool:
+    return "lora_" in name or "modules_to_save" in name
+
+
+def logits(model: Any) -> Tensor:
+    ids = torch.arange(8)[None]
+    more = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    with torch.no_grad():
+        return model.eval()(ids, **more).logits
+
+
+def to_hf(checkpoint: Path, base: Path, out: Path, *options: str) -> int:
+    places = ["--checkpoint", checkpoint, "--base-model", base, "--output-dir", out]
+    return main(["to-hf", *map(str, places), "--dtype", "original", "--quiet", *options])
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole model", "adapter alone"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_is_what_peft_loads(tmp_path: Path, kind: str, whole: bool) -> None:
+    tuned, base, checkpoint = make_run(tmp_path, kind, whole=whole or kind == "with biases")
+    out = tmp_path / "out"
+    assert to_hf(checkpoint, base, out) == 0
+    assert not (out / "config.json").exists()
+    loaded = PeftModel.from_pretrained(type(tuned.get_base_model()).from_pretrained(base), str(out))
+    assert torch.equal(logits(loaded), logits(tuned))
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole model", "adapter alone"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_merged_export_is_what_peft_merges(tmp_path: Path, kind: str, whole: bool) -> None:
+    tuned, base, checkpoint = make_run(tmp_path, kind, whole=whole or kind == "with biases")
+    kind_of_model = type(tuned.get_base_model())
+    out = tmp_path / "out"
+    assert to_hf(checkpoint, base, out, "--adapters", "merged", "--allow", "lm_head.weight") == 0
+    loaded, info = kind_of_model.from_pretrained(out, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    merged = tuned.merge_and_unload()
+    for name, value in merged.state_dict().items():
+        torch.testing.assert_close(loaded.state_dict()[name], value, rtol=0, atol=1e-6)
+
+
+def test_the_base_models_weights_are_named_where_they_are_needed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, base, checkpoint = make_run(tmp_path, "lora", whole=False)
+    (base / "model.safetensors").unlink()
+    assert to_hf(checkpoint, base, tmp_path / "out", "--adapters", "merged") == 2
+    assert re.search(r"(?s)neither in the checkpoint nor in the base.*--adapters adapter", capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_without_its_adapter_config_says_what_to_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, base, checkpoint = make_run(tmp_path, "lora")
+    (checkpoint / ADAPTER_CONFIG_FILE).unlink()
+    assert to_hf(checkpoint, base, tmp_path / "out") == 2
+    assert re.search(r"adapter of peft.*save_pretrained\(DIRECTORY\)", capsys.readouterr().err)
+
+
+def test_an_adapter_that_changed_its_base_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tuned, base, checkpoint = make_run(tmp_path, "lora")
+    tuned.peft_config["default"].init_lora_weights = "pissa"
+    tuned.peft_config["default"].save_pretrained(str(checkpoint))
+    assert to_hf(checkpoint, base, tmp_path / "out") == 2
+    assert "changed the base model's weights" in capsys.readouterr().err
