@@ -2,13 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
+
+from shardsmith.errors import ShardsmithError
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 _REMEMBERED = 64
+
+
+def attempted(act: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    """The value of ``act``, or what it raised: for what must not end this rank's step before the others know of it."""
+    try:
+        return act(), None
+    except Exception as error:
+        return None, error
+
+
+@contextlib.contextmanager
+def logged(what: str) -> Iterator[None]:
+    """Log what the body raises, and go on: for what comes after a commit, which stands whatever happens then."""
+    try:
+        yield
+    except ShardsmithError as error:
+        log.warning("%s failed: %s", what, error)
+    except Exception:
+        log.exception("%s failed", what)
 
 
 class Background:
@@ -46,6 +71,11 @@ class Background:
         """Wait for a job; whether it failed on this rank."""
         future = self._jobs.get(number)
         return future is None or future.exception() is not None
+
+    def report(self, future: Future[Any], error: str) -> None:
+        """Let all ranks raise, though the job has succeeded: something that depends on it failed on this rank."""
+        if self.tell is not None:
+            self.tell(next(number for number, job in self._jobs.items() if job is future), error)
 
     def close(self) -> None:
         """Wait for all jobs."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -12,14 +13,19 @@ from typing import Any, Self
 from shardsmith.argument_types import StepNumber
 from shardsmith.arguments import check_value, checked
 from shardsmith.errors import RankFailedError, UsageError
-from shardsmith.ranks import rank_and_size
+from shardsmith.process_end import meet
+from shardsmith.ranks import own_name, rank_and_size
 from shardsmith.step_agreement import StepAgreement
 
-from .background import Background
+from .background import Background, attempted
 from .stop_signals import StopSignals
+
+log = logging.getLogger(__name__)
 
 _FAILED = "failed"
 _STOP = "stop"
+_RAISED = "raised"
+_FAREWELL_SECS = 10.0
 
 
 class Hook:
@@ -112,6 +118,8 @@ class Hooks:
         self._open = True
         self._ended = False
         self._rank, self._size = rank_and_size()
+        self._name = own_name()
+        self._own_errors: list[Exception] = []  # raised by hooks that were told of a save; not yet passed on
         self._signals = StopSignals([stop_on] if isinstance(stop_on, signal.Signals) else stop_on)
         self._agreement = StepAgreement() if stop_on or self._size == 1 else None  # else when a hook needs it
         for hook in hooks:
@@ -172,6 +180,7 @@ class Hooks:
         if any(notice[0] == _STOP for notice in notices) and not self.should_stop:
             self._stop(step)
         self._raise_failures([notice for notice in notices if notice[0] == _FAILED])
+        self._raise_errors({notice[1]: notice[2] for notice in notices if notice[0] == _RAISED})
 
     def request_stop(self) -> None:
         """Ask for the end of the run, as a signal does: any rank, any thread. See ``should_stop``.
@@ -198,7 +207,12 @@ class Hooks:
         if self._open:
             if not self._ended and not broken_off:
                 self.train_end(self._step)
-            self._close()
+            try:
+                self._close()
+            finally:
+                if not broken_off:  # rank 0 may hold the store that the others still read
+                    meet(f"{self._name}/end", _FAREWELL_SECS)
+            self._raise_errors({})
 
     def _close(self) -> None:
         """Close every hook, also when one of them raises; the first error is raised in the end."""
@@ -235,8 +249,22 @@ class Hooks:
             raise RankFailedError(f"{type(hook).__name__} in the background", failures, self._size)
 
     def _on_saved(self, step: int, path: Path) -> None:
+        """What a hook raises fails no save: all ranks raise it after the same step, ``close`` on this rank."""
         for hook in self.hooks:
-            hook.on_saved(step, path)
+            _, error = attempted(partial(hook.on_saved, step, path))
+            if error is not None:
+                what = f"{type(hook).__name__}.on_saved of step {step}"
+                log.error("%s failed; the step is saved", what, exc_info=error)
+                self._own_errors.append(error)
+                if self._agreement is not None:
+                    self._agreement.tell([_RAISED, self._rank, f"{what}: {type(error).__name__}: {error}"])
+
+    def _raise_errors(self, everywhere: dict[int, str]) -> None:
+        if self._own_errors and (everywhere or not self._open):
+            errors, self._own_errors = self._own_errors, []
+            raise errors[0]
+        if everywhere:
+            raise RankFailedError("what follows a save", everywhere, self._size)
 
     def __enter__(self) -> Self:
         return self

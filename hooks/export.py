@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,9 +13,10 @@ from torch import Tensor, nn
 
 from shardsmith.argument_types import Directory, Dtype, LocalPath, Seconds, Size, StepNumber
 from shardsmith.arguments import checked
-from shardsmith.checkpoints import committed_steps
+from shardsmith.checkpoints import committed_steps, set_aside, set_aside_unfinished
 from shardsmith.commit import prove_writable, remove, sweep
-from shardsmith.errors import ShardsmithError, UsageError
+from shardsmith.errors import UsageError
+from shardsmith.export.export_files import find_export_damage
 from shardsmith.export.file_writer import choose_writer
 from shardsmith.export.hf_directory import protect
 from shardsmith.export.live import Check
@@ -24,10 +26,11 @@ from shardsmith.ranks import Ranks
 
 from .adapters import AdapterView, view_of
 from .answers import Answers
+from .background import attempted, logged
 from .base import Hook
 from .checkpoint_source import CheckpointSource, Saves, check_source
 from .ema import EMA
-from .in_flight import SLOTS, InFlight
+from .in_flight import SLOTS, InFlight, Running
 from .live_source import Begin, LiveSource
 from .live_state import LiveDirectory, LiveState, ModelFiles
 from .retention import Retention, steps_to_remove
@@ -175,6 +178,7 @@ class HFExport(Hook):
 
         All ranks; communicates. Earlier steps are not made up for: their weights are gone.
         """
+        self._ranks.lead("setting aside what is half deleted", lambda: self._set_aside_unfinished(step))
         if self.when.due(step) and self._ranks.lead(
             f"looking for the export of step {step}", lambda: self._missing(step)
         ):
@@ -182,8 +186,9 @@ class HFExport(Hook):
 
     def on_step_end(self, step: int) -> None:
         """Export if it is time, then announce exports that have ended. All ranks; communicates when it exports."""
-        if self.when.due(step):
-            self.export(step)
+        due, error = attempted(lambda: self.when.due(step))
+        if due or error:
+            self._export(step, self._when_busy, error)
         else:
             self._in_flight.collect(self._in_flight.ended())
         self._announce()
@@ -230,8 +235,9 @@ class HFExport(Hook):
         """
         self._export(step, self._when_busy)
 
-    def _export(self, step: int, when_busy: Literal["wait", "skip", "raise"]) -> None:
-        wanted = self._make_room(step, when_busy)
+    def _export(self, step: int, when_busy: Literal["wait", "skip", "raise"], error: Exception | None = None) -> None:
+        """``error``: of this rank, perhaps of it alone. Then all ranks raise instead of exporting."""
+        wanted = self._make_room(step, when_busy, error)
         if not wanted:
             return
         checks = [self._ask(step, self._directories[i]) for i in wanted]
@@ -248,14 +254,20 @@ class HFExport(Hook):
             self._ranks.gather(phase, lambda: checks.append(answers.check_for(directory)))
         return checks[-1]
 
-    def _make_room(self, step: int, when_busy: Literal["wait", "skip", "raise"]) -> list[int]:
+    def _make_room(self, step: int, when_busy: Literal["wait", "skip", "raise"], error: Exception | None) -> list[int]:
         """Which of the directories to export; if any, there is a free slot.
 
         Rank 0 decides; the others catch up with what has ended there. Nothing is raised here of what has failed: then
         a rank that has raised it earlier would be alone.
         """
         in_flight = self._in_flight
-        ended, wanted = self._ranks.lead("looking for a free slot", lambda: (in_flight.ended(), self._missing(step)))
+
+        def look() -> tuple[int, list[int]]:
+            if error is not None:
+                raise error
+            return (in_flight.ended(), self._missing(step)) if self._ranks.is_leader else (0, [])
+
+        ended, wanted = self._ranks.agree("looking for a free slot", look, lambda of_ranks: of_ranks[0])
         if len(wanted) < len(self._directories):
             log.warning("step %s was exported before the run was resumed; what is there is kept", step)
         if not wanted:
@@ -289,19 +301,22 @@ class HFExport(Hook):
         return paths
 
     def _remove_old(self) -> None:
-        for step in steps_to_remove(self.keep, committed_steps(self.directory, PROVENANCE_FILE)):
-            for directory in self._directories:
-                path = self._path(step, directory)
-                try:
-                    if path.is_dir():
-                        remove(path)
-                except ShardsmithError as error:  # the export is there all the same, and the next one tries again
-                    log.warning("could not remove an old export: %s", error)
+        """Never raises: the export is there all the same, and the next one tries again."""
+        with logged(f"{self.directory}: looking for old exports to remove"):
+            sweep(self.directory)
+            for step in steps_to_remove(self.keep, committed_steps(self.directory, PROVENANCE_FILE)):
+                for path in [self._path(step, directory) for directory in self._directories]:
+                    with logged(f"removing {path.name}"):
+                        if path.is_dir():
+                            remove(path)
 
     def _missing(self, step: int) -> list[int]:
-        """The directories of the step, by number, that no earlier run of this training has left complete."""
-        paths = [self._path(step, directory) for directory in self._directories]
-        return [i for i, path in enumerate(paths) if not (path / PROVENANCE_FILE).is_file()]
+        """The directories of the step, by number, that no earlier run of this training has left sound."""
+        return [i for i, directory in enumerate(self._directories) if not _is_sound(self._path(step, directory))]
+
+    def _set_aside_unfinished(self, step: int) -> None:
+        for aside in set_aside_unfinished(self.directory, step - 1, PROVENANCE_FILE):
+            log.warning("%s was set aside: it has no shardsmith.json, and its step is to come (again)", aside)
 
     def _path(self, step: int, directory: LiveDirectory) -> Path:
         return self.directory / (step_name(step) + directory.suffix)
@@ -313,7 +328,15 @@ class HFExport(Hook):
             if error is not None:
                 self._failures.append(error)
             elif self._on_exported:
-                self._on_exported(one.step, one.future.result()[0])
+                _, error = attempted(partial(self._on_exported, one.step, one.future.result()[0]))
+                self._note_callback_error(one, error)
+
+    def _note_callback_error(self, one: Running, error: BaseException | None) -> None:
+        """``on_exported`` has raised: the export stands, and all ranks raise after the same step."""
+        if error is not None:
+            log.error("on_exported of step %s failed; the export is there", one.step, exc_info=error)
+            self._failures.append(error)
+            self._in_flight.background.report(one.future, f"on_exported of step {one.step}: {error}")
 
     def _raise_failure(self) -> None:
         """The first one, if that is wanted; those after it are in the log, as all are."""
@@ -334,3 +357,12 @@ class HFExport(Hook):
             protect(self.directory / step_name(0), self._base)
         prove_writable(self.directory)
         sweep(self.directory)
+
+
+def _is_sound(export: Path) -> bool:
+    """Whether an export is there; one that is damaged is set aside."""
+    if not (export / PROVENANCE_FILE).is_file():
+        return False
+    if damage := find_export_damage(export):
+        log.warning("%s is damaged and was set aside as %s\n  %s", export, set_aside(export), "\n  ".join(damage))
+    return not damage

@@ -257,7 +257,7 @@ class FolderSave(Hook):
         saved = read_metadata(directory).ema
         if saved is None:
             raise CheckpointNotFoundError(directory, "holds no average: the run that wrote it had none")
-        if saved["decay"] != self._ema.decay:
+        if saved.get("decay", self._ema.decay) != self._ema.decay:
             raise UsageError(
                 f"{directory} holds an average with decay {saved['decay']}, but ours has {self._ema.decay}. "
                 f"Nothing was loaded; ask for {saved['decay']}"

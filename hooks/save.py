@@ -17,19 +17,19 @@ from torch.optim import Optimizer
 
 from shardsmith.argument_types import Directory, Seconds, StepNumber
 from shardsmith.arguments import checked
-from shardsmith.checkpoints import committed_steps, find_damage, set_aside
+from shardsmith.checkpoints import committed_steps, find_damage, set_aside, set_aside_unfinished
 from shardsmith.commit import prove_writable, remove, sweep
-from shardsmith.errors import IncompleteCheckpointError, ShardsmithError, UsageError
+from shardsmith.errors import IncompleteCheckpointError, RankFailedError, UsageError
 from shardsmith.export.live_boxes import StagingBuffer
 from shardsmith.layout import step_name
 from shardsmith.metadata import CheckpointMetadata, read_metadata
 from shardsmith.ranks import Ranks
-from shardsmith.run_state.resume import fill
-from shardsmith.run_state.save import SaveInProgress
+from shardsmith.run_state.resume import fill, refuse_other_step
+from shardsmith.run_state.save import Contents, SaveInProgress
 from shardsmith.run_state.share import Share
 from shardsmith.run_state.train_state import TrainState
 
-from .background import Background
+from .background import Background, attempted, logged
 from .base import Hook
 from .ema import EMA
 from .retention import Retention, steps_to_remove
@@ -107,8 +107,9 @@ class ShardedSave(Hook):
         """Announce a save that has ended, and save if it is time. All ranks; communicates when it saves."""
         if self.background and self._in_flight and self.background.is_to_be_reported(self._in_flight[1]):
             self._report()
-        if self.when.due(step):
-            self.save(step)
+        due, error = attempted(lambda: self.when.due(step))
+        if due or error:
+            self._save(step, error)
 
     def on_stop(self, step: int) -> None:
         """Save the step, if that was not done. All ranks; communicates."""
@@ -145,10 +146,25 @@ class ShardedSave(Hook):
                 one rank, the original error. What fails in the background is raised later, by this, by ``close``, or
                 by ``Hooks`` on all ranks after the same step.
         """
-        self._report()
+        self._save(step, None)
+
+    def _save(self, step: int, error: Exception | None) -> None:
+        """``error``: of this rank, perhaps of it alone. Then all ranks raise instead of saving."""
+        error = attempted(self._report)[1] or error
+
+        def collect() -> Contents:
+            if error is not None:
+                raise error
+            return self._state.collect(step)
+
         job = SaveInProgress(self.directory / step_name(step), self._ranks, self._share)
         with self._state.ema.staging() if self._state.ema else contextlib.nullcontext():
-            job.begin(lambda: self._state.collect(step))
+            try:
+                job.begin(collect)
+            except RankFailedError:
+                if error is not None:
+                    raise error from None
+                raise
             if self._buffer:
                 job.stage(self._buffer)
         self._saved_step = step
@@ -187,6 +203,7 @@ class ShardedSave(Hook):
             if self._is_sound(self.directory / step_name(step)):
                 self.load(self.directory / step_name(step))
                 self._saved_step = step
+                self._ranks.lead("setting aside what is half deleted", partial(self._set_aside_unfinished, step))
                 return step
         if steps:
             names = ", ".join(map(step_name, steps))
@@ -209,6 +226,7 @@ class ShardedSave(Hook):
             metadata.step, with_rng=self._ranks.rank < metadata.world_size, to_load=True
         ).state_dict
         fill(state, checkpoint, self._ranks)
+        refuse_other_step(checkpoint, metadata.step, state)
         self._state.restore(state)
         log.info("resumed from %s", checkpoint)
 
@@ -216,7 +234,7 @@ class ShardedSave(Hook):
         ema, saved = self._state.ema, metadata.ema
         if saved is not None and ema is None:
             log.warning("%s holds an EMA, but no EMA is attached: it is not loaded", checkpoint)
-        if saved is not None and ema is not None and saved["decay"] != ema.decay:
+        if saved is not None and ema is not None and saved.get("decay", ema.decay) != ema.decay:
             raise UsageError(
                 f"{checkpoint} holds an average with decay {saved['decay']}, but EMA(decay={ema.decay}) is attached. "
                 f"Nothing was loaded; attach EMA(decay={saved['decay']})"
@@ -235,12 +253,13 @@ class ShardedSave(Hook):
         return path
 
     def _remove_old(self) -> None:
-        for step in steps_to_remove(self.keep, committed_steps(self.directory)):
-            try:
-                if not remove(self.directory / step_name(step)):
-                    log.info("%s is being read; a later save removes it", self.directory / step_name(step))
-            except ShardsmithError as error:  # the checkpoint is saved all the same, and the next one tries again
-                log.warning("could not remove an old checkpoint: %s", error)
+        """Never raises: the checkpoint is saved all the same, and the next save tries again."""
+        with logged(f"{self.directory}: looking for old checkpoints to remove"):
+            sweep(self.directory)
+            for step in steps_to_remove(self.keep, committed_steps(self.directory)):
+                with logged(f"removing {step_name(step)}"):
+                    if not remove(self.directory / step_name(step)):
+                        log.info("%s is being read; a later save removes it", self.directory / step_name(step))
 
     def _report(self) -> None:
         """Wait for the save in flight, if there is one: announce it, or raise what failed in it."""
@@ -261,6 +280,10 @@ class ShardedSave(Hook):
             lambda: find_damage(checkpoint, part=part, parts=parts),
             lambda found: _set_aside_if_damaged(checkpoint, [*chain(*found)]),
         )
+
+    def _set_aside_unfinished(self, resumed: int) -> None:
+        for aside in set_aside_unfinished(self.directory, resumed):
+            log.warning("%s was set aside: its step is after the one resumed, and it has no metadata.json", aside)
 
     def _prepare_directory(self) -> None:
         prove_writable(self.directory)

@@ -36,7 +36,9 @@ class Stages:
         Raises:
             RankFailedError: on all ranks, if tensors of one name are not alike on all that have them.
         """
-        found = ranks.agree("putting the stages of the model together", lambda: _describe(model, ema), _unite)
+        found = ranks.agree(
+            "putting the stages of the model together", lambda: _describe(model, ema), _unite, large=True
+        )
         return cls(
             specs={
                 n: TensorSpec(n, tuple(shape), getattr(torch, dtype)) for n, (shape, dtype) in found["specs"].items()
@@ -67,6 +69,7 @@ def names_on_all(ranks: Ranks, names: Iterable[str]) -> list[str]:
         "putting names together",
         lambda: list(names),
         lambda parts: list(dict.fromkeys(name for part in parts for name in part)),
+        large=True,
     )
     return united
 

@@ -41,15 +41,49 @@ def find_damage(checkpoint: Path, *, contents: bool = True, part: int = 0, parts
         parts: Into how many shares.
     """
     try:
-        files = read_metadata(checkpoint).files
+        metadata = read_metadata(checkpoint)
     except CheckpointError as error:
         return [str(error)]
+    if metadata.step != (named := step_in_name(checkpoint, metadata.step)):
+        return [f"{layout.METADATA_FILE} is of step {metadata.step}, not of step {named}: it was copied or renamed"]
+    files = metadata.files
     chosen = sorted(files)[part::parts]
     if foreign := [name for name in chosen if Path(name).name != name]:
         return [f"{name!r}: is not the name of a file in it" for name in foreign]
     with ThreadPoolExecutor(min(len(chosen), os.cpu_count() or 1) or 1, "shardsmith-verify") as pool:
         problems = pool.map(lambda name: file_damage(checkpoint / name, files[name], contents=contents), chosen)
         return [f"{name}: {problem}" for name, problem in zip(chosen, problems, strict=True) if problem]
+
+
+def step_in_name(checkpoint: Path, default: int) -> int:
+    """The step that a directory is named for, wherever it is reached from; ``default`` if its name says none."""
+    named = layout.parse_step(checkpoint.resolve().name)
+    return default if named is None else named
+
+
+def find_foreign_files(checkpoint: Path) -> list[str]:
+    """What lies in a committed checkpoint and does not belong to it, one line each. Raises CheckpointError."""
+    known = {*read_metadata(checkpoint).files, layout.METADATA_FILE, layout.COMPANION}
+    found = sorted(path.name for path in checkpoint.iterdir() if path.name not in known)
+    return [f"{name!r}: is not one of its files" for name in found]
+
+
+def set_aside_unfinished(directory: Path, newest: int, mark: str = layout.METADATA_FILE) -> list[Path]:
+    """Rename each ``step-<n>`` after ``newest`` that has lost its manifest, so that its step can be saved again.
+
+    An ``rm -rf`` or ``cp -r`` that was interrupted leaves such a directory. Only next to complete steps of ours: in a
+    folder without any it may be somebody else's. Rank 0 calls it.
+
+    Returns:
+        Where they are now.
+    """
+    complete = committed_steps(directory, mark)
+    steps = {path: layout.parse_step(path.name) for path in directory.iterdir()} if complete else {}
+    return [
+        set_aside(path)
+        for path, step in sorted(steps.items())
+        if step is not None and step > newest and path.is_dir() and not (path / mark).exists()
+    ]
 
 
 def set_aside(checkpoint: Path) -> Path:

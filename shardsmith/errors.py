@@ -148,16 +148,17 @@ class RankFailedError(RankError):
 
 
 class RankTimeoutError(RankError, TimeoutError):
-    """Some ranks did not answer in time.
+    """Some ranks did not answer in time, or have died.
 
     Attributes:
         phase: What the ranks were doing.
         missing: The ranks that were not heard of.
     """
 
-    def __init__(self, phase: str, missing: list[int], timeout_secs: float) -> None:
+    def __init__(self, phase: str, missing: list[int], timeout_secs: float, reason: str | None = None) -> None:
         names = ", ".join(map(str, missing))
-        super().__init__(f"{phase}: no word from rank {names} within {timeout_secs:g} s; it died, hangs or is slow")
+        late = f"within {timeout_secs:g} s; it died, hangs or is slow"
+        super().__init__(f"{phase}: no word from rank {names} {f'any more: {reason}' if reason else late}")
         self.phase = phase
         self.missing = list(missing)
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from shardsmith import layout
-from shardsmith.checkpoints import find_damage
+from shardsmith.checkpoints import find_damage, find_foreign_files
 from shardsmith.dcp.index import read_index
 from shardsmith.errors import CheckpointError
+from shardsmith.export.export_files import find_export_damage, records_files
 from shardsmith.formats.by_path import DCP, SHARDED, UNKNOWN, detect_checkpoint_format, model_names, open_source
 from shardsmith.metadata import dtype_name, read_metadata
 from shardsmith.model_keys import find_models
@@ -75,6 +76,10 @@ def inspect_checkpoint(path: str | Path, *, verify: bool = False) -> Inspection:
     models, damage = _summaries(path)
     if metadata is not None and verify:
         damage += find_folder_damage(path) if in_folder else find_damage(path)
+    if metadata is not None and not in_folder:
+        damage += find_foreign_files(path)
+    if metadata is None and path.is_dir():
+        damage += find_export_damage(path, contents=verify)
     return Inspection(
         path=str(path),
         format=found.name,
@@ -88,7 +93,7 @@ def inspect_checkpoint(path: str | Path, *, verify: bool = False) -> Inspection:
         files=_files(path),
         created_at=metadata.created_at if metadata else None,
         libraries=metadata.libraries if metadata else {},
-        verified=verify and metadata is not None,
+        verified=verify and (metadata is not None or records_files(path)),
         damage=tuple(damage),
     )
 

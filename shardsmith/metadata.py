@@ -9,6 +9,8 @@ import dataclasses
 import datetime
 import json
 import platform
+import re
+import reprlib
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 
 from shardsmith import layout
 from shardsmith.errors import (
@@ -43,6 +46,10 @@ SCHEMA_VERSION = 2
 """The newest that is read. What has no ``initial`` is written, and read, as version 1."""
 CHECKPOINT_TYPE = "sharded"
 _MAX_BYTES = 1 << 30
+SEAL = "self_xxh3_128"
+"""Field with the hash of the file that it is in. What is older than it has none."""
+_ENDS_AS_SEALED = re.compile(rb'": "[0-9a-f]{32}"\n}\n\Z')  # also if it is the name of the field that has changed
+_SEAL_END = b"0" * 32 + b'"\n}\n'
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,7 +129,27 @@ class CheckpointMetadata:
         if self.initial is None:
             del content["initial"]
         content |= {"checkpoint_type": CHECKPOINT_TYPE, "schema_version": self.schema_version}
-        return (json.dumps(content, indent=1, allow_nan=False) + "\n").encode()
+        return sealed_json(content)
+
+
+def sealed_json(content: Mapping[str, Any]) -> bytes:
+    """A JSON object as the bytes of a file whose last field is their own XXH3-128, taken with zeros in its place."""
+    unsealed = json.dumps({**content, SEAL: "0" * 32}, indent=1, allow_nan=False).encode() + b"\n"
+    return unsealed[: -len(_SEAL_END)] + _seal_of(unsealed) + _SEAL_END[32:]
+
+
+def require_seal(path: Path, data: bytes, content: dict[str, Any]) -> None:
+    """Take the seal out; CorruptCheckpointError if a file has changed since ``sealed_json``. Older ones have none."""
+    if content.pop(SEAL, None) is None and not _ENDS_AS_SEALED.search(data):
+        return
+    at = len(data) - len(_SEAL_END)
+    found = data[at : at + 32]
+    if data[at + 32 :] != _SEAL_END[32:] or found != _seal_of(data[:at] + _SEAL_END):
+        raise CorruptCheckpointError(path, f"has changed since it was written: it does not have its own {SEAL}")
+
+
+def _seal_of(unsealed: bytes) -> bytes:
+    return xxhash.xxh3_128_hexdigest(unsealed).encode()
 
 
 def now() -> str:
@@ -150,12 +177,13 @@ def read_metadata(directory: Path) -> CheckpointMetadata:
         UnsupportedFormatError: another kind of file of that name, or of a newer version.
     """
     path = directory / layout.METADATA_FILE
-    content = read_json(path)
+    data, content = _read(path)
     if not _is_ours(content):
         raise UnsupportedFormatError(path, "is not a checkpoint manifest of Shardsmith")
     found = content["schema_version"]
     if type(found) is not int or not 1 <= found <= SCHEMA_VERSION:
         raise UnsupportedFormatError(path, f"has schema version {found!r}; this version reads 1 to {SCHEMA_VERSION}")
+    require_seal(path, data, content)
     try:
         return _parse(content)
     except (KeyError, TypeError, ValueError) as error:
@@ -166,13 +194,24 @@ def _is_ours(content: Mapping[str, Any]) -> bool:
     return content.get("checkpoint_type") == CHECKPOINT_TYPE and "schema_version" in content
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, *, sealed: bool = False) -> dict[str, Any]:
     """Read a JSON object from a regular file.
+
+    Args:
+        sealed: It may have its own hash in it, which is compared and left out of the result.
 
     Raises:
         CheckpointNotFoundError: no such file.
-        CorruptCheckpointError: not a regular file, larger than 1 GiB, or no JSON object.
+        CorruptCheckpointError: not a regular file, larger than 1 GiB, no JSON object, or changed since it was written.
     """
+    data, content = _read(path)
+    if sealed:
+        require_seal(path, data, content)
+    return content
+
+
+def _read(path: Path) -> tuple[bytes, dict[str, Any]]:
+    """The bytes and the object of a JSON file."""
     try:
         status = path.stat()
     except OSError as error:
@@ -182,14 +221,15 @@ def read_json(path: Path) -> dict[str, Any]:
             path, f"is not a JSON file: {stat.filemode(status.st_mode)} {status.st_size} bytes"
         )
     try:
-        content = json.loads(path.read_bytes())
+        data = path.read_bytes()
+        content = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise CorruptCheckpointError(path, f"is not JSON: {error}") from error
     except OSError as error:
         raise CheckpointError(path, f"cannot be read: {error.strerror}") from error
     if not isinstance(content, dict):
         raise CorruptCheckpointError(path, f"holds a JSON {type(content).__name__}, expected an object")
-    return content
+    return data, content
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -210,7 +250,7 @@ def _parse(content: Mapping[str, Any]) -> CheckpointMetadata:
         created_at=typed(content["created_at"], str),
         models=models,
         counts={name: _model_record(record) for name, record in content["counts"].items()},
-        ema=typed_or_none(content["ema"], dict),
+        ema=_average(content["ema"]),
         tied=texts(content["tied"]),
         world_size=count(content["world_size"]),
         mesh=typed_or_none(content["mesh"], dict),
@@ -219,6 +259,14 @@ def _parse(content: Mapping[str, Any]) -> CheckpointMetadata:
         libraries=texts(content["libraries"]),
         initial=InitialRecord.parse(content["initial"]) if schema > 1 else None,
     )
+
+
+def _average(facts: Any) -> dict[str, Any] | None:
+    found: dict[str, Any] | None = typed_or_none(facts, dict)
+    decay = (found or {}).get("decay")
+    if decay is not None and (type(decay) not in (int, float) or not 0 <= decay <= 1):
+        raise ValueError(f"the average's decay is {reprlib.repr(decay)}, expected a number from 0 to 1")
+    return found
 
 
 def _as_of_version_2(content: Mapping[str, Any]) -> dict[str, Any]:

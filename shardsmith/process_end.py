@@ -14,11 +14,11 @@ import logging
 import sys
 import time
 from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
 
+from shardsmith.liveness import SilenceError, await_keys
 from shardsmith.ranks import own_connection, rank_and_size
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ def finish(timeout_secs: float = 60.0) -> None:
     if not (dist.is_available() and dist.is_initialized()):
         return
     gc.collect()  # FSDP1 modules are reference cycles that hold groups
-    _meet(timeout_secs)
+    meet(f"shardsmith/finish/{next(_numbers)}", timeout_secs)
     wait_for_idle_workers()
     dist.destroy_process_group()
     gc.collect()
@@ -69,24 +69,31 @@ def wait_for_idle_workers() -> None:
         before, now = now, _worker_states()
 
 
-def _meet(timeout_secs: float) -> None:
-    """Wait until all ranks are here; rank 0, which may hold the store, until all others know that."""
+def meet(name: str, timeout_secs: float) -> None:
+    """Wait until all ranks are here; rank 0, which may hold the store, until all others know that.
+
+    All ranks; communicates through the store. A rank that does not come, or has died, is logged.
+
+    Args:
+        name: Of this meeting, unique in the job.
+        timeout_secs: How long to wait for the others.
+    """
     rank, size = rank_and_size()
-    if size == 1:
+    if size == 1 or not dist.is_initialized():
         return
-    name, limit = f"shardsmith/finish/{next(_numbers)}", timedelta(seconds=timeout_secs)
-    store, others = own_connection(), range(1, size)
+    others = range(1, size)
     try:
+        store = own_connection()
         if rank == 0:
-            store.wait([f"{name}/here/{other}" for other in others], limit)
+            await_keys(store, [f"{name}/here/{other}" for other in others], others, timeout_secs)
             store.set(f"{name}/all", b"")
-            store.wait([f"{name}/left/{other}" for other in others], limit)
+            await_keys(store, [f"{name}/left/{other}" for other in others], others, timeout_secs)
         else:
             store.set(f"{name}/here/{rank}", b"")
-            store.wait([f"{name}/all"], limit)
+            await_keys(store, [f"{name}/all"], [0], timeout_secs)
             store.set(f"{name}/left/{rank}", b"")
-    except RuntimeError as error:  # a rank has died, or left without this
-        log.warning("not all ranks came to the end within %g s: %s", timeout_secs, error)
+    except (RuntimeError, SilenceError) as error:
+        log.warning("not all ranks came to the end: %s", error)
 
 
 def _worker_states() -> dict[str, tuple[str, str]]:

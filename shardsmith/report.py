@@ -24,6 +24,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from shardsmith.printable import printable
 from shardsmith.progress import listening
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def print_inspection(inspection: Inspection, *, as_json: bool) -> None:
     if inspection.models:
         console.print(_models_table(inspection))
     for line in inspection.damage:
-        console.print(Text.assemble(("problem", "red"), f" {line}"))
+        console.print(Text.assemble(("problem", "red"), " ", "\n".join(map(printable, line.split("\n")))))
     if not inspection.damage:
         console.print(Text("no problem found", "green"), _extent(inspection))
 
@@ -172,7 +173,7 @@ def _facts_table(inspection: Inspection) -> Table:
     }
     for name, value in facts.items():
         if value not in (None, ""):
-            table.add_row(name, str(value))
+            table.add_row(name, printable(str(value)))
     return table
 
 

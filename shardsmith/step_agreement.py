@@ -3,8 +3,9 @@
 A rank must not stop, or raise, a step before the others: they would wait for it in the training's next collective. So
 each rank has a thread that waits for word in the job's store. Whoever has something to tell puts word there. Then the
 thread of every rank answers, at once and whatever its training is doing: after which step this rank can act at the
-earliest, which is the next one that it finishes. All act after the latest of these; a rank that gets to the step of its
-own answer before it knows the others' waits for them, and they come from threads that wait for nothing.
+earliest, which is the next one that it finishes. Rank 0's thread hears all answers and publishes the latest of these
+steps, after which all act; a rank that gets to the step of its own answer before that waits for it, and it comes from
+threads that wait for nothing.
 
 While nobody has anything to tell, a step costs a lock that nobody else holds, and the store nothing.
 """
@@ -16,22 +17,23 @@ import json
 import logging
 import threading
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
+from shardsmith.liveness import SilenceError, answer_from_now_on, await_keys
 from shardsmith.ranks import own_connection, own_name, rank_and_size
 
 log = logging.getLogger(__name__)
 
 _LONG_SECS = 86400.0  # stores count milliseconds in 32 bits
-_SLICE_SECS = 1.0
 
 
 class StepAgreement:
     """Make it on all ranks at the same point. With one rank there is nobody to agree with, and nothing is started."""
 
     def __init__(self, timeout_secs: float = 60.0) -> None:
-        """``timeout_secs``: how long to wait for the threads of the other ranks before each rank acts for itself."""
+        """``timeout_secs``: how long to wait for the thread of a living rank before each rank acts for itself."""
         self._rank, self._size = rank_and_size()
         self._timeout_secs = timeout_secs
         self._changed = threading.Condition()
@@ -45,6 +47,7 @@ class StepAgreement:
         if not self._is_over:
             self._name = own_name()
             self._waiting, self._telling = own_connection(), own_connection()  # a blocking wait keeps others out
+            answer_from_now_on()
             self._thread = threading.Thread(target=self._run, name="shardsmith-agreement", daemon=True)
             self._thread.start()
             atexit.register(self.close)
@@ -90,7 +93,7 @@ class StepAgreement:
         try:
             while self._await_word() and self._settle():
                 pass
-        except RuntimeError as error:  # the store is gone, and the rank that held it; or a rank does not answer
+        except (RuntimeError, SilenceError) as error:  # the store is gone, or a rank
             log.debug("ranks agree on nothing any more: %s", error)
         finally:
             with self._changed:
@@ -111,36 +114,58 @@ class StepAgreement:
         return True
 
     def _settle(self) -> bool:
-        """One round. False if a rank has closed, which ends the agreement."""
+        """One round. False if a rank has closed or died, which ends the agreement."""
         with self._changed:
             promise = None if self._is_closing else self._passed + 1
             self._promised, told = promise, [*self._untold]
         key = f"{self._name}/{self._round}"
         self._waiting.set(f"{key}/{self._rank}", json.dumps([promise, told]))
         self._waiting.set(f"{key}/word", b"")  # also if it was sent for the round before, which did not carry it
-        answers = [] if promise is None else self._hear([f"{key}/{rank}" for rank in range(self._size)])
-        steps = [step for step, _ in answers if step is not None]
+        verdict = self._judge(key) if self._rank == 0 else None if promise is None else self._await_verdict(key)
+        if verdict is None:
+            return False
+        step, notices = verdict
         with self._changed:
-            if len(steps) < self._size:
-                return False
-            notices = [notice for _, said in answers for notice in said]
-            self._settled.append((max(steps), notices))
+            self._settled.append((step, notices))
             self._untold = [notice for notice in self._untold if notice not in notices]
             self._promised = None
             self._round += 1
             self._changed.notify_all()
         return True
 
-    def _hear(self, keys: list[str]) -> list[Any]:
-        """What all ranks answer. Raises RuntimeError if one does not in time, or this one is being closed meanwhile."""
-        deadline = time.monotonic() + self._timeout_secs
-        while True:
+    def _judge(self, key: str) -> tuple[int, list[Any]] | None:
+        """Rank 0: hear all answers; publish after which step all act, and on what. None: the agreement is over."""
+        verdict = None
+        try:
+            answers = [] if self._is_closing else self._hear(key)
+            steps = [step for step, _ in answers if step is not None]
+            if len(steps) == self._size:
+                verdict = max(steps), [notice for _, told in answers for notice in told]
+        finally:
+            self._waiting.set(f"{key}/verdict", json.dumps(verdict))
+        self._forget(self._round - 1)  # all have answered in this round, so they have read the verdict on that one
+        return verdict
+
+    def _hear(self, key: str) -> list[tuple[int | None, list[Any]]]:
+        keys = [f"{key}/{rank}" for rank in range(self._size)]
+        self._await(keys, range(self._size))
+        return [json.loads(answer) for answer in self._waiting.multi_get(keys)]
+
+    def _await_verdict(self, key: str) -> tuple[int, list[Any]] | None:
+        self._await([f"{key}/verdict"], [0])
+        verdict = json.loads(self._waiting.get(f"{key}/verdict"))
+        return verdict and (verdict[0], verdict[1])
+
+    def _await(self, keys: Sequence[str], ranks: Sequence[int]) -> None:
+        """Raises SilenceError if a rank does not answer, or this one is being closed meanwhile."""
+        await_keys(self._waiting, keys, ranks, self._timeout_secs, give_up=lambda: self._is_closing)
+
+    def _forget(self, old_round: int) -> None:
+        for name in ("word", "verdict", *range(self._size)) if old_round >= 0 else ():
             try:
-                self._waiting.wait(keys, timedelta(seconds=_SLICE_SECS))
-                return [json.loads(answer) for answer in self._waiting.multi_get(keys)]
-            except RuntimeError:
-                if time.monotonic() > deadline or self._is_closing:
-                    raise
+                self._waiting.delete_key(f"{self._name}/{old_round}/{name}")
+            except RuntimeError as error:  # some stores cannot delete; the keys are small
+                log.debug("could not delete: %s", error)
 
     def _send_word(self, this_round: int) -> None:
         if not self._is_over:

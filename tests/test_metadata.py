@@ -17,6 +17,7 @@ from shardsmith.initial_record import BufferRecord, InitialRecord, config_hash
 from shardsmith.layout import METADATA_FILE
 from shardsmith.metadata import (
     SCHEMA_VERSION,
+    SEAL,
     CheckpointMetadata,
     FileRecord,
     ModelRecord,
@@ -85,6 +86,8 @@ BARE = dataclasses.replace(
 
 def put(directory: Path, content: bytes | dict[str, Any]) -> Path:
     """Write a metadata.json and return the directory."""
+    if not isinstance(content, bytes):
+        content.pop(SEAL, None)  # as files that are older than it
     data = content if isinstance(content, bytes) else json.dumps(content).encode()
     (directory / METADATA_FILE).write_bytes(data)
     return directory
@@ -93,6 +96,7 @@ def put(directory: Path, content: bytes | dict[str, Any]) -> Path:
 def content() -> dict[str, Any]:
     """The JSON object of ``FULL``, fit to be changed."""
     parsed: dict[str, Any] = json.loads(FULL.to_json())
+    del parsed[SEAL]
     return parsed
 
 
@@ -102,8 +106,33 @@ def test_what_is_written_is_read_back(tmp_path: Path, metadata: CheckpointMetada
 
 
 def test_the_golden_file_is_read_and_would_be_written_the_same() -> None:
-    assert read_metadata(GOLDEN) == FULL
-    assert FULL.to_json() == (GOLDEN / METADATA_FILE).read_bytes()
+    assert read_metadata(GOLDEN) == FULL, "which is older than the hash of the file in it"
+    written = FULL.to_json()
+    assert json.loads(written).pop(SEAL) != "0" * 32
+    assert written.startswith((GOLDEN / METADATA_FILE).read_bytes().rstrip().removesuffix(b"\n}"))
+
+
+def test_every_flipped_bit_and_every_cut_is_found(tmp_path: Path) -> None:
+    data = FULL.to_json()
+    for bit in range(len(data) * 8):
+        broken = bytearray(data)
+        broken[bit // 8] ^= 1 << bit % 8
+        with pytest.raises((CorruptCheckpointError, UnsupportedFormatError)):
+            read_metadata(put(tmp_path, bytes(broken)))
+    for length in range(len(data)):
+        with pytest.raises(CorruptCheckpointError):
+            read_metadata(put(tmp_path, data[:length]))
+
+
+@pytest.mark.parametrize("facts", [{"updates": 3}, {"decay": None}], ids=["without", "null"])
+def test_an_average_whose_decay_is_not_said_is_read(tmp_path: Path, facts: dict[str, Any]) -> None:
+    assert read_metadata(put(tmp_path, content() | {"ema": facts})).ema == facts
+
+
+@pytest.mark.parametrize("decay", ["0.9", True, -1, 1.5, [0.9]])
+def test_a_decay_that_is_none_is_refused(tmp_path: Path, decay: Any) -> None:
+    with pytest.raises(CorruptCheckpointError, match="decay"):
+        read_metadata(put(tmp_path, content() | {"ema": {"decay": decay}}))
 
 
 def test_only_what_training_starts_from_needs_the_newer_schema(tmp_path: Path) -> None:

@@ -53,6 +53,7 @@ def convert(
             f"writing {plan.output.name}",
             lambda: _write(plan, directory, ranks, progress, early),
             lambda parts: [list(asdict(count).values()) for count in _commit(plan, attempt[0], parts, ranks.size)],
+            large=True,
         )
         return [Count(*count) for count in counts]
     finally:

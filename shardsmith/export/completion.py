@@ -14,8 +14,9 @@ from shardsmith.commit import sync, write_file, writing
 from shardsmith.digest import Digest
 from shardsmith.dtypes import CASTABLE
 from shardsmith.export.directory import DirectoryPlan, ModelPlan
+from shardsmith.export.export_files import file_records
 from shardsmith.export.hf_directory import CONFIG_FILE, config_for, copy_files
-from shardsmith.metadata import dtype_name, now
+from shardsmith.metadata import dtype_name, now, sealed_json
 
 Digests = Mapping[str, Mapping[str, Digest]]
 """By model, then by tensor, of what was written."""
@@ -41,7 +42,10 @@ def complete_directory(plan: DirectoryPlan, directory: Path, digests: Digests) -
         sizes |= _write_companions(plan, directory, sizes)
     if plan.base is not None:
         sizes |= copy_files(plan.base, [name for name in plan.copies if name not in sizes], directory)
-    sizes[layout.PROVENANCE_FILE] = write_file(directory / layout.PROVENANCE_FILE, _json(_provenance(plan, digests)))
+    weights = {file.name for model in plan.models for file in model.weights.files}
+    with writing(directory, "hashing its files"):
+        provenance = _provenance(plan, digests) | {"files": file_records(directory, sizes, weights)}
+    sizes[layout.PROVENANCE_FILE] = write_file(directory / layout.PROVENANCE_FILE, sealed_json(provenance))
     return sizes
 
 

@@ -132,6 +132,7 @@ class LiveExporter:
             phase,
             lambda: [(box.name, box.box.offsets, box.box.sizes) for box in held],
             lambda said: _deal(model, said),
+            large=True,
         )
         return dealt[self._ranks.rank]
 
@@ -177,7 +178,9 @@ class JointExport:
         attempt = self._ranks.lead(f"making the files of {name}", self._make_files)
         directory = layout.temporary_path(self.plan.output, attempt)
         write = self._writer.write
-        self._receipts = self._ranks.gather(f"writing {name}", lambda: write(self.plan, self._staged, directory))
+        self._receipts = self._ranks.gather(
+            f"writing {name}", lambda: write(self.plan, self._staged, directory), large=True
+        )
 
     def commit(self) -> Path:
         """Complete the directory and make it visible. Any thread, all ranks; communicates through the store.

@@ -41,7 +41,7 @@ def digest_live(ranks: Ranks, phase: str, collect: Callable[[], Mapping[str, Ten
             for shape in [specs[held.name][0]]
         ]
 
-    found = ranks.agree(phase, look, _add_up)
+    found = ranks.agree(phase, look, _add_up, large=True)
     return {
         name: TensorRecord(shape=tuple(shape), dtype=dtype, digest=digest)
         for name, (shape, dtype, digest) in found.items()

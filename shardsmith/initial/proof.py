@@ -63,6 +63,7 @@ def specs_on_all(ranks: Ranks, live: LiveWeights) -> dict[str, TensorSpec]:
         "comparing names",
         lambda: {name: [list(spec.shape), dtype_name(spec.dtype)] for name, spec in live.specs.items()},
         lambda parts: {name: spec for part in reversed(parts) for name, spec in part.items()},
+        large=True,
     )
     return {name: TensorSpec(name, tuple(shape), getattr(torch, dtype)) for name, (shape, dtype) in found.items()}
 
@@ -120,6 +121,7 @@ def prove_values(
             "repaired": list(repaired),
         },
         lambda parts: _judged(parts, known, unknown),
+        large=True,
     )
     wrong: dict[str, str] = found["wrong"]
     pairs = {a: kept for a, kept in source.ties.items() if {a, kept} <= dtypes.keys() and not {a, kept} & wrong.keys()}
@@ -214,6 +216,7 @@ def _explain(
         "looking at what differs",
         lambda: _looked(live, source, wrong),
         lambda parts: _faults(parts, len(dtypes), matrices, wrong),
+        large=True,
     )
     return [LoadFault(*fault) for fault in found]
 

@@ -85,7 +85,7 @@ def adopt(
     if ranks is None:
         write([measure(0)])
     else:
-        ranks.agree(f"recording {directory.name}", lambda: measure(ranks.rank), write)
+        ranks.agree(f"recording {directory.name}", lambda: measure(ranks.rank), write, large=True)
     return path
 
 

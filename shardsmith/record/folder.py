@@ -54,7 +54,7 @@ def record_folder(ranks: Ranks, folder: Path, step: int, live: LiveModel) -> Fol
         with writing(folder, "reading what the trainer wrote"):
             return {name: [found.size, found.xxh3_128] for name, found in _record_files(folder, mine).items()}
 
-    for share in ranks.gather(f"reading {folder.name}", look):
+    for share in ranks.gather(f"reading {folder.name}", look, large=True):
         files |= {name: FileRecord(size=size, xxh3_128=text) for name, (size, text) in share.items()}
     return FolderRecord(step=step, files=dict(sorted(files.items())), tensors=live.tensors)
 

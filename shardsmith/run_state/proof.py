@@ -50,7 +50,9 @@ def prove_state(ranks: Ranks, state: Mapping[str, Any], path: Path, metadata: Ch
     Raises:
         RankFailedError: on all ranks, naming every tensor that differs. With one rank, CorruptCheckpointError.
     """
-    return ranks.agree(f"proving {path.name}", lambda: [*_shares(state)], lambda said: _compare(path, metadata, said))
+    return ranks.agree(
+        f"proving {path.name}", lambda: [*_shares(state)], lambda said: _compare(path, metadata, said), large=True
+    )
 
 
 def _problem(key: str, value: Any, source: RankShards) -> str | None:

@@ -48,7 +48,7 @@ def save_rank_shards(target: Path, collect: Callable[[], Contents], ranks: Ranks
     mine = save.deal(collect)
     try:
         save.make_directory()
-        receipts = ranks.gather(f"writing {target.name}", lambda: save.write(mine))
+        receipts = ranks.gather(f"writing {target.name}", lambda: save.write(mine), large=True)
         ranks.lead(f"committing {target.name}", lambda: save.commit(receipts))
     except BaseException:
         save.abandon()
@@ -83,7 +83,7 @@ class _Save:
             specs = {key: [list(tensor.shape), tensor.dtype.itemsize] for key, tensor in tensors.items()}
             return [specs, [(key, box.offsets, box.sizes) for key, box in values]]
 
-        dealt = self._ranks.agree(f"collecting {self._target.name}", look, _deal)[self._ranks.rank]
+        dealt = self._ranks.agree(f"collecting {self._target.name}", look, _deal, large=True)[self._ranks.rank]
         chosen = {(key, Chunk(tuple(offsets), tuple(sizes))) for key, offsets, sizes in dealt}
         mine = {held: tensor for held, tensor in values.items() if held in chosen}
         return mine | empty if self._ranks.is_leader else mine

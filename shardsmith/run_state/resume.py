@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,13 @@ from typing import Any
 from shardsmith import layout
 from shardsmith.dcp.load import LocalLoad
 from shardsmith.dcp.source import DcpSource
-from shardsmith.errors import CheckpointError, CheckpointNotFoundError, RankFailedError, UsageError
+from shardsmith.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    RankFailedError,
+    UsageError,
+)
 from shardsmith.metadata import CheckpointMetadata, read_metadata
 from shardsmith.model_keys import EMA
 from shardsmith.ranks import Ranks
@@ -59,6 +66,7 @@ def load_ours(path: Path, state: TrainState, wanted: Wanted, ranks: Ranks) -> tu
     with_rng = wanted.rng and ranks.rank < metadata.world_size
     target = state.collect(metadata.step, with_rng=with_rng, with_main=wanted.model, to_load=True).state_dict
     fill(target, path, ranks)
+    refuse_other_step(path, metadata.step, target)
     status = _read_status(path, ranks.rank) if wanted.data_status else None
     state.restore(target)
     live = state.collect(metadata.step, with_rng=False, with_main=wanted.model).state_dict
@@ -88,6 +96,13 @@ def fill(target: dict[str, Any], path: Path, ranks: Ranks) -> None:
 def _fill_from_ranks(target: dict[str, Any], path: Path) -> None:
     with contextlib.closing(RankShards(path)) as source:
         fill_state(target, source)
+
+
+def refuse_other_step(path: Path, step: int, state: Mapping[str, Any]) -> None:
+    """Raise CorruptCheckpointError if the state that was loaded is of another step than metadata.json says."""
+    found = state.get("train_state", {}).get("step")
+    if found is not None and int(found) != step:
+        raise CorruptCheckpointError(path, f"holds the state of step {int(found)}, but metadata.json is of step {step}")
 
 
 def _is_dcp(path: Path) -> bool:

@@ -81,7 +81,7 @@ class SaveInProgress:
         answer = self._ranks.agree(phase, lambda: self._collect(collect), self._decide)
         if answer["attempt"] is None:
             entries, speakers = self._held.entries, answer["speakers"]
-            answer = self._ranks.agree(phase, lambda: self._share.report(entries, speakers), self._settle)
+            answer = self._ranks.agree(phase, lambda: self._share.report(entries, speakers), self._settle, large=True)
             self._share.accept(entries, answer["shares"][self._ranks.rank])
         self._attempt_id = answer["attempt"]
         self._own = self._share.own
@@ -105,7 +105,7 @@ class SaveInProgress:
             RankFailedError: on all ranks, if writing failed on any. The attempt is gone.
         """
         with self._abandoned_on_error():
-            self._receipts = self._ranks.gather(f"writing {self.target.name}", self._write)
+            self._receipts = self._ranks.gather(f"writing {self.target.name}", self._write, large=True)
 
     def commit(self, extra: Mapping[str, bytes] | None = None) -> Path:
         """Make the checkpoint visible and return its path. Any thread; communicates through the store.

@@ -1,0 +1,168 @@
+"""Which ranks are alive, asked only when one has kept others waiting. While nobody waits, it costs the store nothing.
+
+Each process has a thread that sleeps until another rank asks for a sign of life, and gives one whatever the training
+is doing: a rank that is slow, or writes to a disk that stands still, answers at once. One that does not answer has
+died, hangs with the interpreter's lock (GIL) held, or is stopped.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+log = logging.getLogger(__name__)
+
+ANSWER_SECS = 6.0
+"""How long a rank has for its answer, in seconds."""
+LOST = "the connection to the job's store is lost; the rank or the launcher that held it has ended"
+_KNOWN_DEAD_SECS = 1.0  # for an answer of one that gave none before
+_FIRST_LOOK_SECS = 2.0  # how long a rank may keep others waiting until they look whether it is alive
+_SLICE_SECS = 1.0
+_ASKED_AT_ONCE = 64
+_LONG_SECS = 86400.0  # stores count milliseconds in 32 bits
+_PREFIX = "shardsmith/alive"
+_current: _Answering | None = None
+
+
+def default_store() -> Any:
+    """The job's store."""
+    return dist.distributed_c10d._get_default_store()  # there is no public way to it
+
+
+def answer_from_now_on() -> None:
+    """Let other ranks ask whether this process is alive. Once for each job; any number of calls."""
+    global _current
+    store = default_store()
+    if _current is None or _current.store is not store:
+        _current = _Answering(store, dist.get_rank())
+
+
+class SilenceError(Exception):
+    """Some ranks were not heard of.
+
+    Attributes:
+        dead: Those that give no sign of life any more.
+        reason: Why nothing can be heard of them; None if they are only late.
+    """
+
+    def __init__(self, dead: list[int], reason: str | None) -> None:
+        super().__init__(reason or "a rank is late")
+        self.dead = dead
+        self.reason = reason
+
+
+def await_keys(
+    store: Any,
+    keys: Sequence[str],
+    ranks: Sequence[int],
+    limit_secs: float,
+    *,
+    known_dead: Sequence[int] = (),
+    give_up: Callable[[], bool] = lambda: False,
+) -> None:
+    """Wait until every key is in the store.
+
+    Args:
+        store: A connection that no other thread uses.
+        ranks: Which rank sets each key.
+        known_dead: Ranks that gave no sign of life before; they are not waited for a second time.
+        give_up: Asked about once a second, whether waiting has become pointless.
+
+    Raises:
+        SilenceError: a rank that is missing has died, is late, or the store is gone.
+    """
+    rank_of = dict(zip(keys, ranks, strict=True))
+    pending = list(keys)
+    deadline, look = time.monotonic() + limit_secs, time.monotonic() + (0 if known_dead else _FIRST_LOOK_SECS)
+    wanted = pending
+    while pending:
+        left = min(look, deadline, time.monotonic() + _SLICE_SECS) - time.monotonic()
+        try:
+            store.wait(wanted, timedelta(seconds=max(0.01, left)))
+            pending = pending[len(wanted) :]
+        except dist.DistNetworkError as error:
+            raise SilenceError([], LOST) from error
+        except RuntimeError as error:
+            late = time.monotonic() >= deadline or give_up()
+            if late or time.monotonic() >= look:
+                limit = _KNOWN_DEAD_SECS if late or known_dead else ANSWER_SECS
+                _require_life(store, pending, rank_of, limit, error)
+                look = time.monotonic() + max(_FIRST_LOOK_SECS, len(ranks) / 500)
+            if late:
+                raise SilenceError([], None) from error
+        wanted = pending[:1]  # to ask for all of them again would cost the store each time
+
+
+def _require_life(
+    store: Any, pending: list[str], rank_of: Mapping[str, int], limit_secs: float, error: RuntimeError
+) -> None:
+    """Raise SilenceError if one of the ranks that are missing has died, or if the store is gone."""
+    try:
+        asked = random.sample(pending, min(len(pending), _ASKED_AT_ONCE))
+        dead = find_dead([rank_of[key] for key in asked if not store.check([key])], store, limit_secs)
+    except RuntimeError as lost:
+        raise SilenceError([], LOST) from lost
+    if dead:
+        raise SilenceError(sorted(dead), "no sign of life; it died, hangs or is stopped") from error
+
+
+def find_dead(ranks: Sequence[int], store: Any, limit_secs: float = ANSWER_SECS) -> list[int]:
+    """Those of ``ranks`` that have been alive in this job and give no sign of life any more.
+
+    Any rank, any thread with a connection of its own. Returns when all have answered, or after ``limit_secs``.
+
+    Raises:
+        RuntimeError: the store is gone, and the rank that held it.
+    """
+    before = {rank: store.add(f"{_PREFIX}/{rank}", 0) for rank in ranks}
+    silent = [rank for rank in ranks if before[rank]]  # one that has not come so far is slow, not dead
+    for rank in silent:
+        store.set(f"{_PREFIX}/{rank}/asked", b"")
+    pause, deadline = 0.005, time.monotonic() + limit_secs
+    while silent and time.monotonic() < deadline:
+        time.sleep(pause)
+        pause = min(0.25, pause * 2)
+        silent = [rank for rank in silent if store.add(f"{_PREFIX}/{rank}", 0) == before[rank]]
+    return silent
+
+
+class _Answering:
+    """The thread of this process."""
+
+    def __init__(self, store: Any, rank: int) -> None:
+        self.store = store
+        self._key = f"{_PREFIX}/{rank}"
+        self._waiting, self._telling = store.clone(), store.clone()  # a blocking wait keeps others out
+        self._is_over = False
+        self._waiting.add(self._key, 1)
+        self._thread = threading.Thread(target=self._run, name="shardsmith-alive", daemon=True)
+        self._thread.start()
+        atexit.register(self._close)
+
+    def _run(self) -> None:
+        try:
+            while True:
+                self._waiting.wait([f"{self._key}/asked"], timedelta(seconds=_LONG_SECS))
+                if self._is_over:
+                    return
+                self._waiting.delete_key(f"{self._key}/asked")  # first, so that no question goes unanswered
+                self._waiting.add(self._key, 1)
+        except RuntimeError as error:  # the store is gone, and the rank that held it
+            log.debug("nobody can ask whether this rank is alive any more: %s", error)
+
+    def _close(self) -> None:
+        """End the thread before the interpreter ends, whose lock it might want then."""
+        self._is_over = True
+        try:
+            self._telling.set(f"{self._key}/asked", b"")
+        except RuntimeError:
+            return
+        self._thread.join(1.0)
