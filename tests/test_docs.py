@@ -77,19 +77,32 @@ def test_every_planted_fault_is_in_the_published_table() -> None:
     assert {planted.code for planted in PLANTED} - {"not-finite"} <= set(table)
 
 
-@pytest.mark.parametrize("document", ["docs/tutorial.md"])
+@pytest.mark.parametrize("document", ["README.md", "docs/tutorial.md"])
 def test_the_program_of_a_document_runs_as_it_is(document: str, tmp_path: Path) -> None:
-    (program,) = re.findall(r"```python\n(.*?)```", (DOCS.parent / document).read_text(), re.DOTALL)
+    text = (DOCS.parent / document).read_text()
+    (program,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     (tmp_path / "train.py").write_text(program)
     ran = subprocess.run([sys.executable, "train.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
+    shown = re.findall(r"^(?:saved|exported) run/.*$", text, re.MULTILINE)
+    assert not shown or sorted(ran.stderr.splitlines()) == sorted(shown)
     assert sorted(os.listdir(tmp_path / "run/checkpoints")) == ["step-20", "step-25"]
-    assert sorted(load_file(tmp_path / "run/hf/step-25/model.safetensors")) == [
+    assert sorted(load_file(tmp_path / "run/hf/step-25/ema.safetensors")) == [
         "0.bias",
         "0.weight",
         "2.bias",
         "2.weight",
     ]
+    for command in re.findall(r"^shardsmith ((?:inspect|verify) run/.*)$", text, re.MULTILINE):
+        done = subprocess.run([sys.executable, "-m", "shardsmith", *command.split()], cwd=tmp_path, check=False)
+        assert done.returncode == 0, command
+
+
+def test_the_readme_is_short_and_its_links_lead_somewhere() -> None:
+    text = (DOCS.parent / "README.md").read_text()
+    assert len(text.splitlines()) <= 150
+    assert max(len(line) for line in text.splitlines()) <= 120
+    assert [link for link in re.findall(r"\]\(([^)#]+)\)", text) if not (DOCS.parent / link).exists()] == []
 
 
 def test_every_page_is_in_the_navigation_of_the_site() -> None:
