@@ -19,6 +19,9 @@ from shardsmith.step_agreement import StepAgreement
 
 from .background import Background, attempted
 from .stop_signals import StopSignals
+from .wiring import Parts, Start
+
+log = logging.getLogger(__name__)
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +43,9 @@ class Hook:
 
     loads_weights: bool = False
     """Whether ``on_train_begin`` may change the weights. It is then called before that of the other hooks."""
+
+    parts: Parts = Parts()
+    """What this hook works with. ``Hooks`` checks before the first step that all of it fits together."""
 
     background: Background | None = None
     """What this hook does in the background. ``Hooks`` lets all ranks raise a failure in it after the same step."""
@@ -115,6 +121,7 @@ class Hooks:
         """
         self.hooks: tuple[Hook, ...] = ()
         self._step = 0
+        self._start = Start()
         self._open = True
         self._ended = False
         self._rank, self._size = rank_and_size()
@@ -131,7 +138,9 @@ class Hooks:
         return self._step
 
     def add(self, hook: Hook) -> None:
-        """One more, after the others. Before ``resume``."""
+        """One more, after the others. Before ``resume``. Raises UsageError if it is attached already."""
+        if any(hook is other for other in self.hooks):
+            raise UsageError(f"this {type(hook).__name__} is attached already: name each hook once")
         hook.announce_saved = self._on_saved
         if hook.background is not None:
             self._agreement = self._agreement or StepAgreement()
@@ -139,7 +148,15 @@ class Hooks:
         self.hooks = (*self.hooks, hook)
 
     def resume(self) -> int:
-        """Restore the newest usable state and return how many steps were done; 0 on a fresh start. Communicates."""
+        """Restore the newest usable state and return how many steps were done; 0 on a fresh start. Communicates.
+
+        Call it once, before the first step.
+
+        Raises:
+            UsageError: a step was reported already, or the hooks do not fit together.
+            RanksDisagreeError, RankTimeoutError: other ranks have other hooks, or none.
+        """
+        self._start.resume(self.hooks, self._step)
         steps = [step for hook in self.hooks if (step := hook.resume()) is not None]
         self._step = max(steps, default=0)
         for hook in sorted(self.hooks, key=lambda hook: not hook.loads_weights):
@@ -164,6 +181,10 @@ class Hooks:
         """The first half of ``step``, for trainers that have a moment right after ``optimizer.step()``."""
         if type(step) is not int:
             step = check_value("Hooks.optimizer_step", "step", step, StepNumber)
+        if step <= self._step:
+            self._start.refuse_order(step, self._step)
+        if self._start.step is None:
+            self._start.begin(self.hooks, step)
         for hook in self.hooks:
             hook.on_optimizer_step(step)
 
@@ -171,6 +192,10 @@ class Hooks:
         """The second half of ``step``."""
         if type(step) is not int:
             step = check_value("Hooks.step_end", "step", step, StepNumber)
+        if step <= self._step:
+            self._start.refuse_order(step, self._step)
+        if self._start.step is None:
+            self._start.begin(self.hooks, step)
         self._step = step
         if self._signals.take():
             self.request_stop()
@@ -195,6 +220,8 @@ class Hooks:
     def train_end(self, step: int) -> None:
         """The first half of ``close``, for trainers that do more after the last step: what is due at it is done."""
         self._ended = True
+        if self.hooks and self._start.step is None and self._step == 0:
+            log.warning("no step was reported, although the training ends: call hooks.step(step) after each step")
         for hook in self.hooks:
             hook.on_train_end(step)
 

@@ -17,6 +17,7 @@ from shardsmith.errors import UsageError
 
 from .base import Hook
 from .local_weights import LocalWeights, local
+from .wiring import Parts
 
 
 class EMA(Hook):
@@ -59,6 +60,7 @@ class EMA(Hook):
         self.offload = offload
         self.updates = 0
         self._model = model
+        self.parts = Parts(model=model)
         self._weights = LocalWeights(model)
         self._average: dict[str, Tensor] = {}
         for name, parameter in self._weights.parameters.items():
@@ -102,12 +104,15 @@ class EMA(Hook):
 
     def facts(self) -> dict[str, float | int | bool]:
         """What a reader of a checkpoint wants to know about the average in it."""
+        return {**self.settings(), "updates": self.updates}
+
+    def settings(self) -> dict[str, float | int | bool]:
+        """How the average is made."""
         return {
             "decay": self.decay,
             "warmup": self.warmup,
             "start_step": self.start_step,
             "every_n_steps": self.every_n_steps,
-            "updates": self.updates,
         }
 
     @torch.no_grad()

@@ -21,6 +21,7 @@ from shardsmith.export.file_writer import choose_writer
 from shardsmith.export.hf_directory import protect
 from shardsmith.export.live import Check
 from shardsmith.layout import PROVENANCE_FILE, step_name
+from shardsmith.meeting import meet
 from shardsmith.name_maps.maps import NameMap
 from shardsmith.ranks import Ranks
 
@@ -35,6 +36,7 @@ from .live_source import Begin, LiveSource
 from .live_state import LiveDirectory, LiveState, ModelFiles
 from .retention import Retention, steps_to_remove
 from .schedule import Schedule
+from .wiring import Parts, alike
 
 log = logging.getLogger(__name__)
 
@@ -155,7 +157,19 @@ class HFExport(Hook):
         self._answers = Answers(model, ema, verify_inputs) if verify == "load" else None
         sizes: dict[str, Any] = {"dtype": dtype, "max_shard_size": max_shard_size}
         self._state = LiveState(model, ema, files, names=names, view=view, **sizes)
+        facts = alike(
+            directory=self.directory.absolute(),
+            when=when,
+            keep=keep,
+            models=chosen,
+            source=source,
+            dtype=dtype,
+            write_mode=write_mode,
+            ema=ema and ema.settings(),
+        )
+        self.parts = Parts(model=model, average=ema, directory=self.directory, facts=facts)
         self._ranks, self._writer_ranks = Ranks(timeout_secs), Ranks(timeout_secs)  # one for each thread
+        meet(self._ranks, "making HFExport", facts)
         live = LiveSource(self._state, self._ranks, self._writer_ranks, choose_writer(write_mode, self._ranks))
         saved: CheckpointSource | None = None
         if checkpoints is not None:

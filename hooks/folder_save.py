@@ -25,6 +25,7 @@ from shardsmith.errors import CheckpointNotFoundError, CorruptCheckpointError, M
 from shardsmith.export.live_boxes import StagingBuffer
 from shardsmith.initial.live_digest import OTHER_VALUES, compare_digests, digest_live
 from shardsmith.layout import COMPANION, FOLDER_FILE
+from shardsmith.meeting import meet
 from shardsmith.metadata import TensorRecord, read_metadata
 from shardsmith.names import tied_weights
 from shardsmith.ranks import Ranks
@@ -39,6 +40,7 @@ from .background import Background
 from .base import Hook
 from .ema import EMA
 from .reload import reload
+from .wiring import Parts, alike
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +72,10 @@ class FolderSave(Hook):
         """
         self._model = model
         self._ema = ema
+        facts = alike(async_mode=async_mode, ema=ema and ema.settings())
+        self.parts = Parts(model=model, average=ema, facts=facts)
         self._ranks = Ranks(timeout_secs)
+        meet(self._ranks, "making FolderSave", facts)
         self.background = Background("shardsmith-companion") if async_mode == "async" else None
         self._share = Share(self._ranks.rank)
         self._buffer = StagingBuffer() if self.background else None

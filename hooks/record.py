@@ -18,6 +18,7 @@ from shardsmith.checkpoints import committed_steps
 from shardsmith.commit import remove, sweep
 from shardsmith.errors import ShardsmithError
 from shardsmith.layout import parse_step, step_name
+from shardsmith.meeting import meet
 from shardsmith.names import tied_weights
 from shardsmith.ranks import Ranks
 from shardsmith.record.adopt import adopt, disown
@@ -26,6 +27,7 @@ from .background import Background
 from .base import Hook
 from .ema import EMA
 from .retention import Retention, steps_to_remove
+from .wiring import Parts, alike
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +66,10 @@ class Recorder(Hook):
         self.keep = keep
         self._ema = ema
         self._tied = tied_weights(model)
+        facts = alike(directory=self.directory.absolute(), keep=keep, ema=ema and ema.settings())
+        self.parts = Parts(model=model, average=ema, directory=self.directory, facts=facts)
         self._ranks, self._writer_ranks = Ranks(timeout_secs), Ranks(timeout_secs)  # one for each thread
+        meet(self._ranks, "making Recorder", facts)
         self.background: Background = Background("shardsmith-record")
         self._running: deque[tuple[int, Future[Path]]] = deque()
         self._ranks.lead(f"preparing {self.directory}", lambda: len(sweep(self.directory)))

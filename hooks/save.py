@@ -22,18 +22,21 @@ from shardsmith.commit import prove_writable, remove, sweep
 from shardsmith.errors import IncompleteCheckpointError, RankFailedError, UsageError
 from shardsmith.export.live_boxes import StagingBuffer
 from shardsmith.layout import step_name
+from shardsmith.meeting import meet
 from shardsmith.metadata import CheckpointMetadata, read_metadata
 from shardsmith.ranks import Ranks
+from shardsmith.run_state.optimizers import check_optimizers
 from shardsmith.run_state.resume import fill, refuse_other_step
 from shardsmith.run_state.save import Contents, SaveInProgress
 from shardsmith.run_state.share import Share
-from shardsmith.run_state.train_state import TrainState
+from shardsmith.run_state.train_state import TrainState, optimizer_list
 
 from .background import Background, attempted, logged
 from .base import Hook
 from .ema import EMA
 from .retention import Retention, steps_to_remove
 from .schedule import Schedule
+from .wiring import Parts, alike
 
 log = logging.getLogger(__name__)
 
@@ -80,16 +83,28 @@ class ShardedSave(Hook):
             timeout_secs: How long to wait for a rank before a save is given up.
 
         Raises:
-            UsageError: a name in ``stateful`` is taken.
+            UsageError: a name in ``stateful`` is taken, or the optimizer's parameters are not the model's.
             RankFailedError, WriteError: the directory cannot be written to.
         """
         self.directory = Path(directory)
         self.when = when
         self.keep = keep
+        facts = alike(
+            directory=self.directory.absolute(),
+            when=when,
+            keep=keep,
+            async_mode=async_mode,
+            layout=layout,
+            ema=ema and ema.settings(),
+        )
+        self.parts = Parts(model=model, average=ema, directory=self.directory, resumes=True, facts=facts)
         self._ranks = Ranks(timeout_secs)
+        meet(self._ranks, "making ShardedSave", facts)
+        optimizers = optimizer_list(optimizer)
+        check_optimizers("ShardedSave", model, optimizers)
         self._state = TrainState(
             model,
-            optimizer=optimizer,
+            optimizer=optimizers,
             scheduler=scheduler,
             ema=ema,
             stateful=stateful,

@@ -37,14 +37,16 @@ from shardsmith.formats.detected import (
     DetectedFormat,
 )
 from shardsmith.initial.buffer_reference import Fresh
+from shardsmith.meeting import meet
 from shardsmith.ranks import Ranks
 from shardsmith.run_state.average import Average, ModuleAverage
 from shardsmith.run_state.foreign import ForeignLoad, Loaded
+from shardsmith.run_state.optimizers import check_optimizers
 from shardsmith.run_state.rank_shards_writer import save_rank_shards
 from shardsmith.run_state.resume import DATA_STATUS, Wanted, load_ours
 from shardsmith.run_state.save import Contents, SaveInProgress
 from shardsmith.run_state.share import Share
-from shardsmith.run_state.train_state import TrainState
+from shardsmith.run_state.train_state import TrainState, optimizer_list
 
 log = logging.getLogger(__name__)
 
@@ -101,11 +103,13 @@ class ShardedCheckpointManager:
         self.directory = Path(directory)
         self.average = _average(ema, ema_decay, ema_start_step)
         self._model = model
-        self._optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
+        self._optimizers = optimizer_list(optimizer)
+        check_optimizers("ShardedCheckpointManager", model, self._optimizers)
         self._scheduler = scheduler
         self._backend = backend
         self._fresh = fresh
         self._ranks = Ranks(timeout_secs)
+        meet(self._ranks, "making ShardedCheckpointManager", {"directory": str(directory), "backend": backend})
         self._share = Share(self._ranks.rank)
         self._all = self._state(Wanted())
         self._ranks.lead(f"preparing {self.directory}", self._prepare)

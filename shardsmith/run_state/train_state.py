@@ -47,7 +47,7 @@ class TrainState:
         """``nested`` puts the model's keys under ``model.``. Raises UsageError if a name in ``stateful`` is taken."""
         self.ema = ema
         self._model = model
-        self._optimizers = _optimizer_list(optimizer)
+        self._optimizers = optimizer_list(optimizer)
         self._scheduler = scheduler
         self._stateful = dict(stateful or {})
         self._nested = nested
@@ -114,7 +114,8 @@ class TrainState:
         return dict(main)
 
 
-def _optimizer_list(optimizer: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer]:
+def optimizer_list(optimizer: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer]:
+    """All of the optimizers."""
     if optimizer is None:
         return []
     return [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)

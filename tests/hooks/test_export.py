@@ -334,8 +334,8 @@ def test_the_last_step_is_exported_once(tmp_path: Path) -> None:
     [
         {"models": "ema"},  # there is none
         {"dtype": "int8"},
-        {"dtype": "bf16"},
-        {"dtype": {"*": "bf16"}},
+        {"dtype": "bf61"},
+        {"dtype": {"*": "bf61"}},
         {"max_shard_size": "5 parsecs"},
         {"write_mode": "file"},
     ],

@@ -1,0 +1,165 @@
+"""How hooks fit together, found out before the first step: what ``Hooks`` cannot make up for later."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from shardsmith.checkpoints import committed_steps
+from shardsmith.errors import RanksDisagreeError, UsageError
+from shardsmith.layout import step_name
+from shardsmith.meeting import meet
+from shardsmith.ranks import Ranks, rank_and_size
+
+if TYPE_CHECKING:
+    from .base import Hook
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parts:
+    """What a hook works with."""
+
+    model: nn.Module | None = None
+    """The model that it reads."""
+    average: Any = None
+    """The average that it reads and that another hook updates."""
+    directory: Path | None = None
+    """Where it publishes step directories."""
+    resumes: bool = False
+    """Whether ``resume`` finds the run's state in that directory."""
+    facts: Mapping[str, str] = field(default_factory=dict)
+    """Arguments that must be the same on all ranks."""
+
+
+def alike(**values: object) -> dict[str, str]:
+    """Arguments of a hook that must be the same on all ranks, as text."""
+    return {name: str(value) for name, value in values.items()}
+
+
+class Start:
+    """The beginning of a training, where everything that can be wrong with the hooks is found.
+
+    Attributes:
+        step: The first step that was reported; None before.
+    """
+
+    def __init__(self) -> None:
+        self.step: int | None = None
+        self._is_checked = False
+        self._has_resumed = False
+        self._ranks: Ranks | None = None
+
+    def resume(self, hooks: Sequence[Hook], step: int) -> None:
+        """``resume`` is called. All ranks; communicates if any hook does. Raises what ``check_wiring`` raises."""
+        if self.step is not None:
+            raise UsageError(
+                f"resume() after step {step} would go back to an earlier state: call it once, before the loop"
+            )
+        self._check(hooks)
+        self._has_resumed = True
+
+    def begin(self, hooks: Sequence[Hook], step: int) -> None:
+        """The first step of all is reported, which is where all ranks must be. As ``resume``."""
+        self._check(hooks)
+        if not self._has_resumed:
+            refuse_forgotten_resume(hooks, step)
+        if self._ranks is not None:
+            meet(self._ranks, "reporting the first step", {"step": step})
+        self.step = step
+
+    def refuse_order(self, step: int, last: int) -> None:
+        """Raise UsageError: this step was reported although ``last`` is done."""
+        if step == 0:
+            raise UsageError("step 0 was reported, but steps count from 1: call hooks.step(step) after step += 1")
+        if self.step is None:
+            raise UsageError(
+                f"step {step} was reported, but resume() has loaded step {last}: begin the loop there, "
+                "with step = hooks.resume()"
+            )
+        how = "twice" if step == last else f"after step {last}"
+        raise UsageError(f"step {step} was reported {how}: report each optimizer step once, in order")
+
+    def _check(self, hooks: Sequence[Hook]) -> None:
+        if not self._is_checked:
+            _, size = rank_and_size()
+            self._ranks = Ranks() if size > 1 and any(hook.parts.facts for hook in hooks) else None
+            check_wiring(hooks, self._ranks)
+            self._is_checked = True
+
+
+def check_wiring(hooks: Sequence[Hook], ranks: Ranks | None) -> None:
+    """Raise unless the hooks fit together, and those of all ranks. All ranks; communicates through the store.
+
+    Raises:
+        UsageError: two hooks publish into one directory, an average that is read is not attached, or is of another
+            model.
+        RanksDisagreeError: ranks have other hooks, or other arguments.
+    """
+    problems = [*_shared_directories(hooks), *_averages(hooks)]
+    if ranks is not None:
+        facts = {"hooks": ", ".join(type(hook).__name__ for hook in hooks) or "none", "problems": problems}
+        for hook in hooks:
+            facts |= {f"{type(hook).__name__}: {name}": value for name, value in hook.parts.facts.items()}
+        try:
+            meet(ranks, "checking the hooks before the first step", facts)
+        except RanksDisagreeError:
+            if not problems:  # this rank is in order, and another one is not
+                raise
+    if problems:
+        raise UsageError("\n  ".join(["the hooks do not fit together", *problems]) + "\nNo step was done.")
+
+
+def refuse_forgotten_resume(hooks: Sequence[Hook], step: int) -> None:
+    """Raise UsageError if step number ``step`` comes first, and there are later checkpoints that were not resumed."""
+    for hook in hooks:
+        directory = hook.parts.directory
+        steps = committed_steps(directory) if hook.parts.resumes and directory is not None else []
+        if steps and steps[-1] >= step:
+            raise UsageError(
+                f"step {step} is the first one of this run, but {directory} holds {step_name(steps[-1])}, "
+                "and resume() was not called: this run would start anew and fail when it saves that step again. "
+                "Call step = hooks.resume() before the loop, or give another directory"
+            )
+
+
+def _shared_directories(hooks: Sequence[Hook]) -> list[str]:
+    problems, first = [], dict[Path, str]()
+    for hook in hooks:
+        if hook.parts.directory is not None:
+            name, place = type(hook).__name__, hook.parts.directory.resolve()
+            if place in first:
+                problems.append(
+                    f"{first[place]} and {name} both publish step directories in {hook.parts.directory}: "
+                    "give each a directory of its own"
+                )
+            first.setdefault(place, name)
+    return problems
+
+
+def _averages(hooks: Sequence[Hook]) -> list[str]:
+    problems = []
+    for hook in hooks:
+        name, average = type(hook).__name__, hook.parts.average
+        if average is None:
+            continue
+        if not any(average is other for other in hooks) and average.updates == 0:
+            problems.append(
+                f"{name} was given an EMA that is not attached: nothing would update it, and it would stay what the "
+                f"weights are now. Write Hooks(ema, {name}(..., ema=ema))"
+            )
+        if not _is_of(average.parts.model, hook.parts.model):
+            problems.append(f"{name} was given an EMA of another model: write EMA(model) with the model of {name}")
+    return problems
+
+
+def _is_of(averaged: nn.Module | None, model: nn.Module | None) -> bool:
+    """Whether one is the other, or is wrapped in it, or is a part of it."""
+    if averaged is None or model is None:
+        return True
+    return any(module is averaged for module in model.modules()) or any(
+        module is model for module in averaged.modules()
+    )

@@ -1,0 +1,61 @@
+"""Whether optimizers hold the parameters of a model, and no others."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+
+from torch import nn
+from torch.optim import Optimizer
+
+from shardsmith.errors import UsageError
+
+log = logging.getLogger(__name__)
+
+
+def check_optimizers(owner: str, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+    """Raise UsageError unless every parameter of the optimizers is one of the model's. No communication.
+
+    An optimizer that was made before the model was sharded holds parameters that nobody trains any more: its steps
+    change nothing, and a save finds no names for them. Parameters that no optimizer holds are named in a warning.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    held = [(one, parameter) for one in optimizers for group in one.param_groups for parameter in group["params"]]
+    foreign = [(one, parameter) for one, parameter in held if id(parameter) not in names]
+    problems = []
+    for optimizer in dict.fromkeys(one for one, _ in foreign):
+        shapes = [tuple(parameter.shape) for one, parameter in foreign if one is optimizer]
+        total = sum(one is optimizer for one, _ in held)
+        problems.append(
+            f"{len(shapes)} of the {total} parameters of {type(optimizer).__name__} are not in the model; "
+            f"the first has shape {shapes[0]}"
+        )
+    counts = Counter(id(parameter) for _, parameter in held)
+    problems += [f"{names[key]} is in {n} optimizers" for key, n in counts.items() if n > 1 and key in names]
+    if problems:
+        lines = "\n  ".join(problems)
+        raise UsageError(
+            f"{owner}: the optimizer does not hold the parameters of the model\n  {lines}\n"
+            f"{_advice(model, [tuple(parameter.shape) for _, parameter in foreign])}Nothing was done."
+        )
+    if optimizers:
+        _warn_of_missing(owner, model, {id(parameter) for _, parameter in held})
+
+
+def _advice(model: nn.Module, shapes: Sequence[tuple[int, ...]]) -> str:
+    if not shapes:
+        return ""
+    if set(shapes) <= {tuple(parameter.shape) for parameter in model.parameters()}:
+        return (
+            "They have the shapes of the model's own: the optimizer was made before the model was sharded, or for "
+            "another model. Make it after fully_shard / FSDP, from model.parameters().\n"
+        )
+    return "Give the optimizer parameters of this model only, or make the other module a part of the model.\n"
+
+
+def _warn_of_missing(owner: str, model: nn.Module, held: set[int]) -> None:
+    missing = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
+    if missing:
+        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        log.warning("%s: %s: trainable, but in no optimizer; they are saved as they are", owner, shown)

@@ -1,0 +1,321 @@
+"""Hooks that do not fit together, or not to the model, are refused before the first step: on all ranks, in seconds."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+from shardsmith.errors import RankError, RanksDisagreeError, RankTimeoutError, UsageError
+from shardsmith.hooks import EMA, HFExport, Hook, Hooks, ShardedSave, every, last, latest
+from shardsmith.meeting import START_SECS
+from tests.ranks import run_on_ranks
+
+Make = Callable[[Path], Hooks]
+
+
+def linear() -> nn.Linear:
+    return nn.Linear(4, 4)
+
+
+def not_attached(directory: Path) -> Hooks:
+    model = linear()
+    return Hooks(ShardedSave(directory, model=model, ema=EMA(model), when=every(1)))
+
+
+def exported_only(directory: Path) -> Hooks:
+    model = linear()
+    return Hooks(HFExport(directory, model=model, ema=EMA(model), when=every(1)))
+
+
+def of_another_model(directory: Path) -> Hooks:
+    ema = EMA(linear())
+    return Hooks(ema, ShardedSave(directory, model=linear(), ema=ema, when=every(1)))
+
+
+def two_exports(directory: Path) -> Hooks:
+    model = linear()
+    return Hooks(
+        HFExport(directory, model=model, when=every(1)), HFExport(directory / "x" / "..", model=model, when=every(2))
+    )
+
+
+def save_and_export(directory: Path) -> Hooks:
+    model = linear()
+    return Hooks(ShardedSave(directory, model=model, when=every(1)), HFExport(directory, model=model, when=every(1)))
+
+
+UNFIT: dict[str, tuple[Make, str]] = {
+    "an average for saves only": (not_attached, r"ShardedSave was given an EMA that is not attached.*Hooks\(ema, "),
+    "an average for exports only": (exported_only, "HFExport was given an EMA that is not attached"),
+    "an average of another model": (of_another_model, "ShardedSave was given an EMA of another model"),
+    "two exports in a place": (two_exports, "HFExport and HFExport both publish step directories in"),
+    "save and export in a place": (save_and_export, "ShardedSave and HFExport both publish"),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+@pytest.mark.parametrize("first", ["resume", "step"])
+def test_hooks_that_do_not_fit_together_are_refused_before_anything_happens(
+    case: str, first: str, tmp_path: Path
+) -> None:
+    make, message = UNFIT[case]
+    hooks = make(tmp_path)
+    with pytest.raises(UsageError, match=message):
+        hooks.resume() if first == "resume" else hooks.step(1)
+    hooks.close(broken_off=True)
+    assert not list(tmp_path.glob("step-*"))
+
+
+def test_an_average_of_the_wrapped_or_inner_model_is_one_of_the_model(tmp_path: Path) -> None:
+    model = linear()
+    whole = nn.Sequential(model)
+    for averaged, saved in ((model, whole), (whole, model)):
+        ema = EMA(averaged)
+        Hooks(ema, HFExport(tmp_path, model=saved, ema=ema, when=last(), models="main")).resume()
+
+
+def test_a_hook_that_is_named_twice_is_refused() -> None:
+    ema = EMA(linear())
+    with pytest.raises(UsageError, match="this EMA is attached already"):
+        Hooks(ema, ema)
+
+
+def saved_until(directory: Path, step: int) -> Hooks:
+    """Hooks of a new run over the checkpoints of an old one."""
+    model = linear()
+    with Hooks(ShardedSave(directory, model=model, when=every(1))) as hooks:
+        for one in range(1, step + 1):
+            hooks.step(one)
+    return Hooks(ShardedSave(directory, model=model, when=every(10)))
+
+
+def test_a_forgotten_resume_is_found_at_the_first_step(tmp_path: Path) -> None:
+    hooks = saved_until(tmp_path, 2)
+    with pytest.raises(UsageError, match=r"holds step-2, and resume\(\) was not called.*step = hooks\.resume\(\)"):
+        hooks.step(1)
+    hooks.close(broken_off=True)
+
+
+def test_steps_beyond_all_checkpoints_need_no_resume(tmp_path: Path) -> None:
+    with saved_until(tmp_path, 2) as hooks:  # something else has loaded the state
+        hooks.step(3)
+
+
+def test_a_resume_after_the_first_step_is_refused(tmp_path: Path) -> None:
+    hooks = saved_until(tmp_path, 2)
+    hooks.step(hooks.resume() + 1)
+    with pytest.raises(UsageError, match=r"resume\(\) after step 3 would go back"):
+        hooks.resume()
+    hooks.close()
+
+
+class Counting(Hook):
+    """How often a step was passed on."""
+
+    calls = 0
+
+    def on_optimizer_step(self, step: int) -> None:  # noqa: ARG002
+        self.calls += 1
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ((0,), "steps count from 1"),
+        ((1, 1), "step 1 was reported twice"),
+        ((1, 3, 2), "step 2 was reported after step 3"),
+    ],
+)
+def test_steps_out_of_order_are_refused_before_any_hook_hears_of_them(steps: tuple[int, ...], message: str) -> None:
+    counting = Counting()
+    hooks = Hooks(counting)
+    for step in steps[:-1]:
+        hooks.step(step)
+    with pytest.raises(UsageError, match=message):
+        hooks.step(steps[-1])
+    assert counting.calls == len(steps) - 1
+
+
+def test_a_loop_that_does_not_begin_where_the_run_was_is_told_where(tmp_path: Path) -> None:
+    hooks = saved_until(tmp_path, 2)
+    hooks.resume()
+    with pytest.raises(UsageError, match=r"resume\(\) has loaded step 2: begin the loop there"):
+        hooks.step(1)
+    hooks.close(broken_off=True)
+
+
+def test_a_run_that_reports_no_step_is_warned(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    hooks = Hooks(ShardedSave(tmp_path, model=linear(), when=every(1)))
+    hooks.resume()
+    with caplog.at_level(logging.WARNING):
+        hooks.close()
+    assert "no step was reported" in caplog.text
+
+
+def made_before_sharding(directory: Path, sharding: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    optimizer = torch.optim.AdamW(model.parameters())
+    if sharding == "fsdp2":
+        fully_shard(model)
+    else:
+        model = FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+    with pytest.raises(UsageError, match=r"\d of the 4 parameters of AdamW are not in the model") as caught:
+        ShardedSave(directory, model=model, optimizer=optimizer, when=every(1))
+    assert sharding == "fsdp1" or "made before the model was sharded" in str(caught.value)
+    right = torch.optim.AdamW(model.parameters())
+    ShardedSave(directory, model=model, optimizer=right, when=every(1)).close()
+
+
+@pytest.mark.parametrize("sharding", ["fsdp2", "fsdp1"])
+def test_an_optimizer_that_was_made_before_sharding_is_refused(tmp_path: Path, sharding: str) -> None:
+    run_on_ranks(made_before_sharding, 2, tmp_path, tmp_path / "run", sharding)
+
+
+def test_an_optimizer_of_other_parameters_is_refused_and_one_of_fewer_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, other = nn.Linear(4, 4), nn.Linear(3, 3)
+    make = partial(ShardedSave, tmp_path, model=model, when=every(1))
+    both = torch.optim.SGD([*model.parameters(), *other.parameters()], lr=0.1)
+    with pytest.raises(UsageError, match=r"2 of the 4 parameters of SGD are not in the model; .* shape \(3, 3\)"):
+        make(optimizer=both)
+    with pytest.raises(UsageError, match="weight is in 2 optimizers"):
+        make(optimizer=[torch.optim.SGD(model.parameters(), lr=0.1), torch.optim.SGD([model.weight], lr=0.1)])
+    make(optimizer=torch.optim.SGD([model.weight], lr=0.1)).close()
+    assert "bias: trainable, but in no optimizer" in caplog.text
+
+
+# What only several ranks can have wrong. Each body is one mistake, and ends with a collective that must work.
+
+
+def sharded() -> nn.Module:
+    torch.manual_seed(0)
+    model = linear()
+    fully_shard(model)
+    return model
+
+
+def other_schedules(directory: Path) -> None:
+    Hooks(ShardedSave(directory, model=sharded(), when=every(5 + dist.get_rank())))
+
+
+def other_directories(directory: Path) -> None:
+    HFExport(directory / str(dist.get_rank()), model=sharded(), when=every(5))
+
+
+def other_retentions(directory: Path) -> None:
+    ShardedSave(directory, model=sharded(), when=every(5), keep=latest(1 + dist.get_rank()))
+
+
+def other_hooks(directory: Path) -> None:
+    model = sharded()
+    if dist.get_rank() == 0:
+        ShardedSave(directory, model=model, when=every(5))
+    HFExport(directory / "hf", model=model, when=every(5))
+
+
+def other_averages(directory: Path) -> None:
+    model = sharded()
+    ema = EMA(model, decay=0.9 + 0.01 * dist.get_rank())
+    Hooks(ema, ShardedSave(directory, model=model, ema=ema, when=every(5)))
+
+
+def other_order(directory: Path) -> None:
+    model = sharded()
+    hooks: list[Hook] = [ShardedSave(directory, model=model, when=every(5)), EMA(model)]
+    Hooks(*(hooks if dist.get_rank() else reversed(hooks))).resume()
+
+
+def other_steps(directory: Path) -> None:
+    hooks = Hooks(ShardedSave(directory, model=sharded(), when=every(5)))
+    hooks.step(1 + dist.get_rank())
+
+
+def unfit_on_one_rank(directory: Path) -> None:
+    model = sharded()
+    ema = EMA(model)
+    save = ShardedSave(directory, model=model, ema=ema, when=every(5))
+    (Hooks(ema, save) if dist.get_rank() == 0 else Hooks(save)).resume()
+
+
+def first_rank_only(directory: Path) -> None:
+    if dist.get_rank() == 0:
+        Hooks(ShardedSave(directory, model=linear(), when=every(5)))
+    else:
+        raise RanksDisagreeError("this rank makes no hooks, and so nobody can tell it")
+
+
+def last_rank_only(directory: Path) -> None:
+    if dist.get_rank() == 1:
+        Hooks(HFExport(directory, model=linear(), when=every(5)))
+    else:
+        raise RanksDisagreeError("this rank makes no hooks, and so nobody can tell it")
+
+
+def first_rank_steps(directory: Path) -> None:
+    hooks = Hooks(ShardedSave(directory, model=sharded(), when=every(5)))
+    hooks.resume()
+    if dist.get_rank() == 0:
+        hooks.step(1)
+    raise RanksDisagreeError("this rank reports no step")
+
+
+RANKS: list[tuple[Callable[[Path], None], str, str]] = [
+    (other_schedules, "when: every(5) on rank 0; every(6) on rank 1", "the same"),
+    (other_directories, "directory:", "the same"),
+    (other_retentions, "keep: latest(1) on rank 0; latest(2) on rank 1", "the same"),
+    (other_hooks, "making HFExport", "making HFExport"),
+    (other_averages, "'decay': 0.9,", "the same"),
+    (other_order, "hooks: EMA, ShardedSave on rank 0; ShardedSave, EMA on rank 1", "the same"),
+    (other_steps, "step: 1 on rank 0; 2 on rank 1", "the same"),
+    (unfit_on_one_rank, "the ranks do not do the same", "not attached"),
+    (first_rank_only, "making ShardedSave: no word from rank 1", "makes no hooks"),
+    (last_rank_only, "makes no hooks", "making HFExport: no word from rank 0"),
+    (first_rank_steps, "reporting the first step: no word from rank 1", "reports no step"),
+]
+
+
+def run_mistake(body: Callable[[Path], None], messages: tuple[str, ...], directory: Path) -> None:
+    os.environ[START_SECS] = "1"
+    began = time.monotonic()
+    with pytest.raises((RankError, UsageError)) as caught:
+        body(directory)
+    assert time.monotonic() - began < 30  # and not the half hour that a save may take
+    assert messages[dist.get_rank()] in str(caught.value), str(caught.value)
+    if isinstance(caught.value, RankTimeoutError):
+        assert "code that runs on one rank only" in str(caught.value)
+    total = torch.ones(1)
+    dist.all_reduce(total)  # the training's group is as it was
+    assert total.item() == dist.get_world_size()
+
+
+@pytest.mark.parametrize("case", RANKS, ids=lambda case: case[0].__name__)
+def test_ranks_that_do_not_do_the_same_are_found_on_all_of_them(case: Any, tmp_path: Path) -> None:
+    body, *messages = case
+    run_on_ranks(run_mistake, 2, tmp_path, body, tuple(messages), tmp_path / "run")
+
+
+def run_late_rank(directory: Path) -> None:
+    if dist.get_rank() == 1:
+        dist.recv(torch.empty(1), 0)  # until the other one has been there for a while
+    else:
+        sender = dist.isend(torch.ones(1), 1)
+        sender.wait()
+    with Hooks(ShardedSave(directory, model=linear(), when=every(1))) as hooks:
+        hooks.step(1)
+
+
+def test_a_rank_that_is_late_is_waited_for(tmp_path: Path) -> None:
+    run_on_ranks(run_late_rank, 2, tmp_path, tmp_path / "run")
+    assert (tmp_path / "run" / "step-1" / "metadata.json").is_file()
