@@ -1,6 +1,7 @@
 """The hooks that a training loop attaches, and what is needed to write one."""
 
 from shardsmith.process_end import finish
+from shardsmith.run_state.rank_states import per_rank
 
 from .background import Background
 from .base import Hook, Hooks
@@ -31,4 +32,5 @@ __all__ = [
     "last",
     "latest",
     "multiples_of",
+    "per_rank",
 ]

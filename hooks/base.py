@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from shardsmith.argument_types import StepNumber
 from shardsmith.arguments import check_value, checked
@@ -147,21 +147,44 @@ class Hooks:
             hook.background.tell = partial(self._tell_failure, len(self.hooks))
         self.hooks = (*self.hooks, hook)
 
-    def resume(self) -> int:
+    def resume(
+        self,
+        *,
+        step: int | None = None,
+        parts: Sequence[str] | None = None,
+        directory: str | Path | None = None,
+        on_missing: Literal["raise", "start"] | None = None,
+    ) -> int:
         """Restore the newest usable state and return how many steps were done; 0 on a fresh start. Communicates.
 
         Call it once, before the first step.
 
+        Args:
+            step: Go on from this step, instead of the newest. Later checkpoints are set aside.
+            parts: What to restore: ``"model"``, ``"ema"``, ``"optimizer"``, ``"scheduler"``, ``"rng"``, and the names
+                in ``stateful``. None restores all.
+            directory: Where the checkpoints are, if not where this run saves.
+            on_missing: ``"start"`` lets what the checkpoint does not have begin anew, ``"raise"`` stops.
+
         Raises:
-            UsageError: a step was reported already, or the hooks do not fit together.
+            UsageError: a step was reported already, or the hooks do not fit together, or none takes such arguments.
             RanksDisagreeError, RankTimeoutError: other ranks have other hooks, or none.
         """
         self._start.resume(self.hooks, self._step)
-        steps = [step for hook in self.hooks if (step := hook.resume()) is not None]
-        self._step = max(steps, default=0)
+        given = {"step": step, "parts": parts, "directory": directory, "on_missing": on_missing}
+        options = {name: value for name, value in given.items() if value is not None}
+        if options and not any(hook.parts.resumes for hook in self.hooks):
+            raise UsageError(f"resume({', '.join(options)}=...) needs a hook that saves, such as ShardedSave")
+        steps = [self._resume(hook, options) for hook in self.hooks]
+        self._step = max((step for step in steps if step is not None), default=0)
         for hook in sorted(self.hooks, key=lambda hook: not hook.loads_weights):
             hook.on_train_begin(self._step)
         return self._step
+
+    def _resume(self, hook: Hook, options: dict[str, Any]) -> int | None:
+        """Only a hook with ``parts.resumes`` takes options."""
+        resume: Callable[..., int | None] = hook.resume
+        return resume(**options) if hook.parts.resumes else resume()
 
     def step(self, step: int) -> None:
         """Report that optimizer step number ``step`` (from 1) is done. Raises what failed in the background.

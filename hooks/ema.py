@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,8 @@ class EMA(Hook):
             after it is one more copy (and counts as an update).
         every_n_steps: Update at the multiples of this.
         offload: Hold the averages in CPU memory; each update then copies the weights there.
+        on_other_decay: What to do if a checkpoint holds an average that was made with another decay: ``"raise"``, or
+            ``"continue"`` from it with ``decay``.
 
     Attributes:
         updates: Number of updates so far.
@@ -52,12 +54,14 @@ class EMA(Hook):
         start_step: StepNumber = 0,
         every_n_steps: Count = 1,
         offload: bool = False,
+        on_other_decay: Literal["raise", "continue"] = "raise",
     ) -> None:
         self.decay = decay
         self.warmup = warmup
         self.start_step = start_step
         self.every_n_steps = every_n_steps
         self.offload = offload
+        self.on_other_decay = on_other_decay
         self.updates = 0
         self._model = model
         self.parts = Parts(model=model)
@@ -154,7 +158,7 @@ class EMA(Hook):
         """
         self._refuse_while_in_use("load an average")
         decay, loaded = float(state_dict["decay"]), state_dict["model"]
-        if decay != self.decay and not allow_other_decay:
+        if decay != self.decay and not allow_other_decay and self.on_other_decay == "raise":
             raise UsageError(
                 f"the average to load has decay {decay}, this one {self.decay}: build EMA(..., decay={decay}), "
                 "or pass allow_other_decay=True to load_state_dict"

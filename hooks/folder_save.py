@@ -32,6 +32,7 @@ from shardsmith.ranks import Ranks
 from shardsmith.record.adopt import disown
 from shardsmith.record.companion import companion_of, is_complete, is_deserted, read_folder_record
 from shardsmith.record.folder import SHARDED_MODEL, LiveModel, record_folder
+from shardsmith.run_state.average import refuse_other_decay
 from shardsmith.run_state.resume import fill
 from shardsmith.run_state.save import Contents, SaveInProgress
 from shardsmith.run_state.share import Share
@@ -262,11 +263,7 @@ class FolderSave(Hook):
         saved = read_metadata(directory).ema
         if saved is None:
             raise CheckpointNotFoundError(directory, "holds no average: the run that wrote it had none")
-        if saved.get("decay", self._ema.decay) != self._ema.decay:
-            raise UsageError(
-                f"{directory} holds an average with decay {saved['decay']}, but ours has {self._ema.decay}. "
-                f"Nothing was loaded; ask for {saved['decay']}"
-            )
+        refuse_other_decay(directory, saved.get("decay", self._ema.decay), self._ema)
         state = self._collect(0).state_dict
         fill(state, directory, self._ranks)
         self._ema.load_state_dict({**state["ema_state"], "model": state["ema_model"]})

@@ -4,29 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim import Optimizer
 
-from shardsmith.argument_types import Directory, Seconds, StepNumber
+from shardsmith.argument_types import Count, Directory, LocalPath, Seconds, StepNumber
 from shardsmith.arguments import checked
-from shardsmith.checkpoints import committed_steps, find_damage, set_aside, set_aside_unfinished
+from shardsmith.checkpoints import committed_steps, find_damage, set_aside, set_aside_unfinished, set_later_aside
 from shardsmith.commit import prove_writable, remove, sweep
-from shardsmith.errors import IncompleteCheckpointError, RankFailedError, UsageError
+from shardsmith.errors import CheckpointNotFoundError, IncompleteCheckpointError, RankFailedError, UsageError
 from shardsmith.export.live_boxes import StagingBuffer
 from shardsmith.layout import step_name
 from shardsmith.meeting import meet
-from shardsmith.metadata import CheckpointMetadata, read_metadata
+from shardsmith.metadata import read_metadata
 from shardsmith.ranks import Ranks
+from shardsmith.run_state.alike import ReplicaCheck, collect_alike
 from shardsmith.run_state.optimizers import check_optimizers
-from shardsmith.run_state.resume import fill, refuse_other_step
+from shardsmith.run_state.rank_states import PerRank
+from shardsmith.run_state.resume_parts import OnMissing, load_parts
 from shardsmith.run_state.save import Contents, SaveInProgress
 from shardsmith.run_state.share import Share
 from shardsmith.run_state.train_state import TrainState, optimizer_list
@@ -63,10 +65,12 @@ class ShardedSave(Hook):
         optimizer: Optimizer | Iterable[Optimizer] | None = None,
         scheduler: Stateful | None = None,
         ema: EMA | None = None,
-        stateful: Mapping[str, Stateful] | None = None,
+        stateful: Mapping[str, Stateful | PerRank] | None = None,
         keep: Retention | None = None,
         async_mode: Literal["async", "disabled"] = "async",
         layout: Literal["flat", "nested"] = "flat",
+        on_missing: OnMissing = "raise",
+        compare_replicas: Literal["first", "never"] | Count = "first",
         timeout_secs: Seconds = 1800.0,
     ) -> None:
         """Prove that the directory can be written to and remove what dead attempts left there.
@@ -75,11 +79,16 @@ class ShardedSave(Hook):
             directory: Made if missing; on a file system that all ranks share.
             when: At which steps to save.
             optimizer: One, or all of the model's.
-            stateful: More things to save, by top-level key; each has ``state_dict`` and ``load_state_dict``.
+            stateful: More things to save, by top-level key; each has ``state_dict`` and ``load_state_dict``. Their
+                states must be the same on all ranks; what each rank has for itself is passed as ``per_rank(loader)``.
             keep: Which committed steps outlive a new one; None keeps all. The newest is always kept.
             async_mode: ``"async"`` copies the state to CPU memory, returns, and writes in the background, one save at
                 a time; ``"disabled"`` returns when the checkpoint is committed.
             layout: ``"nested"`` puts the model's keys under ``model.``, as TorchTitan before 0.2 wants them.
+            on_missing: What a resume does with a part that the checkpoint does not have, such as an average in a run
+                that had none: ``"raise"``, or ``"start"`` it anew.
+            compare_replicas: When to compare, across the ranks, the tensors that several of them hold, such as all of
+                them under DDP: at the ``"first"`` save, at the first and every so many saves, or ``"never"``.
             timeout_secs: How long to wait for a rank before a save is given up.
 
         Raises:
@@ -110,7 +119,10 @@ class ShardedSave(Hook):
             stateful=stateful,
             nested=layout == "nested",
             rank=self._ranks.rank,
+            world_size=self._ranks.size,
         )
+        self._on_missing = on_missing
+        self._replicas = ReplicaCheck(self._ranks, compare_replicas)
         self.background = Background("shardsmith-save") if async_mode == "async" else None
         self._share = Share(self._ranks.rank)
         self._buffer = StagingBuffer() if self.background else None
@@ -175,7 +187,8 @@ class ShardedSave(Hook):
         job = SaveInProgress(self.directory / step_name(step), self._ranks, self._share)
         with self._state.ema.staging() if self._state.ema else contextlib.nullcontext():
             try:
-                job.begin(collect)
+                contents = self._compared(collect, f"collecting {job.target.name}")
+                job.begin(lambda: contents)
             except RankFailedError:
                 if error is not None:
                     raise error from None
@@ -187,6 +200,12 @@ class ShardedSave(Hook):
             self._in_flight = (step, self.background.submit(partial(self._finish, job)))
         else:
             self._announce(step, self._finish(job))
+
+    def _compared(self, collect: Callable[[], Contents], phase: str) -> Contents:
+        """What ``collect`` gives, if the ranks hold alike what is saved once. All ranks; communicates."""
+        contents = collect_alike(self._ranks, phase, collect, self._state.shared_keys)
+        self._replicas.look(phase, self._state.replicated(contents.state_dict))
+        return contents
 
     def saving(self, step: int) -> Future[Path]:
         """The save of a step, in flight or done. No communication.
@@ -203,57 +222,83 @@ class ShardedSave(Hook):
         done.set_result(path)
         return done
 
-    def resume(self) -> int | None:
+    @checked
+    def resume(
+        self,
+        *,
+        step: StepNumber | None = None,
+        parts: Sequence[str] | None = None,
+        directory: Directory | None = None,
+        on_missing: OnMissing | None = None,
+    ) -> int | None:
         """Load the newest checkpoint that is sound; its step, or None without any. All ranks; communicates.
 
         All its files are read and compared with their hashes first. One that is damaged is set aside, and said so in
         the log, and the one before it is taken. It may have been saved by another number of ranks.
 
+        Args:
+            step: Load this one, and no other. Later ones in the directory of this hook are set aside.
+            parts: What to load: ``"model"``, ``"ema"``, ``"optimizer"``, ``"scheduler"``, ``"rng"`` and the names in
+                ``stateful``. The others stay as they are. None loads all.
+            directory: Where to look, if not where this hook saves. Nothing is set aside there.
+            on_missing: As in the constructor.
+
         Raises:
+            CheckpointNotFoundError: the step that was asked for is not there.
             IncompleteCheckpointError: there are checkpoints, but none is sound.
             MismatchError: it does not hold what model, optimizer and so on need. Nothing was loaded.
+            UsageError: this run has no such part.
         """
-        steps = self._ranks.lead("looking for checkpoints", lambda: committed_steps(self.directory))
-        for step in reversed(steps):
-            if self._is_sound(self.directory / step_name(step)):
-                self.load(self.directory / step_name(step))
-                self._saved_step = step
-                self._ranks.lead("setting aside what is half deleted", partial(self._set_aside_unfinished, step))
-                return step
+        place = self.directory if directory is None else Path(directory)
+        steps = self._ranks.lead("looking for checkpoints", lambda: committed_steps(place))
+        if step is not None:
+            steps = [self._only(place, steps, step)]
+        for one in reversed(steps):
+            path = place / step_name(one)
+            if self._is_sound(path, set_damaged_aside=place == self.directory and step is None):
+                self.load(path, parts=parts, on_missing=on_missing)
+                if place == self.directory:
+                    self._saved_step = one
+                    if step is not None:
+                        self._ranks.lead("setting later steps aside", partial(set_later_aside, place, step))
+                    self._ranks.lead("setting aside what is half deleted", partial(self._set_aside_unfinished, one))
+                return one
         if steps:
             names = ", ".join(map(step_name, steps))
-            raise IncompleteCheckpointError(self.directory, f"every checkpoint is damaged and was set aside: {names}")
+            aside = " and was set aside" * (place == self.directory and step is None)
+            raise IncompleteCheckpointError(place, f"every checkpoint is damaged{aside}: {names}")
+        if directory is not None:
+            raise CheckpointNotFoundError(place, "holds no checkpoint; name the directory that has the step-<n>")
         return None
 
-    def load(self, checkpoint: Path) -> None:
-        """Load everything from one checkpoint directory. All ranks; communicates.
+    @checked
+    def load(
+        self, checkpoint: LocalPath, *, parts: Sequence[str] | None = None, on_missing: OnMissing | None = None
+    ) -> None:
+        """Load everything, or some parts, from one checkpoint directory. All ranks; communicates.
 
         It may be one of ``ShardedCheckpointManager``, also in files of single ranks. Random number generators are
         restored on the ranks that the saving run had, too.
+
+        Args:
+            parts: As in ``resume``.
+            on_missing: As in the constructor.
 
         Raises:
             UsageError: the average in it has another decay than ours. Nothing was loaded.
             MismatchError: it does not hold what is needed. Nothing was loaded.
         """
-        metadata = read_metadata(checkpoint)
-        self._refuse_other_average(checkpoint, metadata)
-        state = self._state.collect(
-            metadata.step, with_rng=self._ranks.rank < metadata.world_size, to_load=True
-        ).state_dict
-        fill(state, checkpoint, self._ranks)
-        refuse_other_step(checkpoint, metadata.step, state)
-        self._state.restore(state)
-        log.info("resumed from %s", checkpoint)
+        path = Path(checkpoint)
+        if read_metadata(path).ema is not None and self._state.ema is None:
+            log.warning("%s holds an EMA, but no EMA is attached: it is not loaded", path)
+        options: dict[str, Any] = {"parts": parts, "on_missing": on_missing or self._on_missing}
+        load_parts(path, self._state, self._ranks, **options)
 
-    def _refuse_other_average(self, checkpoint: Path, metadata: CheckpointMetadata) -> None:
-        ema, saved = self._state.ema, metadata.ema
-        if saved is not None and ema is None:
-            log.warning("%s holds an EMA, but no EMA is attached: it is not loaded", checkpoint)
-        if saved is not None and ema is not None and saved.get("decay", ema.decay) != ema.decay:
-            raise UsageError(
-                f"{checkpoint} holds an average with decay {saved['decay']}, but EMA(decay={ema.decay}) is attached. "
-                f"Nothing was loaded; attach EMA(decay={saved['decay']})"
-            )
+    def _only(self, directory: Path, steps: Sequence[int], step: int) -> int:
+        if step not in steps:
+            there = ", ".join(map(step_name, steps)) or "none"
+            raise CheckpointNotFoundError(directory / step_name(step), f"is not a committed checkpoint; there: {there}")
+        return step
 
     def _finish(self, job: SaveInProgress) -> Path:
         """Write, commit, then retention. In the background thread, if there is one."""
@@ -287,13 +332,13 @@ class ShardedSave(Hook):
         if self.announce_saved:
             self.announce_saved(step, path)
 
-    def _is_sound(self, checkpoint: Path) -> bool:
+    def _is_sound(self, checkpoint: Path, *, set_damaged_aside: bool = True) -> bool:
         """Look at all files, divided among the ranks; set the checkpoint aside if any is damaged. Communicates."""
         part, parts = self._ranks.rank, self._ranks.size
         return self._ranks.agree(
             f"verifying {checkpoint.name}",
             lambda: find_damage(checkpoint, part=part, parts=parts),
-            lambda found: _set_aside_if_damaged(checkpoint, [*chain(*found)]),
+            lambda found: _judge(checkpoint, [*chain(*found)], set_damaged_aside),
         )
 
     def _set_aside_unfinished(self, resumed: int) -> None:
@@ -305,9 +350,8 @@ class ShardedSave(Hook):
         sweep(self.directory)
 
 
-def _set_aside_if_damaged(checkpoint: Path, damage: list[str]) -> bool:
+def _judge(checkpoint: Path, damage: list[str], set_damaged_aside: bool) -> bool:
     if damage:
-        log.warning(
-            "%s is damaged and was set aside as %s\n  %s", checkpoint, set_aside(checkpoint), "\n  ".join(damage)
-        )
+        where = f" and was set aside as {set_aside(checkpoint)}" if set_damaged_aside else ""
+        log.warning("%s is damaged%s\n  %s", checkpoint, where, "\n  ".join(damage))
     return not damage

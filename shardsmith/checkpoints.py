@@ -5,6 +5,7 @@ Only committed checkpoints of ours count: a directory named ``step-<n>`` that ho
 
 from __future__ import annotations
 
+import logging
 import os
 import stat
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,8 @@ from shardsmith import layout
 from shardsmith.errors import CheckpointError
 from shardsmith.metadata import FileRecord, read_metadata
 from shardsmith.progress import advance
+
+log = logging.getLogger(__name__)
 
 _READ_BYTES = 1 << 20
 
@@ -91,6 +94,21 @@ def set_aside(checkpoint: Path) -> Path:
     aside = layout.damaged_path(checkpoint, layout.new_attempt_id())
     checkpoint.rename(aside)
     return aside
+
+
+def set_later_aside(directory: Path, step: int) -> list[str]:
+    """Rename the checkpoints that are later than a step that a run goes back to; the new names. Nothing is deleted."""
+    moved = []
+    for later in committed_steps(directory):
+        if later > step:
+            path = directory / layout.step_name(later)
+            aside = layout.superseded_path(path, layout.new_attempt_id())
+            path.rename(aside)
+            log.warning(
+                "%s is later than step %d, from which the run goes on: it was set aside as %s", path, step, aside
+            )
+            moved.append(aside.name)
+    return moved
 
 
 def hash_file(path: Path) -> str:

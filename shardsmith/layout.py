@@ -5,6 +5,7 @@
     run/checkpoints/.step-500.trash-<attempt>/   being deleted
     run/checkpoints/.removed.trash-<attempt>/    the same, among a trainer's own directories
     run/checkpoints/.step-500.damaged-<attempt>/ found damaged at a resume and set aside
+    run/checkpoints/.step-500.superseded-<attempt>/ set aside by a run that went back to an earlier step
 
 Names are matched whole, never searched for: ``old-step-500.bak`` is not step 500.
 """
@@ -69,6 +70,11 @@ def trash_path(target: Path, attempt: str) -> Path:
 def damaged_path(target: Path, attempt: str) -> Path:
     """Where a damaged checkpoint is set aside; nothing of ours reads or deletes it there."""
     return target.with_name(f".{target.name}.damaged-{attempt}")
+
+
+def superseded_path(target: Path, attempt: str) -> Path:
+    """Where a checkpoint is set aside that is newer than the one a run went back to; nothing of ours reads it there."""
+    return target.with_name(f".{target.name}.superseded-{attempt}")
 
 
 def is_leftover(name: str) -> bool:

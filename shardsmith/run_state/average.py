@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -40,6 +41,17 @@ class Average(Protocol):
     def staging(self) -> contextlib.AbstractContextManager[None]:
         """Within it nothing changes it through this object."""
         ...
+
+
+def refuse_other_decay(path: Path, saved: float, average: Average) -> None:
+    """Raise UsageError if an average was made with another decay than this one has, and nothing says to go on."""
+    if saved != average.decay and getattr(average, "on_other_decay", "raise") == "raise":
+        raise UsageError(
+            f"{path} holds an average with decay {saved}, this one has decay {average.decay}. Nothing was loaded; "
+            f'use decay {saved}, or go on with {average.decay}: EMA(..., on_other_decay="continue"), '
+            "in ema_options of the Trainer's CheckpointHooks; or leave the average out: parts= of resume(), "
+            "load_ema=False of the manager"
+        )
 
 
 class ModuleAverage:

@@ -16,12 +16,11 @@ from shardsmith.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
     RankFailedError,
-    UsageError,
 )
 from shardsmith.metadata import CheckpointMetadata, read_metadata
 from shardsmith.model_keys import EMA
 from shardsmith.ranks import Ranks
-from shardsmith.run_state.average import Average
+from shardsmith.run_state.average import Average, refuse_other_decay
 from shardsmith.run_state.proof import fill_state, prove_state
 from shardsmith.run_state.rank_shards import RankShards, unpack_object
 from shardsmith.run_state.train_state import TrainState
@@ -112,12 +111,8 @@ def _is_dcp(path: Path) -> bool:
 def _compare_averages(path: Path, average: Average, metadata: CheckpointMetadata) -> None:
     if EMA not in metadata.models:
         raise CheckpointNotFoundError(path, "has no average; pass load_ema=False")
-    saved = (metadata.ema or {}).get("decay")
-    if saved is not None and saved != average.decay:
-        raise UsageError(
-            f"{path} holds an average with decay {saved}, this one has {average.decay}. Nothing was loaded; "
-            f"use decay {saved}, or load_ema=False"
-        )
+    if (saved := (metadata.ema or {}).get("decay")) is not None:
+        refuse_other_decay(path, saved, average)
 
 
 def _read_status(path: Path, rank: int) -> Any:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
@@ -17,9 +18,12 @@ from torch.optim import Optimizer
 
 from shardsmith.errors import UsageError
 from shardsmith.model_keys import NOT_A_MODEL
+from shardsmith.names import clean_fqn
+from shardsmith.run_state.alike import tensors_of
 from shardsmith.run_state.average import Average
 from shardsmith.run_state.fsdp1_hybrid import hybrid_groups_have_a_source
 from shardsmith.run_state.known_state import FLAT_OPTIMIZER, KnownState, ask_torch
+from shardsmith.run_state.rank_states import PerRank
 from shardsmith.run_state.rng import rng_state, set_rng_state
 from shardsmith.run_state.save import RNG, Contents
 
@@ -40,9 +44,10 @@ class TrainState:
         optimizer: Optimizer | Iterable[Optimizer] | None = None,
         scheduler: Stateful | None = None,
         ema: Average | None = None,
-        stateful: Mapping[str, Stateful] | None = None,
+        stateful: Mapping[str, Stateful | PerRank] | None = None,
         nested: bool = False,
         rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         """``nested`` puts the model's keys under ``model.``. Raises UsageError if a name in ``stateful`` is taken."""
         self.ema = ema
@@ -52,16 +57,53 @@ class TrainState:
         self._stateful = dict(stateful or {})
         self._nested = nested
         self._known = KnownState(model, self._optimizers)
+        self._rank = rank
+        self._size = world_size
         self._rng_key = f"rank-{rank}"
-        if taken := sorted(_OURS & self._stateful.keys()):
+        self._rank_states: dict[str, Any] = {}  # read, and not yet handed back
+        if taken := sorted((_OURS | {"scheduler", "ema"}) & self._stateful.keys()):
             raise UsageError(f"stateful: {', '.join(taken)} is used by the checkpoint itself; choose another name")
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of what there is, for ``reduced``."""
+        there = {"ema": self.ema, "optimizer": self._optimizers, "scheduler": self._scheduler}
+        return ("model", *(name for name, part in there.items() if part), *self._stateful, RNG)
+
+    @property
+    def shared_keys(self) -> tuple[str, ...]:
+        """Top-level keys of plain values that must be the same on all ranks."""
+        return ("lr_scheduler", *(name for name, thing in self._stateful.items() if not isinstance(thing, PerRank)))
+
+    def replicated(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The tensors of a collected state of which several ranks may hold the same part, buffers left out.
+
+        DDP lets buffers, such as the statistics of BatchNorm, go apart from one forward to the next.
+        """
+        buffers = {clean_fqn(name, self._model) for name, _ in self._model.named_buffers()}
+        tensors = tensors_of(state, without={RNG, "train_state", *self._stateful})
+        return {name: tensor for name, tensor in tensors.items() if name.removeprefix("model.") not in buffers}
+
+    def reduced(self, parts: Collection[str]) -> TrainState:
+        """The same with some of its parts only."""
+        return TrainState(
+            self._model,
+            optimizer=self._optimizers if "optimizer" in parts else None,
+            scheduler=self._scheduler if "scheduler" in parts else None,
+            ema=self.ema if "ema" in parts else None,
+            stateful={name: thing for name, thing in self._stateful.items() if name in parts},
+            nested=self._nested,
+            rank=self._rank,
+            world_size=self._size,
+        )
 
     def collect(self, step: int, *, with_rng: bool = True, with_main: bool = True, to_load: bool = False) -> Contents:
         """The live state, not copied. All ranks; communicates only under FSDP1.
 
         Args:
             with_main: Whether to take the main weights, too.
-            to_load: Whether it is to be filled; otherwise it is only to be read.
+            to_load: Whether it is to be filled, without what single ranks have for themselves (``read_rank_states``);
+                otherwise it is only to be read.
 
         Raises:
             UsageError: the model's names cannot be told from the rest of the checkpoint.
@@ -81,7 +123,11 @@ class TrainState:
         if with_rng:
             state[RNG] = {self._rng_key: rng_state()}
         state["train_state"] = {"step": torch.tensor(step)}
-        state |= {name: thing.state_dict() for name, thing in self._stateful.items()}
+        for name, thing in self._stateful.items():
+            if not isinstance(thing, PerRank):
+                state[name] = thing.state_dict()
+            elif not to_load:
+                state[name] = thing.pack(self._rank, self._topology())
         facts = self.ema.facts() if self.ema is not None else None
         return Contents(step=step, state_dict=state, ema=facts, tied=found.tied, mesh=_mesh(main))
 
@@ -100,9 +146,29 @@ class TrainState:
         if self.ema is not None:
             self.ema.load_state_dict({**state["ema_state"], "model": state["ema_model"]})
         for name, thing in self._stateful.items():
-            thing.load_state_dict(state[name])
+            if not isinstance(thing, PerRank):
+                thing.load_state_dict(state[name])
+            elif self._rank_states.get(name) is not None:
+                thing.load_state_dict(self._rank_states[name])
         if RNG in state:
             set_rng_state(state[RNG][self._rng_key])
+
+    def read_rank_states(self, checkpoint: Path) -> None:
+        """Read what this rank has for itself, for ``restore`` to hand back. Every rank; no communication.
+
+        Raises:
+            MismatchError: it is the state of other ranks, and nothing says what becomes of it.
+        """
+        there = {name: thing for name, thing in self._stateful.items() if isinstance(thing, PerRank)}
+        if there:
+            topology = self._topology()
+            self._rank_states = {
+                name: thing.choose(name, checkpoint, self._rank, topology) for name, thing in there.items()
+            }
+
+    def _topology(self) -> dict[str, Any]:
+        mesh = _mesh(dict(self._model.named_parameters()))
+        return {"world_size": self._size, "mesh": "none" if mesh is None else f"{mesh['shape']} {mesh['dim_names']}"}
 
     def _flat(self, main: Mapping[str, Any]) -> dict[str, Any]:
         reserved = NOT_A_MODEL | self._stateful.keys()

@@ -1,0 +1,156 @@
+"""What all ranks must hold alike, compared across the ranks before it is saved or exported as one value.
+
+A checkpoint has one value for a key, or for a part of a tensor, that several ranks hold. Whether they hold the same is
+assumed by everything that saves; here it is looked at, through the job's store and by digests: no tensor is sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import xxhash
+from torch import Tensor
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed.tensor import DTensor
+
+from shardsmith.digest import digest_box, digest_tensor
+from shardsmith.errors import RanksDisagreeError
+from shardsmith.local_boxes import local_boxes
+from shardsmith.ranks import Ranks
+from shardsmith.run_state.save import Contents
+
+_Shares = dict[str, str]
+"""Digest by name: of a value under a key, or of a box of a tensor."""
+
+_PER_RANK = (
+    'State that each rank has for itself is saved apart: stateful={"data": per_rank(loader)}, from shardsmith.hooks.'
+)
+_REPLICAS = (
+    "They were replicas, and are no more: gradients are not synchronized (DDP was forgotten, no_sync() was left on), "
+    "or a rank has gone its own way. If the tensors are different on purpose, give them different names on the ranks."
+)
+
+
+def collect_alike(ranks: Ranks, phase: str, collect: Callable[[], Contents], keys: Collection[str]) -> Contents:
+    """Return this rank's contents of a checkpoint if all ranks hold the same under each of some top-level keys.
+
+    All ranks call it. Communicates through the store. What only some of the ranks have under a key is not compared;
+    neither are sharded tensors.
+
+    Raises:
+        RanksDisagreeError: on all ranks, naming every value that differs.
+        RankFailedError: on all ranks, if ``collect`` raised on any.
+    """
+    collected: list[Contents] = []
+
+    def look() -> _Shares:
+        collected.append(collect())
+        state = collected[0].state_dict
+        return {path: digest for key in keys if key in state for path, digest in _values(state[key], key)}
+
+    _refuse(ranks, phase, look, "ranks hold different values under one key; nothing was written", _PER_RANK)
+    return collected[0]
+
+
+def compare_replicas(ranks: Ranks, phase: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raise if ranks that hold the same part of a tensor hold different values. All ranks; communicates by store.
+
+    Costs a digest of everything that this rank holds as one of several.
+
+    Raises:
+        RanksDisagreeError: on all ranks, naming every tensor and the ranks that differ.
+    """
+    if ranks.size > 1:
+        _refuse(ranks, phase, lambda: dict(_replicas(tensors)), "ranks hold different replicas of tensors", _REPLICAS)
+
+
+class ReplicaCheck:
+    """Compares replicas at the first save or export, and at later ones as it is asked for."""
+
+    def __init__(self, ranks: Ranks, when: Literal["first", "never"] | int) -> None:
+        self._ranks = ranks
+        self._when = when
+        self._done = 0
+
+    def look(self, phase: str, tensors: Mapping[str, Tensor]) -> None:
+        """A save or an export begins. All ranks; communicates through the store if it is time."""
+        every = self._when if isinstance(self._when, int) else 0
+        is_due = self._when != "never" and (self._done == 0 or (every and self._done % every == 0))
+        self._done += 1
+        if is_due:
+            compare_replicas(self._ranks, phase, tensors)
+
+
+def tensors_of(state: Mapping[str, Any], without: Collection[str] = (), prefix: str = "") -> dict[str, Tensor]:
+    """The tensors of a nested state by flat name, but for those below some top-level keys."""
+    found: dict[str, Tensor] = {}
+    for name, value in state.items():
+        if isinstance(value, Mapping) and name not in without:
+            found |= tensors_of(value, prefix=f"{prefix}{name}.")
+        elif isinstance(value, Tensor) and name not in without:
+            found[f"{prefix}{name}"] = value
+    return found
+
+
+def _refuse(ranks: Ranks, phase: str, look: Callable[[], _Shares], summary: str, advice: str) -> None:
+    """Compare digests by name: those of all names at once first, and one by one if that is not the same everywhere."""
+    shares: _Shares = {}
+
+    def short() -> str:
+        shares.update(look())
+        return xxhash.xxh3_128_hexdigest(repr(sorted(shares.items())).encode())
+
+    if ranks.agree(phase, short, lambda found: len(set(found)) == 1):
+        return
+    if problems := ranks.agree(phase, lambda: shares, _differences):
+        lines = "\n  ".join(problems)
+        raise RanksDisagreeError(f"{phase}: {summary}\n  {lines}\n{advice}")
+
+
+def _differences(reports: Sequence[_Shares]) -> list[str]:
+    held: dict[str, dict[str, list[int]]] = {}
+    for rank, shares in enumerate(reports):
+        for name, digest in shares.items():
+            held.setdefault(name, {}).setdefault(digest, []).append(rank)
+    lines: dict[str, None] = {}
+    for name, by_digest in held.items():
+        if len(by_digest) > 1:
+            groups = " and ".join(f"rank {', '.join(map(str, ranks))}" for ranks in by_digest.values())
+            lines[f"{name.partition('@')[0]}: {groups} hold different values"] = None
+    return list(lines)
+
+
+def _values(value: Any, path: str) -> Iterator[tuple[str, str]]:
+    """Digest of each value in a nested state, by path. Objects without a value of their own are left out."""
+    if isinstance(value, Mapping):
+        for name, one in value.items():
+            yield from _values(one, f"{path}.{name}")
+    elif isinstance(value, list | tuple):
+        for i, one in enumerate(value):
+            yield from _values(one, f"{path}.{i}")
+    elif isinstance(value, Tensor):
+        if not isinstance(value, DTensor | ShardedTensor):
+            yield path, str(digest_tensor(value.detach()))
+    elif isinstance(value, str | bytes | int | float | complex | bool | type(None)):
+        yield path, xxhash.xxh3_128_hexdigest(repr(value).encode())
+    elif isinstance(value, set | frozenset):
+        yield path, xxhash.xxh3_128_hexdigest(repr(sorted(map(repr, value))).encode())
+
+
+def _replicas(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
+    for name, tensor in tensors.items():
+        if _is_replicated(tensor):
+            for box, values in local_boxes(tensor):
+                place = f"{name}@{list(box.offsets)}{list(box.sizes)}"
+                yield place, str(digest_box(values, box, tuple(tensor.shape)))
+
+
+def _is_replicated(tensor: Tensor) -> bool:
+    """Whether another rank holds the same part of it, as far as this rank can know."""
+    if isinstance(tensor, ShardedTensor):
+        return False
+    if isinstance(tensor, DTensor):
+        sizes = zip(tensor.placements, tensor.device_mesh.mesh.shape, strict=True)
+        return any(placement.is_replicate() and size > 1 for placement, size in sizes)
+    return True

@@ -1,0 +1,132 @@
+"""State that each rank has for itself, such as that of its data loader: saved apart, and given back to its rank."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch.distributed.checkpoint.stateful import Stateful
+
+from shardsmith.arguments import checked
+from shardsmith.dcp.source import DcpSource
+from shardsmith.errors import MismatchError
+from shardsmith.run_state.loader_states import reshard_loader
+from shardsmith.run_state.rank_shards import pack_object, unpack_object
+
+TOPOLOGY = "topology"
+"""Key of what the ranks were, beside their states."""
+
+Reshard = Callable[[Sequence[Any], int, int], Any]
+"""``reshard(states, rank, world_size)``: this rank's state, from those of all ranks that saved, in their order."""
+
+
+class PerRank:
+    """An object of which each rank has its own state. Made by ``per_rank``.
+
+    Attributes:
+        thing: The object.
+    """
+
+    def __init__(
+        self, thing: Stateful, reshard: Reshard | None, on_topology_change: Literal["raise", "restart"]
+    ) -> None:
+        self.thing = thing
+        self._reshard = reshard
+        self._on_change = on_topology_change
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of this rank."""
+        return self.thing.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from the state of this rank."""
+        self.thing.load_state_dict(state_dict)
+
+    def pack(self, rank: int, topology: Mapping[str, Any]) -> dict[str, Any]:
+        """What this rank puts into a checkpoint. Raises UsageError if it could not be read without running code."""
+        packed = pack_object(self.thing.state_dict()).numpy().tobytes()
+        return {f"rank-{rank}": base64.b64encode(packed).decode(), TOPOLOGY: dict(topology)}
+
+    def choose(self, key: str, checkpoint: Path, rank: int, topology: Mapping[str, Any]) -> Any:
+        """This rank's state out of a checkpoint; None if it is to start anew. Reads; no communication.
+
+        Raises:
+            MismatchError: there is no such state, or it is of other ranks and nothing says what becomes of it.
+        """
+        saved, states = _read(checkpoint, key)
+        if saved == dict(topology):
+            return states[rank]
+        if self._reshard is not None:
+            return self._reshard(states, rank, topology["world_size"])
+        problem = "it is not a StatefulDataLoader over a StatefulDistributedSampler"
+        try:
+            resharded = reshard_loader(self.thing, states, rank, topology["world_size"])
+            if resharded is not None:
+                return resharded
+        except ValueError as error:
+            problem = str(error)
+        if self._on_change == "restart":
+            return None
+        line = f"{key}: saved by {_words(saved)}, this run is {_words(topology)}; {problem}"
+        advice = (
+            "Nothing was loaded. Resume on the ranks that saved it; or pass per_rank(..., reshard=function) that makes "
+            'the state of a rank from those of all, or per_rank(..., on_topology_change="restart") to begin anew.'
+        )
+        raise MismatchError(checkpoint, f"{key} holds the state of other ranks", [line], advice)
+
+
+@checked
+def per_rank(
+    thing: Stateful,
+    *,
+    reshard: Callable[..., Any] | None = None,
+    on_topology_change: Literal["raise", "restart"] = "raise",
+) -> PerRank:
+    """Say that each rank has its own state of an object: ``stateful={"data": per_rank(loader)}``.
+
+    It is saved under ``<key>.rank-<r>``, with the number of ranks and the device mesh. A run that resumes on the same
+    ranks and mesh gets it back exactly. On others a ``StatefulDataLoader`` of torchdata over a
+    ``StatefulDistributedSampler`` goes on with the sample where the run was, if the samples that were used divide up.
+
+    Args:
+        thing: Has ``state_dict`` and ``load_state_dict``.
+        reshard: Makes the state of one rank for another number of ranks, or another mesh: it is called with the states
+            of all ranks that saved, in their order, with this rank, and with the number of ranks now.
+        on_topology_change: What to do if there is no such function: ``"raise"``, or ``"restart"``, which leaves the
+            object as it is.
+    """
+    return PerRank(thing, reshard, on_topology_change)
+
+
+def _read(checkpoint: Path, key: str) -> tuple[dict[str, Any], list[Any]]:
+    source = DcpSource(checkpoint)
+    try:
+        prefix = f"{key}.rank-"
+        ranks = sorted(int(name.removeprefix(prefix)) for name in source.index.objects if name.startswith(prefix))
+        if not ranks:
+            is_shared = any(name == key or name.startswith(f"{key}.") for name in source.index.objects)
+            line = f"{key}: " + ("saved as one state for all ranks" if is_shared else "not in the checkpoint")
+            advice = "Nothing was loaded. Resume without it: hooks.resume(parts=...) names what to load."
+            raise MismatchError(checkpoint, f"{key} has no state of single ranks", [line], advice)
+        states = [_unpack(source.read_object(f"{prefix}{rank}")) for rank in ranks]
+        mesh = {
+            name: source.read_object(f"{key}.{TOPOLOGY}.{name}")
+            for name in ("world_size", "mesh")
+            if f"{key}.{TOPOLOGY}.{name}" in source.index.objects
+        }
+        return mesh, states
+    finally:
+        source.close()
+
+
+def _unpack(text: str) -> Any:
+    return unpack_object(torch.from_numpy(np.frombuffer(base64.b64decode(text), dtype=np.uint8).copy()))
+
+
+def _words(topology: Mapping[str, Any]) -> str:
+    mesh = f", mesh {topology['mesh']}" if topology.get("mesh") not in (None, "none") else ""
+    return f"{topology['world_size']} ranks{mesh}"

@@ -1,0 +1,101 @@
+"""Which parts of a checkpoint a run takes up, where it does not take all of them."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Literal
+
+from shardsmith import layout
+from shardsmith.dcp.source import DcpSource
+from shardsmith.errors import MismatchError, UsageError
+from shardsmith.metadata import read_metadata
+from shardsmith.ranks import Ranks
+from shardsmith.run_state.average import refuse_other_decay
+from shardsmith.run_state.rank_shards import RankShards
+from shardsmith.run_state.resume import fill, refuse_other_step
+from shardsmith.run_state.train_state import TrainState
+
+log = logging.getLogger(__name__)
+
+OnMissing = Literal["raise", "start"]
+
+_KEYS = {"optimizer": "optimizer", "scheduler": "lr_scheduler", "ema": "ema_model", "rng": "rng"}
+"""Part -> top-level key in a checkpoint; others have their own name there. The model's keys have none."""
+
+
+def load_parts(
+    checkpoint: Path,
+    state: TrainState,
+    ranks: Ranks,
+    *,
+    parts: Collection[str] | None = None,
+    on_missing: OnMissing = "raise",
+) -> None:
+    """Load a checkpoint into what ``state`` was made of, or parts of it. All ranks; communicates.
+
+    Args:
+        parts: Which of ``state.parts`` to load; None loads all. The others stay as they are.
+        on_missing: What to do with those that the checkpoint does not have: ``"start"`` leaves them as they are.
+
+    Raises:
+        UsageError: there is no such part in this run, or its average has another decay. Nothing was loaded.
+        MismatchError: it does not hold what is wanted. Nothing was loaded.
+    """
+    if unknown := sorted(set(parts or ()) - set(state.parts)):
+        raise UsageError(f"parts: this run has no {', '.join(unknown)}; it has {', '.join(state.parts)}")
+    wanted = [part for part in state.parts if parts is None or part in parts]
+    missing = [part for part in _missing(checkpoint, wanted) if part != "rng"]
+    if missing and on_missing == "raise":
+        raise _missing_error(checkpoint, missing, wanted)
+    chosen = [part for part in wanted if part not in missing]
+    metadata = read_metadata(checkpoint)
+    if "ema" in chosen and state.ema is not None and metadata.ema is not None:
+        refuse_other_decay(checkpoint, metadata.ema.get("decay", state.ema.decay), state.ema)
+    reduced = state.reduced(chosen)
+    ranks.gather(f"reading {checkpoint.name}", lambda: reduced.read_rank_states(checkpoint))
+    with_rng = "rng" in chosen and ranks.rank < metadata.world_size
+    target = reduced.collect(metadata.step, with_rng=with_rng, with_main="model" in chosen, to_load=True).state_dict
+    try:
+        fill(target, checkpoint, ranks)
+    except MismatchError as error:
+        raise _explained(checkpoint, error, wanted) from None
+    refuse_other_step(checkpoint, metadata.step, target)
+    reduced.restore(target)
+    if ranks.is_leader:
+        left = [part for part in state.parts if part not in chosen]
+        rest = f", without {', '.join(left)}" if left else ""
+        log.info("resumed from %s: %s%s", checkpoint, ", ".join(chosen) or "nothing", rest)
+
+
+def _missing(checkpoint: Path, wanted: Sequence[str]) -> list[str]:
+    is_dcp = (checkpoint / layout.DCP_INDEX_FILE).exists()
+    with contextlib.closing(DcpSource(checkpoint) if is_dcp else RankShards(checkpoint)) as source:
+        objects = source.index.objects if isinstance(source, DcpSource) else source.objects
+        held = {key.split(".", 1)[0] for key in (*source.specs, *objects)}
+    return [part for part in wanted if part != "model" and _KEYS.get(part, part) not in held]
+
+
+def _missing_error(checkpoint: Path, missing: Sequence[str], wanted: Sequence[str]) -> MismatchError:
+    lines = [f"{part}: this run has one, the checkpoint has none" for part in missing]
+    rest = tuple(part for part in wanted if part not in missing)
+    advice = (
+        f'Nothing was loaded. hooks.resume(on_missing="start") lets {" and ".join(missing)} start anew; so does '
+        f'ShardedSave(..., on_missing="start"). hooks.resume(parts={rest}) loads the rest alone.'
+    )
+    return MismatchError(checkpoint, f"has no {', '.join(missing)}", lines, advice)
+
+
+def _explained(checkpoint: Path, error: MismatchError, wanted: Sequence[str]) -> MismatchError:
+    """The error with the parts that do not fit, and the argument that leaves them out."""
+    keys = {_KEYS.get(part, part): part for part in wanted}
+    at_fault = [keys.get(line.split(".", 1)[0].split(":", 1)[0], "model") for line in error.problems]
+    parts = [part for part in wanted if part in at_fault]
+    if "model" in parts:
+        return error
+    rest = tuple(part for part in wanted if part not in parts)
+    summary = f"the {' and '.join(parts)} of this run is not the one that was saved ({len(error.problems)} entries)"
+    advice = f"Nothing was loaded. hooks.resume(parts={rest}) goes on without what is in the checkpoint of it."
+    return MismatchError(checkpoint, summary, error.problems, advice)

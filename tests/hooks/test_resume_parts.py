@@ -1,0 +1,146 @@
+"""Resumes that take up a part of a checkpoint, an earlier one, or that of another run."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from shardsmith.checkpoints import committed_steps
+from shardsmith.errors import CheckpointNotFoundError, IncompleteCheckpointError, MismatchError, UsageError
+from shardsmith.hooks import EMA, Hooks, ShardedSave, every
+
+
+class Run:
+    """A small training whose parts can be chosen."""
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        decay: float | None = None,
+        optimizer: type[torch.optim.Optimizer] | None = torch.optim.AdamW,
+        ema_options: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        torch.manual_seed(3)
+        self.model = nn.Linear(3, 3)
+        self.optimizer = (optimizer or torch.optim.AdamW)(self.model.parameters(), lr=0.1)
+        self.ema = EMA(self.model, decay=decay, **(ema_options or {})) if decay is not None else None
+        parts = {"optimizer": self.optimizer if optimizer else None, "ema": self.ema}
+        save = ShardedSave(directory, model=self.model, when=every(1), async_mode="disabled", **parts, **options)
+        self.hooks = Hooks(*([self.ema] if self.ema else []), save)
+
+    def train(self, first: int, last: int) -> None:
+        for step in range(first, last + 1):
+            self.model(torch.full((2, 3), float(step))).sum().backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.hooks.step(step)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.model.weight.detach().clone()
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[Path, Run]:
+    """Steps 1 to 3 with AdamW and no average, and the run that made them."""
+    run = Run(tmp_path / "run")
+    run.train(1, 3)
+    run.hooks.close(broken_off=True)
+    return tmp_path / "run", run
+
+
+def test_an_average_can_be_added_to_a_run_that_had_none(saved: tuple[Path, Run]) -> None:
+    directory, before = saved
+    with pytest.raises(MismatchError, match=r'(?s)has no ema.*hooks\.resume\(on_missing="start"\)') as caught:
+        Run(directory, decay=0.9).hooks.resume()
+    assert caught.value.problems == ["ema: this run has one, the checkpoint has none"]
+    run = Run(directory, decay=0.9, on_missing="start")
+    assert run.hooks.resume() == 3
+    assert torch.equal(run.weight, before.weight)
+    assert run.ema is not None
+    assert torch.equal(run.ema.model_state_dict()["weight"], before.weight)
+    run.train(4, 4)
+    again = Run(directory, decay=0.9)
+    assert again.hooks.resume() == 4
+    assert again.ema is not None
+    assert again.ema.updates == 1
+    assert Run(directory / ".." / "other", decay=0.9).hooks.resume(directory=directory, on_missing="start") == 4
+
+
+def test_a_decay_can_be_changed_by_name(tmp_path: Path) -> None:
+    Run(tmp_path, decay=0.9).train(1, 2)
+    with pytest.raises(UsageError, match=r'decay 0\.9, this one has decay 0\.5.*on_other_decay="continue"'):
+        Run(tmp_path, decay=0.5).hooks.resume()
+    run = Run(tmp_path, decay=0.5, ema_options={"on_other_decay": "continue"})
+    assert run.hooks.resume() == 2
+    assert run.ema is not None
+    assert (run.ema.updates, run.ema.decay) == (2, 0.5)
+
+
+def test_another_optimizer_is_told_how_to_go_on_without_the_old_one(
+    saved: tuple[Path, Run], caplog: pytest.LogCaptureFixture
+) -> None:
+    directory, before = saved
+    message = r"the optimizer of this run is not the one that was saved.*hooks\.resume\(parts=\('model', 'rng'\)\)"
+    run = Run(directory, optimizer=torch.optim.Adagrad)
+    start = run.weight
+    with pytest.raises(MismatchError, match=re.compile(message, re.DOTALL)):
+        run.hooks.resume()
+    assert torch.equal(run.weight, start)
+    with caplog.at_level(logging.INFO):
+        assert Run(directory, optimizer=torch.optim.Adagrad).hooks.resume(parts=["model", "rng"]) == 3
+    assert "step-3: model, rng, without optimizer" in caplog.text
+    run = Run(directory)
+    assert run.hooks.resume(parts=["model"]) == 3
+    assert torch.equal(run.weight, before.weight)
+    assert not run.optimizer.state
+
+
+def test_a_part_that_the_run_does_not_have_is_refused(saved: tuple[Path, Run]) -> None:
+    with pytest.raises(UsageError, match="this run has no ema, waegihts; it has model, optimizer, rng"):
+        Run(saved[0]).hooks.resume(parts=["waegihts", "ema"])
+    with pytest.raises(UsageError, match=r"write \['model'\]"):
+        Run(saved[0]).hooks.resume(parts="model")
+    with pytest.raises(UsageError, match=r"resume\(step=...\) needs a hook that saves"):
+        Hooks().resume(step=1)
+
+
+def test_an_earlier_step_can_be_taken_and_later_ones_are_kept_aside(saved: tuple[Path, Run]) -> None:
+    directory, before = saved
+    run = Run(directory)
+    assert run.hooks.resume(step=1) == 1
+    assert committed_steps(directory) == [1]
+    assert len(list(directory.glob(".step-[23].superseded-*"))) == 2
+    run.train(2, 3)
+    assert torch.equal(run.weight, before.weight)
+    with pytest.raises(CheckpointNotFoundError, match="step-7: is not a committed checkpoint; there: step-1, step-2"):
+        Run(directory).hooks.resume(step=7)
+
+
+def test_a_step_that_was_asked_for_and_is_damaged_is_not_replaced_by_another(saved: tuple[Path, Run]) -> None:
+    directory, _ = saved
+    data = next((directory / "step-2").glob("*.distcp"))
+    data.write_bytes(data.read_bytes()[:-1] + b"x")
+    with pytest.raises(IncompleteCheckpointError, match="every checkpoint is damaged: step-2"):
+        Run(directory).hooks.resume(step=2)
+    assert committed_steps(directory) == [1, 2, 3]
+
+
+def test_a_run_can_begin_where_another_one_was(saved: tuple[Path, Run], tmp_path: Path) -> None:
+    directory, before = saved
+    run = Run(tmp_path / "new")
+    assert run.hooks.resume(directory=directory) == 3
+    assert torch.equal(run.weight, before.weight)
+    run.train(4, 4)
+    assert committed_steps(tmp_path / "new") == [4]
+    assert committed_steps(directory) == [1, 2, 3]
+    with pytest.raises(CheckpointNotFoundError, match="holds no checkpoint"):
+        Run(tmp_path / "newer").hooks.resume(directory=tmp_path / "empty")
