@@ -13,6 +13,7 @@ from typing import Any, Literal, Self
 from shardsmith.argument_types import StepNumber
 from shardsmith.arguments import check_value, checked
 from shardsmith.errors import RankFailedError, UsageError
+from shardsmith.logs import show_progress
 from shardsmith.process_end import meet
 from shardsmith.ranks import own_name, rank_and_size
 from shardsmith.step_agreement import StepAgreement
@@ -119,6 +120,7 @@ class Hooks:
                 announces that it takes the machine away. One rank that gets it is enough. What handled it before is
                 called, too; ``close`` puts it back. To be made on the main thread then.
         """
+        show_progress()
         self.hooks: tuple[Hook, ...] = ()
         self._step = 0
         self._start = Start()

@@ -22,6 +22,7 @@ from shardsmith.commit import prove_writable, remove, sweep
 from shardsmith.errors import CheckpointNotFoundError, IncompleteCheckpointError, RankFailedError, UsageError
 from shardsmith.export.live_boxes import StagingBuffer
 from shardsmith.layout import step_name
+from shardsmith.logs import Stopwatch
 from shardsmith.meeting import meet
 from shardsmith.metadata import read_metadata
 from shardsmith.ranks import Ranks
@@ -177,6 +178,7 @@ class ShardedSave(Hook):
 
     def _save(self, step: int, error: Exception | None) -> None:
         """``error``: of this rank, perhaps of it alone. Then all ranks raise instead of saving."""
+        watch = Stopwatch()
         error = attempted(self._report)[1] or error
 
         def collect() -> Contents:
@@ -197,9 +199,10 @@ class ShardedSave(Hook):
                 job.stage(self._buffer)
         self._saved_step = step
         if self.background:
-            self._in_flight = (step, self.background.submit(partial(self._finish, job)))
+            self._in_flight = (step, self.background.submit(partial(self._finish, job, watch)))
+            watch.released()
         else:
-            self._announce(step, self._finish(job))
+            self._announce(step, self._finish(job, watch))
 
     def _compared(self, collect: Callable[[], Contents], phase: str) -> Contents:
         """What ``collect`` gives, if the ranks hold alike what is saved once. All ranks; communicates."""
@@ -300,7 +303,7 @@ class ShardedSave(Hook):
             raise CheckpointNotFoundError(directory / step_name(step), f"is not a committed checkpoint; there: {there}")
         return step
 
-    def _finish(self, job: SaveInProgress) -> Path:
+    def _finish(self, job: SaveInProgress, watch: Stopwatch) -> Path:
         """Write, commit, then retention. In the background thread, if there is one."""
         try:
             job.write()
@@ -309,6 +312,8 @@ class ShardedSave(Hook):
             log.exception("%s was not saved", job.target)  # loud even if nobody comes to ask for the result
             raise
         if self._ranks.is_leader:
+            with logged(f"measuring {path}"):
+                log.info("saved %s", watch.line(path))
             self._remove_old()
         return path
 

@@ -147,8 +147,10 @@ class ShardedCheckpointManager:
                 save.begin(collect)
                 save.write()
                 save.commit()
-        if self.average is not None and self._ranks.is_leader:
-            log.info("%s holds an average: %s", target, self._facts())
+        if self._ranks.is_leader:
+            log.info("saved %s", target)
+            if self.average is not None:
+                log.info("%s holds an average: %s", target, self._facts())
         return target
 
     def newest_checkpoint(self) -> Path | None:

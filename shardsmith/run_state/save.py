@@ -118,7 +118,7 @@ class SaveInProgress:
         """
         with self._abandoned_on_error():
             self._ranks.lead(f"committing {self.target.name}", lambda: self._commit(extra or {}))
-        log.info("saved %s", self.target)
+        log.debug("saved %s", self.target)
         return self.target
 
     @contextlib.contextmanager
