@@ -76,6 +76,7 @@ class WholeDirectory:
         }
         numbers = {key: i for i, key in enumerate(self._specs)}
         self._numbers = [np.array([numbers[piece.key] for piece in file.pieces], dtype=np.int64) for file in self.files]
+        self._last: tuple[list[str], str, bytes] | None = None
         self._chunks = [PlannedChunk(p.key, 0, p.box, 0) for file in self.files for p in file.pieces]
 
     def measured(self, receipts: Sequence[Mapping[str, Any]]) -> Measured:
@@ -89,7 +90,17 @@ class WholeDirectory:
         return Measured(files, {key: Digest(*row) for key, row in zip(self._specs, sums.tolist(), strict=True)})
 
     def index(self, receipts: Sequence[Mapping[str, Any]], attempt: str) -> bytes:
-        """The content of ``.metadata``."""
+        """The content of ``.metadata``. It differs from save to save by little, so the last one is kept and patched."""
+        lengths = [receipt["object_lengths"] for receipt in receipts]
+        if self._last is not None and self._last[:1] == (lengths,):
+            _, before, content = self._last
+            if content.count(before.encode()) == 1 and len(before) == len(attempt):
+                return content.replace(before.encode(), attempt.encode())
+        content = self._encode_index(receipts, attempt)
+        self._last = lengths, attempt, content
+        return content
+
+    def _encode_index(self, receipts: Sequence[Mapping[str, Any]], attempt: str) -> bytes:
         places: list[Place] = []
         objects: dict[str, Place] = {}
         for file, receipt in zip(self.files, receipts, strict=True):
