@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,8 @@ def run_every_layout(directory: Path) -> None:
         ours = save(everything(), directory / "ours", share, staging, step)
         if dist.get_rank() == 0:
             assert find_damage(ours) == []
+            saved = pickle.loads((ours / ".metadata").read_bytes())  # from the second save on it is patched
+            assert saved.storage_meta.save_id == read_metadata(ours).attempt
             assert_same_index(ours, directory / "torch")
         loaded = everything()
         spoil(loaded)

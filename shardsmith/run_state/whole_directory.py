@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -53,7 +54,8 @@ def to_receipt(written: RankFileWritten) -> dict[str, Any]:
     """What a rank tells of its file, as values that survive JSON; the order of everything is known."""
     digests = np.array([(d.total, d.weighted) for d in written.digests], dtype=np.uint64)
     lengths = np.array(written.object_lengths, dtype=np.uint32)
-    return {"file": asdict(written.record), "digests": _text(digests), "object_lengths": _text(lengths)}
+    packed = _text(zlib.compress(lengths.tobytes(), 1))  # most are equal
+    return {"file": asdict(written.record), "digests": _text(digests.tobytes()), "object_lengths": packed}
 
 
 class WholeDirectory:
@@ -104,7 +106,8 @@ class WholeDirectory:
         places: list[Place] = []
         objects: dict[str, Place] = {}
         for file, receipt in zip(self.files, receipts, strict=True):
-            lengths = np.frombuffer(base64.b64decode(receipt["object_lengths"]), dtype=np.uint32).tolist()
+            packed = base64.b64decode(receipt["object_lengths"])
+            lengths = np.frombuffer(zlib.decompress(packed), dtype=np.uint32).tolist()
             found = [*file.places(lengths)]
             places += found[: len(file.pieces)]
             objects |= dict(zip(file.objects, found[len(file.pieces) :], strict=True))
@@ -124,5 +127,5 @@ class WholeDirectory:
         return DcpIndex(directory, tensors, {}, self._containers, {})
 
 
-def _text(numbers: Any) -> str:
-    return base64.b64encode(numbers.tobytes()).decode()
+def _text(data: bytes) -> str:
+    return base64.b64encode(data).decode()
