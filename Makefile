@@ -13,7 +13,7 @@ TITAN_0.3 = torchtitan==0.3.0
 TITANS = 0.2 0.3
 TITAN_READY = $(TITANS:%=.venv-titan-%/.ready)
 
-.PHONY: demo test test-titan check coverage docs bench gpu gpu-wheels clean
+.PHONY: demo test test-titan families check coverage docs bench gpu gpu-wheels clean
 .DELETE_ON_ERROR:
 
 $(READY): pyproject.toml setup.cfg
@@ -39,6 +39,9 @@ test-titan: $(TITANS:%=test-titan-%)  ## the tests with the real TorchTitan, in 
 
 test-titan-%: .venv-titan-%/.ready
 	.venv-titan-$*/bin/python -m pytest tests/titan $(TITAN_ARGS)
+
+families: $(READY)  ## every model class of transformers that can be made tiny; writes docs/families.md (FAMILIES="llama t5")
+	$(BIN)/python -m tests.families $(FAMILIES)
 
 check: $(READY)  ## style and types
 	$(BIN)/ruff check .

@@ -200,9 +200,24 @@ def _differences(found: Mapping[str, TensorSpec], blueprint: Blueprint) -> list[
 
 def _mismatch(path: Path, problems: list[str]) -> MismatchError:
     advice = "Nothing was written. Files and config.json are not of one model, or the files are not complete."
+    if scheme := _quantization(path):
+        advice = (
+            f"Nothing was written. The model is quantized ({scheme}), and training starts from plain weights: load it "
+            "with from_pretrained, call dequantize() and save_pretrained(), and convert that directory."
+        )
     return MismatchError(
         path, f"{len(problems)} tensors are not as the model of config.json has them", problems, advice
     )
+
+
+def _quantization(path: Path) -> str:
+    """The method by which a directory's weights are quantised, by its config; empty if they are not."""
+    if not (path / CONFIG_FILE).is_file():
+        return ""
+    config = read_config(path)
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    schemes = [part["quantization_config"] for part in parts if isinstance(part.get("quantization_config"), dict)]
+    return str(schemes[0].get("quant_method", "quantization_config")) if schemes else ""
 
 
 def _refuse_unequal_ties(files: ModelSource, tied: Mapping[str, str], stored: Mapping[str, str]) -> None:

@@ -15,7 +15,7 @@ import logging as levels
 import tempfile
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -92,7 +92,7 @@ class ModelClass(Protocol):
 
     @property
     def tied(self) -> Mapping[str, str]:
-        """Alias -> kept name, for tensors that the class ties; by the names in memory and by those in files."""
+        """Alias -> kept name in memory, for tensors that the class ties; names in files count as aliases, too."""
         ...
 
     def fit(self, specs: Mapping[str, TensorSpec]) -> Fit:
@@ -150,7 +150,7 @@ class TransformersClass:
         from shardsmith.names import tied_weights  # which imports what only a model needs
 
         declared = dict(getattr(self._model, "all_tied_weights_keys", None) or {})
-        return _with_file_names({**declared, **tied_weights(self._model)}, self._file_names)
+        return _with_file_names({**declared, **tied_weights(self._model)}, self._file_names, self.specs)
 
     def fit(self, specs: Mapping[str, TensorSpec]) -> Fit:
         """As ``ModelClass``. Where the config names no architecture: of the class that fits best."""
@@ -286,9 +286,16 @@ def _all_keys(kind: Any) -> Iterator[tuple[set[str], set[str]]]:
         yield missing, unexpected
 
 
-def _with_file_names(tied: Mapping[str, str], file_names: Mapping[str, str]) -> dict[str, str]:
-    in_files = {file_names[a]: file_names[k] for a, k in tied.items() if a in file_names and k in file_names}
-    return {**{alias: kept for alias, kept in in_files.items() if alias != kept}, **tied}
+def _with_file_names(
+    tied: Mapping[str, str], file_names: Mapping[str, str], in_memory: Collection[str]
+) -> dict[str, str]:
+    """The ties with the names in files besides, unless one is that of another tensor in memory."""
+    found = dict(tied)
+    for name in {*tied, *tied.values()}:
+        in_files = file_names.get(name, name)
+        if in_files not in in_memory:
+            found[in_files] = tied.get(name, name)
+    return found
 
 
 def _specs_of(state: Mapping[str, Any]) -> dict[str, TensorSpec]:

@@ -1,0 +1,183 @@
+"""What a family goes through, and what is right: compared with the library's own files and its own loader."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+import transformers
+from safetensors.torch import load_file
+from torch import Tensor
+
+from shardsmith.compare.verification import VerifyOptions, verify
+from shardsmith.diagnose import Questions, diagnose
+from shardsmith.errors import ShardsmithError
+from shardsmith.export.plan import ExportOptions, choose_stems, plan_directory
+from shardsmith.export.write import write_directories
+from shardsmith.hooks import HFExport, Hooks, every
+
+from .tiny import Family, NotTinyError, make_tiny
+
+RIGHT = "right"
+EXPORTS = ("base, flat", "base, nested", "config alone", "live")
+COLUMNS = (*EXPORTS, "verify", "diagnose")
+
+
+@dataclass(slots=True)
+class Result:
+    """What became of one class."""
+
+    family: Family
+    left_out: str = ""
+    """Why it was not tried; empty if it was."""
+    outcomes: dict[str, str] = field(default_factory=dict)
+    """Column -> ``RIGHT`` or what was wrong."""
+
+    @property
+    def is_right(self) -> bool:
+        return not self.left_out and all(said == RIGHT for said in self.outcomes.values())
+
+
+def round_trip(family: Family, folder: Path) -> Result:
+    """Save with plain torch, convert with the base and with its config alone, export live, verify and diagnose."""
+    result = Result(family)
+    with _quiet():
+        try:
+            model = make_tiny(family)
+            expected = _saved_by_the_library(model, folder / "base")
+        except NotTinyError as reason:
+            result.left_out = str(reason)
+            return result
+        except Exception as error:
+            result.left_out = f"save_pretrained or from_pretrained of transformers fails: {_said(error)}"
+            return result
+        _try(result, "base, flat", lambda: _flat(folder, model, expected))
+        _try(result, "base, nested", lambda: _nested(folder, model, expected))
+        _try(result, "config alone", lambda: _config_alone(folder, model, expected))
+        _try(result, "live", lambda: _live(folder, model, expected))
+        _try(result, "verify", lambda: _verified(folder))
+        _try(result, "diagnose", lambda: _diagnosed(folder))
+    return result
+
+
+def _saved_by_the_library(model: Any, base: Path) -> dict[str, Tensor]:
+    """What the library's loader gives back of what the library has saved: the measure of everything else."""
+    model.save_pretrained(base)
+    loaded, info = type(model).from_pretrained(base, output_loading_info=True)
+    if bad := [key for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]]:
+        raise NotTinyError(f"from_pretrained does not take back what save_pretrained has written ({bad[0]})")
+    state = {name: value for name, value in loaded.state_dict().items() if isinstance(value, Tensor)}
+    own = model.state_dict()
+    if other := [name for name, value in state.items() if not _equal(own[name], value)]:
+        raise NotTinyError(f"from_pretrained gives back other values than were saved, {other[0]} for one")
+    return {name: value.clone() for name, value in state.items()}
+
+
+def _flat(folder: Path, model: Any, expected: Mapping[str, Tensor]) -> None:
+    _dcp_save(dict(model.state_dict()), folder / "flat")
+    convert(folder / "flat", folder / "base", folder / "out-flat")
+    assert_as_the_library_saves(folder / "out-flat", folder / "base")
+    _assert_loads(folder / "out-flat", model, expected)
+
+
+def _nested(folder: Path, model: Any, _: Mapping[str, Tensor]) -> None:
+    _dcp_save({"model": model.state_dict(), "step": 7}, folder / "nested")
+    convert(folder / "nested", folder / "base", folder / "out-nested")
+    assert_as_the_library_saves(folder / "out-nested", folder / "base")
+
+
+def _config_alone(folder: Path, model: Any, expected: Mapping[str, Tensor]) -> None:
+    (folder / "bare").mkdir()
+    shutil.copy(folder / "base" / "config.json", folder / "bare")
+    said = convert(folder / "flat", folder / "bare", folder / "out-bare")
+    assert "not compared" not in said, said
+    _assert_loads(folder / "out-bare", model, expected)
+
+
+def _live(folder: Path, model: Any, _: Mapping[str, Tensor]) -> None:
+    hooks = Hooks(HFExport(folder / "live", model=model, base_model=folder / "base", when=every(1), dtype="original"))
+    hooks.step(1)
+    hooks.close()
+    assert_as_the_library_saves(folder / "live" / "step-1", folder / "base")
+
+
+def _verified(folder: Path) -> None:
+    for other in ("out-flat", "out-bare", "base"):
+        found = verify(folder / "flat", folder / other, VerifyOptions())
+        assert found.same, f"{other}: not the same model"
+
+
+def _diagnosed(folder: Path) -> None:
+    for level in ("structure", "values"):
+        found = diagnose(folder / "nested", folder / "base", Questions(level=level))
+        wrong = dict.fromkeys(finding.code for finding in found.faults)
+        assert not wrong, f"{level}: {', '.join(wrong)}"
+
+
+def convert(checkpoint: Path, base: Path, output: Path) -> str:
+    ((_, stems),) = choose_stems(checkpoint, base, "main", "auto")
+    (check,) = write_directories([plan_directory(checkpoint, output, base, stems, ExportOptions(dtype=None))])
+    return check.compared
+
+
+def assert_as_the_library_saves(directory: Path, base: Path) -> None:
+    ours, theirs = load_file(directory / "model.safetensors"), load_file(base / "model.safetensors")
+    assert ours.keys() == theirs.keys(), f"names: {sorted(ours.keys() ^ theirs.keys())[:3]}"
+    wrong = [name for name, value in theirs.items() if not _equal(ours[name], value)]
+    assert not wrong, f"values: {wrong[:3]}"
+
+
+def _assert_loads(directory: Path, model: Any, expected: Mapping[str, Tensor]) -> None:
+    loaded, info = type(model).from_pretrained(directory, output_loading_info=True)
+    wrong = {key: sorted(map(str, info[key]))[:2] for key in ("missing_keys", "unexpected_keys") if info[key]}
+    assert not wrong, f"from_pretrained: {wrong}"
+    state = loaded.state_dict()
+    bad = [name for name, value in expected.items() if not _equal(state[name], value)]
+    assert not bad, f"from_pretrained gives other values: {bad[:3]}"
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one, other)
+
+
+def _dcp_save(state: dict[str, Any], path: Path) -> None:
+    dcp.save(state, checkpoint_id=path, no_dist=True)
+
+
+def _try(result: Result, column: str, body: Any) -> None:
+    try:
+        body()
+        result.outcomes[column] = RIGHT
+    except (AssertionError, ShardsmithError, Exception) as error:
+        result.outcomes[column] = _said(error)
+
+
+def _said(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' / '.join(lines)[:240]}"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity(50)
+    transformers.logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers.logging.set_verbosity(level)
+
+
+def as_json(result: Result) -> str:
+    """One line of a file of results."""
+    return json.dumps([result.family.kind, result.family.model_type, result.left_out, result.outcomes])
