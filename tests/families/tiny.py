@@ -121,7 +121,7 @@ def _built(kind: Any, config: Any, seed: int) -> Any:
     model = kind._from_config(copy.deepcopy(config), dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.is_floating_point():
+            if parameter.is_floating_point() and parameter.requires_grad:  # what is not trained may be computed anew
                 parameter.add_(torch.randn_like(parameter), alpha=0.02)
     return model
 
