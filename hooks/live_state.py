@@ -136,6 +136,8 @@ class LiveState:
         self._inner = unwrapped(model) if view is None else view.inner
         # a base model of an older transformers has some of them in its files: position_ids, for one
         self._transient = tuple(non_persistent_buffers(self._inner)) if self._inner is not None else ()
+        # what the class computes, and save_pretrained leaves out: sinusoidal positions, for one
+        self._unsaved = frozenset(getattr(self._inner, "_keys_to_ignore_on_save", None) or ())
         self._name_map: NameMap | None = None
         self._translated: tuple[dict[str, Shape], Translation] | None = None
         self._stages: Stages | None = None
@@ -321,7 +323,9 @@ class LiveState:
     ) -> LiveModel:
         """``average``: None for the main weights."""
         chosen = average or {}
-        tensors = {fqn: chosen.get(fqn, tensor) for fqn, tensor in main.items() if fqn not in aliases}
+        unsaved = self._unsaved - self._template.specs.keys()
+        written = {fqn: tensor for fqn, tensor in main.items() if fqn not in aliases and fqn not in unsaved}
+        tensors = {fqn: chosen.get(fqn, tensor) for fqn, tensor in written.items()}
         filled = frozenset(tensors.keys() - chosen.keys()) if average is not None else frozenset()
         if self._view is not None:
             names, values = self._view.names(main), self._view.values(name)

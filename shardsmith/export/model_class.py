@@ -15,7 +15,7 @@ import logging as levels
 import tempfile
 import threading
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -95,6 +95,11 @@ class ModelClass(Protocol):
         """Alias -> kept name in memory, for tensors that the class ties; names in files count as aliases, too."""
         ...
 
+    @property
+    def unsaved(self) -> Set[str]:
+        """Tensors of the state dict that its files do not hold, for the class computes them."""
+        ...
+
     def fit(self, specs: Mapping[str, TensorSpec]) -> Fit:
         """What its loader makes of a directory that holds these tensors. Raises nothing."""
         ...
@@ -152,6 +157,11 @@ class TransformersClass:
         declared = dict(getattr(self._model, "all_tied_weights_keys", None) or {})
         return _with_file_names({**declared, **tied_weights(self._model)}, self._file_names, self.specs)
 
+    @property
+    def unsaved(self) -> Set[str]:
+        """As ``ModelClass``."""
+        return set(getattr(self._model, "_keys_to_ignore_on_save", None) or ())
+
     def fit(self, specs: Mapping[str, TensorSpec]) -> Fit:
         """As ``ModelClass``. Where the config names no architecture: of the class that fits best."""
         found: list[Fit] = []
@@ -179,7 +189,7 @@ class TransformersClass:
             return replace(fit, error=f"from_pretrained raises {type(error).__name__}: {error}")
         return replace(
             fit,
-            missing=tuple(sorted(missing | info["missing_keys"])),
+            missing=tuple(sorted((missing - self.unsaved) | info["missing_keys"])),
             unexpected=tuple(sorted(info["unexpected_keys"])),
             ignored=tuple(sorted(unexpected - info["unexpected_keys"])),
             shapes={name: (tuple(given), tuple(wanted)) for name, given, wanted in info["mismatched_keys"]},
@@ -217,6 +227,7 @@ class DiffusersClass:
         self.effective_config: Mapping[str, Any] = dict(model.config)
         self.specs: Mapping[str, TensorSpec] = _specs_of(model.state_dict())
         self.tied: Mapping[str, str] = tied_weights(model)
+        self.unsaved: Set[str] = frozenset()
 
     def fit(self, specs: Mapping[str, TensorSpec]) -> Fit:
         """As ``ModelClass``: diffusers loads by name alone."""

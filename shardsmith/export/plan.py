@@ -125,6 +125,7 @@ def plan_directory(
         dropped |= dict.fromkeys(unwanted)
         opened = opened.without(unwanted)
         if model_class is not None and not opened.aliases:  # the names in memory, before any map has changed them
+            opened = opened.without(n for n in model_class.unsaved if n in opened.specs and n not in specs)
             opened = opened.tied(_ties(opened, model_class, specs, None, sizes))
         source = sources[model] = in_base_layout(opened, layouts)
         as_stored = _plan_model(source, model, stem, model_class, specs, replace(options, dtype=None), None, sizes)
