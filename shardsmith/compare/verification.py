@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from shardsmith import layout
-from shardsmith.compare.alignment import Alignment, aligned_source, is_transient
+from shardsmith.compare.alignment import aligned_source
 from shardsmith.compare.values import TensorComparison, compare_sources, same_as
 from shardsmith.digest import Digest
 from shardsmith.errors import CheckpointError, CheckpointNotFoundError
@@ -23,6 +23,7 @@ from shardsmith.formats.opened import OpenedCheckpoint, open_checkpoint
 from shardsmith.initial.source_digests import digest_source
 from shardsmith.metadata import dtype_name, read_json
 from shardsmith.models import ModelSource
+from shardsmith.name_maps.matching import Alignment, is_transient
 
 By = Literal["values", "digests"]
 

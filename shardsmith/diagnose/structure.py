@@ -7,7 +7,6 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from shardsmith.compare.alignment import Alignment, is_transient
 from shardsmith.diagnose.findings import Finding, Looked, one
 from shardsmith.diagnose.subject import Reference, Subject
 from shardsmith.diagnose.ties import tied_names
@@ -16,6 +15,7 @@ from shardsmith.formats.opened import Layout
 from shardsmith.metadata import dtype_name
 from shardsmith.model_keys import MAIN
 from shardsmith.models import ModelSource
+from shardsmith.name_maps.matching import Alignment, is_transient
 from shardsmith.tensors import TensorSpec
 
 _HEADS = {
@@ -95,6 +95,9 @@ def _renamings(model: str, alignment: Alignment) -> Iterator[Finding]:
     if alignment.removed or alignment.added:
         change = f"{alignment.removed!r} in front" if alignment.removed else f"no {alignment.added!r} in front"
         yield one("names-translated", [model], "names as in the model", change)
+    if alignment.by_class:
+        found = "names in memory, or of another generation, which from_pretrained renames"
+        yield one("names-translated", [model], "names as in the model's files", found)
     if alignment.layouts:
         rules = ", ".join(dict.fromkeys(alignment.layouts.values()))
         yield one(

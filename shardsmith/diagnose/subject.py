@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from shardsmith import layout
-from shardsmith.compare.alignment import Alignment, aligned_source
+from shardsmith.compare.alignment import aligned_source
 from shardsmith.errors import CheckpointError, CheckpointNotFoundError
 from shardsmith.export.hf_directory import read_config
 from shardsmith.export.layout_rules import DECLARED, LayoutRule
@@ -18,6 +18,7 @@ from shardsmith.formats.opened import OpenedCheckpoint, open_checkpoint
 from shardsmith.metadata import CheckpointMetadata, read_json
 from shardsmith.model_keys import MAIN
 from shardsmith.models import ModelSource
+from shardsmith.name_maps.matching import Alignment
 from shardsmith.tensors import TensorSpec
 
 _STEP_NAME = re.compile(r"(?:step-|checkpoint-)([0-9]{1,18})|([0-9]{7})")

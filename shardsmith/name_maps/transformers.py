@@ -33,7 +33,6 @@ class TransformersNames:
         self._origin = origin
         self._model = model
         self._conversions = list(conversions)
-        model._weight_conversions = self._conversions  # where transformers looks for them
 
     @classmethod
     def of_directory(cls, base: Path, names: Iterable[str] = ()) -> Self:
@@ -46,16 +45,15 @@ class TransformersNames:
         Raises:
             UnsupportedFormatError: there is no transformers 5, or it does not know this model.
         """
-        try:
-            import transformers
+        return cls.of_names(base, meta_model_of(base), names)
 
-            config = transformers.AutoConfig.from_pretrained(str(base), trust_remote_code=False, local_files_only=True)
-            model = _on_meta(getattr(transformers, config.architectures[0]), config)
-            conversions = _conversions_of(model, names)
-        except Exception as error:  # whatever a config that it does not know makes it raise
-            reason = describe_failure(error)
-            raise UnsupportedFormatError(base, f"transformers cannot make this model ({reason})") from error
-        return cls(base, model, conversions)
+    @classmethod
+    def of_names(cls, origin: str | Path, model: Any, names: Iterable[str]) -> Self:
+        """For a model on the meta device and files with these names. Raises as ``of_directory``."""
+        try:
+            return cls(origin, model, _conversions_of(model, names))
+        except Exception as error:  # whatever a pattern that does not fit makes it raise
+            raise _unknown(origin, error) from error
 
     @classmethod
     def of_model(cls, live: nn.Module) -> Self | None:
@@ -67,15 +65,9 @@ class TransformersNames:
         modeling = sys.modules.get("transformers.modeling_utils")
         if modeling is None or not isinstance(live, modeling.PreTrainedModel) or not _is_converted(live):
             return None
-        kind = own_class(live)
-        try:
-            model = _on_meta(kind, live.config)
-        except Exception as error:  # whatever a class of the user's raises
-            reason = f"{type(error).__name__}: {error}"
-            message = f"cannot be made from its config to see how transformers names it ({reason}). {IDENTITY_ADVICE}"
-            raise UnsupportedFormatError(kind.__name__, message) from error
+        model = meta_twin_of(live)
         loaded_with: Any = getattr(live, "_weight_conversions", None)
-        return cls(kind.__name__, model, _conversions_of(model, ()) if loaded_with is None else loaded_with)
+        return cls(own_class(live).__name__, model, _conversions_of(model, ()) if loaded_with is None else loaded_with)
 
     def targets(self, specs: Mapping[str, TensorSpec]) -> dict[str, Target]:
         """As ``NameMap.targets``.
@@ -85,6 +77,7 @@ class TransformersNames:
         """
         from transformers.core_model_loading import revert_weight_conversion
 
+        self._model._weight_conversions = self._conversions  # where transformers looks for them
         try:
             found, refused = trace(lambda tensors: revert_weight_conversion(self._model, tensors), specs)
         except Exception as error:  # an operation that does not fit these tensors
@@ -116,6 +109,37 @@ class TransformersNames:
 def names_for(model: Any) -> TransformersNames:
     """For a model on the meta device, as ``save_pretrained`` would name its tensors."""
     return TransformersNames(type(model).__name__, model, _conversions_of(model, ()))
+
+
+def meta_model_of(base: Path) -> Any:
+    """The model that a directory's config.json describes, on the meta device. Runs no code of it.
+
+    Raises:
+        UnsupportedFormatError: there is no transformers, or it does not know this model.
+    """
+    try:
+        import transformers
+
+        config = transformers.AutoConfig.from_pretrained(str(base), trust_remote_code=False, local_files_only=True)
+        return _on_meta(getattr(transformers, config.architectures[0]), config)
+    except Exception as error:  # whatever a config that it does not know makes it raise
+        raise _unknown(base, error) from error
+
+
+def meta_twin_of(live: nn.Module) -> Any:
+    """A model like a live one, on the meta device. Raises UnsupportedFormatError if its config cannot make it."""
+    kind = own_class(live)
+    try:
+        return _on_meta(kind, live.config)
+    except Exception as error:  # whatever a class of the user's raises
+        reason = f"{type(error).__name__}: {error}"
+        message = f"cannot be made from its config to see how transformers names it ({reason}). {IDENTITY_ADVICE}"
+        raise UnsupportedFormatError(kind.__name__, message) from error
+
+
+def _unknown(origin: str | Path, error: Exception) -> UnsupportedFormatError:
+    reason = describe_failure(error)
+    return UnsupportedFormatError(origin, f"transformers cannot make this model ({reason})")
 
 
 def _on_meta(kind: Any, config: Any) -> Any:
