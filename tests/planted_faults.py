@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -81,6 +82,23 @@ def qk_norms(state: State) -> State:
     return {name: torch.ones_like(t) if "q_norm" in name or "k_norm" in name else t for name, t in state.items()}
 
 
+def one_element(state: State) -> State:
+    name = "model.layers.1.self_attn.o_proj.weight"
+    changed = state[name].clone()
+    changed[3, 5] += 0.01
+    return state | {name: changed}
+
+
+def layers_swapped(state: State) -> State:
+    other = {"layers.0.": "layers.1.", "layers.1.": "layers.0."}
+    return {name: state[re.sub(r"layers\.[01]\.", lambda m: other[m[0]], name)] for name in state}
+
+
+def matrices_swapped(state: State) -> State:
+    q, o = (f"model.layers.0.self_attn.{part}.weight" for part in ("q_proj", "o_proj"))
+    return state | {q: state[o], o: state[q]}
+
+
 QK = frozenset({"olmo2", "qwen3-moe"})
 UNTIED = frozenset({"olmo2", "qwen3-moe"})
 TIED = frozenset({"llama-tied"})
@@ -101,7 +119,12 @@ PLANTED = (
     ),
     Planted("one matrix constant", "constant-values", lambda state: replaced(state, "0.self_attn.o_proj", halves)),
     Planted("columns in another order", "values-reordered", lambda state: replaced(state, "0.self_attn.o_proj", mixed)),
+    Planted("all scaled", "values-scaled", lambda state: replaced(state, "", scaled)),
+    Planted("one matrix scaled", "values-scaled", lambda state: replaced(state, "0.self_attn.o_proj", scaled)),
     Planted("another revision", "values-differ", lambda state: replaced(state, "", slightly_moved)),
+    Planted("one element", "values-differ", one_element),
+    Planted("two layers swapped", "tensors-swapped", layers_swapped),
+    Planted("two matrices of a layer swapped", "tensors-swapped", matrices_swapped),
     Planted("not a number", "not-finite", with_hole),
 )
 
@@ -115,5 +138,9 @@ def mixed(tensor: Tensor) -> Tensor:
     return tensor.T.reshape(tensor.shape)
 
 
-def slightly_moved(tensor: Tensor) -> Tensor:
+def scaled(tensor: Tensor) -> Tensor:
     return tensor * 1.01
+
+
+def slightly_moved(tensor: Tensor) -> Tensor:
+    return tensor + 0.01 * torch.arange(tensor.numel()).reshape(tensor.shape).sin()

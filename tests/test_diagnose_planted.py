@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from shardsmith.diagnose import Diagnosis, Questions, diagnose
 from shardsmith.diagnose.batches import read_batch
+from shardsmith.diagnose.findings import Level
 from shardsmith.diagnose.live_model import LiveModel
 from shardsmith.diagnose.start_loss import cross_entropy, possible_causes
 from tests.dcp_directories import save_sharded
@@ -35,6 +38,46 @@ def test_a_fault_of_the_weights_is_found_under_its_own_code(
     found = diagnose(checkpoint, specimen.base, Questions(level="values"))
     assert codes(found) == {planted.code}
     assert planted.code in found.verdict
+
+
+def stack(count: int) -> dict[str, Tensor]:
+    """Weights of a model with many layers."""
+    torch.manual_seed(0)
+    shapes = {"self_attn.q_proj.weight": (8, 8), "mlp.up_proj.weight": (16, 8), "input_layernorm.weight": (8,)}
+    layers = {f"model.layers.{i}.{n}": torch.randn(shape) for i in range(count) for n, shape in shapes.items()}
+    return {"model.embed_tokens.weight": torch.randn(32, 8), **layers}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("trained", [False, True])
+def test_layers_in_the_order_of_text_are_named(trained: bool, dtype: torch.dtype, tmp_path: Path) -> None:
+    right = stack(12)
+    (tmp_path / "base").mkdir()
+    save_file(right, tmp_path / "base" / "model.safetensors")
+    (tmp_path / "base" / "config.json").write_text("{}")
+    order = sorted(range(12), key=str)
+    moved = {re.sub(r"s\.(\d+)\.", lambda m: f"s.{order.index(int(m[1]))}.", name): right[name] for name in right}
+    if trained:
+        moved = {name: tensor + 0.01 * torch.randn_like(tensor) for name, tensor in moved.items()}
+    checkpoint = save_sharded({name: tensor.to(dtype) for name, tensor in moved.items()}, tmp_path / "c", 2)
+    found = diagnose(checkpoint, tmp_path / "base", Questions(level="values", trained=trained))
+    (finding,) = found.faults
+    assert finding.code == "layers-reordered"
+    assert "model.layers.2 holds what belongs to model.layers.10" in finding.found
+
+
+@pytest.mark.parametrize("level", ["values", "model", "all"])
+def test_a_tensor_that_is_not_there_or_has_another_shape_is_named_on_every_level(
+    level: Level, specimens: dict[str, Specimen], tmp_path: Path
+) -> None:
+    specimen = specimens["olmo2"]
+    name = "model.layers.0.mlp.up_proj.weight"
+    lacking = {key: tensor for key, tensor in specimen.state.items() if key != name}
+    for code, state in (("missing-tensors", lacking), ("shape-differs", lacking | {name: torch.zeros(90, 64)})):
+        found = diagnose(save_sharded(state, tmp_path / code, 2), specimen.base, Questions(level=level))
+        assert code in codes(found)
+        assert found.exit_code == 1
+        assert "fine" not in found.verdict
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -65,8 +108,8 @@ def test_a_config_that_differs_is_found_and_its_loss_told(
     config_of(family, **CONFIGS[code]).save_pretrained(tmp_path / "trainer")
     found = look(specimen, tmp_path, config=tmp_path / "trainer", batch=specimen.batch)
     assert codes(found) == {code}
-    assert "The weights were not looked at" in found.verdict
-    facts = found.levels[0].facts
+    assert "values were not looked at" in found.verdict
+    facts = found.levels[-1].facts
     assert facts[f"loss with the config of {tmp_path / 'trainer'}"] > facts["loss of the model"]
 
 

@@ -40,8 +40,8 @@ def diagnose(
         checkpoint: DCP directory (ours, TorchTitan's, plain dcp.save), Hugging Face directory or safetensors file.
         base_model: Local directory of the model that it should hold, or the name of one in the Hugging Face cache.
         naming: How tensors correspond.
-        level: "structure": names, shapes, counts, from the indexes alone. "values": every tensor, streamed.
-            "model": config, tokenizer, buffers, and the logits of both, which needs memory for two models.
+        level: "structure": names, shapes, counts, from the indexes alone; part of every level. "values": every tensor,
+            streamed. "model": config, tokenizer, buffers, and the logits of both, which needs memory for two models.
         config: config.json that the trainer builds its model from, or the directory it is in.
         tokenizer: Directory of the tokenizer that the trainer uses.
         training_config: The trainer's settings, TOML or JSON: what it loads, and with which model and tokenizer.

@@ -60,6 +60,21 @@ CODES: dict[str, Code] = {
         "about half of what there is to lose: attention sees rotated heads",
         "convert with the permutation for the layout that the trainer's RoPE wants (Hugging Face halves, native pairs)",
     ),
+    "tensors-swapped": Code(
+        "error",
+        "depends on the tensors; shapes cannot show it",
+        "give each tensor its own name where the checkpoint was made; the report says which holds which",
+    ),
+    "layers-reordered": Code(
+        "error",
+        "far up: every layer does the work of another",
+        "sort layers by their number and not by their name as text, then convert again",
+    ),
+    "values-scaled": Code(
+        "error",
+        "depends on the tensors and the factor",
+        "look for a scale that was left in or applied twice, such as that of quantised weights or of LoRA",
+    ),
     "values-reordered": Code(
         "error",
         "depends on the tensor; a shape check cannot see it",

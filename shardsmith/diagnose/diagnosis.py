@@ -28,7 +28,8 @@ def diagnose(checkpoint: Path, model: Path, questions: Questions) -> Diagnosis:
             raise
         found = detect_checkpoint_format(checkpoint).name
         return Diagnosis(str(checkpoint), str(model), found, (Looked("structure", (finding,)),))
-    levels = LEVELS if questions.level == "all" else (questions.level,)
+    # Names, shapes and counts cost nothing and belong to every verdict.
+    levels = LEVELS if questions.level == "all" else tuple(dict.fromkeys(("structure", questions.level)))
     try:
         looked = tuple(_look(level, subject, questions) for level in levels)
         return Diagnosis(str(checkpoint), str(model), subject.opened.format, looked)

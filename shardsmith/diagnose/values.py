@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from shardsmith.checkpoints import find_damage
-from shardsmith.compare.values import TensorComparison, compare_sources, same_as, scan_source
+from shardsmith.compare.values import Distance, TensorComparison, compare_sources, same_as, scan_source
 from shardsmith.diagnose.averages import look_at_average
 from shardsmith.diagnose.findings import Finding, Looked, one
 from shardsmith.diagnose.signatures import QK_NORM, QUERY_KEY, find_reordering, is_all, unrelated
 from shardsmith.diagnose.subject import Reference, Subject
+from shardsmith.diagnose.swapped import describe_swapped, find_swapped, is_string_order
 from shardsmith.diagnose.ties import embedding_of, head_of, tied_names
 from shardsmith.export.base_layout import patch_embeddings
 from shardsmith.export.layout_rules import order_of_patches
@@ -24,6 +25,9 @@ from shardsmith.tensors import read_tensor
 
 _LAYER = re.compile(r"^(.*?(?:^|\.)(?:layers|h|blocks|block|layer)\.[0-9]+)\.")
 _MOST_OF = 0.9
+_RELATED = 0.5
+_SAME_FACTOR = 1e-3
+_SAME_DIRECTION = 1e-5
 
 Comparisons = Mapping[str, TensorComparison]
 
@@ -72,8 +76,10 @@ class _Sorted:
     def _all(self, rest: dict[str, TensorComparison]) -> Iterator[Finding]:
         yield from self._non_finite(rest)
         yield from self._rounded(rest)
+        yield from self._swapped(rest)
         yield from self._patches(rest)
         yield from self._reordered(rest)
+        yield from self._scaled(rest)
         yield from self._not_loaded(rest)
         yield from self._constant(rest)
         yield from self._different(rest)
@@ -99,6 +105,27 @@ class _Sorted:
             yield self._one(
                 "rounded-values", names, "the model's values", f"those, rounded to {dtype} (by up to {apart:.3g})"
             )
+
+    def _swapped(self, rest: Comparisons) -> Iterator[Finding]:
+        reference = self.subject.reference.source
+        if reference is None:
+            return
+        unknown = {n: c for n, c in rest.items() if not c.extremes.constant and (not self.trained or _astray(c))}
+        swapped = find_swapped(self.source, reference, unknown, trained=self.trained)
+        if swapped:
+            code = "layers-reordered" if is_string_order(swapped, reference.specs) else "tensors-swapped"
+            yield self._one(code, list(swapped), "each tensor under its own name", describe_swapped(swapped))
+
+    def _scaled(self, rest: Comparisons) -> Iterator[Finding]:
+        scaled = {} if self.trained else {n: c for n, c in rest.items() if c.distance and _is_scaled(c.distance)}
+        factors = {name: d.lengths for name, found in scaled.items() if (d := found.distance)}
+        # Any two vectors of nearly equal elements differ by a factor: those count beside a matrix of the same one.
+        known = [factors[name] for name, found in scaled.items() if len(found.left.shape) > 1]
+        factors = {n: f for n, f in factors.items() if any(abs(f / other - 1) < _SAME_FACTOR for other in known)}
+        if factors:
+            least, most = min(factors.values()), max(factors.values())
+            times = f"{least:.6g}" if most / least < 1 + _SAME_FACTOR else f"{least:.6g} to {most:.6g}"
+            yield self._one("values-scaled", list(factors), "the model's values", f"those times {times}")
 
     def _patches(self, rest: Comparisons) -> Iterator[Finding]:
         reference = self.subject.reference.source
@@ -257,6 +284,15 @@ def _holds_nan(found: TensorComparison) -> bool:
 def _exactly_converted(found: TensorComparison) -> bool:
     """Whether only the dtype differs, and not one value."""
     return found.distance is not None and found.distance.differing == 0
+
+
+def _astray(found: TensorComparison) -> bool:
+    """Whether it points elsewhere than training would have moved it."""
+    return found.distance is not None and abs(found.distance.cosine) < _RELATED
+
+
+def _is_scaled(distance: Distance) -> bool:
+    return distance.cosine > 1 - _SAME_DIRECTION and abs(distance.lengths - 1) > _SAME_FACTOR
 
 
 def _reset(found: TensorComparison) -> bool:

@@ -18,10 +18,11 @@ def verdict_of(diagnosis: Diagnosis) -> str:
     """Says which part is at fault, and that the others are not, as far as they were looked at."""
     wrong = {level.level: _faults(level) for level in diagnosis.levels}
     if wrong.get("structure"):
-        return f"The checkpoint does not hold the model's tensors as they should be: {_codes(wrong['structure'])}."
+        more = f"; values: {_codes(wrong['values'])}" if wrong.get("values") else ""
+        codes = _codes(wrong["structure"])
+        return f"The checkpoint does not hold the model's tensors as they should be: {codes}{more}."
     if wrong.get("values"):
-        begin = "Names and shapes are right, values are not" if "structure" in wrong else "Values are not the model's"
-        return f"{begin}: {_codes(wrong['values'])}."
+        return f"Names and shapes are right, values are not: {_codes(wrong['values'])}."
     weights = _weights(diagnosis)
     if wrong.get("model"):
         return f"{weights}; look at: {_codes(wrong['model'])}."
@@ -31,15 +32,11 @@ def verdict_of(diagnosis: Diagnosis) -> str:
 def _weights(diagnosis: Diagnosis) -> str:
     levels = {level.level: level for level in diagnosis.levels}
     if "values" not in levels:
-        return (
-            "Names, shapes and counts are right; values were not looked at"
-            if "structure" in levels
-            else "The weights were not looked at"
-        )
+        return "Names, shapes and counts are right; values were not looked at"
     facts = levels["values"].facts.get("main", {})
     compared, equal = facts.get("tensors compared", 0), facts.get("equal", 0)
     if not compared:
-        return "No weights were compared"
+        return "Names, shapes and counts are right; no values were compared"
     if any(note.code == "trained-weights" for note in diagnosis.notes):
         return f"The weights are fine: trained from the model's, {equal} of {compared} tensors still equal"
     how = "bit for bit" if equal == compared else f"{equal} bit for bit, the others but for their dtype"
