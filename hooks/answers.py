@@ -17,8 +17,10 @@ from torch.distributed.tensor import DTensor
 from shardsmith.errors import UsageError
 from shardsmith.export.live import Check
 from shardsmith.export.load_check import compare_answers, first_tensor
+from shardsmith.export.probe_inputs import made_up_inputs
 from shardsmith.layout import MAIN_WEIGHTS
 from shardsmith.model_keys import EMA as AVERAGE
+from shardsmith.name_maps.transformers import meta_twin_of
 from shardsmith.names import unwrapped
 
 from .ema import EMA
@@ -37,7 +39,7 @@ class Answers:
         """
         self._model = model._orig_mod if isinstance(model, OptimizedModule) else model
         self._ema = ema
-        self._inputs = dict(inputs) if inputs is not None else _made_up(_transformers_model(model))
+        self._inputs = dict(inputs) if inputs is not None else _made_up(model)
 
     def check_for(self, directory: LiveDirectory) -> Check | None:
         """A check of one directory by what the weights are now. All ranks, main thread; communicates under FSDP, DDP.
@@ -111,15 +113,12 @@ def _transformers_model(model: nn.Module) -> Any:
     return inner
 
 
-def _made_up(model: Any) -> dict[str, Tensor]:
-    """A small batch that a model of text or images takes. Raises UsageError for others."""
-    config = model.config
-    if model.main_input_name == "input_ids":
-        return {"input_ids": torch.arange(32).view(2, 16) * 7 % config.get_text_config().vocab_size}
-    if model.main_input_name == "pixel_values" and isinstance(getattr(config, "image_size", None), int):
-        shape = (1, getattr(config, "num_channels", 3), config.image_size, config.image_size)
-        return {"pixel_values": torch.linspace(-1, 1, shape[1] * shape[2] * shape[3]).view(shape)}
-    raise UsageError(
-        f'verify="load" knows no inputs for {type(model).__name__}, which wants {model.main_input_name}: '
-        "pass verify_inputs={...}, the keyword arguments of its forward"
-    )
+def _made_up(model: nn.Module) -> dict[str, Tensor]:
+    """A small batch that a model like the live one takes. Raises UsageError if none is known."""
+    inner = _transformers_model(model)
+    try:
+        return made_up_inputs(meta_twin_of(inner))
+    except UsageError as error:
+        raise UsageError(
+            f'verify="load": {error}. Pass verify_inputs={{...}}, the keyword arguments of its forward'
+        ) from error

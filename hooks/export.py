@@ -123,8 +123,8 @@ class HFExport(Hook):
                 also loads each directory with ``from_pretrained`` before it appears, and must get the logits of the
                 live model, up to rounding. Costs one forward of all ranks, for which the training waits, and on rank
                 0's host memory for the model in float32.
-            verify_inputs: What to ask the models then: keyword arguments of ``forward``. None makes some up for models
-                of text and of images.
+            verify_inputs: What to ask the models then: keyword arguments of ``forward``. None makes some up, for text,
+                images and sound.
             stages: ``model`` is a stage of a pipeline, others are on other ranks, and the directory has all of them.
             timeout_secs: How long to wait for a rank before an export is given up; also for a checkpoint to be saved.
 

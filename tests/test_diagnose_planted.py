@@ -198,6 +198,62 @@ def test_packing_without_reset_is_told_from_the_loss(
     assert codes(look(specimen, tmp_path, batch=specimen.packed, reference_loss=right)) == set()
 
 
+def padded_batch(folder: Path, *, masked: bool) -> Path:
+    """Rows of different lengths, padded with token 0, and with a masked prompt."""
+    tokens = (torch.arange(4)[:, None] * 11 + 3 * torch.arange(24)) % 90 + 3
+    for row, length in enumerate((24, 15, 9, 5)):
+        tokens[row, length:] = 0
+    labels = tokens.clone()
+    labels[:, :2] = -100
+    if masked:
+        labels[tokens == 0] = -100
+    file = folder / f"batch-{masked}.safetensors"
+    save_file({"input_ids": tokens, "labels": labels, "attention_mask": (tokens != 0).long()}, file)
+    return file
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_reductions_and_masks_of_the_loss_are_told(family: str, specimens: dict[str, Specimen], tmp_path: Path) -> None:
+    """Each loss is worked out here from the tokens' own, in another way than there."""
+    specimen = specimens[family]
+    file = padded_batch(tmp_path, masked=True)
+    batch = read_batch(file)
+    with torch.no_grad():
+        logits = specimen.model()(input_ids=batch.tokens).logits
+    each = -logits[:, :-1].log_softmax(-1).gather(2, batch.tokens[:, 1:, None])[..., 0]
+    keep = batch.labels[:, 1:] != -100
+    right = each[keep].mean()
+    rows = torch.stack([values[kept].mean() for values, kept in zip(each, keep, strict=True)])
+    copying = -logits.log_softmax(-1).gather(2, batch.tokens[..., None])[..., 0][batch.labels != -100].mean()
+    losses = {
+        "mean-of-rows": rows.mean(),
+        "loss-summed": each[keep].sum(),
+        "loss-scaled": right * 8,
+        "loss-unmasked": each.mean(),
+        "labels-not-shifted": copying,
+    }
+    for code, loss in losses.items():
+        assert codes(look(specimen, tmp_path, batch=file, reference_loss=float(loss))) == {code}
+    assert codes(look(specimen, tmp_path, batch=file, reference_loss=float(right))) == set()
+    unmasked = padded_batch(tmp_path, masked=False)
+    wrong = each[read_batch(unmasked).labels[:, 1:] != -100].mean()
+    for loss in (wrong, right):
+        assert codes(look(specimen, tmp_path, batch=unmasked, reference_loss=float(loss))) == {"padding-in-labels"}
+    assert codes(look(specimen, tmp_path, batch=unmasked)) == {"padding-in-labels"}
+    assert codes(look(specimen, tmp_path, batch=file)) == set()
+
+
+def test_a_loss_between_what_is_right_and_a_cause_is_not_explained(
+    specimens: dict[str, Specimen], tmp_path: Path
+) -> None:
+    specimen = specimens["olmo2"]
+    causes = list(possible_causes(LiveModel.of_directory(specimen.base), read_batch(specimen.batch)))
+    rope = next(cause for cause in causes if cause.code == "rope-differs")
+    between = causes[0].loss + 0.6 * (rope.loss - causes[0].loss)
+    found = look(specimen, tmp_path, batch=specimen.batch, reference_loss=between)
+    assert codes(found) == {"start-loss-unexplained"}
+
+
 def test_an_auxiliary_loss_in_the_logged_one_is_told(specimens: dict[str, Specimen], tmp_path: Path) -> None:
     specimen = specimens["qwen3-moe"]
     batch = read_batch(specimen.batch).tokens

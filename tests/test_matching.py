@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
@@ -8,8 +9,10 @@ import torch
 import transformers
 from torch import Tensor
 
+from shardsmith.cli import main
 from shardsmith.compare.verification import VerifyOptions, verify
 from shardsmith.diagnose import Questions, diagnose
+from shardsmith.initial.load import load_initial
 from shardsmith.name_maps.matching import Alignment, match_names
 from shardsmith.tensors import TensorSpec
 from tests.dcp_directories import save
@@ -194,8 +197,42 @@ def renamed(name: str, prefixes: Mapping[str, str]) -> str:
     return prefixes.get(new, "") + name.removeprefix(new)
 
 
+@pytest.mark.parametrize("wrapper", ["module._orig_mod.", "policy."])
+@pytest.mark.parametrize("kind", ["qwen2.5-vl", "llava"])
+def test_an_initial_load_and_an_export_take_the_same_names_off(kind: str, wrapper: str, tmp_path: Path) -> None:
+    make, older = GENERATIONS[kind]
+    model = make()
+    state = {wrapper + renamed(name, older): tensor for name, tensor in changed(model.state_dict()).items()}
+    checkpoint = save(state, tmp_path / "checkpoint")
+    model.save_pretrained(tmp_path / "base", save_original_format=False)
+    (tmp_path / "bare").mkdir()
+    shutil.copy(tmp_path / "base" / "config.json", tmp_path / "bare")
+    expected = changed(model.state_dict())
+    load_initial(checkpoint, model=model, config=tmp_path / "base")
+    assert all(torch.equal(expected[name], tensor) for name, tensor in model.state_dict().items())
+    for base in ("base", "bare"):
+        out = tmp_path / f"out-{base}"
+        command = ["to-hf", "--checkpoint_dir", checkpoint, "--base_model_path", tmp_path / base, "--output_dir", out]
+        assert main([*map(str, command), "--dtype", "original"]) == 0
+        loaded = type(model).from_pretrained(out)
+        assert all(torch.equal(expected[name], tensor) for name, tensor in loaded.state_dict().items())
+
+
 def changed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor + 0.01 for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize("kind", ["qwen2.5-vl", "llava"])
+def test_two_generations_without_a_config_are_the_same_by_their_bytes(kind: str, tmp_path: Path) -> None:
+    make, older = GENERATIONS[kind]
+    live = {name: tensor.clone() for name, tensor in make().state_dict().items()}
+    old = {renamed(name, older): tensor for name, tensor in live.items()}
+    new = save(live, tmp_path / "new")
+    found = verify(save(old, tmp_path / "old"), new)
+    assert found.same
+    assert len(found.models[0].renamed) + sum(name in live for name in old) == len(live)
+    last = next(reversed(old))
+    assert not verify(save(old | {last: old[last] + 1}, tmp_path / "other"), new).same
 
 
 def test_another_model_under_older_names_is_not_the_same(tmp_path: Path) -> None:

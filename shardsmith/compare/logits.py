@@ -7,8 +7,8 @@ from pathlib import Path
 
 from shardsmith.compare.alignment import aligned_source
 from shardsmith.compare.verification import OpenedPair, VerifyOptions, is_huggingface
-from shardsmith.diagnose.batches import fixed_batch
 from shardsmith.diagnose.live_model import LiveModel
+from shardsmith.diagnose.probe import Probe
 from shardsmith.diagnose.start_loss import cross_entropy, divergence
 from shardsmith.diagnose.subject import Reference
 from shardsmith.errors import UsageError
@@ -23,9 +23,10 @@ class LogitsVerification:
     batch: str
     largest: float
     """The largest absolute difference of two logits."""
-    divergence: float
-    """The largest Kullback-Leibler divergence a token, in nats."""
-    losses: tuple[float, float]
+    divergence: float | None
+    """The largest Kullback-Leibler divergence a token, in nats; None for a model that predicts no tokens."""
+    losses: tuple[float, float] | None
+    """Of both, on the text; None for a model that predicts no tokens."""
     tolerance: float
 
     @property
@@ -62,16 +63,18 @@ def verify_logits(
         pair.common([model])
         reference = Reference.open(base)
         made = LiveModel.of_directory(base, trust_remote_code=trust_remote_code)
-        batch = fixed_batch(base, made.module.get_input_embeddings().weight.shape[0])
+        probe = Probe.for_model(made, base)
         answers = []
         for side in (pair.left, pair.right):
             how = (base, _names(side, options.names), options.rules)
             source, _ = aligned_source(side.models[model], reference.specs, *how)
             loaded = [name for name in source.specs if name in reference.specs]
-            answers.append(made.with_weights(source, loaded).logits(batch))
-        losses = (cross_entropy(answers[0], batch.labels), cross_entropy(answers[1], batch.labels))
+            answers.append(probe.ask(made.with_weights(source, loaded)))
         largest = float((answers[0] - answers[1]).abs().max())
-        return LogitsVerification(model, batch.origin, largest, divergence(*answers)[1], losses, options.tolerance)
+        if (batch := probe.batch) is None:
+            return LogitsVerification(model, probe.origin, largest, None, None, options.tolerance)
+        losses = (cross_entropy(answers[0], batch.labels), cross_entropy(answers[1], batch.labels))
+        return LogitsVerification(model, probe.origin, largest, divergence(*answers)[1], losses, options.tolerance)
     finally:
         pair.close()
 

@@ -37,10 +37,12 @@ def print_logits(found: Sequence[LogitsVerification], *, as_json: bool) -> None:
         return
     console = new_console()
     for result in found:
-        console.print(
-            f"{result.model}, on {result.batch}: logits differ by up to {result.largest:.3g} "
-            f"(KL a token up to {result.divergence:.3g}); losses {result.losses[0]:.5f} and {result.losses[1]:.5f}"
-        )
+        line = f"{result.model}, on {result.batch}: logits differ by up to {result.largest:.3g}"
+        if result.losses is not None:
+            line += (
+                f" (KL a token up to {result.divergence:.3g}); losses {result.losses[0]:.5f} and {result.losses[1]:.5f}"
+            )
+        console.print(line)
     console.print(_verdict(same, "the same model, by its logits"))
 
 
@@ -49,6 +51,9 @@ def _counts(model: ModelVerification) -> str:
     parts += [f"{len(model.converted)} equal but for their dtype"] if model.converted else []
     parts += [f"{printable(name)} brought into one layout by {rule}" for name, rule in model.layouts.items()]
     parts += [f"{printable(', '.join(model.tied))} tied, on one side only"] if model.tied else []
+    if model.renamed:
+        mine, theirs = next(iter(model.renamed.items()))
+        parts.append(f"{len(model.renamed)} under other names, such as {printable(mine)} for {printable(theirs)}")
     return f"{model.model}: {', '.join(parts)}"
 
 

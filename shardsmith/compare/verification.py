@@ -6,14 +6,17 @@ the models answer.
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from shardsmith import layout
 from shardsmith.compare.alignment import aligned_source
-from shardsmith.compare.values import TensorComparison, compare_sources, same_as
+from shardsmith.compare.values import TensorComparison, compare_sources, same_as, scan_source
+from shardsmith.diagnose.ties import class_ties
 from shardsmith.digest import Digest
 from shardsmith.errors import CheckpointError, CheckpointNotFoundError
 from shardsmith.export.hf_directory import CONFIG_FILE
@@ -24,6 +27,7 @@ from shardsmith.initial.source_digests import digest_source
 from shardsmith.metadata import dtype_name, read_json
 from shardsmith.models import ModelSource
 from shardsmith.name_maps.matching import Alignment, is_transient
+from shardsmith.tensors import TensorSpec
 
 By = Literal["values", "digests"]
 
@@ -60,6 +64,8 @@ class ModelVerification:
     layouts: Mapping[str, str]
     """Of two layouts, compared in one: name -> the layout rule that led there."""
     differences: tuple[Difference, ...]
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """Of two generations of names, where no class says which is which: A's name -> B's, of the same bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +173,9 @@ def is_huggingface(side: OpenedCheckpoint) -> bool:
 
 def _verify_model(model: str, pair: OpenedPair, options: VerifyOptions) -> ModelVerification:
     left, right, alignment = pair.aligned(model)
-    tied = (*_repeated(left, right), *_repeated(right, left))
+    renamed = same_under_other_names(left, right) if pair.base is None else {}
+    right = _called(right, renamed) if renamed else right
+    tied = (*_repeated(left, right, pair.base), *_repeated(right, left, pair.base))
     differences = [*_only(left, right, "only in A", tied), *_only(right, left, "only in B", tied)]
     names = [name for name in left.specs if name in right.specs]
     shapes = [name for name in names if left.specs[name].shape != right.specs[name].shape]
@@ -176,12 +184,51 @@ def _verify_model(model: str, pair: OpenedPair, options: VerifyOptions) -> Model
     if options.by == "digests":
         found = list(_by_digest(model, pair, left, right, names))
         equal = len(names) - len(found)
-        return ModelVerification(model, len(names), equal, (), tied, alignment.layouts, (*differences, *found))
+        return ModelVerification(model, len(names), equal, (), tied, alignment.layouts, (*differences, *found), renamed)
     compared = compare_sources(left, right, names)
     converted = [name for name, found in compared.items() if not found.equal and _converted(found, options)]
     differences += _by_value(compared, converted, options)
     equal = sum(found.equal for found in compared.values())
-    return ModelVerification(model, len(compared), equal, tuple(converted), tied, alignment.layouts, tuple(differences))
+    return ModelVerification(
+        model, len(compared), equal, tuple(converted), tied, alignment.layouts, tuple(differences), renamed
+    )
+
+
+def same_under_other_names(left: ModelSource, right: ModelSource) -> dict[str, str]:
+    """A's name -> B's of tensors with the same bytes, numbers and ends of their names; empty unless none is left over.
+
+    Where neither side says what model it is, this tells names of two generations from two models. Reads the tensors.
+    """
+    mine = [name for name in left.specs if name not in right.specs and not is_transient(name)]
+    theirs = {name for name in right.specs if name not in left.specs and not is_transient(name)}
+    if not mine or len(mine) != len(theirs):
+        return {}
+    found: dict[str, str] = {}
+    for name in mine:
+        likely = sorted((n for n in theirs if _same_end(name, n)), key=lambda other: (-_common_end(name, other), other))
+        pairs = (other for other in likely if list(same_as(left, right, {name: other})))
+        other = next(pairs, None)
+        if other is None:
+            return {}
+        found[name] = other
+        theirs.remove(other)
+    return found
+
+
+def _called(source: ModelSource, names: Mapping[str, str]) -> ModelSource:
+    """A model with some of its tensors under new names: new -> its own."""
+    kept = {name: name for name in source.specs if name not in names.values()}
+    return ModelSource(source, {**kept, **names}, filled=source.filled, aliases=source.aliases)
+
+
+def _same_end(one: str, other: str) -> bool:
+    return re.findall(r"\d+", one) == re.findall(r"\d+", other) and _common_end(one, other) > 1
+
+
+def _common_end(one: str, other: str) -> int:
+    """How many segments two names end with alike."""
+    pairs = zip(reversed(one.split(".")), reversed(other.split(".")), strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _by_value(
@@ -255,17 +302,25 @@ def _only(
             yield Difference(name, problem, left, right, None, None)
 
 
-def _repeated(source: ModelSource, other: ModelSource) -> Iterator[str]:
-    """Names that only one side has, and whose values are those of another name, which both have."""
-    for name, spec in source.specs.items():
-        if name not in other.specs and len(spec.shape) > 1:
-            twins = [
-                twin
-                for twin, kept in source.specs.items()
-                if twin in other.specs and (kept.shape, kept.dtype) == (spec.shape, spec.dtype) and "emb" in twin
-            ]
-            if any(list(same_as(source, source, {name: twin})) for twin in twins):
-                yield name
+def _repeated(source: ModelSource, other: ModelSource, base: Path | None) -> Iterator[str]:
+    """Names that only one side has, and whose values are those of another name, which both have.
+
+    What the class ties may have any values; of others, one value everywhere says nothing.
+    """
+    unlisted = [name for name in source.specs if name not in other.specs]
+    declared = class_ties(base, other.specs, source.specs) if unlisted and base is not None else {}
+    constant = scan_source(source, [name for name in unlisted if name not in declared])
+    for name in unlisted:
+        spec = source.specs[name]
+        twins = [declared[name]] if name in declared else []
+        if name in constant and not constant[name].constant:
+            twins += [twin for twin, kept in source.specs.items() if _alike(kept, spec) and twin in other.specs]
+        if any(list(same_as(source, source, {name: twin})) for twin in twins if twin in source.specs):
+            yield name
+
+
+def _alike(one: TensorSpec, other: TensorSpec) -> bool:
+    return (one.shape, one.dtype) == (other.shape, other.dtype)
 
 
 def _spec(source: ModelSource, name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,25 @@ class Batch:
     """Where it is from, for people."""
     given: bool
     """Whether it is the trainer's own."""
+    mask: Tensor | None = None
+    """0 where there is padding, where the trainer gives it."""
+    labelled: bool = False
+    """Whether the labels are the trainer's own, too."""
+
+    def padding(self, ids: Collection[int]) -> Tensor:
+        """Where there is padding, bool [B, T]: as the mask says, or else a run of such a token at an end of a row.
+
+        Of a run at the end the first token stays: it may be the one that ends the text, where one token serves as both.
+        """
+        if self.mask is not None:
+            return self.mask == 0
+        found = torch.zeros_like(self.tokens, dtype=torch.bool)
+        for token in ids:
+            run = self.tokens == token
+            behind = run.flip(1).cumprod(1).flip(1).bool()
+            found |= behind & behind.roll(1, 1) & (torch.arange(run.shape[1]) > 0)
+            found |= run.cumprod(1).bool() & run.roll(-1, 1)
+        return found
 
     def document_lengths(self) -> list[list[int]]:
         """By row, the lengths of the documents in it: one begins wherever a position is 0."""
@@ -48,7 +68,8 @@ class Batch:
 
 
 def read_batch(file: Path) -> Batch:
-    """A safetensors file, or JSON, with ``input_ids`` [B, T] or [T], and perhaps ``labels`` and ``position_ids``.
+    """A safetensors file, or JSON, with ``input_ids`` [B, T] or [T], and perhaps ``labels``, ``position_ids`` and
+    ``attention_mask``.
 
     Labels may be unshifted, as transformers takes them, or shifted by one, as TorchTitan's data loaders give them.
 
@@ -59,33 +80,43 @@ def read_batch(file: Path) -> Batch:
     if "input_ids" not in found:
         raise CorruptCheckpointError(file, f"has no input_ids; it holds {', '.join(found) or 'nothing'}")
     tokens = found["input_ids"]
-    labels, positions = found.get("labels", tokens), found.get("position_ids")
-    for name, other in (("labels", labels), ("position_ids", positions)):
+    labels, positions, mask = found.get("labels", tokens), found.get("position_ids"), found.get("attention_mask")
+    for name, other in (("labels", labels), ("position_ids", positions), ("attention_mask", mask)):
         if other is not None and other.shape != tokens.shape:
             raise CorruptCheckpointError(file, f"{name} is {list(other.shape)}, input_ids {list(tokens.shape)}")
     if tokens.shape[1] < 3:
         raise CorruptCheckpointError(file, f"input_ids is {list(tokens.shape)}; sequences of 3 tokens are the least")
-    return Batch(tokens, _unshifted(tokens, labels), positions, str(file), given=True)
+    return Batch(
+        tokens, _unshifted(tokens, labels), positions, str(file), given=True, mask=mask, labelled="labels" in found
+    )
 
 
-def fixed_batch(model: Path, vocabulary: int) -> Batch:
-    """A text of ours in the model's tokens, or numbers if it has no tokenizer that can be read."""
+def fixed_batch(model: Path, vocabulary: int, longest: int | None, make: Callable[[int], Tensor]) -> Batch:
+    """A text of ours in the model's tokens, or made-up ones if it has no tokenizer that can be read.
+
+    Args:
+        longest: How many tokens the model has positions for; None where there is no limit.
+        make: Makes up so many tokens [1, length].
+    """
     numbers = encode(model)
     if numbers and max(numbers) < vocabulary and len(numbers) > 2:
-        tokens, origin = torch.tensor([numbers]), "a fixed text"
+        tokens, origin = torch.tensor([numbers[:longest]]), "a fixed text"
     else:
-        tokens, origin = torch.arange(_SYNTHETIC_LENGTH)[None] * 7919 % vocabulary, "made-up tokens"
+        tokens, origin = make(min(_SYNTHETIC_LENGTH, longest or _SYNTHETIC_LENGTH)), "made-up tokens"
     return Batch(tokens, tokens, None, origin, given=False)
 
 
 def _read(file: Path) -> dict[str, Tensor]:
+    if file.suffix not in (".safetensors", ".json"):
+        raise CheckpointError(file, "is neither .safetensors nor .json: save the batch as one of them, with input_ids")
     if file.suffix == ".safetensors":
         source = SafetensorsSource(file)
         content: dict[str, Any] = {name: read_tensor(source, name) for name in source.specs}
         source.close()
     else:
         content = read_json(file)
-    wanted = {name: content[name] for name in ("input_ids", "labels", "position_ids") if content.get(name) is not None}
+    names = ("input_ids", "labels", "position_ids", "attention_mask")
+    wanted = {name: content[name] for name in names if content.get(name) is not None}
     return {name: _rows(file, name, values) for name, values in wanted.items()}
 
 
@@ -108,8 +139,11 @@ def _unshifted(tokens: Tensor, labels: Tensor) -> Tensor:
     return torch.cat([first, labels[:, :-1]], dim=1)
 
 
-def check_ids(batch: Batch, vocabulary: int, origin: Path) -> None:
-    """Raises CheckpointError if the model has no row for one of the tokens."""
+def check_batch(batch: Batch, vocabulary: int, longest: int | None, origin: Path) -> None:
+    """Raises CheckpointError if the model has no row for one of the tokens, or no position."""
     highest, lowest = int(batch.tokens.max()), int(batch.tokens.min())
     if highest >= vocabulary or lowest < 0:
         raise CheckpointError(origin, f"has token ids from {lowest} to {highest}, but the model has {vocabulary}")
+    length = max(max(lengths) for lengths in batch.document_lengths())
+    if longest is not None and length > longest:
+        raise CheckpointError(origin, f"has sequences of {length} tokens, but the model has {longest} positions")

@@ -128,6 +128,11 @@ CODES: dict[str, Code] = {
     "tokenizer-too-large": Code(
         "error", "an index error, or silently wrong rows", "resize the embeddings, or use the model's tokenizer"
     ),
+    "special-tokens-differ": Code(
+        "warning",
+        "slight: texts begin or end with a token that the model does not know as such",
+        "train with the model's own eos and bos tokens",
+    ),
     "buffer-zero": Code(
         "error",
         "rotary positions are lost: half of what there is to lose, and no state dict shows it",
@@ -162,6 +167,34 @@ CODES: dict[str, Code] = {
     "auxiliary-loss-included": Code(
         "warning", "up by the auxiliary term; the model is right", "log the language model's loss apart"
     ),
+    "labels-not-shifted": Code(
+        "error",
+        "that of copying: low for a model with tied embeddings, far up for others; the model does not learn to predict",
+        "give the labels unshifted to a model that shifts them, or shift them once where the loss is your own",
+    ),
+    "padding-in-labels": Code(
+        "warning",
+        "that of padding is mixed in: up or down with the share of it",
+        "set the labels of padding to -100",
+    ),
+    "loss-unmasked": Code(
+        "warning",
+        "that of masked tokens, such as prompts, is mixed in",
+        "pass the labels with -100, not the tokens, to the loss",
+    ),
+    "mean-of-rows": Code(
+        "warning",
+        "off by how much the rows differ in length; the model is right",
+        "take one mean over all tokens of the batch, of all ranks and accumulation steps",
+    ),
+    "loss-summed": Code(
+        "warning", "times the number of tokens; the model is right", "divide by the number of tokens with a label"
+    ),
+    "loss-scaled": Code(
+        "warning",
+        "times or divided by a whole number; the model is right",
+        "divide by the number of accumulation steps (or ranks) exactly once",
+    ),
     "start-loss-unexplained": Code(
         "warning",
         "the reported loss is none that this batch gives under any cause that is known here",
@@ -186,5 +219,8 @@ CODES: dict[str, Code] = {
     "other-dtype": Code("note", "none", "nothing"),
     "rounded-values": Code("note", "about 0.001 or less", "nothing, if that dtype is meant"),
     "trained-weights": Code("note", "that of the trained model", "nothing: training moves weights"),
+    "padding-differs": Code(
+        "note", "none, if the labels of padding are -100", "nothing, if the trainer masks what it pads with"
+    ),
     "harmless-settings": Code("note", "none", "nothing"),
 }

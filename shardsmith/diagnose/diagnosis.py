@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from shardsmith.diagnose.findings import LEVELS, Diagnosis, Level, Looked
@@ -31,10 +32,19 @@ def diagnose(checkpoint: Path, model: Path, questions: Questions) -> Diagnosis:
     # Names, shapes and counts cost nothing and belong to every verdict.
     levels = LEVELS if questions.level == "all" else tuple(dict.fromkeys(("structure", questions.level)))
     try:
-        looked = tuple(_look(level, subject, questions) for level in levels)
-        return Diagnosis(str(checkpoint), str(model), subject.opened.format, looked)
+        looked = [_look(level, subject, questions) for level in levels]
+        if "model" not in levels:
+            unused = tuple(f"{option}: only the level model looks at it" for option in _of_the_model_level(questions))
+            looked[-1] = replace(looked[-1], unseen=(*looked[-1].unseen, *unused))
+        return Diagnosis(str(checkpoint), str(model), subject.opened.format, tuple(looked))
     finally:
         subject.close()
+
+
+def _of_the_model_level(questions: Questions) -> list[str]:
+    """Options that were given and that only the level ``model`` looks at."""
+    names = ("config", "tokenizer", "training_config", "batch", "buffers", "reference_loss")
+    return [f"--{name.replace('_', '-')}" for name in names if getattr(questions, name) is not None]
 
 
 def _look(level: Level, subject: Subject, questions: Questions) -> Looked:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from shardsmith.diagnose.batches import Batch
 from shardsmith.errors import UnsupportedFormatError
+from shardsmith.export.load_check import first_tensor
 from shardsmith.names import non_persistent_buffers
 from shardsmith.tensors import TensorSource, read_tensor
 
@@ -33,11 +34,8 @@ class LiveModel:
         """
         try:
             with _quiet():
-                from transformers import AutoModelForCausalLM
-
-                module = AutoModelForCausalLM.from_pretrained(
-                    str(directory), dtype=torch.float32, local_files_only=True, trust_remote_code=trust_remote_code
-                )
+                kind, options = _class_of(directory, trust_remote_code=trust_remote_code)
+                module = kind.from_pretrained(str(directory), dtype=torch.float32, local_files_only=True, **options)
         except Exception as error:  # whatever the model's own code raises
             raise _unusable(directory, error) from error
         return cls(module.eval())
@@ -69,6 +67,30 @@ class LiveModel:
         if missing := sorted(info["missing_keys"]):
             raise UnsupportedFormatError(source.path, f"lacks {', '.join(missing)}, so the model cannot run")
         return LiveModel(module.float().eval())
+
+    @property
+    def predicts_tokens(self) -> bool:
+        """Whether it is a language model of the kind that a loss for the next token is taken of."""
+        config, name = self.module.config, type(self.module).__name__
+        if getattr(config, "is_encoder_decoder", False) or self.module.main_input_name != "input_ids":
+            return False
+        return name.endswith(("ForCausalLM", "LMHeadModel")) or name in _language_models()
+
+    @property
+    def is_library_class(self) -> bool:
+        """Whether its code is that of transformers, and not of whoever made the model."""
+        return type(self.module).__module__.startswith("transformers.")
+
+    @torch.no_grad()
+    def answer(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The logits of any kind of model, or else the first tensor of its output, in float32; always the same ones."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # some models draw what to mask
+            try:
+                output = self.module(**inputs)
+            except Exception as error:
+                raise _unusable(Path(type(self.module).__name__), error) from error
+        return first_tensor(output).float()
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> Tensor:
@@ -130,9 +152,35 @@ class LiveModel:
                 buffer.copy_(values[name])
 
 
+def _class_of(directory: Path, *, trust_remote_code: bool) -> tuple[Any, dict[str, Any]]:
+    """The class that a config names, and what to call its from_pretrained with besides."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(
+        str(directory), local_files_only=True, trust_remote_code=trust_remote_code
+    )
+    own = [name for name in getattr(config, "auto_map", None) or {} if name.startswith("AutoModel")]
+    if trust_remote_code and own:
+        return getattr(transformers, own[0]), {"trust_remote_code": True}
+    named = (config.architectures or [""])[0]
+    return getattr(transformers, named, transformers.AutoModelForCausalLM), {}
+
+
+def _language_models() -> set[str]:
+    """Classes that transformers lists as language models, also such that take images besides."""
+    from transformers.models.auto import modeling_auto as auto
+
+    found: set[str] = set()
+    for names in (auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES):
+        for name in names.values():
+            found.update((name,) if isinstance(name, str) else name)
+    return found
+
+
 def _wide(values: Tensor, rounded: torch.dtype | None) -> Tensor:
     """In float32, and in memory of its own: where a view on a file begins may decide the last bit of a product."""
-    return values.to(rounded or values.dtype).to(torch.float32, copy=True)
+    wide = torch.float32 if values.is_floating_point() else values.dtype
+    return values.to(rounded or values.dtype).to(wide, copy=True)
 
 
 @contextlib.contextmanager

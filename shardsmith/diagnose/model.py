@@ -15,19 +15,26 @@ from torch import Tensor
 
 from shardsmith.compare.values import compare_sources
 from shardsmith.conversion.model_directory import hash_tokenizer
-from shardsmith.diagnose.batches import Batch, check_ids, fixed_batch, read_batch
+from shardsmith.diagnose.batches import Batch
 from shardsmith.diagnose.buffers import compare_buffers, recorded_buffers, saved_buffers
 from shardsmith.diagnose.configs import compare_configs, effective_config
 from shardsmith.diagnose.effective import unknown_kind
 from shardsmith.diagnose.findings import Finding, Looked, one
 from shardsmith.diagnose.live_model import LiveModel
+from shardsmith.diagnose.probe import Probe
 from shardsmith.diagnose.questions import Questions
-from shardsmith.diagnose.start_loss import cross_entropy, divergence, explain, possible_causes
+from shardsmith.diagnose.start_loss import cross_entropy, divergence, explain, labelled_padding, possible_causes
 from shardsmith.diagnose.subject import Subject
 from shardsmith.diagnose.ties import embedding_of
-from shardsmith.diagnose.tokenizers import compare_hashes, compare_tokenizers, tokenizer_too_large
+from shardsmith.diagnose.tokenizers import (
+    compare_hashes,
+    compare_special_ids,
+    compare_tokenizers,
+    special_ids,
+    tokenizer_too_large,
+)
 from shardsmith.diagnose.training_settings import TrainingSettings
-from shardsmith.errors import CheckpointError
+from shardsmith.errors import CheckpointError, UsageError
 from shardsmith.initial.blueprint import describe, model_of_directory
 from shardsmith.initial_record import InitialRecord
 from shardsmith.model_keys import MAIN
@@ -91,6 +98,7 @@ class _Look:
         places = [self.questions.tokenizer, self.training.tokenizer if self.training else None]
         for place in dict.fromkeys(place for place in places if place is not None):
             yield from compare_tokenizers(model, place)
+            yield from compare_special_ids(model, place)
             if rows is not None:
                 yield from tokenizer_too_large(place, rows)
 
@@ -117,12 +125,38 @@ class _Look:
         if self._not_runnable():
             return
         model = LiveModel.of_directory(reference.path, trust_remote_code=self.questions.trust_remote_code)
-        batch = self._batch(model)
-        yield from self._logits(model, batch)
-        if self.questions.reference_loss is not None:
-            causes = list(possible_causes(model, batch))
+        try:
+            probe = Probe.for_model(model, reference.path, self.questions.batch)
+        except UsageError as error:
+            self.unseen.append(f"logits: {error}")
+            return
+        yield from self._logits(model, probe)
+        if probe.batch is not None and probe.batch.labelled:
+            yield from labelled_padding(model, probe.batch, self._padding())
+        if probe.batch is None:
+            self._unasked(model)
+        elif self.questions.reference_loss is not None:
+            causes = list(possible_causes(model, probe.batch, self._padding()))
             self.facts["loss, and why"] = {cause.text: cause.loss for cause in causes}
-            yield from explain(causes, self.questions.reference_loss, batch)
+            yield from explain(causes, self.questions.reference_loss, probe.batch)
+            if not probe.batch.given:
+                self.unseen.append(
+                    "--reference-loss without --batch: the loss of another batch says only whether the model is "
+                    "random; give the trainer's first batch"
+                )
+
+    def _unasked(self, model: LiveModel) -> None:
+        """What was given and is of no use for such a model."""
+        given = {"--batch": self.questions.batch, "--reference-loss": self.questions.reference_loss}
+        if names := [name for name, value in given.items() if value is not None]:
+            kind = type(model.module).__name__
+            self.unseen.append(f"{' and '.join(names)}: {kind} predicts no next token, so no loss was worked out")
+
+    def _padding(self) -> set[int]:
+        """Ids of tokens that only fill up: those that the tokenizer and the config pad with."""
+        reference = self.subject.reference
+        found = {special_ids(reference.path).get("pad_token"), reference.config.get("pad_token_id")}
+        return {token for token in found if isinstance(token, int)}
 
     def _not_runnable(self) -> bool:
         """Whether there are no logits to ask for, since no class makes such a model. Who asks gets an error."""
@@ -136,42 +170,25 @@ class _Look:
         )
         return True
 
-    def _batch(self, model: LiveModel) -> Batch:
-        vocabulary = model.module.get_input_embeddings().weight.shape[0]
-        if self.questions.batch is None:
-            return fixed_batch(self.subject.reference.path, vocabulary)
-        batch = read_batch(self.questions.batch)
-        check_ids(batch, vocabulary, self.questions.batch)
-        return batch
-
-    def _logits(self, model: LiveModel, batch: Batch) -> Iterator[Finding]:
-        expected = model.logits(batch)
-        right = cross_entropy(expected, batch.labels)
-        self.facts |= {"batch": batch.origin, "loss of the model": right}
-        yield from _own_loss(model, batch, right)
+    def _logits(self, model: LiveModel, probe: Probe) -> Iterator[Finding]:
+        expected = probe.ask(model)
+        self.facts["batch"] = probe.origin
+        if probe.batch is not None:
+            self.facts["loss of the model"] = right = cross_entropy(expected, probe.batch.labels)
+            yield from _own_loss(model, probe.batch, right)
         source, _ = self.subject.models.get(MAIN, (None, None))
         if source is None:
             return
         names = [name for name in source.specs if name in self.subject.reference.specs]
         loaded = model.with_weights(source, names)
-        found = loaded.logits(batch)
-        self._measure(expected, found, batch)
+        found = probe.ask(loaded)
+        self.facts |= _measured(expected, found, probe)
         if not self.subject.trained and not _same_logits(expected, found):
-            yield from self._differing(model, batch, names)
+            yield from self._differing(model, probe, names)
         for place in self._config_places():
-            self._loss_with(place, loaded, batch, names)
+            self._loss_with(place, loaded, probe, names)
 
-    def _measure(self, expected: Tensor, found: Tensor, batch: Batch) -> None:
-        mean, most = divergence(expected, found)
-        self.facts |= {
-            "loss with the checkpoint's weights": cross_entropy(found, batch.labels),
-            "loss of a random model, ln V": math.log(expected.shape[-1]),
-            "largest difference of a logit": float((expected - found).abs().max()),
-            "KL a token, mean": mean,
-            "KL a token, largest": most,
-        }
-
-    def _differing(self, model: LiveModel, batch: Batch, names: list[str]) -> Iterator[Finding]:
+    def _differing(self, model: LiveModel, probe: Probe, names: list[str]) -> Iterator[Finding]:
         """Logits that differ although both sides are rounded alike.
 
         Rounding alone can send a token to another expert, and how far it moves a logit depends on the processor. Equal
@@ -183,28 +200,33 @@ class _Look:
         compared = compare_sources(source, reference, _of_one_shape(source, reference, names))
         dtypes = {name: found.distance.rounding for name, found in compared.items() if found.distance}
         rounded = {name: dtype for name, dtype in dtypes.items() if dtype is not None}
-        expected = model.with_weights(reference, list(reference.specs), rounded=rounded).logits(batch)
-        found = model.with_weights(source, names, rounded=rounded).logits(batch)
+        expected = probe.ask(model.with_weights(reference, list(reference.specs), rounded=rounded))
+        found = probe.ask(model.with_weights(source, names, rounded=rounded))
         if not _same_logits(expected, found):
-            apart = (
-                f"{float((expected - found).abs().max()):.3g}, KL up to {divergence(expected, found)[1]:.3g} a token"
-            )
+            losses, most = ("", ""), ""
+            if probe.batch is not None:
+                labels = probe.batch.labels
+                losses = (f"loss {cross_entropy(expected, labels):.4f} ", f"loss {cross_entropy(found, labels):.4f}; ")
+                most = f", KL up to {divergence(expected, found)[1]:.3g} a token"
             yield one(
                 "logits-differ",
                 [str(self.subject.path)],
-                f"loss {cross_entropy(expected, batch.labels):.4f} on {batch.origin}",
-                f"loss {cross_entropy(found, batch.labels):.4f}; logits differ by up to {apart}",
+                f"{losses[0] or 'the logits of the model '}on {probe.origin}",
+                f"{losses[1]}logits differ by up to {float((expected - found).abs().max()):.3g}{most}",
             )
 
-    def _loss_with(self, place: Path, loaded: LiveModel, batch: Batch, names: list[str]) -> None:
+    def _loss_with(self, place: Path, loaded: LiveModel, probe: Probe, names: list[str]) -> None:
         """What the trainer's config makes of the checkpoint's weights."""
         from shardsmith.diagnose.effective import config_of
 
+        if probe.batch is None:
+            return
         source, _ = self.subject.models[MAIN]
         try:
             config = config_of(place, trust_remote_code=self.questions.trust_remote_code)
             trained = loaded.with_weights(source, names, config)
-            self.facts[f"loss with the config of {place}"] = cross_entropy(trained.logits(batch), batch.labels)
+            loss = cross_entropy(probe.ask(trained), probe.batch.labels)
+            self.facts[f"loss with the config of {place}"] = loss
         except CheckpointError as error:
             self.unseen.append(str(error))
 
@@ -217,8 +239,22 @@ class _Look:
         return list(dict.fromkeys(place for place in places if place is not None))
 
 
+def _measured(expected: Tensor, found: Tensor, probe: Probe) -> dict[str, Any]:
+    facts: dict[str, Any] = {"largest difference of a logit": float((expected - found).abs().max())}
+    if probe.batch is not None:
+        mean, most = divergence(expected, found)
+        facts |= {
+            "loss with the checkpoint's weights": cross_entropy(found, probe.batch.labels),
+            "loss of a random model, ln V": math.log(expected.shape[-1]),
+            "KL a token, mean": mean,
+            "KL a token, largest": most,
+        }
+    return facts
+
+
 def _same_logits(expected: Tensor, found: Tensor) -> bool:
-    return float((expected - found).abs().max()) <= _SAME_LOGITS
+    largest = max(1.0, float(expected.abs().max()))
+    return float((expected - found).abs().max()) <= _SAME_LOGITS * largest
 
 
 def _of_one_shape(source: TensorSource, reference: TensorSource, names: list[str]) -> list[str]:
@@ -227,8 +263,8 @@ def _of_one_shape(source: TensorSource, reference: TensorSource, names: list[str
 
 def _own_loss(model: LiveModel, batch: Batch, right: float) -> Iterator[Finding]:
     """Whether the model's own loss is that of its logits, so that labels are shifted exactly once."""
-    if batch.positions is not None:
-        return
+    if batch.positions is not None or model.is_library_class:
+        return  # the library's classes are the measure; some of them take labels that are shifted already
     reported = model.reported_loss(batch)
     if getattr(model.module.config, "output_router_logits", False):
         right += model.auxiliary_loss(batch) or 0.0

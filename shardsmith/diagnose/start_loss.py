@@ -7,7 +7,7 @@ reported for it: what gives just that loss is what the trainer does.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,12 @@ from shardsmith.diagnose.live_model import LiveModel
 
 RIGHT = "as it should be"
 _ABSOLUTE, _RELATIVE = 0.01, 0.003
+_CLEARLY = 3
+"""How many times nearer than any other a cause must be to be named."""
+_INDISTINCT = 1e-3
+"""Losses that are no further apart are one: of such causes none can be told from the other."""
 _USUAL_THETA = 10_000.0
+_ACCUMULATIONS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 64, 128, 256)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +44,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, shift: int = 1) -> float:
         logits: [B, T, V].
         labels: [B, T], unshifted; -100 is left out.
     """
-    flat, wanted = logits[:, :-shift].flatten(0, 1), labels[:, shift:].flatten()
+    flat, wanted = logits[:, : logits.shape[1] - shift].flatten(0, 1), labels[:, shift:].flatten()
     return float(torch.nn.functional.cross_entropy(flat.float(), wanted, ignore_index=IGNORED))
 
 
@@ -50,15 +55,23 @@ def divergence(expected: Tensor, found: Tensor) -> tuple[float, float]:
     return float(each.mean()), float(each.max())
 
 
-def possible_causes(model: LiveModel, batch: Batch) -> Iterator[Cause]:
-    """Every cause that can be tried out on this model and batch, what is right first."""
+def possible_causes(model: LiveModel, batch: Batch, padding: Collection[int] = ()) -> Iterator[Cause]:
+    """Every cause that can be tried out on this model and batch, what is right first.
+
+    Args:
+        padding: Ids of tokens that only fill up.
+    """
     logits = model.logits(batch)
-    right = cross_entropy(logits, batch.labels)
+    labels = without_padding(batch, padding)
+    right = cross_entropy(logits, labels)
     yield Cause(RIGHT, None, right)
-    yield Cause("labels shifted twice", "labels-shifted-twice", cross_entropy(logits, batch.labels, shift=2))
-    yield from _buffer_causes(model, batch)
+    yield Cause("labels shifted twice", "labels-shifted-twice", cross_entropy(logits, labels, shift=2))
+    yield Cause("labels not shifted", "labels-not-shifted", cross_entropy(logits, labels, shift=0))
+    yield from _label_causes(logits, batch, labels)
+    yield from _reduction_causes(logits, labels, right)
+    yield from _buffer_causes(model, batch, labels)
     if batch.positions is not None:
-        packed = cross_entropy(model.plain_logits(batch.tokens), batch.labels)
+        packed = cross_entropy(model.plain_logits(batch.tokens), labels)
         yield Cause("positions and attention run on over document borders", "positions-not-reset", packed)
     extra = model.auxiliary_loss(batch)
     if extra is not None:
@@ -66,25 +79,53 @@ def possible_causes(model: LiveModel, batch: Batch) -> Iterator[Cause]:
     yield Cause("nothing was loaded: the loss of a random model", "nothing-loaded", math.log(logits.shape[-1]))
 
 
+def without_padding(batch: Batch, padding: Collection[int]) -> Tensor:
+    """The labels that no loss is taken of padding with: what a trainer should give."""
+    return batch.labels.masked_fill(batch.padding(padding), IGNORED)
+
+
+def labelled_padding(model: LiveModel, batch: Batch, padding: Collection[int]) -> Iterator[Finding]:
+    """Whether the trainer's labels have padding where they should have -100."""
+    right = without_padding(batch, padding)
+    count = int((right != batch.labels).sum())
+    if count:
+        logits = model.logits(batch)
+        losses = [cross_entropy(logits, labels) for labels in (right, batch.labels)]
+        found = f"{count} labels of padding, and with them a loss of {losses[1]:.4f}"
+        yield one("padding-in-labels", [batch.origin], f"-100, and a loss of {losses[0]:.4f}", found)
+
+
 def explain(causes: list[Cause], reported: float, batch: Batch) -> Iterator[Finding]:
     """The cause that gives the reported loss; nothing where what is right gives it.
 
-    On a batch that is not the trainer's only a random model can be told, whose loss is the same on every batch.
+    A cause is named if it is clearly nearer than what is right and than every other one. On a batch that is not the
+    trainer's only a random model can be told, whose loss is the same on every batch.
     """
     right = causes[0]
-    fitting = sorted(
-        (cause for cause in causes if _fits(cause, reported)), key=lambda cause: abs(cause.loss - reported)
-    )
-    if not batch.given:
-        fitting = [cause for cause in fitting if cause.code == "nothing-loaded" and right.loss < 0.8 * cause.loss]
-    if right in fitting:
+    if _fits(right, reported):
         return
+    random = [cause for cause in causes if cause.code == "nothing-loaded"]
+    if not batch.given:
+        causes = [cause for cause in random if right.loss < 0.8 * cause.loss]
+    fitting = sorted((c for c in causes if _fits(c, reported)), key=lambda cause: abs(cause.loss - reported))
+    exact = [cause for cause in fitting if cause not in random]
     expected = f"{right.loss:.4f} on {batch.origin}"
-    if fitting and fitting[0].code:
-        text = f"{reported:.4f}, which is what this gives: {fitting[0].text} ({fitting[0].loss:.4f})"
-        yield one(fitting[0].code, ["the trainer"], expected, text)
+    best = next(iter(exact or fitting), None)
+    if best is not None and best.code == "padding-in-labels":
+        return  # that is said of the batch itself
+    if best is not None and best.code and _stands_out(best, causes, reported):
+        text = f"{reported:.4f}, which is what this gives: {best.text} ({best.loss:.4f})"
+        yield one(best.code, ["the trainer"], expected, text)
     elif batch.given:
-        yield one("start-loss-unexplained", ["the trainer"], expected, f"{reported:.4f}")
+        near = "; ".join(f"{cause.text} ({cause.loss:.4f})" for cause in fitting)
+        yield one("start-loss-unexplained", ["the trainer"], expected, f"{reported:.4f}{near and f', near to {near}'}")
+
+
+def _stands_out(best: Cause, causes: list[Cause], reported: float) -> bool:
+    """Whether no other cause comes near, and the loss of what is right least of all."""
+    apart = abs(best.loss - reported)
+    others = (abs(cause.loss - reported) for cause in causes if cause.code not in (best.code, "nothing-loaded"))
+    return best.code == "nothing-loaded" or all(other > _CLEARLY * apart + _INDISTINCT for other in others)
 
 
 def _fits(cause: Cause, reported: float) -> bool:
@@ -93,18 +134,43 @@ def _fits(cause: Cause, reported: float) -> bool:
     return abs(cause.loss - reported) <= _ABSOLUTE + relative * reported
 
 
-def _buffer_causes(model: LiveModel, batch: Batch) -> Iterator[Cause]:
+def _label_causes(logits: Tensor, batch: Batch, labels: Tensor) -> Iterator[Cause]:
+    """Loss where none should be taken: of padding, and of what is masked, such as a prompt."""
+    if not torch.equal(labels, batch.labels):
+        loss = cross_entropy(logits, batch.labels)
+        yield Cause("labels hold the padding token, not -100", "padding-in-labels", loss)
+    if bool((batch.labels == IGNORED)[:, 1:].any()):
+        loss = cross_entropy(logits, batch.tokens)
+        yield Cause("the loss is taken of masked tokens, too", "loss-unmasked", loss)
+
+
+def _reduction_causes(logits: Tensor, labels: Tensor, right: float) -> Iterator[Cause]:
+    """Other ways to make one number of the losses of many tokens."""
+    counts = [int((row[1:] != IGNORED).sum()) for row in labels]
+    rows = [cross_entropy(logits[i : i + 1], labels[i : i + 1]) for i in range(len(labels)) if counts[i]]
+    if len(rows) > 1 and len(set(filter(None, counts))) > 1:
+        yield Cause("the mean of the means of rows", "mean-of-rows", sum(rows) / len(rows))
+    yield Cause("the sum over all tokens", "loss-summed", right * sum(counts))
+    if len(rows) > 1:
+        yield Cause("the sum over the tokens of each row", "loss-summed", right * sum(counts) / len(rows))
+        yield Cause("the sum of the means of rows", "loss-summed", sum(rows))
+    for steps in _ACCUMULATIONS:
+        yield Cause(f"the loss times {steps}, as if summed over that many steps", "loss-scaled", right * steps)
+        yield Cause(f"the loss divided by {steps}, as by accumulation steps", "loss-scaled", right / steps)
+
+
+def _buffer_causes(model: LiveModel, batch: Batch, labels: Tensor) -> Iterator[Cause]:
     buffers = {name: buffer for name, buffer in model.buffers().items() if buffer.is_floating_point()}
     if not buffers:
         return
     zeros = {name: torch.zeros_like(buffer) for name, buffer in buffers.items()}
     with model.with_buffers(zeros):
-        loss = cross_entropy(model.logits(batch), batch.labels)
+        loss = cross_entropy(model.logits(batch), labels)
     yield Cause("non-persistent buffers are zero", "buffer-zero", loss)
     usual = {name: _inverse_frequencies(buffer) for name, buffer in buffers.items() if name.endswith("inv_freq")}
     if usual and any(not torch.allclose(usual[name], buffers[name]) for name in usual):
         with model.with_buffers(usual):
-            loss = cross_entropy(model.logits(batch), batch.labels)
+            loss = cross_entropy(model.logits(batch), labels)
         yield Cause(f"rope_theta {_USUAL_THETA:.0f}, the usual default", "rope-differs", loss)
 
 

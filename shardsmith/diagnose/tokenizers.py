@@ -8,12 +8,15 @@ from typing import Any
 
 from shardsmith.conversion.model_directory import hash_tokenizer
 from shardsmith.diagnose.findings import Finding, one
-from shardsmith.errors import CheckpointNotFoundError, UnsupportedFormatError
+from shardsmith.errors import CheckpointError, CheckpointNotFoundError, UnsupportedFormatError
+from shardsmith.metadata import read_json
 
 TOKENIZER_FILE = "tokenizer.json"
 _MODEL_FILES = (TOKENIZER_FILE, "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model")
 _TEXT = "The capital of France is Paris. def f(x):\n\treturn x ** 2  # naïve café, 12345, 你好"
 _SHOWN = 5
+_SETTINGS_FILE = "tokenizer_config.json"
+_SPECIAL = ("pad_token", "bos_token", "eos_token")
 
 
 def compare_tokenizers(model: Path, other: Path) -> Iterator[Finding]:
@@ -62,6 +65,30 @@ def tokenizer_too_large(directory: Path, rows: int) -> Iterator[Finding]:
         yield one(
             "tokenizer-too-large", [str(directory)], f"ids below {rows}, the rows of the embedding", f"an id {highest}"
         )
+
+
+def special_ids(directory: Path) -> dict[str, int]:
+    """Ids of the tokens that a directory's tokenizer pads, begins and ends with, by name, as far as it says them."""
+    try:
+        settings = read_json(directory / _SETTINGS_FILE)
+    except CheckpointError:
+        return {}
+    named = {name: settings.get(name) for name in _SPECIAL}
+    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in named.items()}
+    vocabulary = _open(directory).get_vocab(True) if (directory / TOKENIZER_FILE).is_file() else {}
+    return {name: vocabulary[text] for name, text in texts.items() if isinstance(text, str) and text in vocabulary}
+
+
+def compare_special_ids(model: Path, other: Path) -> Iterator[Finding]:
+    """Compare what two tokenizers pad, begin and end with. Where one does not say it, nothing is compared."""
+    mine, theirs = special_ids(model), special_ids(other)
+    wrong = [name for name in mine if name in theirs and mine[name] != theirs[name]]
+    # Which token fills up is the trainer's choice; which one ends a text is what the model has learnt.
+    for code, names in (("padding-differs", {"pad_token"}), ("special-tokens-differ", {"bos_token", "eos_token"})):
+        listed = [name for name in wrong if name in names]
+        if listed:
+            texts = (", ".join(f"{name} {ids[name]}" for name in listed) for ids in (mine, theirs))
+            yield one(code, [str(other)], *texts)
 
 
 def encode(directory: Path) -> list[int] | None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +29,10 @@ from shardsmith.formats.by_path import SHARDED, detect_checkpoint_format, model_
 from shardsmith.metadata import read_metadata
 from shardsmith.model_keys import EMA, MAIN
 from shardsmith.models import ModelSource, TranslatedModel
+from shardsmith.name_maps.class_names import ClassNames
 from shardsmith.name_maps.maps import NameMap, find_name_map
+from shardsmith.name_maps.matched import matched_source, renamed
+from shardsmith.name_maps.matching import match_names
 from shardsmith.record.companion import companion_of, is_complete
 from shardsmith.tensors import TensorSpec
 from shardsmith.ties import broken_ties, find_ties
@@ -121,18 +125,21 @@ def plan_directory(
     for model, stem in stems.items():
         named = f"{model}:{options.average}" if options.average and model == EMA else model
         opened = open_merged(open_source(checkpoint, named), checkpoint, base)
-        unwanted = _dropped(opened, options.drop)
-        dropped |= dict.fromkeys(unwanted)
-        opened = opened.without(unwanted)
         if model_class is not None and not opened.aliases:  # the names in memory, before any map has changed them
             opened = opened.without(n for n in model_class.unsaved if n in opened.specs and n not in specs)
-            opened = opened.tied(_ties(opened, model_class, specs, None, sizes))
+            opened = opened.tied(_ties(opened, model_class, specs, partial(open_source, checkpoint, MAIN), sizes))
+        placed = under_base_names(opened, specs, base, options.names)
+        unwanted = _dropped(opened, placed, options.drop)
+        dropped |= dict.fromkeys(unwanted)
+        opened = placed.without(unwanted)
         source = sources[model] = in_base_layout(opened, layouts)
-        as_stored = _plan_model(source, model, stem, model_class, specs, replace(options, dtype=None), None, sizes)
+        as_stored = _plan_model(
+            source, model, stem, model_class, specs, base, replace(options, dtype=None), None, sizes
+        )
         name_map = name_map or _choose_name_map(as_stored, base, config, specs, options)
         if name_map is not None:
             source = sources[model] = in_base_layout(TranslatedModel(opened, name_map), layouts)
-        plan = _plan_model(source, model, stem, model_class, specs, options, name_map, sizes)
+        plan = _plan_model(source, model, stem, model_class, specs, base, options, name_map, sizes)
         separate = {} if model_class is None else _separate(source, plan, model_class)
         fitted = fitted or fit(source.path, plan, config, template, separate, options.allow)
         models.append(plan)
@@ -168,14 +175,41 @@ def plan_directory(
     )
 
 
-def _dropped(source: ModelSource, patterns: Sequence[str]) -> list[str]:
-    """What is to be left out. Raises UsageError if a pattern fits nothing: then something is not as was thought."""
-    names = [*source.specs, *source.aliases]
-    if idle := [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)]:
+def under_base_names(
+    source: ModelSource, template: Mapping[str, TensorSpec], base: Path, names: str = "auto"
+) -> ModelSource:
+    """A model without what wrappers and generations of transformers have put into its names.
+
+    Args:
+        template: The base's own tensors: the model's come under their names, and cut up as they are. Where it has none,
+            they keep their own names, without wrappers and prefix, as the class of its config shows these to be.
+        names: As the options have it; only ``"auto"`` changes names.
+    """
+    if names != "auto":
+        return source
+    classes = ClassNames.of_directory(base)
+    if template:
+        return matched_source(source, template, classes)[0]
+    found = match_names(source.specs, classes.specs, classes, source.aliases)
+    return renamed(source, replace(found, keys=found.stripped))
+
+
+def _dropped(source: ModelSource, placed: ModelSource, patterns: Sequence[str]) -> list[str]:
+    """What is to be left out, by its new name. A pattern may be of the checkpoint's own names, too.
+
+    Raises:
+        UsageError: a pattern fits nothing. Then something is not as was thought.
+    """
+    own = {new: name for new, name in placed.keys.items() if name in source.specs}
+    names = {new: {new, own.get(new, new)} for new in [*placed.specs, *placed.aliases]}
+    fitting = {
+        p: [new for new, known in names.items() if any(fnmatchcase(name, p) for name in known)] for p in patterns
+    }
+    if idle := [pattern for pattern, found in fitting.items() if not found]:
         raise UsageError(
             f"drop: {', '.join(map(repr, idle))} fits no tensor of {source.path}. Correct it, or leave it out"
         )
-    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    return [new for new in names if any(new in found for found in fitting.values())]
 
 
 def choose_stems(
@@ -214,17 +248,22 @@ def _plan_model(
     stem: str,
     model_class: ModelClass | None,
     template: Mapping[str, TensorSpec],
+    base: Path,
     options: ExportOptions,
     name_map: NameMap | None = None,
     vocabulary: Collection[int] = (),
 ) -> ModelPlan:
+    def main() -> ModelSource | TranslatedModel:
+        opened = under_base_names(open_source(source.path, MAIN), template, base, options.names)
+        return opened if name_map is None else TranslatedModel(opened, name_map)
+
     return plan_model(
         model,
         list(source.specs.values()),
         stem=stem,
         dtype=options.dtype,
         max_shard_size=options.max_shard_size,
-        aliases=source.aliases or _ties(source, model_class, template, name_map, vocabulary),
+        aliases=source.aliases or _ties(source, model_class, template, main, vocabulary),
         filled=source.filled,
     )
 
@@ -233,14 +272,13 @@ def _ties(
     source: ModelSource | TranslatedModel,
     model_class: ModelClass | None,
     template: Mapping[str, TensorSpec],
-    name_map: NameMap | None,
+    open_main: Callable[[], ModelSource | TranslatedModel],
     vocabulary: Collection[int],
 ) -> dict[str, str]:
     """As ``find_ties``. What an average took from main is compared there: here its twin has moved on."""
     if not source.filled:
         return find_ties(source, template, model_class, vocabulary)
-    opened = open_source(source.path, MAIN)
-    main = opened if name_map is None else TranslatedModel(opened, name_map)
+    main = open_main()
     aliases = find_ties(main, template, model_class, vocabulary)
     main.close()
     return aliases

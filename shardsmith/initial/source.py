@@ -13,7 +13,11 @@ from shardsmith.formats.by_path import SHARDED, detect_checkpoint_format, open_s
 from shardsmith.initial.live_weights import LiveWeights
 from shardsmith.initial_record import InitialRecord
 from shardsmith.metadata import CheckpointMetadata, dtype_name, read_metadata
+from shardsmith.models import ModelSource
+from shardsmith.name_maps.class_names import ClassNames
 from shardsmith.name_maps.maps import LeavesOut, MakesBuffers, NameMap
+from shardsmith.name_maps.matched import renamed
+from shardsmith.name_maps.matching import match_names
 from shardsmith.name_maps.restored import RestoredModel
 from shardsmith.name_maps.transformers import TransformersNames
 from shardsmith.names import matches, unwrapped
@@ -48,15 +52,21 @@ class InitialSource:
         return self.tensors.specs
 
     def match(self, live: LiveWeights, ties: Mapping[str, str]) -> None:
-        """Read the tensors under the names of a live model, where those of files from transformers are others.
+        """Read the tensors under the names of a live model, where those of a wrapper or of files are others.
 
         Args:
             ties: What is one tensor, as far as the source does not say it: alias -> kept name.
         """
         self.ties = {**ties, **self.ties}
-        fits = all(name in live.specs or name in self.ties for name in self.specs)
-        if fits or self._metadata is not None or len(live.parts) != 1:
+        if self._fits(live) or self._metadata is not None or len(live.parts) != 1:
             return
+        own = self.tensors
+        assert isinstance(own, ModelSource)
+        found = match_names(own.specs, live.specs, ClassNames.of_model(unwrapped(live.parts[0])), own.aliases)
+        self.tensors = renamed(own, found)
+        if self._fits(live):
+            return
+        self.tensors = own
         try:
             name_map = TransformersNames.of_model(unwrapped(live.parts[0]))
             if name_map is not None:
@@ -65,6 +75,9 @@ class InitialSource:
                 self.tensors = RestoredModel(self.tensors, name_map, wanted, aliases)
         except (MismatchError, UnsupportedFormatError):
             return  # then the names are compared as they are, and every difference is said
+
+    def _fits(self, live: LiveWeights) -> bool:
+        return all(name in live.specs or name in self.ties for name in self.specs)
 
     def translate(
         self,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from shardsmith.errors import CorruptCheckpointError, MismatchError, UsageError
@@ -100,9 +100,15 @@ def test_inputs_are_made_up_for_images_and_asked_for_otherwise(tmp_path: Path) -
     directory = LiveDirectory("", {"main": "model"})
     assert Answers(images, None, None).check_for(directory) is not None
     assert Answers(images, None, None).check_for(LiveDirectory("", {"ema": "ema"})) is None
-    images.main_input_name = "waves"
-    with pytest.raises(UsageError, match="wants waves: pass verify_inputs="):
-        export_of(tmp_path, images)
+
+    class Waves(type(images)):  # type: ignore[misc]
+        main_input_name = "waves"
+
+        def forward(self, waves: Tensor) -> Tensor:
+            return waves
+
+    with pytest.raises(UsageError, match=r"it wants waves.*Pass verify_inputs="):
+        export_of(tmp_path, Waves(images.config))
     inputs = {"pixel_values": torch.zeros(1, 3, 16, 16)}
     assert Answers(images, None, inputs).check_for(directory) is not None
 
