@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import tyro
 from rich.console import Console
 
 from benchmarks.bagel import compare_bagel, disk_needed, memory_needed
+from benchmarks.device import measure_device
 from benchmarks.diagnosis import measure_diagnosis
 from benchmarks.initial import compare_initial
 from benchmarks.live import compare_live
@@ -31,15 +33,16 @@ class Section:
     memory_bytes: float
 
 
-Name = Literal["save", "offline", "live", "initial", "diagnose", "bagel"]
+Name = Literal["save", "offline", "live", "initial", "diagnose", "bagel", "device"]
 
 
 def main(
     parameters: str = "700M",
     shards: int = 4,
     runs: int = 3,
-    only: Literal["all", "save", "offline", "live", "initial", "diagnose", "bagel"] = "all",
+    only: Literal["all", "save", "offline", "live", "initial", "diagnose", "bagel", "device"] = "all",
     bagel_parameters: str | None = None,
+    device: str | None = None,
     directory: Path | None = None,
     json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
 ) -> None:
@@ -47,6 +50,7 @@ def main(
 
     save: a run on sharded ranks, a quarter of the size, with optimizer and average; and its resume.
     offline: from a sharded checkpoint. live: from live sharded weights. initial: to a checkpoint to start from.
+    device: one rank that trains on a GPU; part of all where there is one.
     diagnose: what a diagnosis costs. bagel: a model like BAGEL with its average, in one process, two and four.
 
     Needs at the default sizes, at the peak of each section: save 12 GB of disk and 15 GB of memory, offline 8 and 8,
@@ -58,6 +62,7 @@ def main(
     Args:
         parameters: Size of the float32 Llama, such as 700M.
         bagel_parameters: Size of the model like BAGEL; default twice the Llama, which is a tenth of BAGEL.
+        device: Where the model of the section device trains, such as cuda; default the accelerator that there is.
         shards: Number of ranks that hold it.
         runs: Runs of each tool.
         directory: Where to work; default the system's temporary directory, or /var/tmp where that one is in memory.
@@ -78,6 +83,9 @@ def main(
             lambda work: compare_bagel(console, work, bagel, runs), disk_needed(bagel), memory_needed(bagel)
         ),
     }
+    here = torch.accelerator.current_accelerator(check_available=True)
+    if kind := device or (here.type if here else "cpu" if only == "device" else None):
+        sections["device"] = Section(lambda work: measure_device(console, work, kind, size, runs), 30 * size, 30 * size)
     with tempfile.TemporaryDirectory(prefix="shardsmith-bench-", dir=directory or working_directory()) as work:
         for name, section in sections.items():
             if only not in ("all", name):

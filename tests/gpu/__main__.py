@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import subprocess
+import sys
 import tempfile
 import time
 from datetime import UTC, datetime
@@ -111,8 +112,6 @@ def _run_tests(arguments: argparse.Namespace, seconds: float) -> dict[str, dict[
 
 def _measure(arguments: argparse.Namespace, seconds: float) -> dict[str, Any]:
     """In a process of its own: what a failed test has left on the device does not reach it."""
-    import sys
-
     with tempfile.TemporaryDirectory(prefix="shardsmith-gpu-", dir=arguments.directory) as folder:
         written = Path(folder) / "figures.json"
         command = [
@@ -126,7 +125,14 @@ def _measure(arguments: argparse.Namespace, seconds: float) -> dict[str, Any]:
             "--json",
             str(written),
         ]
-        command += ["--directory", folder, "--parameters", arguments.parameters or _size(arguments.device)]
+        command += [
+            "--directory",
+            folder,
+            "--parameters",
+            arguments.parameters or _size(arguments.device),
+            "--runs",
+            "2",
+        ]
         try:
             done = subprocess.run(command, cwd=ROOT, timeout=max(30.0, seconds))
         except subprocess.TimeoutExpired:
@@ -148,7 +154,7 @@ def _size(kind: str) -> str:
     if kind == "cpu":
         return "3M"
     free, _ = torch.accelerator.get_memory_info()
-    return "1500M" if free > 32e9 else "300M"
+    return "1000M" if free > 32e9 else "300M"
 
 
 def _table(content: dict[str, Any]) -> list[str]:
@@ -177,12 +183,17 @@ def _last_line(result: dict[str, Any]) -> str:
 
 
 def _flat(figures: dict[str, Any]) -> dict[str, Any]:
+    """A line each: of what was measured in several respects, all of them in one."""
     flat: dict[str, Any] = {}
     for name, value in figures.items():
-        if isinstance(value, dict):
-            flat[name] = ", ".join(f"{k} {v}" for k, v in value.items())
-        else:
+        if not isinstance(value, dict):
             flat[name] = value
+        elif any(isinstance(part, dict) for part in value.values()):
+            flat |= _flat(value)
+        elif all(isinstance(part, (int, float)) for part in value.values()):
+            flat[name] = ", ".join(f"{part} {number:.4g}" for part, number in value.items())
+        else:
+            flat |= value
     return flat
 
 

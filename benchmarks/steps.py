@@ -1,0 +1,70 @@
+"""Training steps on a device, and what the thread that launches them notices."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+_ENOUGH_STEPS = 30
+_MOST_STEPS = 200
+_TOKENS = (2, 512)
+_FEW_TOKENS = (1, 32)
+
+
+class Stepping:
+    """One model that trains on one batch again and again."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, device: str) -> None:
+        self._model = model
+        self._optimizer = optimizer
+        self._begun = 10**6
+        self._on_accelerator = device != "cpu"
+        shape = _TOKENS if self._on_accelerator else _FEW_TOKENS
+        self._tokens = torch.arange(shape[0] * shape[1], device=device).view(shape) % 997
+
+    def run(self, count: int) -> None:
+        """Make so many steps."""
+        for _ in range(count):
+            self._step()
+
+    def measure(
+        self, begin: Callable[[int], None] = lambda _: None, is_going_on: Callable[[int], bool] = lambda _: True
+    ) -> dict[str, float]:
+        """Times of a step in seconds, and what launching one takes longer than usual, while something goes on.
+
+        It is begun again, as another step, until there are enough training steps.
+        """
+        steps: list[float] = []
+        launches: list[float] = []
+        while len(steps) < _ENOUGH_STEPS:
+            self._begun += 1
+            begin(self._begun)
+            while True:
+                began = time.perf_counter()
+                launches.append(self._step())
+                steps.append(time.perf_counter() - began)
+                if not is_going_on(self._begun) or len(steps) >= _MOST_STEPS:
+                    break
+        usual = statistics.median(launches)
+        late = sorted(max(0.0, launch - usual) for launch in launches)
+        return {
+            "median": statistics.median(steps),
+            "p99": sorted(steps)[int(len(steps) * 0.99)],
+            "pause": late[int(len(late) * 0.99)],
+            "count": len(steps),
+        }
+
+    def _step(self) -> float:
+        """How long launching it took; it has ended when this returns."""
+        began = time.perf_counter()
+        self._model(self._tokens).float().square().mean().backward()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        launched = time.perf_counter() - began
+        if self._on_accelerator:
+            torch.accelerator.synchronize()
+        return launched
