@@ -142,7 +142,10 @@ class EMA(Hook):
 
     def counters(self) -> dict[str, Tensor]:
         """What ``state_dict`` has beside the averages. No communication."""
-        return {"updates": torch.tensor(self.updates), "decay": torch.tensor(self.decay, dtype=torch.float64)}
+        return {
+            "updates": torch.tensor(self.updates, device="cpu"),
+            "decay": torch.tensor(self.decay, dtype=torch.float64, device="cpu"),
+        }
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any], *, allow_other_decay: bool = False) -> None:

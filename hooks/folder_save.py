@@ -191,7 +191,7 @@ class FolderSave(Hook):
                 raise UsageError(f"{companion_of(folder)} is being read, and about to be written over")
 
     def _collect(self, step: int) -> Contents:
-        state: dict[str, Any] = {"train_state": {"step": torch.tensor(step)}}
+        state: dict[str, Any] = {"train_state": {"step": torch.tensor(step, device="cpu")}}
         if self._ema is None:
             return Contents(step=step, state_dict=state)
         state["ema_state"] = self._ema.state_dict()

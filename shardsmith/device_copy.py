@@ -82,7 +82,7 @@ class Window:
 
 def windows(pairs: Sequence[tuple[Tensor, Tensor]], most_bytes: int) -> Iterator[Window]:
     """Cut tensors, whose copies all lie in one memory, into windows of at most this size."""
-    memory = torch.empty(0, dtype=torch.uint8).set_(pairs[0][1].untyped_storage())
+    memory = torch.empty(0, dtype=torch.uint8, device="cpu").set_(pairs[0][1].untyped_storage())
     window = Window(memory)
     for piece in _pieces(pairs, most_bytes - _LINE):
         if not window.takes(piece, most_bytes):

@@ -125,9 +125,9 @@ def _run_dimension(box: Chunk, shape: Shape) -> int:
 def _run_starts(box: Chunk, shape: Shape, depth: int) -> Tensor:
     """Flat index of the first element of each contiguous run of the box, in row-major order; int64."""
     strides = [math.prod(shape[d + 1 :]) for d in range(len(shape))]
-    starts = torch.tensor([sum(o * s for o, s in zip(box.offsets, strides, strict=True))])
+    starts = torch.tensor([sum(o * s for o, s in zip(box.offsets, strides, strict=True))], device="cpu")
     for size, stride in zip(box.sizes[:depth], strides[:depth], strict=True):
-        starts = (starts[:, None] + torch.arange(size) * stride).reshape(-1)
+        starts = (starts[:, None] + torch.arange(size, device="cpu") * stride).reshape(-1)
     return starts
 
 
@@ -159,7 +159,7 @@ def _digest_in_place(data: Tensor, lead: int, rows: int, start: int, look: Calla
     """
     words = int64_at(data, lead, rows * _ROW_WORDS).view(rows, _ROW_WORDS)
     shifted = int64_at(data, lead + 4, rows * _ROW_WORDS).view(rows, _ROW_WORDS)
-    bases = torch.arange(rows) * _ROW_WORDS
+    bases = torch.arange(rows, device="cpu") * _ROW_WORDS
     sums = []
     count = _PASS_BYTES // (8 * _ROW_WORDS)
     for row in range(0, rows, count):

@@ -85,7 +85,7 @@ class MappedFile:
         """
         source = self._checked(offset, numel * dtype.itemsize)
         if numel == 0:
-            return torch.empty(0, dtype=dtype)
+            return torch.empty(0, dtype=dtype, device="cpu")
         # CPUs load words of up to 8 bytes from any address; 16-byte ones are moved with instructions that trap.
         if dtype.itemsize > 8 and offset % dtype.itemsize:
             return torch.frombuffer(bytearray(source[offset : offset + numel * dtype.itemsize]), dtype=dtype)

@@ -127,7 +127,7 @@ def read_tensor(source: TensorSource, name: str) -> Tensor:
     spec = source.specs.get(name)
     if spec is None:
         raise CheckpointNotFoundError(source.path, f"has no tensor named {name!r}")
-    return read_into(source, name, Chunk.whole(spec.shape), torch.empty(spec.shape, dtype=spec.dtype))
+    return read_into(source, name, Chunk.whole(spec.shape), torch.empty(spec.shape, dtype=spec.dtype, device="cpu"))
 
 
 def row_major_blocks(shape: Shape, max_elements: int) -> Iterator[tuple[int, Chunk]]:

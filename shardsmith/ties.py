@@ -95,7 +95,7 @@ class _Digests:
         return self._row(one, row) == self._row(other, row)
 
     def _row(self, name: str, row: Chunk) -> Digest:
-        values = torch.empty(row.sizes, dtype=self.source.specs[name].dtype)
+        values = torch.empty(row.sizes, dtype=self.source.specs[name].dtype, device="cpu")
         return digest_tensor(read_into(self.source, name, row, values))
 
     def _digest(self, name: str) -> Digest:

@@ -1,4 +1,4 @@
-"""The package is for any accelerator: it asks torch for *the* accelerator, never for one of a certain make."""
+"""The package is for any accelerator and any default device: it names no make, and says where its tensors are."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("shardsmith", "hooks", "integrations")
 MAKES = frozenset({"cuda", "xpu", "mps", "hpu", "npu", "mtia", "musa"})
+
+
+FACTORIES = frozenset(
+    {"empty", "zeros", "ones", "full", "tensor", "arange", "linspace", "eye", "rand", "randn", "randint", "randperm"}
+)
 
 
 def source_files() -> list[Path]:
@@ -41,6 +46,22 @@ def test_no_make_of_accelerator_is_named() -> None:
     files = source_files()
     assert len(files) > 100
     assert {path: made for path in files if (made := [*named_makes(ast.parse(path.read_text()))])} == {}
+
+
+def made_anywhere(tree: ast.AST) -> Iterator[str]:
+    """Tensors that are made wherever ``torch.set_default_device`` says."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+            continue
+        is_factory = ast.unparse(node.func.value) == "torch" and node.func.attr in FACTORIES
+        if is_factory and not any(keyword.arg in ("device", None) for keyword in node.keywords):
+            yield f"line {node.lineno}: {ast.unparse(node)}"
+
+
+def test_no_tensor_is_made_wherever_the_default_device_is() -> None:
+    found = {path: made for path in source_files() if (made := [*made_anywhere(ast.parse(path.read_text()))])}
+    assert found == {}
+    assert [*made_anywhere(ast.parse("torch.empty(3, dtype=x)"))]
 
 
 @pytest.mark.parametrize(

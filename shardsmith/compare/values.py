@@ -129,7 +129,7 @@ def block_of(source: TensorSource, name: str, box: Chunk) -> Tensor:
     pieces = list(source.pieces(name, box))
     if len(pieces) == 1 and pieces[0][0] == box and pieces[0][1].is_contiguous():
         return pieces[0][1]
-    return read_into(source, name, box, torch.empty(box.sizes, dtype=source.specs[name].dtype))
+    return read_into(source, name, box, torch.empty(box.sizes, dtype=source.specs[name].dtype, device="cpu"))
 
 
 def scan_source(source: TensorSource, names: Iterable[str]) -> dict[str, Extremes]:

@@ -216,7 +216,7 @@ def _runs(stream: Stream, chunk: Chunk) -> Iterator[Tensor]:
             yield part
         return
     count = _CAST_BYTES // dtype.itemsize
-    scratch = torch.empty(min(count, chunk.numel), dtype=dtype)
+    scratch = torch.empty(min(count, chunk.numel), dtype=dtype, device="cpu")
     for _, box in row_major_blocks(chunk.sizes, count):
         out = scratch[: box.numel].view(box.sizes)
         yield read_into(stream.source, stream.name, _moved(box, chunk), out)

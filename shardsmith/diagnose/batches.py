@@ -51,7 +51,7 @@ class Batch:
         for token in ids:
             run = self.tokens == token
             behind = run.flip(1).cumprod(1).flip(1).bool()
-            found |= behind & behind.roll(1, 1) & (torch.arange(run.shape[1]) > 0)
+            found |= behind & behind.roll(1, 1) & (torch.arange(run.shape[1], device="cpu") > 0)
             found |= run.cumprod(1).bool() & run.roll(-1, 1)
         return found
 
@@ -100,7 +100,7 @@ def fixed_batch(model: Path, vocabulary: int, longest: int | None, make: Callabl
     """
     numbers = encode(model)
     if numbers and max(numbers) < vocabulary and len(numbers) > 2:
-        tokens, origin = torch.tensor([numbers[:longest]]), "a fixed text"
+        tokens, origin = torch.tensor([numbers[:longest]], device="cpu"), "a fixed text"
     else:
         tokens, origin = make(min(_SYNTHETIC_LENGTH, longest or _SYNTHETIC_LENGTH)), "made-up tokens"
     return Batch(tokens, tokens, None, origin, given=False)

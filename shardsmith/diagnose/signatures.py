@@ -75,7 +75,7 @@ def find_reordering(left: TensorSource, right: TensorSource, comparison: TensorC
 def _moved_rows(left: TensorSource, right: TensorSource, name: str) -> Iterator[tuple[int, int]]:
     """Row here -> row of the reference, for some rows, if most of them lie elsewhere; nothing otherwise."""
     rows = left.specs[name].shape[0]
-    chosen = torch.linspace(0, rows - 1, min(rows, _SAMPLED_ROWS)).long().unique()
+    chosen = torch.linspace(0, rows - 1, min(rows, _SAMPLED_ROWS), device="cpu").long().unique()
     sample = torch.stack([_unit(_rows(left, name, int(row), 1))[0] for row in chosen])
     best, place = _nearest(sample, right, name)
     real = sample.isfinite().all(1) & sample.any(1)
@@ -91,7 +91,10 @@ def _nearest(sample: Tensor, source: TensorSource, name: str) -> tuple[Tensor, T
     """For each row of the sample the greatest cosine with any row of a tensor, and where that is."""
     rows = source.specs[name].shape[0]
     step = max(1, _BLOCK_ELEMENTS // sample.shape[1])
-    best, place = torch.full((len(sample),), -2.0), torch.zeros(len(sample), dtype=torch.int64)
+    best, place = (
+        torch.full((len(sample),), -2.0, device="cpu"),
+        torch.zeros(len(sample), dtype=torch.int64, device="cpu"),
+    )
     for start in range(0, rows, step):
         cosines = sample @ _unit(_rows(source, name, start, min(step, rows - start))).T
         value, index = cosines.nan_to_num(-2.0).max(1)
@@ -105,7 +108,7 @@ def _rows(source: TensorSource, name: str, start: int, count: int) -> Tensor:
     spec = source.specs[name]
     tail = spec.shape[1:]
     box = Chunk((start, *(0 for _ in tail)), (count, *tail))
-    return read_into(source, name, box, torch.empty(box.sizes)).reshape(count, -1)
+    return read_into(source, name, box, torch.empty(box.sizes, device="cpu")).reshape(count, -1)
 
 
 def _unit(rows: Tensor) -> Tensor:
@@ -126,7 +129,7 @@ def _same_values(left: TensorSource, right: TensorSource, comparison: TensorComp
 
 def _same_extremes(left: TensorSource, right: TensorSource, name: str, dtype: torch.dtype) -> bool:
     mine, other = (scan_source(source, [name])[name] for source in (left, right))
-    ends = torch.tensor([[mine.least, mine.greatest], [other.least, other.greatest]]).to(dtype)
+    ends = torch.tensor([[mine.least, mine.greatest], [other.least, other.greatest]], device="cpu").to(dtype)
     return torch.equal(ends[0], ends[1])
 
 

@@ -176,4 +176,4 @@ def _buffer_causes(model: LiveModel, batch: Batch, labels: Tensor) -> Iterator[C
 
 def _inverse_frequencies(buffer: Tensor) -> Tensor:
     count = buffer.numel()
-    return (_USUAL_THETA ** -(torch.arange(count) / count)).reshape(buffer.shape)
+    return (_USUAL_THETA ** -(torch.arange(count, device="cpu") / count)).reshape(buffer.shape)

@@ -97,10 +97,10 @@ def _sample(source: TensorSource, name: str) -> Tensor:
     """Some elements as a vector of length 1: the beginnings of a few rows, or of the whole where it has no rows."""
     shape = source.specs[name].shape
     if not shape or 0 in shape:
-        return torch.ones(1)
+        return torch.ones(1, device="cpu")
     rows = sorted({0, shape[0] // 2, shape[0] - 1}) if len(shape) > 1 else [0]
     inner = [min(size, _SAMPLED_ELEMENTS) if i == len(shape) - 2 else 1 for i, size in enumerate(shape[1:])]
     sizes = (1, *inner) if len(shape) > 1 else (min(shape[0], _SAMPLED_ELEMENTS),)
     boxes = [Chunk((row, *(0 for _ in shape[1:])), sizes) for row in rows]
-    parts = [read_into(source, name, box, torch.empty(sizes)).reshape(-1) for box in boxes]
+    parts = [read_into(source, name, box, torch.empty(sizes, device="cpu")).reshape(-1) for box in boxes]
     return torch.nn.functional.normalize(torch.cat(parts).nan_to_num(0, 0, 0), dim=0)

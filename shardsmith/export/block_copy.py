@@ -88,7 +88,7 @@ class _Copier:
         self._stopped = False
 
     def work(self) -> None:
-        scratch = torch.empty(_BLOCK_BYTES, dtype=torch.uint8)
+        scratch = torch.empty(_BLOCK_BYTES, dtype=torch.uint8, device="cpu")
         try:
             while (block := self._next()) is not None:
                 self._copy(*block, scratch)

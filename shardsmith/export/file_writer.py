@@ -157,7 +157,7 @@ class _Delivery:
         dtype = task.file.tensors[name].spec.dtype
         for rank, boxes in coming.items():
             for shape, box in boxes.get(task.key, ()):
-                values = torch.empty(box.sizes, dtype=dtype)
+                values = torch.empty(box.sizes, dtype=dtype, device="cpu")
                 if self._peers.receive(values, rank):
                     yield LiveBox(name, shape, box, values)
 

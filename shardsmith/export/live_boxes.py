@@ -39,7 +39,7 @@ class StagingBuffer:
     """Memory on the CPU that stagings use again and again. Grows to the largest that it was needed for."""
 
     def __init__(self) -> None:
-        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._memory = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def stage(self, boxes: Sequence[LiveBox], specs: Mapping[str, TensorSpec]) -> list[LiveBox]:
         """A copy of the boxes, cast to the dtypes of ``specs``. No communication.
@@ -65,8 +65,10 @@ class StagingBuffer:
 
     def _reserve(self, nbytes: int) -> None:
         if len(self._memory) < nbytes:
-            self._memory = torch.empty(0, dtype=torch.uint8)  # let go of the old one first
-            self._memory = torch.empty(nbytes, dtype=torch.uint8, pin_memory=torch.accelerator.is_available())
+            self._memory = torch.empty(0, dtype=torch.uint8, device="cpu")  # let go of the old one first
+            self._memory = torch.empty(
+                nbytes, dtype=torch.uint8, pin_memory=torch.accelerator.is_available(), device="cpu"
+            )
 
 
 @torch.no_grad()

@@ -57,15 +57,15 @@ class Peers:
     def send_json(self, value: Any, rank: int) -> None:
         """As ``send``."""
         text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        self.send(torch.tensor([len(text)]), rank)
+        self.send(torch.tensor([len(text)], device="cpu"), rank)
         self.send(text, rank)
 
     def receive_json(self, rank: int) -> Any:
         """What ``send_json`` of that rank sent; None if it is lost."""
-        length = torch.zeros(1, dtype=torch.int64)
+        length = torch.zeros(1, dtype=torch.int64, device="cpu")
         if not self.receive(length, rank):
             return None
-        text = torch.empty(int(length), dtype=torch.uint8)
+        text = torch.empty(int(length), dtype=torch.uint8, device="cpu")
         return json.loads(text.numpy().tobytes()) if self.receive(text, rank) else None
 
 

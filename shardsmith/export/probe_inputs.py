@@ -62,7 +62,7 @@ def made_up_tokens(config: Any, length: int, rows: int | None = None) -> Tensor:
     count = rows or int(text.vocab_size)
     special = {value for part in (config, text) for value in _special_ids(part)}
     usual = [token for token in range(min(count, 4096)) if token not in special] or [0]
-    return torch.tensor([[usual[i * 7919 % len(usual)] for i in range(length)]])
+    return torch.tensor([[usual[i * 7919 % len(usual)] for i in range(length)]], device="cpu")
 
 
 def _special_ids(config: Any) -> Iterator[int]:
@@ -111,7 +111,7 @@ def _images(config: Any, wanted: Mapping[str, Any]) -> Iterator[dict[str, Tensor
     for size in [*sizes[:1], 64, 224]:
         height, width = size if isinstance(size, list | tuple) else (size, size)
         count = channels * height * width
-        yield {"pixel_values": torch.linspace(-1, 1, count).mul(37).sin().view(1, channels, height, width)}
+        yield {"pixel_values": torch.linspace(-1, 1, count, device="cpu").mul(37).sin().view(1, channels, height, width)}
 
 
 def _sounds(config: Any, wanted: Mapping[str, Any]) -> Iterator[dict[str, Tensor]]:
@@ -128,4 +128,4 @@ def _sounds(config: Any, wanted: Mapping[str, Any]) -> Iterator[dict[str, Tensor
 
 
 def _wave(shape: tuple[int, ...]) -> Tensor:
-    return torch.arange(torch.Size(shape).numel()).mul(0.37).sin().view(shape)
+    return torch.arange(torch.Size(shape).numel(), device="cpu").mul(0.37).sin().view(shape)

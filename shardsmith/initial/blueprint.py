@@ -59,7 +59,7 @@ class Blueprint:
 
 @contextlib.contextmanager
 def without_weights() -> Iterator[None]:
-    """Within it, parameters of modules that this thread makes are on the meta device; buffers are where they would be.
+    """Within it, parameters of modules that this thread makes are on the meta device; buffers are on the CPU.
 
     Random numbers and their generator are left alone.
     """
@@ -72,7 +72,7 @@ def without_weights() -> Iterator[None]:
 
     handle = register_module_parameter_registration_hook(on_meta)  # type: ignore[arg-type]  # it may return one
     try:
-        with torch.random.fork_rng(devices=[]), _LeftBlank():
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"), _LeftBlank():
             yield
     finally:
         handle.remove()

@@ -70,4 +70,4 @@ def _values(source: TensorSource, name: str, box: Chunk, dtype: torch.dtype) -> 
         pieces = list(source.pieces(name, box))
         if len(pieces) == 1 and pieces[0][0] == box and pieces[0][1].is_contiguous():
             return pieces[0][1]
-    return read_into(source, name, box, torch.empty(box.sizes, dtype=dtype))
+    return read_into(source, name, box, torch.empty(box.sizes, dtype=dtype, device="cpu"))

@@ -63,7 +63,7 @@ def _are_cells(grids: Sequence[Grid], shape: Shape) -> bool:
     if len(set(keys)) < len(keys):
         return False
     for dim, size in enumerate(shape):
-        uses = torch.zeros(size, dtype=torch.int64)
+        uses = torch.zeros(size, dtype=torch.int64, device="cpu")
         for indices in {key[dim] for key in keys}:
             uses[_enumerate(indices)] += 1
         if bool((uses > 1).any()):
@@ -92,7 +92,7 @@ def _indices(grid: Grid) -> tuple[Indices, ...]:
 
 def _enumerate(indices: Indices) -> Tensor:
     start, axes = indices
-    found = torch.tensor([start])
+    found = torch.tensor([start], device="cpu")
     for axis in axes:
-        found = (found[:, None] + torch.arange(axis.size) * axis.step).reshape(-1)
+        found = (found[:, None] + torch.arange(axis.size, device="cpu") * axis.step).reshape(-1)
     return found

@@ -64,7 +64,7 @@ def _assembled(source: TensorSource, found: Sequence[_Found], box: Chunk, dtype:
     filled = sum(part.values.numel() for part in found)
     if filled != box.numel:
         raise CheckpointError(source.path, f"has only {filled} of {box.numel} elements of what {box} is made of")
-    out = torch.empty(box.sizes, dtype=dtype)
+    out = torch.empty(box.sizes, dtype=dtype, device="cpu")
     for part in found:
         part.grid.view(out, box, part.part).copy_(part.values)
     return out

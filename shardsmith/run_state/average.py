@@ -79,8 +79,8 @@ class ModuleAverage:
         state: Mapping[str, Any] = get_model_state_dict(self.module)
         return {
             "model": {name: value for name, value in state.items() if isinstance(value, Tensor)},
-            "updates": torch.tensor(self.updates),
-            "decay": torch.tensor(self.decay, dtype=torch.float64),
+            "updates": torch.tensor(self.updates, device="cpu"),
+            "decay": torch.tensor(self.decay, dtype=torch.float64, device="cpu"),
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:

@@ -70,7 +70,7 @@ def _boxes(value: Any) -> tuple[tuple[Chunk, ...], list[Any]]:
     if not isinstance(value, Tensor):
         return (), [value]
     if 0 in value.shape:
-        return (Chunk.whole(tuple(value.shape)),), [torch.empty(tuple(value.shape), dtype=value.dtype)]
+        return (Chunk.whole(tuple(value.shape)),), [torch.empty(tuple(value.shape), dtype=value.dtype, device="cpu")]
     found = local_boxes(value)
     return tuple(box for box, _ in found), [values for _, values in found]
 

@@ -79,7 +79,9 @@ class _Save:
             for key, tensor in tensors.items():
                 values.update({(key, box): held for box, held in local_boxes(tensor)})
                 if 0 in tensor.shape:
-                    empty[key, Chunk.whole(tuple(tensor.shape))] = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    empty[key, Chunk.whole(tuple(tensor.shape))] = torch.empty(
+                        tensor.shape, dtype=tensor.dtype, device="cpu"
+                    )
             specs = {key: [list(tensor.shape), tensor.dtype.itemsize] for key, tensor in tensors.items()}
             return [specs, [(key, box.offsets, box.sizes) for key, box in values]]
 

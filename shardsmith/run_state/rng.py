@@ -14,8 +14,8 @@ def rng_state() -> dict[str, Tensor]:
     version, internal, gauss = random.getstate()
     state = {
         "torch": torch.get_rng_state(),
-        "python": torch.tensor([version, *internal], dtype=torch.int64),
-        "python_gauss": torch.tensor(float("nan") if gauss is None else gauss, dtype=torch.float64),
+        "python": torch.tensor([version, *internal], dtype=torch.int64, device="cpu"),
+        "python_gauss": torch.tensor(float("nan") if gauss is None else gauss, dtype=torch.float64, device="cpu"),
     }
     if torch.accelerator.is_available():
         state["accelerator"] = _accelerator().get_rng_state()

@@ -122,7 +122,7 @@ class TrainState:
             state["ema_model"] = state["ema_state"].pop("model")
         if with_rng:
             state[RNG] = {self._rng_key: rng_state()}
-        state["train_state"] = {"step": torch.tensor(step)}
+        state["train_state"] = {"step": torch.tensor(step, device="cpu")}
         for name, thing in self._stateful.items():
             if not isinstance(thing, PerRank):
                 state[name] = thing.state_dict()
