@@ -58,11 +58,11 @@ class Answers:
     def _ask(self) -> Tensor:
         device = next(self._model.parameters()).device
         inputs = {key: value.to(device) for key, value in self._inputs.items()}
-        devices = [device] if device.type != "cpu" else []
+        drawn_from = {"devices": [device], "device_type": device.type} if device.type != "cpu" else {"devices": []}
         were_training = [module for module in self._model.modules() if module.training]
         self._model.eval()
         try:
-            with torch.no_grad(), torch.random.fork_rng(devices):
+            with torch.no_grad(), torch.random.fork_rng(**drawn_from):
                 answer = first_tensor(self._model(**inputs))
         finally:
             for module in were_training:

@@ -21,6 +21,7 @@ from shardsmith.argument_types import Seconds, StepNumber
 from shardsmith.arguments import checked
 from shardsmith.checkpoints import find_damage
 from shardsmith.commit import remove, sweep
+from shardsmith.device_copy import release_pinned
 from shardsmith.errors import CheckpointNotFoundError, CorruptCheckpointError, MismatchError, UsageError
 from shardsmith.export.live_boxes import StagingBuffer
 from shardsmith.initial.live_digest import OTHER_VALUES, compare_digests, digest_live
@@ -112,6 +113,7 @@ class FolderSave(Hook):
             if self.background:
                 self.background.close()
             self._buffer = None
+            release_pinned()
 
     def before_save(self, folder: Path) -> None:
         """The trainer is about to write a folder: wait for ours in flight, and take our mark off this one.

@@ -8,6 +8,7 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 
+from shardsmith.device_copy import release_pinned
 from shardsmith.export.live_boxes import StagingBuffer
 
 from .background import Background
@@ -70,5 +71,7 @@ class InFlight:
         return ended
 
     def close(self) -> None:
-        """Wait for all."""
+        """Wait for all, and free the buffers. Nothing can be exported afterwards."""
         self.background.close()
+        self._free = [[StagingBuffer() for _ in buffers] for buffers in self._free]
+        release_pinned()

@@ -19,6 +19,7 @@ from shardsmith.argument_types import Count, Directory, LocalPath, Seconds, Step
 from shardsmith.arguments import checked
 from shardsmith.checkpoints import committed_steps, find_damage, set_aside, set_aside_unfinished, set_later_aside
 from shardsmith.commit import prove_writable, remove, sweep
+from shardsmith.device_copy import release_pinned
 from shardsmith.errors import CheckpointNotFoundError, IncompleteCheckpointError, RankFailedError, UsageError
 from shardsmith.export.live_boxes import StagingBuffer
 from shardsmith.layout import step_name
@@ -162,6 +163,7 @@ class ShardedSave(Hook):
             if self.background:
                 self.background.close()
             self._buffer = None
+            release_pinned()
 
     @checked
     def save(self, step: StepNumber) -> None:

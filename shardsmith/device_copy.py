@@ -41,6 +41,14 @@ def copy_to_host(tensors: Sequence[Tensor], copies: Sequence[Tensor], window_byt
             one.wait()
 
 
+def release_pinned() -> None:
+    """Give pinned memory that nothing uses any more back to the system: torch would keep it for the next copies."""
+    # torch 2.11 has no public name for it
+    release = getattr(torch.accelerator, "empty_host_cache", None) or getattr(torch._C, "_host_emptyCache", None)
+    if release is not None and torch.accelerator.is_available():
+        release()
+
+
 @dataclass(frozen=True, slots=True)
 class Piece:
     """A box of a tensor, and the bytes of the memory that it goes to."""

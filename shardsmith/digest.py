@@ -34,6 +34,7 @@ _MASK = (1 << 64) - 1
 _LOW_WORD = 0xFFFFFFFF
 _ROW_WORDS = 4096
 _BLOCK_BYTES = 1 << 21  # large enough that calls cost little; with its scratch copy it stays in cache
+_DEVICE_BLOCK_BYTES = 1 << 26  # on an accelerator each block is waited for, and there is no such cache
 _SHORT_BLOCK_BYTES = 1 << 19  # the same in numpy, whose calls cost less
 _LONG_BYTES = 2 << 20  # a run of which ``_digest_in_place`` makes up for what its calls cost
 _HALF = np.uint64(32)
@@ -217,15 +218,19 @@ def _digest_blocks(data: Tensor, start: int, look: Callable[[int, int], None]) -
     result = Digest()
     done = 0
     while done < len(data):
-        block = data[done : done + _BLOCK_BYTES - (start + done) % 8]
+        block = data[done : done + _block_bytes(data) - (start + done) % 8]
         look(done, done + len(block))
         result += _digest_block(block, start + done)
         done += len(block)
     return result
 
 
+def _block_bytes(data: Tensor) -> int:
+    return _BLOCK_BYTES if data.is_cpu else _DEVICE_BLOCK_BYTES
+
+
 def _digest_block(block: Tensor, start: int) -> Digest:
-    """Share of at most ``_BLOCK_BYTES`` consecutive bytes, all but the last few as one matrix of words."""
+    """Share of at most a block of consecutive bytes, all but the last few as one matrix of words."""
     lead = start % 8
     if lead or block.storage_offset() % 8 or block.data_ptr() % 8:
         block = torch.nn.functional.pad(block, (lead, 0))
@@ -262,7 +267,7 @@ def _digest_rows(rows: Tensor, starts: Tensor) -> Digest:
 
 def _digest_words(words: Tensor, bases: Tensor) -> Digest:
     """Share of rows of 64-bit words, int64 [n, k], block by block; row r begins at word ``bases[r]``, int64 [n]."""
-    count = max(1, _BLOCK_BYTES // 8 // words.shape[1])
+    count = max(1, _block_bytes(words) // 8 // words.shape[1])
     blocks = zip(words.split(count), bases.split(count), strict=True)
     return sum((_sum_block(block, base) for block, base in blocks), Digest())
 

@@ -55,7 +55,7 @@ class StagingBuffer:
         ends = [0]
         for tensor, dtype in zip(tensors, dtypes, strict=True):  # each begins at a cache line, aligned for any dtype
             ends.append(ends[-1] + -(-tensor.numel() * dtype.itemsize // 64) * 64)
-        self._reserve(ends[-1])
+        self._reserve(ends[-1], pinned=any(tensor.device.type != "cpu" for tensor in tensors))
         copies = [
             self._memory[begin : begin + tensor.numel() * dtype.itemsize].view(dtype).view(tensor.shape)
             for tensor, dtype, begin in zip(tensors, dtypes, ends, strict=False)
@@ -63,12 +63,11 @@ class StagingBuffer:
         _copy(tensors, copies)
         return copies
 
-    def _reserve(self, nbytes: int) -> None:
+    def _reserve(self, nbytes: int, pinned: bool) -> None:
+        """Pinned only for copies from an accelerator: a run on the CPU would take a context there by it."""
         if len(self._memory) < nbytes:
             self._memory = torch.empty(0, dtype=torch.uint8, device="cpu")  # let go of the old one first
-            self._memory = torch.empty(
-                nbytes, dtype=torch.uint8, pin_memory=torch.accelerator.is_available(), device="cpu"
-            )
+            self._memory = torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned, device="cpu")
 
 
 @torch.no_grad()

@@ -20,13 +20,15 @@ from torch.distributed.tensor import DTensor
 from shardsmith.digest import Digest, digest_box
 from shardsmith.errors import UsageError
 from shardsmith.export.block_copy import one_thread_per_operator
-from shardsmith.initial.faults import Look
+from shardsmith.initial.faults import NOTHING, Look
 from shardsmith.local_boxes import local_boxes
 from shardsmith.names import clean_fqn, non_persistent_buffers, tied_weights
-from shardsmith.tensors import Chunk, TensorSource, TensorSpec, read_into
+from shardsmith.tensors import Chunk, TensorSource, TensorSpec, read_into, row_major_blocks
 
 POISON_INTEGER = 0x5A
 """In every byte of an integer that is poisoned; floating-point numbers become NaN."""
+_LOOKED_AT = 1 << 22
+"""Elements at a time."""
 
 
 class LiveWeights:
@@ -90,9 +92,12 @@ class LiveWeights:
     def digests(self, names: Iterable[str]) -> dict[str, list[tuple[Chunk, Digest]]]:
         """This rank's boxes of tensors, each with its share in the digest. No communication.
 
-        With as many threads as torch would use: several tensors at a time are faster than one with several threads.
+        With as many threads as torch would use: several tensors at a time are faster than one with several threads. On
+        an accelerator in this thread, behind what its stream has still to do: another thread has a stream of its own.
         """
         here = [name for name in names if name in self.specs]
+        if any(tensor.device.type != "cpu" for tensor in self._tensors.values()):
+            return {name: self._digest(name) for name in here}
         threads = torch.get_num_threads()
         with one_thread_per_operator(), ThreadPoolExecutor(threads, "shardsmith-digest") as pool:
             return dict(zip(here, pool.map(self._digest, here), strict=True))
@@ -193,6 +198,13 @@ def is_poison(values: Tensor) -> Tensor:
 
 
 def _look(values: Tensor) -> Look:
+    """In blocks: in float64, and with a mask beside it, a large tensor would not fit on the device."""
+    whole = Chunk.whole(tuple(values.shape))
+    blocks = row_major_blocks(tuple(values.shape), _LOOKED_AT)
+    return sum((_look_at(values[box.within(whole)]) for _, box in blocks), NOTHING)
+
+
+def _look_at(values: Tensor) -> Look:
     poisoned = int(is_poison(values).sum())
     numbers = torch.view_as_real(values).double() if values.is_complex() else values.double()
     finite = numbers[numbers.isfinite()]

@@ -16,7 +16,7 @@ from shardsmith.hooks import HFExport, Hooks, ShardedSave, every
 from tests.gpu.devices import device, run_on_ranks
 from tests.gpu.tensors import assert_same
 
-_IMPOSSIBLE = 1 << 46
+_IMPOSSIBLE = 1 << 41
 """Elements of a tensor of which no machine has room for a copy; itself it has one."""
 
 Make = Callable[[Path, nn.Module], HFExport | ShardedSave]

@@ -42,7 +42,7 @@ def test_a_load_onto_the_device_is_verified_and_bit_for_bit(source: Path) -> Non
     assert_same({n: v.detach() for n, v in model.state_dict().items()}, Kinds().state_dict())
 
 
-@pytest.mark.parametrize("name", ["wide", "brain", "strided", "single", "float8", "counts", "many.5"])
+@pytest.mark.parametrize("name", ["wide", "brain", "strided", "single", "quantized.weight", "counts", "many.5"])
 def test_one_element_that_is_wrong_on_the_device_is_found_and_named(source: Path, name: str) -> None:
     model = blank()
     load_initial(source, model=model)

@@ -35,7 +35,9 @@ class Kinds(nn.Module):
         self.brain = nn.Parameter(torch.randn(400, 129, generator=generator).bfloat16())
         self.strided = nn.Parameter(torch.randn(96, 1000, generator=generator).t())
         self.single = nn.Parameter(torch.randn((), generator=generator))
-        self.float8 = nn.Parameter(torch.randn(65, 33, generator=generator).to(_FLOAT8), requires_grad=False)
+        self.quantized = nn.Module()  # of its own: what is beside it in a module passes for its scales
+        values = torch.randn(65, 33, generator=generator).to(_FLOAT8)
+        self.quantized.weight = nn.Parameter(values, requires_grad=False)
         self.register_buffer("flags", torch.arange(77) % 3 == 0)
         self.register_buffer("counts", torch.arange(1001))
         self.many = nn.ParameterList(torch.randn(i % 9, 3, generator=generator) for i in range(200))
