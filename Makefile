@@ -66,7 +66,7 @@ gpu:  ## tests and figures on this machine's GPU, with the torch that $(PYTHON) 
 
 gpu-wheels: $(READY)  ## what a GPU machine without a network needs besides torch: copy the repository there with it
 	rm -rf gpu-wheels
-	$(BIN)/python -m tests.gpu.packages gpu-wheels
+	$(BIN)/python tests/gpu/packages.py gpu-wheels
 
 clean:
 	rm -rf $(VENV) .venv-titan-* build dist site *.egg-info demo-run .coverage* gpu-wheels

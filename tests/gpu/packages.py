@@ -19,16 +19,14 @@ MOST_BYTES = 64 << 20
 """What a folder of wheels may take: it travels together with the repository."""
 _PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 _PYTHON = "3.12"
-_LEFT_OUT = ("torch", "accelerate", "shardsmith", "peft", "mypy", "ruff", "hypothesis", "setuptools")
-"""torch is there, or nothing can run; the others bring torch along, are the package itself, or are not run here."""
 
 
 def required() -> list[str]:
-    """What pyproject.toml asks for, of the package, of its models and of its tests, without ``_LEFT_OUT``."""
+    """What pyproject.toml asks for beside torch, of the package, of its models, and what runs the tests."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *extras["transformers"], *extras["dev"]]
-    return [line for line in wanted if _name(line) not in _LEFT_OUT]
+    runners = [line for line in extras["dev"] if line.startswith("pytest")]
+    return [line for line in project["dependencies"] if _name(line) != "torch"] + extras["transformers"] + runners
 
 
 def collect(folder: Path) -> int:
