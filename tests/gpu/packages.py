@@ -22,11 +22,15 @@ _PYTHON = "3.12"
 
 
 def required() -> list[str]:
-    """What pyproject.toml asks for beside torch, of the package, of its models, and what runs the tests."""
+    """What pyproject.toml asks for, of the package and of its models, and what runs the tests.
+
+    Without torch, which is there, and accelerate, which would bring another one along.
+    """
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     runners = [line for line in extras["dev"] if line.startswith("pytest")]
-    return [line for line in project["dependencies"] if _name(line) != "torch"] + extras["transformers"] + runners
+    wanted = [*project["dependencies"], *extras["transformers"], *runners]
+    return [line for line in wanted if _name(line) not in ("torch", "accelerate")]
 
 
 def collect(folder: Path) -> int:
