@@ -23,25 +23,25 @@ from .wiring import Parts
 class EMA(Hook):
     """Keeps a float32 average of the trainable floating-point weights, each rank of its own shards.
 
-        Build it when the weights are on their device and sharded: after ``fully_shard``, FSDP, DDP or ``compile``. What is
-        frozen then, and all buffers, have no average: they are what the live model says. Tied weights have one.
+    Build it when the weights are on their device and sharded: after ``fully_shard``, FSDP, DDP or ``compile``. What is
+    frozen then, and all buffers, have no average: they are what the live model says. Tied weights have one.
 
-        It starts from the weights at construction, or, if that comes later, at ``on_train_begin`` or at ``reset``.
-        Each update moves it by ``average <- average + (1 - d) * (weight - average)``, where d is ``decay``.
+    It starts from the weights at construction, or, if that comes later, at ``on_train_begin`` or at ``reset``.
+    Each update moves it by ``average <- average + (1 - d) * (weight - average)``, where d is ``decay``.
 
-        Args:
-            decay: 0 <= decay < 1. At 0.999 a weight counts for about the last 1000 updates.
-            warmup: Use d = min(decay, (1 + t) / (10 + t)) with t the number of updates so far, as ``num_updates`` of
-                TensorFlow's ``tf.train.ExponentialMovingAverage``: a short run is not dominated by its start.
-            start_step: If positive, the average is a copy of the weights before this step, and the first update at or
-                after it is one more copy (and counts as an update).
-            every_n_steps: Update at the multiples of this.
-                offload: Hold the averages in CPU memory; each update then waits for the device and copies the weights there.
-            on_other_decay: What to do if a checkpoint holds an average that was made with another decay: ``"raise"``, or
-                ``"continue"`` from it with ``decay``.
-    
-        Attributes:
-            updates: Number of updates so far.
+    Args:
+        decay: 0 <= decay < 1. At 0.999 a weight counts for about the last 1000 updates.
+        warmup: Use d = min(decay, (1 + t) / (10 + t)) with t the number of updates so far, as ``num_updates`` of
+            TensorFlow's ``tf.train.ExponentialMovingAverage``: a short run is not dominated by its start.
+        start_step: If positive, the average is a copy of the weights before this step, and the first update at or
+            after it is one more copy (and counts as an update).
+        every_n_steps: Update at the multiples of this.
+            offload: Hold the averages in CPU memory; each update then waits for the device and copies the weights there.
+        on_other_decay: What to do if a checkpoint holds an average that was made with another decay: ``"raise"``, or
+            ``"continue"`` from it with ``decay``.
+
+    Attributes:
+        updates: Number of updates so far.
     """
 
     @checked
