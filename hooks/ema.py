@@ -36,7 +36,7 @@ class EMA(Hook):
         start_step: If positive, the average is a copy of the weights before this step, and the first update at or
             after it is one more copy (and counts as an update).
         every_n_steps: Update at the multiples of this.
-            offload: Hold the averages in CPU memory; each update then waits for the device and copies the weights there.
+        offload: Hold the averages in CPU memory; each update then waits for the device and copies the weights there.
         on_other_decay: What to do if a checkpoint holds an average that was made with another decay: ``"raise"``, or
             ``"continue"`` from it with ``decay``.
 

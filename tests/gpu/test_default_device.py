@@ -65,9 +65,8 @@ def test_a_save_in_the_main_thread_is_resumed(tmp_path: Path) -> None:
     """The default device is that of a thread: a save in the background does not see it."""
     model = Kinds().to(device())
     move_default()
-    hooks = Hooks(ShardedSave(tmp_path, model=model, when=every(1), async_mode="disabled"))
-    hooks.step(1)
+    Hooks(ShardedSave(tmp_path, model=model, when=every(1), async_mode="disabled")).step(1)
     spoil(model)
-    assert hooks.resume() == 1
+    assert Hooks(ShardedSave(tmp_path, model=model, when=every(1))).resume() == 1
     torch.set_default_device(None)
     assert_same(truth_of(model), truth_of(Kinds()))
