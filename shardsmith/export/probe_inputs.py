@@ -111,7 +111,9 @@ def _images(config: Any, wanted: Mapping[str, Any]) -> Iterator[dict[str, Tensor
     for size in [*sizes[:1], 64, 224]:
         height, width = size if isinstance(size, list | tuple) else (size, size)
         count = channels * height * width
-        yield {"pixel_values": torch.linspace(-1, 1, count, device="cpu").mul(37).sin().view(1, channels, height, width)}
+        yield {
+            "pixel_values": torch.linspace(-1, 1, count, device="cpu").mul(37).sin().view(1, channels, height, width)
+        }
 
 
 def _sounds(config: Any, wanted: Mapping[str, Any]) -> Iterator[dict[str, Tensor]]:
