@@ -153,7 +153,15 @@ def test_other_shapes_are_found_with_both(olmo: Specimen, tmp_path: Path) -> Non
 
 HEADS = {
     "linear": {"ln.weight": 64, "ln.bias": 64, "proj.weight": (64, 64), "proj.bias": 64},
-    "mlp": {"gate_proj.weight": (96, 64), "up_proj.weight": (96, 64), "down_proj.weight": (64, 96)},
+    "mlp, version 1": {
+        "ln.weight": 64,
+        "ln.bias": 64,
+        "ffn.0.weight": (64, 64),
+        "ffn.0.bias": 64,
+        "ffn.3.weight": (64, 64),
+        "ffn.3.bias": 64,
+    },
+    "mlp, version 2": {"gate_proj.weight": (128, 64), "up_proj.weight": (128, 64), "down_proj.weight": (64, 128)},
     "gated": {"gate.weight": (64, 64), "gate.bias": 64, "ffn.0.weight": (96, 64), "ffn.3.weight": (64, 96)},
 }
 
@@ -165,6 +173,12 @@ def test_a_future_predictor_is_no_fault_and_named_as_such(kind: str, olmo: Speci
     assert found.faults == ()
     (note,) = (note for note in found.notes if note.code == "extra-head")
     assert kind in note.found
+
+
+def test_a_head_that_no_trainer_can_load_is_a_fault(olmo: Specimen, tmp_path: Path) -> None:
+    head = {f"{name}_proj.weight": torch.randn(64, 64) for name in ("gate", "up", "down")}
+    (fault,) = structure(save_sharded(olmo.state | head, tmp_path / "c", 2), olmo).faults
+    assert "mlp, version 2, has (128, 64)" in fault.found
 
 
 def test_buffers_that_older_code_saved_are_no_fault(olmo: Specimen, tmp_path: Path) -> None:

@@ -149,10 +149,42 @@ def test_a_cast_is_that_of_torch_and_recorded(models: Path, output: Path) -> Non
     assert initial.cast_to == "float32"
 
 
-HEADS = {
-    "linear": {"proj.weight", "proj.bias"},
-    "mlp": {"gate_proj.weight", "up_proj.weight", "down_proj.weight"},
-    "gated": {"gate.weight", "gate.bias", "ffn.0.weight", "ffn.0.bias", "ffn.3.weight", "ffn.3.bias"},
+class MlpOfVersion1(nn.Module):
+    """As the first version of the fork of flame has it: the module that has to load what is written."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.ln = nn.LayerNorm(hidden)
+        self.ffn = nn.Sequential(nn.Linear(hidden, hidden), nn.GELU(), nn.Dropout(), nn.Linear(hidden, hidden))
+
+
+class MlpOfVersion2(nn.Module):
+    """As the later version has it."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.ln = nn.LayerNorm(hidden)
+        self.gate_proj, self.up_proj = (nn.Linear(hidden, 2 * hidden, bias=False) for _ in range(2))
+        self.down_proj = nn.Linear(2 * hidden, hidden, bias=False)
+
+
+class Linear(nn.Module):
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.ln, self.proj = nn.LayerNorm(hidden), nn.Linear(hidden, hidden)
+
+
+class Gated(MlpOfVersion1):
+    def __init__(self, hidden: int) -> None:
+        super().__init__(hidden)
+        self.gate = nn.Linear(hidden, hidden)
+
+
+HEADS: dict[str, tuple[list[str], Callable[[int], nn.Module]]] = {
+    "linear": (["linear"], Linear),
+    "mlp": (["mlp"], MlpOfVersion1),
+    "mlp of version 2": (["mlp", "--future_predictor_version", "2"], MlpOfVersion2),
+    "gated": (["gated"], Gated),
 }
 
 
@@ -160,20 +192,37 @@ HEADS = {
 def test_a_future_predictor_lies_beside_the_model_and_is_seeded(
     head: str, models: Path, output: Path, tmp_path: Path
 ) -> None:
-    options = ["--include-future-predictor", "--future-predictor-head-type", head]
+    flags, make = HEADS[head]
+    options = ["--include-future-predictor", "--future-predictor-head-type", *flags]
     found = tensors_of(to_dcp(models / "olmo2", output, *options))
-    keys = HEADS[head] | {"ln.weight", "ln.bias"}
-    assert found.keys() - fresh("olmo2").state_dict().keys() == keys
+    hidden = found["model.norm.weight"].shape[0]
+    keys = found.keys() - fresh("olmo2").state_dict().keys()
+    make(hidden).load_state_dict({key: found[key] for key in keys})  # strict: names and shapes are those of the trainer
     assert all(value.dtype == torch.bfloat16 for value in found.values())
     again = tensors_of(to_dcp(models / "olmo2", tmp_path / "again", *options))
     other = tensors_of(to_dcp(models / "olmo2", tmp_path / "other", *options, "--seed", "1"))
-    matrix = next(key for key in keys if found[key].dim() > 1)
+    matrix = next(key for key in sorted(keys) if found[key].dim() > 1)
     assert torch.equal(found[matrix], again[matrix])
     assert not torch.equal(found[matrix], other[matrix])
     places = ["--checkpoint_dir", output, "--output_dir", tmp_path / "hf", "--base_model_path", models / "olmo2"]
-    dropped = ["--drop", "ln.*", *HEADS[head]]
-    assert main(["to-hf", *map(str, places), "--dtype", "original", "--quiet", *dropped]) == 0
+    assert main(["to-hf", *map(str, places), "--dtype", "original", "--quiet"]) == 0  # the heads are recorded
     assert_same(load_file(tmp_path / "hf" / "model.safetensors"), load_file(models / "olmo2" / "model.safetensors"))
+
+
+def test_the_version_of_a_head_is_found_from_a_checkpoint_that_has_one(
+    models: Path, output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mlp = ["--include-future-predictor", "--future-predictor-head-type", "mlp", "--future_predictor_version"]
+    first = to_dcp(models / "olmo2", output, *mlp, "2")
+    found = tensors_of(to_dcp(models / "olmo2", tmp_path / "again", *mlp, str(first)))
+    assert "gate_proj.weight" in found
+    down = found["down_proj.weight"].float()
+    assert down.std().item() == pytest.approx(0.03 / down.shape[1] ** 0.5, rel=0.1)
+    bare = to_dcp(models / "olmo2", tmp_path / "bare")
+    for version, words in ((str(bare), "has no head of type mlp"), ("3", "give 1, 2, or a checkpoint")):
+        arguments = ["to-dcp", "--model", str(models / "olmo2"), "--checkpoint", str(tmp_path / "no"), *mlp, version]
+        assert main(arguments) == 2
+        assert words in capsys.readouterr().err
 
 
 def make_layer(width: int, bias: bool = True) -> nn.Module:
@@ -311,7 +360,7 @@ def test_the_summary_counts_what_the_model_counts(
     counted = {row[0].strip(): [cell.strip() for cell in row[1:]] for row in rows}
     assert counted["model parameters"] == [str(len([*model.parameters()])), f"{elements:,}", f"{elements:,}", "yes"]
     keys = sum(value.numel() for value in model.state_dict().values())
-    assert counted["state-dict tensors"] == [str(len(model.state_dict())), f"{keys:,}", f"{keys:,}", "yes"]
+    assert counted["get_model_state_dict"] == [str(len(model.state_dict())), f"{keys:,}", f"{keys:,}", "yes"]
     assert counted["persistent buffers"] == ["0", "0", "0", "yes"]
 
 

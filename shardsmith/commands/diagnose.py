@@ -7,7 +7,7 @@ from typing import Literal
 
 import tyro
 
-from shardsmith.commands.options import NameArguments
+from shardsmith.commands.options import Imports, NameArguments, import_modules
 
 
 def diagnose(
@@ -18,12 +18,14 @@ def diagnose(
     config: Path | None = None,
     tokenizer: Path | None = None,
     training_config: Path | None = None,
+    training_flags: tuple[str, ...] = (),
     batch: Path | None = None,
     buffers: Path | None = None,
     reference_loss: float | None = None,
     layout: Literal["flat", "nested"] | None = None,
     trained: bool | None = None,
     trust_remote_code: bool = False,
+    imports: Imports = (),
     json: bool = False,
     html: Path | None = None,
 ) -> int:
@@ -45,12 +47,15 @@ def diagnose(
         config: config.json that the trainer builds its model from, or the directory it is in.
         tokenizer: Directory of the tokenizer that the trainer uses.
         training_config: The trainer's settings, TOML or JSON: what it loads, and with which model and tokenizer.
+        training_flags: What the trainer's command line adds to that file, such as
+            checkpoint.initial_load_path=/path/to/it. flame gets the path so.
         batch: The trainer's first batch: safetensors or JSON with input_ids, perhaps labels and position_ids.
         buffers: Those of the trainer's live model, saved as safetensors from dict(model.named_buffers()).
         reference_loss: The loss that the trainer reported at its start: which cause gives that loss?
         layout: The one that the trainer reads; a checkpoint in the other is a finding.
         trained: Whether training has moved the weights, so that they may differ. Otherwise as its step says.
         trust_remote_code: Run the Python files that come with the model. Those of a checkpoint never run.
+        imports: Modules that bring model classes to transformers when they are imported, such as fla.
         json: Print JSON instead of tables.
         html: Also write a report that stands on its own.
     """
@@ -64,6 +69,7 @@ def diagnose(
     from shardsmith.diagnose.text import print_diagnosis
     from shardsmith.export.hf_directory import protect
 
+    import_modules(imports)
     questions = Questions(
         level=level,
         names=naming.name_map,
@@ -73,6 +79,7 @@ def diagnose(
         config=config,
         tokenizer=tokenizer,
         training_config=training_config,
+        training_flags=training_flags,
         batch=batch,
         buffers=buffers,
         reference_loss=reference_loss,

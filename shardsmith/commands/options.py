@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
 
 if TYPE_CHECKING:
     from shardsmith.export.layout_rules import LayoutRule
     from shardsmith.export.plan import ExportOptions
+
+Imports = Annotated[tuple[str, ...], tyro.conf.arg(name="import")]
+"""Python modules to import first."""
 
 Dtype = Literal["bfloat16", "float16", "float32", "original"]
 """Dtype of floating-point tensors; "original" keeps the dtype of each."""
@@ -117,6 +123,21 @@ class ExportArguments(NameArguments):
             names=self.name_map,
             rules=self.layout_rules,
         )
+
+
+def import_modules(names: Sequence[str]) -> None:
+    """Import the modules that a user names: their code runs, and registers model classes.
+
+    Raises:
+        UsageError: one cannot be imported.
+    """
+    from shardsmith.errors import UsageError
+
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # whatever the module does when it is imported
+            raise UsageError(f"--import {name}: {type(error).__name__}: {error}") from error
 
 
 def choose_names(names: str, titan_model: str | None, titan_flavor: str | None) -> str:

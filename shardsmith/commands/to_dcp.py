@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from shardsmith.commands.options import Dtype, choose_names
+from shardsmith.commands.options import Dtype, Imports, choose_names, import_modules
 
 if TYPE_CHECKING:
     from shardsmith.conversion.counts import Count
@@ -22,7 +22,9 @@ def to_dcp(
     titan_flavor: str | None = None,
     include_future_predictor: bool = False,
     future_predictor_head_type: Literal["linear", "mlp", "gated"] = "linear",
+    future_predictor_version: str = "1",
     extra_module: tuple[str, ...] = (),
+    imports: Imports = (),
     seed: int = 0,
     dry_run: bool = False,
     quiet: bool = False,
@@ -33,7 +35,8 @@ def to_dcp(
     Streams from the model's files into DCP files that torch, TorchTitan and this package load: no model in memory.
     Under torchrun, each rank writes its part. The output is published when it is complete; the model is only read. Its
     metadata.json has a digest of each tensor, the effective config, and the right values of the buffers that no state
-    dict holds, by which a load is verified. Exits with 1 if a count is not what the model says it should be.
+    dict holds, by which a load is verified. Names, shapes and dtypes are counted against get_model_state_dict of the
+    model; exits with 1 if a count is not what that says.
 
     Example: shardsmith to-dcp --base-model allenai/OLMo-2-0425-1B --output-dir checkpoints/olmo2
 
@@ -49,6 +52,9 @@ def to_dcp(
         titan_flavor: Its flavor, such as 8B.
         include_future_predictor: Add the head of that name, with random values.
         future_predictor_head_type: Which one.
+        future_predictor_version: Of mlp there are two: "1" has ffn.0 and ffn.3, "2" gate_proj, up_proj and down_proj.
+            Or a checkpoint that has such a head.
+        imports: Modules that bring model classes to transformers when they are imported, such as fla.
         extra_module: Add the state dict of another module, as 'pkg.mod:factory={"json": "kwargs"}'. Runs that function.
         seed: Of the random values.
         dry_run: Print what would be done, and write nothing.
@@ -62,6 +68,7 @@ def to_dcp(
     from shardsmith.conversion.model_directory import find_model
     from shardsmith.dtypes import parse_dtypes
 
+    import_modules(imports)
     choice = parse_dtypes(dtype)
     assert choice is None or not hasattr(choice, "items"), "one dtype for all"
     names = _names_of(layout, titan_model, titan_flavor)
@@ -80,6 +87,7 @@ def to_dcp(
             names=names,
             trust_remote_code=trust_remote_code,
             future_predictor=future_predictor_head_type if include_future_predictor else None,
+            future_predictor_version=future_predictor_version,
             extra_modules=extra_module,
             seed=seed,
         )

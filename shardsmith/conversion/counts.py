@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from shardsmith.conversion.plan import ConversionPlan
 
 
+_MEASURE = "get_model_state_dict"
+"""The function of torch whose names and shapes, with those of heads, are the measure of a complete checkpoint."""
+
+
 @dataclass(frozen=True, slots=True)
 class Count:
     """How much of something there is in the checkpoint, and how much there should be."""
@@ -51,12 +55,12 @@ def count_tensors(plan: ConversionPlan, written: Mapping[str, TensorSpec]) -> li
         "tied: the same under another name": list(tied),
         "persistent buffers": list(blueprint.buffers) if blueprint else [],
         "heads": list(heads),
-        "state-dict tensors": [*state, *heads],
+        _MEASURE: [*state, *heads],
     }
     expected = {**state, **heads}
     counts = [_count(what, names, found, expected) for what, names in kinds.items()]
     unexpected = [name for name in found if name not in expected]
-    counts[-1] = _count("state-dict tensors", [*expected, *unexpected], found, expected)
+    counts[-1] = _count(_MEASURE, [*expected, *unexpected], found, expected)
     return [*counts, *([_transient(plan)] if blueprint else [])]
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 
 from shardsmith.dtypes import CASTABLE
 from shardsmith.errors import UsageError
+from shardsmith.formats.by_path import open_source
 from shardsmith.tensors import Chunk, TensorSpec
 
 HeadType = Literal["linear", "mlp", "gated"]
@@ -48,21 +51,42 @@ class Head:
         """There is nothing to let go of."""
 
 
-def future_predictor(head_type: HeadType, hidden: int) -> nn.Module:
+def future_predictor(head_type: HeadType, hidden: int, version: int = 1) -> nn.Module:
     """The module that predicts a summary of the hidden states to come: layer norm, then hidden -> hidden.
 
-    Its parameters are called ``ln.*`` and, by type, ``proj.*``; ``gate_proj``, ``up_proj`` and ``down_proj``, without
-    biases; or ``gate.*``, ``ffn.0.*`` and ``ffn.3.*``.
+    Its parameters are called ``ln.*`` and, by type: ``proj.*``; ``ffn.0.*`` and ``ffn.3.*``; or these and ``gate.*``.
+    The mlp of version 2 has ``gate_proj``, ``up_proj`` and ``down_proj`` without biases, twice as wide inside.
     """
     parts: dict[str, nn.Module] = {"ln": nn.LayerNorm(hidden)}
     if head_type == "linear":
         parts["proj"] = nn.Linear(hidden, hidden)
-    elif head_type == "mlp":
-        parts |= {name: nn.Linear(hidden, hidden, bias=False) for name in ("gate_proj", "up_proj", "down_proj")}
+    elif head_type == "mlp" and version == 2:
+        parts |= {name: nn.Linear(hidden, 2 * hidden, bias=False) for name in ("gate_proj", "up_proj")}
+        parts["down_proj"] = down = nn.Linear(2 * hidden, hidden, bias=False)
+        nn.init.normal_(down.weight, std=0.03 / math.sqrt(2 * hidden))
     else:
-        parts["gate"] = nn.Linear(hidden, hidden)
+        if head_type == "gated":
+            parts["gate"] = nn.Linear(hidden, hidden)
         parts["ffn"] = nn.Sequential(nn.Linear(hidden, hidden), nn.GELU(), nn.Dropout(), nn.Linear(hidden, hidden))
     return nn.ModuleDict(parts)
+
+
+def find_version(version: str) -> int:
+    """The version of the fork's heads that is meant: "1", "2", or a checkpoint whose head shows it.
+
+    Raises:
+        UsageError: it is neither.
+        CheckpointError: the checkpoint cannot be read.
+    """
+    if version in ("1", "2"):
+        return int(version)
+    if not Path(version).exists():
+        raise UsageError(f"--future_predictor_version {version}: give 1, 2, or a checkpoint that has such a head")
+    with contextlib.closing(open_source(Path(version))) as source:
+        names = {name.rpartition("future_predictor.")[2] for name in source.specs}
+    if names.isdisjoint(("ffn.0.weight", "gate_proj.weight")):
+        raise UsageError(f"--future_predictor_version {version}: this checkpoint has no head of type mlp to tell it by")
+    return 2 if "gate_proj.weight" in names else 1
 
 
 def make_head(name: str, make: Callable[[], nn.Module], seed: int, dtype: torch.dtype | None) -> Head:

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from shardsmith.commit import refuse_existing
-from shardsmith.conversion.heads import Head, future_predictor, make_head, parse_extra_module
+from shardsmith.conversion.heads import Head, find_version, future_predictor, make_head, parse_extra_module
 from shardsmith.conversion.model import ConversionModel, open_conversion_model
 from shardsmith.conversion.model_directory import find_model, hash_tokenizer
 from shardsmith.conversion.write_plan import ConversionOptions, Layout, WritePlan
 from shardsmith.dcp.shard_files import Stream, plan_chunks
+from shardsmith.diagnose.configs import effective_config
 from shardsmith.dtypes import cast_specs
 from shardsmith.errors import UsageError
 from shardsmith.export.hf_directory import CONFIG_FILE, protect, read_config
@@ -84,7 +85,10 @@ def _make_heads(
     heads = []
     if options.future_predictor is not None:
         head_type, hidden = options.future_predictor, _hidden_size(directory, model)
-        heads.append(make_head("future_predictor", lambda: future_predictor(head_type, hidden), options.seed, dtype))
+        version = find_version(options.future_predictor_version)
+        heads.append(
+            make_head("future_predictor", lambda: future_predictor(head_type, hidden, version), options.seed, dtype)
+        )
     for text in options.extra_modules:
         name, make = parse_extra_module(text)
         heads.append(make_head(name, make, options.seed, dtype))
@@ -132,11 +136,18 @@ def _renamed(stream: Stream, key: str) -> Stream:
     return Stream(TensorSpec(key, stream.spec.shape, stream.spec.dtype), stream.source, stream.name)
 
 
+def _config(directory: Path, model: ConversionModel) -> dict[str, Any] | None:
+    """What the model computes with: its own config, or that of the directory where the model is another trainer's."""
+    if model.blueprint is not None and model.blueprint.config is not None:
+        return model.blueprint.config
+    return effective_config(directory) if model.blueprint and (directory / CONFIG_FILE).is_file() else None
+
+
 def _record(
     name: str, directory: Path, model: ConversionModel, heads: Sequence[Head], options: ConversionOptions
 ) -> InitialRecord:
     blueprint = model.blueprint
-    config = blueprint.config if blueprint else None
+    config = _config(directory, model)
     return InitialRecord(
         source=directory.resolve().name if Path(name).exists() else name,
         source_format=detect_checkpoint_format(directory).name,

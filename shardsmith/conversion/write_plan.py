@@ -33,6 +33,8 @@ class ConversionOptions:
     trust_remote_code: bool = False
     future_predictor: HeadType | None = None
     """Type of the head, or None without one."""
+    future_predictor_version: str = "1"
+    """Of the fork of flame whose modules are to load it: "1", "2", or a checkpoint that shows it."""
     extra_modules: tuple[str, ...] = ()
     """``pkg.mod:factory={...}``."""
     seed: int = 0

@@ -147,7 +147,11 @@ CODES: dict[str, Code] = {
         "give the labels as the model's forward wants them: unshifted, if it shifts itself",
     ),
     # the start of training, from what the trainer reports
-    "initial-load-off": Code("error", "ln(vocabulary): nothing is loaded", "enable checkpointing in the config"),
+    "initial-load-off": Code(
+        "error",
+        "ln(vocabulary): nothing is loaded",
+        "enable checkpointing and set initial_load_path; what the command line adds goes to --training_flags",
+    ),
     "initial-load-skipped": Code(
         "error",
         "ln(vocabulary), or that of an old run: the trainer resumes from its own folder instead",

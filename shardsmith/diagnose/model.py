@@ -74,7 +74,8 @@ class _Look:
     def settings(self) -> Iterator[Finding]:
         """The trainer's."""
         if self.questions.training_config is not None:
-            self.training = TrainingSettings.read(self.questions.training_config)
+            read = TrainingSettings.read(self.questions.training_config)
+            self.training = read.with_flags(self.questions.training_flags)
             yield from self.training.faults(self.subject)
 
     def configs(self) -> Iterator[Finding]:

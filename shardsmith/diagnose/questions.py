@@ -31,6 +31,8 @@ class Questions:
     """The directory of the tokenizer that the trainer uses."""
     training_config: Path | None = None
     """The trainer's own settings: TOML or JSON."""
+    training_flags: Sequence[str] = ()
+    """What its command line adds to them: ``section.name=value``."""
     batch: Path | None = None
     """The trainer's first batch: safetensors or JSON with ``input_ids``."""
     reference_loss: float | None = None

@@ -20,7 +20,8 @@ from shardsmith.tensors import TensorSpec
 
 _HEADS = {
     "linear": frozenset({"proj.weight", "proj.bias"}),
-    "mlp": frozenset({"gate_proj.weight", "up_proj.weight", "down_proj.weight"}),
+    "mlp, version 1": frozenset({"ffn.0.weight", "ffn.0.bias", "ffn.3.weight", "ffn.3.bias"}),
+    "mlp, version 2": frozenset({"gate_proj.weight", "up_proj.weight", "down_proj.weight"}),
     "gated": frozenset({"gate.weight", "gate.bias", "ffn.0.weight", "ffn.0.bias", "ffn.3.weight", "ffn.3.bias"}),
 }
 _HEAD_NORM = frozenset({"ln.weight", "ln.bias"})
@@ -124,7 +125,7 @@ def _compare_names(
     for head, keys in heads.items():
         yield one("extra-head", keys, "the model alone", f"the head {head}, as metadata.json says")
     known_extra = {*transient, *(key for keys in heads.values() for key in keys)}
-    yield from _extra([name for name in extra if name not in known_extra], model, template)
+    yield from _extra({name: source.specs[name] for name in extra if name not in known_extra}, model, template)
     if missing:
         hint = _TITAN_HINT if any(map(_TITAN_NAME.search, extra)) else ""
         elements = sum(template[name].numel for name in missing)
@@ -137,9 +138,13 @@ def _compare_names(
     yield from _compare_specs(source, template)
 
 
-def _extra(extra: list[str], model: str, template: Collection[str]) -> Iterator[Finding]:
+def _extra(extra: Mapping[str, TensorSpec], model: str, template: Collection[str]) -> Iterator[Finding]:
     kind = head_type(extra)
-    if kind:
+    inner = extra["gate_proj.weight"].shape if "gate_proj.weight" in extra else ()
+    if kind and len(inner) == 2 and inner[0] == inner[1]:
+        found = f"gate_proj {inner}: a head of type mlp, version 2, has {(2 * inner[1], inner[1])}, and no other has it"
+        yield one("extra-tensors", extra, "a head that its trainer can load", found)
+    elif kind:
         yield one("extra-head", extra, "the model alone", f"a future_predictor head of type {kind}")
     elif extra:
         yield one("extra-tensors", extra, f"the model's {len(template)} tensors in {model}", f"{_many(extra)} more")

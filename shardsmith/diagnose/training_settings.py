@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from shardsmith.diagnose.findings import Finding, one
 from shardsmith.diagnose.subject import Subject
-from shardsmith.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError
+from shardsmith.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError, UsageError
 from shardsmith.metadata import read_json
 
 _MOST_BYTES = 1 << 24
@@ -42,6 +42,24 @@ class TrainingSettings:
             raise CorruptCheckpointError(file, f"is no TOML: {error}") from error
         except OSError as error:
             raise CheckpointError(file, f"cannot be read: {error.strerror}") from error
+
+    def with_flags(self, flags: Sequence[str]) -> TrainingSettings:
+        """These settings with those of a command line in their place: ``section.name=value``, with or without dashes.
+
+        Raises:
+            UsageError: one is no such flag.
+        """
+        content = {name: dict(value) if isinstance(value, Mapping) else value for name, value in self.content.items()}
+        for flag in flags:
+            path, equals, value = flag.lstrip("-").partition("=")
+            section, dot, name = path.partition(".")
+            if not (section and dot and name and equals):
+                raise UsageError(
+                    f"--training_flags {flag}: write section.name=value, as checkpoint.initial_load_path=/x"
+                )
+            known = {"true": True, "false": False}
+            content.setdefault(section, {})[name] = known.get(value.lower(), value)
+        return TrainingSettings(self.file, content)
 
     @property
     def model_config(self) -> Path | None:

@@ -125,6 +125,9 @@ def plan_directory(
     for model, stem in stems.items():
         named = f"{model}:{options.average}" if options.average and model == EMA else model
         opened = open_merged(open_source(checkpoint, named), checkpoint, base)
+        heads = recorded_heads(checkpoint, opened, specs)
+        dropped |= dict.fromkeys(heads)
+        opened = opened.without(heads)
         if model_class is not None and not opened.aliases:  # the names in memory, before any map has changed them
             opened = opened.without(n for n in model_class.unsaved if n in opened.specs and n not in specs)
             opened = opened.tied(_ties(opened, model_class, specs, partial(open_source, checkpoint, MAIN), sizes))
@@ -210,6 +213,14 @@ def _dropped(source: ModelSource, placed: ModelSource, patterns: Sequence[str]) 
             f"drop: {', '.join(map(repr, idle))} fits no tensor of {source.path}. Correct it, or leave it out"
         )
     return [new for new in names if any(new in found for found in fitting.values())]
+
+
+def recorded_heads(checkpoint: Path, source: ModelSource, base: Collection[str]) -> list[str]:
+    """The tensors of heads that to-dcp recorded as trained beside the model; the base has no place for them."""
+    is_ours = detect_checkpoint_format(checkpoint).name == SHARDED
+    record = read_metadata(checkpoint).initial if is_ours else None
+    recorded = {key for keys in record.heads.values() for key in keys} if record is not None else set()
+    return [name for name in source.specs if name in recorded and name not in base]
 
 
 def choose_stems(
