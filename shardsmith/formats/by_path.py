@@ -28,6 +28,7 @@ from shardsmith.formats.detected import (
 )
 from shardsmith.formats.files import FILE_READER, HUGGINGFACE_READER, TORCH_READER
 from shardsmith.formats.rank_files import RANK_FILES_READER
+from shardsmith.formats.torch_checkpointing import TORCH_CHECKPOINTING_READER
 from shardsmith.formats.trainer import trainer_reader
 from shardsmith.model_keys import MAIN
 from shardsmith.models import ModelSource
@@ -58,6 +59,7 @@ _WITHOUT_OURS = (
     BAGEL_READER,
     HUGGINGFACE_READER,
     TORCH_READER,
+    TORCH_CHECKPOINTING_READER,
     RANK_FILES_READER,
 )
 _DIRECTORIES = (trainer_reader(_WITHOUT_OURS), *_WITHOUT_OURS)
