@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 class InitialLoad(Hook):
     """Fills the model from a checkpoint when training begins at step 0, and proves that it is that of the checkpoint.
 
+    Complete is what has every tensor that torch's ``get_model_state_dict`` gives for the live model.
+
         InitialLoad("checkpoints/olmo2", model=model, repair_buffers=True)
 
     A run that resumes has newer weights, which are left alone: only the non-persistent buffers are proved then, as no
@@ -48,6 +50,7 @@ class InitialLoad(Hook):
         poison: bool = True,
         allow_missing: Sequence[str] = (),
         allow_extra: Sequence[str] = (),
+        allow_shape: Sequence[str] = (),
         weights: str = MAIN,
         timeout_secs: Seconds = 1800.0,
     ) -> None:
@@ -61,7 +64,12 @@ class InitialLoad(Hook):
             "repair_buffers": repair_buffers,
             "allow_missing": tuple(allow_missing),
         }
-        self._load: dict[str, Any] = {"poison": poison, "allow_extra": tuple(allow_extra), "weights": weights}
+        self._load: dict[str, Any] = {
+            "poison": poison,
+            "allow_extra": tuple(allow_extra),
+            "allow_shape": tuple(allow_shape),
+            "weights": weights,
+        }
         self._ranks = Ranks(timeout_secs)
 
     def on_train_begin(self, step: int) -> None:

@@ -183,6 +183,8 @@ class ShardedCheckpointManager:
         load_rng: bool = True,
         allow_missing: Sequence[str] = (),
         allow_extra: Sequence[str] = (),
+        allow_shape: Sequence[str] = (),
+        repair_buffers: bool = False,
     ) -> Loaded:
         """Load a checkpoint of ours, or of another project, and prove that what was loaded is what it holds.
 
@@ -195,6 +197,9 @@ class ShardedCheckpointManager:
             load_rng: Random number generators, of our own checkpoints.
             allow_missing: Patterns of tensors that another project's checkpoint need not have.
             allow_extra: Patterns of tensors that it may have and the model has not.
+            allow_shape: Patterns of tensors that may have another shape there, such as "latent_pos_embed.*" for another
+                resolution. They keep their values.
+            repair_buffers: Overwrite non-persistent buffers that are wrong, and say so in the report.
 
         Raises:
             CheckpointNotFoundError: there is no such checkpoint, or it lacks a part that was asked for.
@@ -218,7 +223,9 @@ class ShardedCheckpointManager:
                 path=chosen, format=SHARDED, step=step, parts=wanted.names, proved=proved, data_status=status
             )
         elif found.name in (DCP, ACCELERATE, BAGEL, BAGEL_SHARDED):
-            loaded = self._foreign(allow_missing, allow_extra).load_sharded(chosen, found.name, wanted)
+            loaded = self._foreign(allow_missing, allow_extra, allow_shape, repair_buffers).load_sharded(
+                chosen, found.name, wanted
+            )
         else:
             raise UnsupportedFormatError(
                 chosen, f"is no sharded checkpoint but {found.name} ({found.reason}); use load_hf_checkpoint"
@@ -234,14 +241,20 @@ class ShardedCheckpointManager:
         load_main_from_ema: bool = False,
         allow_missing: Sequence[str] = (),
         allow_extra: Sequence[str] = (),
+        allow_shape: Sequence[str] = (),
+        repair_buffers: bool = False,
     ) -> Loaded:
         """Load whole weights: safetensors or ``torch.save`` files, single or indexed, with ``ema.safetensors`` or not.
 
         Args:
-            load_ema_from_main: Fill the average from the main weights where there is none. It is said in the log.
+            load_ema_from_main: Fill the average from the main weights, also where the files have an average. It is said
+                in the log.
             load_main_from_ema: The other way round, as for BAGEL's release, which is an average alone.
             allow_missing: Patterns of tensors that the files need not have.
             allow_extra: Patterns of tensors that they may have and the model has not.
+            allow_shape: Patterns of tensors that may have another shape there, such as "latent_pos_embed.*" for another
+                resolution. They keep their values.
+            repair_buffers: Overwrite non-persistent buffers that are wrong, and say so in the report.
 
         Raises:
             CheckpointNotFoundError: main weights or average are not there, and nothing allows to do without.
@@ -254,7 +267,7 @@ class ShardedCheckpointManager:
                 path, f"holds no whole weights but is {found.name} ({found.reason}); use load_sharded_checkpoint"
             )
         return self._logged(
-            self._foreign(allow_missing, allow_extra).load_whole(
+            self._foreign(allow_missing, allow_extra, allow_shape, repair_buffers).load_whole(
                 path,
                 found.name,
                 with_average=load_ema and self.average is not None,
@@ -263,7 +276,13 @@ class ShardedCheckpointManager:
             )
         )
 
-    def _foreign(self, allow_missing: Sequence[str], allow_extra: Sequence[str]) -> ForeignLoad:
+    def _foreign(
+        self,
+        allow_missing: Sequence[str],
+        allow_extra: Sequence[str],
+        allow_shape: Sequence[str],
+        repair_buffers: bool,
+    ) -> ForeignLoad:
         return ForeignLoad(
             self._model,
             self.average,
@@ -273,6 +292,8 @@ class ShardedCheckpointManager:
             fresh=self._fresh,
             allow_missing=allow_missing,
             allow_extra=allow_extra,
+            allow_shape=allow_shape,
+            repair_buffers=repair_buffers,
         )
 
     def _detect(self, path: Path) -> DetectedFormat:

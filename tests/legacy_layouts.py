@@ -1,4 +1,4 @@
-"""Checkpoints as other projects write them, by code of our own that uses none of the package.
+"""Checkpoints as other projects write them, by code of our own that uses next to none of the package.
 
 One small model like BAGEL's is trained by real ranks, with an average in a second module that has an FSDP wrap of its
 own and is updated by position, as BAGEL does it; then it is saved in every layout that is around.
@@ -30,6 +30,7 @@ from torch.distributed.fsdp._traversal_utils import _get_fsdp_handles
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
 from examples.bagel.model import WRAPPED, Bagel, Sizes, average_of, build
+from shardsmith.run_state.fsdp1_hybrid import hybrid_groups_have_a_source
 
 STEP = 6
 SIZES = Sizes()
@@ -106,6 +107,11 @@ def run_writers(directory: Path) -> None:
             make(folder / writer.__name__)
             writer(folder / writer.__name__, models, optimizer)
         keep_truth(folder, {name: full_state(module) for name, module in models.items()})
+        with hybrid_groups_have_a_source(model):
+            options = StateDictOptions(full_state_dict=True, flatten_optimizer_state_dict=True)
+            whole_optimizer = get_optimizer_state_dict(model, optimizer, options=options)
+        if dist.get_rank() == 0:
+            torch.save(whole_optimizer, folder / "optimizer-truth.pt")
     model, _, optimizer = trained("fsdp2")
     options = StateDictOptions(flatten_optimizer_state_dict=True)
     state = get_model_state_dict(model)
@@ -129,7 +135,9 @@ def write_fork(directory: Path, models: dict[str, nn.Module], optimizer: torch.o
     write_manifest(directory)
     for name, module in models.items():
         dcp.save(sharded_state(module), checkpoint_id=directory / f"{name}_sharded")
-    write_fork_rest(directory, optimizer)
+    with hybrid_groups_have_a_source(models["model"]):
+        named = get_optimizer_state_dict(models["model"], optimizer)
+    write_fork_rest(directory, named)
 
 
 def write_fork_without_dcp(directory: Path, models: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> None:
@@ -137,11 +145,11 @@ def write_fork_without_dcp(directory: Path, models: dict[str, nn.Module], optimi
     write_manifest(directory)
     for name, module in models.items():
         torch.save(sharded_state(module), directory / f"{name}_rank{dist.get_rank():05d}.pt")
-    write_fork_rest(directory, optimizer)
+    write_fork_rest(directory, optimizer.state_dict())
 
 
-def write_fork_rest(directory: Path, optimizer: torch.optim.Optimizer) -> None:
-    torch.save(optimizer.state_dict(), directory / f"optimizer_rank{dist.get_rank():05d}.pt")
+def write_fork_rest(directory: Path, optimizer: dict[str, Any]) -> None:
+    torch.save(optimizer, directory / f"optimizer_rank{dist.get_rank():05d}.pt")
     if dist.get_rank() == 0:
         torch.save({"last_epoch": STEP}, directory / "scheduler.pt")
         torch.save(data_status(), directory / "data_status.pt")

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
 from examples.bagel.model import Sizes
 from shardsmith import ShardedCheckpointManager
@@ -28,6 +29,7 @@ from shardsmith.errors import (
 )
 from shardsmith.formats.by_path import detect_checkpoint_format, open_source
 from shardsmith.hooks import EMA
+from shardsmith.run_state.fsdp1_hybrid import hybrid_groups_have_a_source
 from shardsmith.run_state.rank_shards import RankShards
 from shardsmith.tensors import read_tensor
 from tests.bagel_base import initial_weights, make_bagel_base
@@ -214,6 +216,7 @@ def run_legacy(legacy: Path, directory: Path) -> None:
         ("fsdp1", "write_fork_without_dcp", True),
         ("fsdp1", "write_bagel", True),
         ("hybrid", "write_bagel", True),
+        ("hybrid", "write_fork", True),
         ("hybrid", "write_accelerate", False),
     ):
         run = Run(directory, sharding, seed=9)
@@ -227,10 +230,23 @@ def run_legacy(legacy: Path, directory: Path) -> None:
             assert_equal({name: found[name]}, {name: truth[name]})
         if has_average:
             assert loaded.data_status == {"t2i": {0: [dist.get_rank(), STEP, 1], 1: [dist.get_rank(), 2, 3]}}
-            moments = [state["exp_avg"] for state in run.optimizer.state_dict()["state"].values()]
-            assert sum(float(moment.abs().sum()) for moment in moments) > 0
+            assert_optimizer(run, legacy / sharding)
         assert loaded.step == (STEP if "fork" in layout else None)
         assert loaded.proved == 111 * len([part for part in loaded.parts if part in ("model", "ema")])
+
+
+def assert_optimizer(run: Run, folder: Path) -> None:
+    """The optimizer's whole state is the one that was saved."""
+    with hybrid_groups_have_a_source(run.model):
+        options = StateDictOptions(full_state_dict=True, flatten_optimizer_state_dict=True)
+        found = get_optimizer_state_dict(run.model, run.optimizer, options=options)
+    wanted = torch.load(folder / "optimizer-truth.pt", weights_only=True)
+    tensors = {name: value for name, value in wanted.items() if isinstance(value, Tensor)}
+    assert len(tensors) > 300
+    assert all(torch.equal(found[name], value) for name, value in tensors.items())
+    settings = {name: value for name, value in wanted.items() if name.endswith(".lr")}
+    assert settings
+    assert all(group["lr"] == lr for group in run.optimizer.param_groups for lr in settings.values())
 
 
 def run_titan(legacy: Path, directory: Path) -> None:
@@ -267,7 +283,7 @@ def run_fewer(legacy: Path, directory: Path) -> None:
     run = Run(directory, "fsdp1", seed=9)
     before = run.states()
     with pytest.raises(RankFailedError, match="its optimizer is in 4 parts that do not say where they belong"):
-        run.manager.load_sharded_checkpoint(legacy / "fsdp1/write_fork")
+        run.manager.load_sharded_checkpoint(legacy / "fsdp1/write_fork_without_dcp")
     with pytest.raises(UnsupportedFormatError, match="of which only weights are loaded; pass load_optimizer=False"):
         _raised(lambda: run.manager.load_sharded_checkpoint(legacy / f"fsdp2/titan/step-{STEP}", load_ema=False))
     with pytest.raises(CheckpointNotFoundError, match="has no average; pass load_ema=False"):
@@ -277,6 +293,10 @@ def run_fewer(legacy: Path, directory: Path) -> None:
     assert loaded.parts == ("model", "ema", "scheduler", "data_status")
     truth = torch.load(legacy / "fsdp1" / "truth.pt", weights_only=True)
     assert_equal(states_of(run), truth)
+    run.manager.load_sharded_checkpoint(legacy / "fsdp1/write_fork")  # whose optimizer says where its parts belong
+    assert_optimizer(run, legacy / "fsdp1")
+    run.manager.load_sharded_checkpoint(legacy / "hybrid/write_fork", load_scheduler=False)
+    assert_optimizer(run, legacy / "hybrid")
 
 
 def _raised(call: Callable[[], object]) -> None:
@@ -338,7 +358,7 @@ def make(directory: Path) -> Path:
 def test_that_the_average_comes_from_main_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     torch.save(initial_weights(), make(tmp_path / "pt") / "model.pt")
     Run(tmp_path / "run", "none").manager.load_hf_checkpoint(tmp_path / "pt", load_ema_from_main=True)
-    assert "has no ema weights: they are taken from main, as load_ema_from_main=True says" in caplog.text
+    assert "the average is taken from the main weights, as load_ema_from_main=True says" in caplog.text
 
 
 def test_a_partial_file_cannot_be_missed(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 A language model whose layers have every weight twice (one for text and image understanding, its ``_moe_gen`` twin for
 generation), a SigLIP-like tower whose patch embedding is turned from a convolution into a linear layer, a connector, a
 time embedder, projections from and to the latents of a VAE, and two fixed sin-cos position embeddings.
+
+As there, the whole is a PreTrainedModel that is composed of others, and its config holds a dataclass.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import PreTrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,44 @@ FULL_SIZE = Sizes(
 )
 
 
+@dataclass
+class AutoEncoderParams:
+    """Of the VAE, which is not trained."""
+
+    z_channels: int = 16
+    downsample: int = 8
+
+
+class LanguageConfig(PreTrainedConfig):
+    """Of the language model: ``sizes`` has the fields of ``Sizes``."""
+
+    model_type = "bagel_small_llm"
+    sizes: dict[str, int] | None = None
+
+
+class VisionConfig(PreTrainedConfig):
+    """Of the vision tower."""
+
+    model_type = "bagel_small_vit"
+    sizes: dict[str, int] | None = None
+
+
+class BagelConfig(PreTrainedConfig):
+    """Of the whole: the configs of its parts."""
+
+    model_type = "bagel"
+
+    def __init__(
+        self,
+        llm_config: LanguageConfig | None = None,
+        vit_config: VisionConfig | None = None,
+        vae_config: AutoEncoderParams | None = None,
+        **rest: object,
+    ) -> None:
+        super().__init__(**rest)
+        self.llm_config, self.vit_config, self.vae_config = llm_config, vit_config, vae_config
+
+
 class RMSNorm(nn.Module):
     """With a weight and no bias."""
 
@@ -103,9 +144,9 @@ class MoTAttention(nn.Module):
             self.add_module(f"q_norm{suffix}", RMSNorm(sizes.head_dim))
             self.add_module(f"k_norm{suffix}", RMSNorm(sizes.head_dim))
 
-    def forward(self, x: Tensor, split: int) -> Tensor:
-        q = self._heads(x, split, "q", self.sizes.heads)
-        k = self._heads(x, split, "k", self.sizes.kv_heads)
+    def forward(self, x: Tensor, split: int, turns: Tensor) -> Tensor:
+        q = turned(self._heads(x, split, "q", self.sizes.heads), turns)
+        k = turned(self._heads(x, split, "k", self.sizes.kv_heads), turns)
         v = self._both(x, split, "v_proj").unflatten(-1, (self.sizes.kv_heads, -1))
         q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))
         out = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
@@ -130,10 +171,22 @@ class MoTLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(sizes.hidden)
         self.post_attention_layernorm_moe_gen = RMSNorm(sizes.hidden)
 
-    def forward(self, x: Tensor, split: int) -> Tensor:
-        x = x + self.self_attn(by_kind(x, split, self.input_layernorm, self.input_layernorm_moe_gen), split)
+    def forward(self, x: Tensor, split: int, turns: Tensor) -> Tensor:
+        x = x + self.self_attn(by_kind(x, split, self.input_layernorm, self.input_layernorm_moe_gen), split, turns)
         inner = by_kind(x, split, self.post_attention_layernorm, self.post_attention_layernorm_moe_gen)
         return x + by_kind(inner, split, self.mlp, self.mlp_moe_gen)
+
+
+class RotaryEmbedding(nn.Module):
+    """Angles of the positions. No checkpoint holds ``inv_freq``."""
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        places = torch.arange(0, head_dim, 2, dtype=torch.float32)
+        self.register_buffer("inv_freq", 10000.0 ** -(places / head_dim), persistent=False)
+
+    def forward(self, count: int) -> Tensor:
+        return torch.outer(torch.arange(count, device=self.inv_freq.device, dtype=torch.float32), self.inv_freq.float())
 
 
 class LanguageTrunk(nn.Module):
@@ -144,15 +197,22 @@ class LanguageTrunk(nn.Module):
         self.embed_tokens = nn.Embedding(sizes.vocab, sizes.hidden)
         self.layers = nn.ModuleList(MoTLayer(sizes) for _ in range(sizes.layers))
         self.norm, self.norm_moe_gen = RMSNorm(sizes.hidden), RMSNorm(sizes.hidden)
+        self.rotary_emb = RotaryEmbedding(sizes.head_dim)
 
 
-class LanguageModel(nn.Module):
+class LanguageModel(PreTrainedModel):
     """The trunk and its head."""
 
-    def __init__(self, sizes: Sizes) -> None:
-        super().__init__()
+    config_class = LanguageConfig
+
+    def __init__(self, config: LanguageConfig) -> None:
+        super().__init__(config)
+        sizes = Sizes(**(config.sizes or {}))
         self.model = LanguageTrunk(sizes)
         self.lm_head = nn.Linear(sizes.hidden, sizes.vocab, bias=False)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """As torch has it."""
 
 
 class SiglipLayer(nn.Module):
@@ -224,12 +284,17 @@ class SiglipTower(nn.Module):
         return self.post_layernorm(x)
 
 
-class SiglipModel(nn.Module):
+class SiglipModel(PreTrainedModel):
     """What SigLIP's checkpoints call ``vision_model``."""
 
-    def __init__(self, sizes: Sizes) -> None:
-        super().__init__()
-        self.vision_model = SiglipTower(sizes)
+    config_class = VisionConfig
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__(config)
+        self.vision_model = SiglipTower(Sizes(**(config.sizes or {})))
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """As torch has it."""
 
     def forward(self, patches: Tensor) -> Tensor:
         return self.vision_model(patches)
@@ -275,19 +340,25 @@ class PositionEmbedding(nn.Module):
         return self.pos_embed[torch.arange(count, device=self.pos_embed.device)]
 
 
-class Bagel(nn.Module):
-    """All of it."""
+class Bagel(PreTrainedModel):
+    """All of it. It is made of models and cannot be made from its config alone."""
 
-    def __init__(self, sizes: Sizes) -> None:
-        super().__init__()
-        self.language_model = LanguageModel(sizes)
+    config_class = BagelConfig
+
+    def __init__(self, language_model: LanguageModel, vit_model: SiglipModel, config: BagelConfig) -> None:
+        super().__init__(config)
+        sizes = Sizes(**(config.llm_config.sizes or {}))
+        self.language_model = language_model
         self.time_embedder = TimeEmbedder(sizes)
         self.vae2llm = nn.Linear(sizes.latent_dim, sizes.hidden)
         self.llm2vae = nn.Linear(sizes.hidden, sizes.latent_dim)
         self.latent_pos_embed = PositionEmbedding(sizes.latent_side, sizes.hidden)
-        self.vit_model = SiglipModel(sizes)
+        self.vit_model = vit_model
         self.connector = Connector(sizes)
         self.vit_pos_embed = PositionEmbedding(sizes.vit_side, sizes.hidden)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """As torch has it."""
 
     def forward(self, tokens: Tensor, patches: Tensor, latents: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of the tokens (t, vocab) and velocities of the latents (l, latent_dim) of one packed sequence.
@@ -302,9 +373,9 @@ class Bagel(nn.Module):
         image = self.connector(self.vit_model(patches)) + self.vit_pos_embed(len(patches))
         noisy = self.vae2llm(latents) + self.time_embedder(time) + self.latent_pos_embed(len(latents))
         x = torch.cat([image, trunk.embed_tokens(tokens), noisy])
-        split = len(image) + len(tokens)
+        split, turns = len(image) + len(tokens), trunk.rotary_emb(len(x))
         for layer in trunk.layers:
-            x = layer(x, split)
+            x = layer(x, split, turns)
         x = by_kind(x, split, trunk.norm, trunk.norm_moe_gen)
         return self.language_model.lm_head(x[len(image) : split]), self.llm2vae(x[split:])
 
@@ -315,7 +386,9 @@ WRAPPED = {MoTLayer, SiglipLayer, SiglipModel, Connector, TimeEmbedder, Position
 
 def build(sizes: Sizes) -> Bagel:
     """The model as it is trained and as it infers: with the patch embedding converted."""
-    model = Bagel(sizes)
+    llm, vit = LanguageConfig(sizes=asdict(sizes)), VisionConfig(sizes=asdict(sizes))
+    config = BagelConfig(llm, vit, AutoEncoderParams())
+    model = Bagel(LanguageModel(llm), SiglipModel(vit), config)
     model.vit_model.vision_model.embeddings.convert_conv2d_to_linear()
     return model
 
@@ -323,6 +396,13 @@ def build(sizes: Sizes) -> Bagel:
 def average_of(model: Bagel) -> Bagel:
     """A second model to be averaged into, before either is wrapped."""
     return copy.deepcopy(model).requires_grad_(False)
+
+
+def turned(x: Tensor, angles: Tensor) -> Tensor:
+    """(tokens, heads, head_dim), each pair turned by its angle at its position."""
+    cos, sin = (part.to(x.dtype)[:, None] for part in (angles.cos(), angles.sin()))
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
 def by_kind(x: Tensor, split: int, understanding: nn.Module, generation: nn.Module) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import json
 import sys
 import threading
@@ -89,15 +90,21 @@ class _LeftBlank(TorchFunctionMode):
 
 
 def describe(model: nn.Module) -> Blueprint:
-    """The blueprint that a model made ``without_weights`` is."""
+    """The blueprint that a model made ``without_weights`` is.
+
+    What a checkpoint must hold is what ``get_model_state_dict`` of torch gives: names, shapes and dtypes.
+    """
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
     transient = set(non_persistent_buffers(model))
     buffers = {clean_fqn(name, model): buffer.detach() for name, buffer in model.named_buffers(remove_duplicate=False)}
+    state = {name: value for name, value in get_model_state_dict(model).items() if isinstance(value, Tensor)}
     config: Any = getattr(model, "config", None)
     return Blueprint(
         model_class=type(model).__name__,
         config=plain_config(config) if hasattr(config, "to_json_string") else None,
-        parameters=_specs({clean_fqn(n, model): p for n, p in model.named_parameters(remove_duplicate=False)}),
-        buffers=_specs({name: buffer for name, buffer in buffers.items() if name not in transient}),
+        parameters=_specs({name: value for name, value in state.items() if name not in buffers}),
+        buffers=_specs({name: value for name, value in state.items() if name in buffers}),
         transient={name: buffer.cpu() for name, buffer in buffers.items() if name in transient},
         tied=tied_weights(model),
         ignorable=(OLD_ROTARY, *sorted(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())),
@@ -133,18 +140,26 @@ def twin_of(live: Any, config: Any = None) -> Any:
     """A transformers model like a live one, made ``without_weights`` from its config, or from another one."""
     kind: Any = own_class(live)
     dtype = next((p.dtype for p in live.parameters() if p.is_floating_point()), torch.get_default_dtype())
+    modern = int(sys.modules["transformers"].__version__.split(".")[0]) >= 5
+    options = {"dtype" if modern else "torch_dtype": dtype}
     with without_weights():
-        return kind._from_config(copy.deepcopy(live.config if config is None else config), dtype=dtype)
+        return kind._from_config(copy.deepcopy(live.config if config is None else config), **options)
 
 
-def transformers_parts(model: nn.Module) -> dict[str, Any]:
-    """The outermost modules of a model that are from transformers, by clean name ("" is the model itself)."""
+def transformers_parts(model: nn.Module, *, itself: bool = True) -> dict[str, Any]:
+    """The outermost modules of a model that are from transformers, by clean name ("" is the model itself).
+
+    Args:
+        itself: Whether the model itself counts; else only those inside it.
+    """
     modeling = sys.modules.get("transformers.modeling_utils")
     if modeling is None:
         return {}
     found: dict[str, Any] = {}
     for prefix, module in model.named_modules():
         name = clean_fqn(prefix, model)
+        if not name and not itself:
+            continue
         inside = any(not outer or name == outer or name.startswith(f"{outer}.") for outer in found)
         if isinstance(module, modeling.PreTrainedModel) and not inside:
             found[name] = module
@@ -152,9 +167,22 @@ def transformers_parts(model: nn.Module) -> dict[str, Any]:
 
 
 def plain_config(config: Any) -> dict[str, Any]:
-    """A config of transformers, with every default filled in, as JSON can say it; infinity becomes a text."""
-    content: dict[str, Any] = json.loads(config.to_json_string(use_diff=False), parse_constant=str)
+    """A config of transformers, with every default filled in, as JSON can say it; infinity becomes a text.
+
+    A config of a user's own may hold what its to_json_string cannot write, such as a dataclass; its fields are taken.
+    """
+    try:
+        text = config.to_json_string(use_diff=False)
+    except TypeError:
+        text = json.dumps(config.to_dict(), default=_fields_of)
+    content: dict[str, Any] = json.loads(text, parse_constant=str)
     return content
+
+
+def _fields_of(value: object) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    return value.to_dict() if hasattr(value, "to_dict") else str(value)
 
 
 def _specs(tensors: Mapping[str, Tensor]) -> dict[str, TensorSpec]:

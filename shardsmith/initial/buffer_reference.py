@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shardsmith.errors import UsageError
-from shardsmith.initial.blueprint import Blueprint, describe, transformers_parts, twin_of, without_weights
+from shardsmith.initial.blueprint import describe, transformers_parts, twin_of, without_weights
 from shardsmith.initial.faults import LoadFault
 from shardsmith.initial.live_config import LIVE_CONFIG, source_config
 from shardsmith.initial.live_weights import LiveWeights
@@ -20,7 +19,8 @@ from shardsmith.local_boxes import local_boxes
 from shardsmith.tensors import Chunk
 
 Fresh = Callable[[], nn.Module] | Mapping[str, Tensor]
-"""Makes a model of which only the buffers are looked at; or the buffers themselves, by name."""
+"""Makes a model of which only the buffers are looked at; or the buffers themselves, by name. An attribute ``origin`` of
+a function says where they are from, for people."""
 
 _RELATIVE = 1e-5
 _OF_TABLES = 2e-3
@@ -38,11 +38,17 @@ class BufferReference:
     origin: str
     """In words."""
     tied: Mapping[str, str]
+    unmade: str = ""
+    """Why a part of the model could not be made anew, if so."""
 
     def compare(self, live: LiveWeights) -> list[LoadFault]:
-        """What is wrong with the non-persistent buffers of a model on this rank. No communication."""
-        found = live.transient()
-        return [fault for name, buffer in found.items() if (fault := self._fault(name, buffer)) is not None]
+        """What is wrong with the non-persistent buffers of a model on this rank. No communication.
+
+        FSDP1 casts buffers itself where its MixedPrecision has a buffer_dtype: then they are compared in that.
+        """
+        found, casts = live.transient(), live.buffer_dtypes()
+        faults = [self._fault(name, buffer, casts) for name, buffer in found.items()]
+        return [fault for fault in faults if fault is not None]
 
     def repair(self, live: LiveWeights) -> list[str]:
         """Overwrite those that are wrong and can be mended; their names. No communication."""
@@ -61,15 +67,19 @@ class BufferReference:
         whole = self.buffers[name]
         return whole[box.within(Chunk.whole(tuple(whole.shape)))]
 
-    def _fault(self, name: str, buffer: Tensor) -> LoadFault | None:
+    def _fault(self, name: str, buffer: Tensor, casts: Collection[torch.dtype]) -> LoadFault | None:
         expected = self.buffers.get(name)
         if expected is None:
-            return LoadFault("buffer-without-reference", name, f"no reference for it in {self.origin}")
+            reason = f" ({self.unmade})" if self.unmade else ""
+            return LoadFault("buffer-without-reference", name, f"no reference for it in {self.origin}{reason}")
         if tuple(buffer.shape) != tuple(expected.shape):
             shapes = f"has shape {tuple(buffer.shape)}, expected {tuple(expected.shape)}"
             return LoadFault("buffer-differs", name, f"{shapes} as in {self.origin}")
         for box, values in local_boxes(buffer):
-            if (problem := _difference(values.cpu(), self._part(name, box))) is not None:
+            part = self._part(name, box)
+            if values.dtype in casts and part.is_floating_point():
+                part = part.to(values.dtype)
+            if (problem := _difference(values.cpu(), part)) is not None:
                 return LoadFault(problem[0], name, f"{problem[1]}; the reference is {self.origin}")
         return None
 
@@ -85,27 +95,47 @@ def find_reference(
         config: Overrides that of ``path``: a config of transformers, its dict, or a directory with config.json.
         fresh: Takes the place of all the rest.
 
-    Raises:
-        UsageError: the config does not fit the model, or ``fresh`` failed.
+    A part of the model that cannot be made has no reference: ``unmade`` of the result says why.
     """
     if fresh is not None:
         return _of_fresh(fresh)
-    buffers: dict[str, Tensor] = {}
-    tied: dict[str, str] = {}
-    origin = "a model made anew"
+    made = _Made()
     for part in live.parts:
         for prefix, module in transformers_parts(part).items():
             wanted, words = source_config(module, path, record, config) if not prefix else (None, LIVE_CONFIG)
-            origin = f"a model made anew from {words}"
-            blueprint = _twin(module, wanted, origin)
-            dot = f"{prefix}." if prefix else ""
-            buffers |= {dot + name: values for name, values in blueprint.transient.items()}
-            tied |= {dot + alias: dot + kept for alias, kept in blueprint.tied.items()}
+            made.add(prefix, module, wanted, f"a model made anew from {words}")
     recorded = {name: found.tensor() for name, found in record.buffers.items()} if record and config is None else {}
     known = {name: values for name, values in recorded.items() if values is not None}
-    if known and not buffers:
-        origin = f"{path.name}/metadata.json"
-    return BufferReference({**known, **buffers}, origin, tied)
+    origin = f"{path.name}/metadata.json" if known and not made.buffers else made.origin
+    return BufferReference({**known, **made.buffers}, origin, made.tied, made.unmade)
+
+
+class _Made:
+    """The buffers of models that were made anew. One that is composed of others is made part by part."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[str, Tensor] = {}
+        self.tied: dict[str, str] = {}
+        self.origin = "a model made anew"
+        self.unmade = ""
+
+    def add(self, prefix: str, module: Any, config: Any, origin: str) -> None:
+        """Make one, or, where its class cannot be made from its config alone, those inside it."""
+        try:
+            blueprint = describe(twin_of(module, config))
+        except Exception as error:  # whatever a class of the user's raises
+            name = type(module).__name__
+            self.unmade = (
+                f"{name} cannot be made anew: {type(error).__name__}: {error}. Pass fresh=a function that makes one, "
+                "or the buffers by name"
+            )
+            for inner, part in transformers_parts(module, itself=False).items():
+                self.add(f"{prefix}.{inner}" if prefix else inner, part, None, f"parts made anew from {LIVE_CONFIG}")
+            return
+        dot = f"{prefix}." if prefix else ""
+        self.origin = origin
+        self.buffers |= {dot + name: values for name, values in blueprint.transient.items()}
+        self.tied |= {dot + alias: dot + kept for alias, kept in blueprint.tied.items()}
 
 
 def _of_fresh(fresh: Fresh) -> BufferReference:
@@ -113,18 +143,7 @@ def _of_fresh(fresh: Fresh) -> BufferReference:
         return BufferReference({name: values.cpu() for name, values in fresh.items()}, "the buffers given as fresh", {})
     with without_weights():
         blueprint = describe(fresh())
-    return BufferReference(blueprint.transient, "a model made by fresh()", blueprint.tied)
-
-
-def _twin(module: Any, config: Any, origin: str) -> Blueprint:
-    try:
-        return describe(twin_of(module, config))
-    except Exception as error:  # whatever a class of the user's raises
-        reason = f"{type(error).__name__}: {error}"
-        name = type(module).__name__
-        raise UsageError(
-            f"{name} cannot be made anew ({origin}): {reason}. Pass fresh=a function that makes one"
-        ) from error
+    return BufferReference(blueprint.transient, getattr(fresh, "origin", "a model made by fresh()"), blueprint.tied)
 
 
 def _difference(found: Tensor, expected: Tensor) -> tuple[str, str] | None:

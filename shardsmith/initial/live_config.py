@@ -34,6 +34,7 @@ def compare_live_config(
         return []
     wanted = plain_config(expected)
     found = plain_config(whole.config) if isinstance(whole.config, type(expected)) else _like(whole.config, wanted)
+    found = _as_far_as_stated(found, wanted)
     findings = compare_configs(wanted, found, "the live model")
     return [
         LoadFault(finding.code, ", ".join(finding.where), f"{finding.found}, expected {finding.expected}")
@@ -48,6 +49,20 @@ def _like(config: Any, wanted: Mapping[str, Any]) -> dict[str, Any]:
     found = {"model_type": wanted.get("model_type"), **found}  # which such a class need not know
     content: dict[str, Any] = json.loads(json.dumps(found, default=str))
     return content
+
+
+def _as_far_as_stated(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings without those, in configs within it, that the source leaves to the defaults of their classes."""
+    stated = {}
+    for name, value in found.items():
+        inner = wanted.get(name)
+        if not name.endswith("_config") or not isinstance(value, Mapping):
+            stated[name] = value
+        elif isinstance(inner, Mapping):
+            stated[name] = {key: value[key] for key in inner if key in value}
+        else:
+            stated[name] = inner
+    return stated
 
 
 def source_config(module: Any, path: Path, record: InitialRecord | None, given: Any) -> tuple[Any, str]:

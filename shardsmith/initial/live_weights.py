@@ -81,6 +81,11 @@ class LiveWeights:
                     found[clean_fqn(name, part)] = buffer.detach()
         return found
 
+    def buffer_dtypes(self) -> set[torch.dtype]:
+        """The dtypes to which FSDP1 casts buffers here, as its MixedPrecision says."""
+        wraps = [m for part in self.parts for m in part.modules() if isinstance(m, FullyShardedDataParallel)]
+        return {dtype for wrap in wraps if (dtype := wrap.mixed_precision.buffer_dtype) is not None}
+
     def widen_buffer(self, name: str, dtype: torch.dtype) -> None:
         """Give a non-persistent buffer another dtype, if it has not that already. No communication."""
         for part in self.parts:

@@ -42,6 +42,7 @@ def load_initial(
     poison: bool = True,
     allow_missing: Sequence[str] = (),
     allow_extra: Sequence[str] = (),
+    allow_shape: Sequence[str] = (),
     weights: str = MAIN,
     ranks: Ranks | None = None,
 ) -> InitialLoadReport:
@@ -62,6 +63,7 @@ def load_initial(
         allow_missing: Patterns of tensors that the checkpoint need not have. They keep their values.
             Also of non-persistent buffers for which there is no reference.
         allow_extra: Patterns of tensors of the checkpoint that the model need not have.
+        allow_shape: Patterns of tensors that may have another shape in the checkpoint. They keep their values.
         weights: ``"main"`` or ``"ema"``.
         ranks: The ranks, if the caller has some already.
 
@@ -71,12 +73,12 @@ def load_initial(
         CheckpointError, RankFailedError: the checkpoint cannot be read. The model's weights cannot be used then.
     """
     ranks = ranks or Ranks()
-    allowed = (tuple(allow_missing), tuple(allow_extra))
+    allowed = (tuple(allow_missing), tuple(allow_extra), tuple(allow_shape))
     with _opened(Path(path), model, weights, ranks, config, fresh) as load:
         names = compare_names(ranks, load.live, load.source, *allowed)
         if names.faults:
             raise _error(load.source.path, names.faults, "Nothing was loaded; the model is unchanged.")
-        load.fill(poison)
+        load.fill([name for name in names.dtypes if name in load.live.specs], poison)
         return load.prove(names, repair_buffers, allowed[0], loaded=True)
 
 
@@ -224,9 +226,8 @@ class _Load:
         self._reference = reference
         self._settings = settings
 
-    def fill(self, poison: bool) -> None:
-        """Load this rank's boxes of everything that the source has. Communicates."""
-        names = [name for name in self.live.specs if self.source.key_of(name) is not None]
+    def fill(self, names: list[str], poison: bool) -> None:
+        """Load this rank's boxes of these. Communicates."""
         if poison:
             self.live.poison(frozenset(names))
         self._ranks.gather(f"loading {self.source.path}", lambda: self._fill(names))
@@ -264,6 +265,7 @@ class _Load:
             unproved=tuple(unproved),
             missing=names.missing,
             extra=names.extra,
+            reshaped=names.reshaped,
             loaded=loaded,
         )
         if self._ranks.is_leader:

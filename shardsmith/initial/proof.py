@@ -35,6 +35,8 @@ class Names:
     """Allowed."""
     extra: tuple[str, ...]
     """Allowed."""
+    reshaped: tuple[str, ...] = ()
+    """Of another shape in the source, which is allowed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,17 +71,24 @@ def specs_on_all(ranks: Ranks, live: LiveWeights) -> dict[str, TensorSpec]:
 
 
 def compare_names(
-    ranks: Ranks, live: LiveWeights, source: InitialSource, allow_missing: Sequence[str], allow_extra: Sequence[str]
+    ranks: Ranks,
+    live: LiveWeights,
+    source: InitialSource,
+    allow_missing: Sequence[str],
+    allow_extra: Sequence[str],
+    allow_shape: Sequence[str] = (),
 ) -> Names:
     """Compare names and shapes; with pipeline stages, of all ranks together. Raises what ``Ranks.agree`` raises."""
     specs = specs_on_all(ranks, live)
-    faults, missing, dtypes = [], [], {}
+    faults, missing, reshaped, dtypes = [], [], [], {}
     for name, spec in specs.items():
         key = source.key_of(name)
         if key is None and matches(name, allow_missing):
             missing.append(name)
         elif key is None:
             faults.append(LoadFault("missing-in-source", name, f"in the model {spec.shape}, not in the checkpoint"))
+        elif source.specs[key].shape != spec.shape and matches(name, allow_shape):
+            reshaped.append(name)
         elif source.specs[key].shape != spec.shape:
             shapes = f"{source.specs[key].shape} in the checkpoint, {spec.shape} in the model"
             faults.append(LoadFault("shape-differs", name, shapes))
@@ -89,7 +98,7 @@ def compare_names(
     unused = {name: spec for name, spec in source.specs.items() if name not in used} | source.unused
     extra = tuple(name for name in unused if matches(name, allow_extra))
     faults += [_extra(spec, source) for name, spec in unused.items() if name not in extra]
-    return Names(dtypes, faults, tuple(missing), extra)
+    return Names(dtypes, faults, tuple(missing), extra, tuple(reshaped))
 
 
 def prove_values(

@@ -38,6 +38,8 @@ class InitialLoadReport:
     """Tensors of the model that the source lacks, which was allowed."""
     extra: tuple[str, ...]
     """Tensors of the source that the model lacks, which was allowed."""
+    reshaped: tuple[str, ...] = ()
+    """Tensors of another shape in the source, which was allowed: they have the values that they had."""
     loaded: bool
     """Whether this call loaded them, or looked at what somebody else had loaded."""
 
@@ -46,6 +48,7 @@ class InitialLoadReport:
         """One line."""
         parts = [
             f"{self.tensors} tensors ({self.elements:,} elements) equal those of {self.path} (digests {self.digests})",
+            "" if self.missing or self.reshaped else "every tensor of get_model_state_dict is among them",
             f"{len(self.buffers) + len(self.repaired)} non-persistent buffers equal {self.buffers_from}"
             if self.buffers or self.repaired
             else "",
@@ -55,6 +58,7 @@ class InitialLoadReport:
             "cast " + ", ".join(f"{text} ({n})" for text, n in self.cast.items()) if self.cast else "",
             _listed("not in the checkpoint, as allowed", self.missing),
             _listed("not in the model, as allowed", self.extra),
+            _listed("of another shape in the checkpoint and left as they were, as allowed", self.reshaped),
             _listed("without a reference, as allowed", self.unproved),
         ]
         return "; ".join(part for part in parts if part)

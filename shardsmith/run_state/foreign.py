@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,16 @@ from torch.optim import Optimizer
 from shardsmith.errors import CheckpointNotFoundError, UnsupportedFormatError, UsageError
 from shardsmith.formats import by_path as formats
 from shardsmith.initial.buffer_reference import Fresh
+from shardsmith.initial.live_weights import LiveWeights
 from shardsmith.initial.load import load_initial
 from shardsmith.initial.report import InitialLoadReport
 from shardsmith.model_keys import EMA, MAIN
 from shardsmith.ranks import Ranks
 from shardsmith.run_state.average import Average, ModuleAverage
 from shardsmith.run_state.legacy import HAS_STATE, LegacyState
+from shardsmith.run_state.named_optimizer import NamedOptimizer
 from shardsmith.run_state.resume import Wanted
+from shardsmith.tensors import TensorSpec
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +36,8 @@ class Loaded:
     path: Path
     format: str
     step: int | None
-    """Optimizer steps done; None where the checkpoint does not say."""
+    """Optimizer steps done; None where the checkpoint does not say. Of BAGEL and its fork the number of the step, which
+    they count from 0: n + 1 were done, and both go on with n + 1."""
     parts: tuple[str, ...]
     """Of "model", "ema", "optimizer", "scheduler", "data_status" and "rng" those that were loaded."""
     proved: int
@@ -58,6 +62,8 @@ class ForeignLoad:
         fresh: Fresh | None,
         allow_missing: Sequence[str],
         allow_extra: Sequence[str],
+        allow_shape: Sequence[str],
+        repair_buffers: bool,
     ) -> None:
         self._model = model
         self._average = average
@@ -67,6 +73,8 @@ class ForeignLoad:
         self._fresh = fresh
         self._allow_missing = allow_missing
         self._allow_extra = allow_extra
+        self._allow_shape = allow_shape
+        self._repair_buffers = repair_buffers
 
     def load_whole(
         self, path: Path, format_name: str, *, with_average: bool, average_from_main: bool, main_from_average: bool
@@ -75,8 +83,11 @@ class ForeignLoad:
         present = formats.model_names(path)
         main = self._choose(path, MAIN, present, main_from_average, "load_main_from_ema")
         average = None
-        if with_average:
-            average = self._choose(path, EMA, present, average_from_main, "load_ema_from_main")
+        if with_average and average_from_main:
+            average = main
+            log.warning("%s: the average is taken from the %s weights, as load_ema_from_main=True says", path, main)
+        elif with_average:
+            average = self._choose(path, EMA, present, False, "load_ema_from_main")
         reports = self._load_weights(path, main, average)
         return Loaded(
             path=path,
@@ -93,13 +104,20 @@ class ForeignLoad:
         if wanted.ema and EMA not in present:
             raise CheckpointNotFoundError(path, "has no average; pass load_ema=False")
         state: dict[str, Any] = {}
-        self._ranks.gather(f"reading {path.name}", lambda: state.update(self._legacy_state(path, format_name, wanted)))
+        specs = LiveWeights(self._model).specs if wanted.optimizer else {}
+        self._ranks.gather(
+            f"reading {path.name}", lambda: state.update(self._legacy_state(path, format_name, wanted, specs))
+        )
         reports: tuple[InitialLoadReport, ...] = ()
         if wanted.model or wanted.ema:
             main, average = (MAIN if wanted.model else None), (EMA if wanted.ema else None)
             reports = self._load_weights(path, main, average)
         for optimizer in self._optimizers if wanted.optimizer else ():
-            optimizer.load_state_dict(state["optimizer"])
+            if isinstance(saved := state["optimizer"], NamedOptimizer):
+                saved.restore(self._model, optimizer)
+                saved.close()
+            else:
+                optimizer.load_state_dict(saved)
         if self._scheduler is not None and wanted.scheduler:
             self._scheduler.load_state_dict(state["scheduler"])
         return Loaded(
@@ -112,7 +130,9 @@ class ForeignLoad:
             reports=reports,
         )
 
-    def _legacy_state(self, path: Path, format_name: str, wanted: Wanted) -> dict[str, Any]:
+    def _legacy_state(
+        self, path: Path, format_name: str, wanted: Wanted, specs: Mapping[str, TensorSpec]
+    ) -> dict[str, Any]:
         if format_name not in HAS_STATE:
             if wanted.optimizer or wanted.scheduler:
                 raise UnsupportedFormatError(
@@ -126,7 +146,7 @@ class ForeignLoad:
         if wanted.optimizer:
             if len(self._optimizers) != 1:
                 raise UsageError("another project's checkpoint holds one optimizer; this manager has several")
-            found["optimizer"] = legacy.optimizer(self._optimizers[0])
+            found["optimizer"] = legacy.optimizer(self._optimizers[0], specs)
         if wanted.scheduler:
             found["scheduler"] = legacy.scheduler()
         if wanted.data_status and legacy.has_data_status:
@@ -146,6 +166,8 @@ class ForeignLoad:
                     fresh=self._fresh,
                     allow_missing=self._allow_missing,
                     allow_extra=self._allow_extra,
+                    allow_shape=self._allow_shape,
+                    repair_buffers=self._repair_buffers,
                     ranks=self._ranks,
                 )
             )

@@ -1,7 +1,8 @@
 """What lies beside the weights in checkpoints of BAGEL and its sharded fork: optimizer, scheduler, data status, step.
 
-The optimizer's files are ``optimizer.state_dict()`` of each rank: moments of the parts that this rank had, without a
-word on where these belong. They fit a run that is sharded in the same way over as many ranks, and no other.
+BAGEL's files of the optimizer, and those of the fork's fallback, are ``optimizer.state_dict()`` of each rank: moments
+of the parts that this rank had, without a word on where these belong. They fit a run that is sharded in the same way
+over as many ranks, and no other. The fork's others have the state by names (``named_optimizer.py``).
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from shardsmith.formats.bagel import (
     read_fork_manifest,
 )
 from shardsmith.formats.detected import BAGEL, BAGEL_SHARDED
+from shardsmith.run_state.named_optimizer import NamedOptimizer
+from shardsmith.tensors import TensorSpec
 from shardsmith.torch_files.files import read_torch_object
 
 HAS_STATE = (BAGEL, BAGEL_SHARDED)
@@ -43,13 +46,21 @@ class LegacyState:
             return read_fork_manifest(self._path).train_steps
         return int(self._path.name) if self._path.name.isdigit() else None
 
-    def optimizer(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The state for this rank's optimizer.
+    def optimizer(self, optimizer: Optimizer, parameters: Mapping[str, TensorSpec]) -> dict[str, Any] | NamedOptimizer:
+        """The state for this rank's optimizer, or the files that have it by names.
+
+        Args:
+            parameters: Those of the model, by clean FQN, with global shapes.
 
         Raises:
             UnsupportedFormatError: it was saved by another number of ranks.
             MismatchError: it does not fit this rank's parameters. Names all.
         """
+        files = rank_files("optimizer", read_fork_manifest(self._path).world_size) if self._is_fork else []
+        if files and (self._path / files[0]).is_file() and NamedOptimizer.is_one(self._path / files[0]):
+            named = NamedOptimizer(self._path, files)
+            named.check(parameters)
+            return named
         state = read_torch_object(self._path / self._optimizer_file())
         if problems := _misfits(optimizer, state):
             summary = f"the optimizer's state on rank {self._rank} is not that of this model's parameters"

@@ -24,7 +24,7 @@ from shardsmith.errors import (
 from shardsmith.mapped import MappedFile
 from shardsmith.model_keys import KeyPath
 from shardsmith.tensors import Chunk, Shape
-from shardsmith.torch_files.state_pickle import MAX_STATE_PICKLE_BYTES, read_state_pickle
+from shardsmith.torch_files.state_pickle import MAX_STATE_PICKLE_BYTES, read_plain, read_state_pickle
 from shardsmith.torch_files.tensor_pickle import UnusualPickleError
 from shardsmith.torch_files.zip import TorchZip, UnusualArchiveError
 
@@ -75,6 +75,23 @@ def read_torch_object(path: Path) -> Any:
         CheckpointNotFoundError, UnsafeCheckpointError, CorruptCheckpointError: as ``read_torch_file``.
     """
     return _load(MappedFile(path))
+
+
+def read_plain_value(path: Path, key: str) -> Any:
+    """What a saved dict has under a key, of numbers, texts, lists and dicts; None where it has it not.
+
+    Of the rest of the file nothing is made: it may hold sharded tensors, which torch refuses.
+
+    Raises:
+        CheckpointNotFoundError, UnsafeCheckpointError, CorruptCheckpointError: as ``read_torch_file``.
+        UnsupportedFormatError: the file is no zip of torch.save, or the value is something else.
+    """
+    file = MappedFile(path)
+    try:
+        data = TorchZip(file, 0, file.size, _MAX_ENTRIES).content("data.pkl", MAX_STATE_PICKLE_BYTES)
+        return read_plain(data, path, key)
+    except (UnusualArchiveError, UnusualPickleError) as error:
+        raise UnsupportedFormatError(path, f"its {key} cannot be read: {error}") from error
 
 
 def merge_ranks(path: Path, ranks: Sequence[tuple[str, Mapping[KeyPath, HeldTensor]]]) -> dict[KeyPath, MergedTensor]:

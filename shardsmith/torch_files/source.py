@@ -112,6 +112,11 @@ def rank_files_models(directory: Path, names: Sequence[str]) -> list[str]:
     return list(find_models(source.specs, source.paths))
 
 
+def open_rank_states(directory: Path, names: Sequence[str]) -> TorchSource:
+    """All tensors that the files of all ranks make up, by the joined path of their keys; no model is looked for."""
+    return _source(directory, {name: directory / name for name in names})
+
+
 def models_of(path: Path) -> list[str]:
     """Which of ``main`` and ``ema`` a ``torch.save`` file holds."""
     source = _source(path, {path.name: path}, follow_links=True)

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -113,6 +114,33 @@ def read_state_pickle(data: bytes, path: Path) -> dict[KeyPath, SavedState]:
         if (saved := _saved(value)) is not None:
             found[keys] = saved
     return found
+
+
+def read_plain(data: bytes, path: Path, key: str) -> object:
+    """What the pickled dict has under a key, if that is made of numbers, texts, tuples, lists and dicts; None without.
+
+    Raises:
+        UnusualPickleError: it is made of more than that, or the pickle is no dict.
+        UnsafeCheckpointError, CorruptCheckpointError: as ``read_state_pickle``.
+    """
+    state = read_pickle(data, path, _NAMES, persistent_ids=True)
+    items = state.items if type(state) is Made and state.of == ORDERED_DICT else state
+    if type(items) is not dict:
+        raise UnusualPickleError("it holds no dict")
+    return _plain(items.get(key), len(data), 0)
+
+
+def _plain(value: object, budget: int, depth: int) -> Any:
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if depth > _MAX_DEPTH:
+        raise UnusualPickleError("its parts contain each other over and over")
+    items: Any = value.items if type(value) is Made and value.of == ORDERED_DICT else value
+    if type(items) is dict and len(items) <= budget:
+        return {_plain(key, budget, depth + 1): _plain(inner, budget, depth + 1) for key, inner in items.items()}
+    if isinstance(items, list | tuple) and type(items) in (list, tuple) and len(items) <= budget:
+        return type(items)(_plain(inner, budget, depth + 1) for inner in items)
+    raise UnusualPickleError("a value of it is no plain one")
 
 
 def _leaves(value: object, path: KeyPath) -> Iterator[tuple[KeyPath, object]]:
