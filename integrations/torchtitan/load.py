@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -17,21 +17,33 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 
-from shardsmith.checkpoints import committed_steps
+from shardsmith.checkpoints import committed_steps, find_damage
 from shardsmith.dcp.index import read_index
 from shardsmith.dcp.load import compare
-from shardsmith.errors import CheckpointNotFoundError, InitialLoadError, MismatchError, RankFailedError, UsageError
+from shardsmith.errors import (
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    InitialLoadError,
+    MismatchError,
+    RankFailedError,
+    UsageError,
+)
 from shardsmith.hooks.stages import names_on_all
 from shardsmith.initial.buffer_reference import Fresh
 from shardsmith.initial.live_weights import LiveWeights
 from shardsmith.initial.load import poison_weights, prove_buffers, prove_loaded, prove_names
-from shardsmith.layout import step_name
+from shardsmith.layout import METADATA_FILE, step_name
+from shardsmith.metadata import CheckpointMetadata, read_metadata
 from shardsmith.names import clean_fqn, matches, own_class
 from shardsmith.ranks import Ranks
+from shardsmith.run_state.proof import prove_state
 
-from .inner import held_alone, recorded_config
+from .inner import find_held, held_alone, recorded_config
 from .names import RunNames
 from .options import CheckpointHooks
+from .rope import Reference
+from .settings import Source, faults_on_all, find_source, quoted
+from .steps import DamagedStepError, only_recorded
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +58,10 @@ class Form(Enum):
 
 class LoadWatch:
     """The loads of one run. Make it on all ranks at the same point."""
+
+    def resumes(self, checkpoint: Path) -> bool:
+        """Whether this is a step of the run itself that it goes on from."""
+        return not self._is_initial(checkpoint)
 
     def __init__(
         self,
@@ -63,6 +79,8 @@ class LoadWatch:
         self._folder = folder
         self._allowed: dict[str, Any] = {"allow_missing": options.allow_missing, "allow_extra": options.allow_extra}
         self._repair = options.repair_buffers
+        self._allow_config = options.allow_config
+        self._source: Source | None = None
         self._ranks = Ranks()
 
     def before(self, state_dict: dict[str, Any], checkpoint: Path, form: Form) -> dict[str, Any]:
@@ -77,6 +95,7 @@ class LoadWatch:
             self._say_what_is_not_used(checkpoint)
             self._ranks.gather(f"looking at {checkpoint}", lambda: _refuse_weights_only(state_dict, checkpoint))
             return state_dict
+        self._compare_settings(checkpoint)
         absent: list[str] = []
         self._ranks.gather(
             f"looking at {checkpoint}", lambda: absent.extend(self._compare(state_dict, checkpoint, form))
@@ -89,14 +108,20 @@ class LoadWatch:
         poison_weights(self._parts, spare=[*absent, *kept])
         return {name: value for name, value in state_dict.items() if name not in absent}
 
-    def after(self, checkpoint: Path, form: Form) -> None:
+    def after(self, checkpoint: Path, form: Form, state: Callable[[], dict[str, Any]]) -> None:
         """It has loaded. All ranks; communicates.
 
+        Args:
+            state: What the run holds now, as a save has it.
+
         Raises:
+            DamagedStepError: a step holds other values than were saved.
             InitialLoadError: the model does not hold what the checkpoint does.
             MismatchError: tensors were left out.
         """
         if not self._is_initial(checkpoint):
+            if (checkpoint / METADATA_FILE).is_file():
+                self._prove_state(checkpoint, state)
             self._prove_buffers(checkpoint)
             return
         if form is Form.QUANTIZED:
@@ -119,6 +144,29 @@ class LoadWatch:
                 "random weights. Nothing was loaded; remove the empty folder",
             )
 
+    def find_damage(self, checkpoint: Path) -> str:
+        """What is wrong with the files of a step that has a manifest; all ranks read a share. Empty if nothing is."""
+        if not (checkpoint / METADATA_FILE).is_file():
+            return ""
+        ranks = self._ranks
+        found: list[str] = ranks.agree(
+            f"looking for damage in {checkpoint}",
+            lambda: find_damage(checkpoint, part=ranks.rank, parts=ranks.size),
+            lambda parts: [line for lines in parts for line in lines],
+        )
+        return "; ".join(found)
+
+    def _prove_state(self, checkpoint: Path, state: Callable[[], dict[str, Any]]) -> None:
+        """All that a run resumes with has the digests that were recorded when it was saved. All ranks; communicates."""
+        read: list[CheckpointMetadata] = []
+        self._ranks.gather("reading the manifest", lambda: read.append(read_metadata(checkpoint)))
+        try:
+            count = prove_state(self._ranks, only_recorded(state(), read[0]), checkpoint, read[0])
+        except (CorruptCheckpointError, RankFailedError) as error:
+            raise DamagedStepError(checkpoint, str(error)) from error
+        if self._ranks.is_leader:
+            log.info("%d tensors equal those that were saved in %s (digests recorded)", count, checkpoint)
+
     def _prove_buffers(self, checkpoint: Path) -> None:
         """No checkpoint holds the non-persistent ones. All ranks; communicates.
 
@@ -136,6 +184,30 @@ class LoadWatch:
             return
         if repaired and self._ranks.is_leader:
             log.warning("non-persistent buffers were wrong and were repaired: %s", ", ".join(repaired))
+
+    def _compare_settings(self, checkpoint: Path) -> None:
+        """Compare what the trainer computes with and the config of the source. All ranks; communicates.
+
+        Raises:
+            InitialLoadError: a setting differs. Nothing was loaded.
+        """
+        if any(find_held(part) is not None for part in self._parts):
+            return  # a model of transformers is compared with its config by the proof itself
+        live, assets = LiveWeights(self._parts), getattr(self._adapter, "hf_assets_path", None)
+        self._source, faults = faults_on_all(
+            self._ranks, live, lambda: find_source(checkpoint, assets, live), self._adapter, self._allow_config
+        )
+        if self._source is None and self._ranks.is_leader:
+            log.warning("no config says what the model of %s computes: the trainer's is not compared", checkpoint)
+        if faults:
+            raise InitialLoadError(
+                checkpoint,
+                f"the trainer does not compute what this model does: {len(faults)} settings differ",
+                [str(fault) for fault in faults],
+                "Nothing was loaded. Correct the trainer's config, or let it differ with "
+                f"allow_config=[{quoted(faults)}].",
+                [fault.code for fault in faults],
+            )
 
     def _is_initial(self, checkpoint: Path) -> bool:
         """Whether it is one to start from: somewhere else, or step 0, of which TorchTitan loads the model only."""
@@ -206,7 +278,22 @@ class LoadWatch:
             )
 
     def _fresh(self) -> Fresh | None:
-        """How to make one of TorchTitan's own models anew, for its buffers; None for those of transformers."""
+        """How to make one of TorchTitan's own models anew, for its buffers; None for those of transformers.
+
+        The rotary tables are those of the source's config where that is known: a model that is made from the trainer's
+        config has the trainer's mistakes.
+        """
+        make, source = self._maker(), self._source
+        rope = source.rope if source is not None and not self._lets_rope_differ else None
+        if make is None or source is None or rope is None:
+            return make
+        return Reference(make, rope, source.origin)
+
+    @property
+    def _lets_rope_differ(self) -> bool:
+        return any(pattern.startswith(("rope", "*")) for pattern in self._allow_config)
+
+    def _maker(self) -> Callable[[], nn.Module] | None:
         config: Any = getattr(self._adapter, "model_config", None)
         if hasattr(config, "build"):
             return lambda: config.build()
@@ -222,26 +309,18 @@ def is_remote(*paths: str) -> bool:
     return any("://" in path for path in paths)
 
 
+def stored_keys(checkpoint: Path) -> set[str]:
+    """The first parts of the keys that a step has."""
+    return {key.split(".", 1)[0] for key in read_index(checkpoint).tensors}
+
+
 def without_absent(state_dict: dict[str, Any], checkpoint: Path, keys: Sequence[str]) -> dict[str, Any]:
     """Of what is to be loaded, all but those of ``keys`` that a checkpoint was made without: it had no average then."""
-    stored = {key.split(".", 1)[0] for key in read_index(checkpoint).tensors}
+    stored = stored_keys(checkpoint)
     absent = [key for key in keys if key in state_dict and key not in stored]
     if absent:
         log.warning("%s holds no average: it starts from the weights that are loaded", checkpoint)
     return {key: value for key, value in state_dict.items() if key not in absent}
-
-
-def newest_complete(folder: Path, newest: int) -> int:
-    """The step to resume from: the newest one that is marked complete, if any is; else ``newest``."""
-    complete = [step for step in committed_steps(folder) if step <= newest]
-    if not complete or complete[-1] == newest:
-        return newest
-    log.warning(
-        "%s was not saved to its end: it has no metadata.json. Resuming from %s; load_step takes it all the same",
-        folder / step_name(newest),
-        step_name(complete[-1]),
-    )
-    return complete[-1]
 
 
 def _refuse_weights_only(state_dict: Mapping[str, Any], checkpoint: Path) -> None:

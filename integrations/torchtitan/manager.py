@@ -12,19 +12,25 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
-from torchtitan.components.checkpoint import CheckpointManager
 
 from shardsmith.errors import UsageError
 from shardsmith.layout import parse_step
+from shardsmith.ranks import Ranks
 
 from .attached import Attached
 from .average import MODEL as AVERAGES
 from .average import STATE as COUNTERS
-from .load import Form, LoadWatch, is_remote, newest_complete, without_absent
+from .load import Form, LoadWatch, is_remote, without_absent
 from .options import CheckpointHooks
+from .steps import DamagedStepError, find_newest_whole, live_state
+from .upstream import CheckpointManager, refuse_unknown
 
 log = logging.getLogger(__name__)
+
+_AVERAGES_OF_TORCHTITAN = {"ema", "ema_optimizer"}
+"""Keys under which newer versions have an average of their own."""
 
 
 class HookedManager(CheckpointManager):
@@ -32,6 +38,10 @@ class HookedManager(CheckpointManager):
 
     _attached: Attached | None = None
     _watch: LoadWatch | None = None
+    _load_ranks: Ranks | None = None
+    _passed: frozenset[int] = frozenset()  # steps that turned out to be damaged
+    _unrecorded: int | None = None
+    _stopping = False
 
     def attach(self, options: CheckpointHooks, config: Any, parts: dict[str, Any]) -> None:
         """Attach the hooks, when the manager is made. All ranks; communicates.
@@ -40,9 +50,15 @@ class HookedManager(CheckpointManager):
             config: TorchTitan's, of its checkpoints.
             parts: What else the manager was made from.
         """
+        refuse_unknown()
         dump_folder = Path(parts.get("base_folder") or ".")
         folder = dump_folder / config.folder
-        if config.enable and options.prove_load:
+        enabled = getattr(
+            config, "enable", True
+        )  # newer versions have no such setting: a run without one has no manager
+        if enabled and not is_remote(parts.get("base_folder") or "", config.folder):
+            self._load_ranks = Ranks(options.timeout_secs)
+        if enabled and options.prove_load:
             self._watch = LoadWatch(config, parts["model_parts"], parts["sd_adapter"], folder, options)
         if options.is_idle:
             return
@@ -59,26 +75,58 @@ class HookedManager(CheckpointManager):
             dump_folder=dump_folder,
             folder=folder,
             keep_latest_k=config.keep_latest_k,
-            saves=config.enable and not config.load_only,
+            saves=enabled and not config.load_only,
         )
-        if config.enable:
+        if options.ema_decay is not None and (other := sorted(_AVERAGES_OF_TORCHTITAN & self.states.keys())):
+            log.warning("TorchTitan keeps an average itself (%s): this run has two, and saves both", ", ".join(other))
+        if enabled:
             self.states.update(self._attached.states)
 
     def load(self, step: int = -1) -> bool:
-        """As TorchTitan's; then training begins for the hooks."""
-        loaded: bool = super().load(step)
+        """As TorchTitan's; a step that is damaged is passed over. Then training begins for the hooks."""
+        loaded = self._load_whole(step)
         if self._watch is not None and not loaded:
             self._watch.nothing_loaded()
         if self._attached is not None:
             self._attached.train_begin()
+            if loaded and self._unrecorded is not None:
+                self._attached.record_found(self._unrecorded, Path(self._create_checkpoint_id(self._unrecorded)))
         return loaded
 
+    def _load_whole(self, step: int) -> bool:
+        while True:
+            try:
+                return bool(super().load(step))
+            except DamagedStepError as error:
+                damaged = parse_step(error.path.name)
+                if step != -1 or damaged is None:
+                    raise
+                log.warning("%s is damaged and passed over: %s", error.path, " ".join(str(error).split())[:500])
+                self._passed |= {damaged}
+
     def save(self, curr_step: int, last_step: bool = False) -> Any:
-        """As TorchTitan's; then the step is over for the hooks."""
+        """As TorchTitan's; then the step is over for the hooks. A run that is asked to end saves it and ends."""
         saved = super().save(curr_step, last_step)
-        if self._attached is not None and curr_step > 0:  # step 0 is a checkpoint to start from, without a training
-            self._attached.step_end(curr_step, is_last=last_step)
+        if self._attached is None or curr_step < 1:  # step 0 is a checkpoint to start from, without a training
+            return saved
+        if self._attached.step_end(curr_step, is_last=last_step):
+            self._stop(curr_step, is_saved=self._should_save(curr_step, last_step))
         return saved
+
+    def _stop(self, step: int, *, is_saved: bool) -> None:
+        """Save the step that all ranks are at, by TorchTitan's own save, and let its trainer end the training."""
+        assert self._attached is not None
+        log.warning("the run was asked to end: it ends after step %d", step)
+        if not is_saved and not self.load_only:
+            self._stopping = True
+            super().save(step)
+            wait = getattr(self, "maybe_wait_for_saving", None) or self._async_wait  # 0.3, 0.2: closing waits for none
+            wait()
+        self._attached.end_training()
+
+    def _should_save(self, curr_step: int, last_step: bool = False) -> bool:
+        """As TorchTitan's, and at the end of a run that was asked to end."""
+        return self._stopping or bool(super()._should_save(curr_step, last_step))
 
     def close(self) -> None:
         """As TorchTitan's; then wait for the hooks' background work and raise what failed in it."""
@@ -111,23 +159,34 @@ class HookedManager(CheckpointManager):
         if watch is not None and is_remote(checkpoint_id):
             log.warning("%s is remote: what is loaded from there is not proved", checkpoint_id)
             watch = None
-        if watch is not None:
-            state_dict = watch.before(state_dict, path, form)
-        super().dcp_load(state_dict, checkpoint_id, *args, **kwargs)
-        if watch is not None:
-            watch.after(path, form)
+        if watch is None:
+            super().dcp_load(state_dict, checkpoint_id, *args, **kwargs)
+            return
+        state_dict = watch.before(state_dict, path, form)
+        keys = [*state_dict]
+        try:
+            super().dcp_load(state_dict, checkpoint_id, *args, **kwargs)
+        except (Exception, CheckpointException) as error:
+            if watch.resumes(path) and (damage := watch.find_damage(path)):
+                raise DamagedStepError(path, damage) from error
+            raise
+        watch.after(path, form, lambda: live_state(self, keys))
 
-    def _find_load_step(self, folder: str = "") -> int:
-        """As TorchTitan's, but of steps that are marked complete, if there are any, only such."""
-        step: int = super()._find_load_step(folder)
-        if self._attached is None or self._attached.recorder is None or folder not in ("", self.folder):
-            return step
-        return newest_complete(Path(self.folder), step)
+    def _find_load_step(self, folder: str = "", max_step: int | None = None) -> int:
+        """As TorchTitan's, but of the steps that are whole. All ranks; communicates."""
+        limit = {} if max_step is None else {"max_step": max_step}  # which newer versions have
+        if self._load_ranks is None or folder not in ("", self.folder):
+            return int(super()._find_load_step(folder, **limit))
+        found = find_newest_whole(Path(self.folder), self._load_ranks, set(self._passed), max_step)
+        if found.step is None:  # there may be one that TorchTitan has exported, which it takes for a step
+            return int(super()._find_load_step(folder, **limit))
+        self._unrecorded = None if found.recorded else found.step
+        return found.step
 
-    def _purge_stale_checkpoints(self) -> None:
+    def _purge_stale_checkpoints(self, *args: Any, **kwargs: Any) -> None:
         """TorchTitan's counts what is incomplete, and foreign folders; with a recorder, that one removes instead."""
         if self._attached is None or self._attached.recorder is None:
-            super()._purge_stale_checkpoints()
+            super()._purge_stale_checkpoints(*args, **kwargs)
 
 
 def _form_of(options: dict[str, Any]) -> Form:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterable, Mapping
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from torch import Tensor
@@ -92,8 +93,7 @@ class TorchTitanNames:
             raise UnsupportedFormatError(kind, "\n  ".join([message, *refused]))
         used = {source for target in found.values() for source in target.sources}
         if dropped := [name for name in specs if name not in used and name not in self._buffers]:
-            message = f"drops {len(dropped)} weights: what it makes is not this model. {_RIGHT_MODEL}"
-            raise UnsupportedFormatError(kind, "\n  ".join([message, *dropped]))
+            raise UnsupportedFormatError(kind, "\n  ".join([_why_dropped(dropped), *dropped]))
         return found
 
     def _find_strange(self, specs: Mapping[str, TensorSpec]) -> list[str]:
@@ -106,6 +106,24 @@ class TorchTitanNames:
             if spec.shape != self._shapes.get(name, spec.shape)
         }
         return [f"{name}: {problem}" for name, problem in problems.items()]
+
+
+def _why_dropped(names: list[str]) -> str:
+    """What it means that an adapter has no name for weights, and what to do."""
+    if all("lora_" in name for name in names):
+        return (
+            f"has no name for {len(names)} weights of LoRA: TorchTitan's adapter knows the full model only. Steps and "
+            "the average hold them; train without LoRA to export, or leave the exports out"
+        )
+    try:
+        installed = f"TorchTitan {version('torchtitan')}"
+    except PackageNotFoundError:
+        installed = "this TorchTitan"
+    return (
+        f"the state-dict adapter of {installed} has no name for {len(names)} weights of this model, which is a fault "
+        "of the adapter unless the model was changed in the job. Nothing can be exported, or loaded from Hugging Face "
+        "files, through it: take a TorchTitan that has the names, or a name map of your own (docs/extending.md)"
+    )
 
 
 class RunNames(TorchTitanNames):

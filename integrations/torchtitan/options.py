@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -26,11 +27,16 @@ class CheckpointHooks:
     """Update the average at the multiples of this."""
     ema_offload: bool = False
     """Hold the average in CPU memory."""
+    ema_allow_other_decay: bool = False
+    """Go on with the average of a step that was kept with another decay."""
 
     metadata: bool = False
     """Add metadata.json to each step folder when its save has really ended: hashes, a digest per tensor, facts of the
-    average. It marks a complete step: a resume takes no other where there are any, and keep_latest_k counts no other.
-    Set by ema_decay too."""
+    average. A resume is verified with it, and keep_latest_k counts no step without it. Set by ema_decay too."""
+    save_on_sigterm: bool = True
+    """On SIGTERM, which announces the end of a machine, save the step that all ranks are at and end the run with exit
+    status 0. False: SIGTERM ends it at once. It has an effect where TorchTitan saves checkpoints and anything of ours
+    is attached."""
     prove_load: bool = True
     """After an initial load, prove that the model holds what the checkpoint does, or stop and say what is wrong."""
     repair_buffers: bool = False
@@ -41,6 +47,10 @@ class CheckpointHooks:
     the values that the model begins with, and the proof names them."""
     allow_extra: tuple[str, ...] = ()
     """Patterns of tensors of that checkpoint that the model need not have."""
+
+    allow_config: tuple[str, ...] = ()
+    """Patterns of settings, by their names in config.json, such as "rope_theta". These may differ between the trainer
+    and the model that it starts from or exports; any other difference stops the run at its start."""
 
     export_interval: int | None = None
     """Write a complete Hugging Face directory every so many steps, whatever checkpoint.interval is."""
@@ -64,6 +74,10 @@ class CheckpointHooks:
     """What to do if two exports are still under way."""
     export_on_error: Literal["raise", "warn"] = "raise"
     """Whether a failed export ends the run."""
+
+    export_router_bias: Literal["leave_out", "refuse"] = "leave_out"
+    """What to do where files of the exported model have no place for the bias by which its routers balance experts, as
+    Qwen3's: leave it out and say so, or refuse to start."""
 
     timeout_secs: float = 1800.0
     """How long to wait for a rank before a recording or an export is given up."""
@@ -103,6 +117,8 @@ class CheckpointHooks:
             problems += [f"{name} needs ema_decay" for name in ours if name.startswith("ema_") and ours[name]]
             if self.export_models in ("ema", "both"):
                 problems.append(f'export_models="{self.export_models}" needs ema_decay')
+        if self.timeout_secs <= 0:
+            problems.append(f"timeout_secs={self.timeout_secs}: a positive number of seconds is expected")
         if not self.exports:
             named = [name for name in ours if name.startswith("export_") and ours[name]]
             problems += [f"{name} needs export_interval or export_last" for name in named]
@@ -124,8 +140,10 @@ def parse(options: Mapping[str, Any], base: CheckpointHooks | None = None) -> Ch
     """
     known = [field.name for field in fields(CheckpointHooks)]
     if unknown := [name for name in options if name not in known]:
+        meant = {name: difflib.get_close_matches(name, known, 1) for name in unknown}
+        guesses = "".join(f"\n{close[0]} is the nearest to {name}." for name, close in meant.items() if close)
         lines = "\n  ".join([f"there is no option {', '.join(unknown)}. There are:", *known])
-        raise UsageError(f"checkpoint_hooks: {lines}")
+        raise UsageError(f"checkpoint_hooks: {lines}{guesses}")
     parsed = dataclasses.replace(base or CheckpointHooks(), **options)
     parsed.check()
     return parsed

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import torchtitan.experiments.transformers_modeling_backend.config_registry as transformers_models
+import torchtitan.models.deepseek_v3 as deepseek_models
+import torchtitan.models.deepseek_v3.config_registry as deepseek
 import torchtitan.models.llama3.config_registry as llama3
 import torchtitan.models.qwen3 as qwen3_models
 import torchtitan.models.qwen3.config_registry as qwen3
 from torchtitan.components.optimizer import default_adamw
-from torchtitan.models.common.attention import FlexAttention, ScaledDotProductAttention
+from torchtitan.models.common.attention import FlexAttention, ScaledDotProductAttention, VarlenAttention
 from torchtitan.trainer import Trainer
 
 from shardsmith.integrations.torchtitan import checkpoint_hooks
@@ -59,9 +61,31 @@ def qwen3_small_moe() -> Trainer.Config:
     return _on_cpu(config)
 
 
+def deepseek_v3_small() -> Trainer.Config:
+    config = deepseek.deepseek_v3_debugmodel()
+    config.model_spec = deepseek_models.model_registry(small_models.DENSE)
+    return _on_cpu(config)
+
+
+def llama3_of_another_theta() -> Trainer.Config:
+    config = llama3_debugmodel()
+    for layer in config.model_spec.model.layers:
+        layer.attention.rope.theta = 10000.0
+    return config
+
+
+def llama3_of_another_eps() -> Trainer.Config:
+    config = llama3_debugmodel()
+    model = config.model_spec.model
+    for norm in [model.norm, *(n for layer in model.layers for n in (layer.attention_norm, layer.ffn_norm))]:
+        norm.eps = 0.1
+    return config
+
+
 def _on_cpu(config: Trainer.Config) -> Trainer.Config:
-    for _, _, parent, attribute in list(config.model_spec.model.traverse(FlexAttention.Config)):
-        setattr(parent, attribute, ScaledDotProductAttention.Config())
+    for kind in (FlexAttention, VarlenAttention):
+        for _, _, parent, attribute in list(config.model_spec.model.traverse(kind.Config)):
+            setattr(parent, attribute, ScaledDotProductAttention.Config())
     config.parallelism.spmd_backend = "partial_dtensor"
     config.training.disable_cuda_graphs = True
     return config

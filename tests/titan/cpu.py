@@ -30,15 +30,17 @@ for _name, _answer in _ANSWERS.items():
     setattr(torch.cpu, _name, _answer)
 dist.set_timeout = lambda *_, **__: None  # type: ignore[attr-defined]
 
-import torchtitan.components.checkpoint as checkpoint  # noqa: E402
 import torchtitan.train as train  # noqa: E402
 
 try:
+    import torchtitan.components.checkpointer as checkpoint
     import torchtitan.components.checkpointer.dcp as checkpointer
     import torchtitan.trainer as trainer
 
     IS_0_3 = True
 except ImportError:
+    import torchtitan.components.checkpoint as checkpoint
+
     checkpointer, trainer = checkpoint, train
     IS_0_3 = False
 

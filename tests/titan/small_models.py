@@ -2,7 +2,8 @@
 
 ``small_moe`` has experts. ``small`` is the debugmodel with fewer layers; in 0.2 also without its tie, because FSDP2 of
 the torch that we test with refuses what TorchTitan 0.2.2 does with tied weights. ``small_tied`` has it in both, and
-``small_without_norms`` lacks the norms of queries and keys.
+``small_without_norms`` lacks the norms of queries and keys. DeepSeek's ``small`` has two layers and the router that
+transformers has, which the debugmodel has not.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import torchtitan.models.deepseek_v3 as deepseek
 import torchtitan.models.qwen3 as qwen3
 
 from tests.titan.cpu import IS_0_3
@@ -17,6 +19,7 @@ from tests.titan.cpu import IS_0_3
 DENSE, MOE, TIED_DENSE, WITHOUT_NORMS = "small", "small_moe", "small_tied", "small_without_norms"
 TIED = IS_0_3
 LAYERS, EXPERTS, CHOSEN, WIDTH = 2, 8, 2, 64
+SCALE = 2.5
 
 
 def _config(attn_backend: str, moe_comm_backend: str = "standard") -> Any:
@@ -59,6 +62,29 @@ def _config_without_norms(attn_backend: str) -> Any:
         layer.attention.qk_norm = None
     return config
 
+
+def _deepseek_config(attn_backend: str, moe_comm_backend: str = "standard", **_: Any) -> Any:
+    """0.3."""
+    config = deepseek._debugmodel(attn_backend, moe_comm_backend)
+    config.layers = config.layers[:LAYERS]
+    router = config.layers[1].moe.router
+    router.score_func, router.route_norm, router.route_scale = "sigmoid", True, SCALE
+    return config
+
+
+def _deepseek_arguments() -> Any:
+    """0.2."""
+    full = deepseek.deepseekv3_args["debugmodel"]
+    experts = dataclasses.replace(
+        full.moe_args, score_func="sigmoid", route_norm=True, route_scale=SCALE, use_grouped_mm=False
+    )
+    return dataclasses.replace(full, n_layers=LAYERS, moe_args=experts)
+
+
+if IS_0_3:
+    deepseek.deepseekv3_configs[DENSE] = _deepseek_config
+else:
+    deepseek.deepseekv3_args[DENSE] = _deepseek_arguments()
 
 if IS_0_3:
     qwen3.qwen3_configs |= {

@@ -104,9 +104,9 @@ def test_an_adapter_that_knows_a_tie_is_not_changed_by_asking_it() -> None:
     ("title", "error", "words"),
     [
         # adapters of TorchTitan that drop weights
-        ("gpt_oss/debugmodel", UnsupportedFormatError, "drops 16 weights")
+        ("gpt_oss/debugmodel", UnsupportedFormatError, "has no name for 16 weights of this model, which is a fault")
         if IS_0_3
-        else ("llama4/debugmodel", UnsupportedFormatError, "drops 9 weights"),
+        else ("llama4/debugmodel", UnsupportedFormatError, "has no name for 9 weights of this model, which is a fault"),
         ("llama3/7B", UsageError, "no flavor '7B'; it has debugmodel"),
         ("llama9/debugmodel", UsageError, "'llama9' cannot be imported"),
         ("llama3", UsageError, "as in llama3/debugmodel"),

@@ -77,21 +77,20 @@ def test_the_mark_appears_after_all_data(assets: Assets, tmp_path: Path) -> None
             assert {path.name for path in data} == {".metadata", "__0_0.distcp", "__1_0.distcp"}
 
 
-def test_a_step_killed_between_data_and_mark_is_not_taken_for_complete(assets: Assets, tmp_path: Path) -> None:
+def test_a_step_killed_between_data_and_manifest_is_whole_and_gets_one(assets: Assets, tmp_path: Path) -> None:
     killed = Job(run=tmp_path / "run", hooks=METADATA, within=killed_after_saving)
     with pytest.raises(ProcessExitedException, match="SIGKILL"):
         run_jobs(assets, 2, tmp_path, killed)
-    torn = killed.run / "checkpoint" / "step-4"
-    assert detect_checkpoint_format(torn).name == DCP
-    assert committed_steps(torn.parent) == [2]
+    whole = killed.run / "checkpoint" / "step-4"
+    assert detect_checkpoint_format(whole).name == DCP
+    assert committed_steps(whole.parent) == [2]
 
-    resumed = Job(run=killed.run, hooks=METADATA)
+    resumed = Job(run=killed.run, hooks=METADATA, options=["--training.steps=5"])
     run_jobs(assets, 2, tmp_path, resumed)
     assert error_of(resumed) == ""
-    assert "step-4 was not saved to its end" in log_of(resumed)
-    assert "Training starts at step 3" in log_of(resumed)
-    assert committed_steps(torn.parent) == [2, 4]
-    assert find_damage(torn) == []
+    assert "Training starts at step 5" in log_of(resumed)
+    assert committed_steps(whole.parent) == [2, 4, 5]
+    assert find_damage(whole) == []
 
 
 def test_a_step_that_is_written_anew_is_incomplete_meanwhile(assets: Assets, tmp_path: Path) -> None:

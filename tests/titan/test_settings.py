@@ -1,0 +1,232 @@
+"""The trainer's own config against that of the model whose weights it loads."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import DeepseekV3Config, PreTrainedConfig, Qwen3Config, Qwen3MoeConfig
+
+from shardsmith.cli import main
+from shardsmith.initial.faults import LoadFault
+from shardsmith.initial.live_weights import LiveWeights
+from shardsmith.integrations.torchtitan.models import build_titan_model
+from shardsmith.integrations.torchtitan.names import TorchTitanNames
+from shardsmith.integrations.torchtitan.rope import Reference
+from shardsmith.integrations.torchtitan.settings import Source, compare_settings
+from tests.titan import small_models
+from tests.titan.cpu import IS_0_3
+from tests.titan.evaluation import FLOAT32, evaluated, losses_of, transformers_loss
+from tests.titan.jobs import LLAMA, Assets, Job, error_of, log_of, run_jobs
+from tests.titan.test_start_loss import QWEN, make_model
+
+DEEPSEEK = DeepseekV3Config(
+    vocab_size=2048,
+    hidden_size=256,
+    intermediate_size=1024,
+    moe_intermediate_size=256,
+    num_hidden_layers=small_models.LAYERS,
+    num_attention_heads=16,
+    num_key_value_heads=16,
+    n_shared_experts=2,
+    n_routed_experts=8,
+    routed_scaling_factor=small_models.SCALE,
+    kv_lora_rank=512,
+    q_lora_rank=None,
+    qk_rope_head_dim=64,
+    v_head_dim=128,
+    qk_nope_head_dim=128,
+    n_group=1,
+    topk_group=1,
+    num_experts_per_tok=3,
+    first_k_dense_replace=1,
+    norm_topk_prob=True,
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=False,
+    max_position_embeddings=16384,
+    rope_interleave=True,
+    rope_parameters={
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 40.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "mscale": 0.7,
+        "mscale_all_dim": 0.7,
+        "original_max_position_embeddings": 4096,
+    },
+)
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "llama3/debugmodel": LLAMA,
+    f"qwen3/{small_models.DENSE}": Qwen3Config(**QWEN, tie_word_embeddings=small_models.TIED),
+    f"qwen3/{small_models.MOE}": Qwen3MoeConfig(
+        **QWEN,
+        tie_word_embeddings=False,
+        num_experts=small_models.EXPERTS,
+        num_experts_per_tok=small_models.CHOSEN,
+        moe_intermediate_size=small_models.WIDTH,
+        norm_topk_prob=True,
+    ),
+    f"deepseek_v3/{small_models.DENSE}": DEEPSEEK,
+}
+ROPE: dict[str, dict[str, Any]] = {
+    "rope_theta": {"rope_theta": 12345.0},
+    "rope_type": {"rope_type": "linear", "factor": 2.0},
+}
+OTHERS: dict[str, list[tuple[str, dict[str, Any]]]] = {
+    "llama3/debugmodel": [
+        ("rms_norm_eps", {"rms_norm_eps": 1e-6}),
+        ("num_attention_heads", {"num_attention_heads": 8, "num_key_value_heads": 8}),
+        ("num_key_value_heads", {"num_key_value_heads": 4}),
+        ("tie_word_embeddings", {"tie_word_embeddings": True}),
+        *((name, {"rope_parameters": {**LLAMA.rope_parameters, **changed}}) for name, changed in ROPE.items()),
+        ("rope_factor", {"rope_parameters": {**LLAMA.rope_parameters, "factor": 32.0}}),
+    ],
+    f"qwen3/{small_models.DENSE}": [
+        ("rms_norm_eps", {"rms_norm_eps": 1e-5}),
+        ("head_dim", {"head_dim": 64}),
+        ("tie_word_embeddings", {"tie_word_embeddings": not small_models.TIED}),
+        ("rope_theta", {"rope_parameters": {**QWEN["rope_parameters"], "rope_theta": 10000.0}}),
+    ],
+    f"qwen3/{small_models.MOE}": [
+        ("num_experts_per_tok", {"num_experts_per_tok": 4}),
+        ("norm_topk_prob", {"norm_topk_prob": False}),
+    ],
+    f"deepseek_v3/{small_models.DENSE}": [
+        ("routed_scaling_factor", {"routed_scaling_factor": 1.0}),
+        ("scoring_func", {"scoring_func": "softmax"}),
+        ("norm_topk_prob", {"norm_topk_prob": False}),
+        ("n_group", {"n_group": 4, "topk_group": 2}),
+        ("rope_factor", {"rope_parameters": {**DEEPSEEK.rope_parameters, "factor": 10.0}}),
+        ("rope_mscale", {"rope_parameters": {**DEEPSEEK.rope_parameters, "mscale": 0.5, "mscale_all_dim": 0.5}}),
+    ],
+}
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def title(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def live(title: str) -> tuple[LiveWeights, TorchTitanNames]:
+    """A model of TorchTitan as its flavor makes it, and its names in Hugging Face."""
+    made = build_titan_model(title)
+    if hasattr(made.config, "original_seq_len"):  # 0.2 computes without YaRN for sequences that are not longer
+        made.config.max_seq_len = 2 * made.config.original_seq_len
+    return LiveWeights(made.make()), TorchTitanNames(made.adapter, ())
+
+
+def faults(live: tuple[LiveWeights, TorchTitanNames], config: dict[str, Any], *allowed: str) -> list[LoadFault]:
+    return compare_settings(live[0], Source.of(config, "config.json"), live[1], allowed)
+
+
+def test_a_model_that_computes_what_its_config_says_has_no_fault(title: str, live: Any) -> None:
+    assert faults(live, CONFIGS[title].to_dict()) == []
+
+
+def test_each_setting_that_differs_is_named_with_both_values(title: str, live: Any) -> None:
+    for name, changed in OTHERS[title]:
+        found = faults(live, {**CONFIGS[title].to_dict(), **changed})
+        assert name in [fault.name for fault in found], changed
+        assert all("in config.json" in fault.problem for fault in found)
+        assert faults(live, {**CONFIGS[title].to_dict(), **changed}, *(fault.name for fault in found)) == []
+
+
+def test_the_tables_of_the_reference_are_those_of_the_config(title: str, live: Any) -> None:
+    rope = Source.of(CONFIGS[title].to_dict(), "config.json").rope
+    assert rope is not None
+    reference = LiveWeights(Reference(build_titan_model(title).make, rope, "config.json")())
+    other = LiveWeights(build_titan_model(title).make()) if not title.startswith("deepseek") else live[0]
+    for name, table in other.transient().items():
+        right = reference.transient()[name]
+        torch.testing.assert_close(right[:32], table[:32], atol=1e-5, rtol=1e-5)
+
+
+def test_a_table_that_no_setting_explains_is_a_fault(title: str, live: Any) -> None:
+    with torch.no_grad():
+        for table in live[0].transient().values():
+            table[1] = table[2]
+    try:
+        (fault,) = faults(live, CONFIGS[title].to_dict())
+        assert (fault.code, fault.name) == ("rope-differs", "rope_parameters")
+    finally:
+        for table in live[0].transient().values():
+            table[1] = table[0]  # the models of other tests are others
+
+
+@pytest.fixture(scope="module")
+def jobs(assets: Assets, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
+    """Runs that start from a model by both ways, with settings of their own. Read only."""
+    root = tmp_path_factory.mktemp("settings")
+    hf, dcp = root / "hf", root / "dcp"
+    make_model(LLAMA, hf)
+    for file in assets.hf.glob("tokenizer*"):
+        (hf / file.name).write_bytes(file.read_bytes())
+    names = ["--layout", "torchtitan", "--titan_model", "llama3", "--titan_flavor", "debugmodel"]
+    assert main(["to-dcp", "--model", str(hf), "--checkpoint", str(dcp), *names, "--quiet"]) == 0
+    if not IS_0_3:
+        import torchtitan.models.llama3 as llama3
+
+        right = llama3.llama3_args["debugmodel"]
+        llama3.llama3_args["of_another_theta"] = dataclasses.replace(right, rope_theta=10000.0)
+        llama3.llama3_args["of_another_eps"] = dataclasses.replace(right, norm_eps=0.1)
+    jobs = {}
+    for flavor in ("of_another_theta", "of_another_eps"):
+        choice = f"--config=llama3_{flavor}" if IS_0_3 else f"--model.flavor={flavor}"
+        for way, source in {"to-dcp": [dcp], "in hf": [hf, "--checkpoint.initial_load_in_hf"]}.items():
+            options = [choice, "--training.steps=1", f"--checkpoint.initial_load_path={source[0]}", *source[1:]]
+            jobs[f"{flavor} {way}"] = Job(run=root / f"{flavor} {way}", options=options, hooks={"prove_load": True})
+    allowed = jobs["of_another_theta to-dcp"]
+    jobs["allowed"] = dataclasses.replace(allowed, run=root / "allowed", hooks={"allow_config": ["rope_*"]})
+    run_jobs(assets, 2, root, *jobs.values())
+    return jobs
+
+
+@pytest.mark.parametrize("way", ["to-dcp", "in hf"])
+@pytest.mark.parametrize(
+    ("flavor", "words"),
+    [
+        ("of_another_theta", ["rope_theta: 10000.0 in the trainer", "500000.0 in", "[rope-differs]"]),
+        ("of_another_eps", ["rms_norm_eps: 0.1 in the trainer", "1e-05 in", "[norm-eps-differs]"]),
+    ],
+)
+def test_a_trainer_that_computes_otherwise_does_not_start(
+    jobs: dict[str, Job], flavor: str, words: list[str], way: str
+) -> None:
+    error = error_of(jobs[f"{flavor} {way}"])
+    assert error.startswith("InitialLoadError")
+    assert all(word in error for word in words)
+    assert "allow_config=[" in error
+    assert "loss:" not in log_of(jobs[f"{flavor} {way}"])
+
+
+def test_it_starts_where_that_is_allowed_by_name(jobs: dict[str, Job]) -> None:
+    assert error_of(jobs["allowed"]) == ""
+    assert "elements) equal those of" in log_of(jobs["allowed"])
+
+
+def test_deepseek_starts_with_the_loss_of_its_model_or_not_at_all(assets: Assets, tmp_path: Path) -> None:
+    """0.2 leaves YaRN out where sequences are as short as these; 0.3 does not."""
+    hf, dcp = tmp_path / "hf", tmp_path / "dcp"
+    make_model(DEEPSEEK, hf)
+    names = ["--layout", "torchtitan", "--titan_model", "deepseek_v3", "--titan_flavor", small_models.DENSE]
+    assert main(["to-dcp", "--model", str(hf), "--checkpoint", str(dcp), *names, "--quiet"]) == 0
+    choice = (
+        ["--config=deepseek_v3_small"]
+        if IS_0_3
+        else ["--model.name=deepseek_v3", f"--model.flavor={small_models.DENSE}"]
+    )
+    options = [*choice, *FLOAT32, "--training.steps=1", f"--checkpoint.initial_load_path={dcp}"]
+    job = Job(run=tmp_path / "run", options=options, hooks={"prove_load": True}, within=partial(evaluated, 0))
+    run_jobs(assets, 2, tmp_path, job)
+    if IS_0_3:
+        assert error_of(job) == ""
+        assert losses_of(job.run)["main"] == pytest.approx(transformers_loss(hf), abs=1e-4)
+    else:
+        assert "rope_type: default in the trainer" in error_of(job)
+        assert "leaves YaRN out while training.seq_len (32)" in error_of(job)
