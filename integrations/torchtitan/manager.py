@@ -42,6 +42,7 @@ class HookedManager(CheckpointManager):
     _passed: frozenset[int] = frozenset()  # steps that turned out to be damaged
     _unrecorded: int | None = None
     _stopping = False
+    _other_decay = False  # the average may go on with a decay that is not the saved one
 
     def attach(self, options: CheckpointHooks, config: Any, parts: dict[str, Any]) -> None:
         """Attach the hooks, when the manager is made. All ranks; communicates.
@@ -51,6 +52,7 @@ class HookedManager(CheckpointManager):
             parts: What else the manager was made from.
         """
         refuse_unknown()
+        self._other_decay = options.ema_allow_other_decay
         dump_folder = Path(parts.get("base_folder") or ".")
         folder = dump_folder / config.folder
         enabled = getattr(
@@ -77,7 +79,9 @@ class HookedManager(CheckpointManager):
             keep_latest_k=config.keep_latest_k,
             saves=enabled and not config.load_only,
         )
-        if options.ema_decay is not None and (other := sorted(_AVERAGES_OF_TORCHTITAN & self.states.keys())):
+        if options.ema_decay is not None and (
+            other := sorted(_AVERAGES_OF_TORCHTITAN & getattr(self, "states", {}).keys())
+        ):
             log.warning("TorchTitan keeps an average itself (%s): this run has two, and saves both", ", ".join(other))
         if enabled:
             self.states.update(self._attached.states)
@@ -163,7 +167,7 @@ class HookedManager(CheckpointManager):
             super().dcp_load(state_dict, checkpoint_id, *args, **kwargs)
             return
         state_dict = watch.before(state_dict, path, form)
-        keys = [*state_dict]
+        keys = [key for key in state_dict if key != COUNTERS or not self._other_decay]  # which are ours by now
         try:
             super().dcp_load(state_dict, checkpoint_id, *args, **kwargs)
         except (Exception, CheckpointException) as error:
