@@ -94,11 +94,9 @@ def describe(model: nn.Module) -> Blueprint:
 
     What a checkpoint must hold is what ``get_model_state_dict`` of torch gives: names, shapes and dtypes.
     """
-    from torch.distributed.checkpoint.state_dict import get_model_state_dict
-
     transient = set(non_persistent_buffers(model))
     buffers = {clean_fqn(name, model): buffer.detach() for name, buffer in model.named_buffers(remove_duplicate=False)}
-    state = {name: value for name, value in get_model_state_dict(model).items() if isinstance(value, Tensor)}
+    state = {name: value for name, value in _state_dict(model).items() if isinstance(value, Tensor)}
     config: Any = getattr(model, "config", None)
     return Blueprint(
         model_class=type(model).__name__,
@@ -109,6 +107,17 @@ def describe(model: nn.Module) -> Blueprint:
         tied=tied_weights(model),
         ignorable=(OLD_ROTARY, *sorted(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())),
     )
+
+
+def _state_dict(model: nn.Module) -> dict[str, Any]:
+    """``get_model_state_dict``; or the model's own, where that saves names that are no attributes of it."""
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+    try:
+        found: dict[str, Any] = get_model_state_dict(model)
+    except AttributeError:  # torch looks each name up: TorchTitan saves the parts of a fused projection apart
+        return {clean_fqn(name, model): value for name, value in model.state_dict().items()}
+    return found
 
 
 def model_of_directory(base: Path, *, trust_remote_code: bool = False) -> Any:
