@@ -7,6 +7,7 @@ torch deems safe is read by ``torch.load(weights_only=True)``.
 from __future__ import annotations
 
 import pickle
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from shardsmith.errors import (
 )
 from shardsmith.mapped import MappedFile
 from shardsmith.model_keys import KeyPath
+from shardsmith.printable import printable
 from shardsmith.tensors import Chunk, Shape
 from shardsmith.torch_files.state_pickle import MAX_STATE_PICKLE_BYTES, read_plain, read_state_pickle
 from shardsmith.torch_files.tensor_pickle import UnusualPickleError
@@ -173,6 +175,8 @@ def _load(file: MappedFile) -> Any:
     magic = file.bytes(0, min(4, file.size))
     if not magic.startswith((_ZIP, _PICKLE)):
         raise CorruptCheckpointError(file.path, f"begins with {magic!r}, as no file of torch.save does")
+    if magic == _ZIP:
+        _refuse_compressed(file.path)
     try:
         return torch.load(file.path, map_location="cpu", weights_only=True, mmap=magic == _ZIP)
     except pickle.UnpicklingError as error:
@@ -181,6 +185,22 @@ def _load(file: MappedFile) -> Any:
     except Exception as error:  # a dozen types, RuntimeError and EOFError among them
         fault = f"{type(error).__name__}: {error}".split("\n")[0]
         raise CorruptCheckpointError(file.path, f"is truncated, or no file of torch.save: {fault}") from error
+
+
+def _refuse_compressed(path: Path) -> None:
+    """torch.save compresses nothing; what is compressed may be a thousand times as large in memory."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise CorruptCheckpointError(path, f"is truncated, or no file of torch.save: {error}") from error
+    for member in members:
+        if member.compress_type != zipfile.ZIP_STORED:
+            raise UnsupportedFormatError(
+                path, f"{printable(member.filename)} is compressed, which torch.save never does"
+            )
+        if member.filename.endswith("data.pkl") and member.file_size > MAX_STATE_PICKLE_BYTES:
+            raise CorruptCheckpointError(path, f"describes its tensors in {member.file_size} bytes")
 
 
 def _tensors_in(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, Tensor]]:

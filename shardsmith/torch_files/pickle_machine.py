@@ -62,6 +62,9 @@ def read_pickle(data: bytes, path: Path, known: frozenset[Name], *, persistent_i
         CorruptCheckpointError: when it is no such pickle, is cut off, or has something behind its end.
     """
     machine = _Machine(data, path, known, persistent_ids)
+    containers = data.count(pickle.EMPTY_DICT) + data.count(pickle.EMPTY_LIST)
+    if containers > max(_FREE_CONTAINERS, len(data) // 4):  # each takes 64 bytes or so, and one byte of the file
+        raise machine.corrupt(f"it may make {containers} lists and dicts, which is more than what describes tensors")
     try:
         return machine.run()
     except (IndexError, KeyError, UnicodeDecodeError, struct.error) as error:
@@ -217,7 +220,7 @@ class _Machine:
         if type(target) is not dict or len(items) % 2:
             raise self.corrupt("an item is put into what is no dict")
         for key, value in zip(*[iter(items)] * 2, strict=True):
-            if type(key) not in _KEY_TYPES or key in target:
+            if type(key) not in _KEY_TYPES or (type(key) is int and abs(key) > _MAX_KEY) or key in target:
                 raise self.corrupt("a key of a dict occurs twice or is neither a string, a number nor a record")
             target[key] = value
 
@@ -246,6 +249,8 @@ class _Machine:
 
 
 _KEY_TYPES = (str, int, Made)
+_MAX_KEY = 1 << 31  # larger ones may be chosen so that all have one hash, and a dict of them takes quadratic time
+_FREE_CONTAINERS = 100_000
 _STOP = pickle.STOP[0]
 _MEMOIZE = pickle.MEMOIZE[0]
 _BINGET = pickle.BINGET[0]
