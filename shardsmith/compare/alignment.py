@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from shardsmith.export.base_layout import in_base_layout
+from shardsmith.export.config_fit import model_class_of
 from shardsmith.export.hf_directory import read_config
 from shardsmith.export.layout_rules import DECLARED, LayoutRule, LayoutRules
 from shardsmith.models import ModelSource
@@ -36,6 +37,10 @@ def aligned_source(
     classes = ClassNames.of_directory(base) if base is not None else None
     config = read_config(base) if base is not None else None
     named, found = matched_source(source, template, classes, names, config)
+    if config is not None and named.specs.keys() - template.keys():
+        model_class, _ = model_class_of(config)  # what it computes itself is in a state dict, and in no files
+        unsaved = model_class.unsaved if model_class is not None else ()
+        named = named.without(name for name in unsaved if name in named.specs and name not in template)
     layouts = LayoutRules(template, rules)
     laid_out = in_base_layout(named, layouts)
     if isinstance(laid_out, ModelSource):
