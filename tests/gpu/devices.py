@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import gc
 import multiprocessing
 import os
 import uuid
@@ -16,6 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+from shardsmith.process_end import finish
 
 VARIABLE = "SHARDSMITH_TEST_DEVICE"
 """Environment variable with the type of the device; ``python -m tests.gpu`` sets it, for the ranks, too."""
@@ -58,11 +59,8 @@ def _rank(
     dist.init_process_group(
         backend, init_method=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=timeout_secs)
     )
-    try:
-        body(*args)
-    finally:
-        gc.collect()  # FSDP1 modules are reference cycles that hold the group, whose threads would outlive it
-        dist.destroy_process_group()
+    body(*args)
+    finish(20.0)
 
 
 def delay_stream() -> None:
