@@ -14,7 +14,7 @@ TITANS = 0.2 0.3
 TITAN ?= torchtitan
 TITAN_READY = $(TITANS:%=.venv-titan-%/.ready)
 
-.PHONY: demo test test-titan canary families check coverage docs bench gpu gpu-wheels clean
+.PHONY: demo test test-oldest test-titan canary families check coverage docs bench gpu gpu-wheels clean
 .DELETE_ON_ERROR:
 
 $(READY): pyproject.toml setup.cfg
@@ -35,6 +35,16 @@ demo: $(READY)  ## two FSDP2 ranks train and export, are killed, come back and e
 test: $(READY) $(if $(TEST_ARGS),,$(TITAN_READY))  ## every test; with TEST_ARGS only those of the main environment
 	$(BIN)/python -m pytest $(TEST_ARGS)
 	$(if $(TEST_ARGS),,$(MAKE) test-titan)
+
+OLDEST_TESTS ?= tests/hooks/test_save.py tests/hooks/test_base.py tests/test_arguments.py tests/test_dtypes.py
+
+.venv-oldest/.ready: pyproject.toml setup.cfg tests/oldest_versions.py
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet $$($(PYTHON) tests/oldest_versions.py) --editable ".[dev]"
+	touch $@
+
+test-oldest: .venv-oldest/.ready  ## saves and resumes with the lowest versions that pyproject.toml accepts
+	.venv-oldest/bin/python -m pytest $(OLDEST_TESTS)
 
 test-titan: $(TITANS:%=test-titan-%)  ## the tests with the real TorchTitan, in each of its environments
 

@@ -15,6 +15,7 @@ from shardsmith.argument_types import Directory, Dtype, LocalPath, Seconds, Size
 from shardsmith.arguments import checked
 from shardsmith.checkpoints import committed_steps, set_aside, set_aside_unfinished
 from shardsmith.commit import prove_writable, remove, sweep
+from shardsmith.conversion.model_directory import find_model
 from shardsmith.errors import UsageError
 from shardsmith.export.export_files import find_export_damage
 from shardsmith.export.file_writer import choose_writer
@@ -94,8 +95,9 @@ class HFExport(Hook):
                 pattern of the names in the files, of which the first that matches decides:
                 ``{"*norm*": "float32", "*": "bfloat16"}``. What none matches is kept as it is.
             max_shard_size: Several files with an index if the weights are larger; None makes one file.
-            base_model: Local directory with config, tokenizer and so on, which are copied. Without one, config.json
-                and generation_config.json come from the live model, if it is one of transformers.
+            base_model: Local directory with config, tokenizer and so on, which are copied; or a name on the Hub of
+                what is in the local cache, such as ``"openai-community/gpt2"``. Without one, config.json and
+                generation_config.json come from the live model, if it is one of transformers.
             processor: Tokenizer or processor to save in each directory, instead of the base model's.
             ema_as: ``"file"`` puts ``ema.safetensors`` beside the main weights, ``"directory"`` makes ``step-<n>-ema``.
             trust_remote_code: Also copy the base model's Python files. They are not run.
@@ -140,7 +142,7 @@ class HFExport(Hook):
         self._on_exported = on_exported
         self._when_busy = when_busy
         self._on_error = on_error
-        self._base = Path(base_model) if base_model is not None else None
+        self._base = find_model(str(base_model), fetch=False) if base_model is not None else None
         files = ModelFiles(
             base=self._base,
             processor=processor,
