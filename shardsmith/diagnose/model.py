@@ -77,6 +77,11 @@ class _Look:
             read = TrainingSettings.read(self.questions.training_config)
             self.training = read.with_flags(self.questions.training_flags)
             yield from self.training.faults(self.subject)
+            if not self.training.names_a_checkpoint:
+                self.unseen.append(
+                    f"{self.training.file} names no initial_load_path: "
+                    "if the trainer does not get it as a flag either, nothing is loaded"
+                )
 
     def configs(self) -> Iterator[Finding]:
         """The recorded one, the trainer's, and that of the trainer's settings, each against the model's."""

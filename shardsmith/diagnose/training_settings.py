@@ -71,6 +71,11 @@ class TrainingSettings:
         """Where the tokenizer is taken from."""
         return self._path("model", "tokenizer_path") or self._path("model", "hf_assets_path")
 
+    @property
+    def names_a_checkpoint(self) -> bool:
+        """Whether they say which checkpoint is loaded at the start; a trainer may also get it as a flag."""
+        return self._table("checkpoint").get("initial_load_path") not in (None, "")
+
     def faults(self, subject: Subject) -> Iterator[Finding]:
         """Why the trainer would not start from this checkpoint."""
         settings = self._table("checkpoint")
@@ -78,8 +83,8 @@ class TrainingSettings:
         where = [f"{self.file}: [checkpoint]"]
         if not any(settings.get(name) is True for name in _ENABLED):
             yield one("initial-load-off", where, "enable = true", "checkpointing is off, and with it every load")
-        elif settings.get("initial_load_path") in (None, ""):
-            yield one("initial-load-off", where, f"initial_load_path = {str(subject.path)!r}", "no initial_load_path")
+        elif not self.names_a_checkpoint:
+            pass  # it may be given as a flag
         elif wanted is None or wanted.resolve() != subject.path.resolve():
             found = f"initial_load_path = {settings['initial_load_path']!r}"
             yield one("another-checkpoint-loaded", where, str(subject.path.resolve()), found)
