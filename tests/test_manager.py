@@ -395,7 +395,7 @@ def test_what_makes_no_sense_is_refused(saved: dict[str, Path], legacy: Path, tm
     with pytest.raises(UsageError, match="pass ema_decay"):
         ShardedCheckpointManager(tmp_path, model=nn.Linear(1, 1), ema=nn.Linear(1, 1))
     run = Run(tmp_path / "run", "none", ema_decay=0.5)
-    with pytest.raises(UsageError, match=r"holds an average with decay 0.9, this one has 0.5"):
+    with pytest.raises(UsageError, match=r"holds an average with decay 0.9, this one has decay 0.5"):
         run.manager.load_sharded_checkpoint(saved["dcp"])
     with pytest.raises(UnsupportedFormatError, match="use load_hf_checkpoint"):
         run.manager.load_sharded_checkpoint(make_bagel_base(tmp_path / "base"))
