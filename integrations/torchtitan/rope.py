@@ -62,7 +62,7 @@ class RopeOfConfig:
 
     def table_like(self, table: Tensor) -> Tensor | None:
         """The table of the same positions and layout as one of TorchTitan's; None for a layout that is not known."""
-        angles = torch.outer(torch.arange(table.shape[0], dtype=torch.float32), self.inv_freq)
+        angles = torch.outer(torch.arange(table.shape[0], dtype=torch.float32, device="cpu"), self.inv_freq)
         if table.is_complex() and table.shape == angles.shape:
             return torch.polar(torch.ones_like(angles), angles)
         if not table.is_complex() and table.shape == (angles.shape[0], 4 * angles.shape[1]):
