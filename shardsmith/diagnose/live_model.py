@@ -79,7 +79,10 @@ class LiveModel:
     @property
     def is_library_class(self) -> bool:
         """Whether its code is that of transformers, and not of whoever made the model."""
-        return type(self.module).__module__.startswith("transformers.")
+        import transformers
+
+        kind = type(self.module)
+        return getattr(transformers, kind.__name__, None) is kind
 
     @torch.no_grad()
     def answer(self, inputs: Mapping[str, Tensor]) -> Tensor:
