@@ -142,23 +142,7 @@ class HFExport(Hook):
         self._on_exported = on_exported
         self._when_busy = when_busy
         self._on_error = on_error
-        self._base = find_model(str(base_model), fetch=False) if base_model is not None else None
-        files = ModelFiles(
-            base=self._base,
-            processor=processor,
-            extra={name: Path(path) for name, path in (extra_files or {}).items()},
-            trust_remote_code=trust_remote_code,
-        )
         chosen = models if models != "all" else "both" if ema is not None else "main"
-        view = view_of(model, adapters)
-        if base_model is not None and isinstance(view, AdapterView):
-            raise UsageError(
-                "an adapter has no base model beside it: pass processor= for the tokenizer, not base_model="
-            )
-        check_source(source, checkpoints, is_adapter=view is not None)
-        self._answers = Answers(model, ema, verify_inputs) if verify == "load" else None
-        sizes: dict[str, Any] = {"dtype": dtype, "max_shard_size": max_shard_size}
-        self._state = LiveState(model, ema, files, names=names, view=view, **sizes)
         facts = alike(
             directory=self.directory.absolute(),
             when=when,
@@ -172,6 +156,24 @@ class HFExport(Hook):
         self.parts = Parts(model=model, average=ema, directory=self.directory, facts=facts)
         self._ranks, self._writer_ranks = Ranks(timeout_secs), Ranks(timeout_secs)  # one for each thread
         meet(self._ranks, "making HFExport", facts)
+        self._base: Path | None = None
+        if base_model is not None:
+            self._ranks.gather("finding the base model", lambda: self._find_base(str(base_model)))
+        files = ModelFiles(
+            base=self._base,
+            processor=processor,
+            extra={name: Path(path) for name, path in (extra_files or {}).items()},
+            trust_remote_code=trust_remote_code,
+        )
+        view = view_of(model, adapters)
+        if base_model is not None and isinstance(view, AdapterView):
+            raise UsageError(
+                "an adapter has no base model beside it: pass processor= for the tokenizer, not base_model="
+            )
+        check_source(source, checkpoints, is_adapter=view is not None)
+        self._answers = Answers(model, ema, verify_inputs) if verify == "load" else None
+        sizes: dict[str, Any] = {"dtype": dtype, "max_shard_size": max_shard_size}
+        self._state = LiveState(model, ema, files, names=names, view=view, **sizes)
         live = LiveSource(self._state, self._ranks, self._writer_ranks, choose_writer(write_mode, self._ranks))
         saved: CheckpointSource | None = None
         if checkpoints is not None:
@@ -188,6 +190,9 @@ class HFExport(Hook):
         if stages:
             self._state.unite(self._ranks)
         self._choose_source(source, live, saved)
+
+    def _find_base(self, name: str) -> None:
+        self._base = find_model(name, fetch=False)
 
     def on_train_begin(self, step: int) -> None:
         """After a resume, make the export of that step if it was due and the former run died before it was made.
