@@ -71,10 +71,12 @@ class LiveModel:
     @property
     def predicts_tokens(self) -> bool:
         """Whether it is a language model of the kind that a loss for the next token is taken of."""
-        config, name = self.module.config, type(self.module).__name__
+        config = self.module.config
         if getattr(config, "is_encoder_decoder", False) or self.module.main_input_name != "input_ids":
             return False
-        return name.endswith(("ForCausalLM", "LMHeadModel")) or name in _language_models()
+        names = [kind.__name__ for kind in type(self.module).__mro__]
+        known = any(name.endswith(("ForCausalLM", "LMHeadModel")) or name in _language_models() for name in names)
+        return known or "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
 
     @property
     def is_library_class(self) -> bool:
