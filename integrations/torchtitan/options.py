@@ -59,7 +59,7 @@ class CheckpointHooks:
     export_folder: str = "hf"
     """Where to, below the dump folder unless absolute. Not inside TorchTitan's checkpoint folder."""
     export_models: Literal["main", "ema", "both", "all"] = "all"
-    """Which weights to export. None: all there are."""
+    """Which weights to export; "all" is what there is."""
     export_ema_as: Literal["file", "directory"] = "directory"
     """The average as ema.safetensors beside the main weights, or as a directory of its own, step-<n>-ema."""
     export_dtype: str = "bfloat16"
