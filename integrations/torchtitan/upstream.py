@@ -7,6 +7,7 @@ parameters that are relied on are compared when the hooks are attached.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 from shardsmith.errors import UsageError
@@ -44,9 +45,16 @@ def differences(manager: type[Any]) -> list[str]:
             lines.append(f"there is no {name}")
             continue
         known = inspect.signature(method).parameters
+        if _hands_on(known.values()):
+            continue
         wanted = [*parameters, *([_KEYWORDS[name]] if name in _KEYWORDS else [])]
         lines += [f"{name} has no parameter {parameter}" for parameter in wanted if parameter not in known]
     return lines
+
+
+def _hands_on(parameters: Iterable[inspect.Parameter]) -> bool:
+    """Whether a method takes whatever it is given, as one does that a script has put around TorchTitan's."""
+    return {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD} <= {each.kind for each in parameters}
 
 
 def refuse_unknown(manager: type[Any] = CheckpointManager) -> None:

@@ -41,6 +41,15 @@ def test_a_parameter_that_was_renamed_is_an_error() -> None:
         refuse_unknown(Renamed)
 
 
+def test_a_method_that_a_script_has_wrapped_is_none() -> None:
+    class Wrapped(CheckpointManager):
+        def dcp_load(self, *args: Any, **kwargs: Any) -> None:
+            """Hands on what it is given."""
+            super().dcp_load(*args, **kwargs)
+
+    refuse_unknown(Wrapped)
+
+
 def test_the_trainer_ends_its_loop_when_it_is_told_to() -> None:
     trainer = trainer_of()
     assert "self.should_continue_training()" in inspect.getsource(trainer.train)
