@@ -25,6 +25,8 @@ ANSWER_SECS = 6.0
 LOST = "the connection to the job's store is lost; the rank or the launcher that held it has ended"
 _KNOWN_DEAD_SECS = 1.0  # for an answer of one that gave none before
 _FIRST_LOOK_SECS = 2.0  # how long a rank may keep others waiting until they look whether it is alive
+_FIRST_PAUSE_SECS, _LONGEST_PAUSE_SECS = 2e-4, 0.1
+_RANKS_PER_PAUSE = 64  # that many ask at full pace; more ask more rarely, so that the store's server can keep up
 _SLICE_SECS = 1.0
 _ASKED_AT_ONCE = 64
 _LONG_SECS = 86400.0  # stores count milliseconds in 32 bits
@@ -84,26 +86,42 @@ def await_keys(
     deadline, look = time.monotonic() + limit_secs, time.monotonic() + (0 if known_dead else _FIRST_LOOK_SECS)
     wanted = pending
     while pending:
-        left = min(look, deadline, time.monotonic() + _SLICE_SECS) - time.monotonic()
-        try:
-            store.wait(wanted, timedelta(seconds=max(0.01, left)))
+        if _are_there(store, wanted, min(look, deadline, time.monotonic() + _SLICE_SECS)):
             pending = pending[len(wanted) :]
-        except dist.DistNetworkError as error:
-            raise SilenceError([], LOST) from error
-        except RuntimeError as error:
+        else:
             late = time.monotonic() >= deadline or give_up()
             if late or time.monotonic() >= look:
                 limit = _KNOWN_DEAD_SECS if late or known_dead else ANSWER_SECS
-                _require_life(store, pending, rank_of, limit, error)
+                _require_life(store, pending, rank_of, limit)
                 look = time.monotonic() + max(_FIRST_LOOK_SECS, len(ranks) / 500)
             if late:
-                raise SilenceError([], None) from error
+                raise SilenceError([], None)
         wanted = pending[:1]  # to ask for all of them again would cost the store each time
 
 
-def _require_life(
-    store: Any, pending: list[str], rank_of: Mapping[str, int], limit_secs: float, error: RuntimeError
-) -> None:
+def _are_there(store: Any, keys: list[str], until: float) -> bool:
+    """Return whether the keys have come by a point in time of ``time.monotonic``.
+
+    Asks again and again: of a ``store.wait`` that ends without its keys torch prints warnings to stderr.
+
+    Raises:
+        SilenceError: the store is gone.
+    """
+    crowd = max(1.0, dist.get_world_size() / _RANKS_PER_PAUSE) if dist.is_initialized() else 1.0
+    pause, longest = _FIRST_PAUSE_SECS * crowd, _LONGEST_PAUSE_SECS * crowd
+    try:
+        while not store.check(keys):
+            left = until - time.monotonic()
+            if left <= 0:
+                return False
+            time.sleep(min(pause, left))
+            pause = min(longest, pause * 1.2)
+    except RuntimeError as error:  # DistNetworkError is one
+        raise SilenceError([], LOST) from error
+    return True
+
+
+def _require_life(store: Any, pending: list[str], rank_of: Mapping[str, int], limit_secs: float) -> None:
     """Raise SilenceError if one of the ranks that are missing has died, or if the store is gone."""
     try:
         asked = random.sample(pending, min(len(pending), _ASKED_AT_ONCE))
@@ -111,7 +129,7 @@ def _require_life(
     except RuntimeError as lost:
         raise SilenceError([], LOST) from lost
     if dead:
-        raise SilenceError(sorted(dead), "no sign of life; it died, hangs or is stopped") from error
+        raise SilenceError(sorted(dead), "no sign of life; it died, hangs or is stopped")
 
 
 def find_dead(ranks: Sequence[int], store: Any, limit_secs: float = ANSWER_SECS) -> list[int]:

@@ -14,6 +14,7 @@ import torch.multiprocessing as mp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from shardsmith.errors import RankError, RankFailedError, RanksDisagreeError, RankTimeoutError
+from shardsmith.liveness import SilenceError, await_keys
 from shardsmith.ranks import _DELETED_AT_ONCE, Ranks
 from tests.ranks import run_on_ranks
 
@@ -291,3 +292,12 @@ def run_large_values() -> None:
     error = caught(lambda: ranks.gather("telling", lambda: long if ranks.rank else ""))
     assert "too many to tell the other ranks" in error.failures[1]
     assert_in_step(ranks)
+
+
+def test_waiting_for_a_slow_rank_prints_nothing_of_torchs(capfd: pytest.CaptureFixture[str]) -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with pytest.raises(SilenceError):
+        await_keys(store.clone(), ["never"], [0], 1.5)
+    store.set("there", b"")
+    await_keys(store.clone(), ["there"], [0], 1.5)
+    assert capfd.readouterr().err == ""

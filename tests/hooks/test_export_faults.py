@@ -143,7 +143,7 @@ def test_a_rank_without_memory_to_stage_into_fails_that_export_alone(tmp_path: P
 
 
 def run_without_memory(directory: Path) -> None:
-    run = Run(directory, rows=9000)  # shards of 37 MB: more than has been freed so far
+    run = Run(directory, rows=30000)  # shards of 123 MB: more than has been freed so far
     if dist.get_rank() == 1:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         limit(resource.RLIMIT_AS, pages * resource.getpagesize() + MiB)

@@ -172,7 +172,7 @@ def test_a_step_that_was_not_saved_is_an_error_that_says_what_to_do(tmp_path: Pa
 @pytest.mark.parametrize(
     "options",
     [{"source": "checkpoint"}, {"source": "disk"}, {"source": "live", "checkpoints": multiples_of}],
-    ids=str,
+    ids=["checkpoint", "disk", "live"],
 )
 def test_a_source_that_makes_no_sense_is_refused(tmp_path: Path, options: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=r"source=|checkpoints="):
