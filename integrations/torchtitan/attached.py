@@ -211,7 +211,7 @@ def _say_what_routes(names: TorchTitanNames, model: nn.Module, options: Checkpoi
         return
     what = (
         f"{lost[0]} and {len(lost) - 1} more choose experts in training, and the files of the exported model have no "
-        "place for them: an export sends some tokens to other experts than the run does, and more with each step"
+        "place for them: as soon as they are not zero, an export sends some tokens to other experts than the run does"
     )
     if options.export_router_bias == "refuse":
         raise UsageError(f"checkpoint_hooks: {what}. Set load_balance_coeff=None, or export_router_bias=leave_out")

@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from shardsmith.initial.faults import LoadFault
 from shardsmith.initial.live_weights import LiveWeights
@@ -154,9 +155,10 @@ def _why(model: nn.Module, name: str, value: Any) -> str:
 
 
 def _angle_faults(model: nn.Module, rope: RopeOfConfig, origin: str) -> Iterator[LoadFault]:
-    for _, _, table in _tables(model):
-        right = rope.table_like(table)
-        if right is None or table.is_meta or table.shape[0] < 2:
+    for _, _, buffer in _tables(model):
+        table = _whole(buffer)
+        right = rope.table_like(table) if table is not None else None
+        if table is None or right is None or table.is_meta or table.shape[0] < 2:
             continue
         found, expected = _first_turn(table.cpu()), _first_turn(right)
         apart = (found - expected).abs() > _RELATIVE * expected.abs() + 1e-12
@@ -171,6 +173,14 @@ def _angle_faults(model: nn.Module, rope: RopeOfConfig, origin: str) -> Iterator
             words = f"attention is scaled by {scale:g} in the trainer ({where}), by {rope.scale:g} in {origin}"
             yield LoadFault("rope-differs", "rope_mscale", words)
             return
+
+
+def _whole(table: Tensor) -> Tensor | None:
+    """A table as a plain tensor; None if this rank has a part of it. 0.3 keeps it on the mesh of tensor parallelism."""
+    if not isinstance(table, DTensor):
+        return table
+    local: Tensor = table.to_local()
+    return local if local.shape == table.shape else None
 
 
 def _first_turn(table: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 ``small_moe`` has experts. ``small`` is the debugmodel with fewer layers; in 0.2 also without its tie, because FSDP2 of
 the torch that we test with refuses what TorchTitan 0.2.2 does with tied weights. ``small_tied`` has it in both, and
 ``small_without_norms`` lacks the norms of queries and keys. DeepSeek's ``small`` has two layers and the router that
-transformers has, which the debugmodel has not.
+transformers has, which the debugmodel has not. ``of_another_theta`` and ``of_another_eps`` are Llama's debugmodel with
+one setting changed; in 0.3 tests/titan/configs.py has them.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import dataclasses
 from typing import Any
 
 import torchtitan.models.deepseek_v3 as deepseek
+import torchtitan.models.llama3 as llama3
 import torchtitan.models.qwen3 as qwen3
 
 from tests.titan.cpu import IS_0_3
@@ -20,6 +22,8 @@ DENSE, MOE, TIED_DENSE, WITHOUT_NORMS = "small", "small_moe", "small_tied", "sma
 TIED = IS_0_3
 LAYERS, EXPERTS, CHOSEN, WIDTH = 2, 8, 2, 64
 SCALE = 2.5
+BALANCE = 0.02
+"""How far a step moves the bias of a router. Twenty times TorchTitan's, so that a few steps tell."""
 
 
 def _config(attn_backend: str, moe_comm_backend: str = "standard") -> Any:
@@ -38,13 +42,17 @@ def _config(attn_backend: str, moe_comm_backend: str = "standard") -> Any:
         moe_comm_backend=moe_comm_backend,
         rope=config.layers[0].attention.rope,
     )
+    for layer in config.layers:
+        layer.moe.load_balance_coeff = BALANCE
     return config
 
 
 def _arguments() -> Any:
     """0.2."""
     full = qwen3.qwen3_args["debugmodel_moe"]
-    experts = dataclasses.replace(full.moe_args, num_experts=EXPERTS, top_k=CHOSEN, use_grouped_mm=False)
+    experts = dataclasses.replace(
+        full.moe_args, num_experts=EXPERTS, top_k=CHOSEN, use_grouped_mm=False, load_balance_coeff=BALANCE
+    )
     return dataclasses.replace(full, n_layers=LAYERS, moe_inter_dim=WIDTH, moe_args=experts)
 
 
@@ -100,4 +108,9 @@ else:
         DENSE: dataclasses.replace(full, enable_weight_tying=TIED),
         TIED_DENSE: full,
         WITHOUT_NORMS: dataclasses.replace(full, qk_norm=False),
+    }
+    right = llama3.llama3_args["debugmodel"]
+    llama3.llama3_args |= {
+        "of_another_theta": dataclasses.replace(right, rope_theta=10000.0),
+        "of_another_eps": dataclasses.replace(right, norm_eps=0.1),
     }

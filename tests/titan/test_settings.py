@@ -169,12 +169,6 @@ def jobs(assets: Assets, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         (hf / file.name).write_bytes(file.read_bytes())
     names = ["--layout", "torchtitan", "--titan_model", "llama3", "--titan_flavor", "debugmodel"]
     assert main(["to-dcp", "--model", str(hf), "--checkpoint", str(dcp), *names, "--quiet"]) == 0
-    if not IS_0_3:
-        import torchtitan.models.llama3 as llama3
-
-        right = llama3.llama3_args["debugmodel"]
-        llama3.llama3_args["of_another_theta"] = dataclasses.replace(right, rope_theta=10000.0)
-        llama3.llama3_args["of_another_eps"] = dataclasses.replace(right, norm_eps=0.1)
     jobs = {}
     for flavor in ("of_another_theta", "of_another_eps"):
         choice = f"--config=llama3_{flavor}" if IS_0_3 else f"--model.flavor={flavor}"
