@@ -147,6 +147,18 @@ def test_every_former_name_of_an_option_is_taken(command: str) -> None:
         assert with_present_names(command, [f"{former}=x", "x"]) == [f"{name}=x", "x"]
 
 
+def test_a_flag_that_took_a_value_formerly_still_does() -> None:
+    for value, present in {"True": ["--trained"], "False": ["--no-trained"], "None": []}.items():
+        for former in ([f"--trained={value}"], ["--trained", value]):
+            assert with_present_names("diagnose", ["--level", "all", *former, "--json"]) == [
+                *("--level", "all"),
+                *present,
+                "--json",
+            ]
+    for arguments in (["--trained", "--json"], ["--trained"], ["--config", "True"]):
+        assert with_present_names("diagnose", arguments) == arguments
+
+
 def test_the_version_is_that_of_the_package_and_needs_no_torch() -> None:
     code = f"import atexit, sys; atexit.register(lambda: print({HEAVY!r} & set(sys.modules)))\n"
     ran = python("-c", f"{code}from shardsmith.cli import main; main(['--version'])")

@@ -60,7 +60,7 @@ def test_a_reshape_without_a_permutation_is_found_by_value_under_its_own_code(
 ) -> None:
     base = make_bagel_base(tmp_path / "base", WEIGHTS | {PATCHES: of_base})
     checkpoint = save(tmp_path / "checkpoint", trained(RESHAPED) if moved else RESHAPED)
-    options = ("--level", "values", *(("--trained", "True") if moved else ()))
+    options = ("--level", "values", *(("--trained",) if moved else ()))
     code, found = diagnosed(checkpoint, base, capsys, *options)
     assert (code, codes(found, "findings")) == (1, {"patches-not-permuted"})
     assert found["findings"][0]["where"] == [PATCHES]

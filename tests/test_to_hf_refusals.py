@@ -290,7 +290,7 @@ def test_a_base_without_config_is_refused(place: Place, capsys: pytest.CaptureFi
 
 def test_a_base_that_is_no_directory_is_refused(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(place.base)
-    assert_refused(place, capsys, CheckpointNotFoundError, f"{place.base}: the base model must be a local directory")
+    assert_refused(place, capsys, CheckpointNotFoundError, f"{place.base}: there is no such file or directory")
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "\0"], ids=ascii)

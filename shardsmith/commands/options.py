@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -29,16 +29,32 @@ FORMER_NAMES = {
 }
 """By command: former name of an option, which is still accepted -> its name. Underscores count as dashes."""
 
+FORMER_VALUES = {"diagnose": {"--trained": {"True": "--trained", "False": "--no-trained", "None": None}}}
+"""By command and option, which is a flag today: a value that it took formerly -> the flag; None: as if not given."""
+
 
 def with_present_names(command: str, arguments: Sequence[str]) -> list[str]:
-    """Replace former names of options by present ones."""
+    """Replace former spellings of options by present ones."""
     former = FORMER_NAMES.get(command, {})
     found = []
     for argument in arguments:
         name, equals, value = argument.partition("=")
         known = former.get(name.replace("_", "-"))
         found.append(argument if known is None else f"{known}{equals}{value}")
-    return found
+    return _without_former_values(FORMER_VALUES.get(command, {}), found)
+
+
+def _without_former_values(former: Mapping[str, Mapping[str, str | None]], arguments: Sequence[str]) -> list[str]:
+    found: list[str | None] = []
+    for argument in arguments:
+        option, equals, value = argument.partition("=")
+        if equals and value in former.get(option, ()):
+            found.append(former[option][value])
+        elif found and (last := found[-1]) is not None and argument in former.get(last, ()):
+            found[-1] = former[last][argument]
+        else:
+            found.append(argument)
+    return [argument for argument in found if argument is not None]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -101,7 +101,7 @@ CODES: dict[str, Code] = {
     "values-differ": Code(
         "warning",
         "unknown: these are other weights",
-        "check the revision of the model; if this checkpoint was trained, say --trained True",
+        "check the revision of the model; if this checkpoint was trained, say --trained",
     ),
     "ema-equals-main": Code("warning", "none in training; the average is none", "update the EMA after each step"),
     "ema-never-moved": Code(

@@ -1,8 +1,9 @@
-"""What is one tensor under two names, as far as config and names tell."""
+"""What is one tensor under two names: as the class says; where none is known, as far as config and names tell."""
 
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from shardsmith.export.hf_directory import ties_word_embeddings
 from shardsmith.name_maps.class_names import ClassNames
 from shardsmith.tensors import TensorSpec
 
-_HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
+_HEADS = (".lm_head.weight", ".embed_out.weight", ".output.weight")
+_IN_LAYER = re.compile(r"\.[0-9]+\.")
 _EMBEDDINGS = (
     "embed_tokens.weight",
     "wte.weight",
@@ -29,35 +31,46 @@ def embedding_of(specs: Mapping[str, TensorSpec]) -> str | None:
 
 def head_of(specs: Mapping[str, TensorSpec]) -> str | None:
     """The output embedding, if there is one that is called like one."""
-    return next((name for name in specs if name.endswith(_HEADS)), None)
+    return next((name for name in specs if f".{name}".endswith(_HEADS) and not _IN_LAYER.search(name)), None)
 
 
 def tied_names(reference: Reference, specs: Mapping[str, TensorSpec]) -> dict[str, str]:
     """Names that need not be in the model's files: alias -> the name that is kept there.
 
-    Output embedding -> input embedding, where the config ties them; and of names that the model's files lack, what the
-    class ties. A config need not say so: where the files lack the output embedding and nothing contradicts, it is tied.
+    What the class ties. It is asked only where that can matter: names alone suggest a tie, or the files lack a tensor.
+    Where no class is known: output embedding -> input embedding, if the config ties them or is silent and the files
+    lack the output embedding.
     """
-    found = _by_config(reference, specs)
-    if any(name not in reference.specs and name not in found for name in specs):
-        found |= class_ties(reference.path, reference.specs, specs)
-    return found
+    guessed = _by_config(reference, specs)
+    if not guessed and all(name in reference.specs for name in specs):
+        return {}
+    tied = _tied_in_class(reference.path)
+    return guessed if tied is None else _aliases(tied, reference.specs, specs)
 
 
 def class_ties(base: Path, listed: Mapping[str, TensorSpec], specs: Mapping[str, TensorSpec]) -> dict[str, str]:
     """What the class of a directory's config ties, of names that its files do not list: alias -> kept name."""
+    found = _aliases(_tied_in_class(base) or {}, listed, specs)
+    return {name: kept for name, kept in found.items() if name not in listed}
+
+
+def _aliases(
+    tied: Mapping[str, str], listed: Mapping[str, TensorSpec], specs: Mapping[str, TensorSpec]
+) -> dict[str, str]:
     from shardsmith.ties import tied_groups
 
     found: dict[str, str] = {}
-    for group in tied_groups(_tied_in_class(base), {**specs, **listed}):
+    for group in tied_groups(tied, {**specs, **listed}):
         kept = next((name for name in group if name in listed), group[0])
-        found |= {name: kept for name in group if name != kept and name not in listed}
+        found |= {name: kept for name in group if name != kept}
     return found
 
 
 @functools.lru_cache(maxsize=4)
-def _tied_in_class(base: Path) -> Mapping[str, str]:
-    return ClassNames.of_directory(base).tied
+def _tied_in_class(base: Path) -> Mapping[str, str] | None:
+    """None where no class is known."""
+    names = ClassNames.of_directory(base)
+    return names.tied if names.is_known else None
 
 
 def _by_config(reference: Reference, specs: Mapping[str, TensorSpec]) -> dict[str, str]:

@@ -1,0 +1,134 @@
+"""Each kind of fault, planted into plain checkpoints of ten families: found and named on each level that can see it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
+from torch import Tensor
+
+from shardsmith.compare.verification import VerifyOptions, verify
+from shardsmith.diagnose import Questions, diagnose
+
+from .tiny import all_families, make_tiny
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+State = dict[str, Tensor]
+TIED = ("GPT2LMHeadModel", "BertForMaskedLM", "T5ForConditionalGeneration", "WhisperForConditionalGeneration")
+UNTIED = (
+    *("LlamaForCausalLM", "Qwen3MoeForCausalLM", "ViTForImageClassification", "Wav2Vec2ForCTC"),
+    *("CLIPModel", "Qwen2_5_VLForConditionalGeneration"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Specimen:
+    """A good model: its state dict, its base directory, and where faults are planted."""
+
+    state: State
+    base: Path
+    one: str
+    """A matrix that the files have under the same name."""
+    other: str
+    """Another of the same shape."""
+    alias: str | None
+    """A name that is tied to another, if there is one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """A kind of fault."""
+
+    codes: frozenset[str]
+    """It is found under one of these, and under no other."""
+    plant: Callable[[Specimen], State]
+    levels: tuple[str, ...] = ("values",)
+
+
+def changed(change: Callable[[Tensor], Tensor]) -> Callable[[Specimen], State]:
+    """The one matrix becomes another."""
+    return lambda good: good.state | {good.one: change(good.state[good.one].clone())}
+
+
+def with_element(value: float) -> Callable[[Tensor], Tensor]:
+    def change(matrix: Tensor) -> Tensor:
+        matrix[1, 2] = value
+        return matrix
+
+    return change
+
+
+BOTH = ("structure", "values")
+FAULTS = {
+    "missing": Fault(
+        frozenset({"missing-tensors"}), lambda g: {n: t for n, t in g.state.items() if n != g.one}, levels=BOTH
+    ),
+    "extra": Fault(
+        frozenset({"extra-tensors"}), lambda g: g.state | {f"{g.one}_too": g.state[g.one].clone()}, levels=BOTH
+    ),
+    "other shape": Fault(frozenset({"shape-differs"}), changed(lambda matrix: matrix[:-1].clone()), levels=BOTH),
+    "swapped": Fault(
+        frozenset({"tensors-swapped"}), lambda g: g.state | {g.one: g.state[g.other], g.other: g.state[g.one]}
+    ),
+    "permuted": Fault(frozenset({"values-reordered", "rows-permuted"}), changed(lambda matrix: matrix.roll(1, 0))),
+    "scaled": Fault(frozenset({"values-scaled"}), changed(lambda matrix: matrix * 1.5)),
+    "not a number": Fault(frozenset({"not-finite"}), changed(with_element(torch.nan))),
+    "one element": Fault(frozenset({"values-differ"}), changed(with_element(0.5))),
+    "a copy of another": Fault(frozenset({"tensors-swapped"}), lambda g: g.state | {g.one: g.state[g.other].clone()}),
+}
+
+
+@pytest.fixture(scope="module", params=(*TIED, *UNTIED))
+def good(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Specimen:
+    family = next(family for family in all_families() if family.kind == request.param)
+    model = make_tiny(family)
+    base = tmp_path_factory.mktemp("planted") / "base"
+    model.save_pretrained(base)
+    state: State = dict(model.state_dict())
+    files = load_file(base / "model.safetensors")
+    matrices: dict[torch.Size, list[str]] = {}
+    for name, tensor in files.items():
+        if tensor.dim() == 2 and min(tensor.shape) > 4 and name in state and "embed" not in name:
+            matrices.setdefault(tensor.shape, []).append(name)
+    one, other = next(names for names in matrices.values() if len(names) > 1)[:2]
+    alias = next((name for name in model.all_tied_weights_keys if name not in files and state[name].dim() == 2), None)
+    assert (alias is not None) == (request.param in TIED)
+    return Specimen(state, base, one, other, alias)
+
+
+def save(state: State, place: Path) -> Path:
+    dcp.save(dict(state), checkpoint_id=place, no_dist=True)
+    return place
+
+
+def assert_found(good: Specimen, checkpoint: Path, level: str, codes: frozenset[str], name: str) -> None:
+    found = diagnose(checkpoint, good.base, Questions(level=level))  # type: ignore[arg-type]
+    assert {finding.code for finding in found.faults} <= codes, found.faults
+    assert any(name in finding.where for finding in found.faults), found.faults
+    assert found.exit_code == 1
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_a_fault_is_found_and_named(kind: str, good: Specimen, tmp_path: Path) -> None:
+    fault = FAULTS[kind]
+    checkpoint = save(fault.plant(good), tmp_path / "checkpoint")
+    for level in fault.levels:
+        assert_found(good, checkpoint, level, fault.codes, f"{good.one}_too" if kind == "extra" else good.one)
+    assert not verify(checkpoint, good.base, VerifyOptions()).same
+
+
+def test_a_tie_to_another_tensor_is_found_and_named(good: Specimen, tmp_path: Path) -> None:
+    """Where the class ties nothing there is none to break: a good checkpoint has no finding."""
+    if good.alias is None:
+        found = diagnose(save(good.state, tmp_path / "good"), good.base, Questions(level="values"))
+        assert (found.faults, found.exit_code) == ((), 0)
+        return
+    state = good.state | {good.alias: good.state[good.alias].roll(3, 0)}
+    checkpoint = save(state, tmp_path / "checkpoint")
+    assert_found(good, checkpoint, "values", frozenset({"tie-broken"}), good.alias)
+    assert not verify(checkpoint, good.base, VerifyOptions()).same
