@@ -48,6 +48,8 @@ def read_config(base: Path) -> dict[str, Any]:
         CheckpointNotFoundError: it has none, and nobody can load weights without one.
         CorruptCheckpointError: it is no JSON object.
     """
+    if not base.exists():
+        raise CheckpointNotFoundError(base, "there is no such file or directory; give that of the original model")
     if not (base / CONFIG_FILE).is_file() and (base / "model_index.json").is_file():
         raise CheckpointNotFoundError(base, "is a pipeline of diffusers; give the folder of one model in it, as unet/")
     if not (base / CONFIG_FILE).is_file():

@@ -33,7 +33,9 @@ class Specimen:
     state: State
     base: Path
     one: str
-    """A matrix that the files have under the same name."""
+    """A matrix that is one in the files, too, perhaps under another name."""
+    in_files: str
+    """Its name there."""
     other: str
     """Another of the same shape."""
     alias: str | None
@@ -68,14 +70,15 @@ FAULTS = {
     "missing": Fault(
         frozenset({"missing-tensors"}), lambda g: {n: t for n, t in g.state.items() if n != g.one}, levels=BOTH
     ),
-    "extra": Fault(
-        frozenset({"extra-tensors"}), lambda g: g.state | {f"{g.one}_too": g.state[g.one].clone()}, levels=BOTH
-    ),
+    "extra": Fault(frozenset({"extra-tensors"}), lambda g: g.state | {f"{g.one}_too": g.state[g.one] + 1}, levels=BOTH),
     "other shape": Fault(frozenset({"shape-differs"}), changed(lambda matrix: matrix[:-1].clone()), levels=BOTH),
     "swapped": Fault(
         frozenset({"tensors-swapped"}), lambda g: g.state | {g.one: g.state[g.other], g.other: g.state[g.one]}
     ),
-    "permuted": Fault(frozenset({"values-reordered", "rows-permuted"}), changed(lambda matrix: matrix.roll(1, 0))),
+    "permuted": Fault(
+        frozenset({"values-reordered", "rows-permuted", "vocabulary-shifted"}),
+        changed(lambda matrix: matrix.roll(1, 0)),
+    ),
     "scaled": Fault(frozenset({"values-scaled"}), changed(lambda matrix: matrix * 1.5)),
     "not a number": Fault(frozenset({"not-finite"}), changed(with_element(torch.nan))),
     "one element": Fault(frozenset({"values-differ"}), changed(with_element(0.5))),
@@ -91,14 +94,21 @@ def good(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     model.save_pretrained(base)
     state: State = dict(model.state_dict())
     files = load_file(base / "model.safetensors")
+    in_files = {_contents(tensor): name for name, tensor in files.items()}
     matrices: dict[torch.Size, list[str]] = {}
-    for name, tensor in files.items():
-        if tensor.dim() == 2 and min(tensor.shape) > 4 and name in state and "embed" not in name:
+    tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad} - tied
+    for name, tensor in state.items():
+        if tensor.dim() == 2 and min(tensor.shape) > 4 and _contents(tensor) in in_files and name in trained:
             matrices.setdefault(tensor.shape, []).append(name)
     one, other = next(names for names in matrices.values() if len(names) > 1)[:2]
     alias = next((name for name in model.all_tied_weights_keys if name not in files and state[name].dim() == 2), None)
     assert (alias is not None) == (request.param in TIED)
-    return Specimen(state, base, one, other, alias)
+    return Specimen(state, base, one, in_files[_contents(state[one])], other, alias)
+
+
+def _contents(tensor: Tensor) -> tuple[torch.Size, bytes]:
+    return tensor.shape, tensor.numpy().tobytes()
 
 
 def save(state: State, place: Path) -> Path:
@@ -118,7 +128,7 @@ def test_a_fault_is_found_and_named(kind: str, good: Specimen, tmp_path: Path) -
     fault = FAULTS[kind]
     checkpoint = save(fault.plant(good), tmp_path / "checkpoint")
     for level in fault.levels:
-        assert_found(good, checkpoint, level, fault.codes, f"{good.one}_too" if kind == "extra" else good.one)
+        assert_found(good, checkpoint, level, fault.codes, f"{good.one}_too" if kind == "extra" else good.in_files)
     assert not verify(checkpoint, good.base, VerifyOptions()).same
 
 
