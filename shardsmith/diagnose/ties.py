@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from shardsmith.diagnose.subject import Reference
-from shardsmith.export.hf_directory import ties_word_embeddings
+from shardsmith.export.config_fit import model_class_of
+from shardsmith.export.hf_directory import read_config, ties_word_embeddings
 from shardsmith.name_maps.class_names import ClassNames
 from shardsmith.tensors import TensorSpec
 
@@ -68,7 +69,10 @@ def _aliases(
 
 @functools.lru_cache(maxsize=4)
 def _tied_in_class(base: Path) -> Mapping[str, str] | None:
-    """None where no class is known."""
+    """By names in memory and in files; None where no class is known."""
+    model_class, _ = model_class_of(read_config(base))
+    if model_class is not None:
+        return model_class.tied
     names = ClassNames.of_directory(base)
     return names.tied if names.is_known else None
 
