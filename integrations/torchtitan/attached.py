@@ -107,8 +107,11 @@ class Attached:
         self._trainer.should_continue_training = lambda: False
 
     def record_found(self, step: int, path: Path) -> None:
-        """Give a manifest to a step that was saved without the hooks. All ranks; returns at once."""
-        if self.recorder is not None:
+        """Give a manifest to a step that was saved without the hooks. All ranks; returns at once.
+
+        Not to one that is a link: its files are in a place that is not this run's.
+        """
+        if self.recorder is not None and not path.is_symlink():
             self.recorder.saved(step, path, None, has_average=AVERAGES in stored_keys(path))
 
     def close(self) -> None:

@@ -111,6 +111,7 @@ def test_a_run_that_was_begun_without_an_average_goes_on_with_one(
     run_jobs(assets, 2, tmp_path, resumed)
     assert error_of(resumed) == ""
     assert "holds no average" in log_of(resumed)
+    assert not (runs["plain"].run / "checkpoint" / "step-2" / "metadata.json").exists()
     step = resumed.run / "checkpoint" / "step-3"
     assert int(value_of(step, "ema_state.updates")) == 1
     assert torch.equal(tensors_of(step, "ema")["norm.weight"], tensors_of(step)["norm.weight"])
