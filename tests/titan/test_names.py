@@ -110,7 +110,7 @@ def test_an_adapter_that_knows_a_tie_is_not_changed_by_asking_it() -> None:
         ("llama3/7B", UsageError, "no flavor '7B'; it has debugmodel"),
         ("llama9/debugmodel", UsageError, "'llama9' cannot be imported"),
         ("llama3", UsageError, "as in llama3/debugmodel"),
-        ("", UsageError, "--titan_flavor"),
+        ("", UsageError, "--titan-flavor"),
     ],
 )
 def test_what_cannot_be_translated_is_said(title: str, error: type[ShardsmithError], words: str) -> None:
