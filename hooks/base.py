@@ -127,7 +127,6 @@ class Hooks:
         self._open = True
         self._ended = False
         self._rank, self._size = rank_and_size()
-        self._name = own_name()
         self._own_errors: list[Exception] = []  # raised by hooks that were told of a save; not yet passed on
         self._signals = StopSignals([stop_on] if isinstance(stop_on, signal.Signals) else stop_on)
         self._agreement = StepAgreement() if stop_on or self._size == 1 else None  # else when a hook needs it
@@ -262,9 +261,13 @@ class Hooks:
             try:
                 self._close()
             finally:
-                if not broken_off:  # rank 0 may hold the store that the others still read
-                    meet(f"{self._name}/end", _FAREWELL_SECS)
+                if not broken_off and self._spans_ranks():  # rank 0 may hold the store that the others still read
+                    meet(f"{own_name()}/end", _FAREWELL_SECS)
             self._raise_errors({})
+
+    def _spans_ranks(self) -> bool:
+        """Return whether a hook communicates. Hooks of an average alone may be one rank's own."""
+        return self._agreement is not None or any(hook.parts.directory for hook in self.hooks)
 
     def _close(self) -> None:
         """Close every hook, also when one of them raises; the first error is raised in the end."""

@@ -86,7 +86,7 @@ class Start:
     def _check(self, hooks: Sequence[Hook]) -> None:
         if not self._is_checked:
             _, size = rank_and_size()
-            self._ranks = Ranks() if size > 1 and any(hook.parts.facts for hook in hooks) else None
+            self._ranks = Ranks() if size > 1 and any(hook.parts.directory for hook in hooks) else None
             check_wiring(hooks, self._ranks)
             self._is_checked = True
 

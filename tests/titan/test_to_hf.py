@@ -84,7 +84,7 @@ def test_from_pretrained_loads_all_of_it(runs: Path, base: Path) -> None:
         ([], "say which one it is, as in --titan-model"),
         (["--names", "torchtitan"], "which of TorchTitan's models"),
         (["--titan-model", "llama3"], "go together"),
-        ([*TITAN, "--names", "transformers"], "two answers"),
+        ([*TITAN, "--names", "transformers"], "exclude each other"),
         (["--titan-model", "qwen3", "--titan_flavor", "debugmodel"], "not the base model"),
         (["--titan-model", "llama3", "--titan_flavor", "8B"], "not the base model"),
     ],
