@@ -19,6 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from shardsmith.digest import digest_tensor
 from shardsmith.errors import CheckpointNotFoundError, MismatchError, ProtectedPathError, UsageError, WriteError
 from shardsmith.hooks import EMA, HFExport, Hooks, at, every, last, latest
+from shardsmith.metadata import SEAL
 from tests.hooks.live_models import CASES, STEP, Case, run_cases
 from tests.ranks import run_on_ranks
 from tests.trained_runs import TOKENS, answers, build, config_of, loaded_logits, make_base
@@ -91,10 +92,10 @@ def test_the_bytes_are_the_same_when_each_file_is_written_by_one_rank(exported: 
 
 
 def read_files(directory: Path) -> dict[str, Any]:
-    """Content by name; without what says when the export was made."""
+    """Content by name; without what says when the export was made, and the hash that covers it."""
     found: dict[str, Any] = {name: (directory / name).read_bytes() for name in names(directory)}
     for name in [name for name in found if name.endswith("shardsmith.json")]:
-        found[name] = {**json.loads(found[name]), "created_at": None, "source": None}
+        found[name] = {**json.loads(found[name]), "created_at": None, "source": None, SEAL: None}
     return found
 
 

@@ -22,7 +22,7 @@ def test_a_host_that_dies_while_it_writes_leaves_nothing_torn_and_the_next_run_g
         with two_hosts() as hosts:
             error = lose_a_host(tmp_path, hosts, dying, kind, step, unplugged)
         assert error.startswith("RankTimeoutError: ")
-        assert f"no word from rank {dying} within 5 s" in error
+        assert f"no word from rank {dying} " in error
         assert step not in whole_steps(tmp_path / kind)
     with two_hosts() as hosts:
         for host in hosts:

@@ -6,6 +6,7 @@ python -m tests.soak.ends COUNT [--bare]: ``--bare`` ends without ``finish``, to
 from __future__ import annotations
 
 import gc
+import os
 import shutil
 import sys
 import tempfile
@@ -31,6 +32,9 @@ def run_script(kind: str, folder: Path, *, bare: bool) -> None:
     """Train two steps, save and export, gather something, end."""
     accelerator: Any = None
     if kind == "accelerate":
+        place = {"RANK": dist.get_rank(), "LOCAL_RANK": dist.get_rank(), "WORLD_SIZE": RANKS}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # asked for, and not used: the group is there
+        os.environ.update({name: str(value) for name, value in place.items()})  # as its launcher does
         accelerator = Accelerator(cpu=True)
         model = build("none")
         model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
