@@ -14,15 +14,13 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from shardsmith.errors import UsageError
+from shardsmith.export.adapters import ADAPTER_WEIGHTS, without_adapter
 from shardsmith.layout import MAIN_WEIGHTS
 from shardsmith.model_keys import EMA as AVERAGE
 from shardsmith.model_keys import MAIN
 from shardsmith.names import clean_fqn, unwrapped
 
 from .ema import EMA
-
-ADAPTER_WEIGHTS = "adapter_model"
-"""Stem of the weight files of an adapter, as peft names it."""
 
 
 class AdapterView:
@@ -128,17 +126,7 @@ class MergedView:
         """Nothing more."""
 
     def _name(self, fqn: str) -> str | None:
-        """The name without what peft puts into it; None for what is its own."""
-        for path in self._replaced:
-            if fqn.startswith(f"{path}."):
-                inside = fqn.removeprefix(f"{path}.")
-                active = f"modules_to_save.{self._model.active_adapter}."
-                return f"{path}.{inside.removeprefix(active)}" if inside.startswith(active) else None
-        for path in self._tuned:
-            if fqn.startswith(f"{path}."):
-                inside = fqn.removeprefix(f"{path}.")
-                return f"{path}.{inside.removeprefix('base_layer.')}" if inside.startswith("base_layer.") else None
-        return fqn
+        return without_adapter(fqn, self._tuned, self._replaced, self._model.active_adapter)
 
     @torch.no_grad()
     def _merged(self) -> dict[str, Tensor]:

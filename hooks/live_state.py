@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from shardsmith.commit import writing
 from shardsmith.dtypes import parse_dtypes
 from shardsmith.errors import MismatchError
+from shardsmith.export.base_comparison import fit, measure_of
 from shardsmith.export.base_files import choose_files
 from shardsmith.export.base_template import BaseTemplate, read_template
 from shardsmith.export.config_fit import model_class_of
 from shardsmith.export.directory import DirectoryPlan, Measure, ModelPlan, Origin, plan_model
 from shardsmith.export.hf_directory import main_stem, read_config
 from shardsmith.export.live import LiveModel
-from shardsmith.export.plan import fit, measure_of, origin_of
+from shardsmith.export.plan import origin_of
 from shardsmith.formats.by_path import open_source
 from shardsmith.initial.blueprint import plain_config
 from shardsmith.initial.live_weights import model_state_dict

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -166,16 +166,7 @@ class MergedSource:
         return {name: place for name, place in places.items() if self._has(place[1])}
 
     def _plain_name(self, fqn: str) -> str | None:
-        """The name without what peft puts into it; None for the adapter's own tensors."""
-        for path in self._copies:
-            if fqn.startswith(f"{path}."):
-                inside, active = fqn.removeprefix(f"{path}."), f"modules_to_save.{self._adapter.name}."
-                return f"{path}.{inside.removeprefix(active)}" if inside.startswith(active) else None
-        for path in self._layers:
-            if fqn.startswith(f"{path}."):
-                inside = fqn.removeprefix(f"{path}.")
-                return f"{path}.{inside.removeprefix('base_layer.')}" if inside.startswith("base_layer.") else None
-        return fqn
+        return without_adapter(fqn, self._layers, self._copies, self._adapter.name)
 
     def _has(self, fqn: str) -> bool:
         return fqn in self._keys or (self._base is not None and self._base_name(fqn) in self._base.specs)
@@ -217,6 +208,25 @@ def open_merged(source: ModelSource, checkpoint: Path, base: Path) -> ModelSourc
         return source
     weights = open_source(base) if MAIN in model_names(base) else None
     return AdapterCheckpoint(checkpoint, base, source).merged(weights)
+
+
+def without_adapter(fqn: str, tuned: Iterable[str], replaced: Iterable[str], adapter: str) -> str | None:
+    """Return the name without what peft puts into it; None for the adapter's own tensors.
+
+    Args:
+        tuned: Paths of the layers that the adapter changes.
+        replaced: Paths of the modules of which it trains a copy.
+        adapter: Its name.
+    """
+    for path in replaced:
+        if fqn.startswith(f"{path}."):
+            inside, active = fqn.removeprefix(f"{path}."), f"modules_to_save.{adapter}."
+            return f"{path}.{inside.removeprefix(active)}" if inside.startswith(active) else None
+    for path in tuned:
+        if fqn.startswith(f"{path}."):
+            inside = fqn.removeprefix(f"{path}.")
+            return f"{path}.{inside.removeprefix('base_layer.')}" if inside.startswith("base_layer.") else None
+    return fqn
 
 
 def is_peft(source: ModelSource) -> bool:

@@ -13,15 +13,15 @@ import torch
 
 from shardsmith import layout
 from shardsmith.commit import refuse_existing
-from shardsmith.dtypes import DtypeChoice, is_quantized
-from shardsmith.errors import CheckpointNotFoundError, MismatchError, UnsupportedFormatError, UsageError
+from shardsmith.dtypes import DtypeChoice
+from shardsmith.errors import CheckpointNotFoundError, UnsupportedFormatError, UsageError
 from shardsmith.export.adapters import open_merged
+from shardsmith.export.base_comparison import differences, fit, measure_of
 from shardsmith.export.base_files import BaseFiles, choose_files
 from shardsmith.export.base_layout import in_base_layout, orders_of_patches
 from shardsmith.export.base_template import BaseTemplate, read_template
-from shardsmith.export.config_fit import QUANTIZATION, ConfigFit, fit_config, model_class_of, vocabulary_sizes
-from shardsmith.export.directory import DirectoryPlan, Measure, ModelPlan, Origin, plan_model
-from shardsmith.export.directory_check import refusal
+from shardsmith.export.config_fit import ConfigFit, model_class_of, vocabulary_sizes
+from shardsmith.export.directory import DirectoryPlan, ModelPlan, Origin, plan_model
 from shardsmith.export.hf_directory import main_stem, protect, read_config
 from shardsmith.export.layout_rules import DECLARED, LayoutRule, LayoutRules
 from shardsmith.export.model_class import ModelClass
@@ -36,9 +36,6 @@ from shardsmith.name_maps.matching import match_names
 from shardsmith.record.companion import companion_of, is_complete
 from shardsmith.tensors import TensorSpec
 from shardsmith.ties import broken_ties, find_ties
-
-_NAMED = 5
-"""How many names an advice lists."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -302,51 +299,6 @@ def _separate(source: ModelSource | TranslatedModel, plan: ModelPlan, model_clas
     return {alias: kept for alias, kept in broken.items() if {alias, kept} <= written}
 
 
-def fit(
-    path: Path,
-    plan: ModelPlan,
-    config: dict[str, Any],
-    template: BaseTemplate,
-    separate: Mapping[str, str],
-    allow: Sequence[str] = (),
-    live: Mapping[str, Any] | None = None,
-) -> ConfigFit:
-    """The config for these tensors, which are those of the base and of the class that the config names.
-
-    Args:
-        path: Where the tensors are from, for the errors.
-        separate, live: As ``fit_config`` takes them.
-
-    Raises:
-        MismatchError: they are not.
-    """
-    specs = {spec.name: spec for spec in plan.specs}
-    fitted = fit_config(config, specs, base=template.specs, separate=separate, live=live, allow=allow)
-    if not (fitted.is_exact and (_was_quantized(template.specs, fitted) or _has_grown(plan, template, fitted, live))):
-        compare_with_base(path, plan, template.specs, allow, fitted)
-    if fitted.problems:
-        raise MismatchError(path, *refusal(fitted))
-    return fitted
-
-
-def _has_grown(plan: ModelPlan, template: BaseTemplate, fitted: ConfigFit, live: Mapping[str, Any] | None) -> bool:
-    """Whether a live model is the base model with another vocabulary, or with a head of its own, as its config says."""
-    has_other_head = any(change.startswith("architectures") for change in fitted.changes)
-    kept = all(name in {spec.name for spec in plan.specs} | plan.aliases.keys() for name in template.specs)
-    return bool(live) and not fitted.is_another_model and (kept or has_other_head)
-
-
-def _was_quantized(template: Mapping[str, TensorSpec], fitted: ConfigFit) -> bool:
-    """Whether the base model is quantised and the tensors are not: then it has other names and shapes."""
-    has_scheme = any(QUANTIZATION in change for change in fitted.changes)
-    return has_scheme and any(is_quantized(spec) for spec in template.values())
-
-
-def measure_of(fitted: ConfigFit, template: BaseTemplate) -> Measure:
-    """What a plan was compared with."""
-    return Measure(fitted.measured_by, template.origin if template.specs else None, fitted.reason)
-
-
 def _choose_name_map(
     plan: ModelPlan, base: Path, config: dict[str, Any], template: Mapping[str, TensorSpec], options: ExportOptions
 ) -> NameMap | None:
@@ -361,7 +313,7 @@ def _choose_name_map(
     if options.names == "auto":
         _refuse_titan_names(plan, template)
         fused = any(len(spec.shape) > 2 and "experts" in spec.name for spec in plan.specs)
-        if not (_differences(plan, template, options.allow) if template else fused):
+        if not (differences(plan, template, options.allow) if template else fused):
             return None
     from shardsmith.name_maps.transformers import TransformersNames
 
@@ -392,81 +344,3 @@ def origin_of(checkpoint: Path) -> Origin:
     else:
         return Origin(name)
     return Origin(name, metadata.attempt, metadata.step, metadata.ema)
-
-
-def base_specs(base: Path) -> Mapping[str, TensorSpec]:
-    """The base model's own tensors, from its headers; empty if it comes without weights. See ``read_template``."""
-    return read_template(base).specs
-
-
-def compare_with_base(
-    path: Path,
-    plan: ModelPlan,
-    template: Mapping[str, TensorSpec],
-    allow: Sequence[str] = (),
-    fitted: ConfigFit | None = None,
-) -> None:
-    """Raise MismatchError if names or shapes are not those of the base model's weights.
-
-    Args:
-        fitted: Says which ways out lead to a right export, and which do not.
-    """
-    lines = _differences(plan, template, allow) if template else []
-    if lines:
-        summary = f"{len(lines)} tensors are not as in the base model"
-        raise MismatchError(path, summary, lines, _advice(lines, fitted))
-
-
-def _advice(lines: Sequence[str], fitted: ConfigFit | None) -> str:
-    """What to do about differences from the base. Only what gives an export that loads is offered."""
-    names = [line.split(": ", 1)[0] for line in lines]
-    if fitted is None or fitted.measured_by is None:
-        return (
-            "Nothing was written. If a difference is meant, allow it by name: --allow 'PATTERN'. To leave tensors "
-            "of the checkpoint out: --drop 'PATTERN'."
-        )
-    if not fitted.problems:
-        changes = f" config.json will be adapted ({'; '.join(fitted.changes)})." if fitted.changes else ""
-        allowed = " ".join(f"'{name}'" for name in names[:_NAMED]) + (" ..." if len(names) > _NAMED else "")
-        return (
-            f"Nothing was written. {fitted.measured_by} takes the tensors as they are. If the difference from the base "
-            f"is meant: --allow {allowed}.{changes}"
-        )
-    wrong = [line.split(": ", 1)[0] for line in fitted.problems]
-    useless = [n for n in names if f"{n}: in the files, not in the model" in fitted.problems]
-    if set(wrong) <= set(useless):
-        return (
-            f"Nothing was written. {fitted.measured_by} has no place for {', '.join(useless[:_NAMED])}. To leave "
-            f"{'it' if len(useless) == 1 else 'them'} out of the export: --drop 'PATTERN'."
-        )
-    said = [f"config.json says {key}" for key in fitted.keys]
-    return "\n".join(
-        [
-            f"Nothing was written. As they are, {fitted.measured_by} would not load these tensors:",
-            *(f"  {line}" for line in [*fitted.problems[:_NAMED], *said]),
-            "Give the base model that this one was made from.",
-        ]
-    )
-
-
-def _differences(plan: ModelPlan, template: Mapping[str, TensorSpec], allow: Sequence[str]) -> list[str]:
-    ours = {spec.name: spec for spec in plan.specs}
-    problems = {name: "in the base model, not in the checkpoint" for name in template if name not in ours}
-    problems |= {name: "in the checkpoint, not in the base model" for name in ours if name not in template}
-    problems |= {
-        name: f"{spec.shape} in the checkpoint, {template[name].shape} in the base model"
-        for name, spec in ours.items()
-        if name in template and spec.shape != template[name].shape
-    }
-    problems |= {
-        name: f"{spec.dtype} in the checkpoint, {template[name].dtype} in the base model"
-        for name, spec in ours.items()
-        if name in template
-        and name not in problems
-        and spec.dtype.is_floating_point != template[name].dtype.is_floating_point
-    }
-    return [
-        f"{name}: {problem}"
-        for name, problem in sorted(problems.items())
-        if name not in plan.aliases and not any(fnmatchcase(name, pattern) for pattern in allow)
-    ]

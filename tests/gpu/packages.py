@@ -5,6 +5,8 @@ python -m tests.gpu.packages FOLDER    collect the wheels, on a machine with a n
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import subprocess
 import sys
@@ -60,8 +62,9 @@ def _unpacked() -> Path:
             for wheel in sorted(WHEELS.glob("*.whl")):
                 with zipfile.ZipFile(wheel) as archive:
                     archive.extractall(folder)
-            Path(folder).rename(target)
-            Path(folder).mkdir()  # for the context manager to remove
+            with contextlib.suppress(OSError):  # another process was faster, with the same files
+                os.rename(folder, target)
+            Path(folder).mkdir(exist_ok=True)  # for the context manager to remove
     return target
 
 
