@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -24,7 +24,8 @@ class EMA(Hook):
     """Keeps a float32 average of the trainable floating-point weights, each rank of its own shards.
 
     Build it when the weights are on their device and sharded: after ``fully_shard``, FSDP, DDP or ``compile``. What is
-    frozen then, and all buffers, have no average: they are what the live model says. Tied weights have one.
+    frozen then has no average, nor have buffers unless they are asked for: they are what the live model says. Tied
+    weights have one.
 
     It starts from the weights at construction, or, if that comes later, at ``on_train_begin`` or at ``reset``.
     Each update moves it by ``average <- average + (1 - d) * (weight - average)``, where d is ``decay``.
@@ -36,6 +37,8 @@ class EMA(Hook):
         start_step: If positive, the average is a copy of the weights before this step, and the first update at or
             after it is one more copy (and counts as an update).
         every_n_steps: Update at the multiples of this.
+        buffers: Average floating-point buffers like weights, too: BatchNorm's running statistics, a router's
+            ``expert_bias``. True for all that a state dict holds, or patterns of names: ``["*.running_*"]``.
         offload: Hold the averages in CPU memory; each update then waits for the device and copies the weights there.
         on_other_decay: What to do if a checkpoint holds an average that was made with another decay: ``"raise"``, or
             ``"continue"`` from it with ``decay``.
@@ -53,6 +56,7 @@ class EMA(Hook):
         warmup: bool = False,
         start_step: StepNumber = 0,
         every_n_steps: Count = 1,
+        buffers: bool | Sequence[str] = False,
         offload: bool = False,
         on_other_decay: Literal["raise", "continue"] = "raise",
     ) -> None:
@@ -65,11 +69,11 @@ class EMA(Hook):
         self.updates = 0
         self._model = model
         self.parts = Parts(model=model)
-        self._weights = LocalWeights(model)
+        self._weights = LocalWeights(model, buffers)
         self._average: dict[str, Tensor] = {}
-        for name, parameter in self._weights.parameters.items():
-            device = torch.device("cpu") if offload else parameter.device
-            self._average[name] = parameter.detach().to(device, torch.float32, copy=True)
+        for name, weight in self._weights.found.items():
+            device = torch.device("cpu") if offload else weight.device
+            self._average[name] = weight.detach().to(device, torch.float32, copy=True)
         self._was_loaded = False
         self._swapped_in = False
         self._stagings = 0
@@ -113,13 +117,14 @@ class EMA(Hook):
         return {**self.settings(), "updates": self.updates}
 
     def settings(self) -> dict[str, float | int | bool]:
-        """How the average is made."""
-        return {
+        """How the average is made. ``buffers``, the number of those that are averaged, is left out without any."""
+        settings: dict[str, float | int | bool] = {
             "decay": self.decay,
             "warmup": self.warmup,
             "start_step": self.start_step,
             "every_n_steps": self.every_n_steps,
         }
+        return {**settings, "buffers": len(self._weights.buffers)} if self._weights.buffers else settings
 
     @torch.no_grad()
     def model_state_dict(self) -> dict[str, Tensor]:
@@ -263,7 +268,10 @@ def lerp_(averages: list[Tensor], weights: list[Tensor], fraction: float) -> Non
 def _check_alike(ours: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> None:
     """All differences at once, as a UsageError."""
     problems = [f"{name}: not in what was loaded" for name in ours.keys() - loaded.keys()]
-    problems += [f"{name}: not in this model, or frozen" for name in loaded.keys() - ours.keys()]
+    problems += [
+        f"{name}: not in this model, frozen, or a buffer without EMA(buffers=...)"
+        for name in loaded.keys() - ours.keys()
+    ]
     for name in ours.keys() & loaded.keys():
         if _layout(ours[name]) != _layout(loaded[name]):
             problems.append(f"{name}: loaded {_layout(loaded[name])}, the average is {_layout(ours[name])}")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from shardsmith.argument_types import Directory, Dtype, LocalPath, Seconds, Size, StepNumber
+from shardsmith.argument_types import Count, Directory, Dtype, LocalPath, Seconds, Size, StepNumber
 from shardsmith.arguments import checked
 from shardsmith.checkpoints import committed_steps, set_aside, set_aside_unfinished
 from shardsmith.commit import prove_writable, remove, sweep
@@ -20,8 +20,9 @@ from shardsmith.errors import UsageError
 from shardsmith.export.export_files import find_export_damage
 from shardsmith.export.file_writer import choose_writer
 from shardsmith.export.hf_directory import protect
-from shardsmith.export.live import Check
+from shardsmith.export.live import Check, JointExport
 from shardsmith.layout import PROVENANCE_FILE, step_name
+from shardsmith.logs import Stopwatch
 from shardsmith.meeting import meet
 from shardsmith.name_maps.maps import NameMap
 from shardsmith.ranks import Ranks
@@ -83,6 +84,7 @@ class HFExport(Hook):
         verify: Literal["digest", "load"] = "digest",
         verify_inputs: Mapping[str, Tensor] | None = None,
         stages: bool = False,
+        compare_replicas: Literal["first", "never"] | Count = "first",
         timeout_secs: Seconds = 1800.0,
     ) -> None:
         """Prove that the directory can be written to, and that model and base model fit each other.
@@ -128,6 +130,8 @@ class HFExport(Hook):
             verify_inputs: What to ask the models then: keyword arguments of ``forward``. None makes some up, for text,
                 images and sound.
             stages: ``model`` is a stage of a pipeline, others are on other ranks, and the directory has all of them.
+            compare_replicas: When to compare, across the ranks, the live tensors that several of them hold, such as all
+                of them under DDP: at the ``"first"`` export, at the first and every so many exports, or ``"never"``.
             timeout_secs: How long to wait for a rank before an export is given up; also for a checkpoint to be saved.
 
         Raises:
@@ -174,13 +178,15 @@ class HFExport(Hook):
         self._answers = Answers(model, ema, verify_inputs) if verify == "load" else None
         sizes: dict[str, Any] = {"dtype": dtype, "max_shard_size": max_shard_size}
         self._state = LiveState(model, ema, files, names=names, view=view, **sizes)
-        live = LiveSource(self._state, self._ranks, self._writer_ranks, choose_writer(write_mode, self._ranks))
+        writer = choose_writer(write_mode, self._ranks)
+        live = LiveSource(self._state, self._ranks, self._writer_ranks, writer, compare_replicas=compare_replicas)
         saved: CheckpointSource | None = None
         if checkpoints is not None:
             both, whole_files = (self._ranks, self._writer_ranks), write_mode == "files"
             saved = CheckpointSource(checkpoints, self._state, *both, when=when, whole_files=whole_files)
         self._failures: list[BaseException] = []  # not yet raised
         self._exported_step: int | None = None
+        self._has_said_copied = False
         self._ranks.lead(f"preparing {self.directory}", self._prepare_directory)
         self._ranks.gather("reading the base model", self._state.read_files)
         self._directories = LiveDirectory.choose(chosen, ema_as, view, self._state.stem)
@@ -261,11 +267,13 @@ class HFExport(Hook):
         wanted = self._make_room(step, when_busy, error)
         if not wanted:
             return
+        watch = Stopwatch()
         checks = [self._ask(step, self._directories[i]) for i in wanted]
         targets = [(self._directories[i], self._path(step, self._directories[i])) for i in wanted]
         begin = self._source.begin(step, targets, [self._in_flight.next_buffers[i] for i in wanted])
         self._exported_step = step
-        self._in_flight.start(step, lambda: self._finish(step, begin, checks))
+        watch.released()
+        self._in_flight.start(step, lambda: self._finish(step, begin, checks, watch))
 
     def _ask(self, step: int, directory: LiveDirectory) -> Check | None:
         """What a directory of the weights as they are now must pass."""
@@ -304,7 +312,7 @@ class HFExport(Hook):
             return []
         return wanted
 
-    def _finish(self, step: int, begin: Begin, checks: list[Check | None]) -> list[Path]:
+    def _finish(self, step: int, begin: Begin, checks: list[Check | None], watch: Stopwatch) -> list[Path]:
         """Write and commit. In the background thread."""
         try:
             with contextlib.ExitStack() as unfinished:
@@ -318,8 +326,21 @@ class HFExport(Hook):
             log.exception("step %s was not exported", step)  # loud even if nobody comes to ask for the result
             raise
         if self._writer_ranks.is_leader:
+            with logged(f"measuring {paths[0]}"):
+                self._say(jobs, watch)
             self._remove_old()
         return paths
+
+    def _say(self, jobs: Sequence[JointExport], watch: Stopwatch) -> None:
+        """What was exported; once also of which tensors there is no average. Rank 0, in the background."""
+        for job in jobs:
+            log.info("exported %s; %s", watch.line(job.plan.output), job.measure)
+        copied = [name for job in jobs for name in job.plan.not_averaged]
+        if copied and not self._has_said_copied:
+            self._has_said_copied = True
+            more = f" and {len(copied) - 5} more" if len(copied) > 5 else ""
+            advice = "EMA(buffers=True) averages buffers, too"
+            log.info("not averaged, as in the main weights: %s%s (%s)", ", ".join(copied[:5]), more, advice)
 
     def _remove_old(self) -> None:
         """Never raises: the export is there all the same, and the next one tries again."""

@@ -7,12 +7,14 @@ import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from shardsmith.errors import RankTimeoutError
 from shardsmith.export.live import JointExport, LiveExporter, LiveModel
 from shardsmith.export.live_boxes import StagingBuffer
 from shardsmith.export.live_writers import WeightsWriter
 from shardsmith.ranks import Ranks
+from shardsmith.run_state.alike import ReplicaCheck, compare_replicas
 
 from .live_state import LiveDirectory, LiveState
 
@@ -28,23 +30,35 @@ undone when they are."""
 class LiveSource:
     """Copies the live weights, each rank its own part, while the training waits."""
 
-    def __init__(self, state: LiveState, ranks: Ranks, writer_ranks: Ranks, writer: WeightsWriter) -> None:
+    def __init__(
+        self,
+        state: LiveState,
+        ranks: Ranks,
+        writer_ranks: Ranks,
+        writer: WeightsWriter,
+        *,
+        compare_replicas: Literal["first", "never"] | int = "first",
+    ) -> None:
         """``ranks`` serves the main thread, ``writer_ranks`` and ``writer`` the one that writes."""
         self._state = state
         self._ranks = ranks
         self._writer_ranks = writer_ranks
         self._writer = writer
         self._exporter = LiveExporter(ranks)
+        self._replicas = ReplicaCheck(ranks, compare_replicas)
 
     def begin(self, step: int, targets: Sequence[Target], buffers: Sequence[StagingBuffer]) -> Begin:
         """Copy what goes into these directories. All ranks, main thread; communicates.
 
         Raises:
             RankFailedError: on all ranks, if any could not stage its part.
+            RanksDisagreeError: on all ranks, if replicas are compared, and differ.
         """
+        is_to_compare = self._replicas.is_due()
         with contextlib.ExitStack() as unchanged:
             jobs = [
-                self._stage(step, target, buffer, unchanged) for target, buffer in zip(targets, buffers, strict=True)
+                self._stage(step, target, buffer, unchanged, is_to_compare)
+                for target, buffer in zip(targets, buffers, strict=True)
             ]
         return lambda _: jobs
 
@@ -64,14 +78,26 @@ class LiveSource:
             return False
         return True
 
-    def _stage(self, step: int, target: Target, buffer: StagingBuffer, unchanged: contextlib.ExitStack) -> JointExport:
+    def _stage(
+        self,
+        step: int,
+        target: Target,
+        buffer: StagingBuffer,
+        unchanged: contextlib.ExitStack,
+        is_to_compare: bool,
+    ) -> JointExport:
         directory, path = target
+        models: list[LiveModel] = []
 
         def collect() -> list[LiveModel]:
             unchanged.enter_context(self._state.staging())
-            return self._state.models(directory)
+            models.extend(self._state.models(directory))
+            return models
 
-        plans, boxes = self._exporter.begin(f"collecting {path.name}", directory.suffix, collect)
+        phase = f"collecting {path.name}"
+        plans, boxes = self._exporter.begin(phase, directory.suffix, collect)
+        if is_to_compare:
+            compare_replicas(self._ranks, phase, self._state.replicated(models), "exported")
         job = JointExport(self._state.plan(path, step, directory, plans), self._writer_ranks, self._writer)
         job.stage(boxes, buffer, self._ranks)
         return job

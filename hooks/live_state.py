@@ -204,6 +204,23 @@ class LiveState:
             self._known[directory.suffix] = _Known.of(self._model, models, average)
         return models
 
+    def replicated(self, models: Sequence[LiveModel]) -> dict[str, Tensor]:
+        """The tensors, by model and name, of which several ranks may hold the same part, buffers left out.
+
+        DDP lets buffers go apart. What is the same tensor in main weights and average is there once.
+        """
+        buffers = {clean_fqn(name, self._model) for name, _ in self._model.named_buffers()}
+        if self._view is not None:
+            buffers |= set(self._view.names(buffers).values())
+        seen: dict[int, str] = {}
+        tensors: dict[str, Tensor] = {}
+        for model in models:
+            prefix = "" if model.plan.model == MAIN else f"{model.plan.model}."
+            for name, tensor in model.tensors.items():
+                if name not in buffers and seen.setdefault(id(tensor), prefix + name) == prefix + name:
+                    tensors[prefix + name] = tensor
+        return tensors
+
     def plan(self, output: Path, step: int, directory: LiveDirectory, models: Sequence[ModelPlan]) -> DirectoryPlan:
         """The directory of one step."""
         facts = self._ema.facts() if self._ema is not None and AVERAGE in directory.stems else None

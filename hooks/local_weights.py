@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import fnmatch
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,44 +18,56 @@ from torch.distributed.tensor import DTensor
 from shardsmith.errors import UsageError
 from shardsmith.initial.live_weights import model_state_dict
 from shardsmith.local_boxes import local as local
-from shardsmith.names import clean_fqn, tied_weights
+from shardsmith.names import clean_fqn, non_persistent_buffers, tied_weights
 
 
 class LocalWeights:
     """The trainable floating-point parameters of a model by clean FQN; tied ones once, under the name that is kept.
 
-    No communication anywhere. Nothing here needs gradients.
+    With them, on request, buffers. No communication anywhere. Nothing here needs gradients.
 
     Attributes:
-        parameters: FQN -> parameter: a DTensor under FSDP2, this rank's flat part under FSDP1, else plain.
+        found: FQN -> parameter or buffer: a DTensor under FSDP2, this rank's flat part under FSDP1, else plain.
+        buffers: FQNs of the buffers among them.
         tied: Alias -> kept FQN.
         is_fsdp1: Whether FSDP1 shards any part of the model.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        """Find them. Raises UsageError if there are none, or one that cannot be averaged exactly."""
+    def __init__(self, model: nn.Module, buffers: bool | Sequence[str] = False) -> None:
+        """Find them. Raises UsageError if there are none, or one that cannot be averaged exactly.
+
+        Args:
+            buffers: Patterns of names, or True for all floating-point buffers that a state dict holds.
+        """
         self._model = model
         self.is_fsdp1 = any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
         forget_gathered(model)
         self.tied = tied_weights(model)
         self._slots = _trainable(model, self.tied)
+        if not self._slots:
+            raise UsageError("the model has no trainable floating-point parameter: there is nothing to average")
+        chosen = _chosen_buffers(model, buffers)
+        self.buffers = frozenset(chosen)
+        self._slots |= chosen
         _check_averageable(self._slots, self.is_fsdp1)
-        self.parameters = {name: slot.parameter for name, slot in self._slots.items()}
-        self._shapes = [local(parameter).shape for parameter in self.parameters.values()]
+        self.found = {name: slot.tensor for name, slot in self._slots.items()}
+        self._shapes = [local(tensor).shape for tensor in self.found.values()]
         self._are_renamed: bool | None = None
 
     @torch.no_grad()
     def tensors(self) -> list[Tensor]:
-        """This rank's live weights in the order of ``parameters``. Looked up each time: FSDP may move them.
+        """This rank's live weights in the order of ``found``. Looked up each time: FSDP may move them.
 
         Raises:
             UsageError: the model's parameters were replaced since.
         """
         weights = []
         for (name, slot), shape in zip(self._slots.items(), self._shapes, strict=True):
-            weight = local(slot.parameter)
+            weight = local(slot.current())
             if slot.was_replaced() or weight.shape != shape:
-                raise UsageError(f"{name} is no longer the parameter that EMA was built with: build EMA after sharding")
+                raise UsageError(
+                    f"{name} is no longer the {slot.kind} that EMA was built with: build EMA after sharding"
+                )
             weights.append(weight)
         return weights
 
@@ -80,6 +94,7 @@ class LocalWeights:
             saved = model_state_dict(self._model)
         untrained = {clean_fqn(name, self._model) for name, _ in self._model.named_buffers()}
         untrained |= {clean_fqn(name, self._model) for name, p in self._model.named_parameters() if not p.requires_grad}
+        untrained -= self.buffers
         return {name: value for name, value in saved.items() if name not in untrained and name not in self.tied}
 
     def load_by_saved_names(self, values: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> None:
@@ -99,13 +114,14 @@ class LocalWeights:
     def _substituted(self, values: Mapping[str, Tensor]) -> Iterator[None]:
         """Within it the model has other tensors in place of its parameters: no values move, no dtype changes."""
         forget_gathered(self._model)
+        kept = {name: slot.current() for name, slot in self._slots.items()}
         try:
             for name, slot in self._slots.items():
-                slot.module._parameters[slot.attribute] = values[name]  # type: ignore[assignment]
+                slot.owner[slot.attribute] = values[name]
             yield
         finally:
-            for slot in self._slots.values():
-                slot.module._parameters[slot.attribute] = slot.parameter
+            for name, slot in self._slots.items():
+                slot.owner[slot.attribute] = kept[name]
 
     @torch.no_grad()
     def _overwrite(self, values: list[Tensor]) -> None:
@@ -115,18 +131,33 @@ class LocalWeights:
 
 @dataclass(frozen=True, slots=True)
 class _Slot:
-    """A parameter and where it sits in the model."""
+    """A parameter or a buffer, and where it sits in the model."""
 
-    module: nn.Module
+    owner: dict[str, Any]
+    """The parameters, or the buffers, of its module by attribute."""
     attribute: str
-    parameter: nn.Parameter
+    tensor: Tensor
+
+    @property
+    def kind(self) -> str:
+        """In words."""
+        return "parameter" if isinstance(self.tensor, nn.Parameter) else "buffer"
+
+    def current(self) -> Tensor:
+        """The live tensor. A module may have put another one in the place of a buffer."""
+        if isinstance(self.tensor, nn.Parameter):
+            return self.tensor
+        there = self.owner.get(self.attribute)
+        return there if isinstance(there, Tensor) else self.tensor
 
     def was_replaced(self) -> bool:
         """Whether the model has another parameter there, and not only what FSDP2 gathers: that has fewer mesh axes."""
-        current = self.module._parameters.get(self.attribute)
-        if current is self.parameter or not isinstance(current, nn.Parameter):
+        there = self.owner.get(self.attribute)
+        if not isinstance(self.tensor, nn.Parameter):
+            return not isinstance(there, Tensor)
+        if there is self.tensor or not isinstance(there, nn.Parameter):
             return False
-        return _mesh_ndim(current) >= _mesh_ndim(self.parameter)
+        return _mesh_ndim(there) >= _mesh_ndim(self.tensor)
 
 
 def _trainable(model: nn.Module, tied: Mapping[str, str]) -> dict[str, _Slot]:
@@ -136,21 +167,41 @@ def _trainable(model: nn.Module, tied: Mapping[str, str]) -> dict[str, _Slot]:
         for attribute, parameter in module._parameters.items():
             if parameter is not None and parameter.requires_grad and parameter.is_floating_point():
                 name = clean_fqn(f"{prefix}.{attribute}" if prefix else attribute, model)
-                slots.setdefault(tied.get(name, name), _Slot(module, attribute, parameter))
+                slots.setdefault(tied.get(name, name), _Slot(module._parameters, attribute, parameter))
     return slots
 
 
+def _chosen_buffers(model: nn.Module, chosen: bool | Sequence[str]) -> dict[str, _Slot]:
+    """Clean FQN -> slot of each floating-point buffer that is saved and chosen. Raises UsageError for idle patterns."""
+    patterns = ["*"] if chosen is True else list(chosen or ())
+    if not patterns:
+        return {}
+    transient = set(non_persistent_buffers(model))
+    slots: dict[str, _Slot] = {}
+    for prefix, module in model.named_modules():
+        for attribute, buffer in module._buffers.items():
+            name = clean_fqn(f"{prefix}.{attribute}" if prefix else attribute, model)
+            if buffer is not None and buffer.is_floating_point() and name not in transient:
+                slots[name] = _Slot(module._buffers, attribute, buffer)
+    idle = [pattern for pattern in patterns if chosen is not True and not fnmatch.filter(slots, pattern)]
+    if idle:
+        there = ", ".join(sorted(slots)[:5]) or "none"
+        raise UsageError(
+            f"buffers={idle}: no floating-point buffer that is saved has such a name; there: {there}"
+            + ", ..." * (len(slots) > 5)
+        )
+    return {name: slot for name, slot in slots.items() if any(fnmatch.fnmatchcase(name, one) for one in patterns)}
+
+
 def _check_averageable(slots: Mapping[str, _Slot], is_fsdp1: bool) -> None:
-    if not slots:
-        raise UsageError("the model has no trainable floating-point parameter: there is nothing to average")
     for name, slot in slots.items():
-        if isinstance(slot.parameter, FlatParameter):
+        if isinstance(slot.tensor, FlatParameter):
             raise UsageError(f"{name} is a flat parameter of FSDP1: build FSDP(..., use_orig_params=True)")
-        if slot.parameter.is_meta:
+        if slot.tensor.is_meta:
             raise UsageError(f"{name} is on the meta device: build EMA after the weights are there")
-        if is_fsdp1 and slot.parameter.dtype != torch.float32:
+        if is_fsdp1 and slot.tensor.dtype != torch.float32:
             raise UsageError(
-                f"{name} is {slot.parameter.dtype}: FSDP1 can save an average only through its own storage, which "
+                f"{name} is {slot.tensor.dtype}: FSDP1 can save an average only through its own storage, which "
                 "would round it. Keep the parameters in float32 and compute in MixedPrecision(param_dtype=...)"
             )
 

@@ -104,6 +104,12 @@ class DirectoryPlan:
         return sum(model.nbytes for model in self.models)
 
     @property
+    def not_averaged(self) -> list[str]:
+        """Floating-point tensors that an average does not cover, and takes from main."""
+        models = [(model.filled, spec) for model in self.models for spec in model.specs]
+        return [spec.name for filled, spec in models if spec.name in filled and spec.dtype.is_floating_point]
+
+    @property
     def dtypes(self) -> set[torch.dtype]:
         """Of the floating-point weights."""
         return {spec.dtype for model in self.models for spec in model.specs if spec.dtype.is_floating_point}

@@ -11,7 +11,6 @@ say where every element lies in a safetensors file.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,15 +25,13 @@ from shardsmith.commit import Attempt, require_space, sweep
 from shardsmith.errors import RanksDisagreeError
 from shardsmith.export.assignment import assign_boxes
 from shardsmith.export.completion import complete_directory
-from shardsmith.export.directory import DirectoryPlan, ModelPlan
+from shardsmith.export.directory import DirectoryPlan, Measure, ModelPlan
 from shardsmith.export.directory_check import check_directory
 from shardsmith.export.live_boxes import LiveBox, StagingBuffer, held_boxes
 from shardsmith.export.live_writers import WeightsWriter
 from shardsmith.name_maps.maps import Translation
 from shardsmith.ranks import Ranks
 from shardsmith.tensors import Chunk, Shape
-
-log = logging.getLogger(__name__)
 
 Check = Callable[[Path, set[torch.dtype]], None]
 """Looks at a complete directory before it becomes visible: its path, and the dtypes that floating-point weights have in
@@ -144,9 +141,11 @@ class JointExport:
 
     Attributes:
         check: What the directory must pass, or None.
+        measure: What it was compared with, on rank 0, once it is committed.
     """
 
     check: Check | None = None
+    measure: Measure | None = None
 
     def __init__(self, plan: DirectoryPlan, ranks: Ranks, writer: WeightsWriter) -> None:
         """``ranks`` serves the thread that writes and commits."""
@@ -211,11 +210,10 @@ class JointExport:
         directory = self._attempt.directory
         digests = self._writer.merge(self.plan, self._receipts, directory)
         sizes = complete_directory(self.plan, directory, digests)
-        measure = check_directory(self.plan, directory)
+        self.measure = check_directory(self.plan, directory)
         if self.check is not None:
             self.check(directory, self.plan.dtypes)
         self._attempt.commit(sizes)
-        log.info("exported %s, %s", self.plan.output, measure)
 
     def __enter__(self) -> Self:
         return self

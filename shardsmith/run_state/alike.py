@@ -53,16 +53,20 @@ def collect_alike(ranks: Ranks, phase: str, collect: Callable[[], Contents], key
     return collected[0]
 
 
-def compare_replicas(ranks: Ranks, phase: str, tensors: Mapping[str, Tensor]) -> None:
+def compare_replicas(ranks: Ranks, phase: str, tensors: Mapping[str, Tensor], verb: str = "saved") -> None:
     """Raise if ranks that hold the same part of a tensor hold different values. All ranks; communicates by store.
 
     Costs a digest of everything that this rank holds as one of several.
+
+    Args:
+        verb: What has not been done then.
 
     Raises:
         RanksDisagreeError: on all ranks, naming every tensor and the ranks that differ.
     """
     if ranks.size > 1:
-        _refuse(ranks, phase, lambda: dict(_replicas(tensors)), "ranks hold different replicas of tensors", _REPLICAS)
+        summary = f"ranks hold different replicas of tensors; nothing was {verb}"
+        _refuse(ranks, phase, lambda: dict(_replicas(tensors)), summary, _REPLICAS)
 
 
 class ReplicaCheck:
@@ -74,12 +78,16 @@ class ReplicaCheck:
         self._done = 0
 
     def look(self, phase: str, tensors: Mapping[str, Tensor]) -> None:
-        """A save or an export begins. All ranks; communicates through the store if it is time."""
+        """A save begins. All ranks; communicates through the store if it is time."""
+        if self.is_due():
+            compare_replicas(self._ranks, phase, tensors)
+
+    def is_due(self) -> bool:
+        """A save or an export begins: whether it is one at which replicas are compared. No communication."""
         every = self._when if isinstance(self._when, int) else 0
         is_due = self._when != "never" and (self._done == 0 or (every and self._done % every == 0))
         self._done += 1
-        if is_due:
-            compare_replicas(self._ranks, phase, tensors)
+        return bool(is_due)
 
 
 def tensors_of(state: Mapping[str, Any], without: Collection[str] = (), prefix: str = "") -> dict[str, Tensor]:

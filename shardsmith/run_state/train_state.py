@@ -82,7 +82,8 @@ class TrainState:
         """
         buffers = {clean_fqn(name, self._model) for name, _ in self._model.named_buffers()}
         tensors = tensors_of(state, without={RNG, "train_state", *self._stateful})
-        return {name: tensor for name, tensor in tensors.items() if name.removeprefix("model.") not in buffers}
+        plain = {name: name.removeprefix("model.").removeprefix("ema_model.") for name in tensors}
+        return {name: tensor for name, tensor in tensors.items() if plain[name] not in buffers}
 
     def reduced(self, parts: Collection[str]) -> TrainState:
         """The same with some of its parts only."""
