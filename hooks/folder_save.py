@@ -35,6 +35,7 @@ from shardsmith.record.companion import companion_of, is_complete, is_deserted, 
 from shardsmith.record.folder import SHARDED_MODEL, LiveModel, record_folder
 from shardsmith.run_state.average import refuse_other_decay
 from shardsmith.run_state.resume import fill
+from shardsmith.run_state.resume_parts import OnMissing
 from shardsmith.run_state.save import Contents, SaveInProgress
 from shardsmith.run_state.share import Share
 
@@ -45,6 +46,11 @@ from .reload import reload
 from .wiring import Parts, alike
 
 log = logging.getLogger(__name__)
+
+_START = (
+    'An average starts from the weights with on_missing="start", in CheckpointHooks(...) of the Trainer as in '
+    "attach(...) of accelerate; without one, leave ema_decay or ema out."
+)
 
 
 class FolderSave(Hook):
@@ -159,27 +165,28 @@ class FolderSave(Hook):
         self.wait()
         return self._ranks.lead(f"looking into {folder.name}", lambda: is_complete(folder))
 
-    def load(self, folder: Path, *, prove: bool = True) -> int:
+    def load(self, folder: Path, *, prove: bool = True, on_missing: OnMissing = "raise") -> int:
         """The trainer has loaded a folder: prove that, and load the average. All ranks; communicates. Returns the step.
 
         It may have been saved by another number of ranks.
 
         Args:
             prove: Compare the digest of each live tensor with the one that was recorded at the save.
+            on_missing: What to do if the run that saved it had no average: ``"start"`` leaves ours as it is.
 
         Raises:
-            CheckpointNotFoundError: our directory is not there.
+            CheckpointNotFoundError: our directory is not there, or holds no average.
             CorruptCheckpointError: our files have changed since they were written.
             MismatchError: the live model is not the one that was saved, or no such average. Nothing of ours was loaded.
             UsageError: the average there has another decay than ours. Nothing was loaded.
         """
         if not self.has(folder):
-            raise CheckpointNotFoundError(folder, f"has no complete {COMPANION}/ directory")
+            raise CheckpointNotFoundError(folder, f"has no complete {COMPANION}/ directory. {_START}")
         self._refuse_damage(folder)
         if prove:
             self._prove(folder)
         if self._ema is not None:
-            self._load_average(companion_of(folder))
+            self._load_average(companion_of(folder), on_missing)
         self._loaded_step = read_folder_record(folder).step
         return self._loaded_step
 
@@ -260,11 +267,14 @@ class FolderSave(Hook):
         live = digest_live(self._ranks, f"proving the load of {folder.name}", lambda: self._main(folder))
         return compare_digests(live, recorded, aliases)
 
-    def _load_average(self, directory: Path) -> None:
+    def _load_average(self, directory: Path, on_missing: OnMissing) -> None:
         assert self._ema is not None
         saved = read_metadata(directory).ema
+        if saved is None and on_missing == "start":
+            log.warning("%s holds no average: it starts from the weights as they are", directory)
+            return
         if saved is None:
-            raise CheckpointNotFoundError(directory, "holds no average: the run that wrote it had none")
+            raise CheckpointNotFoundError(directory, f"holds no average: the run that wrote it had none. {_START}")
         refuse_other_decay(directory, saved.get("decay", self._ema.decay), self._ema)
         state = self._collect(0).state_dict
         fill(state, directory, self._ranks)

@@ -182,7 +182,7 @@ class CheckpointHooks(TrainerCallback):
         given = self._resume_from or args.resume_from_checkpoint
         folder = Path(given) if given and Path(given).is_dir() else _folder(args, state)
         if self._folder_save.has(folder) or (self.ema is not None and self._on_missing == "raise"):
-            self._folder_save.load(folder, prove=self._prove)
+            self._folder_save.load(folder, prove=self._prove, on_missing=self._on_missing)
         else:
             log.warning("%s holds nothing of ours: the average starts from the weights as they are", folder)
 

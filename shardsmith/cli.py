@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, NoReturn, Union
@@ -62,6 +63,7 @@ def _run_command(arguments: list[str]) -> int:
     code: int
     if name in COMMANDS:
         options = with_present_names(name, options)
+        _refuse_urls(options)
         code = tyro.cli(COMMANDS[name], prog=f"shardsmith {name}", args=options, use_underscores=False, config=_CONFIG)
     else:  # help, completion of a shell, or a mistake
         code = tyro.cli(
@@ -73,6 +75,19 @@ def _run_command(arguments: list[str]) -> int:
             config=_CONFIG,
         )
     return code
+
+
+def _refuse_urls(options: Sequence[str]) -> None:
+    """Raise UsageError if a path is on no file system of this machine, such as ``s3://bucket/run``. By its name."""
+    if not any("://" in option for option in options):
+        return
+    from shardsmith.argument_types import LocalPath
+    from shardsmith.arguments import check_value
+
+    for before, option in zip(["", *options], options, strict=False):
+        name, _, value = option.partition("=") if option.startswith("-") else (before, "", option)
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", value):
+            check_value("shardsmith", name if name.startswith("-") else "path", value, LocalPath)
 
 
 def _all_commands() -> Any:

@@ -17,6 +17,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Literal
 
+from shardsmith.argument_types import LocalPath
+from shardsmith.arguments import check_value
 from shardsmith.checkpoints import committed_steps
 from shardsmith.commit import prove_writable, remove, sweep
 from shardsmith.errors import CheckpointNotFoundError, ShardsmithError, TargetExistsError, UsageError, WriteError
@@ -138,11 +140,13 @@ class Watcher:
         """Prove that the output can be written to, and remove what dead watchers left there.
 
         Raises:
-            UsageError: ``checkpoints`` is itself a checkpoint.
+            UsageError: ``checkpoints`` is itself a checkpoint; a path is a URL.
             ProtectedPathError: the output is no place to write to.
             CheckpointError: the base cannot be used.
             WriteError: the output cannot be written to.
         """
+        for name, path in (("checkpoints", checkpoints), ("output", output), ("base", base)):
+            check_value("Watcher", name, path, LocalPath)
         if parse_step(checkpoints.name) is not None and has_manifest(checkpoints):
             raise UsageError(f"{checkpoints} is one checkpoint: give the folder that it is in, or use to-hf")
         self.checkpoints = checkpoints

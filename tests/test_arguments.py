@@ -80,6 +80,7 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
     "no directory": (save(directory=""), "a path is expected"),
     "remote exports": (export(directory="hf://me/model"), "hf:// is not supported"),
     "a remote base": (export(base_model="s3://bucket/base"), "base_model='s3://bucket/base': s3:// is not supported"),
+    "models that are none": (export(models="each"), 'models=\'each\': "main" or "ema" or "both" or "all" is expected'),
     "half a word": (export(models="man"), 'did you mean "main"?'),
     "a place that is none": (export(ema_as="dir"), 'did you mean "directory"?'),
     "what to do when busy": (export(when_busy="drop"), '"wait" or "skip" or "raise" is expected'),
