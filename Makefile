@@ -36,7 +36,7 @@ test: $(READY) $(if $(TEST_ARGS),,$(TITAN_READY))  ## every test; with TEST_ARGS
 	$(BIN)/python -m pytest $(TEST_ARGS)
 	$(if $(TEST_ARGS),,$(MAKE) test-titan)
 
-OLDEST_TESTS ?= tests/hooks/test_save.py tests/hooks/test_base.py tests/test_arguments.py tests/test_dtypes.py
+OLDEST_TESTS ?= tests/hooks/test_save.py tests/hooks/test_base.py tests/checking/test_arguments.py tests/tensors/test_dtypes.py
 
 .venv-oldest/.ready: pyproject.toml setup.cfg tests/oldest_versions.py
 	$(PYTHON) -m venv .venv-oldest

@@ -21,7 +21,7 @@ from benchmarks.live import compare_live
 from benchmarks.offline import compare_offline
 from benchmarks.room import why_not, working_directory
 from benchmarks.save import compare_saves
-from shardsmith.safetensors_files.plan import parse_size
+from shardsmith.ground.sizes import parse_size
 
 
 @dataclass(frozen=True, slots=True)

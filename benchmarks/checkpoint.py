@@ -18,8 +18,8 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from shardsmith.process_end import finish
-from shardsmith.ranks import Ranks
+from shardsmith.ground.process_end import finish
+from shardsmith.ground.ranks import Ranks
 from shardsmith.run_state.save import Contents, SaveInProgress
 
 

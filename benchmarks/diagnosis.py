@@ -29,10 +29,10 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from shardsmith.compare.values import compare_tensor
-from shardsmith.digest import digest_run
 from shardsmith.formats.by_path import open_source
-from shardsmith.safetensors_files.plan import plan_files
-from shardsmith.tensors import Chunk, TensorSource, TensorSpec
+from shardsmith.formats.safetensors_files.plan import plan_files
+from shardsmith.tensors.digest import digest_run
+from shardsmith.tensors.tensors import Chunk, TensorSource, TensorSpec
 
 TENSORS, FILES = 1223, 8
 _SHAPE = (3584, 3328)

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from shardsmith.process_end import finish
+from shardsmith.ground.process_end import finish
 
 
 def spawn_ranks(

@@ -28,7 +28,7 @@ from benchmarks.checkpoint import sharded_llama
 from benchmarks.measure import Peak, anonymous_bytes
 from benchmarks.rank_processes import spawn_ranks
 from shardsmith.hooks import EMA, ShardedSave, at
-from shardsmith.local_boxes import local_boxes
+from shardsmith.sharding.local_boxes import local_boxes
 
 WRITE = "a limit: pwrite + fsync of the same bytes"
 COPY = "a limit: a bare copy of the shards, into memory that is there"

@@ -1,6 +1,6 @@
 """The hooks that a training loop attaches, and what is needed to write one."""
 
-from shardsmith.process_end import finish
+from shardsmith.ground.process_end import finish
 from shardsmith.run_state.rank_states import per_rank
 
 from .background import Background

@@ -15,10 +15,10 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 from shardsmith.errors import UsageError
 from shardsmith.export.adapters import ADAPTER_WEIGHTS, without_adapter
-from shardsmith.layout import MAIN_WEIGHTS
-from shardsmith.model_keys import EMA as AVERAGE
-from shardsmith.model_keys import MAIN
-from shardsmith.names import clean_fqn, unwrapped
+from shardsmith.ground.layout import MAIN_WEIGHTS
+from shardsmith.tensors.checkpoint_keys import EMA as AVERAGE
+from shardsmith.tensors.checkpoint_keys import MAIN
+from shardsmith.tensors.fqn import clean_fqn, unwrapped
 
 from .ema import EMA
 

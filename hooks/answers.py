@@ -18,10 +18,10 @@ from shardsmith.errors import UsageError
 from shardsmith.export.live import Check
 from shardsmith.export.load_check import compare_answers, first_tensor
 from shardsmith.export.probe_inputs import made_up_inputs
-from shardsmith.layout import MAIN_WEIGHTS
-from shardsmith.model_keys import EMA as AVERAGE
+from shardsmith.ground.layout import MAIN_WEIGHTS
 from shardsmith.name_maps.transformers import meta_twin_of
-from shardsmith.names import unwrapped
+from shardsmith.tensors.checkpoint_keys import EMA as AVERAGE
+from shardsmith.tensors.fqn import unwrapped
 
 from .ema import EMA
 from .live_state import LiveDirectory

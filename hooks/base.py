@@ -10,13 +10,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from shardsmith.argument_types import StepNumber
-from shardsmith.arguments import check_value, checked
+from shardsmith.checking.arguments import check_value, checked
+from shardsmith.checking.types import StepNumber
 from shardsmith.errors import RankFailedError, UsageError
-from shardsmith.logs import show_progress
-from shardsmith.process_end import meet
-from shardsmith.ranks import own_name, rank_and_size
-from shardsmith.step_agreement import StepAgreement
+from shardsmith.ground.logs import show_progress
+from shardsmith.ground.process_end import meet
+from shardsmith.ground.ranks import own_name, rank_and_size
+from shardsmith.ground.step_agreement import StepAgreement
 
 from .background import Background, attempted
 from .stop_signals import StopSignals

@@ -11,10 +11,10 @@ from typing import Protocol
 from shardsmith.errors import CheckpointNotFoundError, UsageError
 from shardsmith.export.checkpoint_writer import CheckpointWriter
 from shardsmith.export.live import JointExport
-from shardsmith.export.live_boxes import StagingBuffer
-from shardsmith.layout import step_name
-from shardsmith.leases import hold
-from shardsmith.ranks import Ranks
+from shardsmith.ground.layout import step_name
+from shardsmith.ground.leases import hold
+from shardsmith.ground.ranks import Ranks
+from shardsmith.sharding.live_boxes import StagingBuffer
 
 from .live_source import Begin, Target
 from .live_state import LiveState

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.tensor import DTensor
 
-from shardsmith.argument_types import Count, Decay, StepNumber
-from shardsmith.arguments import checked
+from shardsmith.checking.arguments import checked
+from shardsmith.checking.types import Count, Decay, StepNumber
 from shardsmith.errors import UsageError
 
 from .base import Hook

@@ -11,21 +11,21 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from shardsmith.argument_types import Count, Directory, Dtype, LocalPath, Seconds, Size, StepNumber
-from shardsmith.arguments import checked
-from shardsmith.checkpoints import committed_steps, set_aside, set_aside_unfinished
-from shardsmith.commit import prove_writable, remove, sweep
+from shardsmith.checking.arguments import checked
+from shardsmith.checking.types import Count, Directory, Dtype, LocalPath, Seconds, Size, StepNumber
 from shardsmith.conversion.model_directory import find_model
 from shardsmith.errors import UsageError
-from shardsmith.export.export_files import find_export_damage
 from shardsmith.export.file_writer import choose_writer
-from shardsmith.export.hf_directory import protect
 from shardsmith.export.live import Check, JointExport
-from shardsmith.layout import PROVENANCE_FILE, step_name
-from shardsmith.logs import Stopwatch
-from shardsmith.meeting import meet
+from shardsmith.ground.commit import prove_writable, remove, sweep
+from shardsmith.ground.layout import PROVENANCE_FILE, step_name
+from shardsmith.ground.logs import Stopwatch
+from shardsmith.ground.meeting import meet
+from shardsmith.ground.ranks import Ranks
+from shardsmith.hf.export_files import find_export_damage
+from shardsmith.hf.hf_directory import protect
+from shardsmith.manifest.checkpoints import committed_steps, set_aside, set_aside_unfinished
 from shardsmith.name_maps.maps import NameMap
-from shardsmith.ranks import Ranks
 
 from .adapters import AdapterView, view_of
 from .answers import Answers

@@ -17,27 +17,27 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-from shardsmith.argument_types import Seconds, StepNumber
-from shardsmith.arguments import checked
-from shardsmith.checkpoints import find_damage
-from shardsmith.commit import remove, sweep
-from shardsmith.device_copy import release_pinned
+from shardsmith.checking.arguments import checked
+from shardsmith.checking.types import Seconds, StepNumber
 from shardsmith.errors import CheckpointNotFoundError, CorruptCheckpointError, MismatchError, UsageError
-from shardsmith.export.live_boxes import StagingBuffer
-from shardsmith.initial.live_digest import OTHER_VALUES, compare_digests, digest_live
-from shardsmith.layout import COMPANION, FOLDER_FILE
-from shardsmith.meeting import meet
-from shardsmith.metadata import TensorRecord, read_metadata
-from shardsmith.names import tied_weights
-from shardsmith.ranks import Ranks
-from shardsmith.record.adopt import disown
-from shardsmith.record.companion import companion_of, is_complete, is_deserted, read_folder_record
-from shardsmith.record.folder import SHARDED_MODEL, LiveModel, record_folder
+from shardsmith.formats.adopt import disown
+from shardsmith.formats.folder import SHARDED_MODEL, LiveModel, record_folder
+from shardsmith.ground.commit import remove, sweep
+from shardsmith.ground.layout import COMPANION, FOLDER_FILE
+from shardsmith.ground.meeting import meet
+from shardsmith.ground.ranks import Ranks
+from shardsmith.manifest.checkpoints import find_damage
+from shardsmith.manifest.companion import companion_of, is_complete, is_deserted, read_folder_record
+from shardsmith.manifest.metadata import TensorRecord, read_metadata
 from shardsmith.run_state.average import refuse_other_decay
 from shardsmith.run_state.resume import fill
 from shardsmith.run_state.resume_parts import OnMissing
 from shardsmith.run_state.save import Contents, SaveInProgress
 from shardsmith.run_state.share import Share
+from shardsmith.sharding.live_boxes import StagingBuffer
+from shardsmith.sharding.live_digest import OTHER_VALUES, compare_digests, digest_live
+from shardsmith.tensors.device_copy import release_pinned
+from shardsmith.tensors.fqn import tied_weights
 
 from .background import Background
 from .base import Hook
@@ -54,7 +54,7 @@ _START = (
 
 
 class FolderSave(Hook):
-    """Adds a directory of ours to checkpoint folders that a trainer writes; see ``shardsmith.record.companion``.
+    """Adds a directory of ours to checkpoint folders that a trainer writes; see ``shardsmith.manifest.companion``.
 
     Call ``save`` when the trainer has written a folder, and ``load`` when it has loaded one. The trainer's files are
     only read; even the folder's modification time, by which some trainers choose what to delete, stays what it was.

@@ -8,8 +8,8 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 
-from shardsmith.device_copy import release_pinned
-from shardsmith.export.live_boxes import StagingBuffer
+from shardsmith.sharding.live_boxes import StagingBuffer
+from shardsmith.tensors.device_copy import release_pinned
 
 from .background import Background
 

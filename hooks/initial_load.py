@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import nn
 
-from shardsmith.argument_types import LocalPath, Seconds
-from shardsmith.arguments import checked
-from shardsmith.initial.buffer_reference import Fresh
-from shardsmith.initial.load import load_initial, prove_buffers
-from shardsmith.initial.report import InitialLoadReport
-from shardsmith.model_keys import MAIN
-from shardsmith.ranks import Ranks
+from shardsmith.checking.arguments import checked
+from shardsmith.checking.types import LocalPath, Seconds
+from shardsmith.ground.ranks import Ranks
+from shardsmith.load.buffer_reference import Fresh
+from shardsmith.load.load import load_initial, prove_buffers
+from shardsmith.load.report import InitialLoadReport
+from shardsmith.tensors.checkpoint_keys import MAIN
 
 from .base import Hook
 
@@ -54,7 +54,7 @@ class InitialLoad(Hook):
         weights: str = MAIN,
         timeout_secs: Seconds = 1800.0,
     ) -> None:
-        """Nothing is read yet. The arguments are those of ``shardsmith.initial.load.load_initial``."""
+        """Nothing is read yet. The arguments are those of ``shardsmith.load.load.load_initial``."""
         self.path = Path(path)
         self.report: InitialLoadReport | None = None
         self._model = model

@@ -11,10 +11,10 @@ from typing import Literal
 
 from shardsmith.errors import RankTimeoutError
 from shardsmith.export.live import JointExport, LiveExporter, LiveModel
-from shardsmith.export.live_boxes import StagingBuffer
 from shardsmith.export.live_writers import WeightsWriter
-from shardsmith.ranks import Ranks
+from shardsmith.ground.ranks import Ranks
 from shardsmith.run_state.alike import ReplicaCheck, compare_replicas
+from shardsmith.sharding.live_boxes import StagingBuffer
 
 from .live_state import LiveDirectory, LiveState
 

@@ -15,32 +15,32 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from shardsmith.commit import writing
-from shardsmith.dtypes import parse_dtypes
 from shardsmith.errors import MismatchError
 from shardsmith.export.base_comparison import fit, measure_of
-from shardsmith.export.base_files import choose_files
-from shardsmith.export.base_template import BaseTemplate, read_template
-from shardsmith.export.config_fit import model_class_of
-from shardsmith.export.directory import DirectoryPlan, Measure, ModelPlan, Origin, plan_model
-from shardsmith.export.hf_directory import main_stem, read_config
 from shardsmith.export.live import LiveModel
 from shardsmith.export.plan import origin_of
 from shardsmith.formats.by_path import open_source
-from shardsmith.initial.blueprint import plain_config
-from shardsmith.initial.live_weights import model_state_dict
-from shardsmith.layout import EMA_WEIGHTS, MAIN_WEIGHTS
-from shardsmith.model_keys import EMA as AVERAGE
-from shardsmith.model_keys import MAIN
-from shardsmith.models import ModelSource, TranslatedModel
+from shardsmith.formats.models import ModelSource, TranslatedModel
+from shardsmith.ground.commit import writing
+from shardsmith.ground.layout import EMA_WEIGHTS, MAIN_WEIGHTS
+from shardsmith.ground.ranks import Ranks
+from shardsmith.ground.sizes import parse_size
+from shardsmith.hf.base_files import choose_files
+from shardsmith.hf.blueprint import plain_config
+from shardsmith.hf.config_fit import model_class_of
+from shardsmith.hf.directory import DirectoryPlan, Measure, ModelPlan, Origin, plan_model
+from shardsmith.hf.hf_directory import main_stem, read_config
+from shardsmith.hf.template import BaseTemplate, read_template
+from shardsmith.hf.ties import broken_ties, tied_groups
+from shardsmith.live.recognition import Recognition, own_tensors
+from shardsmith.load.live_weights import model_state_dict
 from shardsmith.name_maps.maps import NameMap, Translation, find_name_map
 from shardsmith.name_maps.transformers import TransformersNames
-from shardsmith.names import clean_fqn, non_persistent_buffers, own_class, tied_weights, unwrapped
-from shardsmith.ranks import Ranks
-from shardsmith.recognition import Recognition, own_tensors
-from shardsmith.safetensors_files.plan import parse_size
-from shardsmith.tensors import Shape, TensorSpec
-from shardsmith.ties import broken_ties, tied_groups
+from shardsmith.tensors.checkpoint_keys import EMA as AVERAGE
+from shardsmith.tensors.checkpoint_keys import MAIN
+from shardsmith.tensors.dtypes import parse_dtypes
+from shardsmith.tensors.fqn import clean_fqn, non_persistent_buffers, own_class, tied_weights, unwrapped
+from shardsmith.tensors.tensors import Shape, TensorSpec
 
 from .adapters import View
 from .ema import EMA

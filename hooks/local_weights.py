@@ -16,9 +16,9 @@ from torch.distributed.fsdp._runtime_utils import _reshard as reshard_fsdp1
 from torch.distributed.tensor import DTensor
 
 from shardsmith.errors import UsageError
-from shardsmith.initial.live_weights import model_state_dict
-from shardsmith.local_boxes import local as local
-from shardsmith.names import clean_fqn, non_persistent_buffers, tied_weights
+from shardsmith.load.live_weights import model_state_dict
+from shardsmith.sharding.local_boxes import local as local
+from shardsmith.tensors.fqn import clean_fqn, non_persistent_buffers, tied_weights
 
 
 class LocalWeights:

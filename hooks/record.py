@@ -12,16 +12,16 @@ from typing import Any
 
 from torch import nn
 
-from shardsmith.argument_types import Directory, Seconds
-from shardsmith.arguments import checked
-from shardsmith.checkpoints import committed_steps
-from shardsmith.commit import remove, sweep
+from shardsmith.checking.arguments import checked
+from shardsmith.checking.types import Directory, Seconds
 from shardsmith.errors import ShardsmithError
-from shardsmith.layout import parse_step, step_name
-from shardsmith.meeting import meet
-from shardsmith.names import tied_weights
-from shardsmith.ranks import Ranks
-from shardsmith.record.adopt import adopt, disown
+from shardsmith.formats.adopt import adopt, disown
+from shardsmith.ground.commit import remove, sweep
+from shardsmith.ground.layout import parse_step, step_name
+from shardsmith.ground.meeting import meet
+from shardsmith.ground.ranks import Ranks
+from shardsmith.manifest.checkpoints import committed_steps
+from shardsmith.tensors.fqn import tied_weights
 
 from .background import Background
 from .base import Hook

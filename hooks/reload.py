@@ -9,10 +9,10 @@ from torch import nn
 
 from shardsmith.errors import CheckpointError
 from shardsmith.formats.by_path import open_source
-from shardsmith.initial.live_weights import LiveWeights
+from shardsmith.load.live_weights import LiveWeights
 from shardsmith.name_maps.restored import RestoredModel
 from shardsmith.name_maps.transformers import TransformersNames
-from shardsmith.names import unwrapped
+from shardsmith.tensors.fqn import unwrapped
 
 
 def reload(model: nn.Module, folder: Path, names: Iterable[str]) -> bool:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-from shardsmith.argument_types import Count
-from shardsmith.arguments import checked
+from shardsmith.checking.arguments import checked
+from shardsmith.checking.types import Count
 
 
 @dataclass(frozen=True, slots=True, repr=False)

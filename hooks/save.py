@@ -15,18 +15,22 @@ from torch import nn
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim import Optimizer
 
-from shardsmith.argument_types import Count, Directory, LocalPath, Seconds, StepNumber
-from shardsmith.arguments import checked
-from shardsmith.checkpoints import committed_steps, find_damage, set_aside, set_aside_unfinished, set_later_aside
-from shardsmith.commit import prove_writable, remove, sweep
-from shardsmith.device_copy import release_pinned
+from shardsmith.checking.arguments import checked
+from shardsmith.checking.types import Count, Directory, LocalPath, Seconds, StepNumber
 from shardsmith.errors import CheckpointNotFoundError, IncompleteCheckpointError, RankFailedError, UsageError
-from shardsmith.export.live_boxes import StagingBuffer
-from shardsmith.layout import step_name
-from shardsmith.logs import Stopwatch
-from shardsmith.meeting import meet
-from shardsmith.metadata import read_metadata
-from shardsmith.ranks import Ranks
+from shardsmith.ground.commit import prove_writable, remove, sweep
+from shardsmith.ground.layout import step_name
+from shardsmith.ground.logs import Stopwatch
+from shardsmith.ground.meeting import meet
+from shardsmith.ground.ranks import Ranks
+from shardsmith.manifest.checkpoints import (
+    committed_steps,
+    find_damage,
+    set_aside,
+    set_aside_unfinished,
+    set_later_aside,
+)
+from shardsmith.manifest.metadata import read_metadata
 from shardsmith.run_state.alike import ReplicaCheck, collect_alike
 from shardsmith.run_state.optimizers import check_optimizers
 from shardsmith.run_state.rank_states import PerRank
@@ -34,6 +38,8 @@ from shardsmith.run_state.resume_parts import OnMissing, load_parts
 from shardsmith.run_state.save import Contents, SaveInProgress
 from shardsmith.run_state.share import Share
 from shardsmith.run_state.train_state import TrainState, optimizer_list
+from shardsmith.sharding.live_boxes import StagingBuffer
+from shardsmith.tensors.device_copy import release_pinned
 
 from .background import Background, attempted, logged
 from .base import Hook

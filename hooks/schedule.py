@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from shardsmith.argument_types import Count
-from shardsmith.arguments import checked
+from shardsmith.checking.arguments import checked
+from shardsmith.checking.types import Count
 from shardsmith.errors import UsageError
 
 

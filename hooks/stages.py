@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from shardsmith.errors import RanksDisagreeError
-from shardsmith.initial.live_weights import model_state_dict
-from shardsmith.metadata import dtype_name
-from shardsmith.names import tied_weights
-from shardsmith.ranks import Ranks
-from shardsmith.tensors import TensorSpec
+from shardsmith.ground.ranks import Ranks
+from shardsmith.load.live_weights import model_state_dict
+from shardsmith.manifest.metadata import dtype_name
+from shardsmith.tensors.fqn import tied_weights
+from shardsmith.tensors.tensors import TensorSpec
 
 from .ema import EMA
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from shardsmith.checkpoints import committed_steps
 from shardsmith.errors import RanksDisagreeError, UsageError
-from shardsmith.layout import step_name
-from shardsmith.meeting import meet
-from shardsmith.ranks import Ranks, rank_and_size
+from shardsmith.ground.layout import step_name
+from shardsmith.ground.meeting import meet
+from shardsmith.ground.ranks import Ranks, rank_and_size
+from shardsmith.manifest.checkpoints import committed_steps
 
 if TYPE_CHECKING:
     from .base import Hook

@@ -22,11 +22,11 @@ from typing import Any, Literal
 
 from torch import nn
 
-from shardsmith.arguments import checked
+from shardsmith.checking.arguments import checked
 from shardsmith.errors import UsageError
-from shardsmith.extras import missing_package
+from shardsmith.ground.extras import missing_package
 from shardsmith.hooks import EMA, FolderSave, Hooks
-from shardsmith.record.trainer_folders import last_checkpoint
+from shardsmith.manifest.trainer_folders import last_checkpoint
 
 try:
     from accelerate import Accelerator

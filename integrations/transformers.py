@@ -15,12 +15,12 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
-from shardsmith.argument_types import Decay, Directory, LocalPath
-from shardsmith.arguments import check_options, checked
+from shardsmith.checking.arguments import check_options, checked
+from shardsmith.checking.types import Decay, Directory, LocalPath
 from shardsmith.errors import UsageError
-from shardsmith.extras import missing_package
+from shardsmith.ground.extras import missing_package
 from shardsmith.hooks import EMA, FolderSave, HFExport, Hooks, Schedule
-from shardsmith.record.trainer_folders import last_checkpoint
+from shardsmith.manifest.trainer_folders import last_checkpoint
 
 try:
     from transformers import TrainerCallback

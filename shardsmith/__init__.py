@@ -10,11 +10,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from shardsmith.commit import remove as remove_checkpoint
+    from shardsmith.compare.findings import Diagnosis, Finding
     from shardsmith.compare.verification import Verification, VerifyOptions
     from shardsmith.compare.verification import verify as verify_checkpoints
     from shardsmith.diagnose.diagnosis import diagnose as diagnose_checkpoint
-    from shardsmith.diagnose.findings import Diagnosis, Finding
     from shardsmith.diagnose.questions import Questions
     from shardsmith.errors import (
         CheckpointError,
@@ -36,19 +35,20 @@ if TYPE_CHECKING:
         UsageError,
         WriteError,
     )
-    from shardsmith.export.layout_rules import LayoutRule
+    from shardsmith.formats.adopt import adopt
     from shardsmith.formats.by_path import detect_checkpoint_format
     from shardsmith.formats.detected import DetectedFormat
     from shardsmith.formats.opened import OpenedCheckpoint, open_checkpoint
-    from shardsmith.initial.load import load_initial, poison_weights
-    from shardsmith.initial.load import prove_loaded as verify_loaded
-    from shardsmith.initial.report import InitialLoadReport
+    from shardsmith.ground.commit import remove as remove_checkpoint
+    from shardsmith.hf.layout_rules import LayoutRule
     from shardsmith.inspection import Inspection, inspect_checkpoint
+    from shardsmith.load.load import load_initial, poison_weights
+    from shardsmith.load.load import prove_loaded as verify_loaded
+    from shardsmith.load.report import InitialLoadReport
     from shardsmith.manager import ShardedCheckpointManager
     from shardsmith.name_maps import Joined, NameMap, Slice
     from shardsmith.name_maps.restored import RestoredModel
     from shardsmith.name_maps.tracing import trace
-    from shardsmith.record.adopt import adopt
 
 __all__ = [
     "CheckpointError",
@@ -102,12 +102,12 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "DetectedFormat": "formats.detected",
-    "Diagnosis": "diagnose.findings",
-    "Finding": "diagnose.findings",
-    "InitialLoadReport": "initial.report",
+    "Diagnosis": "compare.findings",
+    "Finding": "compare.findings",
+    "InitialLoadReport": "load.report",
     "Inspection": "inspection",
     "Joined": "name_maps",
-    "LayoutRule": "export.layout_rules",
+    "LayoutRule": "hf.layout_rules",
     "NameMap": "name_maps",
     "OpenedCheckpoint": "formats.opened",
     "Questions": "diagnose.questions",
@@ -116,17 +116,17 @@ _HOMES = {
     "Slice": "name_maps",
     "Verification": "compare.verification",
     "VerifyOptions": "compare.verification",
-    "adopt": "record.adopt",
+    "adopt": "formats.adopt",
     "detect_checkpoint_format": "formats.by_path",
     "diagnose_checkpoint": "diagnose.diagnosis:diagnose",
     "inspect_checkpoint": "inspection",
-    "load_initial": "initial.load",
+    "load_initial": "load.load",
     "open_checkpoint": "formats.opened",
-    "poison_weights": "initial.load",
-    "remove_checkpoint": "commit:remove",
+    "poison_weights": "load.load",
+    "remove_checkpoint": "ground.commit:remove",
     "trace": "name_maps.tracing",
     "verify_checkpoints": "compare.verification:verify",
-    "verify_loaded": "initial.load:prove_loaded",
+    "verify_loaded": "load.load:prove_loaded",
 }
 """Public name -> the module that defines it, with the name there where it is another. Errors are all in ``errors``."""
 

@@ -16,8 +16,8 @@ import shardsmith
 from shardsmith.commands import COMMANDS
 from shardsmith.commands.options import with_present_names
 from shardsmith.errors import ShardsmithError
-from shardsmith.extras import install_hint
-from shardsmith.torchrun.process import is_other_rank
+from shardsmith.ground.extras import install_hint
+from shardsmith.ground.torchrun.process import is_other_rank
 
 _CONFIG = (tyro.conf.DisallowNone,)  # an option that was not given has no spelling
 _BROKEN_PIPE = 128 + 13
@@ -81,8 +81,8 @@ def _refuse_urls(options: Sequence[str]) -> None:
     """Raise UsageError if a path is on no file system of this machine, such as ``s3://bucket/run``. By its name."""
     if not any("://" in option for option in options):
         return
-    from shardsmith.argument_types import LocalPath
-    from shardsmith.arguments import check_value
+    from shardsmith.checking.arguments import check_value
+    from shardsmith.checking.types import LocalPath
 
     for before, option in zip(["", *options], options, strict=False):
         name, _, value = option.partition("=") if option.startswith("-") else (before, "", option)

@@ -94,7 +94,7 @@ class InitialLoadError(MismatchError):
     """The model that is about to train is not the one in the checkpoint.
 
     Attributes:
-        codes: Code of each fault, in the order of ``problems``; see ``shardsmith.initial.faults``.
+        codes: Code of each fault, in the order of ``problems``; see ``shardsmith.load.faults``.
     """
 
     def __init__(

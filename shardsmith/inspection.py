@@ -6,15 +6,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shardsmith import layout
-from shardsmith.checkpoints import find_damage, find_foreign_files
-from shardsmith.dcp.index import read_index
 from shardsmith.errors import CheckpointError
-from shardsmith.export.export_files import find_export_damage, records_files
 from shardsmith.formats.by_path import DCP, SHARDED, UNKNOWN, detect_checkpoint_format, model_names, open_source
-from shardsmith.metadata import dtype_name, read_metadata
-from shardsmith.model_keys import find_models
-from shardsmith.record.companion import companion_of, find_folder_damage, is_complete
+from shardsmith.formats.dcp.index import read_index
+from shardsmith.ground import layout
+from shardsmith.hf.export_files import find_export_damage, records_files
+from shardsmith.manifest.checkpoints import find_damage, find_foreign_files
+from shardsmith.manifest.companion import companion_of, find_folder_damage, is_complete
+from shardsmith.manifest.metadata import dtype_name, read_metadata
+from shardsmith.tensors.checkpoint_keys import find_models
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,11 +12,8 @@ from torch import nn
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim import Optimizer
 
-from shardsmith import layout
-from shardsmith.argument_types import Decay, Directory, Seconds, StepNumber
-from shardsmith.arguments import checked
-from shardsmith.checkpoints import committed_steps, find_damage
-from shardsmith.commit import prove_writable, sweep
+from shardsmith.checking.arguments import checked
+from shardsmith.checking.types import Decay, Directory, Seconds, StepNumber
 from shardsmith.errors import (
     CheckpointNotFoundError,
     IncompleteCheckpointError,
@@ -36,9 +33,12 @@ from shardsmith.formats.detected import (
     TORCH,
     DetectedFormat,
 )
-from shardsmith.initial.buffer_reference import Fresh
-from shardsmith.meeting import meet
-from shardsmith.ranks import Ranks
+from shardsmith.ground import layout
+from shardsmith.ground.commit import prove_writable, sweep
+from shardsmith.ground.meeting import meet
+from shardsmith.ground.ranks import Ranks
+from shardsmith.load.buffer_reference import Fresh
+from shardsmith.manifest.checkpoints import committed_steps, find_damage
 from shardsmith.run_state.average import Average, ModuleAverage
 from shardsmith.run_state.foreign import ForeignLoad, Loaded
 from shardsmith.run_state.optimizers import check_optimizers
@@ -130,7 +130,7 @@ class ShardedCheckpointManager:
             UsageError: ``data_status`` could not be read again without running code.
             RankFailedError: on all ranks, if saving failed on any. Nothing became visible.
         """
-        from shardsmith.run_state.rank_shards import pack_object
+        from shardsmith.formats.rank_shards import pack_object
 
         target = self.directory / layout.step_name(step)
 

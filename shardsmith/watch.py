@@ -17,20 +17,20 @@ from pathlib import Path
 from types import FrameType
 from typing import Literal
 
-from shardsmith.argument_types import LocalPath
-from shardsmith.arguments import check_value
-from shardsmith.checkpoints import committed_steps
-from shardsmith.commit import prove_writable, remove, sweep
+from shardsmith.checking.arguments import check_value
+from shardsmith.checking.types import LocalPath
 from shardsmith.errors import CheckpointNotFoundError, ShardsmithError, TargetExistsError, UsageError, WriteError
 from shardsmith.export.adapter_plan import plan_export
-from shardsmith.export.base_files import choose_files
-from shardsmith.export.hf_directory import protect, read_config
 from shardsmith.export.plan import ExportOptions, choose_stems
 from shardsmith.export.write import write_directories
-from shardsmith.layout import PROVENANCE_FILE, parse_step, step_name
-from shardsmith.leases import hold
-from shardsmith.metadata import has_manifest
-from shardsmith.safetensors_files.plan import parse_size
+from shardsmith.ground.commit import prove_writable, remove, sweep
+from shardsmith.ground.layout import PROVENANCE_FILE, parse_step, step_name
+from shardsmith.ground.leases import hold
+from shardsmith.ground.sizes import parse_size
+from shardsmith.hf.base_files import choose_files
+from shardsmith.hf.hf_directory import protect, read_config
+from shardsmith.manifest.checkpoints import committed_steps
+from shardsmith.manifest.metadata import has_manifest
 
 log = logging.getLogger(__name__)
 

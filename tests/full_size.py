@@ -18,8 +18,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from examples.bagel.model import FULL_SIZE, build, write_configs
-from shardsmith.safetensors_files.header import build_header
-from shardsmith.tensors import TensorSpec
+from shardsmith.formats.safetensors_files.header import build_header
+from shardsmith.tensors.tensors import TensorSpec
 from tests.bagel_base import PATCHES
 
 RANKS = 8

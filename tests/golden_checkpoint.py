@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import distribute_tensor, init_device_mesh
 from torch.distributed.tensor.placement_types import Shard
 
-from shardsmith.ranks import Ranks
+from shardsmith.ground.ranks import Ranks
 from shardsmith.run_state.save import Contents, SaveInProgress
 from tests.ranks import run_on_ranks
 

@@ -12,9 +12,9 @@ from torch import nn
 from shardsmith.diagnose.batches import read_batch
 from shardsmith.diagnose.live_model import LiveModel
 from shardsmith.diagnose.start_loss import possible_causes
+from tests.diagnose.test_diagnose_planted import CONFIGS
 from tests.diagnosed_models import FAMILIES, Specimen, config_of, make_specimen
 from tests.planted_faults import PLANTED
-from tests.test_diagnose_planted import CONFIGS
 
 
 def losses(specimen: Specimen) -> Iterator[tuple[str, str, float]]:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from shardsmith.name_maps.slices import Joined, Slice, Target
-from shardsmith.tensors import Chunk, Shape, TensorSpec
+from shardsmith.tensors.tensors import Chunk, Shape, TensorSpec
 
 Step = tuple[str, tuple[object, ...]]
 """Name of a method that tensors and slices have, and its arguments."""

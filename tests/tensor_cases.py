@@ -8,7 +8,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from shardsmith.tensors import Chunk, Shape, TensorSpec
+from shardsmith.tensors.tensors import Chunk, Shape, TensorSpec
 
 DTYPES = [
     torch.bool,

@@ -11,9 +11,9 @@ import transformers
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from shardsmith.cli import main
-from shardsmith.dcp.index import read_index
-from shardsmith.initial.blueprint import describe, without_weights
-from shardsmith.initial.load import load_initial
+from shardsmith.formats.dcp.index import read_index
+from shardsmith.hf.blueprint import describe, without_weights
+from shardsmith.load.load import load_initial
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64,

@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from shardsmith.diagnose.codes import CODES
-from shardsmith.digest import digest_tensor
+from shardsmith.compare.codes import CODES
 from shardsmith.hooks import HFExport, every
-from shardsmith.initial.faults import EFFECTS
+from shardsmith.load.faults import EFFECTS
+from shardsmith.tensors.digest import digest_tensor
 from tests.planted_faults import PLANTED
 
 DOCS = Path(__file__).parent.parent / "docs"

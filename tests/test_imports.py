@@ -13,8 +13,8 @@ from tests.golden_checkpoint import SHARDED
 HEAVY = ("torch.distributed.checkpoint", "torch.distributed.tensor", "torch.distributed.fsdp", "transformers", "sympy")
 READING = {
     "importing": "import shardsmith.export.write, shardsmith.inspection, shardsmith.formats.by_path",
-    "the command line": "import shardsmith.cli, shardsmith.report, shardsmith.export.plan",
-    "one of several ranks": "import shardsmith.torchrun.group, shardsmith.export.write, shardsmith.export.plan",
+    "the command line": "import shardsmith.cli, shardsmith.commands.report, shardsmith.export.plan",
+    "one of several ranks": "import shardsmith.ground.torchrun.group, shardsmith.export.write, shardsmith.export.plan",
     "inspecting": f"from shardsmith.inspection import inspect_checkpoint; inspect_checkpoint({str(SHARDED)!r})",
 }
 

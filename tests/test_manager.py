@@ -28,10 +28,10 @@ from shardsmith.errors import (
     UsageError,
 )
 from shardsmith.formats.by_path import detect_checkpoint_format, open_source
+from shardsmith.formats.rank_shards import RankShards
 from shardsmith.hooks import EMA
 from shardsmith.run_state.fsdp1_hybrid import hybrid_groups_have_a_source
-from shardsmith.run_state.rank_shards import RankShards
-from shardsmith.tensors import read_tensor
+from shardsmith.tensors.tensors import read_tensor
 from tests.bagel_base import initial_weights, make_bagel_base
 from tests.legacy_layouts import STEP, WORLD
 from tests.managed_runs import Run, clone, run_steps

@@ -20,7 +20,6 @@ from safetensors.torch import load_file
 from torch import nn
 
 from shardsmith import cli
-from shardsmith.commit import remove
 from shardsmith.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
@@ -29,9 +28,10 @@ from shardsmith.errors import (
     UsageError,
     WriteError,
 )
+from shardsmith.ground.commit import remove
 from shardsmith.hooks import EMA, Hooks, ShardedSave, every, latest
 from shardsmith.watch import Stop, Watcher, WatchOptions, pending_steps, stopped_by_signals
-from tests.test_to_hf_refusals import files_no_larger_than, signal_at, without_times
+from tests.export.test_to_hf_refusals import files_no_larger_than, signal_at, without_times
 
 COMMAND = [sys.executable, "-m", "shardsmith.cli", "watch"]
 

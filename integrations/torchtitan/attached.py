@@ -13,13 +13,13 @@ from torch import nn
 from torch.distributed.checkpoint.stateful import Stateful
 
 from shardsmith.errors import UsageError
+from shardsmith.ground.ranks import Ranks
 from shardsmith.hooks import EMA, HFExport, Hook, Hooks, Recorder, every, last, latest
 from shardsmith.hooks.schedule import Schedule
 from shardsmith.hooks.stages import are_stages, names_on_all
 from shardsmith.name_maps.maps import NameMap
-from shardsmith.names import clean_fqn
-from shardsmith.ranks import Ranks
-from shardsmith.tensors import TensorSpec
+from shardsmith.tensors.fqn import clean_fqn
+from shardsmith.tensors.tensors import TensorSpec
 
 from .assets import find_base_model
 from .average import MODEL as AVERAGES

@@ -10,16 +10,16 @@ from typing import Any, Self
 
 from torch import nn
 
-from shardsmith.dcp.index import read_index
 from shardsmith.errors import UsageError
-from shardsmith.initial.blueprint import twin_of
-from shardsmith.initial.source import read_record
-from shardsmith.model_keys import MAIN, find_models
+from shardsmith.formats.dcp.index import read_index
+from shardsmith.hf.blueprint import twin_of
+from shardsmith.load.source import read_record
 from shardsmith.name_maps.maps import NameMap
 from shardsmith.name_maps.slices import Joined, Slice, Target
 from shardsmith.name_maps.transformers import TransformersNames
-from shardsmith.names import clean_fqn, own_class
-from shardsmith.tensors import TensorSpec
+from shardsmith.tensors.checkpoint_keys import MAIN, find_models
+from shardsmith.tensors.fqn import clean_fqn, own_class
+from shardsmith.tensors.tensors import TensorSpec
 
 
 def find_held(model: nn.Module) -> tuple[str, Any] | None:

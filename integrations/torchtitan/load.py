@@ -17,9 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 
-from shardsmith.checkpoints import committed_steps, find_damage
-from shardsmith.dcp.index import read_index
-from shardsmith.dcp.load import compare
 from shardsmith.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
@@ -28,15 +25,18 @@ from shardsmith.errors import (
     RankFailedError,
     UsageError,
 )
+from shardsmith.formats.dcp.index import read_index
+from shardsmith.formats.dcp.load import compare
+from shardsmith.ground.layout import METADATA_FILE, step_name
+from shardsmith.ground.ranks import Ranks
 from shardsmith.hooks.stages import names_on_all
-from shardsmith.initial.buffer_reference import Fresh
-from shardsmith.initial.live_weights import LiveWeights
-from shardsmith.initial.load import poison_weights, prove_buffers, prove_loaded, prove_names
-from shardsmith.layout import METADATA_FILE, step_name
-from shardsmith.metadata import CheckpointMetadata, read_metadata
-from shardsmith.names import clean_fqn, matches, own_class
-from shardsmith.ranks import Ranks
+from shardsmith.load.buffer_reference import Fresh
+from shardsmith.load.live_weights import LiveWeights
+from shardsmith.load.load import poison_weights, prove_buffers, prove_loaded, prove_names
+from shardsmith.manifest.checkpoints import committed_steps, find_damage
+from shardsmith.manifest.metadata import CheckpointMetadata, read_metadata
 from shardsmith.run_state.proof import prove_state
+from shardsmith.tensors.fqn import clean_fqn, matches, own_class
 
 from .inner import find_held, held_alone, recorded_config
 from .names import RunNames

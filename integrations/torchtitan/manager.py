@@ -16,8 +16,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
 from shardsmith.errors import UsageError
-from shardsmith.layout import parse_step
-from shardsmith.ranks import Ranks
+from shardsmith.ground.layout import parse_step
+from shardsmith.ground.ranks import Ranks
 
 from .attached import Attached
 from .average import MODEL as AVERAGES

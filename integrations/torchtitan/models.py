@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from shardsmith.errors import UsageError
-from shardsmith.initial.blueprint import OLD_ROTARY, Blueprint, without_weights
-from shardsmith.names import tied_weights
-from shardsmith.tensors import TensorSpec
+from shardsmith.hf.blueprint import OLD_ROTARY, Blueprint, without_weights
+from shardsmith.tensors.fqn import tied_weights
+from shardsmith.tensors.tensors import TensorSpec
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,12 +14,12 @@ from typing import Any
 from torch import Tensor
 
 from shardsmith.errors import UnsupportedFormatError, UsageError
-from shardsmith.initial.blueprint import Blueprint, without_weights
-from shardsmith.initial.buffer_reference import Fresh
+from shardsmith.hf.blueprint import Blueprint, without_weights
+from shardsmith.load.buffer_reference import Fresh
 from shardsmith.name_maps.maps import NameMap
 from shardsmith.name_maps.slices import Target
 from shardsmith.name_maps.tracing import trace
-from shardsmith.tensors import Shape, TensorSpec
+from shardsmith.tensors.tensors import Shape, TensorSpec
 
 from .inner import BACKEND, InnerNames
 from .models import TitanModel, build_titan_model

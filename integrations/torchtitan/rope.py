@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from shardsmith.initial.faults import LoadFault
-from shardsmith.initial.live_weights import LiveWeights
-from shardsmith.names import clean_fqn, non_persistent_buffers
+from shardsmith.load.faults import LoadFault
+from shardsmith.load.live_weights import LiveWeights
+from shardsmith.tensors.fqn import clean_fqn, non_persistent_buffers
 
 _TABLES = ("cache", "freqs_cis", "rope_cache")
 """How TorchTitan calls the buffers that hold them."""

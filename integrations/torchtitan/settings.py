@@ -17,14 +17,14 @@ from typing import Any
 from torch import nn
 
 from shardsmith.errors import UnsupportedFormatError, UsageError
-from shardsmith.export.hf_directory import CONFIG_FILE, read_config
-from shardsmith.initial.blueprint import plain_config, without_weights
-from shardsmith.initial.faults import LoadFault
-from shardsmith.initial.live_weights import LiveWeights
-from shardsmith.initial.source import read_record
+from shardsmith.ground.ranks import Ranks
+from shardsmith.hf.blueprint import plain_config, without_weights
+from shardsmith.hf.hf_directory import CONFIG_FILE, read_config
+from shardsmith.load.faults import LoadFault
+from shardsmith.load.live_weights import LiveWeights
+from shardsmith.load.source import read_record
 from shardsmith.name_maps.maps import NameMap
-from shardsmith.names import clean_fqn, matches
-from shardsmith.ranks import Ranks
+from shardsmith.tensors.fqn import clean_fqn, matches
 
 from .inner import find_held
 from .names import TorchTitanNames

@@ -9,12 +9,12 @@ from typing import Any
 
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 
-from shardsmith.checkpoints import find_damage
-from shardsmith.dcp.index import read_index
 from shardsmith.errors import CheckpointError, CorruptCheckpointError
-from shardsmith.layout import DCP_INDEX_FILE, METADATA_FILE, parse_step, step_name
-from shardsmith.metadata import CheckpointMetadata
-from shardsmith.ranks import Ranks
+from shardsmith.formats.dcp.index import read_index
+from shardsmith.ground.layout import DCP_INDEX_FILE, METADATA_FILE, parse_step, step_name
+from shardsmith.ground.ranks import Ranks
+from shardsmith.manifest.checkpoints import find_damage
+from shardsmith.manifest.metadata import CheckpointMetadata
 
 log = logging.getLogger(__name__)
 

@@ -61,13 +61,13 @@ def diagnose(
     """
     import json as json_module
 
-    from shardsmith import report
     from shardsmith.conversion.model_directory import find_model
     from shardsmith.diagnose import Questions
     from shardsmith.diagnose import diagnose as look
     from shardsmith.diagnose.html import html_of
     from shardsmith.diagnose.text import print_diagnosis
-    from shardsmith.export.hf_directory import protect
+    from shardsmith.ground import console
+    from shardsmith.hf.hf_directory import protect
 
     import_modules(imports)
     questions = Questions(
@@ -88,12 +88,12 @@ def diagnose(
     reference = find_model(base_model, fetch=False)
     if html is not None:
         protect(html, checkpoint, reference)
-    with report.reading_bar("diagnosing", quiet=json):
+    with console.reading_bar("diagnosing", quiet=json):
         found = look(checkpoint, reference, questions)
     if html is not None:
         html.write_text(html_of(found), encoding="utf-8")
     if json:
         print(json_module.dumps(found.as_dict()))
     else:
-        print_diagnosis(found, report.new_console())
+        print_diagnosis(found, console.new_console())
     return found.exit_code

@@ -20,10 +20,11 @@ def inspect(checkpoint: tyro.conf.Positional[Path], verify: bool = False, json: 
         verify: Also read every byte and compare it with the recorded hashes.
         json: Print JSON instead of tables.
     """
-    from shardsmith import report
+    from shardsmith.commands import report
+    from shardsmith.ground import console
     from shardsmith.inspection import inspect_checkpoint
 
-    with report.reading_bar(checkpoint.name, quiet=json or not verify):
+    with console.reading_bar(checkpoint.name, quiet=json or not verify):
         inspection = inspect_checkpoint(checkpoint, verify=verify)
     report.print_inspection(inspection, as_json=json)
     return 1 if inspection.damage else 0

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 if TYPE_CHECKING:
-    from shardsmith.export.layout_rules import LayoutRule
     from shardsmith.export.plan import ExportOptions
+    from shardsmith.hf.layout_rules import LayoutRule
 
 Imports = Annotated[tuple[str, ...], tyro.conf.arg(name="import")]
 """Python modules to import first."""
@@ -83,7 +83,7 @@ class NameArguments:
     @property
     def layout_rules(self) -> tuple[LayoutRule, ...]:
         """All layout rules. Raises UsageError if the file cannot be used."""
-        from shardsmith.export.layout_rules import find_rules
+        from shardsmith.hf.layout_rules import find_rules
 
         return tuple(find_rules(self.rules))
 
@@ -124,8 +124,8 @@ class ExportArguments(NameArguments):
 
     def options(self) -> ExportOptions:
         """Return them as the export takes them. Raises UsageError."""
-        from shardsmith.dtypes import parse_dtypes
         from shardsmith.export.plan import ExportOptions
+        from shardsmith.tensors.dtypes import parse_dtypes
 
         return ExportOptions(
             dtype=parse_dtypes(self.dtype, self.dtype_of),

@@ -63,10 +63,10 @@ def to_dcp(
     """
     import contextlib
 
-    from shardsmith import report
     from shardsmith.conversion.early_writing import early_writing
     from shardsmith.conversion.model_directory import find_model
-    from shardsmith.dtypes import parse_dtypes
+    from shardsmith.ground import console
+    from shardsmith.tensors.dtypes import parse_dtypes
 
     import_modules(imports)
     choice = parse_dtypes(dtype)
@@ -79,7 +79,7 @@ def to_dcp(
 
         from shardsmith.conversion.write import convert
         from shardsmith.conversion.write_plan import ConversionOptions, plan_on_ranks
-        from shardsmith.torchrun.group import joined_ranks
+        from shardsmith.ground.torchrun.group import joined_ranks
 
         options = ConversionOptions(
             dtype=choice,
@@ -99,7 +99,7 @@ def to_dcp(
             if not quiet:
                 _report(plan, None, json)
             return 0
-        with report.bytes_bar(output_dir.name, plan.nbytes, quiet=quiet or json) as progress:
+        with console.bytes_bar(output_dir.name, plan.nbytes, quiet=quiet or json) as progress:
             counts = convert(plan, ranks, progress, early)
     if not quiet:
         _report(plan, counts, json)

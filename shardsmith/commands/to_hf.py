@@ -41,13 +41,14 @@ def to_hf(
         quiet: No progress bar and no summary.
         json: Print the plan or the checks as JSON on one line.
     """
-    from shardsmith import report
+    from shardsmith.commands import report
     from shardsmith.export import report as report_export
     from shardsmith.export.adapter_plan import plan_export
-    from shardsmith.export.joint_plan import plan_together, team_of_torchrun, threads_per_process
+    from shardsmith.export.joint_plan import plan_together, team_of_torchrun
     from shardsmith.export.plan import ExportPlan, choose_stems
     from shardsmith.export.write import write_directories
-    from shardsmith.leases import hold
+    from shardsmith.ground.leases import hold
+    from shardsmith.ground.threads import threads_per_process
 
     options = export.options()
     output_dir = output_dir or default_output(checkpoint)

@@ -43,10 +43,10 @@ def verify(
         trust_remote_code: For logits, run the Python files of the Hugging Face directory.
         json: Print JSON instead of tables.
     """
-    from shardsmith import report as progress
-    from shardsmith.compare import report
+    from shardsmith.commands import verification_report as report
     from shardsmith.compare.verification import VerifyOptions
     from shardsmith.compare.verification import verify as compare
+    from shardsmith.ground import console
 
     options = VerifyOptions(
         models=models or None,
@@ -57,16 +57,16 @@ def verify(
         rounding=rounding,
     )
     if logits:
-        from shardsmith.compare.logits import verify_logits
+        from shardsmith.diagnose.logits import verify_logits
 
         chosen = models or ("main",)
-        with progress.reading_bar("logits", quiet=json):
+        with console.reading_bar("logits", quiet=json):
             found = [
                 verify_logits(a, b, name, options, base_model, trust_remote_code=trust_remote_code) for name in chosen
             ]
         report.print_logits(found, as_json=json)
         return 0 if all(result.same for result in found) else 1
-    with progress.reading_bar("comparing", quiet=json):
+    with console.reading_bar("comparing", quiet=json):
         verification = compare(a, b, options)
     report.print_verification(verification, as_json=json)
     return 0 if verification.same else 1

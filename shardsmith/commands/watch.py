@@ -43,7 +43,7 @@ def watch(
         quiet: Print nothing but failures, and no progress bar.
         json: Print one line of JSON for each step.
     """
-    from shardsmith import report
+    from shardsmith.commands import report
     from shardsmith.watch import Watcher, WatchOptions, stopped_by_signals
 
     what = WatchOptions(

@@ -6,15 +6,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from shardsmith.export.base_layout import in_base_layout
-from shardsmith.export.config_fit import model_class_of
-from shardsmith.export.hf_directory import read_config
-from shardsmith.export.layout_rules import DECLARED, LayoutRule, LayoutRules
-from shardsmith.models import ModelSource
+from shardsmith.formats.matched import matched_source, renamed
+from shardsmith.formats.models import ModelSource
+from shardsmith.hf.base_layout import in_base_layout
+from shardsmith.hf.config_fit import model_class_of
+from shardsmith.hf.hf_directory import read_config
+from shardsmith.hf.layout_rules import DECLARED, LayoutRule, LayoutRules
 from shardsmith.name_maps.class_names import ClassNames
-from shardsmith.name_maps.matched import matched_source, renamed
 from shardsmith.name_maps.matching import Alignment, match_names
-from shardsmith.tensors import TensorSpec
+from shardsmith.tensors.tensors import TensorSpec
 
 
 def aligned_source(

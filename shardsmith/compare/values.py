@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shardsmith.export.block_copy import one_thread_per_operator
-from shardsmith.memory import same_bits
-from shardsmith.progress import advance
-from shardsmith.tensors import Chunk, TensorSource, TensorSpec, read_into, row_major_blocks
+from shardsmith.ground.memory import same_bits
+from shardsmith.ground.progress import advance
+from shardsmith.ground.threads import one_thread_per_operator
+from shardsmith.tensors.tensors import Chunk, TensorSource, TensorSpec, read_into, row_major_blocks
 
 _BLOCK_ELEMENTS = 1 << 17
 """So few that two blocks and what is computed of them stay in cache, and memory for them need not be asked for anew."""

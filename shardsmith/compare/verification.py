@@ -13,21 +13,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from shardsmith import layout
 from shardsmith.compare.alignment import aligned_source
+from shardsmith.compare.class_ties import class_ties
 from shardsmith.compare.values import TensorComparison, compare_sources, same_as, scan_source
-from shardsmith.diagnose.ties import class_ties
-from shardsmith.digest import Digest
 from shardsmith.errors import CheckpointError, CheckpointNotFoundError
-from shardsmith.export.hf_directory import CONFIG_FILE
-from shardsmith.export.layout_rules import DECLARED, LayoutRule
 from shardsmith.formats.by_path import HUGGINGFACE
+from shardsmith.formats.models import ModelSource
 from shardsmith.formats.opened import OpenedCheckpoint, open_checkpoint
-from shardsmith.initial.source_digests import digest_source
-from shardsmith.metadata import dtype_name, read_json
-from shardsmith.models import ModelSource
+from shardsmith.ground import layout
+from shardsmith.hf.hf_directory import CONFIG_FILE
+from shardsmith.hf.layout_rules import DECLARED, LayoutRule
+from shardsmith.manifest.metadata import dtype_name, read_json
 from shardsmith.name_maps.matching import Alignment, is_transient
-from shardsmith.tensors import TensorSpec
+from shardsmith.sharding.source_digests import digest_source
+from shardsmith.tensors.digest import Digest
+from shardsmith.tensors.tensors import TensorSpec
 
 By = Literal["values", "digests"]
 

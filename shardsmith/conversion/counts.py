@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from shardsmith.tensors import TensorSpec
+from shardsmith.tensors.tensors import TensorSpec
 
 if TYPE_CHECKING:
     from shardsmith.conversion.plan import ConversionPlan

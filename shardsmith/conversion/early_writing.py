@@ -22,13 +22,13 @@ from typing import Any
 
 import torch
 
-from shardsmith.commit import Attempt, refuse_existing, require_space, sweep
-from shardsmith.dcp.shard_files import PlannedChunk, Stream, Written, plan_chunks, write_shard_files
-from shardsmith.dtypes import cast_specs
 from shardsmith.errors import CheckpointError, WriteError
-from shardsmith.export.hf_directory import CONFIG_FILE, protect
 from shardsmith.formats.by_path import open_source
-from shardsmith.models import ModelSource
+from shardsmith.formats.dcp.shard_files import PlannedChunk, Stream, Written, plan_chunks, write_shard_files
+from shardsmith.formats.models import ModelSource
+from shardsmith.ground.commit import Attempt, refuse_existing, require_space, sweep
+from shardsmith.hf.hf_directory import CONFIG_FILE, protect
+from shardsmith.tensors.dtypes import cast_specs
 
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 """In files; in memory, transformers fuses them, so the names alone tell that this is no case for us."""

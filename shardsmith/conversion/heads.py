@@ -14,10 +14,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from shardsmith.dtypes import CASTABLE
 from shardsmith.errors import UsageError
 from shardsmith.formats.by_path import open_source
-from shardsmith.tensors import Chunk, TensorSpec
+from shardsmith.tensors.dtypes import CASTABLE
+from shardsmith.tensors.tensors import Chunk, TensorSpec
 
 HeadType = Literal["linear", "mlp", "gated"]
 

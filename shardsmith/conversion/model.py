@@ -11,14 +11,14 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from shardsmith.errors import CorruptCheckpointError, MismatchError, UnsupportedFormatError, UsageError
-from shardsmith.export.hf_directory import CONFIG_FILE, read_config
 from shardsmith.formats.by_path import open_source
-from shardsmith.initial.blueprint import Blueprint, describe, model_of_directory
-from shardsmith.initial.source_digests import digest_source
-from shardsmith.models import ModelSource
+from shardsmith.formats.models import ModelSource
+from shardsmith.hf.blueprint import Blueprint, describe, model_of_directory
+from shardsmith.hf.hf_directory import CONFIG_FILE, read_config
 from shardsmith.name_maps.maps import NameMap, find_name_map
 from shardsmith.name_maps.restored import RestoredModel
-from shardsmith.tensors import TensorSource, TensorSpec
+from shardsmith.sharding.source_digests import digest_source
+from shardsmith.tensors.tensors import TensorSource, TensorSpec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,8 +6,8 @@ import re
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from shardsmith.checkpoints import hash_file
 from shardsmith.errors import CheckpointError, CheckpointNotFoundError
+from shardsmith.manifest.checkpoints import hash_file
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _OTHER_WEIGHTS = ["*.pth", "*.h5", "*.msgpack", "*.gguf", "*.onnx", "original/*", "consolidated*"]

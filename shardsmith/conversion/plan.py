@@ -9,21 +9,21 @@ from typing import Any
 
 import torch
 
-from shardsmith.commit import refuse_existing
+from shardsmith.compare.configs import effective_config
 from shardsmith.conversion.heads import Head, find_version, future_predictor, make_head, parse_extra_module
 from shardsmith.conversion.model import ConversionModel, open_conversion_model
 from shardsmith.conversion.model_directory import find_model, hash_tokenizer
 from shardsmith.conversion.write_plan import ConversionOptions, Layout, WritePlan
-from shardsmith.dcp.shard_files import Stream, plan_chunks
-from shardsmith.diagnose.configs import effective_config
-from shardsmith.dtypes import cast_specs
 from shardsmith.errors import UsageError
-from shardsmith.export.hf_directory import CONFIG_FILE, protect, read_config
 from shardsmith.formats.by_path import detect_checkpoint_format
-from shardsmith.initial_record import BufferRecord, InitialRecord, config_hash
-from shardsmith.metadata import dtype_name
-from shardsmith.model_keys import NOT_A_MODEL
-from shardsmith.tensors import TensorSpec
+from shardsmith.formats.dcp.shard_files import Stream, plan_chunks
+from shardsmith.ground.commit import refuse_existing
+from shardsmith.hf.hf_directory import CONFIG_FILE, protect, read_config
+from shardsmith.manifest.initial import BufferRecord, InitialRecord, config_hash
+from shardsmith.manifest.metadata import dtype_name
+from shardsmith.tensors.checkpoint_keys import NOT_A_MODEL
+from shardsmith.tensors.dtypes import cast_specs
+from shardsmith.tensors.tensors import TensorSpec
 
 _NESTED = "model"
 

@@ -10,7 +10,8 @@ from rich.table import Table
 
 from shardsmith.conversion.counts import Count
 from shardsmith.conversion.plan import ConversionPlan
-from shardsmith.report import new_console, size_text
+from shardsmith.ground.console import new_console
+from shardsmith.ground.sizes import size_text
 
 
 def print_plan(plan: ConversionPlan, *, as_json: bool = False) -> None:

@@ -11,18 +11,18 @@ from typing import Any
 
 import xxhash
 
-from shardsmith import layout
-from shardsmith.commit import Attempt, require_space, sweep, write_file
 from shardsmith.conversion.counts import Count, count_tensors
 from shardsmith.conversion.early_writing import EarlyWriting
 from shardsmith.conversion.write_plan import WritePlan
-from shardsmith.dcp.index_writer import write_index
-from shardsmith.dcp.shard_files import Place, Written, divide, write_shard_files
-from shardsmith.dcp.source import DcpSource
 from shardsmith.errors import RanksDisagreeError
-from shardsmith.metadata import FileRecord
-from shardsmith.ranks import Ranks
-from shardsmith.record.description import Measured, describe
+from shardsmith.formats.dcp.index_writer import write_index
+from shardsmith.formats.dcp.shard_files import Place, Written, divide, write_shard_files
+from shardsmith.formats.dcp.source import DcpSource
+from shardsmith.formats.describe import Measured, describe
+from shardsmith.ground import layout
+from shardsmith.ground.commit import Attempt, require_space, sweep, write_file
+from shardsmith.ground.ranks import Ranks
+from shardsmith.manifest.metadata import FileRecord
 
 
 def convert(

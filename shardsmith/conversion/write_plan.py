@@ -11,12 +11,12 @@ import torch
 
 from shardsmith.conversion.heads import HeadType
 from shardsmith.conversion.model_directory import find_model
-from shardsmith.dcp.shard_files import PlannedChunk, Stream, plan_chunks
-from shardsmith.dtypes import cast_specs
 from shardsmith.errors import RanksDisagreeError
 from shardsmith.formats.by_path import open_source
-from shardsmith.ranks import Ranks
-from shardsmith.tensors import TensorSource, TensorSpec
+from shardsmith.formats.dcp.shard_files import PlannedChunk, Stream, plan_chunks
+from shardsmith.ground.ranks import Ranks
+from shardsmith.tensors.dtypes import cast_specs
+from shardsmith.tensors.tensors import TensorSource, TensorSpec
 
 Layout = Literal["flat", "nested"]
 

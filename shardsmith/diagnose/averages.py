@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from shardsmith.compare.findings import Finding, one
 from shardsmith.compare.values import TensorComparison, same_as
-from shardsmith.diagnose.findings import Finding, one
 from shardsmith.diagnose.subject import Subject
-from shardsmith.metadata import dtype_name
-from shardsmith.model_keys import EMA, MAIN
+from shardsmith.manifest.metadata import dtype_name
+from shardsmith.tensors.checkpoint_keys import EMA, MAIN
 
 _HIGH_DECAY = 0.99
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from shardsmith.diagnose.tokenizers import encode
 from shardsmith.errors import CheckpointError, CorruptCheckpointError
-from shardsmith.metadata import read_json
-from shardsmith.safetensors_files.source import SafetensorsSource
-from shardsmith.tensors import read_tensor
+from shardsmith.formats.safetensors_files.source import SafetensorsSource
+from shardsmith.manifest.metadata import read_json
+from shardsmith.tensors.tensors import read_tensor
 
 IGNORED = -100
 """Label of a position that no loss is taken at."""

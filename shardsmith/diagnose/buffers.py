@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from shardsmith.diagnose.findings import Finding, one
-from shardsmith.initial_record import BufferRecord
-from shardsmith.names import clean_fqn
-from shardsmith.safetensors_files.source import SafetensorsSource
-from shardsmith.tensors import read_tensor
+from shardsmith.compare.findings import Finding, one
+from shardsmith.formats.safetensors_files.source import SafetensorsSource
+from shardsmith.manifest.initial import BufferRecord
+from shardsmith.tensors.fqn import clean_fqn
+from shardsmith.tensors.tensors import read_tensor
 
 _TOLERANCE = 1e-5
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from shardsmith.diagnose.findings import LEVELS, Diagnosis, Level, Looked
+from shardsmith.compare.findings import LEVELS, Diagnosis, Level, Looked
 from shardsmith.diagnose.questions import Questions
 from shardsmith.diagnose.structure import look_at_structure, unreadable
 from shardsmith.diagnose.subject import Reference, Subject

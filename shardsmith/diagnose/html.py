@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from html import escape
 
-from shardsmith.diagnose.findings import Diagnosis, Finding, Looked
+from shardsmith.compare.findings import Diagnosis, Finding, Looked
 from shardsmith.diagnose.text import TITLES, rows_of
-from shardsmith.printable import printable
+from shardsmith.ground.printable import printable
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --good: #2e7d32;

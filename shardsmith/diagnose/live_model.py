@@ -15,8 +15,8 @@ from torch import Tensor
 from shardsmith.diagnose.batches import Batch
 from shardsmith.errors import UnsupportedFormatError
 from shardsmith.export.load_check import first_tensor
-from shardsmith.names import non_persistent_buffers
-from shardsmith.tensors import TensorSource, read_tensor
+from shardsmith.tensors.fqn import non_persistent_buffers
+from shardsmith.tensors.tensors import TensorSource, read_tensor
 
 
 @dataclass(frozen=True, slots=True)

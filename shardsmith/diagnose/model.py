@@ -13,13 +13,13 @@ from typing import Any
 
 from torch import Tensor
 
+from shardsmith.compare.configs import compare_configs, effective_config
+from shardsmith.compare.effective import unknown_kind
+from shardsmith.compare.findings import Finding, Looked, one
 from shardsmith.compare.values import compare_sources
 from shardsmith.conversion.model_directory import hash_tokenizer
 from shardsmith.diagnose.batches import Batch
 from shardsmith.diagnose.buffers import compare_buffers, recorded_buffers, saved_buffers
-from shardsmith.diagnose.configs import compare_configs, effective_config
-from shardsmith.diagnose.effective import unknown_kind
-from shardsmith.diagnose.findings import Finding, Looked, one
 from shardsmith.diagnose.live_model import LiveModel
 from shardsmith.diagnose.probe import Probe
 from shardsmith.diagnose.questions import Questions
@@ -35,10 +35,10 @@ from shardsmith.diagnose.tokenizers import (
 )
 from shardsmith.diagnose.training_settings import TrainingSettings
 from shardsmith.errors import CheckpointError, UsageError
-from shardsmith.initial.blueprint import describe, model_of_directory
-from shardsmith.initial_record import InitialRecord
-from shardsmith.model_keys import MAIN
-from shardsmith.tensors import TensorSource
+from shardsmith.hf.blueprint import describe, model_of_directory
+from shardsmith.manifest.initial import InitialRecord
+from shardsmith.tensors.checkpoint_keys import MAIN
+from shardsmith.tensors.tensors import TensorSource
 
 _SAME_LOSS = 1e-3
 _SAME_LOGITS = 1e-3
@@ -223,7 +223,7 @@ class _Look:
 
     def _loss_with(self, place: Path, loaded: LiveModel, probe: Probe, names: list[str]) -> None:
         """What the trainer's config makes of the checkpoint's weights."""
-        from shardsmith.diagnose.effective import config_of
+        from shardsmith.compare.effective import config_of
 
         if probe.batch is None:
             return

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from shardsmith.diagnose.findings import Level
-from shardsmith.export.layout_rules import DECLARED, LayoutRule
+from shardsmith.compare.findings import Level
 from shardsmith.formats.opened import Layout
+from shardsmith.hf.layout_rules import DECLARED, LayoutRule
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from shardsmith.compare.values import TensorComparison, scan_source
-from shardsmith.tensors import Chunk, TensorSource, read_into, read_tensor
+from shardsmith.tensors.tensors import Chunk, TensorSource, read_into, read_tensor
 
 _SAMPLED_ROWS = 64
 _BLOCK_ELEMENTS = 1 << 22

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from shardsmith.compare.findings import Finding, one
 from shardsmith.diagnose.batches import IGNORED, Batch
-from shardsmith.diagnose.findings import Finding, one
 from shardsmith.diagnose.live_model import LiveModel
 
 RIGHT = "as it should be"

@@ -7,16 +7,16 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from shardsmith.diagnose.findings import Finding, Looked, one
+from shardsmith.compare.findings import Finding, Looked, one
 from shardsmith.diagnose.subject import Reference, Subject
 from shardsmith.diagnose.ties import tied_names
 from shardsmith.errors import CheckpointError, CorruptCheckpointError, IncompleteCheckpointError, UnsafeCheckpointError
+from shardsmith.formats.models import ModelSource
 from shardsmith.formats.opened import Layout
-from shardsmith.metadata import dtype_name
-from shardsmith.model_keys import MAIN
-from shardsmith.models import ModelSource
+from shardsmith.manifest.metadata import dtype_name
 from shardsmith.name_maps.matching import Alignment, is_transient
-from shardsmith.tensors import TensorSpec
+from shardsmith.tensors.checkpoint_keys import MAIN
+from shardsmith.tensors.tensors import TensorSpec
 
 _HEADS = {
     "linear": frozenset({"proj.weight", "proj.bias"}),

@@ -8,18 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shardsmith import layout
 from shardsmith.compare.alignment import aligned_source
 from shardsmith.errors import CheckpointError, CheckpointNotFoundError
-from shardsmith.export.hf_directory import read_config
-from shardsmith.export.layout_rules import DECLARED, LayoutRule
 from shardsmith.formats.by_path import model_names, open_source
+from shardsmith.formats.models import ModelSource
 from shardsmith.formats.opened import OpenedCheckpoint, open_checkpoint
-from shardsmith.metadata import CheckpointMetadata, read_json
-from shardsmith.model_keys import MAIN
-from shardsmith.models import ModelSource
+from shardsmith.ground import layout
+from shardsmith.hf.hf_directory import read_config
+from shardsmith.hf.layout_rules import DECLARED, LayoutRule
+from shardsmith.manifest.metadata import CheckpointMetadata, read_json
 from shardsmith.name_maps.matching import Alignment
-from shardsmith.tensors import TensorSpec
+from shardsmith.tensors.checkpoint_keys import MAIN
+from shardsmith.tensors.tensors import TensorSpec
 
 _STEP_NAME = re.compile(r"(?:step-|checkpoint-)([0-9]{1,18})|([0-9]{7})")
 """Of the directory of a step, as TorchTitan, Trainer and BAGEL name it."""
@@ -124,7 +124,7 @@ def _step(checkpoint: Path) -> int | None:
 
 def _specs_by_config(path: Path) -> Mapping[str, TensorSpec]:
     """The tensors that a model without weights would have, as transformers makes it; of tied ones the kept name."""
-    from shardsmith.initial.blueprint import describe, model_of_directory
+    from shardsmith.hf.blueprint import describe, model_of_directory
 
     made = describe(model_of_directory(path))
     return {name: spec for name, spec in made.state_dict.items() if name not in made.tied}

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from shardsmith.compare.values import TensorComparison, compare_tensor
-from shardsmith.models import ModelSource
-from shardsmith.tensors import Chunk, TensorSource, read_into
+from shardsmith.formats.models import ModelSource
+from shardsmith.tensors.tensors import Chunk, TensorSource, read_into
 
 LAYER = re.compile(r"^(.*?(?:^|\.)(?:layers|h|blocks|block|layer))\.([0-9]+)\.(.*)$")
 _SAMPLED_ELEMENTS = 1024

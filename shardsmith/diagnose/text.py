@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from shardsmith.diagnose.findings import Diagnosis, Finding, Looked
-from shardsmith.printable import printable
+from shardsmith.compare.findings import Diagnosis, Finding, Looked
+from shardsmith.ground.printable import printable
 
 _SHOWN_NAMES = 8
 _SHOWN_TEXT = 400

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from shardsmith.diagnose.subject import Reference
-from shardsmith.export.config_fit import model_class_of
-from shardsmith.export.hf_directory import read_config, ties_word_embeddings
+from shardsmith.hf.config_fit import model_class_of
+from shardsmith.hf.hf_directory import read_config, ties_word_embeddings
 from shardsmith.name_maps.class_names import ClassNames
-from shardsmith.tensors import TensorSpec
+from shardsmith.tensors.tensors import TensorSpec
 
 _HEADS = (".lm_head.weight", ".embed_out.weight", ".output.weight")
 _IN_LAYER = re.compile(r"\.[0-9]+\.")
@@ -49,16 +49,10 @@ def tied_names(reference: Reference, specs: Mapping[str, TensorSpec]) -> dict[st
     return guessed if tied is None else _aliases(tied, reference.specs, specs)
 
 
-def class_ties(base: Path, listed: Mapping[str, TensorSpec], specs: Mapping[str, TensorSpec]) -> dict[str, str]:
-    """What the class of a directory's config ties, of names that its files do not list: alias -> kept name."""
-    found = _aliases(_tied_in_class(base) or {}, listed, specs)
-    return {name: kept for name, kept in found.items() if name not in listed}
-
-
 def _aliases(
     tied: Mapping[str, str], listed: Mapping[str, TensorSpec], specs: Mapping[str, TensorSpec]
 ) -> dict[str, str]:
-    from shardsmith.ties import tied_groups
+    from shardsmith.hf.ties import tied_groups
 
     found: dict[str, str] = {}
     for group in tied_groups(tied, {**specs, **listed}):

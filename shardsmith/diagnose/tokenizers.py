@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from shardsmith.compare.findings import Finding, one
 from shardsmith.conversion.model_directory import hash_tokenizer
-from shardsmith.diagnose.findings import Finding, one
 from shardsmith.errors import CheckpointError, CheckpointNotFoundError, UnsupportedFormatError
-from shardsmith.metadata import read_json
+from shardsmith.manifest.metadata import read_json
 
 TOKENIZER_FILE = "tokenizer.json"
 _MODEL_FILES = (TOKENIZER_FILE, "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model")

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shardsmith.diagnose.findings import Finding, one
+from shardsmith.compare.findings import Finding, one
 from shardsmith.diagnose.subject import Subject
 from shardsmith.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError, UsageError
-from shardsmith.metadata import read_json
+from shardsmith.manifest.metadata import read_json
 
 _MOST_BYTES = 1 << 24
 _ENABLED = ("enable", "enable_checkpoint")

@@ -7,21 +7,21 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from shardsmith.checkpoints import find_damage
+from shardsmith.compare.findings import Finding, Looked, one
 from shardsmith.compare.values import Distance, TensorComparison, compare_sources, same_as, scan_source
 from shardsmith.diagnose.averages import look_at_average
-from shardsmith.diagnose.findings import Finding, Looked, one
 from shardsmith.diagnose.signatures import QK_NORM, QUERY_KEY, find_reordering, is_all, unrelated
 from shardsmith.diagnose.subject import Reference, Subject
 from shardsmith.diagnose.swapped import describe_swapped, find_swapped, is_string_order
 from shardsmith.diagnose.ties import embedding_of, head_of, tied_names
-from shardsmith.export.base_layout import patch_embeddings
-from shardsmith.export.layout_rules import order_of_patches
 from shardsmith.formats.by_path import SHARDED
-from shardsmith.metadata import dtype_name
-from shardsmith.model_keys import EMA, MAIN, find_models
-from shardsmith.models import ModelSource
-from shardsmith.tensors import read_tensor
+from shardsmith.formats.models import ModelSource
+from shardsmith.hf.base_layout import patch_embeddings
+from shardsmith.hf.layout_rules import order_of_patches
+from shardsmith.manifest.checkpoints import find_damage
+from shardsmith.manifest.metadata import dtype_name
+from shardsmith.tensors.checkpoint_keys import EMA, MAIN, find_models
+from shardsmith.tensors.tensors import read_tensor
 
 _LAYER = re.compile(r"^(.*?(?:^|\.)(?:layers|h|blocks|block|layer)\.[0-9]+)\.")
 _MOST_OF = 0.9

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from shardsmith import layout
-from shardsmith.commit import refuse_existing
 from shardsmith.export.adapters import ADAPTER_WEIGHTS, AdapterCheckpoint, is_peft
-from shardsmith.export.base_template import BaseTemplate
-from shardsmith.export.directory import DirectoryPlan, plan_model
-from shardsmith.export.hf_directory import protect
 from shardsmith.export.plan import ExportOptions, ExportPlan, origin_of, plan_directory
 from shardsmith.formats.by_path import open_source
-from shardsmith.model_keys import EMA
-from shardsmith.models import ModelSource
+from shardsmith.formats.models import ModelSource
+from shardsmith.ground import layout
+from shardsmith.ground.commit import refuse_existing
+from shardsmith.hf.directory import DirectoryPlan, plan_model
+from shardsmith.hf.hf_directory import protect
+from shardsmith.hf.template import BaseTemplate
+from shardsmith.tensors.checkpoint_keys import EMA
 
 
 def plan_export(

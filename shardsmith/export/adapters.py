@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from shardsmith.errors import CheckpointNotFoundError, MismatchError, UsageError
 from shardsmith.formats.by_path import model_names, open_source
-from shardsmith.model_keys import MAIN
-from shardsmith.models import ModelSource
-from shardsmith.tensors import Chunk, TensorSource, TensorSpec, read_tensor
+from shardsmith.formats.models import ModelSource
+from shardsmith.tensors.checkpoint_keys import MAIN
+from shardsmith.tensors.tensors import Chunk, TensorSource, TensorSpec, read_tensor
 
 ADAPTER_WEIGHTS = "adapter_model"
 """Stem of the weight files of an adapter, as peft names it."""
@@ -263,7 +263,7 @@ def _keys_by_fqn(source: ModelSource, adapter: str) -> dict[str, str]:
 
 
 def _peft_model(directory: Path, base: Path, name: str) -> Any:
-    from shardsmith.initial.blueprint import model_of_directory, without_weights
+    from shardsmith.hf.blueprint import model_of_directory, without_weights
 
     try:
         from peft import PeftConfig, get_peft_model

@@ -7,13 +7,13 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from shardsmith.dtypes import is_quantized
 from shardsmith.errors import MismatchError
-from shardsmith.export.base_template import BaseTemplate
-from shardsmith.export.config_fit import QUANTIZATION, ConfigFit, fit_config
-from shardsmith.export.directory import Measure, ModelPlan
-from shardsmith.export.directory_check import refusal
-from shardsmith.tensors import TensorSpec
+from shardsmith.hf.config_fit import QUANTIZATION, ConfigFit, fit_config
+from shardsmith.hf.directory import Measure, ModelPlan
+from shardsmith.hf.directory_check import refusal
+from shardsmith.hf.template import BaseTemplate
+from shardsmith.tensors.dtypes import is_quantized
+from shardsmith.tensors.tensors import TensorSpec
 
 _NAMED = 5
 """How many names an advice lists."""

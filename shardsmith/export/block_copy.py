@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,15 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from shardsmith.digest import Digest, digest_run
-from shardsmith.safetensors_files.writer import SafetensorsFileWriter
-from shardsmith.tensors import Chunk, TensorSource, TensorSpec, read_into, row_major_blocks
+from shardsmith.formats.safetensors_files.writer import SafetensorsFileWriter
+from shardsmith.ground.threads import one_thread_per_operator, useful_threads
+from shardsmith.tensors.digest import Digest, digest_run
+from shardsmith.tensors.tensors import Chunk, TensorSource, TensorSpec, read_into, row_major_blocks
 
 _BLOCK_BYTES = 2 << 20
 """Of output: large enough that Python costs little, small enough to stay in cache from the cast to the write."""
-_MOST_THREADS = 8
-_LEAST_MEAN_BYTES = 64 << 10
-"""Of a block, for which threads are of use."""
 
 Block = tuple[SafetensorsFileWriter, TensorSpec, int, Chunk]
 
@@ -131,23 +127,3 @@ def _read(source: TensorSource, spec: TensorSpec, box: Chunk, scratch: Tensor) -
             return pieces[0][1]
     out = scratch[: box.numel * spec.dtype.itemsize].view(spec.dtype).view(box.sizes)
     return read_into(source, spec.name, box, out)
-
-
-def useful_threads(nbytes: int, blocks: int) -> int:
-    """How many threads of this process are of use for so many bytes in so many blocks.
-
-    One, where blocks are small: the time goes into Python, and threads would hand its lock to and fro.
-    """
-    small = nbytes < _LEAST_MEAN_BYTES * blocks
-    return 1 if small else min(_MOST_THREADS, os.cpu_count() or 1)
-
-
-@contextlib.contextmanager
-def one_thread_per_operator() -> Iterator[None]:
-    """We bring the threads; torch's own in each of them would only be in each other's way."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

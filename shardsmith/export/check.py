@@ -10,15 +10,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from shardsmith.digest import Digest
 from shardsmith.errors import CorruptCheckpointError
-from shardsmith.export.directory import ModelPlan
 from shardsmith.export.plan import ExportPlan
-from shardsmith.initial.source_digests import digest_source
-from shardsmith.metadata import dtype_name
-from shardsmith.model_keys import EMA, MAIN
-from shardsmith.safetensors_files.source import SafetensorsSource
-from shardsmith.tensors import Chunk
+from shardsmith.formats.safetensors_files.source import SafetensorsSource
+from shardsmith.hf.directory import ModelPlan
+from shardsmith.manifest.metadata import dtype_name
+from shardsmith.sharding.source_digests import digest_source
+from shardsmith.tensors.checkpoint_keys import EMA, MAIN
+from shardsmith.tensors.digest import Digest
+from shardsmith.tensors.tensors import Chunk
 
 Texts = Mapping[str, Mapping[str, str]]
 """Digests by model and tensor."""

@@ -11,15 +11,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from shardsmith.checkpoints import find_damage
-from shardsmith.digest import Digest
 from shardsmith.export.block_copy import copy_blocks
-from shardsmith.export.directory import DirectoryPlan
 from shardsmith.export.file_writer import deal_files
 from shardsmith.export.live_writers import Digests, SliceWriter, Staged, add_up, encode
 from shardsmith.export.write import refuse_damage
-from shardsmith.safetensors_files.writer import SafetensorsFileWriter
-from shardsmith.tensors import TensorSource
+from shardsmith.formats.safetensors_files.writer import SafetensorsFileWriter
+from shardsmith.hf.directory import DirectoryPlan
+from shardsmith.manifest.checkpoints import find_damage
+from shardsmith.tensors.digest import Digest
+from shardsmith.tensors.tensors import TensorSource
 
 
 class CheckpointWriter:

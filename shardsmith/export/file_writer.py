@@ -21,17 +21,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from shardsmith.digest import Digest, digest_tensor
 from shardsmith.errors import CorruptCheckpointError, UsageError
-from shardsmith.export.directory import DirectoryPlan
-from shardsmith.export.live_boxes import LiveBox
 from shardsmith.export.live_writers import Digests, SliceWriter, Staged, WeightsWriter, add_up, encode, shares
 from shardsmith.export.peers import Peers
-from shardsmith.ranks import Ranks
-from shardsmith.safetensors_files.plan import FilePlan
-from shardsmith.safetensors_files.source import SafetensorsSource
-from shardsmith.safetensors_files.writer import SafetensorsFileWriter
-from shardsmith.tensors import Chunk, Shape
+from shardsmith.formats.safetensors_files.plan import FilePlan
+from shardsmith.formats.safetensors_files.source import SafetensorsSource
+from shardsmith.formats.safetensors_files.writer import SafetensorsFileWriter
+from shardsmith.ground.ranks import Ranks
+from shardsmith.hf.directory import DirectoryPlan
+from shardsmith.sharding.live_boxes import LiveBox
+from shardsmith.tensors.digest import Digest, digest_tensor
+from shardsmith.tensors.tensors import Chunk, Shape
 
 Key = tuple[str, str]
 """Model and name of a tensor."""

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator
 
 import xxhash
 
 from shardsmith.errors import RanksDisagreeError
 from shardsmith.export.plan import ExportPlan
-from shardsmith.torchrun.process import was_started_by_torchrun
-from shardsmith.torchrun.team import Alone, Team
+from shardsmith.ground.torchrun.process import was_started_by_torchrun
+from shardsmith.ground.torchrun.team import Alone, Team
 
 TIMEOUT_SECS = 600.0
 
@@ -22,16 +21,12 @@ def team_of_torchrun() -> Iterator[Team]:
     if not was_started_by_torchrun():
         yield Alone()
         return
-    from shardsmith.torchrun.group import joined_ranks  # half a second of imports that a single process does not need
+    from shardsmith.ground.torchrun.group import (
+        joined_ranks,  # half a second of imports that a single process does not need
+    )
 
     with joined_ranks(TIMEOUT_SECS) as ranks:
         yield ranks
-
-
-def threads_per_process() -> int | None:
-    """How many threads each process of this host may use; None for one process, which finds out itself."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if was_started_by_torchrun() else 1
-    return None if local == 1 else max(1, (os.cpu_count() or 1) // local)
 
 
 def plan_together(team: Team, make: Callable[[], list[ExportPlan]]) -> list[ExportPlan]:

@@ -20,18 +20,18 @@ import torch
 import xxhash
 from torch import Tensor
 
-from shardsmith import layout
-from shardsmith.commit import Attempt, require_space, sweep
 from shardsmith.errors import RanksDisagreeError
-from shardsmith.export.assignment import assign_boxes
-from shardsmith.export.completion import complete_directory
-from shardsmith.export.directory import DirectoryPlan, Measure, ModelPlan
-from shardsmith.export.directory_check import check_directory
-from shardsmith.export.live_boxes import LiveBox, StagingBuffer, held_boxes
 from shardsmith.export.live_writers import WeightsWriter
+from shardsmith.ground import layout
+from shardsmith.ground.commit import Attempt, require_space, sweep
+from shardsmith.ground.ranks import Ranks
+from shardsmith.hf.completion import complete_directory
+from shardsmith.hf.directory import DirectoryPlan, Measure, ModelPlan
+from shardsmith.hf.directory_check import check_directory
 from shardsmith.name_maps.maps import Translation
-from shardsmith.ranks import Ranks
-from shardsmith.tensors import Chunk, Shape
+from shardsmith.sharding.assignment import assign_boxes
+from shardsmith.sharding.live_boxes import LiveBox, StagingBuffer, held_boxes
+from shardsmith.tensors.tensors import Chunk, Shape
 
 Check = Callable[[Path, set[torch.dtype]], None]
 """Looks at a complete directory before it becomes visible: its path, and the dtypes that floating-point weights have in

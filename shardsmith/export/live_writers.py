@@ -15,15 +15,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from shardsmith.digest import Digest, digest_box, digest_run
 from shardsmith.errors import CorruptCheckpointError
-from shardsmith.export.directory import DirectoryPlan
-from shardsmith.export.live_boxes import LiveBox
-from shardsmith.memory import same_bits
-from shardsmith.safetensors_files.plan import FilePlan
-from shardsmith.safetensors_files.source import SafetensorsSource
-from shardsmith.safetensors_files.writer import SafetensorsFileWriter
-from shardsmith.tensors import Chunk
+from shardsmith.formats.safetensors_files.plan import FilePlan
+from shardsmith.formats.safetensors_files.source import SafetensorsSource
+from shardsmith.formats.safetensors_files.writer import SafetensorsFileWriter
+from shardsmith.ground.memory import same_bits
+from shardsmith.hf.directory import DirectoryPlan
+from shardsmith.sharding.live_boxes import LiveBox
+from shardsmith.tensors.digest import Digest, digest_box, digest_run
+from shardsmith.tensors.tensors import Chunk
 
 Staged = Mapping[str, Sequence[LiveBox]]
 """By model, what this rank has staged. The boxes of all ranks cover each tensor exactly. Empty without live weights."""

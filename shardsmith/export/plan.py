@@ -11,31 +11,31 @@ from typing import Any, Literal
 
 import torch
 
-from shardsmith import layout
-from shardsmith.commit import refuse_existing
-from shardsmith.dtypes import DtypeChoice
 from shardsmith.errors import CheckpointNotFoundError, UnsupportedFormatError, UsageError
 from shardsmith.export.adapters import open_merged
 from shardsmith.export.base_comparison import differences, fit, measure_of
-from shardsmith.export.base_files import BaseFiles, choose_files
-from shardsmith.export.base_layout import in_base_layout, orders_of_patches
-from shardsmith.export.base_template import BaseTemplate, read_template
-from shardsmith.export.config_fit import ConfigFit, model_class_of, vocabulary_sizes
-from shardsmith.export.directory import DirectoryPlan, ModelPlan, Origin, plan_model
-from shardsmith.export.hf_directory import main_stem, protect, read_config
-from shardsmith.export.layout_rules import DECLARED, LayoutRule, LayoutRules
-from shardsmith.export.model_class import ModelClass
 from shardsmith.formats.by_path import SHARDED, detect_checkpoint_format, model_names, open_source
-from shardsmith.metadata import read_metadata
-from shardsmith.model_keys import EMA, MAIN
-from shardsmith.models import ModelSource, TranslatedModel
+from shardsmith.formats.matched import matched_source, renamed
+from shardsmith.formats.models import ModelSource, TranslatedModel
+from shardsmith.ground import layout
+from shardsmith.ground.commit import refuse_existing
+from shardsmith.hf.base_files import BaseFiles, choose_files
+from shardsmith.hf.base_layout import in_base_layout, orders_of_patches
+from shardsmith.hf.config_fit import ConfigFit, model_class_of, vocabulary_sizes
+from shardsmith.hf.directory import DirectoryPlan, ModelPlan, Origin, plan_model
+from shardsmith.hf.hf_directory import main_stem, protect, read_config
+from shardsmith.hf.layout_rules import DECLARED, LayoutRule, LayoutRules
+from shardsmith.hf.model_class import ModelClass
+from shardsmith.hf.template import BaseTemplate, read_template
+from shardsmith.hf.ties import broken_ties, find_ties
+from shardsmith.manifest.companion import companion_of, is_complete
+from shardsmith.manifest.metadata import read_metadata
 from shardsmith.name_maps.class_names import ClassNames
 from shardsmith.name_maps.maps import NameMap, find_name_map
-from shardsmith.name_maps.matched import matched_source, renamed
 from shardsmith.name_maps.matching import match_names
-from shardsmith.record.companion import companion_of, is_complete
-from shardsmith.tensors import TensorSpec
-from shardsmith.ties import broken_ties, find_ties
+from shardsmith.tensors.checkpoint_keys import EMA, MAIN
+from shardsmith.tensors.dtypes import DtypeChoice
+from shardsmith.tensors.tensors import TensorSpec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,7 +11,8 @@ from rich.table import Table
 
 from shardsmith.export.check import ExportCheck, ModelCheck
 from shardsmith.export.plan import ExportPlan
-from shardsmith.report import new_console, size_text
+from shardsmith.ground.console import new_console
+from shardsmith.ground.sizes import size_text
 
 _SHOWN = 5
 _PLAIN_WEIGHTS = ("model.", "model-", "ema.", "ema-", "pytorch_model.", "pytorch_model-", "diffusion_pytorch_model.")

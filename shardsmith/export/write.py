@@ -12,21 +12,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from shardsmith import layout
-from shardsmith.checkpoints import find_damage
-from shardsmith.commit import Attempt, require_space, sweep
-from shardsmith.digest import Digest
 from shardsmith.errors import CorruptCheckpointError
 from shardsmith.export.block_copy import copy_blocks
 from shardsmith.export.check import ExportCheck, check_export, compare_read_back, read_back
-from shardsmith.export.completion import complete_directory
-from shardsmith.export.directory import DirectoryPlan
-from shardsmith.export.directory_check import check_directory
 from shardsmith.export.plan import ExportPlan
 from shardsmith.formats.by_path import SHARDED, detect_checkpoint_format
-from shardsmith.record.companion import find_folder_damage, is_complete
-from shardsmith.safetensors_files.writer import SafetensorsFileWriter
-from shardsmith.torchrun.team import Alone, Team
+from shardsmith.formats.safetensors_files.writer import SafetensorsFileWriter
+from shardsmith.ground import layout
+from shardsmith.ground.commit import Attempt, require_space, sweep
+from shardsmith.ground.torchrun.team import Alone, Team
+from shardsmith.hf.completion import complete_directory
+from shardsmith.hf.directory import DirectoryPlan
+from shardsmith.hf.directory_check import check_directory
+from shardsmith.manifest.checkpoints import find_damage
+from shardsmith.manifest.companion import find_folder_damage, is_complete
+from shardsmith.tensors.digest import Digest
 
 Texts = dict[str, dict[str, str]]
 """Digests, or shares of them, by model and tensor, as JSON has them."""

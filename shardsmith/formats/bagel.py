@@ -19,14 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shardsmith import layout
 from shardsmith.errors import CheckpointError, CheckpointNotFoundError
 from shardsmith.formats.detected import BAGEL, BAGEL_SHARDED, INCOMPLETE, DetectedFormat, FormatReader, reason_of
 from shardsmith.formats.files import detect_huggingface, has_safetensors, open_safetensors_model, safetensors_models
-from shardsmith.metadata import CHECKPOINT_TYPE, read_json
-from shardsmith.model_keys import EMA, MAIN
-from shardsmith.models import ModelSource, open_dcp_model
-from shardsmith.torch_files.source import open_rank_files
+from shardsmith.formats.models import ModelSource, open_dcp_model
+from shardsmith.formats.torch_files.source import open_rank_files
+from shardsmith.ground import layout
+from shardsmith.manifest.metadata import CHECKPOINT_TYPE, read_json
+from shardsmith.tensors.checkpoint_keys import EMA, MAIN
 
 SCHEDULER_FILE = "scheduler.pt"
 DATA_STATUS_FILE = "data_status.pt"

@@ -6,11 +6,10 @@ import os
 import re
 from pathlib import Path
 
-from shardsmith import layout
-from shardsmith.dcp.index import read_index
 from shardsmith.errors import CheckpointNotFoundError, IncompleteCheckpointError, UnsupportedFormatError
 from shardsmith.formats.bagel import BAGEL_READER, FORK_READER
-from shardsmith.formats.dcp import ACCELERATE_READER, DCP_READER, OURS_READER
+from shardsmith.formats.dcp.index import read_index
+from shardsmith.formats.dcp_reader import ACCELERATE_READER, DCP_READER, OURS_READER
 from shardsmith.formats.detected import (
     ACCELERATE,
     BAGEL,
@@ -27,11 +26,12 @@ from shardsmith.formats.detected import (
     FormatReader,
 )
 from shardsmith.formats.files import FILE_READER, HUGGINGFACE_READER, TORCH_READER
+from shardsmith.formats.models import ModelSource
 from shardsmith.formats.rank_files import RANK_FILES_READER
 from shardsmith.formats.torch_checkpointing import TORCH_CHECKPOINTING_READER
 from shardsmith.formats.trainer import trainer_reader
-from shardsmith.model_keys import MAIN
-from shardsmith.models import ModelSource
+from shardsmith.ground import layout
+from shardsmith.tensors.checkpoint_keys import MAIN
 
 __all__ = [
     "ACCELERATE",

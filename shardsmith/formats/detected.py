@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shardsmith.errors import CheckpointError
-from shardsmith.models import ModelSource
+from shardsmith.formats.models import ModelSource
 
 SHARDED = "sharded"
 """Our own: metadata.json, and shards in a DCP directory or a file a rank."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from shardsmith import layout
 from shardsmith.errors import CheckpointError, CheckpointNotFoundError, UnsafeCheckpointError, UnsupportedFormatError
 from shardsmith.formats.detected import (
     HUGGINGFACE,
@@ -16,10 +15,11 @@ from shardsmith.formats.detected import (
     FormatReader,
     reason_of,
 )
-from shardsmith.model_keys import EMA, MAIN
-from shardsmith.models import ModelSource
-from shardsmith.safetensors_files.source import SafetensorsSource, open_safetensors_directory
-from shardsmith.torch_files.source import models_of, open_torch_directory, open_torch_file
+from shardsmith.formats.models import ModelSource
+from shardsmith.formats.safetensors_files.source import SafetensorsSource, open_safetensors_directory
+from shardsmith.formats.torch_files.source import models_of, open_torch_directory, open_torch_file
+from shardsmith.ground import layout
+from shardsmith.tensors.checkpoint_keys import EMA, MAIN
 
 STEMS = {MAIN: layout.MAIN_WEIGHTS, EMA: layout.EMA_WEIGHTS}
 _TORCH_NAMES = {MAIN: ("pytorch_model.bin", "pytorch_model_fsdp.bin", "model.pt"), EMA: ("ema.pt",)}

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from shardsmith import layout
-from shardsmith.dcp.source import DcpSource
 from shardsmith.errors import IncompleteCheckpointError, UnsupportedFormatError
 from shardsmith.formats.by_path import DCP, SHARDED, detect_checkpoint_format, model_names, open_source
-from shardsmith.metadata import CheckpointMetadata, has_manifest, read_metadata
-from shardsmith.model_keys import MAIN
-from shardsmith.models import ModelSource, models_of
+from shardsmith.formats.dcp.source import DcpSource
+from shardsmith.formats.models import ModelSource, models_of
+from shardsmith.ground import layout
+from shardsmith.manifest.metadata import CheckpointMetadata, has_manifest, read_metadata
+from shardsmith.tensors.checkpoint_keys import MAIN
 
 Layout = Literal["flat", "nested"]
 

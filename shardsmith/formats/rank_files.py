@@ -21,9 +21,9 @@ from pathlib import Path
 
 from shardsmith.errors import CheckpointError, UnsafeCheckpointError, UnsupportedFormatError
 from shardsmith.formats.detected import INCOMPLETE, RANK_FILES, UNKNOWN, DetectedFormat, FormatReader, reason_of
-from shardsmith.model_keys import MAIN
-from shardsmith.models import ModelSource
-from shardsmith.torch_files.source import open_rank_files, rank_files_models
+from shardsmith.formats.models import ModelSource
+from shardsmith.formats.torch_files.source import open_rank_files, rank_files_models
+from shardsmith.tensors.checkpoint_keys import MAIN
 
 _NAME = re.compile(
     r"(?P<stem>.*?)([._-]?world_size_?(?P<size>[1-9][0-9]{0,5}))?[._-]?rank[._-]?(?P<rank>[0-9]{1,6})"

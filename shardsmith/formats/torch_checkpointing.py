@@ -25,11 +25,11 @@ from shardsmith.formats.detected import (
     FormatReader,
     reason_of,
 )
-from shardsmith.mapped import MappedFile
-from shardsmith.model_keys import MAIN
-from shardsmith.models import ModelSource
-from shardsmith.torch_files.pickle_machine import read_pickle
-from shardsmith.torch_files.source import open_rank_files, rank_files_models
+from shardsmith.formats.models import ModelSource
+from shardsmith.formats.torch_files.pickle_machine import read_pickle
+from shardsmith.formats.torch_files.source import open_rank_files, rank_files_models
+from shardsmith.ground.mapped import MappedFile
+from shardsmith.tensors.checkpoint_keys import MAIN
 
 METADATA_FILE = "metadata.pkl"
 _MODEL = "model"

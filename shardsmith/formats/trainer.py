@@ -7,16 +7,16 @@ from pathlib import Path
 
 from torch import Tensor
 
-from shardsmith import layout
-from shardsmith.dcp.source import DcpSource
 from shardsmith.errors import CheckpointError, CheckpointNotFoundError
+from shardsmith.formats.dcp.source import DcpSource
 from shardsmith.formats.detected import UNKNOWN, DetectedFormat, FormatReader
-from shardsmith.metadata import read_metadata
-from shardsmith.model_keys import EMA, MAIN
-from shardsmith.models import ModelSource
+from shardsmith.formats.models import ModelSource
+from shardsmith.ground import layout
+from shardsmith.manifest.companion import companion_of, is_complete, read_folder_record
+from shardsmith.manifest.metadata import read_metadata
 from shardsmith.name_maps.restored import RestoredModel
-from shardsmith.record.companion import companion_of, is_complete, read_folder_record
-from shardsmith.tensors import Chunk, TensorSource, TensorSpec
+from shardsmith.tensors.checkpoint_keys import EMA, MAIN
+from shardsmith.tensors.tensors import Chunk, TensorSource, TensorSpec
 
 
 class JoinedSource:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shardsmith.errors import UnsupportedFormatError
-from shardsmith.tensors import TensorSpec
+from shardsmith.tensors.tensors import TensorSpec
 
 if TYPE_CHECKING:
     from torch import nn
@@ -63,7 +63,7 @@ class ClassNames:
     @functools.cached_property
     def tied(self) -> Mapping[str, str]:
         """Of the tensors in memory, alias -> the kept name."""
-        from shardsmith.names import tied_weights
+        from shardsmith.tensors.fqn import tied_weights
 
         return {} if self._model is None else tied_weights(self._model)
 

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from shardsmith.boxes import BoxFinder, IrregularBoxesError, find_overlap
 from shardsmith.name_maps.grids import Axis, Grid
 from shardsmith.name_maps.slices import Slice
-from shardsmith.tensors import Chunk, Shape, TensorSpec
+from shardsmith.sharding.boxes import BoxFinder, IrregularBoxesError, find_overlap
+from shardsmith.tensors.tensors import Chunk, Shape, TensorSpec
 
 _MAX_COMPARISONS = 10_000  # of pairs that are no cells of one grid: seconds
 

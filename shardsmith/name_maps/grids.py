@@ -16,7 +16,7 @@ from typing import Self
 
 from torch import Tensor
 
-from shardsmith.tensors import Chunk, Shape
+from shardsmith.tensors.tensors import Chunk, Shape
 
 Range = tuple[int, int]
 """First index and count."""

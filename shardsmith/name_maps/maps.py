@@ -18,14 +18,14 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from shardsmith.boxes import BoxFinder
 from shardsmith.errors import UsageError
 from shardsmith.name_maps.coverage import find_impossible, find_uncovered
 from shardsmith.name_maps.grids import Grid
 from shardsmith.name_maps.rearranged import Link
 from shardsmith.name_maps.slices import Slice as Slice
 from shardsmith.name_maps.slices import Target
-from shardsmith.tensors import Chunk, Shape, TensorSpec
+from shardsmith.sharding.boxes import BoxFinder
+from shardsmith.tensors.tensors import Chunk, Shape, TensorSpec
 
 ENTRY_POINTS = "shardsmith.name_maps"
 """Group of functions that take a model's config (the content of config.json, or None) and return a NameMap. One that

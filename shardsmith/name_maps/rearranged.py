@@ -10,7 +10,7 @@ from torch import Tensor
 
 from shardsmith.errors import CheckpointError
 from shardsmith.name_maps.grids import Grid
-from shardsmith.tensors import Chunk, TensorSource
+from shardsmith.tensors.tensors import Chunk, TensorSource
 
 
 @dataclass(frozen=True, slots=True)

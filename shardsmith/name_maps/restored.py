@@ -12,7 +12,7 @@ from torch import Tensor
 from shardsmith.errors import CheckpointNotFoundError, MismatchError
 from shardsmith.name_maps.maps import NameMap, Translation
 from shardsmith.name_maps.rearranged import Link, read_linked
-from shardsmith.tensors import Chunk, TensorSource, TensorSpec
+from shardsmith.tensors.tensors import Chunk, TensorSource, TensorSpec
 
 
 class RestoredModel:

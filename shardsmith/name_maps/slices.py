@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from shardsmith.name_maps.grids import Axis, Grid
-from shardsmith.tensors import Chunk, Shape, TensorSpec
+from shardsmith.tensors.tensors import Chunk, Shape, TensorSpec
 
 
 @dataclass(frozen=True, slots=True)

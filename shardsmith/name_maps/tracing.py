@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from shardsmith.name_maps.grids import Axis, Grid
 from shardsmith.name_maps.slices import Joined, Slice, Target
-from shardsmith.tensors import Chunk, Shape, TensorSpec
+from shardsmith.tensors.tensors import Chunk, Shape, TensorSpec
 
 _aten = torch.ops.aten
 _COPIES = {_aten.clone.default, _aten._to_copy.default}

@@ -16,11 +16,11 @@ import torch
 from torch import nn
 
 from shardsmith.errors import UnsupportedFormatError
-from shardsmith.extras import describe_failure
+from shardsmith.ground.extras import describe_failure
 from shardsmith.name_maps.slices import Target
 from shardsmith.name_maps.tracing import trace
-from shardsmith.names import own_class
-from shardsmith.tensors import TensorSpec
+from shardsmith.tensors.fqn import own_class
+from shardsmith.tensors.tensors import TensorSpec
 
 IDENTITY_ADVICE = "To write the names as they are in memory, ask for the identity; or write a name map"
 

@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 
-from shardsmith.digest import digest_box, digest_tensor
 from shardsmith.errors import RanksDisagreeError
-from shardsmith.local_boxes import local_boxes
-from shardsmith.ranks import Ranks
+from shardsmith.ground.ranks import Ranks
 from shardsmith.run_state.save import Contents
+from shardsmith.sharding.local_boxes import local_boxes
+from shardsmith.tensors.digest import digest_box, digest_tensor
 
 _Shares = dict[str, str]
 """Digest by name: of a value under a key, or of a box of a tensor."""

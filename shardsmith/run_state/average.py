@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
-from shardsmith.argument_types import Decay, StepNumber
-from shardsmith.arguments import checked
+from shardsmith.checking.arguments import checked
+from shardsmith.checking.types import Decay, StepNumber
 from shardsmith.errors import UsageError
 
 

@@ -14,17 +14,17 @@ from torch.optim import Optimizer
 
 from shardsmith.errors import CheckpointNotFoundError, UnsupportedFormatError, UsageError
 from shardsmith.formats import by_path as formats
-from shardsmith.initial.buffer_reference import Fresh
-from shardsmith.initial.live_weights import LiveWeights
-from shardsmith.initial.load import load_initial
-from shardsmith.initial.report import InitialLoadReport
-from shardsmith.model_keys import EMA, MAIN
-from shardsmith.ranks import Ranks
+from shardsmith.ground.ranks import Ranks
+from shardsmith.load.buffer_reference import Fresh
+from shardsmith.load.live_weights import LiveWeights
+from shardsmith.load.load import load_initial
+from shardsmith.load.report import InitialLoadReport
 from shardsmith.run_state.average import Average, ModuleAverage
 from shardsmith.run_state.legacy import HAS_STATE, LegacyState
 from shardsmith.run_state.named_optimizer import NamedOptimizer
 from shardsmith.run_state.resume import Wanted
-from shardsmith.tensors import TensorSpec
+from shardsmith.tensors.checkpoint_keys import EMA, MAIN
+from shardsmith.tensors.tensors import TensorSpec
 
 log = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint._sharded_tensor_utils import _flatten_sharded_tensors as flatten_sharded_tensors
 
 from shardsmith.errors import UsageError
-from shardsmith.local_boxes import local_boxes
-from shardsmith.model_keys import KeyPath
-from shardsmith.tensors import Chunk, Shape
+from shardsmith.sharding.local_boxes import local_boxes
+from shardsmith.tensors.checkpoint_keys import KeyPath
+from shardsmith.tensors.tensors import Chunk, Shape
 
 
 class Entry(NamedTuple):

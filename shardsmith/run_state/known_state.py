@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 from torch.optim import Optimizer
 
-from shardsmith.names import clean_fqn, tied_weights
-from shardsmith.recognition import Recognition, is_same_memory, own_tensors
+from shardsmith.live.recognition import Recognition, is_same_memory, own_tensors
 from shardsmith.run_state.fsdp1_hybrid import hybrid_groups_have_a_source
+from shardsmith.tensors.fqn import clean_fqn, tied_weights
 
 FLAT_OPTIMIZER = StateDictOptions(flatten_optimizer_state_dict=True)
 

@@ -23,9 +23,9 @@ from shardsmith.formats.bagel import (
     read_fork_manifest,
 )
 from shardsmith.formats.detected import BAGEL, BAGEL_SHARDED
+from shardsmith.formats.torch_files.files import read_torch_object
 from shardsmith.run_state.named_optimizer import NamedOptimizer
-from shardsmith.tensors import TensorSpec
-from shardsmith.torch_files.files import read_torch_object
+from shardsmith.tensors.tensors import TensorSpec
 
 HAS_STATE = (BAGEL, BAGEL_SHARDED)
 

@@ -15,11 +15,11 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from torch.optim import Optimizer
 
 from shardsmith.errors import MismatchError
-from shardsmith.local_boxes import local_boxes
+from shardsmith.formats.torch_files.files import read_plain_value
+from shardsmith.formats.torch_files.source import TorchSource, open_rank_states
 from shardsmith.run_state.fsdp1_hybrid import hybrid_groups_have_a_source
-from shardsmith.tensors import TensorSpec, read_into
-from shardsmith.torch_files.files import read_plain_value
-from shardsmith.torch_files.source import TorchSource, open_rank_states
+from shardsmith.sharding.local_boxes import local_boxes
+from shardsmith.tensors.tensors import TensorSpec, read_into
 
 _ADVICE = "Nothing was loaded. Pass load_optimizer=False to do without."
 

@@ -10,14 +10,14 @@ from torch import Tensor
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint._traverse import set_element
 
-from shardsmith.digest import Digest, digest_box
 from shardsmith.errors import CorruptCheckpointError, MismatchError
-from shardsmith.local_boxes import local_boxes
-from shardsmith.metadata import CheckpointMetadata, dtype_name
-from shardsmith.ranks import Ranks
-from shardsmith.run_state.rank_shards import RankShards
+from shardsmith.formats.rank_shards import RankShards
+from shardsmith.ground.ranks import Ranks
+from shardsmith.manifest.metadata import CheckpointMetadata, dtype_name
 from shardsmith.run_state.save import RNG
-from shardsmith.tensors import read_into
+from shardsmith.sharding.local_boxes import local_boxes
+from shardsmith.tensors.digest import Digest, digest_box
+from shardsmith.tensors.tensors import read_into
 
 
 def fill_state(state: dict[str, Any], source: RankShards) -> None:

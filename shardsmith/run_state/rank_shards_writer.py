@@ -12,23 +12,23 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 
-from shardsmith import layout
-from shardsmith.checkpoints import hash_file
-from shardsmith.commit import Attempt, write_file
-from shardsmith.dcp.index import DcpEntry, DcpIndex, StoredChunk
-from shardsmith.digest import digest_box
-from shardsmith.export.assignment import Held, assign_boxes
-from shardsmith.local_boxes import local_boxes
-from shardsmith.metadata import FileRecord
-from shardsmith.model_keys import NOT_A_MODEL
-from shardsmith.ranks import Ranks
-from shardsmith.record.description import Measured, describe
-from shardsmith.run_state.rank_shards import HEADER_KEY, Part, file_name, pack_object
+from shardsmith.formats.dcp.index import DcpEntry, DcpIndex, StoredChunk
+from shardsmith.formats.describe import Measured, describe
+from shardsmith.formats.rank_shards import HEADER_KEY, Part, file_name, pack_object
+from shardsmith.formats.safetensors_files.header import PT_METADATA, build_header, place_tensors
+from shardsmith.formats.safetensors_files.plan import FilePlan
+from shardsmith.formats.safetensors_files.writer import SafetensorsFileWriter
+from shardsmith.ground import layout
+from shardsmith.ground.commit import Attempt, write_file
+from shardsmith.ground.ranks import Ranks
+from shardsmith.manifest.checkpoints import hash_file
+from shardsmith.manifest.metadata import FileRecord
 from shardsmith.run_state.save import Contents
-from shardsmith.safetensors_files.header import PT_METADATA, build_header, place_tensors
-from shardsmith.safetensors_files.plan import FilePlan
-from shardsmith.safetensors_files.writer import SafetensorsFileWriter
-from shardsmith.tensors import Chunk, TensorSpec
+from shardsmith.sharding.assignment import Held, assign_boxes
+from shardsmith.sharding.local_boxes import local_boxes
+from shardsmith.tensors.checkpoint_keys import NOT_A_MODEL
+from shardsmith.tensors.digest import digest_box
+from shardsmith.tensors.tensors import Chunk, TensorSpec
 
 log = logging.getLogger(__name__)
 

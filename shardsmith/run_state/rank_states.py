@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch.distributed.checkpoint.stateful import Stateful
 
-from shardsmith.arguments import checked
-from shardsmith.dcp.source import DcpSource
+from shardsmith.checking.arguments import checked
 from shardsmith.errors import MismatchError
+from shardsmith.formats.dcp.source import DcpSource
+from shardsmith.formats.rank_shards import pack_object, unpack_object
 from shardsmith.run_state.loader_states import reshard_loader
-from shardsmith.run_state.rank_shards import pack_object, unpack_object
 
 TOPOLOGY = "topology"
 """Key of what the ranks were, beside their states."""

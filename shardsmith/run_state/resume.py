@@ -8,23 +8,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shardsmith import layout
-from shardsmith.dcp.load import LocalLoad
-from shardsmith.dcp.source import DcpSource
 from shardsmith.errors import (
     CheckpointError,
     CheckpointNotFoundError,
     CorruptCheckpointError,
     RankFailedError,
 )
-from shardsmith.metadata import CheckpointMetadata, read_metadata
-from shardsmith.model_keys import EMA
-from shardsmith.ranks import Ranks
+from shardsmith.formats.dcp.load import LocalLoad
+from shardsmith.formats.dcp.source import DcpSource
+from shardsmith.formats.rank_shards import RankShards, unpack_object
+from shardsmith.ground import layout
+from shardsmith.ground.ranks import Ranks
+from shardsmith.manifest.metadata import CheckpointMetadata, read_metadata
 from shardsmith.run_state.average import Average, refuse_other_decay
 from shardsmith.run_state.proof import fill_state, prove_state
-from shardsmith.run_state.rank_shards import RankShards, unpack_object
 from shardsmith.run_state.train_state import TrainState
-from shardsmith.tensors import TensorSource, read_tensor
+from shardsmith.tensors.checkpoint_keys import EMA
+from shardsmith.tensors.tensors import TensorSource, read_tensor
 
 DATA_STATUS = "data_status"
 """Key of what each rank says of its data loader."""

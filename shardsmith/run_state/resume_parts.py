@@ -8,13 +8,13 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Literal
 
-from shardsmith import layout
-from shardsmith.dcp.source import DcpSource
 from shardsmith.errors import MismatchError, UsageError
-from shardsmith.metadata import read_metadata
-from shardsmith.ranks import Ranks
+from shardsmith.formats.dcp.source import DcpSource
+from shardsmith.formats.rank_shards import RankShards
+from shardsmith.ground import layout
+from shardsmith.ground.ranks import Ranks
+from shardsmith.manifest.metadata import read_metadata
 from shardsmith.run_state.average import refuse_other_decay
-from shardsmith.run_state.rank_shards import RankShards
 from shardsmith.run_state.resume import fill, refuse_other_step
 from shardsmith.run_state.train_state import TrainState
 

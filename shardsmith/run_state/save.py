@@ -18,17 +18,17 @@ from typing import Any
 import xxhash
 from torch import Tensor
 
-from shardsmith import layout
-from shardsmith.commit import Attempt, write_file
-from shardsmith.dcp.rank_file import encode, write_rank_file
-from shardsmith.export.live_boxes import StagingBuffer
-from shardsmith.metadata import FileRecord
-from shardsmith.ranks import Ranks
-from shardsmith.record.description import describe
+from shardsmith.formats.dcp.rank_file import encode, write_rank_file
+from shardsmith.formats.describe import describe
+from shardsmith.ground import layout
+from shardsmith.ground.commit import Attempt, write_file
+from shardsmith.ground.ranks import Ranks
+from shardsmith.manifest.metadata import FileRecord
 from shardsmith.run_state.held import Held, hold
 from shardsmith.run_state.share import Share, speakers_of
 from shardsmith.run_state.whole_directory import to_receipt
-from shardsmith.tensors import Chunk
+from shardsmith.sharding.live_boxes import StagingBuffer
+from shardsmith.tensors.tensors import Chunk
 
 log = logging.getLogger(__name__)
 

@@ -17,11 +17,11 @@ import torch
 import xxhash
 
 from shardsmith.errors import RanksDisagreeError
-from shardsmith.export.assignment import assign_boxes
-from shardsmith.metadata import dtype_name
+from shardsmith.manifest.metadata import dtype_name
 from shardsmith.run_state.held import Entry, items
 from shardsmith.run_state.whole_directory import OwnFile, WholeDirectory
-from shardsmith.tensors import Chunk
+from shardsmith.sharding.assignment import assign_boxes
+from shardsmith.tensors.tensors import Chunk
 
 _OWN = "rank-*"
 """Stands in a description for what only this rank has: a path element ``rank-<number>``."""

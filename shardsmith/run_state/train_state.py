@@ -17,8 +17,6 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from shardsmith.errors import UsageError
-from shardsmith.model_keys import NOT_A_MODEL
-from shardsmith.names import clean_fqn
 from shardsmith.run_state.alike import tensors_of
 from shardsmith.run_state.average import Average
 from shardsmith.run_state.fsdp1_hybrid import hybrid_groups_have_a_source
@@ -26,6 +24,8 @@ from shardsmith.run_state.known_state import FLAT_OPTIMIZER, KnownState, ask_tor
 from shardsmith.run_state.rank_states import PerRank
 from shardsmith.run_state.rng import rng_state, set_rng_state
 from shardsmith.run_state.save import RNG, Contents
+from shardsmith.tensors.checkpoint_keys import NOT_A_MODEL
+from shardsmith.tensors.fqn import clean_fqn
 
 _OURS = frozenset({"model", "optimizer", "lr_scheduler", "ema_model", "ema_state", "train_state", RNG})
 

@@ -11,15 +11,15 @@ from typing import Any, Self
 
 import numpy as np
 
-from shardsmith.dcp.index import DcpEntry, DcpIndex
-from shardsmith.dcp.index_writer import write_index
-from shardsmith.dcp.rank_file import Piece, RankFile, RankFileWritten, moved, split
-from shardsmith.dcp.shard_files import Place, PlannedChunk
-from shardsmith.digest import Digest
-from shardsmith.metadata import FileRecord
-from shardsmith.record.description import Measured
+from shardsmith.formats.dcp.index import DcpEntry, DcpIndex
+from shardsmith.formats.dcp.index_writer import write_index
+from shardsmith.formats.dcp.rank_file import Piece, RankFile, RankFileWritten, moved, split
+from shardsmith.formats.dcp.shard_files import Place, PlannedChunk
+from shardsmith.formats.describe import Measured
+from shardsmith.manifest.metadata import FileRecord
 from shardsmith.run_state.held import Entry
-from shardsmith.tensors import Chunk, TensorSpec
+from shardsmith.tensors.digest import Digest
+from shardsmith.tensors.tensors import Chunk, TensorSpec
 
 
 @dataclass(frozen=True, slots=True)

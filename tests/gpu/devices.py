@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from shardsmith.process_end import finish
+from shardsmith.ground.process_end import finish
 
 VARIABLE = "SHARDSMITH_TEST_DEVICE"
 """Environment variable with the type of the device; ``python -m tests.gpu`` sets it, for the ranks, too."""

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from shardsmith.hooks import EMA, HFExport, Hooks, ShardedSave, every
-from shardsmith.initial.load import load_initial, prove_loaded
+from shardsmith.load.load import load_initial, prove_loaded
 from tests.gpu.devices import device, is_on_accelerator
 from tests.gpu.tensors import assert_same
 from tests.gpu.test_staging import Kinds, read_save, spoil, truth_of

@@ -10,7 +10,7 @@ from torch import nn
 
 from shardsmith.errors import InitialLoadError
 from shardsmith.hooks import HFExport, Hooks, every
-from shardsmith.initial.load import load_initial, prove_loaded
+from shardsmith.load.load import load_initial, prove_loaded
 from tests.gpu.devices import BOTH, device, is_on_accelerator, run_on_ranks
 from tests.gpu.tensors import assert_same
 from tests.gpu.test_staging import Kinds

@@ -10,8 +10,8 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch import Tensor
 
-from shardsmith.layout import step_name
-from shardsmith.ranks import single_process_is_fine
+from shardsmith.ground.layout import step_name
+from shardsmith.ground.ranks import single_process_is_fine
 from tests.gpu.devices import BOTH, run_on_ranks
 from tests.gpu.tensors import assert_same
 from tests.gpu.training import EXPORTED, SAVED_EVERY, STEPS, Run, Way

@@ -16,8 +16,8 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from shardsmith.ground.ranks import single_process_is_fine
 from shardsmith.hooks import EMA, HFExport, Hooks, ShardedSave, every
-from shardsmith.ranks import single_process_is_fine
 from tests.gpu.devices import delay_stream, device, other_stream
 from tests.gpu.tensors import assert_same, is_same
 

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from shardsmith.errors import InitialLoadError
 from shardsmith.hooks import Hooks, ShardedSave, at
-from shardsmith.initial.load import load_initial, prove_loaded
+from shardsmith.load.load import load_initial, prove_loaded
 from tests.dcp_directories import save
 from tests.hooks.live_models import Case, build, shard
 from tests.trained_runs import Odd

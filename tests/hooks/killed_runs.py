@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from shardsmith.process_end import finish
+from shardsmith.ground.process_end import finish
 
 RANKS = 2
 WATCHED = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")

@@ -14,9 +14,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 
+from shardsmith.formats.safetensors_files.source import open_safetensors_directory
 from shardsmith.hooks import EMA, HFExport, at
-from shardsmith.safetensors_files.source import open_safetensors_directory
-from shardsmith.tensors import read_tensor
+from shardsmith.tensors.tensors import read_tensor
 from tests.ranks import run_on_ranks
 
 NAMES = ["pair.left", "pair.right", "out.weight"]

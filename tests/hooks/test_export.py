@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
-from shardsmith.digest import digest_tensor
 from shardsmith.errors import CheckpointNotFoundError, MismatchError, ProtectedPathError, UsageError, WriteError
 from shardsmith.hooks import EMA, HFExport, Hooks, at, every, last, latest
-from shardsmith.metadata import SEAL
+from shardsmith.manifest.metadata import SEAL
+from shardsmith.tensors.digest import digest_tensor
 from tests.hooks.live_models import CASES, STEP, Case, run_cases
 from tests.ranks import run_on_ranks
 from tests.trained_runs import TOKENS, answers, build, config_of, loaded_logits, make_base

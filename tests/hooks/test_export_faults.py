@@ -21,8 +21,8 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from shardsmith.errors import CorruptCheckpointError, RankFailedError, ShardsmithError, UsageError
+from shardsmith.formats.safetensors_files.writer import SafetensorsFileWriter
 from shardsmith.hooks import EMA, HFExport, every
-from shardsmith.safetensors_files.writer import SafetensorsFileWriter
 from tests.ranks import run_on_ranks
 
 MiB = 1 << 20

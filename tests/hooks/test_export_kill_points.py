@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
+from shardsmith.ground.layout import is_leftover
 from shardsmith.hooks import EMA, HFExport, every
-from shardsmith.layout import is_leftover
 from tests.hooks.killed_runs import RANKS, KilledRun, Server
 
 pytestmark = pytest.mark.long

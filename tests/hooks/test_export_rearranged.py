@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
 
+from shardsmith.formats.models import TranslatedModel, open_dcp_model
 from shardsmith.hooks import HFExport, ShardedSave, every
-from shardsmith.models import TranslatedModel, open_dcp_model
 from shardsmith.name_maps.slices import Joined, Slice, Target
-from shardsmith.tensors import TensorSpec, read_tensor
+from shardsmith.tensors.tensors import TensorSpec, read_tensor
 from tests.ranks import run_on_ranks
 
 

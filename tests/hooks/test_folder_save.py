@@ -16,7 +16,6 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from shardsmith.digest import digest_tensor
 from shardsmith.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
@@ -24,9 +23,10 @@ from shardsmith.errors import (
     RankFailedError,
     UsageError,
 )
+from shardsmith.ground.layout import is_leftover
 from shardsmith.hooks import EMA, FolderSave, Hooks
-from shardsmith.layout import is_leftover
-from shardsmith.record.companion import companion_of, find_folder_damage, is_complete, read_folder_record
+from shardsmith.manifest.companion import companion_of, find_folder_damage, is_complete, read_folder_record
+from shardsmith.tensors.digest import digest_tensor
 from tests.hooks.training import Tiny
 from tests.ranks import run_on_ranks
 

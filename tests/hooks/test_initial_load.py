@@ -22,7 +22,7 @@ from shardsmith.errors import (
     UsageError,
 )
 from shardsmith.hooks import EMA, Hooks, InitialLoad, ShardedSave, at
-from shardsmith.initial.load import load_initial, poison_weights, prove_loaded
+from shardsmith.load.load import load_initial, poison_weights, prove_loaded
 from tests.dcp_directories import save
 from tests.hooks.initial_models import (
     SHARDINGS,

@@ -17,13 +17,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from shardsmith.checkpoints import find_damage
-from shardsmith.dcp.source import DcpSource
-from shardsmith.digest import digest_tensor
+from shardsmith.formats.dcp.source import DcpSource
+from shardsmith.ground.layout import is_leftover, parse_step
 from shardsmith.hooks import EMA, Hooks, ShardedSave, every, latest
-from shardsmith.layout import is_leftover, parse_step
-from shardsmith.metadata import read_metadata
-from shardsmith.tensors import read_tensor
+from shardsmith.manifest.checkpoints import find_damage
+from shardsmith.manifest.metadata import read_metadata
+from shardsmith.tensors.digest import digest_tensor
+from shardsmith.tensors.tensors import read_tensor
 from tests.hooks.killed_runs import RANKS, KilledRun, Server
 
 pytestmark = pytest.mark.long

@@ -16,13 +16,13 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from shardsmith import ShardedCheckpointManager
-from shardsmith.checkpoints import find_damage
-from shardsmith.digest import digest_tensor
+from shardsmith.formats.rank_shards import RankShards
+from shardsmith.ground.layout import is_leftover
 from shardsmith.hooks import EMA, ShardedSave, every
-from shardsmith.layout import is_leftover
-from shardsmith.metadata import read_metadata
-from shardsmith.run_state.rank_shards import RankShards
-from shardsmith.tensors import read_tensor
+from shardsmith.manifest.checkpoints import find_damage
+from shardsmith.manifest.metadata import read_metadata
+from shardsmith.tensors.digest import digest_tensor
+from shardsmith.tensors.tensors import read_tensor
 from tests.hooks.killed_runs import RANKS, KilledRun, Server
 
 

@@ -16,10 +16,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
-from shardsmith.checkpoints import committed_steps
 from shardsmith.errors import RankError, RanksDisagreeError
+from shardsmith.ground.layout import PROVENANCE_FILE
 from shardsmith.hooks import EMA, HFExport, Hooks, ShardedSave, every, per_rank
-from shardsmith.layout import PROVENANCE_FILE
+from shardsmith.manifest.checkpoints import committed_steps
 from tests.ranks import run_on_ranks
 
 SAMPLES = 96

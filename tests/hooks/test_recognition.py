@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from shardsmith.hooks import EMA, HFExport, every
 from shardsmith.hooks.live_state import LiveDirectory, LiveState, ModelFiles
-from shardsmith.recognition import own_tensors
+from shardsmith.live.recognition import own_tensors
 from tests.ranks import run_on_ranks
 
 

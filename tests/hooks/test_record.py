@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from shardsmith.checkpoints import committed_steps, find_damage
+from shardsmith.ground.leases import hold
 from shardsmith.hooks import EMA, Hooks, Recorder, latest
-from shardsmith.leases import hold
-from shardsmith.metadata import read_metadata
+from shardsmith.manifest.checkpoints import committed_steps, find_damage
+from shardsmith.manifest.metadata import read_metadata
 from tests import dcp_directories
 
 MODEL = nn.Linear(3, 2)

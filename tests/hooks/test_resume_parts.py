@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from shardsmith.checkpoints import committed_steps
 from shardsmith.errors import CheckpointNotFoundError, IncompleteCheckpointError, MismatchError, UsageError
 from shardsmith.hooks import EMA, Hooks, ShardedSave, every
+from shardsmith.manifest.checkpoints import committed_steps
 
 
 class Run:

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 from torch.multiprocessing import ProcessExitedException
 
-from shardsmith.checkpoints import committed_steps, find_damage
-from shardsmith.dcp.source import DcpSource
 from shardsmith.errors import RankFailedError, TargetExistsError, UsageError
+from shardsmith.formats.dcp.source import DcpSource
 from shardsmith.hooks import EMA, Hook, Hooks, ShardedSave, at, every, last, latest, multiples_of
-from shardsmith.metadata import CheckpointMetadata, read_metadata
-from shardsmith.tensors import read_tensor
+from shardsmith.manifest.checkpoints import committed_steps, find_damage
+from shardsmith.manifest.metadata import CheckpointMetadata, read_metadata
+from shardsmith.tensors.tensors import read_tensor
 from tests.hooks.training import Tiny, build, run_resave, run_training
 from tests.ranks import run_on_ranks
 

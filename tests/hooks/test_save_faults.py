@@ -17,13 +17,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from shardsmith.checkpoints import committed_steps, find_damage
-from shardsmith.dcp.index import read_index
 from shardsmith.errors import IncompleteCheckpointError, RankFailedError, ShardsmithError, TargetExistsError
+from shardsmith.formats.dcp.index import read_index
+from shardsmith.ground.layout import METADATA_FILE, is_leftover
+from shardsmith.ground.ranks import Ranks
 from shardsmith.hooks import ShardedSave, every, latest
-from shardsmith.layout import METADATA_FILE, is_leftover
-from shardsmith.metadata import read_metadata
-from shardsmith.ranks import Ranks
+from shardsmith.manifest.checkpoints import committed_steps, find_damage
+from shardsmith.manifest.metadata import read_metadata
 from shardsmith.run_state.save import Contents, SaveInProgress
 from tests.ranks import run_on_ranks
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from shardsmith.checkpoints import find_damage
 from shardsmith.commands.inspect import inspect
 from shardsmith.hooks import every
-from shardsmith.metadata import SEAL
+from shardsmith.manifest.checkpoints import find_damage
+from shardsmith.manifest.metadata import SEAL
 from tests.hooks.training import run_training
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from shardsmith.checkpoints import committed_steps, find_damage
 from shardsmith.hooks import HFExport, Hooks, last
+from shardsmith.manifest.checkpoints import committed_steps, find_damage
 from tests.hooks.test_base import Noting
 from tests.hooks.test_export import tiny
 from tests.hooks.test_save import digests

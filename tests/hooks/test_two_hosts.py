@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from shardsmith.checkpoints import find_damage
 from shardsmith.formats.by_path import open_source
-from shardsmith.layout import parse_step
-from shardsmith.tensors import read_tensor
+from shardsmith.ground.layout import parse_step
+from shardsmith.manifest.checkpoints import find_damage
+from shardsmith.tensors.tensors import read_tensor
 from tests.two_hosts import Host, two_hosts, wait_for
 
 SCRIPT = Path(__file__).with_name("two_hosts_run.py")

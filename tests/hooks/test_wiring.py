@@ -17,8 +17,8 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from shardsmith.errors import RankError, RanksDisagreeError, RankTimeoutError, UsageError
+from shardsmith.ground.meeting import START_SECS
 from shardsmith.hooks import EMA, HFExport, Hook, Hooks, ShardedSave, every, last, latest
-from shardsmith.meeting import START_SECS
 from tests.ranks import run_on_ranks
 
 Make = Callable[[Path], Hooks]

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from shardsmith.process_end import finish
+from shardsmith.ground.process_end import finish
 from tests.hooks.training import run_training
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import torch
 
 from shardsmith.commands.options import ExportArguments
 from shardsmith.commands.to_hf import to_hf
-from shardsmith.record.companion import find_folder_damage
+from shardsmith.manifest.companion import find_folder_damage
 from tests.integrations.accelerate_runs import run_loop, run_named_by_accelerate
 from tests.integrations.test_trainer_exports import loaded, make_base
 from tests.integrations.trainer_runs import assert_close, assert_equal, averaged

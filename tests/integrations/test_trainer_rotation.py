@@ -17,7 +17,7 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from shardsmith.errors import UsageError
 from shardsmith.hooks import every
 from shardsmith.integrations.transformers import CheckpointHooks, last_checkpoint
-from shardsmith.record.companion import find_folder_damage
+from shardsmith.manifest.companion import find_folder_damage
 from tests.integrations.test_trainer_exports import loaded
 from tests.integrations.trainer_runs import (
     CASES,

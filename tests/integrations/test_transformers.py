@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from shardsmith.record.companion import find_folder_damage
+from shardsmith.manifest.companion import find_folder_damage
 from tests.integrations.trainer_runs import CASES, RESUMED, STEPS, Case, assert_close, assert_equal, averaged, run
 
 Finished = Callable[[Case], Path]

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from shardsmith.checkpoints import find_damage
-from shardsmith.dcp.source import DcpSource
 from shardsmith.formats.by_path import open_source
-from shardsmith.metadata import read_metadata
-from shardsmith.tensors import read_tensor
+from shardsmith.formats.dcp.source import DcpSource
+from shardsmith.manifest.checkpoints import find_damage
+from shardsmith.manifest.metadata import read_metadata
+from shardsmith.tensors.tensors import read_tensor
 
 
 def tensors_of(checkpoint: Path, model: str = "main") -> dict[str, Tensor]:

@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from shardsmith.metadata import read_metadata
-from shardsmith.record.adopt import adopt
+from shardsmith.formats.adopt import adopt
+from shardsmith.manifest.metadata import read_metadata
 from tests.titan.checkpoints import digests_of, steps_in, tensors_of, value_of
 from tests.titan.jobs import Assets, Job, error_of, log_of, run_jobs
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from shardsmith.checkpoints import committed_steps
+from shardsmith.manifest.checkpoints import committed_steps
 from tests.titan.checkpoints import steps_in
 from tests.titan.cpu import IS_0_3
 from tests.titan.evaluation import transformers_loss

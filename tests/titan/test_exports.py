@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, GenerationConfig
 
-from shardsmith.metadata import read_json
+from shardsmith.manifest.metadata import read_json
 from tests.titan.checkpoints import steps_in
 from tests.titan.evaluation import FLOAT32, evaluated, losses_of, transformers_loss
 from tests.titan.jobs import Assets, Job, error_of, log_of, run_jobs

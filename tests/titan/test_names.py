@@ -10,14 +10,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from shardsmith.errors import ShardsmithError, UnsupportedFormatError, UsageError
+from shardsmith.formats.models import ModelSource, TranslatedModel
+from shardsmith.formats.safetensors_files.source import SafetensorsSource
 from shardsmith.integrations.torchtitan.models import TitanModel, build_titan_model
 from shardsmith.integrations.torchtitan.names import TorchTitanNames
-from shardsmith.models import ModelSource, TranslatedModel
 from shardsmith.name_maps.maps import find_name_map
 from shardsmith.name_maps.restored import RestoredModel
-from shardsmith.names import tied_weights
-from shardsmith.safetensors_files.source import SafetensorsSource
-from shardsmith.tensors import TensorSource, TensorSpec, read_tensor
+from shardsmith.tensors.fqn import tied_weights
+from shardsmith.tensors.tensors import TensorSource, TensorSpec, read_tensor
 from tests.titan.cpu import IS_0_3
 
 TITLES = ["llama3/debugmodel", "qwen3/debugmodel", "qwen3/debugmodel_moe", "deepseek_v3/debugmodel"]

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from shardsmith.checkpoints import committed_steps, find_damage
+from shardsmith.manifest.checkpoints import committed_steps, find_damage
 from tests.titan.checkpoints import digests_of
 from tests.titan.cpu import trainer
 from tests.titan.jobs import Assets, Job, error_of, log_of, run_jobs

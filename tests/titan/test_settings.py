@@ -12,12 +12,12 @@ import torch
 from transformers import DeepseekV3Config, PreTrainedConfig, Qwen3Config, Qwen3MoeConfig
 
 from shardsmith.cli import main
-from shardsmith.initial.faults import LoadFault
-from shardsmith.initial.live_weights import LiveWeights
 from shardsmith.integrations.torchtitan.models import build_titan_model
 from shardsmith.integrations.torchtitan.names import TorchTitanNames
 from shardsmith.integrations.torchtitan.rope import Reference
 from shardsmith.integrations.torchtitan.settings import Source, compare_settings
+from shardsmith.load.faults import LoadFault
+from shardsmith.load.live_weights import LiveWeights
 from tests.titan import small_models
 from tests.titan.cpu import IS_0_3
 from tests.titan.evaluation import FLOAT32, evaluated, losses_of, transformers_loss

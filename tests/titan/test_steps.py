@@ -13,12 +13,12 @@ import pytest
 import torch.distributed as dist
 from torch.multiprocessing import ProcessExitedException
 
-from shardsmith.checkpoints import committed_steps, find_damage
+from shardsmith.formats import adopt
 from shardsmith.formats.by_path import DCP, detect_checkpoint_format
+from shardsmith.ground.layout import METADATA_FILE
+from shardsmith.ground.leases import hold
 from shardsmith.hooks import record
-from shardsmith.layout import METADATA_FILE
-from shardsmith.leases import hold
-from shardsmith.record import adopt
+from shardsmith.manifest.checkpoints import committed_steps, find_damage
 from tests.titan.checkpoints import digests_of, steps_in
 from tests.titan.cpu import IS_0_3
 from tests.titan.jobs import Assets, Job, error_of, log_of, run_jobs

@@ -13,9 +13,9 @@ from torch import Tensor
 from shardsmith.cli import main
 from shardsmith.formats.by_path import open_source
 from shardsmith.integrations.torchtitan.models import TitanModel, build_titan_model
-from shardsmith.metadata import read_metadata
-from shardsmith.names import tied_weights
-from shardsmith.tensors import read_tensor
+from shardsmith.manifest.metadata import read_metadata
+from shardsmith.tensors.fqn import tied_weights
+from shardsmith.tensors.tensors import read_tensor
 from tests.titan.cpu import IS_0_3
 from tests.titan.jobs import Assets, Job, run_jobs
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from shardsmith.cli import main
 from shardsmith.formats.by_path import open_source
-from shardsmith.tensors import read_tensor
+from shardsmith.tensors.tensors import read_tensor
 from tests.dcp_directories import save
 from tests.titan.jobs import Assets, Job, run_jobs
 

@@ -1,0 +1,136 @@
+"""The one place that checks arguments of public objects: by their annotations, at the moment of the call.
+
+    @checked
+    def __init__(self, directory: Directory, *, when: Schedule, keep: Retention | None = None) -> None:
+
+Every argument is compared with its annotation before the body runs; all that cannot be used are named in one error.
+What has the right value in another type is converted: ``np.int64(3)``, ``torch.tensor(3)`` and ``3.0`` to ``3``.
+``Annotated`` aliases below add rules to a type: ``Directory``, ``Count``, ``Decay`` and so on.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, cast, get_type_hints
+
+from shardsmith.checking.types import RefusedError, convert, nearest, shown
+from shardsmith.errors import UsageError
+
+__all__ = ["check_options", "check_value", "checked"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def checked(function: F) -> F:
+    """Check and convert the arguments of each call of ``function`` by its annotations, before its body runs.
+
+    The decorated function raises UsageError, which names every argument that cannot be used, with what was given and
+    what is expected; and TypeError, as Python does, for names that it does not have.
+    """
+    signature = inspect.signature(function)
+    is_method = next(iter(signature.parameters), None) == "self"
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(_explain(function, signature, kwargs, error)) from None
+        owner = type(args[0]).__name__ if is_method and function.__name__ == "__init__" else function.__name__
+        bound.arguments = _converted(owner, signature, _hints(function), bound.arguments)
+        return function(*bound.args, **bound.kwargs)
+
+    return cast(F, call)
+
+
+def check_options(owner: str, function: Callable[..., Any], options: Mapping[str, Any], name: str = "") -> None:
+    """Raise UsageError unless ``function`` takes these keyword arguments with these values. Calls nothing.
+
+    Args:
+        owner: The object to name in the error.
+        function: A class, or a function whose annotations say what is expected.
+        name: Prefix of the arguments in the error: that of the mapping in which they came.
+    """
+    target = function.__init__ if isinstance(function, type) else function  # type: ignore[misc]
+    parameters = [known for known in inspect.signature(target).parameters if known != "self"]
+    problems = [
+        f"{name}{option}: there is no such option{_did_you_mean(option, parameters)}"
+        for option in options
+        if option not in parameters
+    ]
+    hints = _hints(inspect.unwrap(target))
+    known = {option: value for option, value in options.items() if option in parameters}
+    problems += _check(hints, known, name)[1]
+    _raise(owner, problems)
+
+
+def check_value(owner: str, name: str, value: Any, hint: Any) -> Any:
+    """Return one value as its annotation wants it. Raises UsageError."""
+    converted, problems = _check({name: hint}, {name: value})
+    _raise(owner, problems)
+    return converted[name]
+
+
+def _converted(
+    owner: str, signature: inspect.Signature, hints: Mapping[str, Any], values: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The values, converted. Raises UsageError, naming all that cannot be used."""
+    converted: dict[str, Any] = {}
+    problems: list[str] = []
+    for name, value in values.items():
+        kind = signature.parameters[name].kind
+        single: dict[str, Any] = {name: value}
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            single = {f"{name}[{i}]": one for i, one in enumerate(value)}
+        elif kind is inspect.Parameter.VAR_KEYWORD:
+            single = dict(value)
+        found, wrong = _check(dict.fromkeys(single, hints.get(name, Any)), single)
+        problems += wrong
+        converted[name] = found.get(name)
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            converted[name] = tuple(found.values())
+        elif kind is inspect.Parameter.VAR_KEYWORD:
+            converted[name] = found
+    _raise(owner, problems)
+    return converted
+
+
+def _check(hints: Mapping[str, Any], values: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, Any], list[str]]:
+    """The values that can be used, converted; a line for each of the others."""
+    converted, problems = {}, []
+    for name, value in values.items():
+        try:
+            converted[name] = convert(value, hints.get(name, Any))
+        except RefusedError as refused:
+            at_fault = refused.value if refused.where else value
+            problems.append(f"{prefix}{name}{refused.where}={shown(at_fault)}: {refused}")
+    return converted, problems
+
+
+def _raise(owner: str, problems: list[str]) -> None:
+    if len(problems) == 1:
+        raise UsageError(f"{owner}: {problems[0]}{'' if problems[0].endswith('?') else '.'} Nothing was done.")
+    if problems:
+        lines = "\n  ".join(problems)
+        raise UsageError(f"{owner}: {len(problems)} arguments cannot be used\n  {lines}\nNothing was done.")
+
+
+@functools.cache
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    return get_type_hints(function, include_extras=True)
+
+
+def _explain(
+    function: Callable[..., Any], signature: inspect.Signature, kwargs: Mapping[str, Any], error: TypeError
+) -> str:
+    """Python's own words, with the nearest name for each one that is unknown."""
+    unknown = [name for name in kwargs if name not in signature.parameters]
+    meant = "".join(_did_you_mean(name, signature.parameters) for name in unknown)
+    return f"{function.__qualname__.removesuffix('.__init__')}: {error}{meant}"
+
+
+def _did_you_mean(name: str, known: Any) -> str:
+    match = nearest(name, known)
+    return f"; did you mean {match}?" if match else ""

@@ -1,0 +1,126 @@
+"""How the command line shows things: progress bars, tables, JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+from rich.text import Text
+
+from shardsmith.ground.console import bytes_bar, new_console
+from shardsmith.ground.printable import printable
+from shardsmith.ground.sizes import size_text
+
+if TYPE_CHECKING:
+    from shardsmith.export.plan import ExportPlan
+    from shardsmith.inspection import Inspection
+    from shardsmith.watch import Outcome
+
+
+def progress_bar(
+    plans: Sequence[ExportPlan], *, quiet: bool
+) -> contextlib.AbstractContextManager[Callable[[int], None] | None]:
+    """As ``bytes_bar``, for exports."""
+    return bytes_bar(plans[0].directory.output.name, sum(plan.directory.nbytes for plan in plans), quiet=quiet)
+
+
+def print_watching(checkpoints: Path, output: Path) -> None:
+    """That it goes on until it is stopped."""
+    new_console().print(f"exporting from {checkpoints} to {output}; Ctrl-C ends it")
+
+
+def print_outcome(outcome: Outcome, *, quiet: bool, as_json: bool = False) -> None:
+    """Print a line about the export of a step, as soon as it is known; the whole text of a failure."""
+    if as_json:
+        print(json.dumps(_plain_outcome(outcome)), flush=True)
+    elif outcome.error is not None:
+        kind = type(outcome.error).__name__
+        new_console(sys.stderr).print(f"{outcome.output.name} was not exported: {kind}\n{outcome.error}")
+    elif not quiet:
+        text = {
+            "exported": f"wrote {outcome.output}, {size_text(outcome.nbytes)} in {outcome.seconds:.1f} s",
+            "elsewhere": f"{outcome.output} was written by somebody else",
+            "gone": f"{outcome.output.name} was removed before it could be exported",
+        }
+        new_console().print(text[outcome.status])
+
+
+def _plain_outcome(outcome: Outcome) -> dict[str, object]:
+    return {
+        "step": outcome.step,
+        "output": str(outcome.output),
+        "status": outcome.status,
+        "bytes": outcome.nbytes,
+        "seconds": round(outcome.seconds, 3),
+        "error": None if outcome.error is None else f"{type(outcome.error).__name__}: {outcome.error}",
+    }
+
+
+def print_inspection(inspection: Inspection, *, as_json: bool) -> None:
+    """A table, or JSON on one line."""
+    if as_json:
+        print(json.dumps(dataclasses.asdict(inspection)))
+        return
+    console = new_console()
+    console.print(inspection.path)
+    console.print(Text.assemble((inspection.format, "bold"), f": {inspection.reason}"))
+    console.print(_facts_table(inspection))
+    if inspection.models:
+        console.print(_models_table(inspection))
+    for line in inspection.damage:
+        console.print(Text.assemble(("problem", "red"), " ", "\n".join(map(printable, line.split("\n")))))
+    if not inspection.damage:
+        console.print(Text("no problem found", "green"), _extent(inspection))
+
+
+def _extent(inspection: Inspection) -> str:
+    """How far the search for problems has gone."""
+    if inspection.verified:
+        return "in any byte of its files"
+    more = "--verify reads every byte" if inspection.format == "sharded" else "no hashes of its files are recorded"
+    return f"in names, sizes and indexes; {more}"
+
+
+def _facts_table(inspection: Inspection) -> Table:
+    table = Table(show_header=False, box=None)
+    facts = {
+        "step": inspection.step,
+        "saved": inspection.created_at,
+        "world size": inspection.world_size,
+        "mesh": _listed(inspection.mesh),
+        "EMA": _listed(inspection.ema),
+        "files": f"{len(inspection.files)}, {size_text(sum(inspection.files.values()))}",
+        "beside the models": ", ".join(f"{name} {size_text(size)}" for name, size in inspection.beside.items()),
+        "written by": _listed(inspection.libraries),
+    }
+    for name, value in facts.items():
+        if value not in (None, ""):
+            table.add_row(name, printable(str(value)))
+    return table
+
+
+def _models_table(inspection: Inspection) -> Table:
+    table = Table("model", "tensors", "parameters", "size", "dtypes", "notes")
+    for model in inspection.models:
+        notes = [f"{alias} = {kept}" for alias, kept in model.tied.items()]
+        notes += [f"{model.from_main} tensors from main"] if model.from_main else []
+        notes += [f"average {model.averages[0]}; also {', '.join(model.averages[1:])}"] if model.averages[1:] else []
+        table.add_row(
+            model.name,
+            str(model.tensors),
+            f"{model.parameters:,}",
+            size_text(model.nbytes),
+            ", ".join(model.dtypes),
+            "; ".join(notes),
+        )
+    return table
+
+
+def _listed(facts: dict[str, object] | dict[str, str] | None) -> str:
+    return ", ".join(f"{name} {value}" for name, value in (facts or {}).items())

@@ -1,0 +1,69 @@
+"""How the command line shows whether two checkpoints are the same model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+
+from rich.text import Text
+
+from shardsmith.compare.verification import Difference, ModelVerification, Verification
+from shardsmith.diagnose.logits import LogitsVerification
+from shardsmith.ground.console import new_console
+from shardsmith.ground.printable import printable
+
+
+def print_verification(verification: Verification, *, as_json: bool) -> None:
+    """All that differs, and the verdict; or JSON on one line."""
+    if as_json:
+        print(json.dumps({**dataclasses.asdict(verification), "same": verification.same}))
+        return
+    console = new_console()
+    console.print(f"A: {verification.left}\nB: {verification.right}")
+    for model in verification.models:
+        console.print(_counts(model))
+        for difference in model.differences:
+            console.print(_difference(difference))
+    by = "by their digests" if verification.by == "digests" else "in every value"
+    console.print(_verdict(verification.same, f"the same model, {by}"))
+
+
+def print_logits(found: Sequence[LogitsVerification], *, as_json: bool) -> None:
+    """How far apart the answers are, and the verdict; or JSON on one line."""
+    same = all(result.same for result in found)
+    if as_json:
+        print(json.dumps({"same": same, "logits": [dataclasses.asdict(result) for result in found]}))
+        return
+    console = new_console()
+    for result in found:
+        line = f"{result.model}, on {result.batch}: logits differ by up to {result.largest:.3g}"
+        if result.losses is not None:
+            line += (
+                f" (KL a token up to {result.divergence:.3g}); losses {result.losses[0]:.5f} and {result.losses[1]:.5f}"
+            )
+        console.print(line)
+    console.print(_verdict(same, "the same model, by its logits"))
+
+
+def _counts(model: ModelVerification) -> str:
+    parts = [f"{model.compared} tensors compared", f"{model.equal} equal"]
+    parts += [f"{len(model.converted)} equal but for their dtype"] if model.converted else []
+    parts += [f"{printable(name)} brought into one layout by {rule}" for name, rule in model.layouts.items()]
+    parts += [f"{printable(', '.join(model.tied))} tied, on one side only"] if model.tied else []
+    if model.renamed:
+        mine, theirs = next(iter(model.renamed.items()))
+        parts.append(f"{len(model.renamed)} under other names, such as {printable(mine)} for {printable(theirs)}")
+    return f"{model.model}: {', '.join(parts)}"
+
+
+def _difference(found: Difference) -> str:
+    """One line, the name first, so that it can be searched and copied."""
+    measured = ""
+    if found.largest is not None:
+        measured = f", {found.differing:,} elements by up to {found.largest:.6g}"
+    return f"  {printable(found.name)}: {found.problem}{measured} (A {found.left}, B {found.right})"
+
+
+def _verdict(same: bool, text: str) -> Text:
+    return Text(text, "bold green") if same else Text(f"not {text}", "bold red")

@@ -1,0 +1,116 @@
+"""What two configs of one model say differently, defaults filled in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from shardsmith.compare.effective import config_of
+from shardsmith.compare.findings import Finding, one
+from shardsmith.errors import UnsupportedFormatError
+from shardsmith.hf.hf_directory import CONFIG_FILE
+from shardsmith.manifest.metadata import read_json
+
+_ABSENT = object()
+_NOT_THE_MODEL = frozenset(
+    {"_name_or_path", "transformers_version", "architectures", "auto_map", "id2label", "label2id"}
+)
+_HARMLESS = frozenset(
+    {
+        "dtype",
+        "torch_dtype",
+        "use_cache",
+        "initializer_range",
+        "attention_dropout",
+        "embd_pdrop",
+        "resid_pdrop",
+        "attn_pdrop",
+        "hidden_dropout",
+        "max_position_embeddings",
+        "output_router_logits",
+        "router_aux_loss_coef",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "problem_type",
+        "return_dict",
+        "output_hidden_states",
+        "output_attentions",
+        "_attn_implementation",
+        "fuse_cross_entropy",
+        "fuse_norm",
+        "fuse_swiglu",
+    }
+)
+"""Settings that change no logit of the first step."""
+_EPSILONS = ("rms_norm_eps", "layer_norm_eps", "norm_eps", "layer_norm_epsilon", "layernorm_epsilon", "norm_epsilon")
+
+
+def effective_config(place: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
+    """A config.json, or that of a directory, with every default that transformers fills in; as it stands if it cannot.
+
+    Raises:
+        CheckpointError: there is none, or it is no JSON object.
+    """
+    file = place / CONFIG_FILE if place.is_dir() else place
+    written = read_json(file)
+    try:
+        config: dict[str, Any] = config_of(file, trust_remote_code=trust_remote_code).to_dict()
+    except UnsupportedFormatError:
+        return written
+    return config
+
+
+def compare_configs(model: Mapping[str, Any], other: Mapping[str, Any], origin: str) -> Iterator[Finding]:
+    """Differences that matter, by what they do, and those that do not, as a note.
+
+    Args:
+        origin: Whose config the other one is, for people.
+    """
+    mine, theirs = _flat(model), _flat(other)
+    names = [name for name in dict.fromkeys([*mine, *theirs]) if _differs(name, mine, theirs)]
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(_code(name), []).append(name)
+    for code, settings in groups.items():
+        yield one(code, settings, _listed(settings, mine), f"{_listed(settings, theirs)} in {origin}")
+
+
+def _differs(name: str, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
+    if name.split(".", 1)[0] in _NOT_THE_MODEL:
+        return False
+    one_value, other = mine.get(name, _ABSENT), theirs.get(name, _ABSENT)
+    if _ABSENT in (one_value, other):
+        # What only one of them says: nothing, unless it says more than the usual.
+        return (one_value if other is _ABSENT else other) not in (None, False, [], {}) and _code(
+            name
+        ) != "config-differs"
+    return bool(one_value != other)
+
+
+def _code(name: str) -> str:
+    last = name.rsplit(".", 1)[-1]
+    if last in _HARMLESS:
+        return "harmless-settings"
+    if "rope" in name or last == "partial_rotary_factor":
+        return "rope-differs"
+    return "norm-eps-differs" if last in _EPSILONS else "config-differs"
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings under dotted names; rope_theta where transformers 5 has it, wherever it was written."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    if f"{prefix}rope_theta" in flat:
+        flat.setdefault(f"{prefix}rope_parameters.rope_theta", flat[f"{prefix}rope_theta"])
+        del flat[f"{prefix}rope_theta"]
+    return flat
+
+
+def _listed(names: list[str], config: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {config.get(name, 'unset')}" for name in names)

@@ -1,0 +1,106 @@
+"""A file of ``torch.save`` archives, written front to back: hashed, and on its way to the disk, while it grows."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Self
+
+import xxhash
+
+from shardsmith.formats.torch_files.archive_writer import ALIGNMENT, ArchiveLayout
+from shardsmith.manifest.metadata import FileRecord
+from shardsmith.tensors.checksums import crc32
+
+_SMALL_BYTES = 64 << 10
+"""What is shorter is gathered first, so that a small tensor costs neither a call of the system nor one of the hash."""
+_GATHERED_BYTES = 512 << 10
+_SYNCED_BYTES = 32 << 20
+"""After so many bytes they begin to go to the disk, so that little is left for the fsync in the end."""
+
+
+class ArchiveFile:
+    """A new file; an archive in it is one tensor, or any value that torch has saved."""
+
+    def __init__(self, path: Path, syncing: ThreadPoolExecutor) -> None:
+        """Make the file. ``syncing`` runs fsyncs meanwhile."""
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        self._hash = xxhash.xxh3_128()
+        self._size = 0
+        self._crc = 0
+        self._gathered = bytearray()
+        self._syncing = syncing
+        self._synced: Future[None] | None = None
+        self._synced_size = 0
+
+    def begin(self, archive: ArchiveLayout) -> int:
+        """Begin the archive of a tensor, aligned; where."""
+        self._write(memoryview(bytes(-self._size % ALIGNMENT)))
+        offset = self._size
+        self._write(memoryview(archive.head))
+        self._crc = 0
+        return offset
+
+    def write_payload(self, memory: memoryview) -> None:
+        """Go on with the bytes of the archive's tensor."""
+        self._crc = crc32(memory, self._crc)
+        self._write(memory)
+
+    def end(self, archive: ArchiveLayout) -> None:
+        """End the archive."""
+        self._write(memoryview(archive.tail(self._crc)))
+        self._start_sync()
+
+    def write_archive(self, data: bytes) -> int:
+        """Write a whole archive, aligned; where."""
+        self._write(memoryview(bytes(-self._size % ALIGNMENT)))
+        offset = self._size
+        self._write(memoryview(data))
+        return offset
+
+    def finish(self) -> FileRecord:
+        """Make the file durable; what it is."""
+        self._flush()
+        self._wait()  # an error of the disk is told once only
+        os.fsync(self._descriptor)
+        return FileRecord(size=self._size, xxh3_128=self._hash.hexdigest())
+
+    def _start_sync(self) -> None:
+        is_due = self._size - self._synced_size >= _SYNCED_BYTES
+        if is_due and (self._synced is None or self._synced.done()):
+            self._wait()
+            self._synced = self._syncing.submit(os.fsync, self._descriptor)
+            self._synced_size = self._size
+
+    def _wait(self) -> None:
+        if self._synced is not None:
+            self._synced.result()
+
+    def _write(self, memory: memoryview) -> None:
+        self._size += len(memory)
+        if len(memory) >= _SMALL_BYTES:
+            self._flush()
+            self._write_out(memory)
+            return
+        self._gathered += memory
+        if len(self._gathered) >= _GATHERED_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._gathered:
+            gathered, self._gathered = self._gathered, bytearray()
+            self._write_out(memoryview(gathered))
+
+    def _write_out(self, memory: memoryview) -> None:
+        self._hash.update(memory)
+        while memory:
+            memory = memory[os.write(self._descriptor, memory) :]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._synced is not None:
+            wait([self._synced])
+        os.close(self._descriptor)

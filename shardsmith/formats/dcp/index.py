@@ -1,0 +1,233 @@
+"""The index of a DCP directory as plain values that were checked against each other and against the files.
+
+Nothing in an index is believed: not the file names, which could lead anywhere, and not that the chunks of a tensor
+cover it. torch itself loads a tensor with missing chunks without a word and leaves the old values in its holes.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from shardsmith.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    IncompleteCheckpointError,
+    UnsafeCheckpointError,
+    UnsupportedFormatError,
+)
+from shardsmith.formats.dcp.index_pickle import MAX_INDEX_BYTES, SavedBytes, SavedIndex, SavedTensor, load_dcp_index
+from shardsmith.ground.layout import DCP_INDEX_FILE
+from shardsmith.ground.mapped import MappedFile
+from shardsmith.sharding.boxes import IrregularBoxesError, find_overlap
+from shardsmith.tensors.tensors import Chunk, Shape, TensorSpec
+
+_PLAIN_NAME = re.compile(r"(?!\.{1,2}$)[^/\\:\0-\x1f\ud800-\udfff]{1,255}")
+_MAX_LIST_INDEX = 1_000_000  # torch makes a list of that length
+
+
+@dataclass(frozen=True, slots=True)
+class StoredChunk:
+    """A part of a tensor and the bytes that hold it: a ``torch.save`` archive."""
+
+    chunk: Chunk
+    file: str
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoredObject:
+    """The bytes that hold a value that is no tensor: a ``torch.save`` archive."""
+
+    file: str
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class DcpEntry:
+    """A tensor and its chunks: none is empty, no two overlap, and together they cover it."""
+
+    spec: TensorSpec
+    chunks: tuple[StoredChunk, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DcpIndex:
+    """What a DCP directory holds."""
+
+    path: Path
+    """The directory."""
+    tensors: dict[str, DcpEntry]
+    objects: dict[str, StoredObject]
+    """Values that are no tensors."""
+    containers: dict[str, tuple[str | int, ...]]
+    """Where each key lies in the nested state dict that was saved; ``(key,)`` if it was flat."""
+    files: dict[str, int]
+    """Name of each file that the index uses -> its size on disk in bytes."""
+
+
+def read_index(directory: str | Path, *, follow_links: bool = False) -> DcpIndex:
+    """Read and check the index of a DCP directory. No communication; no tensor is read.
+
+    Args:
+        follow_links: Accept files that are symbolic links, as in a Hugging Face cache.
+
+    Raises:
+        CheckpointNotFoundError: when there is no ``.metadata``.
+        IncompleteCheckpointError: when it is empty, files are missing or too short, or tensors have holes. Names all.
+        UnsafeCheckpointError: when it asks for code to be run, or names something that is no file beside it.
+        UnsupportedFormatError: when chunks were compressed or transformed by an extension, or are sparse.
+        CorruptCheckpointError: when it is no index, or contradicts itself.
+    """
+    path = Path(directory)
+    data = _read_bytes(path / DCP_INDEX_FILE, follow_links)
+    known = _known_index(path, data, follow_links)
+    if not known or any(_file_size(path / name, follow_links) != n for name, n in known[0].files.items()):
+        known[:] = [_Checker(path, load_dcp_index(data, path / DCP_INDEX_FILE), follow_links).index()]
+    return known[0]
+
+
+@functools.lru_cache(maxsize=2)  # one command looks at the same index several times, and that takes most of its time
+def _known_index(path: Path, data: bytes, follow_links: bool) -> list[DcpIndex]:  # noqa: ARG001
+    """A place for what these bytes say of a directory; empty if they have not been read yet."""
+    return []
+
+
+def _read_bytes(path: Path, follow_links: bool) -> bytes:
+    try:
+        file = MappedFile(path, follow_links=follow_links)
+    except CheckpointNotFoundError:
+        if path.parent.is_dir() and any(path.parent.glob("*.distcp")):
+            raise IncompleteCheckpointError(
+                path.parent, f"has shards but no {path.name}, which is written last: the save did not finish"
+            ) from None
+        raise CheckpointNotFoundError(path.parent, f"is no DCP directory: there is no {path.name} in it") from None
+    if file.size == 0:
+        raise IncompleteCheckpointError(path, "is empty: it was lost in a crash after the save")
+    if file.size > MAX_INDEX_BYTES:
+        raise UnsupportedFormatError(path, f"has {file.size} bytes; an index may have up to {MAX_INDEX_BYTES}")
+    return file.bytes(0, file.size)
+
+
+class _Checker:
+    """Rebuilds an index part by part. What is missing is collected; what is wrong ends the reading at once."""
+
+    def __init__(self, directory: Path, saved: SavedIndex, follow_links: bool) -> None:
+        self.directory = directory
+        self.saved = saved
+        self.follow_links = follow_links
+        self.sizes: dict[str, int | None] = {}
+        self.holes: list[str] = []
+
+    def index(self) -> DcpIndex:
+        tensors, objects = {}, {}
+        for name, entry in self.saved.entries.items():
+            if entry is not None:
+                tensors[name] = self.tensor(name, entry)
+            elif (place := self.place(name, None)) is not None:
+                objects[name] = StoredObject(place.file, place.offset, place.length)
+        self.report_missing()
+        files = {name: size for name, size in self.sizes.items() if size is not None}
+        return DcpIndex(self.directory, tensors, objects, self.containers(), files)
+
+    def tensor(self, name: str, entry: SavedTensor) -> DcpEntry:
+        spec = TensorSpec(name, entry.shape, entry.dtype)
+        boxes = self.boxes(spec, entry.chunks)
+        self.check_apart(spec, boxes)
+        absent = spec.numel - sum(box.numel for box in boxes)
+        if absent:
+            self.holes.append(f"tensor {name!r}: {absent} of {spec.numel} elements are in no chunk")
+        return DcpEntry(spec, tuple(chunk for box in boxes if (chunk := self.chunk(spec, box)) is not None))
+
+    def boxes(self, spec: TensorSpec, saved: tuple[Chunk, ...]) -> list[Chunk]:
+        """The chunks that hold anything, each once: of a rank without rows the chunk is empty."""
+        boxes: dict[Chunk, None] = {}
+        for box in saved:
+            if not len(box.offsets) == len(box.sizes) == len(spec.shape):
+                raise self.corrupt(f"tensor {spec.name!r} of shape {spec.shape} has a chunk of another rank: {box}")
+            if any(start + n > whole for start, n, whole in zip(box.offsets, box.sizes, spec.shape, strict=True)):
+                raise self.corrupt(f"tensor {spec.name!r} of shape {spec.shape} has a chunk that sticks out: {box}")
+            if box.numel:
+                boxes[box] = None
+        return list(boxes)
+
+    def chunk(self, spec: TensorSpec, box: Chunk) -> StoredChunk | None:
+        place = self.place(spec.name, box.offsets)
+        if place is None:
+            return None
+        if place.length < box.numel * spec.dtype.itemsize:
+            raise self.corrupt(f"tensor {spec.name!r}: {place.length} bytes cannot hold the chunk {box}")
+        return StoredChunk(box, place.file, place.offset, place.length)
+
+    def check_apart(self, spec: TensorSpec, boxes: list[Chunk]) -> None:
+        try:
+            overlap = find_overlap(boxes)
+        except IrregularBoxesError as error:
+            raise self.corrupt(f"tensor {spec.name!r} is cut up too irregularly to be checked: {error}") from error
+        if overlap:
+            raise self.corrupt(f"tensor {spec.name!r} has chunks that overlap: {overlap[0]} and {overlap[1]}")
+
+    def place(self, name: str, offsets: Shape | None) -> SavedBytes | None:
+        """Where a chunk, or an object without offsets, is stored; None, noted down, when it is not all there."""
+        place = self.saved.places.get((name, offsets))
+        if place is None:
+            self.holes.append(f"{_called(name, offsets)}: was never written")
+            return None
+        if place.transforms:
+            reason = f"{_called(name, offsets)} was saved through {list(place.transforms)}; only plain data is read"
+            raise UnsupportedFormatError(self.directory, reason)
+        size, end = self.size_of(place.file), place.offset + place.length
+        if size is None or size < end:
+            fault = "is missing" if size is None else f"ends at byte {size}, not {end} or later"
+            self.holes.append(f"{_called(name, offsets)}: its file {place.file} {fault}")
+            return None
+        return place
+
+    def size_of(self, name: str) -> int | None:
+        """Size of a file in bytes, or None when there is no such file."""
+        if name not in self.sizes:
+            if not _PLAIN_NAME.fullmatch(name):
+                raise UnsafeCheckpointError(self.directory / DCP_INDEX_FILE, f"names {name!r:.300}, no file beside it")
+            self.sizes[name] = _file_size(self.directory / name, self.follow_links)
+        return self.sizes[name]
+
+    def containers(self) -> dict[str, tuple[str | int, ...]]:
+        paths = {name: self.saved.containers.get(name, (name,)) for name in self.saved.entries}
+        for name, path in paths.items():
+            if not path or any(isinstance(step, int) and step > _MAX_LIST_INDEX for step in path):
+                raise self.corrupt(f"{name!r} has no usable place in the nested state dict")
+        return paths
+
+    def report_missing(self) -> None:
+        if self.holes:
+            raise IncompleteCheckpointError(
+                self.directory,
+                "\n  ".join([f"{len(self.holes)} parts are not there", *self.holes])
+                + "\nNothing was read. Copy the missing files again, or use another step.",
+            )
+
+    def corrupt(self, reason: str) -> CorruptCheckpointError:
+        return CorruptCheckpointError(self.directory / DCP_INDEX_FILE, reason)
+
+
+def _called(name: str, offsets: Shape | None) -> str:
+    return f"object {name!r}" if offsets is None else f"tensor {name!r}, chunk at {offsets}"
+
+
+def _file_size(path: Path, follow_links: bool) -> int | None:
+    try:
+        status = os.stat(path, follow_symlinks=follow_links)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise CheckpointError(path, f"cannot be looked at: {error.strerror}") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise UnsafeCheckpointError(path, "is not a regular file (links are not followed); nothing was read")
+    return status.st_size

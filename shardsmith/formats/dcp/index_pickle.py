@@ -1,0 +1,215 @@
+"""What the index of a DCP directory (``.metadata``, a pickle) says, read without running it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from shardsmith.errors import CorruptCheckpointError, UnsupportedFormatError
+from shardsmith.formats.torch_files.pickle_machine import Made, Name, read_pickle
+from shardsmith.tensors.tensors import Chunk, Shape
+
+MAX_INDEX_BYTES = 1 << 30
+MAX_DIMS = 64
+
+DTYPES = {Name("torch", n): v for n, v in vars(torch).items() if isinstance(v, torch.dtype)}
+"""Every ``torch.<dtype>`` by the name under which it is pickled."""
+
+_CHECKPOINT = "torch.distributed.checkpoint.metadata"
+_SHARD = "torch.distributed._shard.sharded_tensor.metadata"  # where torch < 2.2 had the tensor properties
+_METADATA = Name(_CHECKPOINT, "Metadata")
+_INDEX = Name(_CHECKPOINT, "MetadataIndex")
+_STORAGE_META = Name(_CHECKPOINT, "StorageMeta")
+_TENSOR = Name(_CHECKPOINT, "TensorStorageMetadata")
+_BYTES = Name(_CHECKPOINT, "BytesStorageMetadata")
+_CHUNK = Name(_CHECKPOINT, "ChunkStorageMetadata")
+_STORAGE_INFO = Name("torch.distributed.checkpoint.filesystem", "_StorageInfo")
+_PROPERTIES = {Name(_CHECKPOINT, "TensorProperties"), Name(_SHARD, "TensorProperties")}
+_MEMORY_FORMATS = {Name(_CHECKPOINT, "_MEM_FORMAT_ENCODING"), Name(_SHARD, "MEM_FORMAT_ENCODING")}
+_GETATTR = Name("builtins", "getattr")  # how Python 3.11.0 to 3.11.3 pickled an enum
+_SIZE = Name("torch", "Size")
+_LAYOUT = Name("torch.serialization", "_get_layout")
+# Python 3.13 writes pathlib._local, which older ones cannot import.
+_PATHS = {Name(m, n) for m in ("pathlib", "pathlib._local") for n in ("PosixPath", "WindowsPath")}
+_PATHS |= {Name(m, "Pure" + n) for m, n in _PATHS}
+
+_INDEX_NAMES = frozenset(
+    {_METADATA, _INDEX, _STORAGE_META, _TENSOR, _BYTES, _CHUNK, _STORAGE_INFO, _SIZE, _LAYOUT, _GETATTR}
+    | _PROPERTIES
+    | _MEMORY_FORMATS
+    | _PATHS
+    | set(DTYPES)
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SavedTensor:
+    """A tensor and the boxes it was saved in: empty, repeated, overlapping or too few, as the index has them."""
+
+    shape: Shape
+    dtype: torch.dtype
+    chunks: tuple[Chunk, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SavedBytes:
+    """Where something lies: a byte range of a file."""
+
+    file: str
+    """Whatever the index says: not yet known to be a plain name."""
+    offset: int
+    length: int
+    transforms: tuple[str, ...]
+    """Names of what the bytes went through, such as compression."""
+
+
+@dataclass(frozen=True, slots=True)
+class SavedIndex:
+    """What ``.metadata`` says, as far as it is needed to read the directory."""
+
+    entries: dict[str, SavedTensor | None]
+    """By key; None is a value that is no tensor."""
+    containers: dict[str, tuple[str | int, ...]]
+    """Where a key lay in the nested state dict; keys may be absent."""
+    places: dict[tuple[str, Shape | None], SavedBytes]
+    """By key and offsets of the chunk, None where the value is no tensor."""
+
+
+def load_dcp_index(data: bytes, path: Path) -> SavedIndex:
+    """What ``.metadata`` of a DCP directory says.
+
+    Every field has its exact type and every number lies in 0..2**63-1; whether they make sense together is left to
+    ``dcp_index.read_index``.
+
+    Args:
+        data: The bytes of the file.
+        path: The file, for the errors.
+
+    Raises:
+        UnsafeCheckpointError: when it names a class that no index needs, or asks for code to be run.
+        CorruptCheckpointError: when it is no pickle, or not one of an index.
+        UnsupportedFormatError: when it is larger than 1 GiB or holds sparse tensors.
+    """
+    if len(data) > MAX_INDEX_BYTES:
+        raise UnsupportedFormatError(path, f"has {len(data)} bytes; an index may have up to {MAX_INDEX_BYTES}")
+    return _IndexDecoder(path, len(data)).index(read_pickle(data, path, _INDEX_NAMES))
+
+
+class _IndexDecoder:
+    """Turns the records of an index into plain values. Fields that are not needed are passed over.
+
+    The parts of a pickle may be shared, so a short one can describe a structure of any size. In an honest one every
+    part has bytes of its own, and ``budget`` ends the reading when the parts by far outnumber the bytes.
+    """
+
+    def __init__(self, path: Path, nbytes: int) -> None:
+        self.path = path
+        self.budget = 4 * nbytes
+
+    def index(self, value: object) -> SavedIndex:
+        fields = self.fields(value, {_METADATA})
+        entries = self.mapping(fields.get("state_dict_metadata"), "state_dict_metadata")
+        places = self.mapping(fields.get("storage_data"), "storage_data")
+        names = fields.get("planner_data")
+        return SavedIndex(
+            entries={self.text(k): self.entry(v) for k, v in entries.items()},
+            containers={} if names is None else self.containers(names),
+            places={self.place(k): self.bytes(v) for k, v in places.items()},
+        )
+
+    def entry(self, value: object) -> SavedTensor | None:
+        fields = self.fields(value, {_TENSOR, _BYTES})
+        if isinstance(value, Made) and value.of == _BYTES:
+            return None
+        return SavedTensor(
+            shape=self.size(fields.get("size")),
+            dtype=self.dtype(fields.get("properties")),
+            chunks=tuple(self.chunk(c) for c in self.items(fields.get("chunks"), "chunks")),
+        )
+
+    def dtype(self, value: object) -> torch.dtype:
+        """Of a tensor's properties only this still means something; the other fields are deprecated."""
+        if type(value) is not Made or value.of not in _PROPERTIES or type(value.state) is not tuple:
+            self.fail("tensor properties", value)
+        dtype, layout = value.state[:2] if len(value.state) == 5 else (None, None)
+        if type(layout) is not Made or layout.of != _LAYOUT or type(dtype) is not Name or dtype not in DTYPES:
+            self.fail("dtype and layout", value.state)
+        if layout.args != ("torch.strided",):
+            raise UnsupportedFormatError(self.path, "holds a sparse tensor; only dense ones are read")
+        return DTYPES[dtype]
+
+    def chunk(self, value: object) -> Chunk:
+        fields = self.fields(value, {_CHUNK})
+        return Chunk(offsets=self.size(fields.get("offsets")), sizes=self.size(fields.get("sizes")))
+
+    def place(self, value: object) -> tuple[str, Shape | None]:
+        fields = self.fields(value, {_INDEX})
+        offsets = fields.get("offset")
+        return self.text(fields.get("fqn")), None if offsets is None else self.size(offsets)
+
+    def bytes(self, value: object) -> SavedBytes:
+        fields = self.fields(value, {_STORAGE_INFO})
+        transforms = fields.get("transform_descriptors")
+        return SavedBytes(
+            self.text(fields.get("relative_path")),
+            self.number(fields.get("offset")),
+            self.number(fields.get("length")),
+            () if transforms is None else tuple(self.text(t) for t in self.items(transforms, "transforms")),
+        )
+
+    def containers(self, value: object) -> dict[str, tuple[str | int, ...]]:
+        names = self.mapping(value, "planner_data")
+        return {self.text(k): tuple(self.step(s) for s in self.items(v, "a path")) for k, v in names.items()}
+
+    def step(self, value: object) -> str | int:
+        return value if type(value) is str else self.number(value)
+
+    def size(self, value: object) -> Shape:
+        """A shape or a position. Some writers leave plain sequences in the place of ``torch.Size``."""
+        if type(value) is Made and value.of == _SIZE and len(value.args) == 1:
+            value = value.args[0]
+        numbers = self.items(value, "a size")
+        if len(numbers) > MAX_DIMS:
+            self.fail(f"at most {MAX_DIMS} dimensions", value)
+        return tuple(map(self.number, numbers))
+
+    def fields(self, value: object, kinds: set[Name]) -> dict[str | int | Made, object]:
+        self.spend(1)
+        if type(value) is not Made or value.of not in kinds or value.args:
+            self.fail(" or ".join(kind.name for kind in sorted(kinds)), value)
+        return {} if value.state is None else self.mapping(value.state, "fields")
+
+    def mapping(self, value: object, what: str) -> dict[str | int | Made, object]:
+        if type(value) is not dict:
+            self.fail(f"a dict ({what})", value)
+        self.spend(len(value))
+        return value
+
+    def items(self, value: object, what: str) -> list[object] | tuple[object, ...]:
+        if type(value) is not list and type(value) is not tuple:
+            self.fail(f"a sequence ({what})", value)
+        self.spend(len(value))
+        return value
+
+    def text(self, value: object) -> str:
+        if type(value) is not str:
+            self.fail("a string", value)
+        return value
+
+    def number(self, value: object) -> int:
+        if type(value) is not int or not 0 <= value < 1 << 63:
+            self.fail("a number from 0 to 2**63 - 1", value)
+        return value
+
+    def spend(self, count: int) -> None:
+        self.budget -= count
+        if self.budget < 0:
+            raise CorruptCheckpointError(self.path, "is no DCP index: its parts contain each other over and over")
+
+    def fail(self, expected: str, found: object) -> NoReturn:
+        # Never the value itself: its text can be endless.
+        what = str(found.of) if type(found) is Made else type(found).__name__
+        raise CorruptCheckpointError(self.path, f"is no DCP index: expected {expected}, found {what}")

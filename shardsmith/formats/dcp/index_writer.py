@@ -1,0 +1,68 @@
+"""The index of a DCP directory whose files torch did not write."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from shardsmith.formats.dcp.shard_files import Place, PlannedChunk
+from shardsmith.tensors.checkpoint_keys import KeyPath
+from shardsmith.tensors.tensors import TensorSpec
+
+
+def write_index(
+    specs: Mapping[str, TensorSpec],
+    chunks: Sequence[PlannedChunk],
+    places: Mapping[int, Place],
+    *,
+    aliases: Mapping[str, str],
+    containers: Mapping[str, KeyPath],
+    attempt: str,
+    objects: Mapping[str, Place] | None = None,
+) -> bytes:
+    """The content of ``.metadata``, as torch's own writer would make it.
+
+    Args:
+        specs: By key.
+        aliases: Key -> the key whose chunks are its chunks, too.
+        containers: Key -> where it lies in a nested state dict.
+        attempt: Recorded as the save id.
+        objects: Values that are no tensors, by key.
+    """
+    from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
+    from torch.distributed.checkpoint.metadata import (
+        BytesStorageMetadata,
+        ChunkStorageMetadata,
+        Metadata,
+        MetadataIndex,
+        StorageMeta,
+        TensorProperties,
+        TensorStorageMetadata,
+    )
+
+    numbers: dict[str, list[int]] = {}
+    for i, chunk in enumerate(chunks):
+        numbers.setdefault(chunk.key, []).append(i)
+    metadata = Metadata({}, {}, {}, StorageMeta(save_id=attempt), CURRENT_DCP_VERSION)
+    for key, kept in [*((key, key) for key in specs), *aliases.items()]:
+        boxes = [
+            ChunkStorageMetadata(torch.Size(chunks[i].box.offsets), torch.Size(chunks[i].box.sizes))
+            for i in numbers[kept]
+        ]
+        properties = TensorProperties(dtype=specs[kept].dtype)
+        metadata.state_dict_metadata[key] = TensorStorageMetadata(properties, torch.Size(specs[kept].shape), boxes)
+        metadata.planner_data[key] = containers.get(key, (key,))
+        for position, i in enumerate(numbers[kept]):
+            place = places[i]
+            index = MetadataIndex(key, chunks[i].box.offsets, position)
+            metadata.storage_data[index] = _StorageInfo(place.file, place.offset, place.length)
+    for key, place in (objects or {}).items():
+        metadata.state_dict_metadata[key] = BytesStorageMetadata()
+        metadata.planner_data[key] = containers.get(key, (key,))
+        metadata.storage_data[MetadataIndex(key)] = _StorageInfo(place.file, place.offset, place.length)
+    out = io.BytesIO()
+    pickle.dump(metadata, out)
+    return out.getvalue()

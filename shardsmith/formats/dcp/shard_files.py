@@ -1,0 +1,235 @@
+"""DCP files written straight from a source, front to back, as fast as its bytes can be digested.
+
+torch's own writer needs the tensors in memory. Here each thread fills a file of its own: it reads a block from the
+mapped source, cast where that is wanted, adds it to the digest of its tensor, to the checksum of its archive and to the
+hash of its file, and writes it, all while it is in the processor's cache. Memory stays at a block a thread, whatever
+the model's size. What is written goes to the disk meanwhile, so that little is left for the fsync in the end.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from shardsmith.formats.dcp.archive_file import ArchiveFile
+from shardsmith.formats.describe import Measured
+from shardsmith.formats.torch_files.archive_writer import archive_layout
+from shardsmith.ground.commit import writing
+from shardsmith.ground.memory import map_pages, memory_of
+from shardsmith.ground.threads import one_thread_per_operator, threads_per_process
+from shardsmith.tensors.digest import Digest, digest_run
+from shardsmith.tensors.tensors import Chunk, TensorSource, TensorSpec, read_into, row_major_blocks
+
+CHUNK_BYTES = 64 << 20
+"""Of a tensor at most: whoever loads a part of one reads only the chunks that it meets."""
+_MAPPED_BYTES = 16 << 20
+"""Of a mapped source that is mapped in one go."""
+_CAST_BYTES = 512 << 10
+"""Small enough to stay in a core's own cache from the cast to the write."""
+_LEAST_FILE_BYTES = 16 << 20
+_MOST_THREADS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """A tensor on its way into a checkpoint."""
+
+    spec: TensorSpec
+    """Under its key, and in the dtype that it is to have."""
+    source: TensorSource
+    name: str
+    """In the source."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedChunk:
+    """A part of a tensor, contiguous in row-major order, that becomes one archive."""
+
+    key: str
+    first: int
+    """Flat index of its first element in the tensor."""
+    box: Chunk
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a chunk was written."""
+
+    file: str
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What one rank wrote."""
+
+    measured: Measured = field(default_factory=Measured)
+    places: dict[int, Place] = field(default_factory=dict)
+    """By number of the chunk in the plan."""
+
+
+def plan_chunks(specs: Iterable[TensorSpec]) -> list[PlannedChunk]:
+    """All chunks, in the order of the tensors; of a tensor without elements one, which is empty."""
+    chunks = []
+    for spec in specs:
+        size = spec.dtype.itemsize
+        boxes = list(row_major_blocks(spec.shape, CHUNK_BYTES // size)) or [(0, Chunk.whole(spec.shape))]
+        chunks += [PlannedChunk(spec.name, first, box, box.numel * size) for first, box in boxes]
+    return chunks
+
+
+def divide(chunks: Sequence[PlannedChunk], numbers: range, parts: int) -> list[range]:
+    """Consecutive chunks for each part, with about the same number of bytes."""
+    ends = list(itertools.accumulate(chunks[i].nbytes for i in numbers))
+    total = ends[-1] if ends else 0
+    cuts, start = [], numbers.start
+    for part in range(parts):
+        stop = numbers.start + sum(end * parts <= total * (part + 1) for end in ends)
+        stop = numbers.stop if part == parts - 1 else max(start, stop)
+        cuts.append(range(start, stop))
+        start = stop
+    return cuts
+
+
+def write_shard_files(
+    streams: Mapping[str, Stream],
+    chunks: Sequence[PlannedChunk],
+    mine: range,
+    directory: Path,
+    rank: int,
+    progress: Callable[[int], None] | None = None,
+    first_file: int = 0,
+) -> Written:
+    """Write and fsync some of the chunks, as ``__<rank>_<i>.distcp``. No communication.
+
+    Args:
+        mine: Numbers of the chunks that are this rank's.
+        progress: Called from the threads with the number of bytes just written.
+        first_file: Number of the first file, where this rank has written some already.
+
+    Raises:
+        CheckpointError, WriteError: from reading or writing. No thread is left running.
+    """
+    nbytes = sum(chunks[i].nbytes for i in mine)
+    most = threads_per_process() or os.cpu_count() or 1
+    threads = max(1, min(_MOST_THREADS, most, nbytes // _LEAST_FILE_BYTES))
+    shares = [part for part in divide(chunks, mine, threads) if part]
+    with (
+        one_thread_per_operator(),
+        ThreadPoolExecutor(1, "shardsmith-sync") as syncing,
+        ThreadPoolExecutor(threads, "shardsmith-shards") as pool,
+    ):
+        job = _Job(streams, chunks, directory, syncing, progress)
+        try:
+            futures = [
+                pool.submit(job.write_file, f"__{rank}_{i}.distcp", part) for i, part in enumerate(shares, first_file)
+            ]
+            for future in futures:
+                future.result()
+        except BaseException:
+            job.stopped = True
+            raise
+    return job.written
+
+
+class _Job:
+    """What the threads share."""
+
+    def __init__(
+        self,
+        streams: Mapping[str, Stream],
+        chunks: Sequence[PlannedChunk],
+        directory: Path,
+        syncing: ThreadPoolExecutor,
+        progress: Callable[[int], None] | None,
+    ) -> None:
+        self.written = Written()
+        self.stopped = False
+        self._streams = streams
+        self._chunks = chunks
+        self._directory = directory
+        self._syncing = syncing
+        self._progress = progress
+        self._lock = threading.Lock()
+
+    def write_file(self, name: str, numbers: range) -> None:
+        """Write one file and fsync it. In a thread of its own."""
+        path = self._directory / name
+        try:
+            with writing(path, "write"), ArchiveFile(path, self._syncing) as file:
+                for i in numbers:
+                    self._write_chunk(file, name, i)
+                record = file.finish()
+            with self._lock:
+                self.written.measured.files[name] = record
+        except BaseException:
+            self.stopped = True
+            raise
+
+    def _write_chunk(self, file: ArchiveFile, name: str, number: int) -> None:
+        chunk = self._chunks[number]
+        stream = self._streams[chunk.key]
+        archive = archive_layout(chunk.box.sizes, stream.spec.dtype)
+        offset = file.begin(archive)
+        digest = Digest()
+        first = chunk.first
+        for values in _runs(stream, chunk.box):
+            digest += digest_run(values, first, partial(self._pass_on, file, memory_of(values)))
+            first += values.numel()
+            if self.stopped:
+                return
+        file.end(archive)
+        with self._lock:
+            self.written.places[number] = Place(name, offset, archive.length)
+            self.written.measured.add(chunk.key, digest)
+
+    def _pass_on(self, file: ArchiveFile, memory: memoryview, begin: int, end: int) -> None:
+        """Write a part of a run, while the digest has it in cache."""
+        if self.stopped:
+            return
+        file.write_payload(memory[begin:end])
+        if self._progress:
+            self._progress(end - begin)
+
+
+def _runs(stream: Stream, chunk: Chunk) -> Iterator[Tensor]:
+    """The values of a chunk in the dtype that they are to have, run by run, in row-major order.
+
+    Views on the source where that has them in one piece; else each lies where the one before it lay.
+    """
+    dtype = stream.spec.dtype
+    if (values := _view(stream, chunk)) is not None:
+        for part in values.split(_MAPPED_BYTES // dtype.itemsize):
+            map_pages(part)
+            yield part
+        return
+    count = _CAST_BYTES // dtype.itemsize
+    scratch = torch.empty(min(count, chunk.numel), dtype=dtype, device="cpu")
+    for _, box in row_major_blocks(chunk.sizes, count):
+        out = scratch[: box.numel].view(box.sizes)
+        yield read_into(stream.source, stream.name, _moved(box, chunk), out)
+
+
+def _view(stream: Stream, box: Chunk) -> Tensor | None:
+    """The values as the source has them, flat, if it has them in that dtype and side by side."""
+    if box.numel and stream.source.specs[stream.name].dtype == stream.spec.dtype:
+        pieces = list(stream.source.pieces(stream.name, box))
+        if len(pieces) == 1 and pieces[0][0] == box and pieces[0][1].is_contiguous():
+            return pieces[0][1].reshape(-1)
+    return None
+
+
+def _moved(box: Chunk, outer: Chunk) -> Chunk:
+    """A box in a chunk as a box of the tensor."""
+    return Chunk(tuple(a + b for a, b in zip(box.offsets, outer.offsets, strict=True)), box.sizes)

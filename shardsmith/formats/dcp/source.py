@@ -1,0 +1,121 @@
+"""The tensors of a DCP directory as mapped views."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from shardsmith.errors import CheckpointNotFoundError, CorruptCheckpointError, UsageError
+from shardsmith.formats.dcp.index import DcpIndex, StoredChunk, read_index
+from shardsmith.formats.torch_files.archive import read_archived_object, read_archived_tensor
+from shardsmith.ground.mapped import MappedFile
+from shardsmith.sharding.boxes import BoxFinder
+from shardsmith.tensors.tensors import Chunk, TensorSpec
+
+_CACHED_CHUNKS = 4096
+
+
+class DcpSource:
+    """The tensors of a DCP directory, read through mapped files: a ``TensorSource``.
+
+    Opening reads and checks the index. Thread-safe; needs no process group and makes no copies.
+
+    Attributes:
+        index: What the directory holds.
+    """
+
+    def __init__(self, path: str | Path, *, follow_links: bool = False) -> None:
+        """Open a directory. Raises what ``read_index`` raises; see there for ``follow_links`` too."""
+        self.index: DcpIndex = read_index(path, follow_links=follow_links)
+        self._specs = {name: entry.spec for name, entry in self.index.tensors.items()}
+        self._follow_links = follow_links
+        self._files: dict[str, MappedFile] = {}
+        self._finders: dict[str, BoxFinder] = {}
+        self._lock = threading.Lock()
+        self._closed = False
+        # Writers read a tensor block by block: the archive around it need not be looked at each time.
+        self._chunk = functools.lru_cache(maxsize=_CACHED_CHUNKS)(self._read_chunk)
+
+    @property
+    def path(self) -> Path:
+        """The directory."""
+        return self.index.path
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """All tensors by key, in the order of the index."""
+        return self._specs
+
+    def pieces(self, name: str, box: Chunk) -> Iterator[tuple[Chunk, Tensor]]:
+        """The stored parts of ``box``: each with its place in the global tensor and a read-only view of its values.
+
+        Raises:
+            CheckpointNotFoundError: when there is no such tensor.
+            CorruptCheckpointError: when the bytes of a chunk are not what the index says.
+        """
+        entry = self.index.tensors.get(name)
+        if entry is None:
+            raise CheckpointNotFoundError(self.path, f"has no tensor named {name!r}")
+        finder = self._finders.get(name)
+        if finder is None:
+            finder = self._finders.setdefault(name, BoxFinder([stored.chunk for stored in entry.chunks]))
+        for i, part in finder.meeting(box):
+            yield part, self._chunk(name, i)[part.within(entry.chunks[i].chunk)]
+
+    def read_object(self, key: str, *, allow_pickle: bool = False) -> Any:
+        """A value that is no tensor, such as a learning rate or the state of a data loader.
+
+        Args:
+            allow_pickle: Read values of any type, **which runs whatever code they hold**.
+
+        Raises:
+            CheckpointNotFoundError: when there is no such value.
+            UnsafeCheckpointError: when it is of a type that is not known to be safe, and ``allow_pickle`` is off.
+            CorruptCheckpointError: when its bytes are damaged.
+        """
+        place = self.index.objects.get(key)
+        if place is None:
+            raise CheckpointNotFoundError(self.path, f"has no object named {key!r}")
+        return read_archived_object(self._file(place.file), place.offset, place.length, allow_pickle=allow_pickle)
+
+    def check_archives(self) -> None:
+        """Open every chunk, without reading its payload.
+
+        Raises:
+            CheckpointError: one is no archive of such a tensor.
+        """
+        for name, entry in self.index.tensors.items():
+            for i in range(len(entry.chunks)):
+                self._read_chunk(name, i)
+
+    def close(self) -> None:
+        """Let go of the files. Views that are still alive stay valid. A second call does nothing."""
+        with self._lock:
+            self._closed = True
+            for file in self._files.values():
+                file.close()
+            self._files.clear()
+        self._chunk.cache_clear()
+
+    def _read_chunk(self, name: str, i: int) -> Tensor:
+        stored: StoredChunk = self.index.tensors[name].chunks[i]
+        file = self._file(stored.file)
+        values = read_archived_tensor(file, stored.offset, stored.length)
+        expected, found = (stored.chunk.sizes, self._specs[name].dtype), (tuple(values.shape), values.dtype)
+        if found != expected:
+            where = f"the chunk of {name!r} at {stored.chunk.offsets} (byte {stored.offset})"
+            raise CorruptCheckpointError(file.path, f"{where} has {found}, but the index says {expected}")
+        return values
+
+    def _file(self, name: str) -> MappedFile:
+        with self._lock:
+            if self._closed:
+                raise UsageError(f"{self.path}: was closed; open it again to read from it")
+            if name not in self._files:
+                self._files[name] = MappedFile(self.path / name, follow_links=self._follow_links)
+            return self._files[name]

@@ -1,0 +1,114 @@
+"""Directories of torch.distributed.checkpoint: ours, plain ones, and those in a folder of accelerate's."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from shardsmith.errors import CheckpointError, IncompleteCheckpointError, UnsupportedFormatError
+from shardsmith.formats.dcp.index import DcpIndex, read_index
+from shardsmith.formats.detected import (
+    ACCELERATE,
+    DCP,
+    INCOMPLETE,
+    SHARDED,
+    UNKNOWN,
+    DetectedFormat,
+    FormatReader,
+    reason_of,
+)
+from shardsmith.formats.models import ModelSource, choose_model, open_dcp_model
+from shardsmith.formats.rank_shards import RankShards
+from shardsmith.ground import layout
+from shardsmith.manifest.checkpoints import find_damage
+from shardsmith.manifest.metadata import has_manifest, read_metadata
+from shardsmith.tensors.checkpoint_keys import MAIN, find_models
+
+_ACCELERATE_MODEL = re.compile(r"pytorch_model_fsdp_(0|[1-9][0-9]*)")
+ACCELERATE_MAIN = "pytorch_model_fsdp_0"
+"""Where accelerate saves the first model that it prepared."""
+
+
+def detect_ours(path: Path) -> DetectedFormat | None:
+    """A directory with a metadata.json of ours, whatever else is there."""
+    if not has_manifest(path):
+        return None
+    try:
+        metadata = read_metadata(path)
+    except UnsupportedFormatError as error:
+        return DetectedFormat(UNKNOWN, reason_of(error, path))
+    except CheckpointError as error:
+        return DetectedFormat(INCOMPLETE, reason_of(error, path))
+    if damage := find_damage(path, contents=False):
+        return DetectedFormat(INCOMPLETE, "; ".join(damage))
+    return DetectedFormat(SHARDED, f"{layout.METADATA_FILE} of step {metadata.step}, {', '.join(metadata.models)}")
+
+
+def detect_dcp(path: Path) -> DetectedFormat | None:
+    """A directory with an index of torch's, or with shards that lack one."""
+    if not (path / layout.DCP_INDEX_FILE).exists():
+        shards = [name for name in os.listdir(path) if name.endswith(".distcp")]
+        missing = f"{len(shards)} .distcp files without {layout.DCP_INDEX_FILE}"
+        return DetectedFormat(INCOMPLETE, missing) if shards else None
+    try:
+        index = read_index(path)
+    except IncompleteCheckpointError as error:
+        return DetectedFormat(INCOMPLETE, reason_of(error, path))
+    except CheckpointError as error:
+        return DetectedFormat(UNKNOWN, f"its index cannot be read: {reason_of(error, path)}")
+    return DetectedFormat(DCP, _describe(index))
+
+
+def detect_accelerate(path: Path) -> DetectedFormat | None:
+    """A folder of which a model is a DCP directory; ``optimizer_0`` beside it is left alone."""
+    found = sorted(name for name in os.listdir(path) if _ACCELERATE_MODEL.fullmatch(name) and (path / name).is_dir())
+    if not found:
+        return None
+    if ACCELERATE_MAIN not in found:
+        return DetectedFormat(INCOMPLETE, f"{', '.join(found)} without {ACCELERATE_MAIN}")
+    inner = detect_dcp(path / ACCELERATE_MAIN)
+    if inner is None:
+        return DetectedFormat(INCOMPLETE, f"{ACCELERATE_MAIN} is no directory of torch.distributed.checkpoint")
+    others = f"; {', '.join(found[1:])} are other models and are not read" if len(found) > 1 else ""
+    name = ACCELERATE if inner.name == DCP else inner.name
+    return DetectedFormat(name, f"{ACCELERATE_MAIN}: {inner.reason}{others}")
+
+
+def dcp_models(path: Path) -> list[str]:
+    """Which models the index of a DCP directory names."""
+    index = read_index(path)
+    return list(find_models(index.tensors, index.containers))
+
+
+def _describe(index: DcpIndex) -> str:
+    main = find_models(index.tensors, index.containers).get(MAIN, {})
+    where = " nested under model" if any(fqn != key for fqn, key in main.items()) else ""
+    keys = set(main.values())
+    beside = sorted({str(path[0]).split(".")[0] for key, path in index.containers.items() if key not in keys})
+    more = f"; beside the model {', '.join(beside)}" if main and beside else ""
+    return (
+        f"{layout.DCP_INDEX_FILE} lists {len(index.tensors)} tensors in {len(index.files)} files, "
+        f"{len(main)} of a model{where}{more}"
+    )
+
+
+def _open_accelerate(path: Path, model: str) -> ModelSource:
+    return open_dcp_model(path / ACCELERATE_MAIN, model)
+
+
+def _open_ours(path: Path, model: str) -> ModelSource:
+    """From a DCP directory, or from files of single ranks."""
+    if (path / layout.DCP_INDEX_FILE).exists():
+        return open_dcp_model(path, model)
+    source = RankShards(path)
+    return choose_model(source, {}, model, read_metadata(path).tied)
+
+
+def _our_models(path: Path) -> list[str]:
+    return dcp_models(path) if (path / layout.DCP_INDEX_FILE).exists() else list(read_metadata(path).models)
+
+
+OURS_READER = FormatReader(detect_ours, _our_models, _open_ours)
+DCP_READER = FormatReader(detect_dcp, dcp_models, open_dcp_model)
+ACCELERATE_READER = FormatReader(detect_accelerate, lambda path: dcp_models(path / ACCELERATE_MAIN), _open_accelerate)

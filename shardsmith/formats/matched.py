@@ -1,0 +1,107 @@
+"""A checkpoint's tensors under the names of a model's files, or of the model in memory, and cut up as those are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+
+from shardsmith.errors import CheckpointError, UsageError
+from shardsmith.formats.models import ModelSource, TranslatedModel
+from shardsmith.name_maps.class_names import ClassNames
+from shardsmith.name_maps.maps import find_name_map
+from shardsmith.name_maps.matching import Alignment, match_names
+from shardsmith.name_maps.restored import RestoredModel
+from shardsmith.tensors.tensors import TensorSpec
+
+Matched = tuple[ModelSource, Alignment]
+
+
+def matched_source(
+    source: ModelSource,
+    target: Mapping[str, TensorSpec],
+    classes: ClassNames | None = None,
+    names: str = "auto",
+    config: dict[str, object] | None = None,
+) -> Matched:
+    """A model's tensors under a target's names, and what was done to the names. Reads no tensor.
+
+    What has no place in the target is there under its own name, and nothing is made up for what the source lacks: the
+    caller compares names and shapes.
+
+    Args:
+        target: The tensors of files, or of a model in memory.
+        classes: What the target's class says; None where no class is known.
+        names: ``"identity"``: no tensor is cut up. ``"transformers"``: as transformers has them in files with the
+            target's names. ``"auto"``: so where that brings more of them together. Or a name map that a package offers.
+        config: For such a map: the content of config.json.
+
+    Raises:
+        CheckpointError, UsageError: a map that was asked for cannot be used.
+    """
+    if names not in ("auto", "identity", "transformers"):
+        plain = renamed(source, match_names(source.specs, {}, None, source.aliases))
+        return _in_place(TranslatedModel(plain, find_name_map(names, config)), target, classes)
+    if names == "identity" or classes is None:
+        return _in_place(source, target, None)
+    if names == "transformers":
+        return _cut(*_in_place(source, classes.specs, classes), target, classes)
+    found = _in_place(source, target, classes)
+    fewest = _unplaced(found[0], target)
+    for way in _other_cuts(source, target, classes) if fewest and classes.is_known else ():
+        try:
+            other = way()
+        except (CheckpointError, UsageError):  # a model of this class is not cut up so, or lacks a part of a tensor
+            continue
+        if _unplaced(other[0], target) < fewest:
+            found, fewest = other, _unplaced(other[0], target)
+    return found
+
+
+def renamed(source: ModelSource | TranslatedModel, alignment: Alignment) -> ModelSource:
+    """A model's tensors under their aligned names."""
+    new = {old: name for name, old in alignment.keys.items()}
+    aliases = {
+        alias: new[source.aliases[old]] for alias, old in alignment.aliases.items() if source.aliases[old] in new
+    }
+    filled = frozenset(new[name] for name in source.filled if name in new)
+    return ModelSource(source, alignment.keys, filled=filled, aliases=aliases, averages=source.averages)
+
+
+def _in_place(
+    source: ModelSource | TranslatedModel, target: Mapping[str, TensorSpec], classes: ClassNames | None
+) -> Matched:
+    found = match_names(source.specs, target, classes, source.aliases)
+    return renamed(source, found), found
+
+
+def _unplaced(source: ModelSource, target: Mapping[str, TensorSpec]) -> int:
+    """How many tensors are on both sides that only another cut could bring together; 0 if one side has none."""
+    missing, extra = target.keys() - source.specs.keys(), source.specs.keys() - target.keys()
+    return len(missing) + len(extra) if missing and extra else 0
+
+
+def _other_cuts(
+    source: ModelSource, target: Mapping[str, TensorSpec], classes: ClassNames
+) -> Iterator[Callable[[], Matched]]:
+    """As the model has it in memory, cut up as in the target's files; or put together first; or both."""
+    in_memory, found = _in_place(source, classes.specs, classes)
+    yield lambda: _cut(in_memory, found, target, classes)
+    yield lambda: _put_together(source, found, target, classes)
+    yield lambda: _cut(*_put_together(source, found, classes.specs, classes), target, classes)
+
+
+def _cut(in_memory: ModelSource, found: Alignment, target: Mapping[str, TensorSpec], classes: ClassNames) -> Matched:
+    """Tensors as the model has them in memory, cut up as in the target's files."""
+    translated = TranslatedModel(in_memory, classes.to_files(target))
+    made, again = _in_place(translated, target, classes)
+    return made, replace(found, keys=again.keys)
+
+
+def _put_together(
+    source: ModelSource, found: Alignment, target: Mapping[str, TensorSpec], classes: ClassNames
+) -> Matched:
+    """Tensors as they are in files, put together as the model has them in memory, under the target's names."""
+    files = ModelSource(source, found.stripped, filled=frozenset(), aliases={})
+    restored = RestoredModel(files, classes.to_files(files.specs), classes.specs, classes.tied)
+    made, again = _in_place(ModelSource.whole(restored), target, classes)
+    return made, replace(found, keys=again.keys)

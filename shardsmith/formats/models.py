@@ -1,0 +1,206 @@
+"""One model out of a checkpoint that holds several things: its tensors under its own names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Self
+
+from torch import Tensor
+
+from shardsmith.errors import CheckpointNotFoundError, UnsupportedFormatError
+from shardsmith.formats.dcp.source import DcpSource
+from shardsmith.manifest.metadata import read_metadata
+from shardsmith.name_maps.maps import NameMap, Translation
+from shardsmith.name_maps.rearranged import read_linked
+from shardsmith.tensors.checkpoint_keys import EMA, MAIN, KeyPath, find_averages, find_models, find_twins
+from shardsmith.tensors.tensors import Chunk, TensorSource, TensorSpec
+
+
+class ModelSource:
+    """Some tensors of a source under other names (a ``TensorSource``).
+
+    Attributes:
+        keys: The model's name of each tensor -> its name in the source.
+        filled: Names that the model lacked and that were taken from the main weights.
+        aliases: Names left out because they are tied to one that is there: alias -> kept name.
+        averages: Where the checkpoint has several averages, this one and then the others, by name.
+        twins: Other dicts of the checkpoint that hold tensors under the model's names, such as a teacher.
+    """
+
+    def __init__(
+        self,
+        source: TensorSource,
+        keys: Mapping[str, str],
+        *,
+        filled: frozenset[str],
+        aliases: Mapping[str, str],
+        averages: tuple[str, ...] = (),
+        twins: tuple[str, ...] = (),
+    ) -> None:
+        self.twins = twins
+        self.keys = dict(keys)
+        self.filled = filled
+        self.aliases = dict(aliases)
+        self.averages = averages
+        self._source = source
+        self._specs = {
+            name: TensorSpec(name, source.specs[key].shape, source.specs[key].dtype) for name, key in keys.items()
+        }
+
+    @classmethod
+    def whole(cls, source: TensorSource) -> Self:
+        """All of a source that holds nothing but one model."""
+        return cls(source, {name: name for name in source.specs}, filled=frozenset(), aliases={})
+
+    def without(self, dropped: Iterable[str]) -> ModelSource:
+        """The same but for some tensors."""
+        gone = set(dropped)
+        keys = {name: key for name, key in self.keys.items() if name not in gone}
+        aliases = {alias: kept for alias, kept in self.aliases.items() if alias not in gone and kept not in gone}
+        return ModelSource(
+            self._source, keys, filled=self.filled - gone, aliases=aliases, averages=self.averages, twins=self.twins
+        )
+
+    def tied(self, aliases: Mapping[str, str]) -> ModelSource:
+        """The same with some names left out that are tied to others: alias -> kept name."""
+        keys = {name: key for name, key in self.keys.items() if name not in aliases}
+        known = {**self.aliases, **aliases}
+        return ModelSource(
+            self._source, keys, filled=self.filled - aliases.keys(), aliases=known, averages=self.averages
+        )
+
+    @property
+    def path(self) -> Path:
+        """What was opened."""
+        return self._source.path
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """The model's tensors by its own names."""
+        return self._specs
+
+    def pieces(self, name: str, box: Chunk) -> Iterator[tuple[Chunk, Tensor]]:
+        """As ``TensorSource.pieces``."""
+        if name not in self.keys:
+            raise CheckpointNotFoundError(self.path, f"has no tensor named {name!r}")
+        return self._source.pieces(self.keys[name], box)
+
+    def close(self) -> None:
+        """Let go of the files."""
+        self._source.close()
+
+
+class TranslatedModel:
+    """A model under the names that its files are to have (a ``TensorSource``). Reads as little as the model does.
+
+    Attributes:
+        filled, aliases: Those of the model, as ``ModelSource`` has them, in the new names.
+        left_out: Tensors of the model that the files have no place for, name -> why.
+        averages: As ``ModelSource`` has them.
+    """
+
+    def __init__(self, model: ModelSource | TranslatedModel, name_map: NameMap) -> None:
+        """Raises UsageError if the map loses, repeats or invents something."""
+        self._model = model
+        self._translation = Translation(name_map, model.specs)
+        self._specs = self._translation.translate(model.specs)
+        self.averages: tuple[str, ...] = model.averages
+        self.twins: tuple[str, ...] = model.twins
+        inherited: dict[str, str] = getattr(model, "left_out", {})
+        self.left_out: dict[str, str] = {**inherited, **self._translation.left_out}
+        self.filled: frozenset[str] = self._translation.names_of(model.filled)
+        self.aliases: dict[str, str] = self._translation.translate_aliases(model.aliases, model.specs)
+
+    @property
+    def path(self) -> Path:
+        """What was opened."""
+        return self._model.path
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """The tensors of the files."""
+        return self._specs
+
+    def pieces(self, name: str, box: Chunk) -> Iterator[tuple[Chunk, Tensor]]:
+        """As ``TensorSource.pieces``."""
+        if name not in self._specs:
+            raise CheckpointNotFoundError(self.path, f"has no tensor named {name!r}")
+        yield from read_linked(self._model, self._translation.links_to(name), box, self._specs[name].dtype)
+
+    def close(self) -> None:
+        """Let go of the files."""
+        self._model.close()
+
+
+def open_dcp_model(directory: Path, model: str = MAIN) -> ModelSource:
+    """One model of a DCP directory, with our ``metadata.json`` or without.
+
+    Args:
+        model: ``"main"`` or ``"ema"``, where there are several averages also ``"ema:NAME"``. An average covers trained
+            weights only; the rest comes from main.
+
+    Raises:
+        CheckpointNotFoundError: the checkpoint has no such model.
+    """
+    source = DcpSource(directory)
+    return choose_model(source, source.index.containers, model, _tied(directory))
+
+
+def choose_model(
+    source: TensorSource, paths: Mapping[str, KeyPath], model: str, tied: Mapping[str, str] = MappingProxyType({})
+) -> ModelSource:
+    """Take one model of an open source.
+
+    Args:
+        paths: Key -> path in the nested dict that was saved, as ``find_models`` takes it.
+        model: As ``open_dcp_model`` takes it.
+        tied: Recorded ties: alias -> kept name.
+
+    Raises:
+        CheckpointNotFoundError: the source has no such model.
+    """
+    model, _, average = model.partition(":")
+    models = find_models(source.specs, paths, average or None)
+    averages = find_averages(source.specs, paths)
+    if average and EMA not in models:
+        found = f"it holds {', '.join(averages)}" if averages else "its average has no name"
+        raise CheckpointNotFoundError(source.path, f"has no average {average!r}; {found}")
+    if model not in models:
+        found = ", ".join(models) or "no model at all"
+        raise CheckpointNotFoundError(source.path, f"has no {model!r} weights; it holds {found}")
+    ordered = sorted(averages, key=lambda name: name != average) if model == EMA else []
+    twins = [name for name in find_twins(source.specs, paths) if name != average] if model == MAIN else []
+    return _choose(source, models, model, tied, averages=tuple(ordered), twins=tuple(twins))
+
+
+def models_of(source: DcpSource) -> dict[str, ModelSource]:
+    """Take all models of an open DCP directory, by name; as ``open_dcp_model`` opens one."""
+    models = find_models(source.specs, source.index.containers)
+    tied = _tied(source.path)
+    return {model: choose_model(source, source.index.containers, model, tied) for model in models}
+
+
+def _choose(
+    source: TensorSource,
+    models: Mapping[str, dict[str, str]],
+    model: str,
+    tied: Mapping[str, str],
+    **beside: tuple[str, ...],
+) -> ModelSource:
+    main = models.get(MAIN, {})
+    own = models[model]
+    filled = frozenset(name for name in main if name not in own) if model == EMA else frozenset()
+    names = list(dict.fromkeys([*main, *own])) if model == EMA else list(own)
+    aliases = {alias: kept for alias, kept in tied.items() if alias in names and kept in names}
+    keys = {name: own.get(name) or main[name] for name in names if name not in aliases}
+    return ModelSource(source, keys, filled=filled - aliases.keys(), aliases=aliases, **beside)
+
+
+def _tied(directory: Path) -> Mapping[str, str]:
+    """The ties that a checkpoint of ours records; none for others."""
+    try:
+        return read_metadata(directory).tied
+    except (CheckpointNotFoundError, UnsupportedFormatError):
+        return {}

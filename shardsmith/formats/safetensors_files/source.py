@@ -1,0 +1,132 @@
+"""Safetensors files as a ``TensorSource``: a single file, or a Hugging Face directory with an index and shards."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from shardsmith.errors import CheckpointNotFoundError, CorruptCheckpointError, UsageError
+from shardsmith.formats.safetensors_files.header import Header, quote, read_header
+from shardsmith.formats.safetensors_files.index import check_weight_map, read_weight_map, resolve, resolve_shards
+from shardsmith.ground.layout import MAIN_WEIGHTS, index_file_name
+from shardsmith.ground.mapped import MappedFile
+from shardsmith.tensors.tensors import Chunk, TensorSpec
+
+_WEIGHTS_NAME = re.compile(r"(?P<stem>.+?)(-[0-9]{5}-of-(?P<count>[0-9]{5}))?\.safetensors(\.index\.json)?")
+
+
+class SafetensorsSource:
+    """The tensors of one or several safetensors files, mapped. Opening reads the headers and checks all they say.
+
+    Attributes:
+        headers: File name to its header.
+        file_of: Tensor name to the name of its file.
+    """
+
+    def __init__(self, path: str | Path, files: Mapping[str, Path] | None = None) -> None:
+        """Open a file, or several that make up one model.
+
+        Args:
+            path: A file, or a link to one. With ``files``: the directory that stands for them.
+            files: Paths of regular files by name, in the order in which their tensors are listed.
+
+        Raises:
+            CheckpointNotFoundError: a file is not there.
+            IncompleteCheckpointError: a file is truncated.
+            CorruptCheckpointError: a header is not valid, or two files hold a tensor of the same name.
+            UnsupportedFormatError: torch cannot represent a tensor.
+            UnsafeCheckpointError: a file is not a regular file.
+        """
+        self._path = Path(path)
+        if files is None:
+            self._files = {self._path.name: MappedFile(path, follow_links=True)}
+        else:
+            self._files = {name: MappedFile(file) for name, file in files.items()}
+        self.headers: dict[str, Header] = {}
+        self.file_of: dict[str, str] = {}
+        self._specs: dict[str, TensorSpec] = {}
+        for name, file in self._files.items():
+            self._add(name, read_header(file.path, file.size, file.bytes))
+
+    @property
+    def path(self) -> Path:
+        """What was opened."""
+        return self._path
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """All tensors by name, in file order."""
+        return self._specs
+
+    def pieces(self, name: str, box: Chunk) -> Iterator[tuple[Chunk, Tensor]]:
+        """The box as one view on the mapped file, or nothing where the box is empty.
+
+        Raises:
+            CheckpointNotFoundError: there is no such tensor.
+        """
+        spec = self._specs.get(name)
+        if spec is None:
+            raise CheckpointNotFoundError(self._path, f"has no tensor named {name!r}")
+        if box.numel == 0:
+            return
+        file = self.file_of[name]
+        values = self._files[file].view(self.headers[file].tensors[name].begin, spec.numel, spec.dtype)
+        yield box, values.view(spec.shape)[box.within(Chunk.whole(spec.shape))]
+
+    def close(self) -> None:
+        """Let go of the files. Views that are still alive stay valid."""
+        for file in self._files.values():
+            file.close()
+
+    def _add(self, file: str, header: Header) -> None:
+        self.headers[file] = header
+        for name, placement in header.tensors.items():
+            first = self.file_of.setdefault(name, file)
+            if first != file:
+                raise CorruptCheckpointError(self._path, f"tensor {quote(name)} is in both {first} and {file}")
+            self._specs[name] = placement.spec
+
+
+def open_safetensors_directory(directory: str | Path, stem: str | None = None) -> SafetensorsSource:
+    """Open the weights in a Hugging Face directory.
+
+    A single file comes before an index, as in transformers. Links may lead to the blobs of the Hugging Face cache that
+    the directory lies in, and nowhere else out of it.
+
+    Args:
+        stem: What the weight files are called: "model" for model.safetensors and model.safetensors.index.json. None:
+            that if it is there, and otherwise the only one that is.
+
+    Raises:
+        CheckpointNotFoundError: there is no directory, or there are no such weights in it.
+        IncompleteCheckpointError: files that the index names are missing, or a file is truncated.
+        CorruptCheckpointError: the index is not valid or contradicts the headers; and as ``SafetensorsSource``.
+        UnsafeCheckpointError: the index or a link points out of the directory.
+        UsageError: ``stem`` is needed to choose.
+    """
+    directory = Path(directory)
+    stem = stem or _find_stem(directory)
+    single, index = f"{stem}.safetensors", index_file_name(stem)
+    if os.path.lexists(directory / single):
+        return SafetensorsSource(directory, {single: resolve(directory, single)})
+    if not os.path.lexists(directory / index):
+        raise CheckpointNotFoundError(directory, f"has neither {single} nor {index}")
+    weight_map = read_weight_map(directory / index, ".safetensors")
+    source = SafetensorsSource(directory, resolve_shards(directory, weight_map))
+    check_weight_map(directory / index, weight_map, source.file_of)
+    return source
+
+
+def _find_stem(directory: Path) -> str:
+    if not directory.is_dir():
+        raise CheckpointNotFoundError(directory, "no such directory")
+    stems = sorted({match["stem"] for name in os.listdir(directory) if (match := _WEIGHTS_NAME.fullmatch(name))})
+    if MAIN_WEIGHTS in stems or not stems:
+        return MAIN_WEIGHTS
+    if len(stems) > 1:
+        raise UsageError(f"{directory} holds several sets of weights ({', '.join(stems)}); name one of them as stem")
+    return stems[0]

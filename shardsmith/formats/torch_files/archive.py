@@ -1,0 +1,91 @@
+"""One tensor in a ``torch.save`` archive that is a byte range of a mapped file, as a view on that file."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import io
+import pickle
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardsmith.errors import CorruptCheckpointError, UnsafeCheckpointError
+from shardsmith.formats.torch_files.tensor_pickle import MAX_TENSOR_PICKLE_BYTES, read_tensor_pickle
+from shardsmith.formats.torch_files.zip import TorchZip, UnusualArchiveError
+from shardsmith.ground.mapped import MappedFile
+
+_MAX_ENTRIES = 64
+_SMALL_BYTES = 2048
+"""Of an archive of a number or a short text."""
+
+
+def read_archived_tensor(file: MappedFile, offset: int, length: int) -> Tensor:
+    """The tensor in an archive: a read-only view on the file, or a copy where torch has to unpack it.
+
+    Args:
+        offset: Where the archive begins in the file, in bytes.
+        length: Its length in bytes.
+
+    Returns:
+        A CPU tensor with the shape and strides that were saved. Its data need not be aligned. Never write to it.
+
+    Raises:
+        IncompleteCheckpointError: when the file ends before the archive does.
+        CorruptCheckpointError: when it is no archive of one tensor.
+        UnsafeCheckpointError: when it asks for code to be run.
+    """
+    view = _view(file, offset, length)
+    return _unpacked(file, offset, length) if view is None else view
+
+
+def _view(file: MappedFile, offset: int, length: int) -> Tensor | None:
+    """The tensor as a view, or None when the archive is not of the usual kind."""
+    try:
+        archive = TorchZip(file, offset, length, _MAX_ENTRIES)
+        record = read_tensor_pickle(archive.content("data.pkl", MAX_TENSOR_PICKLE_BYTES))
+        return None if record is None else archive.tensor(record)
+    except UnusualArchiveError:
+        return None
+
+
+def read_archived_object(file: MappedFile, offset: int, length: int, *, allow_pickle: bool = False) -> Any:
+    """The value in an archive, of any type that torch deems safe.
+
+    Args:
+        offset: Where the archive begins in the file, in bytes.
+        length: Its length in bytes.
+        allow_pickle: Read any pickle, **which runs whatever code it holds**. Only for files of an author you trust.
+
+    Raises:
+        IncompleteCheckpointError: when the file ends before the archive does.
+        UnsafeCheckpointError: when it is of a type that is not known to be safe, and ``allow_pickle`` is off.
+        CorruptCheckpointError: when it is no archive.
+    """
+    data = file.bytes(offset, length)
+    where = f"bytes {offset} to {offset + length}"
+    try:
+        if length <= _SMALL_BYTES and not allow_pickle:
+            return copy.deepcopy(_load_small(data))
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=not allow_pickle)
+    except pickle.UnpicklingError as error:
+        raise UnsafeCheckpointError(file.path, f"{where} are of a type that was not read: {error}") from error
+    except Exception as error:  # a dozen types, RuntimeError and EOFError among them
+        reason = f"{where} are no torch.save archive: {type(error).__name__}: {error}"
+        raise CorruptCheckpointError(file.path, reason) from error
+
+
+@functools.lru_cache(maxsize=1024)
+def _load_small(data: bytes) -> Any:
+    """Of the options of an optimizer's groups a checkpoint has one for each tensor, and few different ones."""
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
+def _unpacked(file: MappedFile, offset: int, length: int) -> Tensor:
+    """The tensor as torch reads it, for archives that are compressed, or whose tensor is of a special kind."""
+    value = read_archived_object(file, offset, length)
+    if not isinstance(value, Tensor):
+        where = f"bytes {offset} to {offset + length}"
+        raise CorruptCheckpointError(file.path, f"{where} hold a {type(value).__name__} where a tensor should be")
+    return value.detach()

@@ -1,0 +1,148 @@
+"""Tensors out of ``torch.save`` files as a ``TensorSource``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from shardsmith.errors import CheckpointNotFoundError, CorruptCheckpointError
+from shardsmith.formats.models import ModelSource, choose_model
+from shardsmith.formats.safetensors_files.index import check_weight_map, read_weight_map, resolve, resolve_shards
+from shardsmith.formats.torch_files.files import MergedTensor, merge_ranks, read_torch_file
+from shardsmith.sharding.boxes import BoxFinder, IrregularBoxesError, find_overlap
+from shardsmith.tensors.checkpoint_keys import MAIN, KeyPath, find_models
+from shardsmith.tensors.tensors import Chunk, TensorSpec
+
+_WRAPPERS = frozenset({"state_dict", "module", "model_state_dict"})
+"""Under which key, beside ``model``, people put a model's state dict."""
+
+
+class TorchSource:
+    """Tensors by the joined path of their keys. What several files hold is compared whenever it is read.
+
+    Attributes:
+        paths: Name -> path in the nested dict that was saved.
+    """
+
+    def __init__(self, path: Path, tensors: Mapping[KeyPath, MergedTensor]) -> None:
+        """Raises CorruptCheckpointError if parts overlap, or two paths give one name."""
+        self._path = path
+        self.paths = {".".join(map(str, keys)): _known(keys) for keys in tensors}
+        if len(self.paths) != len(tensors):
+            raise CorruptCheckpointError(path, "two of its keys are the same once they are joined with dots")
+        self._tensors = dict(zip(self.paths, tensors.values(), strict=True))
+        self._specs = {name: TensorSpec(name, tensor.shape, tensor.dtype) for name, tensor in self._tensors.items()}
+        self._finders = {name: _finder(path, name, tensor) for name, tensor in self._tensors.items()}
+
+    @property
+    def path(self) -> Path:
+        """What was opened."""
+        return self._path
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """All tensors by name, in file order."""
+        return self._specs
+
+    def pieces(self, name: str, box: Chunk) -> Iterator[tuple[Chunk, Tensor]]:
+        """As ``TensorSource.pieces``.
+
+        Raises:
+            CheckpointNotFoundError: there is no such tensor.
+            CorruptCheckpointError: files that hold the same part of it hold different values.
+        """
+        if name not in self._tensors:
+            raise CheckpointNotFoundError(self._path, f"has no tensor named {name!r}")
+        copies = self._tensors[name].copies
+        boxes = list(copies)
+        for i, part in self._finders[name].meeting(box):
+            index = part.within(boxes[i])
+            (file, values), *replicas = copies[boxes[i]]
+            found = values[index]
+            for other, replica in replicas:
+                if not torch.equal(_as_bytes(found), _as_bytes(replica[index])):
+                    raise CorruptCheckpointError(self._path, f"{name}: {file} and {other} hold different values of it")
+            yield part, found
+
+    def close(self) -> None:
+        """Let go of the files. Views that are still alive stay valid."""
+        self._tensors.clear()
+
+
+def open_torch_file(path: Path, model: str = MAIN) -> ModelSource:
+    """One model of a ``torch.save`` file."""
+    source = _source(path, {path.name: path}, follow_links=True)
+    return choose_model(source, source.paths, model)
+
+
+def open_torch_directory(directory: Path, single: str, model: str = MAIN) -> ModelSource:
+    """One model of a directory with, say, ``pytorch_model.bin``, or with several such files and an index.
+
+    Raises:
+        CheckpointNotFoundError: it has neither.
+        CorruptCheckpointError, IncompleteCheckpointError, UnsafeCheckpointError: as for safetensors files.
+    """
+    if (directory / single).is_file():
+        source = _source(directory, {single: resolve(directory, single)})
+        return choose_model(source, source.paths, model)
+    index = directory / f"{single}.index.json"
+    if not index.is_file():
+        raise CheckpointNotFoundError(directory, f"has neither {single} nor {index.name}")
+    weight_map = read_weight_map(index, Path(single).suffix)
+    files = resolve_shards(directory, weight_map)
+    check_weight_map(
+        index, weight_map, {".".join(map(str, keys)): name for name in files for keys in read_torch_file(files[name])}
+    )
+    source = _source(directory, files)
+    return choose_model(source, source.paths, model)
+
+
+def open_rank_files(directory: Path, names: Sequence[str], model: str = MAIN) -> ModelSource:
+    """Open one model that the files of all ranks make up."""
+    source = _source(directory, {name: directory / name for name in names})
+    return choose_model(source, source.paths, model)
+
+
+def rank_files_models(directory: Path, names: Sequence[str]) -> list[str]:
+    """Name which of ``main`` and ``ema`` the files of all ranks hold. Raises as ``merge_ranks``."""
+    source = _source(directory, {name: directory / name for name in names})
+    return list(find_models(source.specs, source.paths))
+
+
+def open_rank_states(directory: Path, names: Sequence[str]) -> TorchSource:
+    """All tensors that the files of all ranks make up, by the joined path of their keys; no model is looked for."""
+    return _source(directory, {name: directory / name for name in names})
+
+
+def models_of(path: Path) -> list[str]:
+    """Which of ``main`` and ``ema`` a ``torch.save`` file holds."""
+    source = _source(path, {path.name: path}, follow_links=True)
+    return list(find_models(source.specs, source.paths))
+
+
+def _source(path: Path, files: Mapping[str, Path], *, follow_links: bool = False) -> TorchSource:
+    held = [(name, read_torch_file(file, follow_links=follow_links)) for name, file in files.items()]
+    return TorchSource(path, merge_ranks(path, held))
+
+
+def _known(keys: KeyPath) -> KeyPath:
+    """The path with what other projects call a model's state dict replaced by what we call it."""
+    return ("model", *keys[1:]) if len(keys) > 1 and keys[0] in _WRAPPERS else keys
+
+
+def _finder(path: Path, name: str, tensor: MergedTensor) -> BoxFinder:
+    boxes = list(tensor.copies)
+    try:
+        overlap = find_overlap(boxes)
+    except IrregularBoxesError as error:
+        raise CorruptCheckpointError(path, f"{name}: is cut up too irregularly to be checked: {error}") from error
+    if overlap:
+        raise CorruptCheckpointError(path, f"{name}: its parts {overlap[0]} and {overlap[1]} overlap")
+    return BoxFinder(boxes)
+
+
+def _as_bytes(values: Tensor) -> Tensor:
+    return values.contiguous().reshape(-1).view(torch.uint8)

@@ -1,0 +1,101 @@
+"""Objects that every rank must make: found out at once when a rank makes another one, or none."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from shardsmith.errors import RanksDisagreeError, RankTimeoutError
+from shardsmith.ground.ranks import Ranks
+
+log = logging.getLogger(__name__)
+
+START_SECS = "SHARDSMITH_START_SECS"
+"""Environment variable: how long the ranks of a job may be apart when they make the same object, in seconds."""
+_START_SECS = 30.0
+_WARN_SECS = 3.0
+
+
+def meet(ranks: Ranks, what: str, facts: Mapping[str, Any]) -> None:
+    """Return when all ranks are here with the same facts. All ranks; communicates through the store.
+
+    It waits less long than a save does: a rank that makes no such object never comes. A rank may be late by as long
+    as this process has lived, for what has taken one rank a minute may take another two, and at least 30 seconds.
+
+    Args:
+        what: The moment, for the errors: "making ShardedSave".
+        facts: What must be the same on all ranks, fit for JSON.
+
+    Raises:
+        RanksDisagreeError: on all ranks, naming every fact that differs.
+        RankFailedError: on all ranks: one is at another moment.
+        RankTimeoutError: a rank did not come.
+    """
+    if ranks.size == 1:
+        return
+    with _short_wait(ranks), _warning(what):
+        try:
+            differences = ranks.agree(what, lambda: dict(facts), _differences)
+        except RankTimeoutError as error:
+            error.args = (
+                f"{error}. Every rank must get here, {what}, at the same point of the program: look for code that runs "
+                f"on one rank only, such as `if rank == 0:`. Where a rank may be slower than that, set {START_SECS}",
+            )
+            raise
+    if differences:
+        lines = "\n  ".join(differences)
+        raise RanksDisagreeError(f"{what}: the ranks do not do the same\n  {lines}\nNothing was done.")
+
+
+@contextmanager
+def _short_wait(ranks: Ranks) -> Iterator[None]:
+    usual = ranks.timeout_secs
+    ranks.timeout_secs = min(usual, float(os.environ.get(START_SECS) or max(_START_SECS, _age_secs())))
+    try:
+        yield
+    finally:
+        ranks.timeout_secs = usual
+
+
+@contextmanager
+def _warning(what: str) -> Iterator[None]:
+    """Within it, after some seconds, a warning says what this rank is waiting for."""
+    text = "%s: still waiting for the other ranks; every rank must get to this point"
+    timer = threading.Timer(_WARN_SECS, log.warning, [text, what])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _differences(facts: Sequence[Mapping[str, Any]]) -> list[str]:
+    names = dict.fromkeys(name for of_rank in facts for name in of_rank)
+    lines = []
+    for name in names:
+        holders: dict[str, list[str]] = {}
+        for rank, of_rank in enumerate(facts):
+            holders.setdefault(str(of_rank.get(name, "not there")), []).append(str(rank))
+        if len(holders) > 1:
+            told = [f"{value} on rank {_some(held)}" for value, held in holders.items()]
+            lines.append(f"{name}: {'; '.join(told)}")
+    return lines
+
+
+def _some(ranks: Sequence[str]) -> str:
+    return ", ".join(ranks[:4]) + " ..." * (len(ranks) > 4)
+
+
+def _age_secs() -> float:
+    """How long this process has lived; 0 where the system does not say."""
+    with suppress(OSError, ValueError, AttributeError, IndexError):
+        started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - started
+    return 0.0

@@ -1,0 +1,112 @@
+"""``finish``: end the process groups of a job in an order that cannot hang the interpreter.
+
+A worker thread of Gloo drops the last collective's tensors after the training has its result, and needs the
+interpreter's lock (GIL) for that. Whoever drops the last reference to the group waits for that worker while it holds
+this lock: a deadlock, at ``destroy_process_group`` or when the interpreter is taken down. ``finish`` makes sure that
+all collectives of all ranks are over and all workers are idle before any group goes.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch.distributed as dist
+
+from shardsmith.ground.liveness import SilenceError, await_keys
+from shardsmith.ground.ranks import own_connection, rank_and_size
+
+log = logging.getLogger(__name__)
+
+_numbers = itertools.count()
+_WORKER = "pt_gloo_runloop"  # torch's name of the threads that run Gloo's collectives
+_LOOK_SECS = 0.02  # longer than a thread waits before it asks for the GIL again, so one that waits is seen to move
+_IDLE_SECS = 10.0
+
+
+def finish(timeout_secs: float = 60.0) -> None:
+    """End every process group of this process, the last thing that a training script does. All ranks; communicates.
+
+    Call it after ``hooks.close()``, instead of ``dist.destroy_process_group()`` and before
+    ``accelerator.end_training()``. Without a process group it does nothing.
+
+    Args:
+        timeout_secs: How long to wait for the other ranks. Then this rank ends its groups all the same, and logs it.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    gc.collect()  # FSDP1 modules are reference cycles that hold groups
+    meet(f"shardsmith/finish/{next(_numbers)}", timeout_secs)
+    wait_for_idle_workers()
+    dist.destroy_process_group()
+    gc.collect()
+
+
+def end_group(group: dist.ProcessGroup | None) -> None:
+    """Destroy one process group whose collectives are over. No communication; None does nothing."""
+    if group is not None and dist.is_initialized():
+        wait_for_idle_workers()
+        dist.destroy_process_group(group)
+
+
+def wait_for_idle_workers() -> None:
+    """Return when no worker thread of Gloo has anything left to do or to free, after 10 seconds at most.
+
+    Linux only; elsewhere it returns at once, since threads cannot be looked at there.
+    """
+    deadline = time.monotonic() + _IDLE_SECS
+    before, now = None, _worker_states()
+    while now != before or any(state != "S" for state, _ in now.values()):
+        if time.monotonic() > deadline:
+            log.warning("threads of Gloo are still at work; the process may hang at its end: %s", now)
+            return
+        time.sleep(_LOOK_SECS)  # with the GIL released, which is what a busy worker waits for
+        before, now = now, _worker_states()
+
+
+def meet(name: str, timeout_secs: float) -> None:
+    """Wait until all ranks are here; rank 0, which may hold the store, until all others know that.
+
+    All ranks; communicates through the store. A rank that does not come, or has died, is logged.
+
+    Args:
+        name: Of this meeting, unique in the job.
+        timeout_secs: How long to wait for the others.
+    """
+    rank, size = rank_and_size()
+    if size == 1 or not dist.is_initialized():
+        return
+    others = range(1, size)
+    try:
+        store = own_connection()
+        if rank == 0:
+            await_keys(store, [f"{name}/here/{other}" for other in others], others, timeout_secs)
+            store.set(f"{name}/all", b"")
+            await_keys(store, [f"{name}/left/{other}" for other in others], others, timeout_secs)
+        else:
+            store.set(f"{name}/here/{rank}", b"")
+            await_keys(store, [f"{name}/all"], [0], timeout_secs)
+            store.set(f"{name}/left/{rank}", b"")
+    except (RuntimeError, SilenceError) as error:
+        log.warning("not all ranks came to the end: %s", error)
+
+
+def _worker_states() -> dict[str, tuple[str, str]]:
+    """Thread -> its state and how often it went to sleep so far, of each worker of Gloo."""
+    return dict(_looked_at()) if sys.platform == "linux" else {}
+
+
+def _looked_at() -> Iterator[tuple[str, tuple[str, str]]]:
+    for task in Path("/proc/self/task").iterdir():
+        try:
+            if (task / "comm").read_text().strip() == _WORKER:
+                lines = (line.partition(":") for line in (task / "status").read_text().splitlines())
+                fields = {name: value.split() for name, _, value in lines}
+                yield task.name, (fields["State"][0], fields["voluntary_ctxt_switches"][0])
+        except OSError:  # it has just ended
+            continue

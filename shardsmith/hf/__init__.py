@@ -1,0 +1,1 @@
+"""A Hugging Face directory: config, template, layouts, completion, checks."""

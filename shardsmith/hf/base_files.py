@@ -1,0 +1,170 @@
+"""What of a base model's directory belongs beside new weights. What a file holds decides, not what it is called.
+
+A file whose tensors are the model's is the model's weights under whatever name, and a loader may prefer that name: it
+is never copied. Weights of other parts, such as BAGEL's ``ae.safetensors``, are.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from shardsmith.errors import CheckpointError, CheckpointNotFoundError, UnsafeCheckpointError
+from shardsmith.formats.safetensors_files.source import SafetensorsSource
+from shardsmith.formats.torch_files.files import read_torch_file
+from shardsmith.ground.layout import COMPANION, PROVENANCE_FILE
+from shardsmith.tensors.tensors import Shape, TensorSpec
+
+_INDEXES = ("*.safetensors.index.json", "*.bin.index.json")
+_UNREAD_WEIGHTS = ("*.h5", "*.msgpack", "*.gguf", "*.onnx", "*.onnx_data", "*.ot", "*.tflite", "*.pdparams")
+"""Weights in formats that are not read here: the model's own as far as anyone knows."""
+_COPIES = ("consolidated*", "*.pth", "*.gguf", "*.onnx")
+"""The model's weights once more, with names of another project."""
+_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt")
+_ADAPTER = ("adapter_config.json", "adapter_model*")
+"""Of peft. Beside whole weights ``from_pretrained`` would load them on top."""
+_LEFTOVERS = (
+    "trainer_state.json",
+    "training_args.bin",
+    "optimizer*",
+    "optim_*",
+    "scheduler*",
+    "scaler.pt",
+    "rng_state*",
+    "random_states*",
+    "*_optim_states.pt",
+    "*_model_states.pt",
+    "events.out.tfevents*",
+)
+"""Of the run that made the base. ``scheduler_config.json`` of diffusers is in a folder below, where these stay."""
+_FOLDERS = re.compile(r"\.|checkpoint-|global_step[0-9]|pytorch_model_fsdp|optimizer_|" + COMPANION + "$")
+"""Beginnings of folders that are no part of a model."""
+_WRAPPER = re.compile(r"^(module|_orig_mod|model|base_model)\.")
+_TORCH_MAGIC = (b"PK\3\4", b"\x80\2")
+_MOSTLY = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class BaseFiles:
+    """The files of a base model."""
+
+    copies: tuple[str, ...]
+    """Relative paths of what belongs beside new weights, sorted."""
+    weights: Mapping[str, int] = field(default_factory=dict)
+    """Those among them that hold tensors -> size in bytes: other parts of the model."""
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    """What is not copied although nothing in its name says so -> why."""
+
+
+def choose_files(
+    base: Path, model: Mapping[str, TensorSpec] | None = None, *, trust_remote_code: bool = False
+) -> BaseFiles:
+    """Decide which files of the base belong beside the new weights. Reads headers of weight files, no weights.
+
+    Args:
+        model: The tensors of the model, by any names that files may have for them.
+        trust_remote_code: Python files, too.
+
+    Raises:
+        CheckpointNotFoundError: no such directory.
+        UnsafeCheckpointError: a file is no regular file, such as a pipe or a link that leads nowhere.
+    """
+    if not base.is_dir():
+        raise CheckpointNotFoundError(base, "the base model must be a local directory with at least its config.json")
+    judge = _Judge(base, model or {})
+    names = list(_files(base, trust_remote_code=trust_remote_code))
+    for name in names:
+        if not (base / name).is_file():
+            raise UnsafeCheckpointError(base / name, "is not a regular file, so it cannot be copied; remove it")
+    left_out: dict[str, str] = {}
+    for name in names:
+        if _like(name, _WEIGHTS) and (reason := judge.reason_against(name)) is not None:
+            left_out[name] = reason
+    copies = {name for name in names if name not in left_out}
+    copies -= {name for name in copies if _like(name, _INDEXES) and not _indexed(base / name) <= copies}
+    weights = {name: (base / name).stat().st_size for name in sorted(copies) if name in judge.weights}
+    return BaseFiles(tuple(sorted(copies)), weights, left_out)
+
+
+class _Judge:
+    """Knows the model's tensors, and says of a file whether it may be copied."""
+
+    def __init__(self, base: Path, model: Mapping[str, TensorSpec]) -> None:
+        self.weights: set[str] = set()
+        self._base = base
+        self._names = set(model)
+        self._shapes = Counter(spec.shape for spec in model.values() if len(spec.shape) > 1)
+
+    def reason_against(self, name: str) -> str | None:
+        """Why a file is not to be copied; None if it may be."""
+        if "/" not in name and name.startswith(("model", "ema", "pytorch_model", "diffusion_pytorch_model")):
+            return "weights of the base model, by its name"
+        try:
+            specs = _tensors_of(self._base / name)
+        except CheckpointError as error:
+            return f"cannot be read as weights, so nobody knows of what ({type(error).__name__})"
+        if specs is None:
+            return None
+        self.weights.add(name)
+        if any(".lora_" in tensor for tensor in specs):
+            return "an adapter"
+        if self._is_model(specs):
+            return "weights of the model itself"
+        return None
+
+    def _is_model(self, specs: Mapping[str, TensorSpec]) -> bool:
+        """By names; or, under names of another project, by the shapes of nearly all matrices."""
+        if not specs:
+            return False
+        known = sum(name in self._names or _WRAPPER.sub("", name) in self._names for name in specs)
+        return known >= _MOSTLY * len(specs) or self._has_shapes(spec.shape for spec in specs.values())
+
+    def _has_shapes(self, shapes: Iterable[Shape]) -> bool:
+        found = Counter(shape for shape in shapes if len(shape) > 1)
+        common = (found & self._shapes).total()
+        return bool(common) and common >= 0.9 * found.total() and common >= _MOSTLY * self._shapes.total()
+
+
+def _files(base: Path, *, trust_remote_code: bool) -> Iterable[str]:
+    """Relative paths of what nothing speaks against but its content."""
+    python = () if trust_remote_code else ("*.py",)
+    for folder, folders, names in os.walk(base):
+        folders[:] = sorted(name for name in folders if not _FOLDERS.match(name))
+        top = Path(folder) == base
+        unwanted = (PROVENANCE_FILE, ".*", *python, *_COPIES)
+        if top:
+            unwanted += (*_UNREAD_WEIGHTS, *_ADAPTER, *_LEFTOVERS, "tf_model*", "flax_model*")
+        for name in sorted(names):
+            if not _like(name, unwanted):
+                yield os.path.relpath(os.path.join(folder, name), base)
+
+
+def _tensors_of(path: Path) -> Mapping[str, TensorSpec] | None:
+    """The tensors in a file; None if it is no file of tensors. Raises CheckpointError if it cannot be read."""
+    if path.suffix != ".safetensors":
+        with path.open("rb") as file:
+            if not file.read(4).startswith(_TORCH_MAGIC):
+                return None
+        held = {".".join(map(str, keys)): one for keys, one in read_torch_file(path, follow_links=True).items()}
+        return {name: TensorSpec(name, one.shape, one.dtype) for name, one in held.items()}
+    source = SafetensorsSource(path)
+    source.close()
+    return source.specs
+
+
+def _indexed(index: Path) -> set[str]:
+    """The files that an index names."""
+    try:
+        return set(json.loads(index.read_text())["weight_map"].values())
+    except (ValueError, KeyError, AttributeError, TypeError):
+        return {""}  # no index that anyone could follow
+
+
+def _like(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(os.path.basename(name), pattern) for pattern in patterns)

@@ -1,0 +1,335 @@
+"""A config.json that describes the tensors beside it: adapted where they or the live model say how, else refused.
+
+What a change is worth is what the class makes of it: a change is kept if fewer tensors are without their place then.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from shardsmith.hf.model_class import Fit, ModelClass, find_model_class
+from shardsmith.tensors.dtypes import is_quantized
+from shardsmith.tensors.tensors import TensorSpec
+
+Config = Mapping[str, Any]
+Path = tuple[str, ...]
+
+QUANTIZATION = "quantization_config"
+TIE = "tie_word_embeddings"
+_AS_LIVE = "as in the config of the live model"
+_OF_THE_HEAD = ("num_labels", "id2label", "label2id")
+_NOT_OF_THE_MODEL = frozenset(
+    {"dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache", QUANTIZATION, "architectures"}
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConfigFit:
+    """A config, and how the class that it names takes certain tensors."""
+
+    config: dict[str, Any]
+    """Adapted."""
+    changes: tuple[str, ...] = ()
+    """What was adapted, and why, for people."""
+    measured_by: str | None = None
+    """The class; None if none could be made."""
+    reason: str = ""
+    """Why none could be made."""
+    problems: tuple[str, ...] = ()
+    """Where the tensors are not what the class wants. Empty without a class."""
+    as_base: tuple[str, ...] = ()
+    """Differences that the base model's own files have as well: no fault of the export."""
+    keys: tuple[str, ...] = ()
+    """The keys of the config that the problems speak against, with their values."""
+    ignored: tuple[str, ...] = ()
+    """Tensors that the class passes over when it loads."""
+    is_another_model: bool = False
+    """Whether the config of the live model was taken in more than its vocabulary, its head and its ties."""
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether there is a class, and the tensors are what it wants."""
+        return self.measured_by is not None and not self.problems
+
+
+def fit_config(
+    config: Config,
+    specs: Mapping[str, TensorSpec],
+    *,
+    base: Mapping[str, TensorSpec] | None = None,
+    separate: Mapping[str, str] | None = None,
+    live: Config | None = None,
+    allow: Sequence[str] = (),
+) -> ConfigFit:
+    """Adapt a config to the tensors that will lie beside it, and compare them with the class that it names then.
+
+    Args:
+        config: Content of the base model's config.json.
+        specs: The tensors as they will be written.
+        base: The base model's own tensors, in its files. What its class thinks of them is no fault of the export.
+        separate: Names in files that are not one tensor, although the class may tie them: alias -> kept name.
+        live: Of a live model: what its config says, with every default.
+        allow: Patterns of names that may be missing or extra.
+    """
+    state = _Attempt.of(config, specs, separate or {})
+    excused = _excused(config, base, specs, allow)
+    for change in (_unquantized, _untied, _resized, functools.partial(_as_live, live=live or {})):
+        for changed, note in change(state, excused):
+            attempt = _Attempt.of(changed, specs, separate or {}, (*state.changes, note))
+            if attempt.count(excused) < state.count(excused):
+                state = attempt
+    return state.result(excused)
+
+
+@dataclass(frozen=True, slots=True)
+class _Excused:
+    """Differences that nobody is to be told off for."""
+
+    lines: frozenset[str] = frozenset()
+    allow: tuple[str, ...] = ()
+
+    def covers(self, name: str, line: str) -> bool:
+        return line in self.lines or any(fnmatchcase(name, pattern) for pattern in self.allow)
+
+
+@dataclass(frozen=True, slots=True)
+class _Attempt:
+    """A config that may be the right one."""
+
+    config: Config
+    specs: Mapping[str, TensorSpec]
+    separate: Mapping[str, str]
+    model_class: ModelClass | None
+    reason: str
+    fit: Fit | None
+    changes: tuple[str, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        config: Config,
+        specs: Mapping[str, TensorSpec],
+        separate: Mapping[str, str],
+        changes: tuple[str, ...] = (),
+    ) -> _Attempt:
+        model_class, reason = model_class_of(config)
+        fit = None if model_class is None else fit_of(model_class, config, specs)
+        return cls(config, specs, separate, model_class, reason, fit, changes)
+
+    def count(self, excused: _Excused) -> int:
+        return len(self.problems(excused)) + self.is_plain_but_quantized
+
+    @property
+    def is_plain_but_quantized(self) -> bool:
+        """Whether the config speaks of a quantisation that no tensor has."""
+        is_said = any(path[-1] == QUANTIZATION for path, _ in _entries(self.config))
+        return is_said and not any(is_quantized(spec) for spec in self.specs.values())
+
+    @property
+    def untied(self) -> dict[str, str]:
+        """What the class ties, and the files do not."""
+        tied = {} if self.model_class is None else self.model_class.tied
+        return {a: k for a, k in self.separate.items() if tied.get(a) == k or tied.get(k) == a}
+
+    def problems(self, excused: _Excused) -> list[str]:
+        fit = self.fit
+        if fit is None:
+            return []
+        packed = _packed_modules(fit, self.specs) if _is_quantized(self.config) else set()
+        lines = [
+            f"{alias}: differs from {kept}, and config.json says that they are tied ({TIE})"
+            for alias, kept in self.untied.items()
+        ]
+        for name, line in _lines_of(fit):
+            is_shape = name in fit.shapes
+            if name.rpartition(".")[0] in packed or (line in excused.lines):
+                continue
+            if not is_shape and excused.covers(name, line):
+                continue
+            lines.append(line)
+        return lines
+
+    def result(self, excused: _Excused) -> ConfigFit:
+        problems = self.problems(excused)
+        fit = self.fit
+        return ConfigFit(
+            config=copy.deepcopy(dict(self.config)),
+            changes=self.changes,
+            measured_by=fit.model_class if fit else None,
+            reason=self.reason,
+            problems=tuple(problems),
+            as_base=tuple(line for _, line in _lines_of(fit) if line in excused.lines) if fit else (),
+            keys=tuple(self._suspects()) if problems else (),
+            ignored=fit.ignored if fit else (),
+            is_another_model=any(change.endswith(_AS_LIVE) for change in self.changes),
+        )
+
+    def _suspects(self) -> Iterator[str]:
+        """The entries of the config that the problems speak against."""
+        assert self.fit is not None
+        if self.untied:
+            yield f"{TIE}: true"
+        wanted = {size for given, have in self.fit.shapes.values() for size in _differing(given, have).values()}
+        for path, value in _entries(self._effective()):
+            if isinstance(value, int) and not isinstance(value, bool) and value in wanted:
+                yield f"{'.'.join(path)}: {value}"
+        if self.fit.missing or self.fit.unexpected:
+            yield f"architectures: {self.fit.model_class.split(' of ')[0]}"
+
+    def _effective(self) -> Config:
+        return self.config if self.model_class is None else self.model_class.effective_config
+
+
+def model_class_of(config: Config) -> tuple[ModelClass | None, str]:
+    """As ``find_model_class``, remembered."""
+    return _find(json.dumps(_undated(config), sort_keys=True, default=str))
+
+
+def vocabulary_sizes(config: Config) -> set[int]:
+    """What a config says of the size of a vocabulary, at any depth."""
+    return {value for path, value in _entries(config) if "vocab" in path[-1] and type(value) is int}
+
+
+def fit_of(model_class: ModelClass, config: Config, specs: Mapping[str, TensorSpec]) -> Fit:
+    """As ``ModelClass.fit``, remembered: a directory that was planned is not judged twice."""
+    key = (json.dumps(_undated(config), sort_keys=True, default=str), tuple(sorted(specs.items())))
+    if key not in _FITS:
+        if len(_FITS) > 32:
+            _FITS.clear()
+        _FITS[key] = model_class.fit(specs)
+    return _FITS[key]
+
+
+_FITS: dict[Any, Fit] = {}
+
+
+@functools.lru_cache(maxsize=32)
+def _find(text: str) -> tuple[ModelClass | None, str]:
+    return find_model_class(json.loads(text))
+
+
+def _excused(
+    config: Config, base: Mapping[str, TensorSpec] | None, specs: Mapping[str, TensorSpec], allow: Sequence[str]
+) -> _Excused:
+    """What the class that the base's config names says of the base's own files; asked only where it may matter."""
+    model_class, _ = model_class_of(config)
+    if model_class is None or not base or fit_of(model_class, config, specs).is_exact:
+        return _Excused(allow=tuple(allow))
+    fit = fit_of(model_class, config, base)
+    return _Excused(frozenset(line for _, line in _lines_of(fit)), tuple(allow))
+
+
+def _lines_of(fit: Fit) -> list[tuple[str, str]]:
+    """(name, line) of each difference."""
+    return [(line.split(": ", 1)[0], line) for line in fit.problems]
+
+
+def _is_quantized(config: Config) -> bool:
+    return any(path[-1] == QUANTIZATION for path, _ in _entries(config))
+
+
+def _packed_modules(fit: Fit, specs: Mapping[str, TensorSpec]) -> set[str]:
+    """Modules whose weights are in the files in the form of a quantisation, which the plain class does not know."""
+    owners = {name.rpartition(".")[0] for name in (*fit.unexpected, *fit.missing)}
+    return owners | {name.rpartition(".")[0] for name, spec in specs.items() if is_quantized(spec)}
+
+
+def _unquantized(state: _Attempt, _: _Excused) -> Iterator[tuple[Config, str]]:
+    if state.is_plain_but_quantized:
+        changed = copy.deepcopy(dict(state.config))
+        for path, _value in list(_entries(changed)):
+            if path[-1] == QUANTIZATION:
+                _at(changed, path[:-1]).pop(QUANTIZATION, None)
+        yield changed, f"{QUANTIZATION} was taken out: no tensor is quantized"
+
+
+def _untied(state: _Attempt, _: _Excused) -> Iterator[tuple[Config, str]]:
+    if not state.untied or state.model_class is None:
+        return
+    paths = [path for path, value in _entries(state.model_class.effective_config) if path[-1] == TIE and value is True]
+    alias, kept = next(iter(state.untied.items()))
+    for chosen in _subsets(paths):
+        yield _with(state.config, dict.fromkeys(chosen, False)), f"{_names(chosen)}: false, for {alias} is not {kept}"
+
+
+def _resized(state: _Attempt, excused: _Excused) -> Iterator[tuple[Config, str]]:
+    """A vocabulary that has another size in all tensors that have its size."""
+    if state.fit is None or state.model_class is None or not state.problems(excused):
+        return
+    sizes = {pair for given, wanted in state.fit.shapes.values() for pair in _differing(wanted, given).items()}
+    for old, new in sorted(sizes):
+        entries = _entries(state.model_class.effective_config)
+        paths = [path for path, value in entries if "vocab" in path[-1] and value == old and value is not True]
+        for chosen in _subsets(paths):
+            yield _with(state.config, dict.fromkeys(chosen, new)), f"{_names(chosen)}: {new} instead of {old}"
+
+
+def _as_live(state: _Attempt, excused: _Excused, live: Config) -> Iterator[tuple[Config, str]]:
+    """What the config of the live model says otherwise: of the head first, then everything about the model."""
+    if not live or state.model_class is None or not state.problems(excused):
+        return
+    kind = live.get("architectures")
+    if kind and kind != state.config.get("architectures"):
+        state = _Attempt.of({**state.config, "architectures": kind}, state.specs, state.separate)
+        yield state.config, f"architectures: {kind[0]}, as the live model"
+    said = dict(_entries(live))
+    differing = {
+        path: said[path]
+        for path, value in _entries(state._effective())
+        if path in said and said[path] != value and path[-1] not in _NOT_OF_THE_MODEL
+    }
+    of_head = {path: value for path, value in differing.items() if path[-1] in _OF_THE_HEAD or "vocab" in path[-1]}
+    for chosen, source in ((of_head, "as the live model"), (differing, _AS_LIVE)):
+        if chosen:
+            yield _with(state.config, chosen), f"{_names(chosen)} {source}"
+
+
+def _subsets(paths: Sequence[Path]) -> Iterator[Sequence[Path]]:
+    """Each alone, then all together."""
+    yield from ([path] for path in paths)
+    if len(paths) > 1:
+        yield paths
+
+
+def _differing(one: Sequence[int], other: Sequence[int]) -> dict[int, int]:
+    """Size in the first -> size in the second, where two shapes differ."""
+    return {a: b for a, b in zip(one, other, strict=False) if a != b} if len(one) == len(other) else {}
+
+
+def _entries(config: Config, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """Every entry at any depth; what is said of a quantisation and of labels counts as one entry."""
+    for key, value in config.items():
+        here = (*path, key)
+        yield here, value
+        if isinstance(value, Mapping) and key not in (QUANTIZATION, *_OF_THE_HEAD):
+            yield from _entries(value, here)
+
+
+def _with(config: Config, values: Mapping[Path, Any]) -> dict[str, Any]:
+    changed = copy.deepcopy(dict(config))
+    for path, value in values.items():
+        _at(changed, path[:-1])[path[-1]] = value
+    return changed
+
+
+def _at(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    for key in path:
+        config = config.setdefault(key, {})
+    return config
+
+
+def _undated(config: Any) -> Any:
+    """Without dtypes, which change nothing about names and shapes."""
+    if not isinstance(config, Mapping):
+        return config
+    return {key: _undated(value) for key, value in config.items() if key not in ("dtype", "torch_dtype")}
+
+
+def _names(paths: Collection[Path]) -> str:
+    return ", ".join(".".join(path) for path in paths)

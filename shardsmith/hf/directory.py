@@ -1,0 +1,142 @@
+"""A Hugging Face directory before a byte of it is written: what goes where. Live exports and ``to-hf`` share it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shardsmith.formats.safetensors_files.plan import WeightsPlan, plan_files
+from shardsmith.ground.layout import index_file_name
+from shardsmith.ground.sizes import parse_size
+from shardsmith.tensors.dtypes import DtypeChoice, cast_specs
+from shardsmith.tensors.tensors import TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class ModelPlan:
+    """One model on its way into one set of files."""
+
+    model: str
+    """``main`` or ``ema``."""
+    specs: tuple[TensorSpec, ...]
+    """As they will be written."""
+    weights: WeightsPlan
+    stem: str
+    """Of the weight files' names."""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Tied names that are not written -> the name that is."""
+    filled: frozenset[str] = frozenset()
+    """What an average does not cover, and takes from main."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors as they will be written."""
+        return sum(spec.nbytes for spec in self.specs)
+
+    @property
+    def file_names(self) -> list[str]:
+        """Of its weights, and of their index if there is one."""
+        names = [file.name for file in self.weights.files]
+        return names if self.weights.index is None else [*names, index_file_name(self.stem)]
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where the weights come from, for ``shardsmith.json``."""
+
+    source: str
+    """Name of the checkpoint, or of the folder of a live run's exports."""
+    attempt: str | None = None
+    """Of the attempt that wrote the checkpoint."""
+    step: int | None = None
+    ema: dict[str, Any] | None = None
+    """Facts of the average."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """With what the tensors of a directory are compared: something that we did not make."""
+
+    model_class: str | None = None
+    """The class that config.json names, with the library that has it."""
+    base: str | None = None
+    """The base model's weights, by their file."""
+    reason: str = ""
+    """Why there is no class."""
+
+    def __str__(self) -> str:
+        """What an export says about it in its first line."""
+        if self.model_class is not None:
+            return f"compared with {self.model_class}, which config.json names"
+        if self.base is not None:
+            return f"compared with {self.base} of the base model, and with no class: {self.reason}"
+        return f"not compared with any model: {self.reason or 'there is nothing to compare with'}"
+
+
+@dataclass(frozen=True, slots=True)
+class DirectoryPlan:
+    """One directory to make."""
+
+    output: Path
+    models: tuple[ModelPlan, ...]
+    origin: Origin
+    config: dict[str, Any] | None
+    """What config.json says but for the dtype; None makes no config.json, for what is no Hugging Face model."""
+    base: Path | None = None
+    """The base model's directory."""
+    copies: tuple[str, ...] = ()
+    """Files of the base model that belong into the new directory."""
+    companions: Callable[[Path], None] | None = None
+    """Writes more files into the directory that it is given; they come before the base model's."""
+    measure: Measure = Measure()
+    """With what the plan was compared."""
+    template: Mapping[str, TensorSpec] = field(default_factory=dict)
+    """The base model's own tensors, in its files; empty without."""
+    allow: tuple[str, ...] = ()
+    """Patterns of names that may differ from the base model's or the class's."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights."""
+        return sum(model.nbytes for model in self.models)
+
+    @property
+    def not_averaged(self) -> list[str]:
+        """Floating-point tensors that an average does not cover, and takes from main."""
+        models = [(model.filled, spec) for model in self.models for spec in model.specs]
+        return [spec.name for filled, spec in models if spec.name in filled and spec.dtype.is_floating_point]
+
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        """Of the floating-point weights."""
+        return {spec.dtype for model in self.models for spec in model.specs if spec.dtype.is_floating_point}
+
+
+def plan_model(
+    model: str,
+    stored: Sequence[TensorSpec],
+    *,
+    stem: str,
+    dtype: DtypeChoice,
+    max_shard_size: str | int | None,
+    aliases: Mapping[str, str],
+    filled: frozenset[str] = frozenset(),
+) -> ModelPlan:
+    """Settle dtypes and files of one model.
+
+    Args:
+        stored: The tensors as they are, aliases included.
+        stem: Of the weight files' names.
+        dtype: Of floating-point tensors, by the names that they will have.
+        max_shard_size: Such as "5GB", or bytes; None makes one file.
+
+    Raises:
+        UsageError: the size cannot be read, safetensors cannot hold the tensors, or a pattern of ``dtype`` is for none.
+    """
+    specs = cast_specs([spec for spec in stored if spec.name not in aliases], dtype)
+    limit = parse_size(max_shard_size) if max_shard_size else None
+    return ModelPlan(model, specs, plan_files(specs, stem, limit), stem, dict(aliases), filled)

@@ -1,0 +1,108 @@
+"""The check of a finished Hugging Face directory, before it becomes visible: the same for every way to make one.
+
+It looks at what lies on disk, as a loader does: config.json, the headers of the weights, and all other files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from shardsmith.errors import CheckpointError, CorruptCheckpointError, MismatchError
+from shardsmith.formats.safetensors_files.source import open_safetensors_directory
+from shardsmith.ground.layout import COMPONENT_WEIGHTS, MAIN_WEIGHTS
+from shardsmith.hf.base_files import choose_files
+from shardsmith.hf.config_fit import ConfigFit, fit_config
+from shardsmith.hf.directory import DirectoryPlan, Measure, ModelPlan
+from shardsmith.hf.hf_directory import CONFIG_FILE, main_stem
+from shardsmith.tensors.tensors import TensorSpec
+
+_READ_BY_LOADERS = (
+    "model*.safetensors*",
+    "diffusion_pytorch_model*",
+    "pytorch_model*",
+    "adapter_model*",
+    "adapter_config.json",
+    "tf_model*",
+    "flax_model*",
+    "consolidated*",
+)
+
+
+def check_directory(plan: DirectoryPlan, directory: Path) -> Measure:
+    """Compare a complete directory with the class that its own config.json names; what it was compared with.
+
+    On rank 0, any thread; no communication. Costs nothing where the plan was compared before.
+
+    Raises:
+        MismatchError: names, shapes or the config are not those of the class, or another file holds weights that a
+            loader would take.
+        CorruptCheckpointError: the files do not hold the tensors that were planned.
+    """
+    for model in plan.models:
+        _check_headers(model, directory)
+    _refuse_other_weights(plan, directory)
+    config_file = directory / CONFIG_FILE
+    if not config_file.is_file():
+        return Measure(None, plan.measure.base, "it has no config.json")
+    config = json.loads(config_file.read_text())
+    wanted = main_stem(config)
+    if other := [m.stem for m in plan.models if m.stem in (MAIN_WEIGHTS, COMPONENT_WEIGHTS) and m.stem != wanted]:
+        summary = "the weights are not called as the library of its config wants them"
+        raise MismatchError(plan.output, summary, [f"{other[0]}: must be {wanted}"], "Nothing was written.")
+    for model in plan.models:
+        found = fit_config(config, _specs(model), base=plan.template, allow=plan.allow)
+        if found.changes or found.problems:
+            raise MismatchError(directory, *refusal(found))
+    return Measure(found.measured_by, plan.measure.base, found.reason)
+
+
+def refusal(found: ConfigFit) -> tuple[str, list[str], str]:
+    """What an error says about a config that does not describe the tensors: summary, lines, advice."""
+    summary = f"{len(found.problems)} tensors are not as in {found.measured_by}, which config.json describes"
+    lines = [*found.problems, *(f"config.json says {key}" for key in found.keys)]
+    advice = (
+        "Nothing was written. Give the base model's directory whose config.json is that of this model"
+        + (f"; or correct {', '.join(key.split(':')[0] for key in found.keys)} there" if found.keys else "")
+        + "."
+    )
+    return summary, lines, advice
+
+
+def _check_headers(model: ModelPlan, directory: Path) -> None:
+    """Open the weights as a loader does, by their stem, and compare the headers with the plan."""
+    source = open_safetensors_directory(directory, model.stem)
+    source.close()
+    if dict(source.specs) != _specs(model):
+        raise CorruptCheckpointError(directory, f"the headers of {model.stem} are not those that were planned")
+
+
+def _refuse_other_weights(plan: DirectoryPlan, directory: Path) -> None:
+    """Raise MismatchError if a file that is none of ours would be loaded, or holds the model's weights."""
+    ours = {name for model in plan.models for name in model.file_names}
+    if any(model.stem.startswith("adapter_model") for model in plan.models):
+        ours.add("adapter_config.json")
+    lines = [
+        f"{name}: a loader would take it for the weights, or load it on top of them"
+        for name in sorted(path.name for path in directory.iterdir())
+        if name not in ours and any(Path(name).match(pattern) for pattern in _READ_BY_LOADERS)
+    ]
+    if not lines:
+        specs = {name: spec for model in plan.models for name, spec in _specs(model).items()}
+        lines = _copies_of_the_model(directory, specs, ours)
+    if lines:
+        summary = f"{len(lines)} files hold weights beside those that were written"
+        raise MismatchError(plan.output, summary, lines, "Nothing was written. Leave these files out.")
+
+
+def _copies_of_the_model(directory: Path, specs: Mapping[str, TensorSpec], ours: set[str]) -> list[str]:
+    try:
+        found = choose_files(directory, specs, trust_remote_code=True).left_out
+    except CheckpointError:
+        return []
+    return [f"{name}: {reason}" for name, reason in found.items() if name not in ours and "/" not in name]
+
+
+def _specs(model: ModelPlan) -> dict[str, TensorSpec]:
+    return {spec.name: spec for spec in model.specs}

@@ -1,0 +1,123 @@
+"""What an exported directory records of its own files in ``shardsmith.json``, and what has changed since.
+
+A file of weights is recorded by its size and the hash of its header: the rest of its bytes are tensors, whose digests
+are recorded already, so no rank has to read what all have written. Every other file has the hash of its bytes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+from shardsmith.errors import CheckpointError, CorruptCheckpointError
+from shardsmith.formats.safetensors_files.source import SafetensorsSource
+from shardsmith.ground import layout
+from shardsmith.ground.printable import printable
+from shardsmith.manifest.checkpoints import file_damage, hash_file, step_in_name
+from shardsmith.manifest.fields import count, digest_text, typed
+from shardsmith.manifest.metadata import FileRecord, file_record, read_json
+from shardsmith.sharding.source_digests import digest_source
+from shardsmith.tensors.digest import Digest
+
+_HEADER = "header_xxh3_128"
+
+
+def file_records(directory: Path, sizes: Mapping[str, int], weights: Collection[str]) -> dict[str, Any]:
+    """What to record of each file, by its path in the directory. Reads all but the weights. Raises OSError."""
+    return {
+        name: {"size": size, _HEADER: _hash_header(directory / name)}
+        if name in weights
+        else {"size": size, "xxh3_128": hash_file(directory / name)}
+        for name, size in sorted(sizes.items())
+    }
+
+
+def find_export_damage(directory: Path, *, contents: bool = True) -> list[str]:
+    """What has changed in an exported directory since it was written, one line each; empty if nothing has.
+
+    Empty, too, for a directory that is not ours, or older than this record.
+
+    Args:
+        contents: Also read every byte; otherwise only names and sizes.
+    """
+    try:
+        record = read_json(directory / layout.PROVENANCE_FILE, sealed=True) if _is_ours(directory) else {}
+        if "files" not in record:
+            return []
+        return [printable(line) for line in _damage(directory, record, contents=contents)]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        return [f"{layout.PROVENANCE_FILE}: is damaged: {type(error).__name__}: {error}"]
+    except CheckpointError as error:
+        return [str(error)]
+
+
+def records_files(directory: Path) -> bool:
+    """Whether a directory says what its files were when it was written."""
+    try:
+        return _is_ours(directory) and "files" in read_json(directory / layout.PROVENANCE_FILE)
+    except CheckpointError:
+        return False
+
+
+def _is_ours(directory: Path) -> bool:
+    return os.path.lexists(directory / layout.PROVENANCE_FILE)
+
+
+def _damage(directory: Path, record: Mapping[str, Any], *, contents: bool) -> Iterator[str]:
+    step = record["step"]
+    if step is not None and step_in_name(directory, step) != count(step):
+        yield f"{layout.PROVENANCE_FILE} is of step {step}: the directory was copied or renamed"
+    files = typed(record["files"], dict)
+    for name in sorted(_names_in(directory) - {*files, layout.PROVENANCE_FILE}):
+        yield f"{name!r}: is not one of its files"
+    sound = True
+    for name, expected in sorted(files.items()):
+        if problem := _file_problem(directory, name, expected, contents=contents):
+            sound = False
+            yield f"{name}: {problem}"
+    if contents and sound:
+        for model in typed(record["models"], dict).values():
+            yield from _changed_tensors(directory, model)
+
+
+def _names_in(directory: Path) -> set[str]:
+    return {str(path.relative_to(directory)) for path in directory.rglob("*") if not path.is_dir() or path.is_symlink()}
+
+
+def _file_problem(directory: Path, name: str, expected: Any, *, contents: bool) -> str | None:
+    path = directory / name
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError(f"{name!r} is not the name of a file in the directory")
+    if _HEADER not in expected:
+        return file_damage(path, file_record(expected), contents=contents)
+    problem = file_damage(path, FileRecord(size=count(expected["size"]), xxh3_128=""), contents=False)
+    if problem is None and contents and _hash_header(path) != digest_text(expected[_HEADER]):
+        problem = "its header has changed since it was written"
+    return problem
+
+
+def _hash_header(path: Path) -> str:
+    """Of the bytes of a safetensors file before its tensors."""
+    with path.open("rb") as file:
+        length = file.read(8)
+        return xxhash.xxh3_128_hexdigest(length + file.read(min(int.from_bytes(length, "little"), 100 << 20)))
+
+
+def _changed_tensors(directory: Path, model: Mapping[str, Any]) -> Iterator[str]:
+    names = {str(name): directory / name for name in typed(model["files"], list)}
+    source = SafetensorsSource(directory, names)
+    try:
+        recorded = typed(model["tensors"], dict)
+        if set(recorded) != set(source.specs):
+            raise CorruptCheckpointError(directory, "does not hold the tensors that it records")
+        dtypes: dict[str, torch.dtype] = {name: spec.dtype for name, spec in source.specs.items()}
+        for name, found in digest_source(source, dtypes).items():
+            if found != Digest.parse(recorded[name]["digest"]):
+                yield f"{source.file_of[name]}: {name}: has other values than were written"
+    finally:
+        source.close()

@@ -1,0 +1,89 @@
+"""The base model's own weights as the template of what is exported: names, shapes, dtypes, and values where asked."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from shardsmith.errors import CheckpointError
+from shardsmith.formats.safetensors_files.source import open_safetensors_directory
+from shardsmith.formats.torch_files.source import open_torch_directory
+from shardsmith.ground import layout
+from shardsmith.tensors.tensors import TensorSpec, read_tensor
+
+_TORCH_FILE = "pytorch_model.bin"
+
+
+@dataclass(frozen=True, slots=True)
+class BaseTemplate:
+    """What the base model's weights are like."""
+
+    path: Path
+    """The base model's directory."""
+    stem: str | None
+    """Of its safetensors files; None where it has none."""
+    specs: Mapping[str, TensorSpec]
+    """Empty if it comes without weights."""
+    origin: str
+    """Which file they are in, or why there are none."""
+
+    def values(self, name: str) -> Tensor | None:
+        """One of its tensors, whole; None without."""
+        if self.stem is None or name not in self.specs:
+            return None
+        source = open_safetensors_directory(self.path, self.stem)
+        try:
+            return read_tensor(source, name)
+        finally:
+            source.close()
+
+
+def read_template(base: Path) -> BaseTemplate:
+    """Read the headers of the base model's weights: those called ``model``, or as diffusers calls its own, or ``ema``,
+    or ``pytorch_model.bin``, or else a variant such as ``model.fp16``.
+
+    An index whose files are all missing is left out, as in BAGEL's release, where it describes weights that only exist
+    as ``ema.safetensors``.
+
+    Raises:
+        CheckpointError: it has weights that cannot be read, so that nothing could be compared with them.
+    """
+    absent = "it comes without weights"
+    for stem in (layout.MAIN_WEIGHTS, layout.COMPONENT_WEIGHTS, layout.EMA_WEIGHTS):
+        index = base / layout.index_file_name(stem)
+        single = f"{stem}.safetensors"
+        if not (base / single).exists() and not index.exists():
+            continue
+        if not (base / single).exists() and not any(base.glob(f"{stem}-*.safetensors")):
+            absent = f"{index.name} is about files that are not there"
+            continue
+        source = open_safetensors_directory(base, stem)
+        source.close()
+        return BaseTemplate(base, stem, source.specs, ", ".join(source.headers))
+    return _torch_template(base) or _variant(base) or BaseTemplate(base, None, {}, absent)
+
+
+def _variant(base: Path) -> BaseTemplate | None:
+    """The weights that ``from_pretrained(variant=...)`` loads: the same tensors, usually of another dtype."""
+    for main in (layout.MAIN_WEIGHTS, layout.COMPONENT_WEIGHTS):
+        for path in sorted(base.glob(f"{main}.*.safetensors*")):
+            stem = re.sub(r"(-[0-9]{5}-of-[0-9]{5})?\.safetensors(\.index\.json)?$", "", path.name)
+            with contextlib.suppress(CheckpointError):
+                source = open_safetensors_directory(base, stem)
+                source.close()
+                return BaseTemplate(base, stem, source.specs, ", ".join(source.headers))
+    return None
+
+
+def _torch_template(base: Path) -> BaseTemplate | None:
+    try:
+        source = open_torch_directory(base, _TORCH_FILE)
+    except CheckpointError:  # there is none, or it is no longer readable; safetensors is what we write
+        return None
+    source.close()
+    return BaseTemplate(base, None, source.specs, _TORCH_FILE)

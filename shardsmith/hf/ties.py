@@ -1,0 +1,104 @@
+"""Which names of a checkpoint are one tensor: what the class ties, or what is bit for bit a tensor that the base lists.
+
+A checkpoint of ours says itself what is tied. A plain ``dcp.save(model.state_dict())`` holds tied weights under each of
+their names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Container, Iterable, Mapping
+
+import torch
+
+from shardsmith.hf.model_class import ModelClass
+from shardsmith.tensors.digest import Digest, digest_tensor
+from shardsmith.tensors.tensors import Chunk, TensorSource, TensorSpec, read_into, read_tensor
+
+
+def find_ties(
+    source: TensorSource,
+    template: Mapping[str, TensorSpec],
+    model_class: ModelClass | None,
+    vocabulary: Collection[int] = (),
+) -> dict[str, str]:
+    """Names of a source that need not be in its files: alias -> the name that is kept. Both have the same values.
+
+    Reads only tensors that may be tied.
+
+    Args:
+        template: The tensors of the base model's files, of which none is left out. Empty if it has no weights.
+        model_class: Says what is tied. Without one, a head that the base does not list and that is bit for bit an
+            embedding that it lists is taken as tied.
+        vocabulary: The sizes that it has by the config: without a class, what has one of them in its rows may be a head
+            or an embedding. Equal tensors alone say little: layers may be copies of each other.
+    """
+    names = _Digests(source)
+    if model_class is None:
+        return _twins(names, template, vocabulary)
+    aliases: dict[str, str] = {}
+    for group in tied_groups(model_class.tied, source.specs):
+        kept = next((name for name in group if name in template), group[0])
+        unlisted = [name for name in group if name != kept and name not in template]
+        aliases |= {name: kept for name in unlisted if names.equal(name, kept)}
+    return aliases
+
+
+def broken_ties(source: TensorSource, model_class: ModelClass) -> dict[str, str]:
+    """Names that the class calls one tensor and that have different values: alias -> the name that the class keeps."""
+    names = _Digests(source)
+    groups = tied_groups(model_class.tied, source.specs)
+    return {name: group[0] for group in groups for name in group[1:] if not names.equal(name, group[0])}
+
+
+def tied_groups(tied: Mapping[str, str], present: Container[str]) -> list[list[str]]:
+    """The present names of each tied tensor, where there are several; the kept one first, if it is there."""
+    groups: dict[str, list[str]] = {}
+    for alias in tied:
+        root = alias
+        while root in tied and tied[root] != root:
+            root = tied[root]
+        groups.setdefault(root, [root]).append(alias)
+    found = [[name for name in dict.fromkeys(group) if name in present] for group in groups.values()]
+    return [group for group in found if len(group) > 1]
+
+
+def _twins(names: _Digests, template: Mapping[str, TensorSpec], vocabulary: Collection[int]) -> dict[str, str]:
+    found = [n for n, spec in names.source.specs.items() if len(spec.shape) == 2 and spec.shape[0] in vocabulary]
+    extra = [name for name in found if name not in template]
+    listed = [name for name in found if name in template]
+    pairs = ((name, names.first_equal(name, listed)) for name in extra)
+    return {name: kept for name, kept in pairs if kept is not None}
+
+
+class _Digests:
+    """Compares tensors of a source by their values; reads each once."""
+
+    def __init__(self, source: TensorSource) -> None:
+        self.source = source
+        self._known: dict[str, Digest] = {}
+
+    def equal(self, one: str, other: str) -> bool:
+        """Whether two tensors are the same, bit for bit."""
+        return self._begin_alike(one, other) and self._digest(one) == self._digest(other)
+
+    def first_equal(self, name: str, others: Iterable[str]) -> str | None:
+        return next((other for other in others if self.equal(name, other)), None)
+
+    def _begin_alike(self, one: str, other: str) -> bool:
+        """By shape, dtype and first row, which costs little."""
+        a, b = self.source.specs[one], self.source.specs[other]
+        if (a.shape, a.dtype) != (b.shape, b.dtype):
+            return False
+        if not a.shape or not a.numel:
+            return True
+        row = Chunk((0,) * len(a.shape), (1, *a.shape[1:]))
+        return self._row(one, row) == self._row(other, row)
+
+    def _row(self, name: str, row: Chunk) -> Digest:
+        values = torch.empty(row.sizes, dtype=self.source.specs[name].dtype, device="cpu")
+        return digest_tensor(read_into(self.source, name, row, values))
+
+    def _digest(self, name: str) -> Digest:
+        if name not in self._known:
+            self._known[name] = digest_tensor(read_tensor(self.source, name))
+        return self._known[name]

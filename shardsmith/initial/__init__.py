@@ -1,1 +1,0 @@
-"""The load that a run starts from, and its proof."""

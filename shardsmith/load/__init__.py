@@ -1,0 +1,1 @@
+"""Fill a model from a checkpoint, and verify it."""

@@ -1,0 +1,302 @@
+"""An initial load that is proved: the model that starts training is the one in the checkpoint.
+
+Every rank fills its own boxes of the weights from the files; nothing is gathered and no rank reads what it does not
+hold. Then each digests what is in its model. The shares of all ranks are added up and must be the digests of the
+source: those that its metadata.json recorded, or else those of its files, read once more by all ranks together. Buffers
+that no checkpoint holds must equal those of a model that is made anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from shardsmith.errors import InitialLoadError
+from shardsmith.ground.ranks import Ranks
+from shardsmith.load.buffer_reference import BufferReference, Fresh, find_reference
+from shardsmith.load.faults import EFFECTS, LoadFault
+from shardsmith.load.live_config import compare_live_config
+from shardsmith.load.live_weights import LiveWeights
+from shardsmith.load.proof import Names, compare_names, prove_values, specs_on_all
+from shardsmith.load.report import InitialLoadReport
+from shardsmith.load.source import InitialSource, read_record
+from shardsmith.name_maps.maps import NameMap
+from shardsmith.tensors.checkpoint_keys import MAIN
+from shardsmith.tensors.fqn import matches
+
+log = logging.getLogger(__name__)
+
+
+def load_initial(
+    path: str | Path,
+    *,
+    model: nn.Module | Sequence[nn.Module],
+    config: Any = None,
+    fresh: Fresh | None = None,
+    repair_buffers: bool = False,
+    poison: bool = True,
+    allow_missing: Sequence[str] = (),
+    allow_extra: Sequence[str] = (),
+    allow_shape: Sequence[str] = (),
+    weights: str = MAIN,
+    ranks: Ranks | None = None,
+) -> InitialLoadReport:
+    """Fill a model from a checkpoint of any format, and prove that it is that of the checkpoint.
+
+    All ranks call it, after sharding. Communicates through the store, and over the process group under FSDP1.
+
+    Args:
+        path: A checkpoint of ours, a plain DCP directory (flat or nested), a Hugging Face directory, and so on.
+        model: Sharded or not, on its device (after ``to_empty``, if it was made on meta). Or all parts of it that this
+            rank has, whose tensors have different names.
+        config: What the model is to compute with, if not what ``path`` says: a config of transformers, its dict, or a
+            directory with a config.json. Models of other kinds have none.
+        fresh: For models that are not from transformers: a function that makes one, on the CPU, of which the buffers
+            are looked at, or the buffers themselves by name.
+        repair_buffers: Overwrite non-persistent buffers that are wrong, and say so in the report.
+        poison: Overwrite all weights first, so that what the load leaves out is seen.
+        allow_missing: Patterns of tensors that the checkpoint need not have. They keep their values.
+            Also of non-persistent buffers for which there is no reference.
+        allow_extra: Patterns of tensors of the checkpoint that the model need not have.
+        allow_shape: Patterns of tensors that may have another shape in the checkpoint. They keep their values.
+        weights: ``"main"`` or ``"ema"``.
+        ranks: The ranks, if the caller has some already.
+
+    Raises:
+        InitialLoadError: on all ranks, naming every tensor and buffer at fault. If names or shapes do not fit, nothing
+            was loaded and the model is unchanged.
+        CheckpointError, RankFailedError: the checkpoint cannot be read. The model's weights cannot be used then.
+    """
+    ranks = ranks or Ranks()
+    allowed = (tuple(allow_missing), tuple(allow_extra), tuple(allow_shape))
+    with _opened(Path(path), model, weights, ranks, config, fresh) as load:
+        names = compare_names(ranks, load.live, load.source, *allowed)
+        if names.faults:
+            raise _error(load.source.path, names.faults, "Nothing was loaded; the model is unchanged.")
+        load.fill([name for name in names.dtypes if name in load.live.specs], poison)
+        return load.prove(names, repair_buffers, allowed[0], loaded=True)
+
+
+def prove_loaded(
+    model: nn.Module | Sequence[nn.Module],
+    path: str | Path,
+    *,
+    config: Any = None,
+    fresh: Fresh | None = None,
+    repair_buffers: bool = False,
+    allow_missing: Sequence[str] = (),
+    allow_extra: Sequence[str] = (),
+    weights: str = MAIN,
+    names: NameMap | None = None,
+    ranks: Ranks | None = None,
+) -> InitialLoadReport:
+    """Prove that a model, which somebody else has loaded, is that of a checkpoint. Changes nothing but buffers.
+
+    All ranks call it before the first step. Arguments, communication and errors are those of ``load_initial``. Call
+    ``poison_weights`` before the load, so that what it leaves out cannot be right by chance and is called by its name.
+
+    Args:
+        names: From the model to the checkpoint, where it has files of another model's names.
+    """
+    ranks = ranks or Ranks()
+    with _opened(Path(path), model, weights, ranks, config, fresh, names, allow_missing) as load:
+        found = compare_names(ranks, load.live, load.source, tuple(allow_missing), tuple(allow_extra))
+        return load.prove(found, repair_buffers, tuple(allow_missing), loaded=False)
+
+
+def prove_names(
+    model: nn.Module | Sequence[nn.Module],
+    path: str | Path,
+    *,
+    fresh: Fresh | None = None,
+    names: NameMap | None = None,
+    allow_missing: Sequence[str] = (),
+    allow_extra: Sequence[str] = (),
+    ranks: Ranks | None = None,
+) -> Names:
+    """Prove, before somebody else loads it, that a checkpoint has the tensors of a model and no others.
+
+    All ranks call it. Arguments, communication and errors are those of ``prove_loaded``; nothing is changed.
+    """
+    ranks = ranks or Ranks()
+    with _opened(Path(path), model, MAIN, ranks, None, fresh, names, allow_missing) as load:
+        found = compare_names(ranks, load.live, load.source, tuple(allow_missing), tuple(allow_extra))
+        if found.faults:
+            raise _error(load.source.path, found.faults, "Nothing was loaded; the model is unchanged.")
+        return found
+
+
+def prove_buffers(
+    model: nn.Module | Sequence[nn.Module],
+    path: str | Path,
+    *,
+    config: Any = None,
+    fresh: Fresh | None = None,
+    repair_buffers: bool = False,
+    allow_missing: Sequence[str] = (),
+    ranks: Ranks | None = None,
+) -> list[str]:
+    """Prove that non-persistent buffers are right in a model whose weights are from elsewhere; those repaired.
+
+    For a run that resumes: no checkpoint holds these buffers, so whatever made the model must have made them. All ranks
+    call it; arguments, communication and errors are those of ``load_initial``. The checkpoint may be gone by now: then
+    the live model's own config is what counts.
+    """
+    ranks = ranks or Ranks()
+    live = LiveWeights(model)
+
+    def look() -> list[list[Any]]:
+        reference = find_reference(live, Path(path), read_record(Path(path)), config, fresh)
+        mended = reference.repair(live) if repair_buffers else []
+        return [mended, [[fault.code, fault.name, fault.problem] for fault in reference.compare(live)]]
+
+    repaired, found = ranks.agree(
+        "comparing buffers", look, lambda parts: [_united([part[i] for part in parts]) for i in (0, 1)]
+    )
+    faults = [fault for fault in (LoadFault(*item) for item in found) if not _is_allowed(fault, allow_missing)]
+    if faults:
+        raise _error(Path(path), faults, "The weights were not looked at. It must not train like this.")
+    return list(repaired)
+
+
+def poison_weights(model: nn.Module | Sequence[nn.Module], *, spare: Sequence[str] = ()) -> None:
+    """Overwrite the weights of a model before somebody else loads them: floating point with NaN, integers with 0x5A.
+
+    All ranks call it; communicates under FSDP1 only.
+
+    Args:
+        spare: Patterns of names to leave alone.
+    """
+    live = LiveWeights(model)
+    live.poison(frozenset(name for name in live.specs if not matches(name, spare)))
+
+
+@contextlib.contextmanager
+def _opened(
+    path: Path,
+    model: nn.Module | Sequence[nn.Module],
+    weights: str,
+    ranks: Ranks,
+    config: Any,
+    fresh: Fresh | None,
+    names: NameMap | None = None,
+    allow_missing: Sequence[str] = (),
+) -> Iterator[_Load]:
+    """Open the source and make the model anew, on every rank; the source is closed in the end."""
+    live = LiveWeights(model)
+    specs = specs_on_all(ranks, live) if names is not None else {}
+    with contextlib.ExitStack() as stack:
+        made: list[_Load] = []
+
+        def open_source() -> None:
+            source = InitialSource(path, weights)
+            stack.callback(source.close)
+            reference = find_reference(live, path, source.record, config, fresh)
+            ties = {**reference.tied, **live.tied}
+            if names is None:
+                source.match(live, ties)
+            else:
+                source.translate(names, specs, ties, allow_missing)
+            settings = compare_live_config(live, path, source.record, config)
+            made.append(_Load(ranks, live, source, reference, settings))
+
+        ranks.gather(f"opening {path}", open_source)
+        yield made[0]
+
+
+class _Load:
+    """One load, or the proof of one, on this rank."""
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        live: LiveWeights,
+        source: InitialSource,
+        reference: BufferReference,
+        settings: list[LoadFault],
+    ) -> None:
+        self.live = live
+        self.source = source
+        self._ranks = ranks
+        self._reference = reference
+        self._settings = settings
+
+    def fill(self, names: list[str], poison: bool) -> None:
+        """Load this rank's boxes of these. Communicates."""
+        if poison:
+            self.live.poison(frozenset(names))
+        self._ranks.gather(f"loading {self.source.path}", lambda: self._fill(names))
+        self.live.store()
+        self.live = LiveWeights(self.live.parts)
+
+    def prove(
+        self, names: Names, repair_buffers: bool, allow_missing: tuple[str, ...], *, loaded: bool
+    ) -> InitialLoadReport:
+        """Compare all that the model holds with the source and the reference. Communicates.
+
+        Raises:
+            InitialLoadError: on all ranks, if anything differs.
+        """
+        repaired = self._reference.repair(self.live) if repair_buffers else []
+        proof = prove_values(self._ranks, self.live, self.source, names.dtypes, self._reference, repaired)
+        unproved = [fault.name for fault in proof.buffer_faults if _is_allowed(fault, allow_missing)]
+        buffers = [fault for fault in proof.buffer_faults if fault.name not in unproved]
+        faults = [*self._settings, *names.faults, *proof.faults, *buffers]
+        if faults:
+            after = "It must not train like this." if loaded else "Nothing was changed. It must not train like this."
+            raise _error(self.source.path, faults, after)
+        report = InitialLoadReport(
+            path=self.source.path,
+            source_format=self.source.format,
+            tensors=proof.tensors,
+            elements=proof.elements,
+            digests=proof.digests,
+            cast=proof.cast,
+            tied=proof.tied,
+            untied=proof.untied,
+            buffers=tuple(n for n in proof.buffers if n not in proof.repaired and n not in unproved),
+            buffers_from=self._reference.origin,
+            repaired=proof.repaired,
+            unproved=tuple(unproved),
+            missing=names.missing,
+            extra=names.extra,
+            reshaped=names.reshaped,
+            loaded=loaded,
+        )
+        if self._ranks.is_leader:
+            log.info("%s", report.summary)
+        return report
+
+    def _fill(self, names: list[str]) -> None:
+        for name in names:
+            key = self.source.key_of(name)
+            assert key is not None
+            self.live.fill(name, self.source.tensors, key)
+
+
+def _is_allowed(fault: LoadFault, allow_missing: Sequence[str]) -> bool:
+    return fault.code == "buffer-without-reference" and matches(fault.name, allow_missing)
+
+
+def _error(path: Path, faults: Sequence[LoadFault], state: str) -> InitialLoadError:
+    effects = {fault.code: EFFECTS[fault.code] for fault in faults}
+    lines = [f"{code}: {effect}." for code, effect in effects.items()]
+    if any(code.startswith("buffer-") and code != "buffer-without-reference" for code in effects):
+        lines.append("repair_buffers=True overwrites the buffers with the reference, and says so.")
+    advice = "\n".join([state, *lines, "docs/troubleshooting.md says more under each of these names."])
+    count = f"{len(faults)} fault{'s' if len(faults) > 1 else ''}"
+    summary = f"the model is not the one in this checkpoint: {count}"
+    return InitialLoadError(path, summary, [str(fault) for fault in faults], advice, [fault.code for fault in faults])
+
+
+def _united(lists: list[list[Any]]) -> list[Any]:
+    """All that any rank said, once, in order."""
+    united: list[Any] = []
+    for found in lists:
+        united += [item for item in found if item not in united]
+    return united

@@ -1,0 +1,270 @@
+"""The proof itself: names against names, digests against digests. All ranks act together, through the store."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from shardsmith.ground.ranks import Ranks
+from shardsmith.load.buffer_reference import BufferReference
+from shardsmith.load.faults import NOTHING, LoadFault, Look, classify
+from shardsmith.load.live_weights import LiveWeights
+from shardsmith.load.source import InitialSource
+from shardsmith.manifest.metadata import dtype_name
+from shardsmith.sharding.source_digests import digest_source
+from shardsmith.tensors.digest import Digest
+from shardsmith.tensors.fqn import matches
+from shardsmith.tensors.tensors import TensorSpec
+
+_QK_NORM = re.compile(r"(^|[._])[qk]_(layer)?norm\b")
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """Which tensors there are, in the model on all ranks and in the source."""
+
+    dtypes: dict[str, torch.dtype]
+    """Of every tensor of the model that the source has in the same shape, on any rank; the model's dtypes."""
+    faults: list[LoadFault]
+    missing: tuple[str, ...]
+    """Allowed."""
+    extra: tuple[str, ...]
+    """Allowed."""
+    reshaped: tuple[str, ...] = ()
+    """Of another shape in the source, which is allowed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What comparing values has shown."""
+
+    faults: list[LoadFault]
+    """Of weights."""
+    buffer_faults: list[LoadFault]
+    """Of non-persistent buffers, each once."""
+    buffers: tuple[str, ...]
+    """All of those, on any rank."""
+    repaired: tuple[str, ...]
+    """Those that were, on any rank."""
+    tensors: int
+    elements: int
+    digests: str
+    cast: dict[str, int]
+    tied: dict[str, str]
+    untied: dict[str, str]
+
+
+def specs_on_all(ranks: Ranks, live: LiveWeights) -> dict[str, TensorSpec]:
+    """The tensors of the model on all ranks; these differ with pipeline stages. Raises what ``Ranks.agree`` raises."""
+    found: dict[str, list[Any]] = ranks.agree(
+        "comparing names",
+        lambda: {name: [list(spec.shape), dtype_name(spec.dtype)] for name, spec in live.specs.items()},
+        lambda parts: {name: spec for part in reversed(parts) for name, spec in part.items()},
+        large=True,
+    )
+    return {name: TensorSpec(name, tuple(shape), getattr(torch, dtype)) for name, (shape, dtype) in found.items()}
+
+
+def compare_names(
+    ranks: Ranks,
+    live: LiveWeights,
+    source: InitialSource,
+    allow_missing: Sequence[str],
+    allow_extra: Sequence[str],
+    allow_shape: Sequence[str] = (),
+) -> Names:
+    """Compare names and shapes; with pipeline stages, of all ranks together. Raises what ``Ranks.agree`` raises."""
+    specs = specs_on_all(ranks, live)
+    faults, missing, reshaped, dtypes = [], [], [], {}
+    for name, spec in specs.items():
+        key = source.key_of(name)
+        if key is None and matches(name, allow_missing):
+            missing.append(name)
+        elif key is None:
+            faults.append(LoadFault("missing-in-source", name, f"in the model {spec.shape}, not in the checkpoint"))
+        elif source.specs[key].shape != spec.shape and matches(name, allow_shape):
+            reshaped.append(name)
+        elif source.specs[key].shape != spec.shape:
+            shapes = f"{source.specs[key].shape} in the checkpoint, {spec.shape} in the model"
+            faults.append(LoadFault("shape-differs", name, shapes))
+        else:
+            dtypes[name] = spec.dtype
+    used = {source.key_of(name) for name in specs}
+    unused = {name: spec for name, spec in source.specs.items() if name not in used} | source.unused
+    extra = tuple(name for name in unused if matches(name, allow_extra))
+    faults += [_extra(spec, source) for name, spec in unused.items() if name not in extra]
+    return Names(dtypes, faults, tuple(missing), extra, tuple(reshaped))
+
+
+def prove_values(
+    ranks: Ranks,
+    live: LiveWeights,
+    source: InitialSource,
+    dtypes: Mapping[str, torch.dtype],
+    reference: BufferReference,
+    repaired: Sequence[str],
+) -> Proof:
+    """Compare what is in the model on all ranks with the digests of the source, and its buffers with the reference.
+
+    Args:
+        dtypes: As ``Names`` has them.
+        repaired: Buffers that were repaired on this rank.
+    """
+    keys = {name: key for name in dtypes if (key := source.key_of(name)) is not None}
+    recorded = {name: source.recorded_digest(key, dtypes[name]) for name, key in keys.items()}
+    known = {name: digest for name, digest in recorded.items() if digest is not None}
+    unknown = {name: (keys[name], dtypes[name]) for name in dtypes if name not in known}
+    found: dict[str, Any] = ranks.agree(
+        "digesting the model",
+        lambda: {
+            "digests": _digested(live, dtypes),
+            "read": _read_digests(source, set(unknown.values()), ranks),
+            "tied": [alias for alias, kept in source.ties.items() if live.is_tied(alias, kept)],
+            "buffers": [[fault.code, fault.name, fault.problem] for fault in reference.compare(live)],
+            "transient": list(live.transient()),
+            "repaired": list(repaired),
+        },
+        lambda parts: _judged(parts, known, unknown),
+        large=True,
+    )
+    wrong: dict[str, str] = found["wrong"]
+    pairs = {a: kept for a, kept in source.ties.items() if {a, kept} <= dtypes.keys() and not {a, kept} & wrong.keys()}
+    proven = {key for name, key in keys.items() if name not in wrong}
+    return Proof(
+        faults=_explain(ranks, live, source, dtypes, wrong) if wrong else [],
+        buffer_faults=[LoadFault(*fault) for fault in found["buffers"]],
+        buffers=tuple(found["transient"]),
+        repaired=tuple(found["repaired"]),
+        tensors=len(dtypes) - len(wrong),
+        elements=sum(source.specs[key].numel for key in proven),
+        digests=_how_known(known, unknown),
+        cast=_casts(source, dtypes),
+        tied={alias: kept for alias, kept in pairs.items() if alias in found["tied"]},
+        untied={alias: kept for alias, kept in pairs.items() if alias not in found["tied"]},
+    )
+
+
+def _judged(
+    parts: list[dict[str, Any]], known: Mapping[str, Digest], unknown: Mapping[str, tuple[str, torch.dtype]]
+) -> dict[str, Any]:
+    """On rank 0: what all ranks found, put together. As JSON."""
+    read = _added([part["read"] for part in parts])
+    expected = {**known, **{name: read[_label(*wanted)] for name, wanted in unknown.items()}}
+    buffers = {fault[1]: fault for part in reversed(parts) for fault in reversed(part["buffers"])}
+    return {
+        "wrong": _wrong([part["digests"] for part in parts], expected),
+        "tied": sorted({alias for part in parts for alias in part["tied"]}),
+        "buffers": [*buffers.values()][::-1],
+        "transient": list(dict.fromkeys(name for part in parts for name in part["transient"])),
+        "repaired": list(dict.fromkeys(name for part in parts for name in part["repaired"])),
+    }
+
+
+def _how_known(known: Mapping[str, Digest], unknown: Mapping[str, Any]) -> str:
+    if not unknown:
+        return "recorded"
+    return "recorded, and read where it was cast" if known else "read from its files"
+
+
+def _read_digests(source: InitialSource, wanted: set[tuple[str, torch.dtype]], ranks: Ranks) -> dict[str, str]:
+    """This rank's share of the digests of tensors in certain dtypes."""
+    found: dict[str, str] = {}
+    for dtype in sorted({dtype for _, dtype in wanted}, key=str):
+        keys = {key: dtype for key, other in sorted(wanted, key=lambda pair: pair[0]) if other == dtype}
+        shares = digest_source(source.tensors, keys, part=ranks.rank, parts=ranks.size)
+        found |= {_label(key, dtype): str(share) for key, share in shares.items()}
+    return found
+
+
+def _label(key: str, dtype: torch.dtype) -> str:
+    return f"{dtype_name(dtype)} {key}"
+
+
+def _added(parts: list[dict[str, str]]) -> dict[str, Digest]:
+    return {name: sum((Digest.parse(part[name]) for part in parts), Digest()) for name in parts[0]}
+
+
+def _digested(live: LiveWeights, names: Iterable[str]) -> dict[str, list[list[Any]]]:
+    """This rank's boxes of each tensor, as JSON: where they are, and the share in the digest."""
+    return {
+        name: [[[*box.offsets, *box.sizes], str(share)] for box, share in boxes]
+        for name, boxes in live.digests(names).items()
+    }
+
+
+def _wrong(parts: list[dict[str, list[list[Any]]]], expected: Mapping[str, Digest]) -> dict[str, str]:
+    """Tensors that are not as expected, each with a code. A box that several ranks hold counts once."""
+    wrong = {}
+    for name, digest in expected.items():
+        boxes: dict[tuple[int, ...], set[str]] = {}
+        for part in parts:
+            for box, share in part.get(name, ()):
+                boxes.setdefault(tuple(box), set()).add(share)
+        if any(len(shares) > 1 for shares in boxes.values()):
+            wrong[name] = "replicas-differ"
+        elif sum((Digest.parse(share) for shares in boxes.values() for share in shares), Digest()) != digest:
+            wrong[name] = "values-differ"
+    return wrong
+
+
+def _explain(
+    ranks: Ranks,
+    live: LiveWeights,
+    source: InitialSource,
+    dtypes: Mapping[str, torch.dtype],
+    wrong: Mapping[str, str],
+) -> list[LoadFault]:
+    """A fault for each wrong tensor, after a look at what it holds."""
+    matrices = frozenset(name for name in dtypes if len(source.specs[source.key_of(name) or name].shape) > 1)
+    found: list[list[str]] = ranks.agree(
+        "looking at what differs",
+        lambda: _looked(live, source, wrong),
+        lambda parts: _faults(parts, len(dtypes), matrices, wrong),
+        large=True,
+    )
+    return [LoadFault(*fault) for fault in found]
+
+
+def _looked(live: LiveWeights, source: InitialSource, wrong: Iterable[str]) -> dict[str, Any]:
+    here = [name for name in wrong if name in live.specs]
+    return {
+        "looks": {name: [[[*b.offsets, *b.sizes], asdict(look)] for b, look in live.look(name)] for name in here},
+        "inputs": sorted(live.input_embeddings),
+        "outputs": sorted(live.output_embeddings),
+        "lost": [name for name in here if name in source.ties and not live.is_tied(name, source.ties[name])],
+    }
+
+
+def _faults(
+    parts: list[dict[str, Any]], total: int, matrices: frozenset[str], wrong: Mapping[str, str]
+) -> list[list[str]]:
+    """On rank 0. As JSON."""
+    looks = {}
+    for name in wrong:
+        boxes = {tuple(box): look for part in parts for box, look in part["looks"].get(name, ())}
+        looks[name] = sum((Look(**look) for look in boxes.values()), NOTHING)
+    ends = (
+        frozenset(name for part in parts for name in part["inputs"]),
+        frozenset(name for part in parts for name in part["outputs"]),
+    )
+    known = {name: code for name, code in wrong.items() if code == "replicas-differ"}
+    known |= {name: "tie-broken" for part in parts for name in part["lost"]}
+    return [[fault.code, fault.name, fault.problem] for fault in classify(looks, total, matrices, ends, known)]
+
+
+def _extra(spec: TensorSpec, source: InitialSource) -> LoadFault:
+    heads = source.record.heads if source.record else {}
+    head = next((head for head, keys in heads.items() if spec.name in keys), None)
+    of = f"of the head {head!r}: pass that part of the model, too, or allow_extra" if head else "not in the model"
+    code = "qk-norms-dropped" if _QK_NORM.search(spec.name) else "missing-in-model"
+    return LoadFault(code, spec.name, f"in the checkpoint {spec.shape}, {of}")
+
+
+def _casts(source: InitialSource, dtypes: Mapping[str, torch.dtype]) -> dict[str, int]:
+    pairs = [(source.specs[source.key_of(name) or name].dtype, dtype) for name, dtype in dtypes.items()]
+    return dict(Counter(f"{dtype_name(old)} -> {dtype_name(new)}" for old, new in pairs if old != new))

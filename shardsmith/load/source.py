@@ -1,0 +1,147 @@
+"""What an initial load reads from: tensors under the names of the model, and what is recorded about them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from shardsmith.errors import CheckpointError, MismatchError, UnsupportedFormatError
+from shardsmith.formats.by_path import SHARDED, detect_checkpoint_format, open_source
+from shardsmith.formats.matched import renamed
+from shardsmith.formats.models import ModelSource
+from shardsmith.load.live_weights import LiveWeights
+from shardsmith.manifest.initial import InitialRecord
+from shardsmith.manifest.metadata import CheckpointMetadata, dtype_name, read_metadata
+from shardsmith.name_maps.class_names import ClassNames
+from shardsmith.name_maps.maps import LeavesOut, MakesBuffers, NameMap
+from shardsmith.name_maps.matching import match_names
+from shardsmith.name_maps.restored import RestoredModel
+from shardsmith.name_maps.transformers import TransformersNames
+from shardsmith.tensors.digest import Digest
+from shardsmith.tensors.fqn import matches, unwrapped
+from shardsmith.tensors.tensors import TensorSource, TensorSpec
+
+
+class InitialSource:
+    """One model of a checkpoint.
+
+    Attributes:
+        path: The checkpoint.
+        format: Its format.
+        tensors: Its tensors, of tied ones the kept name only.
+        record: What its metadata.json says of where it came from, if anything.
+    """
+
+    def __init__(self, path: Path, weights: str) -> None:
+        """Open it. Raises CheckpointError."""
+        self.path = path
+        self.format = detect_checkpoint_format(path).name
+        opened = open_source(path, weights)
+        self._keys = opened.keys
+        self._files = opened.specs
+        self.tensors: TensorSource = opened
+        self._metadata: CheckpointMetadata | None = read_metadata(path) if self.format == SHARDED else None
+        self.record: InitialRecord | None = self._metadata.initial if self._metadata else None
+        self.ties: dict[str, str] = dict(opened.aliases)
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """The tensors by the model's names."""
+        return self.tensors.specs
+
+    def match(self, live: LiveWeights, ties: Mapping[str, str]) -> None:
+        """Read the tensors under the names of a live model, where those of a wrapper or of files are others.
+
+        Args:
+            ties: What is one tensor, as far as the source does not say it: alias -> kept name.
+        """
+        self.ties = {**ties, **self.ties}
+        if self._fits(live) or self._metadata is not None or len(live.parts) != 1:
+            return
+        own = self.tensors
+        assert isinstance(own, ModelSource)
+        found = match_names(own.specs, live.specs, ClassNames.of_model(unwrapped(live.parts[0])), own.aliases)
+        self.tensors = renamed(own, found)
+        if self._fits(live):
+            return
+        self.tensors = own
+        try:
+            name_map = TransformersNames.of_model(unwrapped(live.parts[0]))
+            if name_map is not None:
+                wanted = {name: spec for name, spec in live.specs.items() if name not in self.ties}
+                aliases = {alias: kept for alias, kept in self.ties.items() if kept in wanted}
+                self.tensors = RestoredModel(self.tensors, name_map, wanted, aliases)
+        except (MismatchError, UnsupportedFormatError):
+            return  # then the names are compared as they are, and every difference is said
+
+    def _fits(self, live: LiveWeights) -> bool:
+        return all(name in live.specs or name in self.ties for name in self.specs)
+
+    def translate(
+        self,
+        names: NameMap,
+        specs: Mapping[str, TensorSpec],
+        ties: Mapping[str, str],
+        allow_missing: Sequence[str] = (),
+    ) -> None:
+        """Read the tensors under the names of a model that a map translates into those of the files.
+
+        Args:
+            specs: All tensors of the model, on whatever rank.
+            ties: As in ``match``.
+            allow_missing: Patterns of tensors of the model that the files need not have.
+
+        Raises:
+            MismatchError: the files lack tensors, or have them in other shapes.
+            UnsupportedFormatError: the map does not know the model.
+        """
+        self.ties = {**ties, **self.ties}
+        wanted = {name: spec for name, spec in specs.items() if name not in self.ties}
+        if allow_missing:
+            lacking = _lacking(names, wanted, self.tensors)
+            wanted = {n: spec for n, spec in wanted.items() if n not in lacking or not matches(n, allow_missing)}
+        aliases = {alias: kept for alias, kept in self.ties.items() if alias in specs and kept in wanted}
+        left_out = names.leaves_out(wanted) if isinstance(names, LeavesOut) else {}
+        made = dict(names.make(left_out)) if isinstance(names, MakesBuffers) else {}
+        self.tensors = RestoredModel(self.tensors, names, wanted, aliases, made)
+
+    @property
+    def unused(self) -> dict[str, TensorSpec]:
+        """Tensors of the files that a model with other names has no place for."""
+        names = self.tensors.unused if isinstance(self.tensors, RestoredModel) else ()
+        return {name: self._files[name] for name in names}
+
+    def key_of(self, name: str) -> str | None:
+        """The tensor that holds what the model calls so; None without any."""
+        if name in self.specs:
+            return name
+        root = self.ties.get(name, name)
+        group = (other for other, kept in [(root, root), *self.ties.items()] if kept == root)
+        return next((other for other in group if other in self.specs), None)
+
+    def recorded_digest(self, key: str, dtype: torch.dtype) -> Digest | None:
+        """What metadata.json says the digest is, if it says so for this dtype."""
+        if self._metadata is None:
+            return None
+        record = self._metadata.tensors.get(self._keys[key])
+        return Digest.parse(record.digest) if record and record.dtype == dtype_name(dtype) else None
+
+    def close(self) -> None:
+        """Let go of the files."""
+        self.tensors.close()
+
+
+def _lacking(names: NameMap, specs: Mapping[str, TensorSpec], files: TensorSource) -> set[str]:
+    """The tensors of a model of which the files do not have all."""
+    targets = names.targets(specs)
+    return {source for name, target in targets.items() if name not in files.specs for source in target.sources}
+
+
+def read_record(path: Path) -> InitialRecord | None:
+    """What a checkpoint's metadata.json says of where it came from; None where it says nothing, or is not there."""
+    try:
+        return read_metadata(path).initial
+    except CheckpointError:
+        return None

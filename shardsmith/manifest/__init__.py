@@ -1,0 +1,1 @@
+"""metadata.json: what we record about a checkpoint."""

@@ -1,0 +1,140 @@
+"""The checkpoints of a run directory: which are there, whether they are sound, and how they go.
+
+Only committed checkpoints of ours count: a directory named ``step-<n>`` that holds our ``metadata.json``.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import xxhash
+
+from shardsmith.errors import CheckpointError
+from shardsmith.ground import layout
+from shardsmith.ground.progress import advance
+from shardsmith.manifest.metadata import FileRecord, read_metadata
+
+log = logging.getLogger(__name__)
+
+_READ_BYTES = 1 << 20
+
+
+def committed_steps(directory: Path, mark: str = layout.METADATA_FILE) -> list[int]:
+    """Steps of the checkpoints in a run directory, ascending. An absent directory has none.
+
+    Args:
+        mark: The file that makes a ``step-<n>`` one of ours.
+    """
+    if not directory.is_dir():
+        return []
+    steps = (layout.parse_step(path.name) for path in directory.iterdir() if (path / mark).is_file())
+    return sorted(step for step in steps if step is not None)
+
+
+def find_damage(checkpoint: Path, *, contents: bool = True, part: int = 0, parts: int = 1) -> list[str]:
+    """What is wrong with the files of a committed checkpoint, one line each; empty if nothing is.
+
+    Args:
+        contents: Also read every file and compare its XXH3-128; otherwise only presence and size.
+        part: Which share of the files to look at, so that ranks can divide them. No communication.
+        parts: Into how many shares.
+    """
+    try:
+        metadata = read_metadata(checkpoint)
+    except CheckpointError as error:
+        return [str(error)]
+    if metadata.step != (named := step_in_name(checkpoint, metadata.step)):
+        return [f"{layout.METADATA_FILE} is of step {metadata.step}, not of step {named}: it was copied or renamed"]
+    files = metadata.files
+    chosen = sorted(files)[part::parts]
+    if foreign := [name for name in chosen if Path(name).name != name]:
+        return [f"{name!r}: is not the name of a file in it" for name in foreign]
+    with ThreadPoolExecutor(min(len(chosen), os.cpu_count() or 1) or 1, "shardsmith-verify") as pool:
+        problems = pool.map(lambda name: file_damage(checkpoint / name, files[name], contents=contents), chosen)
+        return [f"{name}: {problem}" for name, problem in zip(chosen, problems, strict=True) if problem]
+
+
+def step_in_name(checkpoint: Path, default: int) -> int:
+    """The step that a directory is named for, wherever it is reached from; ``default`` if its name says none."""
+    named = layout.parse_step(checkpoint.resolve().name)
+    return default if named is None else named
+
+
+def find_foreign_files(checkpoint: Path) -> list[str]:
+    """What lies in a committed checkpoint and does not belong to it, one line each. Raises CheckpointError."""
+    known = {*read_metadata(checkpoint).files, layout.METADATA_FILE, layout.COMPANION}
+    found = sorted(path.name for path in checkpoint.iterdir() if path.name not in known)
+    return [f"{name!r}: is not one of its files" for name in found]
+
+
+def set_aside_unfinished(directory: Path, newest: int, mark: str = layout.METADATA_FILE) -> list[Path]:
+    """Rename each ``step-<n>`` after ``newest`` that has lost its manifest, so that its step can be saved again.
+
+    An ``rm -rf`` or ``cp -r`` that was interrupted leaves such a directory. Only next to complete steps of ours: in a
+    folder without any it may be somebody else's. Rank 0 calls it.
+
+    Returns:
+        Where they are now.
+    """
+    complete = committed_steps(directory, mark)
+    steps = {path: layout.parse_step(path.name) for path in directory.iterdir()} if complete else {}
+    return [
+        set_aside(path)
+        for path, step in sorted(steps.items())
+        if step is not None and step > newest and path.is_dir() and not (path / mark).exists()
+    ]
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Rename a damaged checkpoint so that it counts no more and its step can be saved again; the new path."""
+    aside = layout.damaged_path(checkpoint, layout.new_attempt_id())
+    checkpoint.rename(aside)
+    return aside
+
+
+def set_later_aside(directory: Path, step: int) -> list[str]:
+    """Rename the checkpoints that are later than a step that a run goes back to; the new names. Nothing is deleted."""
+    moved = []
+    for later in committed_steps(directory):
+        if later > step:
+            path = directory / layout.step_name(later)
+            aside = layout.superseded_path(path, layout.new_attempt_id())
+            path.rename(aside)
+            log.warning(
+                "%s is later than step %d, from which the run goes on: it was set aside as %s", path, step, aside
+            )
+            moved.append(aside.name)
+    return moved
+
+
+def hash_file(path: Path) -> str:
+    """XXH3-128 of a file's bytes, 32 hexadecimal digits. Raises OSError."""
+    digest = xxhash.xxh3_128()
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb", buffering=0) as file:
+        buffer = memoryview(bytearray(_READ_BYTES))
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+            advance(count)
+    return digest.hexdigest()
+
+
+def file_damage(path: Path, expected: FileRecord, *, contents: bool = True) -> str | None:
+    """What is wrong with one file, or None; see ``find_damage``."""
+    try:
+        status = path.lstat()
+        if not stat.S_ISREG(status.st_mode):
+            return f"is not a regular file ({stat.filemode(status.st_mode)})"
+        if status.st_size != expected.size:
+            return f"has {status.st_size} bytes, expected {expected.size}"
+        if contents and (found := hash_file(path)) != expected.xxh3_128:
+            return f"has changed since it was written: XXH3-128 {found}, expected {expected.xxh3_128}"
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    except ValueError as error:  # a name with a zero byte
+        return f"cannot be read: {error}"
+    return None

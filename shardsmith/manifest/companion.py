@@ -1,0 +1,123 @@
+"""What we add to a checkpoint folder that a trainer wrote: an average, and a record of what the trainer put there.
+
+    checkpoint-500/             the trainer's; its files are left as they are
+        shardsmith/             ours; it appears by a rename, when both parts are on disk
+            .metadata *.distcp  a DCP directory: ema_model.*, ema_state.*
+            metadata.json       of this directory
+            folder.json         the trainer's files with a hash each; a digest of each of the live model's tensors
+
+A folder without ``shardsmith/`` is not complete for us, and the trainer does not care.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from shardsmith.errors import CheckpointError, CorruptCheckpointError
+from shardsmith.ground import layout
+from shardsmith.manifest.checkpoints import file_damage, find_damage
+from shardsmith.manifest.fields import count, typed
+from shardsmith.manifest.metadata import FileRecord, TensorRecord, file_record, read_json, tensor_record
+
+SCHEMA_VERSION = 1
+_WEIGHTS = ("model", "pytorch_model", "adapter_model")
+"""How the names of files and directories with a model's weights begin, by transformers, peft and accelerate."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FolderRecord:
+    """The content of ``folder.json``: what a trainer's folder held when our directory was added to it."""
+
+    step: int
+    """Optimizer steps done."""
+    files: dict[str, FileRecord]
+    """The trainer's files, by path in the folder."""
+    tensors: dict[str, TensorRecord]
+    """The model as it trained, by clean FQN: what a load of the folder has to give back."""
+
+    def to_json(self) -> bytes:
+        """As the bytes of the file."""
+        return (json.dumps({"schema_version": SCHEMA_VERSION, **asdict(self)}, indent=1) + "\n").encode()
+
+
+def companion_of(folder: Path) -> Path:
+    """Our directory in a trainer's folder."""
+    return folder / layout.COMPANION
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether our directory is there; without looking whether anything was damaged since."""
+    return (companion_of(folder) / layout.METADATA_FILE).is_file()
+
+
+def is_deserted(folder: Path) -> bool:
+    """Whether a trainer's folder is gone, or nothing is left in it but what is ours."""
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return True
+    return all(name == layout.COMPANION or layout.is_leftover(name) for name in names)
+
+
+def read_folder_record(folder: Path) -> FolderRecord:
+    """Read ``folder.json`` of a trainer's folder.
+
+    Raises:
+        CheckpointNotFoundError: there is none.
+        CorruptCheckpointError: it is not what ``to_json`` writes.
+    """
+    path = companion_of(folder) / layout.FOLDER_FILE
+    content = read_json(path)
+    try:
+        if content["schema_version"] != SCHEMA_VERSION:
+            raise ValueError(f"schema version {content['schema_version']!r}, this version reads {SCHEMA_VERSION}")
+        return _parse(content)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptCheckpointError(path, f"is damaged: {type(error).__name__}: {error}") from error
+
+
+def find_folder_damage(
+    folder: Path, *, contents: bool = True, weights_only: bool = False, part: int = 0, parts: int = 1
+) -> list[str]:
+    """What is wrong with a trainer's folder and our directory in it, one line each; empty if nothing is.
+
+    Args:
+        contents: Also read every file and compare its hash; otherwise only presence and size.
+        weights_only: Of the trainer's files look only at those with the model's weights; the optimizer may be gone.
+        part: Which share of the files to look at, so that ranks can divide them. No communication.
+        parts: Into how many shares.
+    """
+    ours = companion_of(folder)
+    try:
+        files = read_folder_record(folder).files
+    except CheckpointError as error:
+        return [str(error)]
+    chosen = [name for name in files if not weights_only or name.startswith(_WEIGHTS)][part::parts]
+    with ThreadPoolExecutor(_threads(chosen), "shardsmith-verify") as pool:
+        problems = pool.map(lambda name: file_damage(folder / name, files[name], contents=contents), chosen)
+        theirs = [f"{name}: {problem}" for name, problem in zip(chosen, problems, strict=True) if problem]
+    return theirs + [
+        f"{layout.COMPANION}/{line}" for line in find_damage(ours, contents=contents, part=part, parts=parts)
+    ]
+
+
+def _threads(names: list[str]) -> int:
+    return max(1, min(len(names), os.cpu_count() or 1))
+
+
+def _parse(content: Mapping[str, Any]) -> FolderRecord:
+    for name in typed(content["files"], dict):
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts:
+            raise ValueError(f"{name!r} is not the name of a file in the folder")
+    return FolderRecord(
+        step=count(content["step"]),
+        files={name: file_record(record) for name, record in content["files"].items()},
+        tensors={name: tensor_record(record) for name, record in typed(content["tensors"], dict).items()},
+    )

@@ -1,0 +1,329 @@
+"""``metadata.json``: what a sharded checkpoint says of itself. Reading it never unpickles anything.
+
+The field names here are the names in the file; docs/format.md specifies them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import platform
+import re
+import reprlib
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from json.encoder import encode_basestring_ascii as _quote
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+from shardsmith.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    UnsupportedFormatError,
+)
+from shardsmith.ground import layout
+from shardsmith.manifest.fields import (
+    count,
+    counts,
+    digest_text,
+    known_dtype,
+    require_fields,
+    shape,
+    texts,
+    typed,
+    typed_or_none,
+)
+from shardsmith.manifest.initial import InitialRecord
+from shardsmith.tensors.tensors import TensorSpec
+
+SCHEMA_VERSION = 2
+"""The newest that is read. What has no ``initial`` is written, and read, as version 1."""
+CHECKPOINT_TYPE = "sharded"
+_MAX_BYTES = 1 << 30
+SEAL = "self_xxh3_128"
+"""Field with the hash of the file that it is in. What is older than it has none."""
+_ENDS_AS_SEALED = re.compile(rb'": "[0-9a-f]{32}"\n}\n\Z')  # also if it is the name of the field that has changed
+_SEAL_END = b"0" * 32 + b'"\n}\n'
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileRecord:
+    """One file of the checkpoint."""
+
+    size: int
+    """Bytes."""
+    xxh3_128: str
+    """XXH3-128 of its bytes, 32 hexadecimal digits."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorRecord:
+    """One tensor of the checkpoint, by its key in the DCP index."""
+
+    shape: tuple[int, ...]
+    """Global shape."""
+    dtype: str
+    """As torch names it, without ``torch.``."""
+    digest: str
+    """``shardsmith.tensors.digest`` of the global tensor, 32 hexadecimal digits."""
+
+    def spec(self, name: str) -> TensorSpec:
+        """As a ``TensorSpec`` of that name."""
+        return TensorSpec(name, self.shape, getattr(torch, self.dtype))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelRecord:
+    """Counts of one model in the checkpoint."""
+
+    tensors: int
+    elements: int
+    """Aliases of a tied tensor are not counted."""
+    dtypes: dict[str, int]
+    """Elements by dtype."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointMetadata:
+    """The content of ``metadata.json``."""
+
+    attempt: str
+    """Id of the attempt that wrote it, 16 hexadecimal digits."""
+    step: int
+    """Optimizer steps done."""
+    created_at: str
+    """UTC, ISO 8601."""
+    models: tuple[str, ...]
+    """``main``, ``ema``."""
+    counts: dict[str, ModelRecord]
+    """By model."""
+    ema: dict[str, Any] | None
+    """Decay, updates, start and so on of the average, or None without one."""
+    tied: dict[str, str]
+    """Model FQN -> the FQN it is the same tensor as, and under which a Hugging Face directory keeps it."""
+    world_size: int
+    mesh: dict[str, Any] | None
+    """``shape`` and ``dim_names`` of the device mesh of the parameters, or None if they are not DTensors."""
+    files: dict[str, FileRecord]
+    """Every file beside metadata.json, by name."""
+    tensors: dict[str, TensorRecord]
+    """Every tensor, by key."""
+    libraries: dict[str, str] = field(default_factory=lambda: _libraries())
+    initial: InitialRecord | None = None
+    """What it was made of, if training is to start from it; None for what a training saved."""
+
+    @property
+    def schema_version(self) -> int:
+        """The oldest that can say this."""
+        return 1 if self.initial is None else 2
+
+    def to_json(self) -> bytes:
+        """As the bytes of the file."""
+        content = {name: getattr(self, name) for name in self.__slots__}
+        if self.initial is None:
+            del content["initial"]
+        content |= {"checkpoint_type": CHECKPOINT_TYPE, "schema_version": self.schema_version}
+        return sealed_json(content)
+
+
+def sealed_json(content: Mapping[str, Any]) -> bytes:
+    """A JSON object as the bytes of a file whose last field is their own XXH3-128, taken with zeros in its place."""
+    unsealed = _object_text({**content, SEAL: "0" * 32}).encode()
+    return unsealed[: -len(_SEAL_END)] + _seal_of(unsealed) + _SEAL_END[32:]
+
+
+def require_seal(path: Path, data: bytes, content: dict[str, Any]) -> None:
+    """Take the seal out; CorruptCheckpointError if a file has changed since ``sealed_json``. Older ones have none."""
+    if content.pop(SEAL, None) is None and not _ENDS_AS_SEALED.search(data):
+        return
+    at = len(data) - len(_SEAL_END)
+    found = data[at : at + 32]
+    if data[at + 32 :] != _SEAL_END[32:] or found != _seal_of(data[:at] + _SEAL_END):
+        raise CorruptCheckpointError(path, f"has changed since it was written: it does not have its own {SEAL}")
+
+
+def _seal_of(unsealed: bytes) -> bytes:
+    return xxhash.xxh3_128_hexdigest(unsealed).encode()
+
+
+_encode = json.JSONEncoder(allow_nan=False, indent=1).encode
+
+
+def _object_text(content: Mapping[str, Any]) -> str:
+    return "{\n" + ",\n".join(f" {_encode(name)}: {_field_text(value)}" for name, value in content.items()) + "\n}\n"
+
+
+def _field_text(value: Any) -> str:
+    """A field as JSON, indented by one."""
+    if isinstance(value, dict) and value and all(type(row) is TensorRecord for row in value.values()):
+        return "{\n" + ",\n".join(f"  {_quote(name)}: {_tensor_text(row)}" for name, row in value.items()) + "\n }"
+    return _encode(_plain(value)).replace("\n", "\n ")
+
+
+def _tensor_text(record: TensorRecord) -> str:
+    """As the encoder would write it, which takes a hundred times as long for the tensors of a large model."""
+    sizes = ",".join(f"\n    {size}" for size in record.shape)
+    shape = f"[{sizes}\n   ]" if sizes else "[]"
+    return f'{{\n   "shape": {shape},\n   "dtype": "{record.dtype}",\n   "digest": "{record.digest}"\n  }}'
+
+
+def _plain(value: Any) -> Any:
+    """Of dataclasses what JSON knows."""
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return dataclasses.asdict(value) if isinstance(value, FileRecord | ModelRecord | InitialRecord) else value
+
+
+def now() -> str:
+    """The present time as ``created_at`` wants it."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def has_manifest(directory: Path) -> bool:
+    """Whether there is a ``metadata.json`` of ours, of any version and in any state; not somebody else's."""
+    path = directory / layout.METADATA_FILE
+    if not path.exists():
+        return False
+    try:
+        return _is_ours(read_json(path))
+    except CorruptCheckpointError:
+        return True
+
+
+def read_metadata(directory: Path) -> CheckpointMetadata:
+    """Read and validate ``metadata.json`` of a checkpoint directory.
+
+    Raises:
+        CheckpointNotFoundError: there is none.
+        CorruptCheckpointError: it is not what ``to_json`` writes.
+        UnsupportedFormatError: another kind of file of that name, or of a newer version.
+    """
+    path = directory / layout.METADATA_FILE
+    data, content = _read(path)
+    if not _is_ours(content):
+        raise UnsupportedFormatError(path, "is not a checkpoint manifest of Shardsmith")
+    found = content["schema_version"]
+    if type(found) is not int or not 1 <= found <= SCHEMA_VERSION:
+        raise UnsupportedFormatError(path, f"has schema version {found!r}; this version reads 1 to {SCHEMA_VERSION}")
+    require_seal(path, data, content)
+    try:
+        return _parse(content)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptCheckpointError(path, f"is damaged: {type(error).__name__}: {error}") from error
+
+
+def _is_ours(content: Mapping[str, Any]) -> bool:
+    return content.get("checkpoint_type") == CHECKPOINT_TYPE and "schema_version" in content
+
+
+def read_json(path: Path, *, sealed: bool = False) -> dict[str, Any]:
+    """Read a JSON object from a regular file.
+
+    Args:
+        sealed: It may have its own hash in it, which is compared and left out of the result.
+
+    Raises:
+        CheckpointNotFoundError: no such file.
+        CorruptCheckpointError: not a regular file, larger than 1 GiB, no JSON object, or changed since it was written.
+    """
+    data, content = _read(path)
+    if sealed:
+        require_seal(path, data, content)
+    return content
+
+
+def _read(path: Path) -> tuple[bytes, dict[str, Any]]:
+    """The bytes and the object of a JSON file."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise CheckpointNotFoundError(path, "does not exist") from error
+    if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_BYTES:
+        raise CorruptCheckpointError(
+            path, f"is not a JSON file: {stat.filemode(status.st_mode)} {status.st_size} bytes"
+        )
+    try:
+        data = path.read_bytes()
+        content = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise CorruptCheckpointError(path, f"is not JSON: {error}") from error
+    except OSError as error:
+        raise CheckpointError(path, f"cannot be read: {error.strerror}") from error
+    if not isinstance(content, dict):
+        raise CorruptCheckpointError(path, f"holds a JSON {type(content).__name__}, expected an object")
+    return data, content
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``bfloat16`` for ``torch.bfloat16``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _parse(content: Mapping[str, Any]) -> CheckpointMetadata:
+    schema = content["schema_version"]
+    content = {name: value for name, value in content.items() if name not in ("checkpoint_type", "schema_version")}
+    require_fields(content if schema > 1 else _as_of_version_2(content), CheckpointMetadata)
+    models = tuple(typed(name, str) for name in typed(content["models"], list))
+    if set(models) != set(typed(content["counts"], dict)):
+        raise ValueError(f"counts of {sorted(content['counts'])}, but the models are {sorted(models)}")
+    return CheckpointMetadata(
+        attempt=typed(content["attempt"], str),
+        step=count(content["step"]),
+        created_at=typed(content["created_at"], str),
+        models=models,
+        counts={name: _model_record(record) for name, record in content["counts"].items()},
+        ema=_average(content["ema"]),
+        tied=texts(content["tied"]),
+        world_size=count(content["world_size"]),
+        mesh=typed_or_none(content["mesh"], dict),
+        files={name: file_record(record) for name, record in typed(content["files"], dict).items()},
+        tensors={name: tensor_record(record) for name, record in typed(content["tensors"], dict).items()},
+        libraries=texts(content["libraries"]),
+        initial=InitialRecord.parse(content["initial"]) if schema > 1 else None,
+    )
+
+
+def _average(facts: Any) -> dict[str, Any] | None:
+    found: dict[str, Any] | None = typed_or_none(facts, dict)
+    decay = (found or {}).get("decay")
+    if decay is not None and (type(decay) not in (int, float) or not 0 <= decay <= 1):
+        raise ValueError(f"the average's decay is {reprlib.repr(decay)}, expected a number from 0 to 1")
+    return found
+
+
+def _as_of_version_2(content: Mapping[str, Any]) -> dict[str, Any]:
+    if "initial" in content:
+        raise ValueError("version 1 has no field 'initial'")
+    return {**content, "initial": None}
+
+
+def file_record(record: Any) -> FileRecord:
+    """From JSON. Raises KeyError, TypeError or ValueError if it is none."""
+    require_fields(record, FileRecord)
+    return FileRecord(size=count(record["size"]), xxh3_128=digest_text(record["xxh3_128"]))
+
+
+def tensor_record(record: Any) -> TensorRecord:
+    """From JSON. Raises KeyError, TypeError or ValueError if it is none."""
+    require_fields(record, TensorRecord)
+    return TensorRecord(
+        shape=shape(record["shape"]), dtype=known_dtype(record["dtype"]), digest=digest_text(record["digest"])
+    )
+
+
+def _model_record(record: Any) -> ModelRecord:
+    require_fields(record, ModelRecord)
+    return ModelRecord(
+        tensors=count(record["tensors"]), elements=count(record["elements"]), dtypes=counts(record["dtypes"])
+    )
+
+
+def _libraries() -> dict[str, str]:
+    return {"shardsmith": version("shardsmith"), "torch": version("torch"), "python": platform.python_version()}

@@ -1,0 +1,50 @@
+"""The folders of a trainer's run with our directory in them: which is the one to resume from."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from pathlib import Path
+
+from shardsmith.errors import CheckpointError
+from shardsmith.ground.ranks import Ranks
+from shardsmith.manifest.companion import find_folder_damage, is_complete, read_folder_record
+
+log = logging.getLogger(__name__)
+
+
+def last_checkpoint(parent: str | Path, *, verify: bool = False) -> str | None:
+    """The folder of the latest step in ``parent`` that trainer and hooks have both completed, or None without any.
+
+        trainer.train(resume_from_checkpoint=last_checkpoint("out"))
+
+    ``resume_from_checkpoint=True`` takes the newest folder there is, also one that was half-written when the run was
+    killed. All ranks call it; communicates where ``torch.distributed`` is initialised.
+
+    Args:
+        verify: Also read all files and compare their hashes, divided among the ranks; otherwise only their sizes.
+    """
+    ranks = Ranks()
+    part, parts = ranks.rank, ranks.size
+
+    def find_damage(folder: Path) -> bool:
+        found = find_folder_damage(folder, contents=verify, part=part, parts=parts)
+        if found:
+            log.warning("%s is passed over: %s", folder, "; ".join(found))
+        return bool(found)
+
+    for folder in map(Path, ranks.lead("looking for checkpoints", lambda: _newest_first(Path(parent)))):
+        if not ranks.agree(f"looking at {folder.name}", functools.partial(find_damage, folder), any):
+            return str(folder)
+    return None
+
+
+def _newest_first(parent: Path) -> list[str]:
+    found = []
+    for folder in parent.glob("*"):
+        try:
+            if is_complete(folder):
+                found.append((read_folder_record(folder).step, str(folder)))
+        except CheckpointError as error:
+            log.warning("%s is passed over: %s", folder, error)
+    return [folder for _, folder in sorted(found, reverse=True)]

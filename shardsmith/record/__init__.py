@@ -1,1 +1,0 @@
-"""What we say of checkpoints and folders that somebody else wrote."""

@@ -1,0 +1,79 @@
+"""The share of one rank in an export of live weights: what it holds, what it is to write, and a staged copy of that."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from shardsmith.sharding.local_boxes import local_boxes
+from shardsmith.tensors.device_copy import copy_to_host
+from shardsmith.tensors.tensors import Chunk, Shape, TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class LiveBox:
+    """A box of a global tensor, with this rank's values."""
+
+    name: str
+    shape: Shape
+    """That of the tensor, or one of more dimensions with the same elements in the same row-major order."""
+    box: Chunk
+    """In a tensor of this shape."""
+    values: Tensor
+    """Shape ``box.sizes``; live memory on the model's device, or staged on the CPU."""
+
+
+def held_boxes(tensors: Mapping[str, Tensor]) -> list[LiveBox]:
+    """All that this rank holds, in the order of the tensors. No communication; shares memory."""
+    return [
+        LiveBox(name, tuple(tensor.shape), box, values)
+        for name, tensor in tensors.items()
+        for box, values in local_boxes(tensor)
+    ]
+
+
+class StagingBuffer:
+    """Memory on the CPU that stagings use again and again. Grows to the largest that it was needed for."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8, device="cpu")
+
+    def stage(self, boxes: Sequence[LiveBox], specs: Mapping[str, TensorSpec]) -> list[LiveBox]:
+        """A copy of the boxes, cast to the dtypes of ``specs``. No communication.
+
+        From an accelerator through a window there, into pinned memory; only the host waits. The copies are valid until
+        the next call.
+        """
+        copies = self.copy([box.values for box in boxes], [specs[box.name].dtype for box in boxes])
+        return [replace(box, values=copy) for box, copy in zip(boxes, copies, strict=True)]
+
+    def copy(self, tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+        """As ``stage``, of tensors and the dtypes that they are to have."""
+        ends = [0]
+        for tensor, dtype in zip(tensors, dtypes, strict=True):  # each begins at a cache line, aligned for any dtype
+            ends.append(ends[-1] + -(-tensor.numel() * dtype.itemsize // 64) * 64)
+        self._reserve(ends[-1], pinned=any(tensor.device.type != "cpu" for tensor in tensors))
+        copies = [
+            self._memory[begin : begin + tensor.numel() * dtype.itemsize].view(dtype).view(tensor.shape)
+            for tensor, dtype, begin in zip(tensors, dtypes, ends, strict=False)
+        ]
+        _copy(tensors, copies)
+        return copies
+
+    def _reserve(self, nbytes: int, pinned: bool) -> None:
+        """Pinned only for copies from an accelerator: a run on the CPU would take a context there by it."""
+        if len(self._memory) < nbytes:
+            self._memory = torch.empty(0, dtype=torch.uint8, device="cpu")  # let go of the old one first
+            self._memory = torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned, device="cpu")
+
+
+@torch.no_grad()
+def _copy(tensors: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
+    pairs = list(zip(tensors, copies, strict=True))
+    if here := [pair for pair in pairs if pair[0].device.type == "cpu"]:
+        torch._foreach_copy_([copy for _, copy in here], [tensor for tensor, _ in here])
+    on_device = [pair for pair in pairs if pair[0].device.type != "cpu"]
+    copy_to_host([tensor for tensor, _ in on_device], [copy for _, copy in on_device])

@@ -1,0 +1,196 @@
+"""Which keys of a DCP directory are a model's weights, and what the model calls them.
+
+    layers.0.w                       flat: TorchTitan >= 0.2, and ours
+    model.layers.0.w                 nested under "model": torch's tutorials, accelerate, older TorchTitan, flame
+    app.model.layers.0.w             nested deeper: torch's AppState example
+    ema_model.layers.0.w             our average
+    ema.state.layers.0.w.ema_params  TorchTitan's average; also with the name of one of several: .ema_params.0.999
+    model_ema.layers.0.w             anybody's average: a dict that is called one and holds the model's names
+
+A name that begins with ``model.`` may be either of the first two, so the names alone don't decide: DCP's index keeps
+the path of every key in the dict that was saved, and that does.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+
+from shardsmith.ground import layout
+
+MAIN = "main"
+EMA = "ema"
+
+NOT_A_MODEL = frozenset(
+    [
+        "optimizer",
+        "optim",
+        "lr_scheduler",
+        "scheduler",
+        "dataloader",
+        "data_status",
+        "train_state",
+        "rng",
+        "ema",
+        "ema_model",
+        "ema_optimizer",
+        "ema_state",
+    ]
+)
+"""First path elements of what is saved beside a model."""
+
+_TITAN_EMA = re.compile(r"(ema|ema_optimizer)\.state\.(?P<fqn>.+?)\.ema_params(\.(?P<average>.+))?")
+_AVERAGE_WORD = re.compile(r"(^|_)(ema|ewma|avg|average|averaged|swa|polyak|shadow)($|_)", re.IGNORECASE)
+_MAX_DEPTH = 3
+"""Path elements in front of an average's names, at most: ``callbacks.ema.module``."""
+_NEVER_AVERAGES = frozenset({"optimizer", "optim", "lr_scheduler", "scheduler", "dataloader", "data_status", "rng"})
+
+KeyPath = tuple[str | int, ...]
+
+
+def find_models(
+    keys: Iterable[str], paths: Mapping[str, KeyPath], average: str | None = None
+) -> dict[str, dict[str, str]]:
+    """Find the models among the tensors of a checkpoint: model name -> FQN -> key. One without tensors is left out.
+
+    Args:
+        keys: Keys of tensors, in order.
+        paths: Key -> path in the nested dict that was saved; a missing one means the dict was flat.
+        average: Which one, where there are several: one of ``find_averages``, or the name of any dict that holds
+            tensors under the model's names. None takes the first.
+    """
+    keys = list(keys)
+    main, known = _main(keys, paths), _known_averages(keys)
+    copies = _copies(_without(keys, known, paths), main, lambda dicts: _is_average(dicts) or ".".join(dicts) == average)
+    names = _average(known, copies, average)
+    beside = {key for found in (*known.values(), *copies.values()) for key in found.values()}
+    roots = {_root(name) for name in copies if _is_average([_root(name)])}
+    models = {
+        MAIN: {fqn: key for fqn, key in main.items() if key not in beside and _root(fqn) not in roots},
+        EMA: names,
+    }
+    return {name: found for name, found in models.items() if found}
+
+
+def find_averages(keys: Iterable[str], paths: Mapping[str, KeyPath]) -> list[str]:
+    """Name a checkpoint's averages, where they have names, in order.
+
+    The name of one of TorchTitan's several is its own (``0.999``); of one that lies in a dict of its own the path of
+    that dict (``model_ema``, ``ema.module``). Our own has none.
+    """
+    keys = list(keys)
+    known = _known_averages(keys)
+    copies = _copies(_without(keys, known, paths), _main(keys, paths), _is_average)
+    return [name for name in (*known, *copies) if name]
+
+
+def find_twins(keys: Iterable[str], paths: Mapping[str, KeyPath]) -> list[str]:
+    """Name the dicts beside the model that hold tensors under its names and are not called an average: a teacher."""
+    keys = list(keys)
+    main, known = _main(keys, paths), _known_averages(keys)
+    of_main = set(main.values())
+    beside = {key: path for key, path in _without(keys, known, paths).items() if key not in of_main}
+    return list(_copies(beside, main, lambda dicts: not _is_average(dicts)))
+
+
+def _main(keys: list[str], paths: Mapping[str, KeyPath]) -> dict[str, str]:
+    """FQN -> key of all that is not known to lie beside the model; averages in the model's own dict included."""
+    paths_of = {key: paths.get(key, (key,)) for key in keys}
+    nested = any(_model_depth(path) is not None for path in paths_of.values())
+    named = {key: _nested_fqn(path) if nested else _flat_fqn(key) for key, path in paths_of.items()}
+    return {fqn: key for key, fqn in named.items() if fqn is not None}
+
+
+def _known_averages(keys: list[str]) -> dict[str, dict[str, str]]:
+    """Ours and TorchTitan's: name, "" where it has none -> FQN -> key."""
+    found: dict[str, dict[str, str]] = {}
+    wrapped = f"{layout.EMA_PREFIX}n_averaged" in keys  # torch's AveragedModel, which has its model in "module"
+    for key in keys:
+        if key.startswith(layout.EMA_PREFIX) and not wrapped:
+            found.setdefault("", {})[key.removeprefix(layout.EMA_PREFIX)] = key
+        elif match := _TITAN_EMA.fullmatch(key):
+            found.setdefault(match["average"] or "", {})[match["fqn"]] = key
+    return found
+
+
+def _average(
+    known: Mapping[str, dict[str, str]], copies: Mapping[str, dict[str, str]], wanted: str | None
+) -> dict[str, str]:
+    """FQN -> key of one average: the wanted one, else ours or TorchTitan's first, else the first that there is."""
+    if wanted is None and not known:
+        return next(iter(copies.values()), {})
+    if wanted is not None and wanted not in known:
+        return copies.get(wanted, {})
+    chosen = wanted or next(filter(None, known), "")
+    return {**known.get("", {}), **known.get(chosen, {})}  # TorchTitan's nameless values belong to each of its averages
+
+
+def _without(keys: list[str], known: Mapping[str, dict[str, str]], paths: Mapping[str, KeyPath]) -> dict[str, KeyPath]:
+    taken = {key for names in known.values() for key in names.values()}
+    return {key: paths.get(key, (key,)) for key in keys if key not in taken}
+
+
+def _copies(
+    paths: Mapping[str, KeyPath], main: Mapping[str, str], is_wanted: Callable[[list[str]], bool]
+) -> dict[str, dict[str, str]]:
+    """Path of each wanted dict that holds tensors under the model's names -> FQN -> key."""
+    fqns = _FqnFinder({fqn: key for fqn, key in main.items() if not _is_average([_root(fqn)])})
+    of_main = {key: fqn for fqn, key in main.items()}
+    groups: dict[str, dict[str, str]] = {}
+    for key, path in paths.items():
+        segments = (of_main.get(key) or ".".join(map(str, path))).split(".")
+        if segments[0] in _NEVER_AVERAGES:
+            continue
+        for depth in range(1, min(_MAX_DEPTH, len(segments) - 1) + 1):
+            prefix = ".".join(segments[:depth])
+            fqn = fqns.find(".".join(segments[depth:]), prefix) if is_wanted(segments[:depth]) else None
+            if fqn is not None:
+                groups.setdefault(prefix, {})[fqn] = key
+                break
+    return groups
+
+
+def _is_average(dicts: list[str]) -> bool:
+    return any(map(_AVERAGE_WORD.search, dicts))
+
+
+class _FqnFinder:
+    """The model's FQN of a name that an average has: the same, without the attribute that the model is in, or
+    without dots (what is registered as a buffer cannot have any)."""
+
+    def __init__(self, main: Mapping[str, str]) -> None:
+        self._main = main
+        inner = [(fqn.split(".", 1)[1], fqn) for fqn in main if "." in fqn]
+        counts = Counter(name for name, _ in inner)
+        self._inner = {name: fqn for name, fqn in inner if counts[name] == 1}
+        self._plain = {fqn.replace(".", ""): fqn for fqn in [*self._inner.values(), *main]}
+        self._plain |= {name.replace(".", ""): fqn for name, fqn in self._inner.items()}
+
+    def find(self, name: str, prefix: str) -> str | None:
+        """Return None for a name that the model lacks. ``prefix`` stood in front of it: no tensor averages itself."""
+        found = name if name in self._main else self._inner.get(name)
+        if found is None and "." not in name:
+            found = self._plain.get(name)
+        return None if found is None or found == f"{prefix}.{name}" or found.startswith(f"{prefix}.") else found
+
+
+def _root(name: str) -> str:
+    return name.split(".", 1)[0]
+
+
+def _flat_fqn(key: str) -> str | None:
+    return None if _root(key) in NOT_A_MODEL else key
+
+
+def _nested_fqn(path: KeyPath) -> str | None:
+    depth = _model_depth(path)
+    return None if depth is None else ".".join(map(str, path[depth:]))
+
+
+def _model_depth(path: KeyPath) -> int | None:
+    """How many elements of the path lead to a dict that was saved under the name ``model``."""
+    containers = path[:-1]
+    if not containers or containers[0] in NOT_A_MODEL or "model" not in containers:
+        return None
+    return containers.index("model") + 1

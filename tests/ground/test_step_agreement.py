@@ -1,0 +1,76 @@
+"""Ranks that are far apart act after the same step."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from shardsmith.ground.step_agreement import StepAgreement
+from tests.ranks import run_on_ranks
+
+
+def test_all_ranks_have_what_any_told_after_the_same_step_whatever_their_pace(tmp_path: Path) -> None:
+    run_on_ranks(run_apart, 3, tmp_path)
+
+
+def run_apart() -> None:
+    rank = dist.get_rank()
+    agreement = StepAgreement()
+    found: list[tuple[int, Any]] = []
+    step = 0
+    for word in range(3):
+        if rank == word:  # another one each time, and the others do not wait for it, nor does it for them
+            threading.Thread(target=agreement.tell, args=([word],)).start()
+        while len(found) <= word:
+            step += 1
+            found += [(step, notice) for notice in agreement.due(step)]
+            sum(range(10_000 * (1 + rank)))  # steps take up to three times as long on one rank as on another
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, found)
+    assert everywhere == [everywhere[0]] * 3
+    assert [notice for _, notice in found] == [[0], [1], [2]]
+    agreement.close()
+
+
+def test_what_is_told_before_a_step_ends_is_due_after_it_if_no_rank_has_finished_it(tmp_path: Path) -> None:
+    run_on_ranks(run_at_once, 2, tmp_path)
+
+
+def run_at_once() -> None:
+    agreement = StepAgreement()
+    assert agreement.due(6) == []
+    dist.barrier()
+    if dist.get_rank() == 1:
+        agreement.tell(["one"])
+        agreement.tell(["one"])
+        assert agreement.due(7) == [["one"]]
+    dist.barrier()
+    if dist.get_rank() == 0:
+        assert agreement.due(7) == [["one"]]
+    dist.barrier()
+    agreement.close()
+
+
+def test_a_rank_that_has_closed_holds_up_nobody(tmp_path: Path) -> None:
+    run_on_ranks(run_closed, 2, tmp_path)
+
+
+def run_closed() -> None:
+    agreement = StepAgreement()
+    if dist.get_rank() == 0:
+        agreement.close()
+    dist.barrier()
+    agreement.tell([dist.get_rank()])
+    assert agreement.due(1) == [[dist.get_rank()]]  # each for itself
+    agreement.close()
+
+
+def test_one_rank_has_everything_at_once() -> None:
+    agreement = StepAgreement()
+    agreement.tell("a")
+    assert agreement.due(1) == ["a"]
+    assert agreement.due(2) == []
+    agreement.close()
