@@ -365,7 +365,8 @@ def test_of_two_watchers_one_exports_each_step_and_the_other_goes_on(place: Plac
 def run_with_signals(_: int, place: Place, which: signal.Signals, complete: dict[str, object], report: Path) -> None:
     """Watch in a child that gets the signal at its first step on disk, its second, ...; then again without one."""
     options = ("--quiet", "--ema_as", "directory")
-    Place(place.base.parent / "none", place.base, place.output).run(*options)  # imports everything
+    place.run(*options)  # imports everything, for all the children
+    shutil.rmtree(place.output)
     exits = []
     for number in itertools.count(1):
         if (child := os.fork()) == 0:

@@ -17,6 +17,7 @@ SCRIPT = Path(__file__).with_name("two_hosts_run.py")
 
 @pytest.mark.long
 def test_a_host_that_dies_while_it_writes_leaves_nothing_torn_and_the_next_run_goes_on(tmp_path: Path) -> None:
+    expected = {"steps": {8, 10}, "slices": {2, 4, 6, 8, 10}, "files": {2, 4, 6, 8, 10}}
     # the first host has rank 0 and the job's store
     for dying, kind, step, unplugged in ((1, "steps", 4, False), (0, "slices", 6, False), (1, "files", 8, True)):
         with two_hosts() as hosts:
@@ -24,11 +25,13 @@ def test_a_host_that_dies_while_it_writes_leaves_nothing_torn_and_the_next_run_g
         assert error.startswith("RankTimeoutError: ")
         assert f"no word from rank {dying} " in error
         assert step not in whole_steps(tmp_path / kind)
+        if max(whole_steps(tmp_path / "steps")) > step:  # the host went so late that the run does not come back here
+            expected[kind] -= {step}
     with two_hosts() as hosts:
         for host in hosts:
             host.start(hosts[0], SCRIPT, str(tmp_path), "10")
         assert [host.wait(120) for host in hosts] == [0, 0]
-    for kind, steps in {"steps": {8, 10}, "slices": {2, 4, 6, 8, 10}, "files": {2, 4, 6, 8, 10}}.items():
+    for kind, steps in expected.items():
         assert whole_steps(tmp_path / kind) == steps
         assert not [path.name for path in (tmp_path / kind).iterdir() if parse_step(path.name) is None]
 
