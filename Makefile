@@ -32,8 +32,11 @@ $(READY): pyproject.toml setup.cfg
 demo: $(READY)  ## two FSDP2 ranks train and export, are killed, come back and end as Hugging Face directories
 	$(BIN)/python examples/demo.py $(DEMO_ARGS)
 
+# Two processes, each with whole files: what the tests of a file share is made once. One thread of torch each.
+PARALLEL = -n 2 --dist loadfile --no-loadscope-reorder
+
 test: $(READY) $(if $(TEST_ARGS),,$(TITAN_READY))  ## every test; with TEST_ARGS only those of the main environment
-	$(BIN)/python -m pytest $(TEST_ARGS)
+	$(if $(TEST_ARGS),,OMP_NUM_THREADS=1) $(BIN)/python -m pytest $(if $(TEST_ARGS),$(TEST_ARGS),$(PARALLEL))
 	$(if $(TEST_ARGS),,$(MAKE) test-titan)
 
 OLDEST_TESTS ?= tests/hooks/test_save.py tests/hooks/test_base.py tests/checking/test_arguments.py tests/tensors/test_dtypes.py

@@ -16,6 +16,13 @@ settings.register_profile("untimed", deadline=None)  # other work on the machine
 settings.load_profile("untimed")
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and so their children, ignore it
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with long tests first: processes that share the files then end at about the same time."""
+    with_long = {item.path for item in items if item.get_closest_marker("long")}
+    items.sort(key=lambda item: item.path not in with_long)
+
+
 KINDS = (*FROM_TRANSFORMERS, "odd")
 RUNS = {1: KINDS, 2: KINDS, 4: ("odd",)}
 
