@@ -49,6 +49,8 @@ if TYPE_CHECKING:
     from shardsmith.name_maps import Joined, NameMap, Slice
     from shardsmith.name_maps.restored import RestoredModel
     from shardsmith.name_maps.tracing import trace
+    from shardsmith.overview import RunOverview, inspect_run, newest_step
+    from shardsmith.tensor_listing import ListedTensor, list_tensors
 
 __all__ = [
     "CheckpointError",
@@ -63,6 +65,7 @@ __all__ = [
     "Inspection",
     "Joined",
     "LayoutRule",
+    "ListedTensor",
     "MismatchError",
     "NameMap",
     "OpenedCheckpoint",
@@ -73,6 +76,7 @@ __all__ = [
     "RankTimeoutError",
     "RanksDisagreeError",
     "RestoredModel",
+    "RunOverview",
     "ShardedCheckpointManager",
     "ShardsmithError",
     "Slice",
@@ -89,7 +93,10 @@ __all__ = [
     "detect_checkpoint_format",
     "diagnose_checkpoint",
     "inspect_checkpoint",
+    "inspect_run",
+    "list_tensors",
     "load_initial",
+    "newest_step",
     "open_checkpoint",
     "poison_weights",
     "remove_checkpoint",
@@ -108,10 +115,12 @@ _HOMES = {
     "Inspection": "inspection",
     "Joined": "name_maps",
     "LayoutRule": "hf.layout_rules",
+    "ListedTensor": "tensor_listing",
     "NameMap": "name_maps",
     "OpenedCheckpoint": "formats.opened",
     "Questions": "diagnose.questions",
     "RestoredModel": "name_maps.restored",
+    "RunOverview": "overview",
     "ShardedCheckpointManager": "manager",
     "Slice": "name_maps",
     "Verification": "compare.verification",
@@ -120,7 +129,10 @@ _HOMES = {
     "detect_checkpoint_format": "formats.by_path",
     "diagnose_checkpoint": "diagnose.diagnosis:diagnose",
     "inspect_checkpoint": "inspection",
+    "inspect_run": "overview",
+    "list_tensors": "tensor_listing",
     "load_initial": "load.load",
+    "newest_step": "overview",
     "open_checkpoint": "formats.opened",
     "poison_weights": "load.load",
     "remove_checkpoint": "ground.commit:remove",

@@ -109,10 +109,11 @@ def test_a_missing_file_is_a_problem(
     assert file in capsys.readouterr().out
 
 
-def test_what_is_no_checkpoint_is_a_problem(odd: Trained, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["inspect", str(odd.checkpoint.parent)]) == 1
+def test_what_is_no_checkpoint_is_a_problem(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "notes.txt").write_text("hello")
+    assert main(["inspect", str(tmp_path)]) == 1
     printed = capsys.readouterr().out
-    assert f"a folder of 1 checkpoints; name one of them, such as {odd.checkpoint}" in printed
+    assert "none of its 1 entries is a weights file" in printed
     assert "is no checkpoint that we know" in printed
 
 

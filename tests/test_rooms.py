@@ -20,6 +20,8 @@ ORDER = [
     "formats",
     "hf",
     "inspection",
+    "overview",
+    "tensor_listing",
     "compare",
     "conversion",
     "load",

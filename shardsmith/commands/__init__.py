@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from shardsmith.commands.clean import clean
 from shardsmith.commands.detect import detect
 from shardsmith.commands.diagnose import diagnose
 from shardsmith.commands.inspect import inspect
@@ -20,4 +21,5 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "detect": detect,
     "diagnose": diagnose,
     "verify": verify,
+    "clean": clean,
 }

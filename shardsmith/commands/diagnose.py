@@ -7,7 +7,7 @@ from typing import Literal
 
 import tyro
 
-from shardsmith.commands.options import Imports, NameArguments, import_modules
+from shardsmith.commands.options import Imports, NameArguments, checkpoint_of, import_modules
 
 
 def diagnose(
@@ -15,6 +15,7 @@ def diagnose(
     base_model: str,
     naming: tyro.conf.OmitArgPrefixes[NameArguments],
     level: Literal["structure", "values", "model", "all"] = "all",
+    step: int | None = None,
     config: Path | None = None,
     tokenizer: Path | None = None,
     training_config: Path | None = None,
@@ -39,11 +40,13 @@ def diagnose(
     Example: shardsmith diagnose --checkpoint outputs/checkpoint/step-0 --base-model assets/OLMo-2-1124-7B
 
     Args:
-        checkpoint: DCP directory (ours, TorchTitan's, plain dcp.save), Hugging Face directory or safetensors file.
+        checkpoint: DCP directory (ours, TorchTitan's, plain dcp.save), Hugging Face directory or safetensors file. Of a
+            run's folder, its newest complete step.
         base_model: Local directory of the model that it should hold, or the name of one in the Hugging Face cache.
         naming: How tensors correspond.
         level: "structure": names, shapes, counts, from the indexes alone; part of every level. "values": every tensor,
             streamed. "model": config, tokenizer, buffers, and the logits of both, which needs memory for two models.
+        step: Of a run's folder: this step.
         config: config.json that the trainer builds its model from, or the directory it is in.
         tokenizer: Directory of the tokenizer that the trainer uses.
         training_config: The trainer's settings, TOML or JSON: what it loads, and with which model and tokenizer.
@@ -70,6 +73,7 @@ def diagnose(
     from shardsmith.hf.hf_directory import protect
 
     import_modules(imports)
+    checkpoint = checkpoint_of(checkpoint, step)
     questions = Questions(
         level=level,
         names=naming.name_map,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,6 +140,29 @@ class ExportArguments(NameArguments):
             names=self.name_map,
             rules=self.layout_rules,
         )
+
+
+def checkpoint_of(path: Path, step: int | None) -> Path:
+    """Return the checkpoint that is meant: the path, or of a run's folder its newest complete step or a given one.
+
+    Says on stderr which one was taken.
+
+    Raises:
+        UsageError: a step is asked for, but the path is no folder of a run.
+        CheckpointNotFoundError: the run has no such step, or none that is complete.
+    """
+    from shardsmith.errors import UsageError
+    from shardsmith.ground.torchrun.process import is_other_rank
+    from shardsmith.overview import is_run, newest_step
+
+    if not is_run(path):
+        if step is not None:
+            raise UsageError(f"--step needs the folder of a run; {path} is none")
+        return path
+    found = newest_step(path, step)
+    if not is_other_rank():
+        print(f"{path} is the folder of a run; its checkpoint {found} is taken", file=sys.stderr)
+    return found
 
 
 def import_modules(names: Sequence[str]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import tyro
 
-from shardsmith.commands.options import ExportArguments
+from shardsmith.commands.options import ExportArguments, checkpoint_of
 
 
 def to_hf(
@@ -15,6 +15,7 @@ def to_hf(
     base_model: Path,
     export: tyro.conf.OmitArgPrefixes[ExportArguments],
     output_dir: Path | None = None,
+    step: int | None = None,
     dry_run: bool = False,
     quiet: bool = False,
     json: bool = False,
@@ -31,12 +32,13 @@ def to_hf(
     Args:
         checkpoint: Anything that "shardsmith detect" knows: a DCP directory (ours, TorchTitan's, plain dcp.save),
             a step of Trainer, accelerate, BAGEL or its sharded fork, a Hugging Face directory, a safetensors or torch
-            file.
+            file. Of a run's folder, its newest complete step.
         base_model: Local directory with config.json, tokenizer and so on.
             If it has weights, the written ones must have the same names and shapes.
         export: How to write the directory.
         output_dir: The directory to make. It must not exist.
             Default: for out/checkpoint-500 it is out-hf/checkpoint-500, where no trainer looks for its own checkpoints.
+        step: Of a run's folder: this step.
         dry_run: Print what would be done, and write nothing.
         quiet: No progress bar and no summary.
         json: Print the plan or the checks as JSON on one line.
@@ -51,6 +53,7 @@ def to_hf(
     from shardsmith.ground.threads import threads_per_process
 
     options = export.options()
+    checkpoint = checkpoint_of(checkpoint, step)
     output_dir = output_dir or default_output(checkpoint)
 
     def make_plans() -> list[ExportPlan]:

@@ -262,9 +262,10 @@ def test_a_model_that_the_checkpoint_lacks_is_refused(
     assert_refused(place, capsys, CheckpointNotFoundError, says, checkpoint=odd.plain["flat"], options=options)
 
 
-def test_a_run_directory_is_refused_with_the_step_to_take(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
-    says = f"name one of them, such as {place.checkpoint}"
-    assert_refused(place, capsys, CheckpointNotFoundError, says, checkpoint=place.checkpoint.parent)
+def test_a_step_that_a_run_does_not_have_is_refused(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    says = "holds no complete checkpoint of a step 7; steps: 3"
+    run = place.checkpoint.parent
+    assert_refused(place, capsys, CheckpointNotFoundError, says, checkpoint=run, options=("--step", "7"))
 
 
 NO_CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {

@@ -1,0 +1,122 @@
+"""How ``inspect`` prints the steps of a run and the tensors of a checkpoint: tables, JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+from collections import Counter
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+from rich.text import Text
+
+from shardsmith.ground.console import new_console
+from shardsmith.ground.printable import printable
+from shardsmith.ground.sizes import size_text
+
+if TYPE_CHECKING:
+    from shardsmith.overview import RunOverview, StepSummary
+    from shardsmith.tensor_listing import ListedTensor, Statistics
+
+_UNITS = ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"))
+
+
+def print_overview(overview: RunOverview, *, as_json: bool) -> None:
+    """A row for each step, then what is wrong, what may be deleted, and what all of it takes."""
+    if as_json:
+        print(json.dumps(dataclasses.asdict(overview)))
+        return
+    console = new_console()
+    console.print(printable(overview.path))
+    table = Table("step", "checkpoint", "size", "models", "ranks", "age", "exports", "size", "health")
+    for step, group in groupby(overview.steps, key=lambda one: one.step):
+        table.add_row(str(step), *_row(list(group), verified=overview.verified))
+    console.print(table)
+    for problem in overview.problems:
+        console.print(Text.assemble(("problem", "red"), " ", "\n".join(map(printable, problem.split("\n")))))
+    for leftover in overview.leftovers:
+        text = {"unfinished": "left over", "damaged": "set aside as damaged", "superseded": "set aside"}
+        console.print(f"{text[leftover.kind]}: {printable(leftover.path)}, {size_text(leftover.nbytes)}")
+    if overview.leftovers:
+        console.print(f"shardsmith clean {overview.path} shows what can be deleted")
+    console.print(_sum(overview))
+
+
+def _row(found: Sequence[StepSummary], *, verified: bool) -> list[str | Text]:
+    saves = [one for one in found if one.kind == "checkpoint"]
+    exports = [one for one in found if one.kind == "export"]
+    first = (saves or exports)[0]
+    return [
+        ", ".join(_described(saves)),
+        size_text(sum(one.nbytes for one in saves)) if saves else "",
+        " ".join(sorted({model for one in found for model in one.models}, reverse=True)),
+        str(first.world_size or ""),
+        _age(first.saved_at),
+        ", ".join(_described(exports)),
+        size_text(sum(one.nbytes for one in exports)) if exports else "",
+        _health(found, verified=verified),
+    ]
+
+
+def _described(found: Sequence[StepSummary]) -> list[str]:
+    return [
+        f"{printable(one.path)} ({one.format})" if one.kind == "checkpoint" else printable(one.path) for one in found
+    ]
+
+
+def _health(found: Sequence[StepSummary], *, verified: bool) -> Text:
+    if any(one.problems for one in found):
+        return Text("damaged", "red")
+    if not all(one.is_recorded for one in found):
+        return Text("nothing recorded to compare with", "yellow")
+    return Text("every byte verified" if verified else "complete", "green")
+
+
+def _age(saved_at: float) -> str:
+    seconds = max(0.0, datetime.datetime.now().timestamp() - saved_at)
+    for unit, name in _UNITS:
+        if seconds >= 2 * unit:
+            return f"{seconds / unit:.0f} {name}"
+    return f"{seconds:.0f} seconds"
+
+
+def _sum(overview: RunOverview) -> str:
+    kinds = Counter(one.kind for one in overview.steps)
+    sizes = {kind: sum(one.nbytes for one in overview.steps if one.kind == kind) for kind in kinds}
+    counted = [f"{kinds[kind]} {kind}{'s' * (kinds[kind] > 1)}, {size_text(sizes[kind])}" for kind in sorted(kinds)]
+    left = sum(one.nbytes for one in overview.leftovers)
+    counted += [f"left over, {size_text(left)}"] if left else []
+    return f"{'; '.join(counted)}; {size_text(overview.free)} are free"
+
+
+def print_tensors(checkpoint: Path, tensors: Sequence[ListedTensor], *, as_json: bool) -> None:
+    """A row for each tensor."""
+    if as_json:
+        listed = [dataclasses.asdict(tensor) for tensor in tensors]
+        print(json.dumps({"path": str(checkpoint), "tensors": listed}))
+        return
+    console = new_console()
+    console.print(printable(str(checkpoint)))
+    read = any(tensor.statistics for tensor in tensors)
+    extra = ("minimum", "maximum", "mean", "std", "zeros", "not finite") if read else ()
+    table = Table("model", "tensor", "shape", "dtype", "size", *extra)
+    for tensor in tensors:
+        size = size_text(tensor.nbytes) if tensor.tied_to is None else f"is {printable(tensor.tied_to)}"
+        shape = "x".join(map(str, tensor.shape)) or "scalar"
+        values = _values(tensor.statistics) if read else ()
+        table.add_row(tensor.model, printable(tensor.name), shape, tensor.dtype, size, *values)
+    console.print(table)
+    elements = sum(tensor.nbytes for tensor in tensors)
+    console.print(f"{len(tensors)} tensors, {size_text(elements)}")
+
+
+def _values(found: Statistics | None) -> tuple[str | Text, ...]:
+    if found is None:
+        return ("",) * 6
+    numbers = (f"{value:.4g}" for value in (found.minimum, found.maximum, found.mean, found.std))
+    wrong = Text(str(found.not_finite), "red" if found.not_finite else "")
+    return (*numbers, str(found.zeros), wrong)

@@ -1,0 +1,224 @@
+"""A run's folder as data: its steps as checkpoints and exports, whether they are sound, what is left over."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from shardsmith.errors import CheckpointError, CheckpointNotFoundError
+from shardsmith.formats.by_path import HUGGINGFACE, UNKNOWN, detect_checkpoint_format, model_names
+from shardsmith.ground import layout
+from shardsmith.ground.commit import remove, sweep
+from shardsmith.hf.export_files import find_export_damage
+from shardsmith.manifest.checkpoints import find_damage
+from shardsmith.manifest.companion import companion_of, find_folder_damage, is_complete
+from shardsmith.manifest.metadata import read_metadata
+
+_STEP = re.compile(r"(?P<word>step[-_]|checkpoint[-_]|global_step_?|epoch[-_])?(?P<step>[0-9]{1,18})(?:-ema)?")
+"""Names of steps: ours, TorchTitan's, Trainer's, accelerate's, verl's, BAGEL's."""
+_OF_TRAINERS = "trainer_state.json"
+"""In a folder of Trainer that is to be resumed from, beside weights as an export has them."""
+_ASIDE = re.compile(r"\.(?P<target>.+)\.(?P<kind>damaged|superseded)-[0-9a-f]{16}")
+
+
+@dataclass(frozen=True, slots=True)
+class StepSummary:
+    """One directory of a step."""
+
+    step: int
+    path: str
+    """Relative to the run."""
+    kind: Literal["checkpoint", "export"]
+    format: str
+    models: tuple[str, ...]
+    """``main``, ``ema``: whose weights are in it."""
+    nbytes: int
+    """Bytes of all its files."""
+    saved_at: float
+    """Seconds since 1970."""
+    world_size: int | None
+    """Ranks that wrote it, where that is recorded."""
+    is_recorded: bool
+    """Whether sizes and hashes of its files are recorded, so that damage can be found."""
+    problems: tuple[str, ...]
+    """What is wrong, one line each; empty if nothing was found."""
+
+
+@dataclass(frozen=True, slots=True)
+class Leftover:
+    """What an attempt that died, a deletion that was interrupted or a resume has left in the run."""
+
+    path: str
+    """Relative to the run."""
+    kind: Literal["unfinished", "damaged", "superseded"]
+    """``unfinished``: of no use. The others were set aside by a resume and are kept until somebody deletes them."""
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class RunOverview:
+    """What ``inspect`` shows of a run's folder."""
+
+    path: str
+    steps: tuple[StepSummary, ...]
+    """Ascending; of one step, the checkpoint first."""
+    leftovers: tuple[Leftover, ...]
+    verified: bool
+    """Whether every byte was read and compared with a recorded hash."""
+    free: int
+    """Bytes that are free on the file system."""
+
+    @property
+    def problems(self) -> list[str]:
+        """One line for each problem of each step."""
+        return [f"{step.path}: {problem}" for step in self.steps for problem in step.problems]
+
+
+def is_run(path: Path) -> bool:
+    """Return whether a directory is no checkpoint itself, and has steps in it or one level below."""
+    return path.is_dir() and detect_checkpoint_format(path).name == UNKNOWN and any(_steps_of(path))
+
+
+def inspect_run(path: str | Path, *, verify: bool = False) -> RunOverview:
+    """Summarise every step in a run's folder, or one level below it, as in ``run/checkpoints`` and ``run/hf``.
+
+    Args:
+        path: The folder. Links in it are not followed.
+        verify: Also read every byte and compare it with the recorded hashes.
+
+    Raises:
+        CheckpointNotFoundError: there are no steps.
+    """
+    run = Path(path)
+    steps = [_summary(run, step, folder, verify=verify) for step, folder in _steps_of(run)] if run.is_dir() else []
+    if not steps:
+        raise CheckpointNotFoundError(run, "has no steps, such as step-500 or checkpoint-500, in it or one level below")
+    return RunOverview(
+        path=str(run),
+        steps=tuple(sorted(steps, key=lambda one: (one.step, one.kind, one.path))),
+        leftovers=tuple(find_leftovers(run)),
+        verified=verify,
+        free=shutil.disk_usage(run).free,
+    )
+
+
+def newest_step(path: Path, step: int | None = None) -> Path:
+    """Return the checkpoint of a step in a run's folder: the newest that is complete, or the one that is asked for.
+
+    Sizes are compared with what is recorded, contents are not. What is half-written is passed over. Exports are taken
+    only where there are no checkpoints.
+
+    Raises:
+        CheckpointNotFoundError: there is no such step, or none is complete.
+    """
+    found: dict[tuple[bool, int], Path] = {}
+    refused: dict[int, str] = {}
+    for number, folder in _steps_of(path):
+        if step in (None, number):
+            summary = _summary(path, number, folder, verify=False)
+            if not summary.models or summary.problems:
+                refused[number] = (*summary.problems, f"{summary.format}, which has no weights that can be read")[0]
+            else:
+                found[summary.kind == "checkpoint", number] = folder
+    if found:
+        return found[max(found)]
+    asked = "" if step is None else f" {step}"
+    reasons = "".join(f"\n  step {number}: {reason}" for number, reason in sorted(refused.items()))
+    there = ", ".join(str(number) for number in sorted({number for number, _ in _steps_of(path)})) or "none"
+    raise CheckpointNotFoundError(path, f"holds no complete checkpoint of a step{asked}; steps: {there}{reasons}")
+
+
+def find_leftovers(run: Path) -> Iterator[Leftover]:
+    """What may be deleted of a run without loss of a step. Reads names and sizes only."""
+    for parent in _parents(run):
+        for entry in sorted(parent.iterdir()):
+            aside = _ASIDE.fullmatch(entry.name)
+            if entry.is_symlink() or not entry.is_dir() or not (aside or layout.is_leftover(entry.name)):
+                continue
+            kind = aside["kind"] if aside else "unfinished"
+            yield Leftover(str(entry.relative_to(run)), kind, _bytes_in(entry))  # type: ignore[arg-type]
+
+
+def remove_leftovers(run: Path, leftovers: Iterable[Leftover]) -> list[Leftover]:
+    """Delete leftovers, but for those that a process which is alive still writes or deletes; what was deleted.
+
+    Raises:
+        WriteError: the file system does not let them be deleted.
+    """
+    gone = []
+    for leftover in leftovers:
+        path = run / leftover.path
+        if leftover.kind == "unfinished":
+            sweep(path.parent)
+        else:
+            remove(path)
+        if not path.exists():
+            gone.append(leftover)
+    return gone
+
+
+def _summary(run: Path, step: int, folder: Path, *, verify: bool) -> StepSummary:
+    found = detect_checkpoint_format(folder)
+    is_export = (folder / layout.PROVENANCE_FILE).is_file() or (
+        found.name == HUGGINGFACE and not is_complete(folder) and not (folder / _OF_TRAINERS).is_file()
+    )
+    problems = [f"is no checkpoint that we know: {found.reason}"] if found.name == UNKNOWN else []
+    models: tuple[str, ...] = ()
+    metadata = None
+    try:
+        models = tuple(model_names(folder))
+        if is_complete(folder) or (folder / layout.METADATA_FILE).is_file():
+            metadata = read_metadata(companion_of(folder) if is_complete(folder) else folder)
+    except CheckpointError as error:
+        problems.append(str(error).removeprefix(f"{folder}: "))
+    if metadata is not None:
+        look = find_folder_damage if is_complete(folder) else find_damage
+        problems += look(folder, contents=verify)
+    elif is_export:
+        problems += find_export_damage(folder, contents=verify)
+    return StepSummary(
+        step=step,
+        path=str(folder.relative_to(run)),
+        kind="export" if is_export else "checkpoint",
+        format=found.name,
+        models=models,
+        nbytes=_bytes_in(folder),
+        saved_at=folder.stat().st_mtime,
+        world_size=metadata.world_size if metadata else None,
+        is_recorded=metadata is not None or (folder / layout.PROVENANCE_FILE).is_file(),
+        problems=tuple(problems),
+    )
+
+
+def _steps_of(run: Path) -> Iterator[tuple[int, Path]]:
+    """Directories of steps in a folder and one level below; in any order."""
+    for parent in _parents(run):
+        for entry in parent.iterdir():
+            match = _STEP.fullmatch(entry.name)
+            if match is None or entry.is_symlink() or not entry.is_dir():
+                continue
+            if match["word"] or detect_checkpoint_format(entry).name != UNKNOWN:  # a number may be of anything
+                yield int(match["step"]), entry
+
+
+def _parents(run: Path) -> list[Path]:
+    """The folder and those in it that are no steps."""
+    below = [entry for entry in sorted(run.iterdir()) if entry.is_dir() and not entry.is_symlink()]
+    return [run, *(entry for entry in below if not _STEP.fullmatch(entry.name) and not entry.name.startswith("."))]
+
+
+def _bytes_in(folder: Path) -> int:
+    """Sizes of the files in a folder, as they are listed; what goes meanwhile counts as nothing."""
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += os.lstat(os.path.join(parent, name)).st_size
+            except FileNotFoundError:
+                continue
+    return total
