@@ -124,6 +124,23 @@ def test_a_load_that_is_not_what_was_saved_is_refused(tmp_path: Path, fault: str
         assert error.value.problems == ["norm.weight: has other values"]
 
 
+def test_a_folder_without_an_average_lets_one_start_where_that_is_asked_for(tmp_path: Path) -> None:
+    model, ema, save, folder = make(tmp_path)
+    FolderSave(model, async_mode="disabled").save(STEP, folder)
+    before = {name: value.clone() for name, value in ema.model_state_dict().items()}
+    with pytest.raises(CheckpointNotFoundError, match=r'holds no average.*on_missing="start"'):
+        save.load(folder)
+    assert save.load(folder, on_missing="start") == STEP
+    assert all(torch.equal(value, before[name]) for name, value in ema.model_state_dict().items())
+    hooks = Hooks(ema, save)
+    assert hooks.resume() == STEP
+    with torch.no_grad():
+        model.norm.weight[3] += 1e-6
+    with pytest.raises(MismatchError, match="1 of"):
+        save.load(folder, on_missing="start")  # the weights are compared all the same
+    hooks.close(broken_off=True)
+
+
 def test_a_folder_that_is_written_again_has_no_mark_meanwhile(tmp_path: Path) -> None:
     _, _, save, folder = make(tmp_path)
     save.save(STEP, folder)

@@ -77,6 +77,32 @@ def run_loop(sharding: str, directory: Path, steps: int, load: str | None, name:
         torch.save(truth, directory / name)
 
 
+def run_average_that_starts(directory: Path, is_new: bool) -> None:
+    """A folder of a loop that kept no average, loaded by one that does."""
+    from shardsmith.errors import CheckpointNotFoundError
+    from shardsmith.integrations.accelerate import attach
+
+    accelerator, model, optimizer, loader = prepare("ddp")
+    ema = None if is_new else EMA(model, decay=DECAY)
+    hooks = Hooks(*([ema] if ema else []))
+    attached = attach(accelerator, hooks, on_missing="raise" if is_new else "start")
+    if ema is None:
+        hooks.step(hooks.resume() + 1)
+        accelerator.save_state(str(directory / "state"))
+        hooks.close()
+        return
+    with torch.no_grad():
+        model.module.model.norm.weight.add_(1.0)
+    accelerator.load_state(str(directory / "state"))
+    assert hooks.resume() == 1
+    assert torch.equal(ema.model_state_dict()["model.norm.weight"], model.module.model.norm.weight)
+    attached.remove()
+    attach(accelerator, hooks)
+    with pytest.raises(CheckpointNotFoundError, match=r'"start".* attach\(\.\.\.\) of accelerate'):
+        accelerator.load_state(str(directory / "state"))
+    hooks.close()
+
+
 def run_named_by_accelerate(directory: Path) -> None:
     """One process; accelerate names its folders and keeps two."""
     from accelerate import Accelerator

@@ -10,7 +10,7 @@ import torch
 from shardsmith.commands.options import ExportArguments
 from shardsmith.commands.to_hf import to_hf
 from shardsmith.manifest.companion import find_folder_damage
-from tests.integrations.accelerate_runs import run_loop, run_named_by_accelerate
+from tests.integrations.accelerate_runs import run_average_that_starts, run_loop, run_named_by_accelerate
 from tests.integrations.test_trainer_exports import loaded, make_base
 from tests.integrations.trainer_runs import assert_close, assert_equal, averaged
 from tests.ranks import run_on_ranks
@@ -46,3 +46,8 @@ def test_folders_and_exports_are_what_from_pretrained_loads(tmp_path: Path, shar
 def test_folders_that_accelerate_names_and_deletes_have_ours_in_them_until_it_is_removed(tmp_path: Path) -> None:
     run_on_ranks(run_named_by_accelerate, 1, tmp_path, tmp_path)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["checkpoint_3", "checkpoint_4"]
+
+
+def test_a_loop_without_an_average_gets_one_where_it_goes_on(tmp_path: Path) -> None:
+    for is_new in (True, False):
+        run_on_ranks(run_average_that_starts, 2, tmp_path, tmp_path, is_new)

@@ -46,3 +46,22 @@ def test_a_folder_is_as_trainer_left_it_but_for_our_directory(finished: Finished
     times = [os.stat(finished(case) / "out" / f"checkpoint-{step}").st_mtime_ns for step in (2, 4, 6)]
     assert times == sorted(times)
     assert os.stat(folder).st_mtime_ns < os.stat(folder / "shardsmith").st_mtime_ns
+
+
+def test_a_run_without_an_average_gets_one_where_it_goes_on(tmp_path: Path) -> None:
+    case = Case(sharding="ddp", kind="qwen2", hooks={"ema_decay": None, "export": None, "dtype": None})
+    run(case, tmp_path, name="without.pt")
+    for step in (4, 6):  # of which one has a directory of ours, without an average, and the other has none at all
+        folder = tmp_path / "out" / f"checkpoint-{step}"
+        if step == 6:
+            shutil.rmtree(folder / "shardsmith")
+        with_average = {"export": None, "dtype": None, "on_missing": "start"}
+        arguments = {"max_steps": 8, "output_dir": str(tmp_path / f"on-{step}")}
+        resumed = Case(sharding="ddp", kind="qwen2", hooks=with_average, arguments=arguments)
+        run(resumed, tmp_path, resume=str(folder), name=f"with-{step}.pt")
+        truth = torch.load(tmp_path / f"with-{step}.pt")
+        assert len(truth["history"]) == 8 - step + 1
+        assert_close(truth["ema"], averaged(truth["history"]))
+    refused = Case(sharding="ddp", kind="qwen2", hooks={"export": None, "dtype": None})
+    with pytest.raises(Exception, match=r'holds no average.*on_missing="start", in CheckpointHooks\(\.\.\.\) of the T'):
+        run(refused, tmp_path, resume=str(tmp_path / "out" / "checkpoint-4"), name="none.pt")
