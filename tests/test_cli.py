@@ -182,6 +182,24 @@ def test_a_checkpoint_in_no_folder_needs_an_output(checkpoint: str, capsys: pyte
     assert "--output-dir" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("options", [["s3://bucket/x"], ["--output-dir", "gs://bucket/x"], ["--model=hf://me/x"]])
+def test_a_url_is_refused_by_name_and_no_folder_is_made_of_it(
+    command: str,
+    options: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([command, *options]) == 2
+    error = capsys.readouterr().err
+    assert re.search(
+        r"(path|--output-dir|--(base-)?model)='(s3|gs|hf)://\S+': (s3|gs|hf):// is not supported", error
+    ), error
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_reader_that_has_seen_enough_ends_it_without_a_word() -> None:
     script = f"{sys.executable} -m shardsmith to-hf --help | head -1; echo ${{PIPESTATUS[0]}}"
     ran = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)

@@ -152,6 +152,11 @@ def find_dead(ranks: Sequence[int], store: Any, limit_secs: float = ANSWER_SECS)
     return silent
 
 
+def was_heard_of(rank: int, store: Any) -> bool:
+    """Return whether a rank has called ``answer_from_now_on`` in this job. Any rank, any thread."""
+    return bool(store.add(f"{_PREFIX}/{rank}", 0))
+
+
 class _Answering:
     """The thread of this process."""
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from shardsmith.errors import RanksDisagreeError, RankTimeoutError
+from shardsmith.errors import RanksDisagreeError, RankTimeoutError, UsageError
 from shardsmith.ground.ranks import Ranks
 
 log = logging.getLogger(__name__)
@@ -20,6 +20,10 @@ START_SECS = "SHARDSMITH_START_SECS"
 """Environment variable: how long the ranks of a job may be apart when they make the same object, in seconds."""
 _START_SECS = 30.0
 _WARN_SECS = 3.0
+_HERE = (
+    "Every rank must get here, {what}, at the same point of the program: look for code that runs on one rank only, "
+    "such as `if rank == 0:`."
+)
 
 
 def meet(ranks: Ranks, what: str, facts: Mapping[str, Any]) -> None:
@@ -39,14 +43,12 @@ def meet(ranks: Ranks, what: str, facts: Mapping[str, Any]) -> None:
     """
     if ranks.size == 1:
         return
-    with _short_wait(ranks), _warning(what):
+    limit = _limit_secs(ranks)
+    with _short_wait(ranks, limit), _warning(ranks, what, limit):
         try:
             differences = ranks.agree(what, lambda: dict(facts), _differences)
         except RankTimeoutError as error:
-            error.args = (
-                f"{error}. Every rank must get here, {what}, at the same point of the program: look for code that runs "
-                f"on one rank only, such as `if rank == 0:`. Where a rank may be slower than that, set {START_SECS}",
-            )
+            error.args = (f"{error}. {_HERE.format(what=what)} Where a rank may be slower than that, set {START_SECS}",)
             raise
     if differences:
         lines = "\n  ".join(differences)
@@ -54,9 +56,8 @@ def meet(ranks: Ranks, what: str, facts: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def _short_wait(ranks: Ranks) -> Iterator[None]:
-    usual = ranks.timeout_secs
-    ranks.timeout_secs = min(usual, float(os.environ.get(START_SECS) or max(_START_SECS, _age_secs())))
+def _short_wait(ranks: Ranks, limit_secs: float) -> Iterator[None]:
+    usual, ranks.timeout_secs = ranks.timeout_secs, limit_secs
     try:
         yield
     finally:
@@ -64,16 +65,35 @@ def _short_wait(ranks: Ranks) -> Iterator[None]:
 
 
 @contextmanager
-def _warning(what: str) -> Iterator[None]:
-    """Within it, after some seconds, a warning says what this rank is waiting for."""
-    text = "%s: still waiting for the other ranks; every rank must get to this point"
-    timer = threading.Timer(_WARN_SECS, log.warning, [text, what])
+def _warning(ranks: Ranks, what: str, limit_secs: float) -> Iterator[None]:
+    """Within it, after some seconds, a warning names the ranks that have not come."""
+    timer = threading.Timer(min(_WARN_SECS, limit_secs / 2), _warn, [ranks, what, limit_secs])
     timer.daemon = True
     timer.start()
     try:
         yield
     finally:
         timer.cancel()
+
+
+def _warn(ranks: Ranks, what: str, limit_secs: float) -> None:
+    with suppress(RuntimeError):  # the store is gone; whoever waits is told
+        if missing := ranks.missing():
+            log.warning("%s: %s, for up to %.0f s. %s", what, _absent(missing), limit_secs, _HERE.format(what=what))
+
+
+def _absent(missing: Mapping[int, bool]) -> str:
+    silent = [str(rank) for rank, was_heard_of in missing.items() if not was_heard_of]
+    made_none = f" (no hook that saves or exports was made on rank {_some(silent)} so far)" if silent else ""
+    return f"still waiting for rank {_some([*map(str, missing)])}{made_none}"
+
+
+def _limit_secs(ranks: Ranks) -> float:
+    chosen = os.environ.get(START_SECS)
+    try:
+        return min(ranks.timeout_secs, float(chosen) if chosen else max(_START_SECS, _age_secs()))
+    except ValueError:
+        raise UsageError(f"{START_SECS}={chosen!r} in the environment: a number of seconds is expected") from None
 
 
 def _differences(facts: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -20,7 +20,14 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from shardsmith.errors import RankFailedError, RanksDisagreeError, RankTimeoutError
-from shardsmith.ground.liveness import LOST, SilenceError, answer_from_now_on, await_keys, default_store
+from shardsmith.ground.liveness import (
+    LOST,
+    SilenceError,
+    answer_from_now_on,
+    await_keys,
+    default_store,
+    was_heard_of,
+)
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +70,7 @@ class Ranks:
         self.timeout_secs = timeout_secs
         self._phases = itertools.count()
         self._name = own_name()
+        self._key = ""  # of the exchange that this rank is in, or was in last
         self._answered: list[str] = []
         self._read: list[str] = []  # by every rank, so nobody needs them any more
         self._deleting: threading.Thread | None = None
@@ -128,6 +136,21 @@ class Ranks:
         value: T = outcome.value
         return value
 
+    def missing(self) -> dict[int, bool]:
+        """Return the ranks that have not come to the exchange this rank waits in, and whether each was heard of before.
+
+        From another thread than the one that waits. Communicates through the store, with nobody else.
+
+        Raises:
+            RuntimeError: the store is gone.
+        """
+        store = own_connection()
+        others = [rank for rank in range(1, self.size) if rank != self.rank]
+        missing = [rank for rank in others if not store.check([f"{self._key}/{rank}"])]
+        if not self.is_leader:
+            missing = missing or [0]  # it says nothing before it has heard all others
+        return {rank: was_heard_of(rank, store) for rank in missing}
+
     def _exchange(
         self, phase: str, body: Callable[[], T], decide: Callable[[list[T]], D], large: bool
     ) -> tuple[list[T], D]:
@@ -136,7 +159,7 @@ class Ranks:
             values = [body()]
             return values, decide(values)
         mine, cause = _attempt(phase, body, large=large)
-        key = f"{self._name}/{next(self._phases)}"
+        key = self._key = f"{self._name}/{next(self._phases)}"
         try:
             if self.is_leader:
                 values, verdict, decided = self._judge(key, phase, mine, decide)

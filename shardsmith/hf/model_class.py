@@ -288,10 +288,11 @@ def _all_keys(kind: Any) -> Iterator[tuple[set[str], set[str]]]:
         yield missing, unexpected
         return
 
-    def note(model: Any, info: Any) -> None:
-        missing.update(info.missing_keys)
-        unexpected.update(info.unexpected_keys)
-        adjust(model, info)
+    def note(model: Any, *found: Any) -> Any:
+        names = (found[0].missing_keys, found[0].unexpected_keys) if len(found) == 1 else found  # sets in 5.0
+        missing.update(names[0])
+        unexpected.update(names[1])
+        return adjust(model, *found)
 
     with patch.object(kind, "_adjust_missing_and_unexpected_keys", note):
         yield missing, unexpected

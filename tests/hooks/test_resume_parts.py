@@ -85,18 +85,19 @@ def test_a_decay_can_be_changed_by_name(tmp_path: Path) -> None:
     assert (run.ema.updates, run.ema.decay) == (2, 0.5)
 
 
+@pytest.mark.parametrize("other", [torch.optim.Adagrad, torch.optim.SGD, torch.optim.RMSprop])
 def test_another_optimizer_is_told_how_to_go_on_without_the_old_one(
-    saved: tuple[Path, Run], caplog: pytest.LogCaptureFixture
+    saved: tuple[Path, Run], caplog: pytest.LogCaptureFixture, other: type[torch.optim.Optimizer]
 ) -> None:
     directory, before = saved
     message = r"the optimizer of this run is not the one that was saved.*hooks\.resume\(parts=\('model', 'rng'\)\)"
-    run = Run(directory, optimizer=torch.optim.Adagrad)
+    run = Run(directory, optimizer=other)
     start = run.weight
     with pytest.raises(MismatchError, match=re.compile(message, re.DOTALL)):
         run.hooks.resume()
     assert torch.equal(run.weight, start)
     with caplog.at_level(logging.INFO):
-        assert Run(directory, optimizer=torch.optim.Adagrad).hooks.resume(parts=["model", "rng"]) == 3
+        assert Run(directory, optimizer=other).hooks.resume(parts=["model", "rng"]) == 3
     assert "step-3: model, rng, without optimizer" in caplog.text
     run = Run(directory)
     assert run.hooks.resume(parts=["model"]) == 3

@@ -82,7 +82,7 @@ def run_average_that_starts(directory: Path, is_new: bool) -> None:
     from shardsmith.errors import CheckpointNotFoundError
     from shardsmith.integrations.accelerate import attach
 
-    accelerator, model, optimizer, loader = prepare("ddp")
+    accelerator, model, *_ = prepare("ddp")
     ema = None if is_new else EMA(model, decay=DECAY)
     hooks = Hooks(*([ema] if ema else []))
     attached = attach(accelerator, hooks, on_missing="raise" if is_new else "start")

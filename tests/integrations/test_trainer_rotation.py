@@ -152,6 +152,20 @@ def evaluate_both(trainer: Any, hooks: CheckpointHooks, directory: Path) -> None
         ({"export": every(1), "dtpye": "float32"}, "dtpye: there is no such option; did you mean dtype"),
         ({"dtype": "float32"}, "export= does not say when"),
         ({"ema_options": {"warmup": True}}, "no ema_decay"),
+        (
+            {"export": 500},
+            r"CheckpointHooks: export=500: a Schedule or None is expected; write every\(500\)|write every",
+        ),
+        ({"ema_decay": "0.9"}, "ema_decay='0.9': a number"),
+        (
+            {"ema_decay": 0.9, "ema_options": {"deacy": 0.9}},
+            "ema_options: deacy: there is no such option; did you mean",
+        ),
+        ({"export": every(1), "keep": 3}, r"keep=3: a Retention is expected; write latest\(3\)"),
+        ({"export": every(1), "models": "each"}, "models='each': \"main\" or"),
+        ({"export": every(1), "export_dir": "s3://bucket/hf"}, "s3:// is not supported"),
+        ({"on_missing": "begin"}, 'on_missing=\'begin\': "raise" or "start" is expected'),
+        ({"stop_on": "SIGTERM"}, "write signal.SIGTERM"),
     ],
 )
 def test_what_makes_no_sense_is_refused_at_once(options: dict[str, Any], message: str) -> None:
