@@ -9,6 +9,7 @@ from .ema import EMA
 from .export import HFExport
 from .folder_save import FolderSave
 from .initial_load import InitialLoad
+from .options import ExportFiles, ExportVerification, ExportWeights, ExportWriting, SaveWriting
 from .record import Recorder
 from .retention import Retention, latest, multiples_of
 from .save import ShardedSave
@@ -17,6 +18,10 @@ from .schedule import Schedule, at, every, last
 __all__ = [
     "EMA",
     "Background",
+    "ExportFiles",
+    "ExportVerification",
+    "ExportWeights",
+    "ExportWriting",
     "FolderSave",
     "HFExport",
     "Hook",
@@ -24,6 +29,7 @@ __all__ = [
     "InitialLoad",
     "Recorder",
     "Retention",
+    "SaveWriting",
     "Schedule",
     "ShardedSave",
     "at",

@@ -24,7 +24,7 @@ from shardsmith.tensors.checkpoint_keys import EMA as AVERAGE
 from shardsmith.tensors.fqn import unwrapped
 
 from .ema import EMA
-from .live_state import LiveDirectory
+from .live_directory import LiveDirectory
 from .local_weights import forget_gathered
 
 

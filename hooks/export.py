@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, Unpack
 
-from torch import Tensor, nn
+from torch import nn
 
 from shardsmith.checking.arguments import checked
-from shardsmith.checking.types import Count, Directory, Dtype, LocalPath, Seconds, Size, StepNumber
+from shardsmith.checking.types import Directory, Dtype, StepNumber
 from shardsmith.conversion.model_directory import find_model
 from shardsmith.errors import UsageError
 from shardsmith.export.file_writer import choose_writer
@@ -25,17 +25,18 @@ from shardsmith.ground.ranks import Ranks
 from shardsmith.hf.export_files import find_export_damage
 from shardsmith.hf.hf_directory import protect
 from shardsmith.manifest.checkpoints import committed_steps, set_aside, set_aside_unfinished
-from shardsmith.name_maps.maps import NameMap
 
 from .adapters import AdapterView, view_of
 from .answers import Answers
 from .background import attempted, logged
 from .base import Hook
-from .checkpoint_source import CheckpointSource, Saves, check_source
+from .checkpoint_source import CheckpointSource, check_source
 from .ema import EMA
 from .in_flight import SLOTS, InFlight, Running
+from .live_directory import LiveDirectory, ModelFiles
 from .live_source import Begin, LiveSource
-from .live_state import LiveDirectory, LiveState, ModelFiles
+from .live_state import LiveState
+from .options import ExportFiles, ExportOptions, ExportVerification, ExportWeights, ExportWriting, merge
 from .retention import Retention, steps_to_remove
 from .schedule import Schedule
 from .wiring import Parts, alike
@@ -66,136 +67,99 @@ class HFExport(Hook):
         ema: EMA | None = None,
         models: Literal["main", "ema", "both", "all"] = "all",
         dtype: Dtype = "bfloat16",
-        max_shard_size: Size | None = "5GB",
-        base_model: LocalPath | None = None,
-        processor: object | None = None,
-        ema_as: Literal["file", "directory"] = "file",
-        trust_remote_code: bool = False,
-        names: str | NameMap = "auto",
         keep: Retention | None = None,
-        extra_files: Mapping[str, LocalPath] | None = None,
-        on_exported: Callable[[int, Path], None] | None = None,
-        when_busy: Literal["wait", "skip", "raise"] = "wait",
-        on_error: Literal["raise", "warn"] = "raise",
-        write_mode: Literal["slices", "files"] = "slices",
-        source: Literal["live", "checkpoint", "auto"] = "live",
-        checkpoints: Saves | None = None,
-        adapters: Literal["adapter", "merged"] = "adapter",
-        verify: Literal["digest", "load"] = "digest",
-        verify_inputs: Mapping[str, Tensor] | None = None,
-        stages: bool = False,
-        compare_replicas: Literal["first", "never"] | Count = "first",
-        timeout_secs: Seconds = 1800.0,
+        files: ExportFiles | None = None,
+        weights: ExportWeights | None = None,
+        writing: ExportWriting | None = None,
+        verification: ExportVerification | None = None,
+        **options: Unpack[ExportOptions],
     ) -> None:
-        """Prove that the directory can be written to, and that model and base model fit each other.
+        """Check that the directory can be written to, and that model and base model fit each other.
 
         Args:
             directory: Made if missing; on a file system that all ranks share, and where no trainer looks for its own.
+            model: The model that trains, wrapped and sharded.
             when: At which steps to export; independent of any checkpoint.
+            ema: The average to export, too.
             models: What to export: "all" takes what there is, "both" needs ema=.
             dtype: Of all floating-point tensors, such as ``"bfloat16"``; ``"original"`` keeps each tensor's. Or by
                 pattern of the names in the files, of which the first that matches decides:
-                ``{"*norm*": "float32", "*": "bfloat16"}``. What none matches is kept as it is.
-            max_shard_size: Several files with an index if the weights are larger; None makes one file.
-            base_model: Local directory with config, tokenizer and so on, which are copied; or a name on the Hub of
-                what is in the local cache, such as ``"openai-community/gpt2"``. Without one, config.json and
-                generation_config.json come from the live model, if it is one of transformers.
-            processor: Tokenizer or processor to save in each directory, instead of the base model's.
-            ema_as: ``"file"`` puts ``ema.safetensors`` beside the main weights, ``"directory"`` makes ``step-<n>-ema``.
-            trust_remote_code: Also copy the base model's Python files. They are not run.
-            names: ``"auto"`` writes the names and tensors that ``save_pretrained`` of transformers would (experts one
-                by one, where the model fuses them), ``"identity"`` those of the model. Else a ``NameMap``, or the name
-                of one that a package offers.
-            keep: Which exports outlive a new one; None keeps all. The newest is always kept.
-            extra_files: More files to copy, by their name in the directory.
-            on_exported: Called on every rank, on the main thread, when a directory has appeared: step and path.
-            when_busy: What to do if one export is being written and one waits behind it: ``"wait"`` until there is
-                room, ``"skip"`` this one, or ``"raise"``.
-            on_error: What a failed export does: ``"raise"`` on all ranks after the same step, or ``"warn"`` in the log.
-            write_mode: ``"slices"``: every rank writes its own slices of every file. ``"files"``: every file is written
-                by one rank alone, to which the others send theirs over a Gloo group of our own; for NFS and the like,
-                where two hosts must not write one file. Then let ``max_shard_size`` give a file for each host.
-            source: ``"live"``: the live weights. ``"checkpoint"``: the step's committed checkpoint, held against
-                retention meanwhile; the training waits for nothing, and nothing is staged. ``"auto"``: the live
-                weights if a trial at the start shows that they can be exported, as they cannot if ranks hold
-                different models (pipeline stages); else the checkpoint.
-            checkpoints: The ``ShardedSave`` of the run, for ``source="checkpoint"`` or ``"auto"``. It must save every
-                step that is exported, and come before this hook in ``Hooks``.
-            adapters: Of a model of peft, ``"adapter"`` writes what its ``save_pretrained`` writes, main and average
-                each in a directory of its own; ``"merged"`` the whole model with the adapter merged into its weights.
-            verify: ``"digest"``: what is in the files must be what was staged, bit for bit. ``"load"``: another process
-                also loads each directory with ``from_pretrained`` before it appears, and must get the logits of the
-                live model, up to rounding. Costs one forward of all ranks, for which the training waits, and on rank
-                0's host memory for the model in float32.
-            verify_inputs: What to ask the models then: keyword arguments of ``forward``. None makes some up, for text,
-                images and sound.
-            stages: ``model`` is a stage of a pipeline, others are on other ranks, and the directory has all of them.
-            compare_replicas: When to compare, across the ranks, the live tensors that several of them hold, such as all
-                of them under DDP: at the ``"first"`` export, at the first and every so many exports, or ``"never"``.
-            timeout_secs: How long to wait for a rank before an export is given up; also for a checkpoint to be saved.
+                ``{"*norm*": "float32", "*": "bfloat16"}``. A tensor that matches none keeps its own.
+            keep: Which exports to retain after a new one; None keeps all. The newest is always kept.
+            files: The files beside the weights: base model, processor and more.
+            weights: Where the weights come from, and how their files name and divide them.
+            writing: How to write in the background; what to do if that is late or fails.
+            verification: How to verify an export before it is published.
+            **options: Fields of these four objects as keywords of their own: ``base_model="assets/base"`` stands for
+                ``files=ExportFiles(base_model="assets/base")``.
 
         Raises:
-            UsageError: the arguments do not fit each other, or not the model.
+            UsageError: the arguments do not fit each other, or not the model; or a subject is given as an object and by
+                keywords.
             RankFailedError, WriteError, CheckpointError: the directory cannot be written to, or the base does not fit.
         """
+        files = merge("HFExport", "files", ExportFiles, files, options)
+        weights = merge("HFExport", "weights", ExportWeights, weights, options)
+        writing = merge("HFExport", "writing", ExportWriting, writing, options)
+        verification = merge("HFExport", "verification", ExportVerification, verification, options)
         if models in ("ema", "both") and ema is None:
             raise UsageError(f'HFExport(models="{models}") needs ema=: attach EMA(model) and pass it')
         self.directory = Path(directory)
         self.when = when
         self.keep = keep
-        self._on_exported = on_exported
-        self._when_busy = when_busy
-        self._on_error = on_error
+        self._writing = writing
         chosen = models if models != "all" else "both" if ema is not None else "main"
         facts = alike(
             directory=self.directory.absolute(),
             when=when,
             keep=keep,
             models=chosen,
-            source=source,
+            source=weights.source,
             dtype=dtype,
-            write_mode=write_mode,
+            write_mode=writing.write_mode,
             ema=ema and ema.settings(),
         )
         self.parts = Parts(model=model, average=ema, directory=self.directory, facts=facts)
-        self._ranks, self._writer_ranks = Ranks(timeout_secs), Ranks(timeout_secs)  # one for each thread
+        # one for each thread
+        self._ranks, self._writer_ranks = Ranks(writing.timeout_secs), Ranks(writing.timeout_secs)
         meet(self._ranks, "making HFExport", facts)
         self._base: Path | None = None
-        if base_model is not None:
-            self._ranks.gather("finding the base model", lambda: self._find_base(str(base_model)))
-        files = ModelFiles(
-            base=self._base,
-            processor=processor,
-            extra={name: Path(path) for name, path in (extra_files or {}).items()},
-            trust_remote_code=trust_remote_code,
-        )
-        view = view_of(model, adapters)
-        if base_model is not None and isinstance(view, AdapterView):
+        if files.base_model is not None:
+            self._ranks.gather("finding the base model", lambda: self._find_base(str(files.base_model)))
+        view = view_of(model, weights.adapters)
+        if files.base_model is not None and isinstance(view, AdapterView):
             raise UsageError(
                 "an adapter has no base model beside it: pass processor= for the tokenizer, not base_model="
             )
-        check_source(source, checkpoints, is_adapter=view is not None)
-        self._answers = Answers(model, ema, verify_inputs) if verify == "load" else None
-        sizes: dict[str, Any] = {"dtype": dtype, "max_shard_size": max_shard_size}
-        self._state = LiveState(model, ema, files, names=names, view=view, **sizes)
-        writer = choose_writer(write_mode, self._ranks)
-        live = LiveSource(self._state, self._ranks, self._writer_ranks, writer, compare_replicas=compare_replicas)
+        check_source(weights.source, weights.checkpoints, is_adapter=view is not None)
+        self._answers = Answers(model, ema, verification.verify_inputs) if verification.verify == "load" else None
+        self._state = LiveState(
+            model,
+            ema,
+            ModelFiles.of(files, self._base),
+            dtype=dtype,
+            max_shard_size=weights.max_shard_size,
+            names=weights.names,
+            view=view,
+        )
+        writer, both = choose_writer(writing.write_mode, self._ranks), (self._ranks, self._writer_ranks)
+        live = LiveSource(self._state, *both, writer, compare_replicas=verification.compare_replicas)
         saved: CheckpointSource | None = None
-        if checkpoints is not None:
-            both, whole_files = (self._ranks, self._writer_ranks), write_mode == "files"
-            saved = CheckpointSource(checkpoints, self._state, *both, when=when, whole_files=whole_files)
+        if weights.checkpoints is not None:
+            whole_files = writing.write_mode == "files"
+            saved = CheckpointSource(weights.checkpoints, self._state, *both, when=when, whole_files=whole_files)
         self._failures: list[BaseException] = []  # not yet raised
         self._exported_step: int | None = None
         self._has_said_copied = False
         self._ranks.lead(f"preparing {self.directory}", self._prepare_directory)
         self._ranks.gather("reading the base model", self._state.read_files)
-        self._directories = LiveDirectory.choose(chosen, ema_as, view, self._state.stem)
+        self._directories = LiveDirectory.choose(chosen, weights.ema_as, view, self._state.stem)
         self._in_flight = InFlight(len(self._directories))
-        if on_error == "raise":
+        if writing.on_error == "raise":
             self.background = self._in_flight.background
-        if stages:
+        if weights.stages:
             self._state.unite(self._ranks)
-        self._choose_source(source, live, saved)
+        self._choose_source(weights.source, live, saved)
 
     def _find_base(self, name: str) -> None:
         self._base = find_model(name, fetch=False)
@@ -215,7 +179,7 @@ class HFExport(Hook):
         """Export if it is time, then announce exports that have ended. All ranks; communicates when it exports."""
         due, error = attempted(lambda: self.when.due(step))
         if due or error:
-            self._export(step, self._when_busy, error)
+            self._export(step, self._writing.when_busy, error)
         else:
             self._in_flight.collect(self._in_flight.ended())
         self._announce()
@@ -260,7 +224,7 @@ class HFExport(Hook):
                 background is raised by ``wait`` or ``close``, or by ``Hooks`` on all ranks after the same step.
             UsageError: two exports are in flight, and ``when_busy`` is ``"raise"``.
         """
-        self._export(step, self._when_busy)
+        self._export(step, self._writing.when_busy)
 
     def _export(self, step: int, when_busy: Literal["wait", "skip", "raise"], error: Exception | None = None) -> None:
         """``error``: of this rank, perhaps of it alone. Then all ranks raise instead of exporting."""
@@ -369,8 +333,8 @@ class HFExport(Hook):
             error = one.future.exception()
             if error is not None:
                 self._failures.append(error)
-            elif self._on_exported:
-                _, error = attempted(partial(self._on_exported, one.step, one.future.result()[0]))
+            elif (on_exported := self._writing.on_exported) is not None:
+                _, error = attempted(partial(on_exported, one.step, one.future.result()[0]))
                 self._note_callback_error(one, error)
 
     def _note_callback_error(self, one: Running, error: BaseException | None) -> None:
@@ -383,7 +347,7 @@ class HFExport(Hook):
     def _raise_failure(self) -> None:
         """The first one, if that is wanted; those after it are in the log, as all are."""
         errors, self._failures = self._failures, []
-        if errors and self._on_error == "raise":
+        if errors and self._writing.on_error == "raise":
             raise errors[0]
 
     def _choose_source(self, source: str, live: LiveSource, saved: CheckpointSource | None) -> None:

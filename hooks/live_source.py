@@ -16,7 +16,8 @@ from shardsmith.ground.ranks import Ranks
 from shardsmith.run_state.alike import ReplicaCheck, compare_replicas
 from shardsmith.sharding.live_boxes import StagingBuffer
 
-from .live_state import LiveDirectory, LiveState
+from .live_directory import LiveDirectory
+from .live_state import LiveState
 
 log = logging.getLogger(__name__)
 

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import shutil
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,18 +18,15 @@ from shardsmith.export.live import LiveModel
 from shardsmith.export.plan import origin_of
 from shardsmith.formats.by_path import open_source
 from shardsmith.formats.models import ModelSource, TranslatedModel
-from shardsmith.ground.commit import writing
-from shardsmith.ground.layout import EMA_WEIGHTS, MAIN_WEIGHTS
 from shardsmith.ground.ranks import Ranks
 from shardsmith.ground.sizes import parse_size
 from shardsmith.hf.base_files import choose_files
-from shardsmith.hf.blueprint import plain_config
 from shardsmith.hf.config_fit import model_class_of
 from shardsmith.hf.directory import DirectoryPlan, Measure, ModelPlan, Origin, plan_model
 from shardsmith.hf.hf_directory import main_stem, read_config
 from shardsmith.hf.template import BaseTemplate, read_template
 from shardsmith.hf.ties import broken_ties, tied_groups
-from shardsmith.live.recognition import Recognition, own_tensors
+from shardsmith.live.recognition import own_tensors
 from shardsmith.load.live_weights import model_state_dict
 from shardsmith.name_maps.maps import NameMap, Translation, find_name_map
 from shardsmith.name_maps.transformers import TransformersNames
@@ -44,66 +38,12 @@ from shardsmith.tensors.tensors import Shape, TensorSpec
 
 from .adapters import View
 from .ema import EMA
+from .known_plan import KnownPlan
+from .live_directory import LiveDirectory, ModelFiles
+from .model_config import full_config, saved_config
 from .stages import Stages
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class LiveDirectory:
-    """One of the directories that a step becomes."""
-
-    suffix: str
-    """Of its name."""
-    stems: dict[str, str]
-    """Model ("main", "ema") -> stem of its files' names."""
-
-    @classmethod
-    def choose(
-        cls,
-        models: Literal["main", "ema", "both"],
-        ema_as: Literal["file", "directory"],
-        view: View | None = None,
-        stem: str = MAIN_WEIGHTS,
-    ) -> list[Self]:
-        """As ``to-hf`` does: an average alone is a directory's own weights, which ``from_pretrained`` loads.
-
-        Adapters each have a directory: peft knows one name only.
-
-        Args:
-            stem: Of main weights, as the library that loads them wants it.
-        """
-        stem = stem if view is None else view.stem
-        if models != "both":
-            return [cls("", {models: stem})]
-        if ema_as == "file" and (view is None or stem == MAIN_WEIGHTS):
-            return [cls("", {MAIN: stem, AVERAGE: EMA_WEIGHTS})]
-        return [cls("", {MAIN: stem}), cls("-ema", {AVERAGE: stem})]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModelFiles:
-    """What lies beside the weights."""
-
-    base: Path | None
-    """The base model's directory."""
-    processor: Any
-    """Has ``save_pretrained``, or None."""
-    extra: dict[str, Path]
-    """Name in the directory -> file to copy."""
-    trust_remote_code: bool
-
-    def write(self, model: nn.Module | None, directory: Path) -> None:
-        """Write what does not come from the base model. Rank 0, in the background; reads no weights."""
-        generation = getattr(model, "generation_config", None)
-        if self.base is None and generation is not None:
-            generation.save_pretrained(directory)
-        if self.processor is not None:
-            self.processor.save_pretrained(directory)
-        for name, path in self.extra.items():
-            with writing(directory / name, f"copying {path}"):
-                (directory / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, directory / name)
 
 
 class LiveState:
@@ -142,12 +82,13 @@ class LiveState:
         self._name_map: NameMap | None = None
         self._translated: tuple[dict[str, Shape], Translation] | None = None
         self._stages: Stages | None = None
-        self._known: dict[str, _Known] = {}  # by suffix of the directory
+        self._known: dict[str, KnownPlan] = {}  # by suffix of the directory
 
     def read_files(self) -> None:
         """Read what lies beside the weights. First of all, on every rank; no communication. Raises CheckpointError."""
-        self._config = self._read_config()
-        if (base := self._files.base) is not None:
+        base = self._files.base
+        self._config = saved_config(self._inner) if base is None else read_config(base)
+        if base is not None:
             self._template = read_template(base)
             own = {clean_fqn(name, self._model): p for name, p in self._model.named_parameters()}
             specs = {name: TensorSpec(name, tuple(p.shape), p.dtype) for name, p in own.items()}
@@ -201,7 +142,7 @@ class LiveState:
             for name, stem in directory.stems.items()
         ]
         if own is not None:  # which FSDP1 never gives, so that all ranks communicate or none
-            self._known[directory.suffix] = _Known.of(self._model, models, average)
+            self._known[directory.suffix] = KnownPlan.of(self._model, models, average)
         return models
 
     def replicated(self, models: Sequence[LiveModel]) -> dict[str, Tensor]:
@@ -311,20 +252,10 @@ class LiveState:
             separate = {alias: kept for kept, *aliases in groups for alias in aliases}
             if source is not None and separate:
                 separate = {a: k for a, k in broken_ties(source, model_class).items() if {a, k} <= names}
-        found = fit(path, plan, self._config, self._template, separate, self._transient, self._live_config())
+        found = fit(path, plan, self._config, self._template, separate, self._transient, full_config(self._inner))
         self._config, self._measure = found.config, measure_of(found, self._template)
         for change in found.changes:
             log.info("config.json is adapted: %s", change)
-
-    def _live_config(self) -> dict[str, Any]:
-        """What the live model's config says, with every default; empty for a model that has none."""
-        config = getattr(self._inner, "config", None)
-        if self._inner is None or not hasattr(config, "to_json_string"):
-            return {}
-        kinds = [
-            kind.__name__ for kind in own_class(self._inner).__mro__ if kind.__module__.startswith("transformers.")
-        ]
-        return {**plain_config(config), "architectures": kinds[:1]}
 
     def _write_companions(self, directory: Path) -> None:
         self._files.write(self._inner, directory)
@@ -392,49 +323,3 @@ class LiveState:
         if self._names == "auto":
             return TransformersNames.of_model(self._inner) if self._inner is not None else None
         return find_name_map(self._names, self._config) if isinstance(self._names, str) else self._names
-
-    def _read_config(self) -> dict[str, Any] | None:
-        """config.json of the base model, else of the live one, else None."""
-        if self._files.base is not None:
-            return read_config(self._files.base)
-        model = self._inner
-        owner = model if hasattr(model, "to_json_string") else getattr(model, "config", None)  # diffusers: the model
-        to_json: Callable[[], str] | None = getattr(owner, "to_json_string", None)
-        if model is None or to_json is None:
-            return None
-        content: dict[str, Any] = json.loads(to_json())
-        if owner is not model and not content.get("architectures"):
-            # transformers fills it in when it saves; FSDP2 makes a class of its own
-            content["architectures"] = [own_class(model).__name__]
-        return content
-
-
-@dataclass(frozen=True, slots=True)
-class _Known:
-    """What was found out about one directory, for as long as it is true. Keeps no tensor alive."""
-
-    recognition: Recognition
-    average: dict[str, weakref.ref[Tensor]]
-    found: list[tuple[ModelPlan, dict[str, weakref.ref[Tensor]], Translation | None]]
-
-    @classmethod
-    def of(cls, model: nn.Module, models: Sequence[LiveModel], average: Mapping[str, Tensor]) -> Self:
-        found = [(one.plan, _weakly(one.tensors), one.translation) for one in models]
-        return cls(Recognition(model), _weakly(average), found)
-
-    def models(self, model: nn.Module, average: Mapping[str, Tensor]) -> list[LiveModel] | None:
-        """The same again; None if it is no longer true."""
-        same_average = average.keys() == self.average.keys() and all(
-            self.average[name]() is tensor for name, tensor in average.items()
-        )
-        if not same_average or not self.recognition.fits(model):
-            return None
-        models = []
-        for plan, references, translation in self.found:
-            tensors = {name: tensor for name, reference in references.items() if (tensor := reference()) is not None}
-            models.append(LiveModel(plan, tensors, translation))
-        return models
-
-
-def _weakly(tensors: Mapping[str, Tensor]) -> dict[str, weakref.ref[Tensor]]:
-    return {name: weakref.ref(tensor) for name, tensor in tensors.items()}

@@ -9,14 +9,14 @@ from concurrent.futures import Future
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Unpack
 
 from torch import nn
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim import Optimizer
 
 from shardsmith.checking.arguments import checked
-from shardsmith.checking.types import Count, Directory, LocalPath, Seconds, StepNumber
+from shardsmith.checking.types import Directory, LocalPath, StepNumber
 from shardsmith.errors import CheckpointNotFoundError, IncompleteCheckpointError, RankFailedError, UsageError
 from shardsmith.ground.commit import prove_writable, remove, sweep
 from shardsmith.ground.layout import step_name
@@ -44,6 +44,7 @@ from shardsmith.tensors.device_copy import release_pinned
 from .background import Background, attempted, logged
 from .base import Hook
 from .ema import EMA
+from .options import SaveOptions, SaveWriting, merge
 from .retention import Retention, steps_to_remove
 from .schedule import Schedule
 from .wiring import Parts, alike
@@ -75,34 +76,34 @@ class ShardedSave(Hook):
         ema: EMA | None = None,
         stateful: Mapping[str, Stateful | PerRank] | None = None,
         keep: Retention | None = None,
-        async_mode: Literal["async", "disabled"] = "async",
-        layout: Literal["flat", "nested"] = "flat",
         on_missing: OnMissing = "raise",
-        compare_replicas: Literal["first", "never"] | Count = "first",
-        timeout_secs: Seconds = 1800.0,
+        writing: SaveWriting | None = None,
+        **options: Unpack[SaveOptions],
     ) -> None:
-        """Prove that the directory can be written to and remove what dead attempts left there.
+        """Check that the directory can be written to and remove what dead attempts left there.
 
         Args:
             directory: Made if missing; on a file system that all ranks share.
+            model: The model that trains, wrapped and sharded.
             when: At which steps to save.
             optimizer: One, or all of the model's.
+            scheduler: Of the learning rate; saved and resumed.
+            ema: The average to save, too.
             stateful: More things to save, by top-level key; each has ``state_dict`` and ``load_state_dict``. Their
-                states must be the same on all ranks; what each rank has for itself is passed as ``per_rank(loader)``.
-            keep: Which committed steps outlive a new one; None keeps all. The newest is always kept.
-            async_mode: ``"async"`` copies the state to CPU memory, returns, and writes in the background, one save at
-                a time; ``"disabled"`` returns when the checkpoint is committed.
-            layout: ``"nested"`` puts the model's keys under ``model.``, as TorchTitan before 0.2 wants them.
+                states must be the same on all ranks; the state that each rank has for itself is passed as
+                ``per_rank(loader)``.
+            keep: Which committed steps to retain after a new one; None keeps all. The newest is always kept.
             on_missing: What a resume does with a part that the checkpoint does not have, such as an average in a run
                 that had none: ``"raise"``, or ``"start"`` it anew.
-            compare_replicas: When to compare, across the ranks, the tensors that several of them hold, such as all of
-                them under DDP: at the ``"first"`` save, at the first and every so many saves, or ``"never"``.
-            timeout_secs: How long to wait for a rank before a save is given up.
+            writing: How to write: in the background or not, in which layout, with which checks.
+            **options: Fields of ``writing`` as keywords of their own: ``async_mode="disabled"`` stands for
+                ``writing=SaveWriting(async_mode="disabled")``.
 
         Raises:
             UsageError: a name in ``stateful`` is taken, or the optimizer's parameters are not the model's.
             RankFailedError, WriteError: the directory cannot be written to.
         """
+        writing = merge("ShardedSave", "writing", SaveWriting, writing, options)
         self.directory = Path(directory)
         self.when = when
         self.keep = keep
@@ -110,12 +111,12 @@ class ShardedSave(Hook):
             directory=self.directory.absolute(),
             when=when,
             keep=keep,
-            async_mode=async_mode,
-            layout=layout,
+            async_mode=writing.async_mode,
+            layout=writing.layout,
             ema=ema and ema.settings(),
         )
         self.parts = Parts(model=model, average=ema, directory=self.directory, resumes=True, facts=facts)
-        self._ranks = Ranks(timeout_secs)
+        self._ranks = Ranks(writing.timeout_secs)
         meet(self._ranks, "making ShardedSave", facts)
         optimizers = optimizer_list(optimizer)
         check_optimizers("ShardedSave", model, optimizers)
@@ -125,13 +126,13 @@ class ShardedSave(Hook):
             scheduler=scheduler,
             ema=ema,
             stateful=stateful,
-            nested=layout == "nested",
+            nested=writing.layout == "nested",
             rank=self._ranks.rank,
             world_size=self._ranks.size,
         )
         self._on_missing = on_missing
-        self._replicas = ReplicaCheck(self._ranks, compare_replicas)
-        self.background = Background("shardsmith-save") if async_mode == "async" else None
+        self._replicas = ReplicaCheck(self._ranks, writing.compare_replicas)
+        self.background = Background("shardsmith-save") if writing.async_mode == "async" else None
         self._share = Share(self._ranks.rank)
         self._buffer = StagingBuffer() if self.background else None
         self._in_flight: tuple[int, Future[Path]] | None = None

@@ -12,6 +12,7 @@ import os
 import signal
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -72,7 +73,7 @@ class CheckpointHooks(TrainerCallback):
             prove: At a resume, compare every tensor that Trainer has loaded with what was saved.
             stop_on: Signals, such as ``signal.SIGTERM``, upon which Trainer saves the step and ends; one rank that gets
                 it is enough. What was due at the last step is not done then.
-            **export_options: What else ``HFExport`` takes: ``dtype``, ``models``, ``keep``, ``ema_as``, ...
+            **export_options: Other arguments of ``HFExport``: ``dtype``, ``models``, ``keep``, ``ema_as``, ...
 
         Raises:
             UsageError: options that nothing takes, or that make no sense together.
@@ -175,7 +176,11 @@ class CheckpointHooks(TrainerCallback):
             return None
         directory = Path(self._export_dir or f"{args.output_dir.rstrip(os.sep)}-hf")
         _refuse_rotated(directory, Path(args.output_dir))
-        options = {"processor": processing_class, **self._export_options}
+        options = dict(self._export_options)
+        if (files := options.get("files")) is None:
+            options.setdefault("processor", processing_class)
+        elif files.processor is None:
+            options["files"] = replace(files, processor=processing_class)
         return HFExport(directory, model=model, ema=self.ema, when=self._export, **options)
 
     def _load(self, args: Any, state: Any) -> None:

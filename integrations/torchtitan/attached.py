@@ -14,7 +14,19 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 from shardsmith.errors import UsageError
 from shardsmith.ground.ranks import Ranks
-from shardsmith.hooks import EMA, HFExport, Hook, Hooks, Recorder, every, last, latest
+from shardsmith.hooks import (
+    EMA,
+    ExportFiles,
+    ExportWeights,
+    ExportWriting,
+    HFExport,
+    Hook,
+    Hooks,
+    Recorder,
+    every,
+    last,
+    latest,
+)
 from shardsmith.hooks.schedule import Schedule
 from shardsmith.hooks.stages import are_stages, names_on_all
 from shardsmith.name_maps.maps import NameMap
@@ -154,16 +166,20 @@ class Attached:
                 ema=self.ema,
                 when=_schedule(options),
                 models=options.export_models,
-                ema_as=options.export_ema_as,
                 dtype=options.export_dtype,
-                max_shard_size=options.export_max_shard_size,
                 keep=latest(options.export_keep) if options.export_keep else None,
-                base_model=base,
-                names=_names(sd_adapter, model, ranks, options),
-                when_busy=options.export_when_busy,
-                on_error=options.export_on_error,
-                stages=are_stages(ranks, model),
-                timeout_secs=options.timeout_secs,
+                files=ExportFiles(base_model=base),
+                weights=ExportWeights(
+                    names=_names(sd_adapter, model, ranks, options),
+                    max_shard_size=options.export_max_shard_size,
+                    ema_as=options.export_ema_as,
+                    stages=are_stages(ranks, model),
+                ),
+                writing=ExportWriting(
+                    when_busy=options.export_when_busy,
+                    on_error=options.export_on_error,
+                    timeout_secs=options.timeout_secs,
+                ),
             )
 
 

@@ -5,7 +5,8 @@
 
 Every argument is compared with its annotation before the body runs; all that cannot be used are named in one error.
 What has the right value in another type is converted: ``np.int64(3)``, ``torch.tensor(3)`` and ``3.0`` to ``3``.
-``Annotated`` aliases below add rules to a type: ``Directory``, ``Count``, ``Decay`` and so on.
+``Annotated`` aliases below add rules to a type: ``Directory``, ``Count``, ``Decay`` and so on. The keywords of
+``**options: Unpack[SomeTypedDict]`` are checked as if each were written out.
 """
 
 from __future__ import annotations
@@ -13,14 +14,15 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar, cast, get_type_hints
+from typing import Any, TypeVar, Unpack, cast, get_args, get_origin, get_type_hints
 
 from shardsmith.checking.types import RefusedError, convert, nearest, shown
 from shardsmith.errors import UsageError
 
-__all__ = ["check_options", "check_value", "checked"]
+__all__ = ["check_options", "check_value", "checked", "checked_fields"]
 
 F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T", bound=type)
 
 
 def checked(function: F) -> F:
@@ -36,6 +38,7 @@ def checked(function: F) -> F:
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
             bound = signature.bind(*args, **kwargs)
+            _refuse_unknown(function, signature, kwargs)
         except TypeError as error:
             raise TypeError(_explain(function, signature, kwargs, error)) from None
         owner = type(args[0]).__name__ if is_method and function.__name__ == "__init__" else function.__name__
@@ -43,6 +46,12 @@ def checked(function: F) -> F:
         return function(*bound.args, **bound.kwargs)
 
     return cast(F, call)
+
+
+def checked_fields(cls: T) -> T:
+    """Check and convert the fields of a dataclass whenever one is made: ``checked``, for its constructor."""
+    cls.__init__ = checked(cls.__init__)  # type: ignore[misc]
+    return cls
 
 
 def check_options(owner: str, function: Callable[..., Any], options: Mapping[str, Any], name: str = "") -> None:
@@ -54,7 +63,7 @@ def check_options(owner: str, function: Callable[..., Any], options: Mapping[str
         name: Prefix of the arguments in the error: that of the mapping in which they came.
     """
     target = function.__init__ if isinstance(function, type) else function  # type: ignore[misc]
-    parameters = [known for known in inspect.signature(target).parameters if known != "self"]
+    parameters = [known for known in _keywords(inspect.unwrap(target), inspect.signature(target)) if known != "self"]
     problems = [
         f"{name}{option}: there is no such option{_did_you_mean(option, parameters)}"
         for option in options
@@ -86,7 +95,7 @@ def _converted(
             single = {f"{name}[{i}]": one for i, one in enumerate(value)}
         elif kind is inspect.Parameter.VAR_KEYWORD:
             single = dict(value)
-        found, wrong = _check(dict.fromkeys(single, hints.get(name, Any)), single)
+        found, wrong = _check({one: hints.get(one, hints.get(name, Any)) for one in single}, single)
         problems += wrong
         converted[name] = found.get(name)
         if kind is inspect.Parameter.VAR_POSITIONAL:
@@ -119,15 +128,38 @@ def _raise(owner: str, problems: list[str]) -> None:
 
 @functools.cache
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:
-    return get_type_hints(function, include_extras=True)
+    """Annotations by name; those of ``**options: Unpack[...]`` each under its own name."""
+    hints = get_type_hints(function, include_extras=True)
+    for hint in list(hints.values()):
+        if get_origin(hint) is Unpack:
+            hints |= get_type_hints(get_args(hint)[0], include_extras=True)
+    return hints
+
+
+def _keywords(function: Callable[..., Any], signature: inspect.Signature) -> list[str]:
+    """The names of all arguments; ``**options: Unpack[...]`` is replaced by those that it stands for."""
+    names: list[str] = []
+    for name in signature.parameters:
+        hint = _hints(function).get(name)
+        names += get_type_hints(get_args(hint)[0]) if get_origin(hint) is Unpack else [name]
+    return names
+
+
+def _refuse_unknown(function: Callable[..., Any], signature: inspect.Signature, given: Mapping[str, Any]) -> None:
+    """Raise TypeError, as Python does, for what ``**options: Unpack[...]`` does not name."""
+    if any(get_origin(hint) is Unpack for hint in _hints(function).values()):
+        known = _keywords(function, signature)
+        for name in given:
+            if name not in known:
+                raise TypeError(f"got an unexpected keyword argument {name!r}")
 
 
 def _explain(
     function: Callable[..., Any], signature: inspect.Signature, kwargs: Mapping[str, Any], error: TypeError
 ) -> str:
     """Python's own words, with the nearest name for each one that is unknown."""
-    unknown = [name for name in kwargs if name not in signature.parameters]
-    meant = "".join(_did_you_mean(name, signature.parameters) for name in unknown)
+    known = _keywords(function, signature)
+    meant = "".join(_did_you_mean(name, known) for name in kwargs if name not in known)
     return f"{function.__qualname__.removesuffix('.__init__')}: {error}{meant}"
 
 

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from shardsmith.errors import CorruptCheckpointError, MismatchError, UsageError
 from shardsmith.hooks import EMA, HFExport, at
 from shardsmith.hooks.answers import Answers
-from shardsmith.hooks.live_state import LiveDirectory
+from shardsmith.hooks.live_directory import LiveDirectory
 from tests.hooks.live_models import from_transformers
 from tests.ranks import run_on_ranks
 from tests.trained_runs import TOKENS, build

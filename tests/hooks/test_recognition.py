@@ -18,7 +18,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from shardsmith.hooks import EMA, HFExport, every
-from shardsmith.hooks.live_state import LiveDirectory, LiveState, ModelFiles
+from shardsmith.hooks.live_directory import LiveDirectory, ModelFiles
+from shardsmith.hooks.live_state import LiveState
 from shardsmith.live.recognition import own_tensors
 from tests.ranks import run_on_ranks
 

@@ -1,0 +1,83 @@
+"""One of the directories that a step becomes: its weights by name, and the files beside them."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from torch import nn
+
+from shardsmith.ground.commit import writing
+from shardsmith.ground.layout import EMA_WEIGHTS, MAIN_WEIGHTS
+from shardsmith.tensors.checkpoint_keys import EMA as AVERAGE
+from shardsmith.tensors.checkpoint_keys import MAIN
+
+from .adapters import View
+
+if TYPE_CHECKING:
+    from .options import ExportFiles
+
+
+@dataclass(frozen=True, slots=True)
+class LiveDirectory:
+    """One of the directories that a step becomes."""
+
+    suffix: str
+    """Suffix of the directory's name."""
+    stems: dict[str, str]
+    """Model ("main", "ema") -> stem of its files' names."""
+
+    @classmethod
+    def choose(
+        cls,
+        models: Literal["main", "ema", "both"],
+        ema_as: Literal["file", "directory"],
+        view: View | None = None,
+        stem: str = MAIN_WEIGHTS,
+    ) -> list[Self]:
+        """As ``to-hf`` does: an average alone is a directory's own weights, which ``from_pretrained`` loads.
+
+        Adapters each have a directory: peft knows one name only.
+
+        Args:
+            stem: Of main weights, as the library that loads them wants it.
+        """
+        stem = stem if view is None else view.stem
+        if models != "both":
+            return [cls("", {models: stem})]
+        if ema_as == "file" and (view is None or stem == MAIN_WEIGHTS):
+            return [cls("", {MAIN: stem, AVERAGE: EMA_WEIGHTS})]
+        return [cls("", {MAIN: stem}), cls("-ema", {AVERAGE: stem})]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelFiles:
+    """What lies beside the weights."""
+
+    base: Path | None
+    """The base model's directory."""
+    processor: Any
+    """Has ``save_pretrained``, or None."""
+    extra: dict[str, Path]
+    """Name in the directory -> file to copy."""
+    trust_remote_code: bool
+
+    @classmethod
+    def of(cls, files: ExportFiles, base: Path | None) -> Self:
+        """Return the files that were asked for, beside the base model that was found."""
+        extra = {name: Path(path) for name, path in (files.extra_files or {}).items()}
+        return cls(base=base, processor=files.processor, extra=extra, trust_remote_code=files.trust_remote_code)
+
+    def write(self, model: nn.Module | None, directory: Path) -> None:
+        """Write what does not come from the base model. Rank 0, in the background; reads no weights."""
+        generation = getattr(model, "generation_config", None)
+        if self.base is None and generation is not None:
+            generation.save_pretrained(directory)
+        if self.processor is not None:
+            self.processor.save_pretrained(directory)
+        for name, path in self.extra.items():
+            with writing(directory / name, f"copying {path}"):
+                (directory / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, directory / name)

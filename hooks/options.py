@@ -1,0 +1,176 @@
+"""The options of ``HFExport`` and ``ShardedSave`` by subject, and how their flat keywords become the same objects."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, TypedDict, TypeVar
+
+from torch import Tensor
+
+from shardsmith.checking.arguments import checked_fields
+from shardsmith.checking.types import Count, LocalPath, Seconds, Size
+from shardsmith.errors import UsageError
+from shardsmith.name_maps.maps import NameMap
+
+from .checkpoint_source import Saves
+
+T = TypeVar("T")
+
+
+@checked_fields
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportFiles:
+    """The files that an export has beside its weights."""
+
+    base_model: LocalPath | None = None
+    """Local directory with config, tokenizer and so on, which are copied; or the Hub name of a model in the local
+    cache, such as ``"openai-community/gpt2"``. Without one, config.json and generation_config.json come from the live
+    model, if it is one of transformers."""
+    processor: object | None = None
+    """Tokenizer or processor to save in each directory, instead of the base model's."""
+    extra_files: Mapping[str, LocalPath] | None = None
+    """More files to copy, by their name in the directory."""
+    trust_remote_code: bool = False
+    """Also copy the base model's Python files. They are not run."""
+
+
+@checked_fields
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportWeights:
+    """Where the weights of an export come from, and how its weight files name and divide them."""
+
+    source: Literal["live", "checkpoint", "auto"] = "live"
+    """``"live"``: the live weights. ``"checkpoint"``: the step's committed checkpoint, which retention keeps meanwhile;
+    the training does not wait, and nothing is staged. ``"auto"``: the live weights if a trial at the start shows that
+    they can be exported (they cannot if ranks hold different models, as pipeline stages); else the checkpoint."""
+    checkpoints: Saves | None = None
+    """The ``ShardedSave`` of the run, for ``source="checkpoint"`` or ``"auto"``. It must save every step that is
+    exported, and come before the export in ``Hooks``."""
+    names: str | NameMap = "auto"
+    """``"auto"`` writes the names and tensors that ``save_pretrained`` of transformers would (experts one by one, where
+    the model fuses them), ``"identity"`` those of the model. Else a ``NameMap``, or the name of one that a package
+    offers."""
+    max_shard_size: Size | None = "5GB"
+    """Several files with an index if the weights are larger; None makes one file."""
+    ema_as: Literal["file", "directory"] = "file"
+    """``"file"`` puts ``ema.safetensors`` beside the main weights, ``"directory"`` makes ``step-<n>-ema``."""
+    adapters: Literal["adapter", "merged"] = "adapter"
+    """For a model of peft: ``"adapter"`` writes the files of its ``save_pretrained``, main weights and average each in
+    a directory of its own; ``"merged"`` the whole model with the adapter merged into its weights."""
+    stages: bool = False
+    """The model is a stage of a pipeline, other ranks have the others, and the directory holds all of them."""
+
+
+@checked_fields
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportWriting:
+    """How exports are written in the background, and what happens when one is late or fails."""
+
+    write_mode: Literal["slices", "files"] = "slices"
+    """``"slices"``: every rank writes its own slices of every file. ``"files"``: every file is written by one rank
+    alone, to which the others send their slices over a Gloo group; for NFS and the like, where two hosts must not write
+    one file. Then let ``max_shard_size`` give a file for each host."""
+    when_busy: Literal["wait", "skip", "raise"] = "wait"
+    """What to do if one export is being written and one waits behind it: ``"wait"`` until there is room, ``"skip"``
+    this one, or ``"raise"``."""
+    on_error: Literal["raise", "warn"] = "raise"
+    """What a failed export does: ``"raise"`` on all ranks after the same step, or ``"warn"`` in the log."""
+    on_exported: Callable[[int, Path], None] | None = None
+    """Called on every rank, on the main thread, when a directory has been published: step and path."""
+    timeout_secs: Seconds = 1800.0
+    """How long to wait for a rank before an export is given up, in seconds; also for a checkpoint to be saved."""
+
+
+@checked_fields
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportVerification:
+    """How each export is verified before it is published."""
+
+    verify: Literal["digest", "load"] = "digest"
+    """``"digest"``: the tensors in the files must be those that were staged, bit for bit. ``"load"``: another process
+    also loads each directory with ``from_pretrained`` before it is published, and must get the logits of the live
+    model, up to rounding. Costs one forward of all ranks, for which the training waits, and on rank 0's host memory for
+    the model in float32."""
+    verify_inputs: Mapping[str, Tensor] | None = None
+    """Inputs for ``verify="load"``: keyword arguments of ``forward``. None makes some up, for text, images and
+    sound."""
+    compare_replicas: Literal["first", "never"] | Count = "first"
+    """When to compare, across the ranks, the live tensors that several of them hold, such as all of them under DDP: at
+    the ``"first"`` export, at the first and every so many exports, or ``"never"``."""
+
+
+class ExportOptions(TypedDict, total=False):
+    """The fields of the four objects above as keywords of ``HFExport`` itself."""
+
+    base_model: LocalPath | None
+    processor: object | None
+    extra_files: Mapping[str, LocalPath] | None
+    trust_remote_code: bool
+    source: Literal["live", "checkpoint", "auto"]
+    checkpoints: Saves | None
+    names: str | NameMap
+    max_shard_size: Size | None
+    ema_as: Literal["file", "directory"]
+    adapters: Literal["adapter", "merged"]
+    stages: bool
+    write_mode: Literal["slices", "files"]
+    when_busy: Literal["wait", "skip", "raise"]
+    on_error: Literal["raise", "warn"]
+    on_exported: Callable[[int, Path], None] | None
+    timeout_secs: Seconds
+    verify: Literal["digest", "load"]
+    verify_inputs: Mapping[str, Tensor] | None
+    compare_replicas: Literal["first", "never"] | Count
+
+
+@checked_fields
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SaveWriting:
+    """How ``ShardedSave`` writes a checkpoint."""
+
+    async_mode: Literal["async", "disabled"] = "async"
+    """``"async"`` copies the state to CPU memory, returns, and writes in the background, one save at a time;
+    ``"disabled"`` returns when the checkpoint is committed."""
+    layout: Literal["flat", "nested"] = "flat"
+    """``"nested"`` puts the model's keys under ``model.``, as TorchTitan before 0.2 wants them."""
+    compare_replicas: Literal["first", "never"] | Count = "first"
+    """When to compare, across the ranks, the tensors that several of them hold, such as all of them under DDP: at the
+    ``"first"`` save, at the first and every so many saves, or ``"never"``."""
+    timeout_secs: Seconds = 1800.0
+    """How long to wait for a rank before a save is given up, in seconds."""
+
+
+class SaveOptions(TypedDict, total=False):
+    """The fields of ``SaveWriting`` as keywords of ``ShardedSave`` itself."""
+
+    async_mode: Literal["async", "disabled"]
+    layout: Literal["flat", "nested"]
+    compare_replicas: Literal["first", "never"] | Count
+    timeout_secs: Seconds
+
+
+def merge(owner: str, argument: str, kind: type[T], given: T | None, options: Mapping[str, Any]) -> T:
+    """Return the options of one subject, given as an object or as keywords of ``owner`` itself.
+
+    Args:
+        owner: The class to name in the error.
+        argument: The name of its argument for the object.
+        kind: The class of the object.
+        given: The object; None if there is none.
+        options: Keywords, also those of other subjects.
+
+    Raises:
+        UsageError: both are given.
+    """
+    names = [field.name for field in fields(kind) if field.name in options]  # type: ignore[arg-type]
+    if given is None:
+        return kind(**{name: options[name] for name in names})
+    if names:
+        keywords, inside = " and ".join(f"{name}=" for name in names), ", ".join(f"{name}=..." for name in names)
+        raise UsageError(
+            f"{owner}: {keywords} given beside {argument}=; write {argument}={kind.__name__}({inside}, ...). "
+            "Nothing was done."
+        )
+    return given
