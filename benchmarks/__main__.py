@@ -61,10 +61,11 @@ def main(
 
     Args:
         parameters: Size of the float32 Llama, such as 700M.
-        bagel_parameters: Size of the model like BAGEL; default twice the Llama, which is a tenth of BAGEL.
-        device: Where the model of the section device trains, such as cuda; default the accelerator that there is.
         shards: Number of ranks that hold it.
         runs: Runs of each tool.
+        only: Name of the one section to run.
+        bagel_parameters: Size of the model like BAGEL; default twice the Llama, which is a tenth of BAGEL.
+        device: Where the model of the section device trains, such as cuda; default the accelerator that there is.
         directory: Where to work; default the system's temporary directory, or /var/tmp where that one is in memory.
         json_file: Also write the figures there.
     """

@@ -116,6 +116,7 @@ class Hooks:
         """Communicates not at all; with several ranks it starts a thread that sleeps until there is something to tell.
 
         Args:
+            *hooks: In the order in which their moments are called.
             stop_on: Signals that ask for the end of the run, such as ``signal.SIGTERM`` with which a scheduler
                 announces that it takes the machine away. One rank that gets it is enough. What handled it before is
                 called, too; ``close`` puts it back. To be made on the main thread then.

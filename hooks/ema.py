@@ -161,6 +161,7 @@ class EMA(Hook):
         Also after ``torch.distributed.checkpoint.load``, which has filled the tensors of a ``state_dict`` in place.
 
         Args:
+            state_dict: The value of ``state_dict()``, of this class.
             allow_other_decay: Accept an average that was made with another decay, and go on with ours.
 
         Raises:

@@ -74,6 +74,7 @@ class FolderSave(Hook):
 
         Args:
             model: As the trainer wrapped it.
+            ema: The average to save with each folder; None without one.
             async_mode: ``"async"`` copies the average to CPU memory, returns, and writes in the background, one folder
                 at a time; ``"disabled"`` returns when our directory is there.
             timeout_secs: How long to wait for a rank before a save is given up.
@@ -171,6 +172,7 @@ class FolderSave(Hook):
         It may have been saved by another number of ranks.
 
         Args:
+            folder: The trainer's folder.
             prove: Compare the digest of each live tensor with the one that was recorded at the save.
             on_missing: What to do if the run that saved it had no average: ``"start"`` leaves ours as it is.
 

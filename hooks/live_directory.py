@@ -42,6 +42,9 @@ class LiveDirectory:
         Adapters each have a directory: peft knows one name only.
 
         Args:
+            models: The models to write.
+            ema_as: Where an average goes that is not alone.
+            view: Of a model of peft; None for any other model.
             stem: Of main weights, as the library that loads them wants it.
         """
         stem = stem if view is None else view.stem

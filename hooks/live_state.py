@@ -236,6 +236,8 @@ class LiveState:
         """Adapt the config to the tensors, and compare them with the base model and with the class that it names.
 
         Args:
+            path: Where the tensors are from, for the errors.
+            plan: The planned tensors of one model.
             source: Of the tensors, where they are in a checkpoint; None for live weights, where what is tied is one
                 tensor in memory.
 

@@ -37,6 +37,7 @@ class LocalWeights:
         """Find them. Raises UsageError if there are none, or one that cannot be averaged exactly.
 
         Args:
+            model: The model that trains, wrapped and sharded.
             buffers: Patterns of names, or True for all floating-point buffers that a state dict holds.
         """
         self._model = model

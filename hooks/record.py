@@ -56,6 +56,7 @@ class Recorder(Hook):
         """Make it on all ranks at the same point. Communicates through the store.
 
         Args:
+            directory: Where the trainer makes its step directories.
             model: For what is to be said of it; no weight is read.
             ema: Whose facts are recorded, where it is saved with the rest.
             keep: Which complete steps outlive a new one; None keeps all. Of the others, what is older than all that
@@ -93,6 +94,9 @@ class Recorder(Hook):
         """The save that began is under way, and has ended with ``end``; None if it has already. All ranks; returns.
 
         Args:
+            step: Number of the step.
+            path: The step's directory.
+            end: The save in flight; None once it has ended.
             mesh: As ``metadata.json`` has it.
             has_average: Whether the average was saved with the rest, if there is one.
         """

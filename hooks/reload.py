@@ -22,6 +22,8 @@ def reload(model: nn.Module, folder: Path, names: Iterable[str]) -> bool:
     files as they are leaves out what it finds no name for. All ranks; communicates under FSDP1 only.
 
     Args:
+        model: The live model, wrapped and sharded.
+        folder: A folder of ``save_pretrained``.
         names: Clean FQNs of what to fill.
 
     Returns:

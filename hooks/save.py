@@ -293,6 +293,7 @@ class ShardedSave(Hook):
         restored on the ranks that the saving run had, too.
 
         Args:
+            checkpoint: A committed ``step-<n>``.
             parts: As in ``resume``.
             on_missing: As in the constructor.
 

@@ -112,6 +112,7 @@ def attach(
     share.
 
     Args:
+        accelerator: The accelerator that prepared the model.
         hooks: With an ``EMA`` of the prepared model, or without.
         model: The prepared model, if several were prepared.
         prove: After ``load_state``, compare every tensor of the model with what was saved.

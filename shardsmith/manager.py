@@ -88,6 +88,9 @@ class ShardedCheckpointManager:
 
         Args:
             directory: Made if missing; on a file system that all ranks share.
+            model: The model that trains, wrapped and sharded.
+            optimizer: One, or all of the model's.
+            scheduler: The learning rate schedule.
             ema: The EMA hook; or a second module, sharded by itself, which whoever trains updates.
             ema_decay: Of a second module. It is recorded, and a checkpoint of another decay is refused.
             ema_start_step: Of a second module: the step before which it was a copy of the weights.
@@ -124,6 +127,7 @@ class ShardedCheckpointManager:
         """Save everything as ``step-<step>``; the path. Returns when it is committed.
 
         Args:
+            step: Number of the step.
             data_status: Where this rank's data loader is: plain values, such as numbers, lists and dicts.
 
         Raises:
@@ -194,6 +198,10 @@ class ShardedCheckpointManager:
         Args:
             path: Default: the newest of our own that is sound.
             load_model: And so on: what to load. What this manager has none of is never loaded.
+            load_ema: Whether to load the average.
+            load_optimizer: Whether to load the optimizer's state.
+            load_scheduler: Whether to load the learning rate schedule.
+            load_data_status: Whether to return the data loader's place.
             load_rng: Random number generators, of our own checkpoints.
             allow_missing: Patterns of tensors that another project's checkpoint need not have.
             allow_extra: Patterns of tensors that it may have and the model has not.
@@ -247,6 +255,8 @@ class ShardedCheckpointManager:
         """Load whole weights: safetensors or ``torch.save`` files, single or indexed, with ``ema.safetensors`` or not.
 
         Args:
+            path: A Hugging Face directory, or a file of weights.
+            load_ema: Whether to load the average.
             load_ema_from_main: Fill the average from the main weights, also where the files have an average. It is said
                 in the log.
             load_main_from_ema: The other way round, as for BAGEL's release, which is an average alone.

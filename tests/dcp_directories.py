@@ -32,6 +32,10 @@ def save_sharded(
     """What ``dcp.save`` writes where each tensor is sharded over some ranks, along a dimension if it has that.
 
     Args:
+        state_dict: The tensors to save.
+        directory: The directory.
+        ranks: Number of ranks.
+        dim: The dimension to shard along.
         nested: Name of the dict that the tensors are in, such as "model".
     """
     keys = {f"{nested}.{name}" if nested else name: name for name in state_dict}

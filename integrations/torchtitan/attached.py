@@ -71,9 +71,14 @@ class Attached:
         """All ranks, when the model is initialized; communicates where anything is wanted.
 
         Args:
+            options: The options that the user set.
+            model_parts: The model; one part a rank.
+            optimizers: TorchTitan's container of optimizers.
             states: Among them ``train_state``, which knows the step.
+            sd_adapter: TorchTitan's state-dict adapter; None without one.
             dump_folder: Of the run.
             folder: TorchTitan's checkpoint folder.
+            keep_latest_k: Number of steps that TorchTitan keeps; 0 keeps all.
             saves: Whether TorchTitan saves checkpoints at all.
 
         Raises:

@@ -112,6 +112,8 @@ class LoadWatch:
         """It has loaded. All ranks; communicates.
 
         Args:
+            checkpoint: The directory that was loaded.
+            form: How TorchTitan has read it.
             state: What the run holds now, as a save has it.
 
         Raises:

@@ -48,6 +48,7 @@ class HookedManager(CheckpointManager):
         """Attach the hooks, when the manager is made. All ranks; communicates.
 
         Args:
+            options: The options that the user set.
             config: TorchTitan's, of its checkpoints.
             parts: What else the manager was made from.
         """

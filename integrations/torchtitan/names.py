@@ -53,6 +53,7 @@ class TorchTitanNames:
         """Changes nothing of the adapter.
 
         Args:
+            adapter: TorchTitan's state-dict adapter.
             buffers: Clean names of the model's buffers.
             shapes: Of all the tensors that there can be; an adapter of another model may fit by chance.
         """

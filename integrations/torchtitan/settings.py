@@ -135,8 +135,11 @@ def faults_on_all(
     """Compare the settings on all ranks: the source, and what differs on any of them. Communicates.
 
     Args:
+        ranks: All ranks of the job.
+        live: The live model's tensors.
         find: Called on each rank; its errors reach all.
         adapter: TorchTitan's state-dict adapter; None without one.
+        allowed: Patterns of settings that may differ.
     """
     names = TorchTitanNames(adapter, ()) if adapter is not None else None
     sources: list[Source | None] = []
@@ -185,6 +188,8 @@ def compare_settings(
     """What a live model computes with, other than its source says. No communication.
 
     Args:
+        live: The live model's tensors.
+        source: The model of the config to compare with.
         names: From the model's names to those of transformers; None where nobody knows them.
         allowed: Patterns of settings that may differ, under their names in config.json.
     """

@@ -44,6 +44,8 @@ def find_newest_whole(folder: Path, ranks: Ranks, passed: set[int], newest: int 
     call it; rank 0 looks.
 
     Args:
+        folder: TorchTitan's checkpoint folder.
+        ranks: All ranks of the job.
         passed: Steps that were found to be damaged before.
         newest: No step after this one counts; None: any.
 

@@ -60,6 +60,7 @@ def check_options(owner: str, function: Callable[..., Any], options: Mapping[str
     Args:
         owner: The object to name in the error.
         function: A class, or a function whose annotations say what is expected.
+        options: Keyword arguments, by name.
         name: Prefix of the arguments in the error: that of the mapping in which they came.
     """
     target = function.__init__ if isinstance(function, type) else function  # type: ignore[misc]

@@ -27,6 +27,8 @@ def aligned_source(
     """A model's tensors under the template's names, and in its layout where a rule leads there.
 
     Args:
+        source: The model's tensors under their own names.
+        template: The tensors of the model to align with.
         base: Directory of the model that the template is from, whose config says how its names are made.
         names: As ``matched_source`` has it.
         rules: What may be done to tensors of another shape; the first that fits is used.

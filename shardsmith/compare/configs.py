@@ -66,6 +66,8 @@ def compare_configs(model: Mapping[str, Any], other: Mapping[str, Any], origin: 
     """Differences that matter, by what they do, and those that do not, as a note.
 
     Args:
+        model: The config to judge.
+        other: The config to compare it with.
         origin: Whose config the other one is, for people.
     """
     mine, theirs = _flat(model), _flat(other)

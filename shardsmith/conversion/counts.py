@@ -40,6 +40,7 @@ def count_tensors(plan: ConversionPlan, written: Mapping[str, TensorSpec]) -> li
     """Count what was written.
 
     Args:
+        plan: The plan of the checkpoint.
         written: All tensors of the checkpoint, by key, as its index has them.
     """
     paths = {key: path[-1] for key, path in plan.containers.items()}

@@ -93,6 +93,9 @@ def make_head(name: str, make: Callable[[], nn.Module], seed: int, dtype: torch.
     """Make a module with random numbers of its own, of which nobody else's change.
 
     Args:
+        name: Name of the head; its random numbers depend on it.
+        make: Makes the module.
+        seed: Seed of the random numbers.
         dtype: Of its floating-point tensors; None keeps theirs.
     """
     with torch.random.fork_rng(devices=[]):

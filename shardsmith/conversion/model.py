@@ -65,7 +65,9 @@ def open_conversion_model(
     """Open a model directory, or a file of weights, and compare its tensors with those of the model.
 
     Args:
+        directory: The model's directory, or its file of weights.
         names: Name map of a model that is not that of the directory's config, and knows its own.
+        trust_remote_code: Let transformers run the directory's own Python files.
 
     Raises:
         UsageError: there is no such map, or it does not know its model.
@@ -110,6 +112,8 @@ def _identity(files: ModelSource, blueprint: Blueprint, saved: Mapping[str, str]
     """Every tensor of the model is in the files under its own name, or under that of a tie.
 
     Args:
+        files: The tensors in the files.
+        blueprint: The model that the config describes.
         saved: Name that it was saved by, where that is another.
     """
     stored, tied = {}, {}

@@ -29,6 +29,7 @@ def find_model(name: str, *, fetch: bool = True) -> Path:
     """The directory of a model: a path, or a name on the Hub, taken from the local cache if it is there, else fetched.
 
     Args:
+        name: A path, or a name on the Hub.
         fetch: Whether to use the network at all.
 
     Raises:

@@ -44,6 +44,8 @@ def plan_conversion(model: str, output: Path, options: ConversionOptions) -> Con
 
     Args:
         model: A directory, or a name on the Hub.
+        output: The directory to make.
+        options: How to do it.
 
     Raises:
         ProtectedPathError, TargetExistsError: the output is no place to write to.

@@ -36,6 +36,8 @@ def convert(
     All ranks call it with the same plan; each writes its part. Communicates through the store.
 
     Args:
+        plan: The plan of the checkpoint.
+        ranks: All ranks of the job.
         progress: Called from several threads with the number of bytes just written.
         early: What is being written of it already; with one rank only.
 

@@ -17,6 +17,7 @@ def look_at_average(subject: Subject, compared: Mapping[str, Mapping[str, Tensor
     """Compare the average with main and with the reference.
 
     Args:
+        subject: The checkpoint and the model that it should hold.
         compared: By model, its tensors against the reference's.
     """
     average, _ = subject.models[EMA]

@@ -95,6 +95,8 @@ def fixed_batch(model: Path, vocabulary: int, longest: int | None, make: Callabl
     """A text of ours in the model's tokens, or made-up ones if it has no tokenizer that can be read.
 
     Args:
+        model: Directory of the model.
+        vocabulary: Number of token ids.
         longest: How many tokens the model has positions for; None where there is no limit.
         make: Makes up so many tokens [1, length].
     """

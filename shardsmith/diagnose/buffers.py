@@ -22,6 +22,7 @@ def compare_buffers(fresh: Mapping[str, Tensor], found: Mapping[str, Tensor], or
 
     Args:
         fresh: Of a model made from the config; clean names.
+        found: Buffers of the checkpoint, by clean name.
         origin: Whose the others are, for people.
     """
     wrong: dict[str, dict[str, Tensor]] = {}

@@ -50,6 +50,9 @@ class LiveModel:
         """A second model of the same class with these tensors of a source, named as in files.
 
         Args:
+            source: The tensors to read.
+            names: Names of the tensors to load.
+            config: Config of the model.
             rounded: Name -> the dtype that its values are rounded to on the way to float32.
 
         Raises:

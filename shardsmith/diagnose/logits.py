@@ -47,9 +47,12 @@ def verify_logits(
     """Run both on a fixed text.
 
     Args:
+        left: The one checkpoint.
+        right: The other checkpoint.
         model: ``"main"`` or ``"ema"``.
         options: The tolerance is of logits; the names are those of a side that is no Hugging Face directory.
         base: A Hugging Face directory of that kind of model; None: whichever of the two is one.
+        trust_remote_code: Let transformers run the directory's own Python files.
 
     Raises:
         UsageError: there is none.

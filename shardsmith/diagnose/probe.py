@@ -29,6 +29,7 @@ class Probe:
         """What to ask a model.
 
         Args:
+            model: The model to ask.
             directory: Of the model, with its tokenizer.
             given: A file with the trainer's own batch.
 

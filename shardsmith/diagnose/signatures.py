@@ -42,6 +42,7 @@ def unrelated(comparison: TensorComparison, *, trained: bool = False) -> bool:
     """Whether two tensors have no more in common than random ones. Never where one is zero everywhere.
 
     Args:
+        comparison: The two tensors, compared.
         trained: Training has been at it, which can turn a small tensor into any other.
     """
     distance, spec = comparison.distance, comparison.left

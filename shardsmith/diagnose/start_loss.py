@@ -43,6 +43,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, shift: int = 1) -> float:
     Args:
         logits: [B, T, V].
         labels: [B, T], unshifted; -100 is left out.
+        shift: Number of positions between input and label; 1 in a causal model.
     """
     flat, wanted = logits[:, : logits.shape[1] - shift].flatten(0, 1), labels[:, shift:].flatten()
     return float(torch.nn.functional.cross_entropy(flat.float(), wanted, ignore_index=IGNORED))
@@ -59,6 +60,8 @@ def possible_causes(model: LiveModel, batch: Batch, padding: Collection[int] = (
     """Every cause that can be tried out on this model and batch, what is right first.
 
     Args:
+        model: The model with the right weights.
+        batch: The batch to try it on.
         padding: Ids of tokens that only fill up.
     """
     logits = model.logits(batch)

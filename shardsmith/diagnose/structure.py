@@ -34,6 +34,7 @@ def look_at_structure(subject: Subject, wanted: Layout | None = None) -> Looked:
     """Compare what the indexes say.
 
     Args:
+        subject: The checkpoint and the model that it should hold.
         wanted: The layout that the trainer reads; None if that is not known.
     """
     findings: list[Finding] = []

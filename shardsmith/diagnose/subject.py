@@ -78,6 +78,8 @@ class Subject:
         """Read the checkpoint's index; no tensor of it.
 
         Args:
+            checkpoint: The checkpoint's directory or file.
+            reference: The model that it should hold.
             trained: None: as its step, or an optimizer state in it, says.
             names: How its names become the model's, as ``aligned_source`` says.
             rules: What may be done to tensors that the model has in another shape.

@@ -26,6 +26,8 @@ def find_swapped(
     A few elements of each are compared with those of every tensor of that shape, then all of the ones that are alike.
 
     Args:
+        left: The tensors of the checkpoint.
+        reference: The tensors of the model.
         compared: The tensors that are not the model's, to be looked up.
         trained: Training has moved the values: then a matrix counts by its direction, and a vector is not looked up.
     """

@@ -31,8 +31,11 @@ def plan_adapter(
     """Plan the directory of an adapter; None where it is not asked for, or the checkpoint holds none. Writes nothing.
 
     Args:
+        checkpoint: The checkpoint's directory or file.
+        output: The directory to make.
         base: The base model's directory, of which config.json is needed.
         stems: As ``plan_directory`` takes them; the adapter's weights are ``adapter_model.safetensors`` instead.
+        options: How to do it.
 
     Raises:
         ProtectedPathError, TargetExistsError: the output is no place to write to.

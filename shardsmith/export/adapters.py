@@ -214,6 +214,7 @@ def without_adapter(fqn: str, tuned: Iterable[str], replaced: Iterable[str], ada
     """Return the name without what peft puts into it; None for the adapter's own tensors.
 
     Args:
+        fqn: Clean FQN of a tensor.
         tuned: Paths of the layers that the adapter changes.
         replaced: Paths of the modules of which it trains a copy.
         adapter: Its name.

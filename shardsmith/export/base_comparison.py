@@ -32,7 +32,12 @@ def fit(
 
     Args:
         path: Where the tensors are from, for the errors.
-        separate, live: As ``fit_config`` takes them.
+        plan: The planned tensors.
+        config: Content of config.json.
+        template: The tensors of the base model's files.
+        separate: As ``fit_config`` takes them.
+        allow: Patterns of tensors that the files need not have.
+        live: As ``fit_config`` takes them.
 
     Raises:
         MismatchError: they are not.
@@ -74,6 +79,10 @@ def compare_with_base(
     """Raise MismatchError if names or shapes are not those of the base model's weights.
 
     Args:
+        path: Where the tensors are from, for the errors.
+        plan: The planned tensors.
+        template: The tensors of the base model's files.
+        allow: Patterns of tensors that the files need not have.
         fitted: Says which ways out lead to a right export, and which do not.
     """
     lines = differences(plan, template, allow) if template else []

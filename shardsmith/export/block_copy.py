@@ -35,6 +35,7 @@ def copy_blocks(
 
     Args:
         source: Holds every planned tensor, in the planned shape.
+        writers: The planned files, open for writing.
         progress: Called from the threads with the number of bytes just written.
         part: Which share of the blocks to copy, so that ranks can divide them; the digests are shares, then, too.
         parts: Into how many shares.

@@ -104,6 +104,8 @@ def check_export(
     """Say what is known of a directory whose weights are written.
 
     Args:
+        plan: The plan of the directory.
+        directory: Where the weights are written.
         digests: Of what was written to it.
         all_digests: Of what was written to each directory, for an average may have one of its own.
         plans: Of these directories.

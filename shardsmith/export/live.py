@@ -99,6 +99,7 @@ class LiveExporter:
         Communicates through the store.
 
         Args:
+            phase: The moment, for the errors.
             kind: Exports of one kind hold the same; what was settled for the one before is used again.
             collect: The models, as they are now.
 
@@ -160,6 +161,8 @@ class JointExport:
         """Copy this rank's boxes, cast, into the buffer. When it returns the weights may change.
 
         Args:
+            boxes: By model, the live boxes that this rank writes.
+            buffer: Memory to copy them into.
             ranks: Serves the main thread, which is the one that calls this.
 
         Raises:

@@ -32,6 +32,7 @@ def compare_answers(
     """Load a directory on the CPU, in float32, and compare what the model answers with what it should.
 
     Args:
+        directory: A Hugging Face directory.
         inputs: Keyword arguments of the model, on the CPU.
         expected: The answer of the live model, float32 on the CPU.
         rounded_to: The dtypes that weights were written in and that the live model computed in.

@@ -100,7 +100,11 @@ def plan_directory(
     """Work out a directory and refuse what cannot be done. Writes nothing.
 
     Args:
+        checkpoint: The checkpoint's directory or file.
+        output: The directory to make.
+        base: The base model's directory.
         stems: Model name ("main", "ema") -> stem of its weight files.
+        options: How to write it.
 
     Raises:
         ProtectedPathError, TargetExistsError: the output is no place to write to.
@@ -181,8 +185,10 @@ def under_base_names(
     """A model without what wrappers and generations of transformers have put into its names.
 
     Args:
+        source: The model under the checkpoint's names.
         template: The base's own tensors: the model's come under their names, and cut up as they are. Where it has none,
             they keep their own names, without wrappers and prefix, as the class of its config shows these to be.
+        base: The base model's directory.
         names: As the options have it; only ``"auto"`` changes names.
     """
     if names != "auto":

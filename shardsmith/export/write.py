@@ -45,6 +45,7 @@ def write_directories(
     Call it within ``hold(checkpoint)``, and plan there too, if something might remove the checkpoint meanwhile.
 
     Args:
+        plans: One a directory.
         progress: Called from several threads with the number of bytes of weights just written.
         team: All ranks that call it, with equal plans, to divide the work. Communicates through the store.
         threads: Of this process; None: as many as are of use.
@@ -72,6 +73,7 @@ def verify_source(checkpoint: Path, part: int = 0, parts: int = 1) -> None:
     """Raise CorruptCheckpointError if a file of a checkpoint with recorded hashes has changed. Others pass.
 
     Args:
+        checkpoint: The checkpoint's directory or file.
         part: Which share of the files to look at.
         parts: Into how many shares.
     """

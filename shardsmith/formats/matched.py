@@ -29,6 +29,7 @@ def matched_source(
     caller compares names and shapes.
 
     Args:
+        source: The tensors to read.
         target: The tensors of files, or of a model in memory.
         classes: What the target's class says; None where no class is known.
         names: ``"identity"``: no tensor is cut up. ``"transformers"``: as transformers has them in files with the

@@ -138,6 +138,7 @@ def open_dcp_model(directory: Path, model: str = MAIN) -> ModelSource:
     """One model of a DCP directory, with our ``metadata.json`` or without.
 
     Args:
+        directory: A DCP directory.
         model: ``"main"`` or ``"ema"``, where there are several averages also ``"ema:NAME"``. An average covers trained
             weights only; the rest comes from main.
 
@@ -154,6 +155,7 @@ def choose_model(
     """Take one model of an open source.
 
     Args:
+        source: The open checkpoint.
         paths: Key -> path in the nested dict that was saved, as ``find_models`` takes it.
         model: As ``open_dcp_model`` takes it.
         tied: Recorded ties: alias -> kept name.

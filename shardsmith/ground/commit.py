@@ -166,6 +166,7 @@ def remove(directory: Path, *, nameless: bool = False) -> bool:
     Returns False, and leaves it as it is, while somebody holds it (see ``leases``).
 
     Args:
+        directory: The directory.
         nameless: The trash does not bear its name: for directories of a trainer that takes any name for a checkpoint
             which has the one of a checkpoint in it.
 

@@ -74,7 +74,9 @@ def await_keys(
 
     Args:
         store: A connection that no other thread uses.
+        keys: The keys to wait for.
         ranks: Which rank sets each key.
+        limit_secs: How long to wait, in seconds.
         known_dead: Ranks that gave no sign of life before; they are not waited for a second time.
         give_up: Asked about once a second, whether waiting has become pointless.
 

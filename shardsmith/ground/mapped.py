@@ -51,6 +51,7 @@ class MappedFile:
         """Map a file.
 
         Args:
+            path: A regular file.
             follow_links: Accept a symbolic link as the last part of the path, as in a Hugging Face cache.
 
         Raises:

@@ -33,6 +33,7 @@ def meet(ranks: Ranks, what: str, facts: Mapping[str, Any]) -> None:
     as this process has lived, for what has taken one rank a minute may take another two, and at least 30 seconds.
 
     Args:
+        ranks: The ranks that meet.
         what: The moment, for the errors: "making ShardedSave".
         facts: What must be the same on all ranks, fit for JSON.
 

@@ -68,6 +68,7 @@ def choose_files(
     """Decide which files of the base belong beside the new weights. Reads headers of weight files, no weights.
 
     Args:
+        base: The base model's directory.
         model: The tensors of the model, by any names that files may have for them.
         trust_remote_code: Python files, too.
 

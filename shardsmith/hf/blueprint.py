@@ -124,6 +124,7 @@ def model_of_directory(base: Path, *, trust_remote_code: bool = False) -> Any:
     """The transformers model of a local directory, made ``without_weights``.
 
     Args:
+        base: The base model's directory.
         trust_remote_code: Let transformers run the directory's own Python files. Without it, no code of it is run.
 
     Raises:
@@ -159,6 +160,7 @@ def transformers_parts(model: nn.Module, *, itself: bool = True) -> dict[str, An
     """The outermost modules of a model that are from transformers, by clean name ("" is the model itself).
 
     Args:
+        model: Any model.
         itself: Whether the model itself counts; else only those inside it.
     """
     modeling = sys.modules.get("transformers.modeling_utils")

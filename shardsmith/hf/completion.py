@@ -26,7 +26,9 @@ def complete_directory(plan: DirectoryPlan, directory: Path, digests: Digests) -
     """Write and fsync everything beside the weights; the size of every file there must be, weights included.
 
     Args:
+        plan: The plan of the directory.
         directory: Where the weight files are already, each fsynced.
+        digests: Digests of the written tensors.
 
     Raises:
         WriteError: a write failed.

@@ -129,10 +129,13 @@ def plan_model(
     """Settle dtypes and files of one model.
 
     Args:
+        model: ``"main"`` or ``"ema"``.
         stored: The tensors as they are, aliases included.
         stem: Of the weight files' names.
         dtype: Of floating-point tensors, by the names that they will have.
         max_shard_size: Such as "5GB", or bytes; None makes one file.
+        aliases: Alias -> kept name; an alias is not written.
+        filled: Names of tensors that an average takes from main.
 
     Raises:
         UsageError: the size cannot be read, safetensors cannot hold the tensors, or a pattern of ``dtype`` is for none.

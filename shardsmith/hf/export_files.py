@@ -43,6 +43,7 @@ def find_export_damage(directory: Path, *, contents: bool = True) -> list[str]:
     Empty, too, for a directory that is not ours, or older than this record.
 
     Args:
+        directory: An exported directory.
         contents: Also read every byte; otherwise only names and sizes.
     """
     try:

@@ -158,6 +158,7 @@ def order_of_patches(values: Tensor, base: Tensor, channels: int = 3) -> str:
     Args:
         values: (out, height * width * channels), or a convolution's (out, channels, height, width).
         base: The same of the base model, in the same shape.
+        channels: Number of channels of the images.
 
     Returns:
         "as in the base", "channels first", or "undecided": they do not descend from the base's, or are too far from it.

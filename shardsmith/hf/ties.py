@@ -26,6 +26,7 @@ def find_ties(
     Reads only tensors that may be tied.
 
     Args:
+        source: The tensors of the model.
         template: The tensors of the base model's files, of which none is left out. Empty if it has no weights.
         model_class: Says what is tied. Without one, a head that the base does not list and that is bit for bit an
             embedding that it lists is taken as tied.

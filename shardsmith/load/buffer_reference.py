@@ -90,6 +90,7 @@ def find_reference(
     """The reference for a live model. No communication.
 
     Args:
+        live: The live model's tensors.
         path: What the weights are loaded from: its config is what the model is to be like.
         record: What its metadata.json says.
         config: Overrides that of ``path``: a config of transformers, its dict, or a directory with config.json.

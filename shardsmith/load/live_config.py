@@ -23,6 +23,9 @@ def compare_live_config(
     """Settings that change what the model computes. Empty where the source has no config, or the model none.
 
     Args:
+        live: The live model's tensors.
+        path: Where the weights were loaded from.
+        record: The recorded config of that; None without one.
         given: In the place of the source's config: one of transformers, its dict, or a directory with a config.json.
 
     Raises:

@@ -101,7 +101,16 @@ def prove_loaded(
     ``poison_weights`` before the load, so that what it leaves out cannot be right by chance and is called by its name.
 
     Args:
+        model: The live model, or its pipeline stages on this rank.
+        path: The checkpoint that it was loaded from.
+        config: As in ``load_initial``.
+        fresh: As in ``load_initial``.
+        repair_buffers: As in ``load_initial``.
+        allow_missing: Patterns of tensors of the model that the checkpoint need not have.
+        allow_extra: Patterns of tensors of the checkpoint that the model need not have.
+        weights: ``"main"``, ``"ema"`` or the name of an average.
         names: From the model to the checkpoint, where it has files of another model's names.
+        ranks: The ranks that call; None for all, with the usual timeout.
     """
     ranks = ranks or Ranks()
     with _opened(Path(path), model, weights, ranks, config, fresh, names, allow_missing) as load:
@@ -170,6 +179,7 @@ def poison_weights(model: nn.Module | Sequence[nn.Module], *, spare: Sequence[st
     All ranks call it; communicates under FSDP1 only.
 
     Args:
+        model: The live model, or its pipeline stages on this rank.
         spare: Patterns of names to leave alone.
     """
     live = LiveWeights(model)

@@ -112,7 +112,11 @@ def prove_values(
     """Compare what is in the model on all ranks with the digests of the source, and its buffers with the reference.
 
     Args:
+        ranks: All ranks of the job.
+        live: The live model's tensors.
+        source: The tensors that the model should hold.
         dtypes: As ``Names`` has them.
+        reference: The right values of non-persistent buffers.
         repaired: Buffers that were repaired on this rank.
     """
     keys = {name: key for name in dtypes if (key := source.key_of(name)) is not None}

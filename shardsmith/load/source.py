@@ -55,6 +55,7 @@ class InitialSource:
         """Read the tensors under the names of a live model, where those of a wrapper or of files are others.
 
         Args:
+            live: The live model's tensors.
             ties: What is one tensor, as far as the source does not say it: alias -> kept name.
         """
         self.ties = {**ties, **self.ties}
@@ -89,6 +90,7 @@ class InitialSource:
         """Read the tensors under the names of a model that a map translates into those of the files.
 
         Args:
+            names: From the model's names to those of the files.
             specs: All tensors of the model, on whatever rank.
             ties: As in ``match``.
             allow_missing: Patterns of tensors of the model that the files need not have.

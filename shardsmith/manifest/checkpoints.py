@@ -27,6 +27,7 @@ def committed_steps(directory: Path, mark: str = layout.METADATA_FILE) -> list[i
     """Steps of the checkpoints in a run directory, ascending. An absent directory has none.
 
     Args:
+        directory: The run directory.
         mark: The file that makes a ``step-<n>`` one of ours.
     """
     if not directory.is_dir():
@@ -39,6 +40,7 @@ def find_damage(checkpoint: Path, *, contents: bool = True, part: int = 0, parts
     """What is wrong with the files of a committed checkpoint, one line each; empty if nothing is.
 
     Args:
+        checkpoint: A committed ``step-<n>``.
         contents: Also read every file and compare its XXH3-128; otherwise only presence and size.
         part: Which share of the files to look at, so that ranks can divide them. No communication.
         parts: Into how many shares.

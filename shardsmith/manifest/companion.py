@@ -88,6 +88,7 @@ def find_folder_damage(
     """What is wrong with a trainer's folder and our directory in it, one line each; empty if nothing is.
 
     Args:
+        folder: The trainer's folder.
         contents: Also read every file and compare its hash; otherwise only presence and size.
         weights_only: Of the trainer's files look only at those with the model's weights; the optimizer may be gone.
         part: Which share of the files to look at, so that ranks can divide them. No communication.

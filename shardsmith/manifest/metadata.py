@@ -227,6 +227,7 @@ def read_json(path: Path, *, sealed: bool = False) -> dict[str, Any]:
     """Read a JSON object from a regular file.
 
     Args:
+        path: The file.
         sealed: It may have its own hash in it, which is compared and left out of the result.
 
     Raises:

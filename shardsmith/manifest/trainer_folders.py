@@ -22,6 +22,7 @@ def last_checkpoint(parent: str | Path, *, verify: bool = False) -> str | None:
     killed. All ranks call it; communicates where ``torch.distributed`` is initialised.
 
     Args:
+        parent: The trainer's output directory.
         verify: Also read all files and compare their hashes, divided among the ranks; otherwise only their sizes.
     """
     ranks = Ranks()

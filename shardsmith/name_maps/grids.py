@@ -100,6 +100,8 @@ class Grid:
 
         Args:
             values: Of shape ``box.sizes``, with any strides.
+            box: The box that has the values.
+            part: A box inside it.
 
         Returns:
             Of shape ``part.sizes``.

@@ -66,6 +66,7 @@ def find_name_map(name: str, config: dict[str, Any] | None) -> NameMap:
 
     Args:
         name: Also with an argument for the map, as in ``"torchtitan:llama3/debugmodel"``.
+        config: Content of the model's config.json; None without one.
 
     Raises:
         UsageError: there is none of that name.

@@ -40,6 +40,7 @@ class RestoredModel:
         """Compare the files with what the model needs.
 
         Args:
+            files: The tensors of the files.
             name_map: From the model to its files.
             specs: The model's tensors, without aliases. Their dtypes do not matter.
             aliases: Of the tied ones, alias -> kept. It is enough if the files have one of them.

@@ -39,6 +39,7 @@ class TransformersNames:
         """For the model of a local directory. Runs no code of it.
 
         Args:
+            base: The base model's directory, with config.json.
             names: Of the tensors in the base model's files, if it has any: some conversions only apply where a
                 ``from_pretrained`` of the base would apply them.
 

@@ -59,6 +59,9 @@ def compare_replicas(ranks: Ranks, phase: str, tensors: Mapping[str, Tensor], ve
     Costs a digest of everything that this rank holds as one of several.
 
     Args:
+        ranks: The ranks that call.
+        phase: The moment, for the errors.
+        tensors: By name, the tensors that several ranks may hold.
         verb: What has not been done then.
 
     Raises:

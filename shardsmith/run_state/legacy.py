@@ -50,6 +50,7 @@ class LegacyState:
         """The state for this rank's optimizer, or the files that have it by names.
 
         Args:
+            optimizer: This rank's optimizer.
             parameters: Those of the model, by clean FQN, with global shapes.
 
         Raises:

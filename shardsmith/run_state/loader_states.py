@@ -14,8 +14,10 @@ def reshard_loader(loader: Any, states: Sequence[Any], rank: int, world_size: in
     of ``W`` ranks the first ``n * W`` are used up, and ``n * W / W'`` on each of ``W'`` ranks say the same.
 
     Args:
+        loader: The data loader, or any other object.
         states: Of all ranks that saved, in their order.
         rank: This rank; the state is the same on all.
+        world_size: Number of ranks now.
 
     Raises:
         ValueError: it is such a loader, but what was used up does not divide into whole batches of the ranks now, or

@@ -25,6 +25,7 @@ def fill_state(state: dict[str, Any], source: RankShards) -> None:
 
     Args:
         state: Nested, of tensors, DTensors, ShardedTensors and other values, as ``TrainState.collect`` gives it.
+        source: The files of single ranks.
 
     Raises:
         MismatchError: naming all keys that are missing or have another kind, shape or dtype. Nothing was filled.

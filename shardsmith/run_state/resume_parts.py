@@ -37,6 +37,9 @@ def load_parts(
     """Load a checkpoint into what ``state`` was made of, or parts of it. All ranks; communicates.
 
     Args:
+        checkpoint: A committed ``step-<n>``.
+        state: The live state to fill.
+        ranks: All ranks of the job.
         parts: Which of ``state.parts`` to load; None loads all. The others stay as they are.
         on_missing: What to do with those that the checkpoint does not have: ``"start"`` leaves them as they are.
 

@@ -60,6 +60,7 @@ class Share:
         """Rank 0: deal out what all ranks together hold; for each rank what ``accept`` takes.
 
         Args:
+            reports: For each rank what it holds.
             problems: Lines on what is wrong already.
 
         Raises:

@@ -102,6 +102,8 @@ class TrainState:
         """The live state, not copied. All ranks; communicates only under FSDP1.
 
         Args:
+            step: Number of the step.
+            with_rng: Whether to take the random number generators, too.
             with_main: Whether to take the main weights, too.
             to_load: Whether it is to be filled, without what single ranks have for themselves (``read_rank_states``);
                 otherwise it is only to be read.

@@ -25,6 +25,7 @@ def digest_live(ranks: Ranks, phase: str, collect: Callable[[], Mapping[str, Ten
     (buffers under DDP, say) the one of the lowest rank counts.
 
     Args:
+        ranks: All ranks of the job.
         phase: What this is for, for error messages.
         collect: The tensors by name, as they are now: DTensors, ShardedTensors or plain ones. Not changed.
 
@@ -54,6 +55,8 @@ def compare_digests(
     """What differs, by tensor; empty if the live tensors are those that were recorded, bit for bit.
 
     Args:
+        live: The tensors of the live model.
+        recorded: The tensors that were saved.
         aliases: Names that are left out of one side or the other: alias -> the name of the same tensor.
     """
     problems = {name: _difference(live[name], recorded[name]) for name in live if name in recorded}

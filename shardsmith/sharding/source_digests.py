@@ -29,7 +29,10 @@ def digest_source(
     No communication. Memory: one block a thread.
 
     Args:
+        source: The tensors to read.
         dtypes: Name of each tensor -> the dtype to cast it to first.
+        part: Number of this share.
+        parts: Number of shares.
 
     Raises:
         CheckpointError: from reading.

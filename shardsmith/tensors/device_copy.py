@@ -24,8 +24,10 @@ def copy_to_host(tensors: Sequence[Tensor], copies: Sequence[Tensor], window_byt
     and one copy brings it over, while the next is cast. No communication.
 
     Args:
+        tensors: On accelerators; not changed.
         copies: Contiguous, in pinned memory if they are not to take twice as long. Where two lie less than 64 bytes
             apart in one memory, the bytes between them may be overwritten.
+        window_bytes: How much to copy at a time, in bytes.
     """
     by_memory: dict[Any, list[tuple[Tensor, Tensor]]] = {}
     for tensor, copy in zip(tensors, copies, strict=True):

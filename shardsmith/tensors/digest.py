@@ -93,6 +93,8 @@ def digest_run(values: Tensor, first_element: int, look: Callable[[int, int], No
     """The share of a contiguous run that begins at a flat row-major index of the global tensor.
 
     Args:
+        values: The elements of the run, on the CPU.
+        first_element: Row-major index of the first element in the global tensor.
         look: What else is to be done with the values while they are in cache: called with the first byte and the end of
             each block of them before it is digested.
     """

@@ -33,6 +33,7 @@ def parse_dtypes(
     A dtype of torch may stand for its name.
 
     Args:
+        choice: The dtype, in words or as it is.
         exceptions: More patterns, as ``"PATTERN=DTYPE"``, which come first.
 
     Raises:

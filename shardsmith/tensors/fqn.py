@@ -22,6 +22,7 @@ def clean_fqn(name: str, model: nn.Module | None = None) -> str:
     """The name without the segments that wrappers put into it. A clean name stays as it is.
 
     Args:
+        name: FQN as ``named_parameters`` gives it.
         model: The module that ``name`` starts from. A ``module`` segment goes only where this shows it to be that of
             a DistributedDataParallel: many models have a ``module`` of their own.
     """

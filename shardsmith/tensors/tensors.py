@@ -104,6 +104,9 @@ def read_into(source: TensorSource, name: str, box: Chunk, out: Tensor) -> Tenso
     """Fill ``out`` with one box of a tensor and return it.
 
     Args:
+        source: The tensors to read from.
+        name: Name of the tensor.
+        box: The box to read, of shape B.
         out: CPU tensor of the box's shape B and any dtype; values are cast as ``Tensor.copy_`` does. Changed in place.
 
     Raises:

@@ -63,6 +63,8 @@ def train(case: Case, directory: Path, options: dict[str, Any]) -> None:
     """On each rank.
 
     Args:
+        case: The run to make.
+        directory: Where Trainer writes.
         options: ``detach``, to train without our hooks; ``resume``, a folder; ``kill_after``, a step, by
             ``kill_with``, a signal; ``name`` of the file for the truth; ``hold_exports_until``, a step that is saved
             before any export ends; ``finish``, called at the end with Trainer, CheckpointHooks and directory.

@@ -77,6 +77,7 @@ def read_index(directory: str | Path, *, follow_links: bool = False) -> DcpIndex
     """Read and check the index of a DCP directory. No communication; no tensor is read.
 
     Args:
+        directory: A DCP directory.
         follow_links: Accept files that are symbolic links, as in a Hugging Face cache.
 
     Raises:

@@ -27,6 +27,8 @@ def write_index(
 
     Args:
         specs: By key.
+        chunks: The planned chunks.
+        places: Number of a chunk -> where it lies in the files.
         aliases: Key -> the key whose chunks are its chunks, too.
         containers: Key -> where it lies in a nested state dict.
         attempt: Recorded as the save id.

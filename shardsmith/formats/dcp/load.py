@@ -53,6 +53,8 @@ def load_into(
     Args:
         state_dict: Nested or flat, of tensors, DTensors, ShardedTensors and other values, as for
             ``torch.distributed.checkpoint.load``. Tensors are filled in place, other values are replaced.
+        directory: A DCP directory.
+        process_group: The ranks that call; None for all.
         allow_pickle: Read values of any type, **which runs whatever code they hold**. Only for authors you trust.
         allow_cast: Convert tensors that were saved in another dtype.
         follow_links: Accept files that are symbolic links, as in a Hugging Face cache.
@@ -177,6 +179,7 @@ def compare(wanted: Mapping[str, Any], index: DcpIndex, allow_cast: bool) -> Non
 
     Args:
         wanted: Flat; tensors are compared, of other values only the key and that they are no tensors.
+        index: The index of the directory.
         allow_cast: Accept any dtype.
 
     Raises:

@@ -100,8 +100,10 @@ def write_rank_file(
     """Write and fsync a file. Any thread; no communication.
 
     Args:
+        file: Name and planned content.
         values: Of each piece, on any device; not changed.
         objects: As ``encode`` gave them.
+        directory: Where to write it.
 
     Raises:
         WriteError: it could not be written.

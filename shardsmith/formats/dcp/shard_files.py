@@ -114,7 +114,11 @@ def write_shard_files(
     """Write and fsync some of the chunks, as ``__<rank>_<i>.distcp``. No communication.
 
     Args:
+        streams: By key, how to read the values.
+        chunks: The planned chunks.
         mine: Numbers of the chunks that are this rank's.
+        directory: Where to write them.
+        rank: Number of this rank.
         progress: Called from the threads with the number of bytes just written.
         first_file: Number of the first file, where this rank has written some already.
 

@@ -71,6 +71,7 @@ class DcpSource:
         """A value that is no tensor, such as a learning rate or the state of a data loader.
 
         Args:
+            key: Key of the value in the index.
             allow_pickle: Read values of any type, **which runs whatever code they hold**.
 
         Raises:

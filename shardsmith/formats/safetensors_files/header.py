@@ -126,6 +126,7 @@ def read_header(path: str | Path, size: int, read: Callable[[int, int], bytes]) 
 
     Args:
         path: For the messages only.
+        size: Size of the file, in bytes.
         read: ``read(offset, length)`` gives these bytes of the file; asked for nothing past its end.
 
     Raises:

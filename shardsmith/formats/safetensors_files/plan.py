@@ -46,6 +46,7 @@ def plan_files(
 
     Args:
         specs: In the order in which shards are filled; each shard takes neighbours.
+        stem: Stem of the names of files, such as ``"model"``.
         max_shard_bytes: Most bytes of tensors in a file; a tensor larger than that gets a file of its own. None: one
             file, however large.
 

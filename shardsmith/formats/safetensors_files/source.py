@@ -98,6 +98,7 @@ def open_safetensors_directory(directory: str | Path, stem: str | None = None) -
     the directory lies in, and nowhere else out of it.
 
     Args:
+        directory: A Hugging Face directory.
         stem: What the weight files are called: "model" for model.safetensors and model.safetensors.index.json. None:
             that if it is there, and otherwise the only one that is.
 

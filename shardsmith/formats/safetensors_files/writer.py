@@ -80,6 +80,8 @@ class SafetensorsFileWriter:
         """Write consecutive elements of a tensor, from a flat row-major index on.
 
         Args:
+            name: Name of the tensor.
+            first_element: Row-major index of the first element in the global tensor.
             values: CPU tensor of the planned dtype and any shape, in whose row-major order the elements are written;
                 straight from its memory where that is contiguous.
 
@@ -99,6 +101,8 @@ class SafetensorsFileWriter:
         """Write a box of a tensor, with one system call for each run of elements that is contiguous in the file.
 
         Args:
+            name: Name of the tensor.
+            box: The box of the tensor that ``values`` fill.
             values: CPU tensor of shape ``box.sizes`` and the planned dtype, with any strides.
             shape: Of the tensor that the box is in: it has the planned elements in the same row-major order. None: the
                 planned one.

@@ -25,6 +25,7 @@ def read_archived_tensor(file: MappedFile, offset: int, length: int) -> Tensor:
     """The tensor in an archive: a read-only view on the file, or a copy where torch has to unpack it.
 
     Args:
+        file: The file that holds the archive.
         offset: Where the archive begins in the file, in bytes.
         length: Its length in bytes.
 
@@ -54,6 +55,7 @@ def read_archived_object(file: MappedFile, offset: int, length: int, *, allow_pi
     """The value in an archive, of any type that torch deems safe.
 
     Args:
+        file: The file that holds the archive.
         offset: Where the archive begins in the file, in bytes.
         length: Its length in bytes.
         allow_pickle: Read any pickle, **which runs whatever code it holds**. Only for files of an author you trust.

@@ -53,6 +53,7 @@ def read_pickle(data: bytes, path: Path, known: frozenset[Name], *, persistent_i
     They may be shared and may even contain themselves, so never walk them without a bound.
 
     Args:
+        data: The bytes of the pickle.
         path: Where the bytes come from, for the errors.
         known: The globals that may be named. Compared as a whole: ``("torch", "os.system")`` is not in ``torch``.
         persistent_ids: Whether objects outside the pickle may be referred to.
