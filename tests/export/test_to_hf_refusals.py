@@ -262,10 +262,11 @@ def test_a_model_that_the_checkpoint_lacks_is_refused(
     assert_refused(place, capsys, CheckpointNotFoundError, says, checkpoint=odd.plain["flat"], options=options)
 
 
-def test_a_step_that_a_run_does_not_have_is_refused(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
-    says = "holds no complete checkpoint of a step 7; steps: 3"
-    run = place.checkpoint.parent
-    assert_refused(place, capsys, CheckpointNotFoundError, says, checkpoint=run, options=("--step", "7"))
+def test_a_run_without_a_complete_step_is_refused(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    run = place.root / "half a run"
+    shutil.copytree(place.checkpoint, run / "step-3", ignore=shutil.ignore_patterns("__0_0.distcp"))
+    says = ("holds no complete checkpoint of a step; steps: 3", "__0_0.distcp")
+    assert_refused(place, capsys, CheckpointNotFoundError, *says, checkpoint=run)
 
 
 NO_CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
