@@ -6,6 +6,7 @@ from shardsmith.run_state.rank_states import per_rank
 from .background import Background
 from .base import Hook, Hooks
 from .ema import EMA
+from .events import Event, json_lines, metrics_to, tensorboard
 from .export import HFExport
 from .folder_save import FolderSave
 from .initial_load import InitialLoad
@@ -18,6 +19,7 @@ from .schedule import Schedule, at, every, last
 __all__ = [
     "EMA",
     "Background",
+    "Event",
     "ExportFiles",
     "ExportVerification",
     "ExportWeights",
@@ -35,8 +37,11 @@ __all__ = [
     "at",
     "every",
     "finish",
+    "json_lines",
     "last",
     "latest",
+    "metrics_to",
     "multiples_of",
     "per_rank",
+    "tensorboard",
 ]

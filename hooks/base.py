@@ -13,16 +13,16 @@ from typing import Any, Literal, Self
 from shardsmith.checking.arguments import check_value, checked
 from shardsmith.checking.types import StepNumber
 from shardsmith.errors import RankFailedError, UsageError
-from shardsmith.ground.logs import show_progress
+from shardsmith.ground.layout import step_name
+from shardsmith.ground.logs import Stopwatch, show_progress
 from shardsmith.ground.process_end import meet
 from shardsmith.ground.ranks import own_name, rank_and_size
 from shardsmith.ground.step_agreement import StepAgreement
 
 from .background import Background, attempted
+from .events import Event, EventQueue, Listener, event_of
 from .stop_signals import StopSignals
 from .wiring import Parts, Start
-
-log = logging.getLogger(__name__)
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +30,10 @@ _FAILED = "failed"
 _STOP = "stop"
 _RAISED = "raised"
 _FAREWELL_SECS = 10.0
+
+
+def _nobody(_: Event) -> None:
+    """Who listens where nobody does."""
 
 
 class Hook:
@@ -41,6 +45,9 @@ class Hook:
 
     announce_saved: Callable[[int, Path], None] | None = None
     """Set by ``Hooks`` on each hook. A hook that saves calls it on the main thread: ``announce_saved(step, path)``."""
+
+    emit: Callable[[Event], None] = staticmethod(_nobody)
+    """Set by ``Hooks`` if somebody listens. A hook calls it, on any rank and thread, when something has ended."""
 
     loads_weights: bool = False
     """Whether ``on_train_begin`` may change the weights. It is then called before that of the other hooks."""
@@ -112,7 +119,12 @@ class Hooks:
     should_stop = False
 
     @checked
-    def __init__(self, *hooks: Hook, stop_on: signal.Signals | Sequence[signal.Signals] = ()) -> None:
+    def __init__(
+        self,
+        *hooks: Hook,
+        stop_on: signal.Signals | Sequence[signal.Signals] = (),
+        on_event: Listener | Sequence[Listener] = (),
+    ) -> None:
         """Communicates not at all; with several ranks it starts a thread that sleeps until there is something to tell.
 
         Args:
@@ -120,6 +132,8 @@ class Hooks:
             stop_on: Signals that ask for the end of the run, such as ``signal.SIGTERM`` with which a scheduler
                 announces that it takes the machine away. One rank that gets it is enough. What handled it before is
                 called, too; ``close`` puts it back. To be made on the main thread then.
+            on_event: Who is told, on rank 0, what has ended: resumes, saves, exports, removals; one or several, such as
+                ``json_lines("run/events.jsonl")``, ``metrics_to(wandb.log)`` or a function that takes an ``Event``.
         """
         show_progress()
         self.hooks: tuple[Hook, ...] = ()
@@ -129,6 +143,7 @@ class Hooks:
         self._ended = False
         self._rank, self._size = rank_and_size()
         self._own_errors: list[Exception] = []  # raised by hooks that were told of a save; not yet passed on
+        self._events = EventQueue([on_event] if callable(on_event) else on_event)
         self._signals = StopSignals([stop_on] if isinstance(stop_on, signal.Signals) else stop_on)
         self._agreement = StepAgreement() if stop_on or self._size == 1 else None  # else when a hook needs it
         for hook in hooks:
@@ -144,6 +159,8 @@ class Hooks:
         if any(hook is other for other in self.hooks):
             raise UsageError(f"this {type(hook).__name__} is attached already: name each hook once")
         hook.announce_saved = self._on_saved
+        if self._events.listeners and self._rank == 0:
+            hook.emit = self._events.put
         if hook.background is not None:
             self._agreement = self._agreement or StepAgreement()
             hook.background.tell = partial(self._tell_failure, len(self.hooks))
@@ -181,12 +198,17 @@ class Hooks:
         self._step = max((step for step in steps if step is not None), default=0)
         for hook in sorted(self.hooks, key=lambda hook: not hook.loads_weights):
             hook.on_train_begin(self._step)
+        self._events.deliver(self._step)
         return self._step
 
     def _resume(self, hook: Hook, options: dict[str, Any]) -> int | None:
         """Only a hook with ``parts.resumes`` takes options."""
         resume: Callable[..., int | None] = hook.resume
-        return resume(**options) if hook.parts.resumes else resume()
+        watch = Stopwatch()
+        step = resume(**options) if hook.parts.resumes else resume()
+        if step is not None and (place := options.get("directory") or hook.parts.directory) is not None:
+            hook.emit(event_of("resume", step, Path(place) / step_name(step), watch, self._size))
+        return step
 
     def step(self, step: int) -> None:
         """Report that optimizer step number ``step`` (from 1) is done. Raises what failed in the background.
@@ -229,6 +251,7 @@ class Hooks:
             hook.on_step_end(step)
         if any(notice[0] == _STOP for notice in notices) and not self.should_stop:
             self._stop(step)
+        self._events.deliver(step)
         self._raise_failures([notice for notice in notices if notice[0] == _FAILED])
         self._raise_errors({notice[1]: notice[2] for notice in notices if notice[0] == _RAISED})
 
@@ -276,6 +299,7 @@ class Hooks:
         try:
             _each(hook.close for hook in self.hooks)
         finally:
+            self._events.deliver(self._step)
             if self._agreement is not None:
                 self._agreement.close()
             self._signals.restore()

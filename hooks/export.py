@@ -32,6 +32,7 @@ from .background import attempted, logged
 from .base import Hook
 from .checkpoint_source import CheckpointSource, check_source
 from .ema import EMA
+from .events import Event, event_of
 from .in_flight import SLOTS, InFlight, Running
 from .live_directory import LiveDirectory, ModelFiles
 from .live_source import Begin, LiveSource
@@ -232,9 +233,13 @@ class HFExport(Hook):
         if not wanted:
             return
         watch = Stopwatch()
-        checks = [self._ask(step, self._directories[i]) for i in wanted]
-        targets = [(self._directories[i], self._path(step, self._directories[i])) for i in wanted]
-        begin = self._source.begin(step, targets, [self._in_flight.next_buffers[i] for i in wanted])
+        try:
+            checks = [self._ask(step, self._directories[i]) for i in wanted]
+            targets = [(self._directories[i], self._path(step, self._directories[i])) for i in wanted]
+            begin = self._source.begin(step, targets, [self._in_flight.next_buffers[i] for i in wanted])
+        except BaseException as failure:
+            self.emit(event_of("export", step, self.directory / step_name(step), watch, self._ranks.size, failure))
+            raise
         self._exported_step = step
         watch.released()
         self._in_flight.start(step, lambda: self._finish(step, begin, checks, watch))
@@ -286,19 +291,22 @@ class HFExport(Hook):
                     unfinished.enter_context(job)
                     job.write()
                 paths = [job.commit() for job in jobs]
-        except BaseException:
+        except BaseException as error:
             log.exception("step %s was not exported", step)  # loud even if nobody comes to ask for the result
+            self.emit(event_of("export", step, self.directory / step_name(step), watch, self._ranks.size, error))
             raise
         if self._writer_ranks.is_leader:
             with logged(f"measuring {paths[0]}"):
-                self._say(jobs, watch)
+                self._say(step, jobs, watch)
             self._remove_old()
         return paths
 
-    def _say(self, jobs: Sequence[JointExport], watch: Stopwatch) -> None:
+    def _say(self, step: int, jobs: Sequence[JointExport], watch: Stopwatch) -> None:
         """What was exported; once also of which tensors there is no average. Rank 0, in the background."""
         for job in jobs:
-            log.info("exported %s; %s", watch.line(job.plan.output), job.measure)
+            event = event_of("export", step, job.plan.output, watch, self._ranks.size)
+            log.info("exported %s; %s", event.line, job.measure)
+            self.emit(event)
         copied = [name for job in jobs for name in job.plan.not_averaged]
         if copied and not self._has_said_copied:
             self._has_said_copied = True
@@ -313,8 +321,8 @@ class HFExport(Hook):
             for step in steps_to_remove(self.keep, committed_steps(self.directory, PROVENANCE_FILE)):
                 for path in [self._path(step, directory) for directory in self._directories]:
                     with logged(f"removing {path.name}"):
-                        if path.is_dir():
-                            remove(path)
+                        if path.is_dir() and remove(path):
+                            self.emit(Event(kind="remove", step=step, path=str(path)))
 
     def _missing(self, step: int) -> list[int]:
         """The directories of the step, by number, that no earlier run of this training has left sound."""

@@ -24,6 +24,7 @@ from shardsmith.formats.adopt import disown
 from shardsmith.formats.folder import SHARDED_MODEL, LiveModel, record_folder
 from shardsmith.ground.commit import remove, sweep
 from shardsmith.ground.layout import COMPANION, FOLDER_FILE
+from shardsmith.ground.logs import Stopwatch
 from shardsmith.ground.meeting import meet
 from shardsmith.ground.ranks import Ranks
 from shardsmith.manifest.checkpoints import find_damage
@@ -39,9 +40,10 @@ from shardsmith.sharding.live_digest import OTHER_VALUES, compare_digests, diges
 from shardsmith.tensors.device_copy import release_pinned
 from shardsmith.tensors.fqn import tied_weights
 
-from .background import Background
+from .background import Background, logged
 from .base import Hook
 from .ema import EMA
+from .events import event_of
 from .reload import reload
 from .wiring import Parts, alike
 
@@ -146,6 +148,7 @@ class FolderSave(Hook):
                 fails in the background is raised by ``wait``, or by ``Hooks`` on all ranks after the same step.
         """
         self.before_save(folder)
+        watch = Stopwatch()
         job = SaveInProgress(companion_of(folder), self._ranks, self._share)
         with self._ema.staging() if self._ema else contextlib.nullcontext(), self._same_time(folder):
             live = LiveModel(
@@ -156,10 +159,11 @@ class FolderSave(Hook):
             if self._buffer:
                 job.stage(self._buffer)
         if self.background:
-            finish = partial(self._finish, job, folder, step, live)
+            finish = partial(self._finish, job, folder, step, live, watch)
             self._in_flight = (step, folder, self.background.submit(finish))
+            watch.released()
         else:
-            self._announce(step, folder, self._finish(job, folder, step, live))
+            self._announce(step, folder, self._finish(job, folder, step, live, watch))
 
     def has(self, folder: Path) -> bool:
         """Whether our directory is in a folder. All ranks, which get one answer; waits for a save in flight."""
@@ -216,18 +220,24 @@ class FolderSave(Hook):
         state, aliases = get_model_state_dict(self._model), tied_weights(self._model)
         return {name: value for name, value in state.items() if isinstance(value, Tensor) and name not in aliases}
 
-    def _finish(self, job: SaveInProgress, folder: Path, step: int, live: LiveModel) -> bool:
+    def _finish(self, job: SaveInProgress, folder: Path, step: int, live: LiveModel, watch: Stopwatch) -> bool:
         """Write ours, read theirs, commit. In the background thread, if there is one. False if the folder is gone."""
         try:
             with self._same_time(folder):
                 job.write()
                 record = record_folder(self._ranks, folder, step, live)
                 job.commit({FOLDER_FILE: record.to_json()})
-        except BaseException:
+        except BaseException as error:
             if not is_deserted(folder):
                 log.exception("%s was not completed", folder)  # loud even if nobody comes to ask for the result
+                self.emit(event_of("save", step, folder, watch, self._ranks.size, error))
                 raise
         if not is_deserted(folder):
+            if self._ranks.is_leader:
+                with logged(f"measuring {companion_of(folder)}"):
+                    event = event_of("save", step, companion_of(folder), watch, self._ranks.size)
+                    log.info("completed %s", event.line)
+                    self.emit(event)
             return True
         log.info("%s was deleted before its average was written", folder)  # the trainer deletes what it likes
         if self._ranks.is_leader:

@@ -44,6 +44,7 @@ from shardsmith.tensors.device_copy import release_pinned
 from .background import Background, attempted, logged
 from .base import Hook
 from .ema import EMA
+from .events import Event, event_of
 from .options import SaveOptions, SaveWriting, merge
 from .retention import Retention, steps_to_remove
 from .schedule import Schedule
@@ -196,6 +197,20 @@ class ShardedSave(Hook):
             return self._state.collect(step)
 
         job = SaveInProgress(self.directory / step_name(step), self._ranks, self._share)
+        try:
+            self._stage(job, collect, error)
+        except BaseException as failure:
+            self.emit(event_of("save", step, job.target, watch, self._ranks.size, failure))
+            raise
+        self._saved_step = step
+        if self.background:
+            self._in_flight = (step, self.background.submit(partial(self._finish, step, job, watch)))
+            watch.released()
+        else:
+            self._announce(step, self._finish(step, job, watch))
+
+    def _stage(self, job: SaveInProgress, collect: Callable[[], Contents], error: Exception | None) -> None:
+        """Collect the state, agree on who writes what, and copy it if it is written in the background."""
         with self._state.ema.staging() if self._state.ema else contextlib.nullcontext():
             try:
                 contents = self._compared(collect, f"collecting {job.target.name}")
@@ -206,12 +221,6 @@ class ShardedSave(Hook):
                 raise
             if self._buffer:
                 job.stage(self._buffer)
-        self._saved_step = step
-        if self.background:
-            self._in_flight = (step, self.background.submit(partial(self._finish, job, watch)))
-            watch.released()
-        else:
-            self._announce(step, self._finish(job, watch))
 
     def _compared(self, collect: Callable[[], Contents], phase: str) -> Contents:
         """What ``collect`` gives, if the ranks hold alike what is saved once. All ranks; communicates."""
@@ -313,17 +322,20 @@ class ShardedSave(Hook):
             raise CheckpointNotFoundError(directory / step_name(step), f"is not a committed checkpoint; there: {there}")
         return step
 
-    def _finish(self, job: SaveInProgress, watch: Stopwatch) -> Path:
+    def _finish(self, step: int, job: SaveInProgress, watch: Stopwatch) -> Path:
         """Write, commit, then retention. In the background thread, if there is one."""
         try:
             job.write()
             path = job.commit()
-        except BaseException:
+        except BaseException as error:
             log.exception("%s was not saved", job.target)  # loud even if nobody comes to ask for the result
+            self.emit(event_of("save", step, job.target, watch, self._ranks.size, error))
             raise
         if self._ranks.is_leader:
             with logged(f"measuring {path}"):
-                log.info("saved %s", watch.line(path))
+                event = event_of("save", step, path, watch, self._ranks.size)
+                log.info("saved %s", event.line)
+                self.emit(event)
             self._remove_old()
         return path
 
@@ -332,9 +344,12 @@ class ShardedSave(Hook):
         with logged(f"{self.directory}: looking for old checkpoints to remove"):
             sweep(self.directory)
             for step in steps_to_remove(self.keep, committed_steps(self.directory)):
-                with logged(f"removing {step_name(step)}"):
-                    if not remove(self.directory / step_name(step)):
-                        log.info("%s is being read; a later save removes it", self.directory / step_name(step))
+                path = self.directory / step_name(step)
+                with logged(f"removing {path.name}"):
+                    if remove(path):
+                        self.emit(Event(kind="remove", step=step, path=str(path)))
+                    else:
+                        log.info("%s is being read; a later save removes it", path)
 
     def _report(self) -> None:
         """Wait for the save in flight, if there is one: announce it, or raise what failed in it."""

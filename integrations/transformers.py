@@ -21,6 +21,7 @@ from shardsmith.checking.types import Decay, Directory, LocalPath
 from shardsmith.errors import UsageError
 from shardsmith.ground.extras import missing_package
 from shardsmith.hooks import EMA, FolderSave, HFExport, Hooks, Schedule
+from shardsmith.hooks.events import Listener
 from shardsmith.manifest.trainer_folders import last_checkpoint
 
 try:
@@ -57,6 +58,7 @@ class CheckpointHooks(TrainerCallback):
         on_missing: Literal["raise", "start"] = "raise",
         prove: bool = True,
         stop_on: signal.Signals | Sequence[signal.Signals] = (),
+        on_event: Listener | Sequence[Listener] = (),
         **export_options: Any,
     ) -> None:
         """Nothing happens before training begins.
@@ -73,6 +75,7 @@ class CheckpointHooks(TrainerCallback):
             prove: At a resume, compare every tensor that Trainer has loaded with what was saved.
             stop_on: Signals, such as ``signal.SIGTERM``, upon which Trainer saves the step and ends; one rank that gets
                 it is enough. What was due at the last step is not done then.
+            on_event: As in ``Hooks``: who is told, on rank 0, of each save, export and removal.
             **export_options: Other arguments of ``HFExport``: ``dtype``, ``models``, ``keep``, ``ema_as``, ...
 
         Raises:
@@ -92,6 +95,7 @@ class CheckpointHooks(TrainerCallback):
         self._resume_from = resume_from
         self._on_missing = on_missing
         self._prove = prove
+        self._on_event = on_event
         self._stop_on = stop_on
         self._export_options = export_options
         self._ended = False
@@ -118,7 +122,8 @@ class CheckpointHooks(TrainerCallback):
         self.ema = EMA(model, **self._ema_options) if self._ema_options else None
         self._folder_save = FolderSave(model, ema=self.ema)
         attached = [self.ema, self._folder_save, self._make_export(args, model, processing_class)]
-        self.hooks = Hooks(*(hook for hook in attached if hook is not None), stop_on=self._stop_on)
+        hooks = [hook for hook in attached if hook is not None]
+        self.hooks = Hooks(*hooks, stop_on=self._stop_on, on_event=self._on_event)
         self._ended = False
         if state.global_step > 0:
             self._load(args, state)

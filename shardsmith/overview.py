@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -23,6 +25,8 @@ _STEP = re.compile(r"(?P<word>step[-_]|checkpoint[-_]|global_step_?|epoch[-_])?(
 """Names of steps: ours, TorchTitan's, Trainer's, accelerate's, verl's, BAGEL's."""
 _OF_TRAINERS = "trainer_state.json"
 """In a folder of Trainer that is to be resumed from, beside weights as an export has them."""
+_EVENTS = "events.jsonl"
+"""What ``json_lines`` of the hooks writes."""
 _ASIDE = re.compile(r"\.(?P<target>.+)\.(?P<kind>damaged|superseded)-[0-9a-f]{16}")
 
 
@@ -43,6 +47,8 @@ class StepSummary:
     """Seconds since 1970."""
     world_size: int | None
     """Ranks that wrote it, where that is recorded."""
+    seconds_waited: float | None
+    """How long the training waited for it, where the run's ``events.jsonl`` says so."""
     is_recorded: bool
     """Whether sizes and hashes of its files are recorded, so that damage can be found."""
     problems: tuple[str, ...]
@@ -95,7 +101,8 @@ def inspect_run(path: str | Path, *, verify: bool = False) -> RunOverview:
         CheckpointNotFoundError: there are no steps.
     """
     run = Path(path)
-    steps = [_summary(run, step, folder, verify=verify) for step, folder in _steps_of(run)] if run.is_dir() else []
+    waited = _waits(run)
+    steps = [_summary(run, step, folder, waited, verify=verify) for step, folder in _steps_of(run)]
     if not steps:
         raise CheckpointNotFoundError(run, "has no steps, such as step-500 or checkpoint-500, in it or one level below")
     return RunOverview(
@@ -120,7 +127,7 @@ def newest_step(path: Path, step: int | None = None) -> Path:
     refused: dict[int, str] = {}
     for number, folder in _steps_of(path):
         if step in (None, number):
-            summary = _summary(path, number, folder, verify=False)
+            summary = _summary(path, number, folder, {}, verify=False)
             if not summary.models or summary.problems:
                 refused[number] = (*summary.problems, f"{summary.format}, which has no weights that can be read")[0]
             else:
@@ -162,7 +169,7 @@ def remove_leftovers(run: Path, leftovers: Iterable[Leftover]) -> list[Leftover]
     return gone
 
 
-def _summary(run: Path, step: int, folder: Path, *, verify: bool) -> StepSummary:
+def _summary(run: Path, step: int, folder: Path, waited: Mapping[str, float], *, verify: bool) -> StepSummary:
     found = detect_checkpoint_format(folder)
     is_export = (folder / layout.PROVENANCE_FILE).is_file() or (
         found.name == HUGGINGFACE and not is_complete(folder) and not (folder / _OF_TRAINERS).is_file()
@@ -190,9 +197,23 @@ def _summary(run: Path, step: int, folder: Path, *, verify: bool) -> StepSummary
         nbytes=_bytes_in(folder),
         saved_at=folder.stat().st_mtime,
         world_size=metadata.world_size if metadata else None,
+        seconds_waited=waited.get(folder.name + ("/" if is_export else "")),
         is_recorded=metadata is not None or (folder / layout.PROVENANCE_FILE).is_file(),
         problems=tuple(problems),
     )
+
+
+def _waits(run: Path) -> dict[str, float]:
+    """Seconds that the training waited for each step, by name of its directory; exports have a slash behind it."""
+    found: dict[str, float] = {}
+    file = run / _EVENTS
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []:
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that was cut off by a kill, or not ours
+            event = json.loads(line)
+            if event["kind"] in ("save", "export") and event["error"] is None:
+                name = Path(event["path"]).name + "/" * (event["kind"] == "export")
+                found[name] = float(event["seconds_waited"])
+    return found
 
 
 def _steps_of(run: Path) -> Iterator[tuple[int, Path]]:
@@ -207,7 +228,9 @@ def _steps_of(run: Path) -> Iterator[tuple[int, Path]]:
 
 
 def _parents(run: Path) -> list[Path]:
-    """The folder and those in it that are no steps."""
+    """The folder and those in it that are no steps; none if it is no folder."""
+    if not run.is_dir():
+        return []
     below = [entry for entry in sorted(run.iterdir()) if entry.is_dir() and not entry.is_symlink()]
     return [run, *(entry for entry in below if not _STEP.fullmatch(entry.name) and not entry.name.startswith("."))]
 

@@ -32,7 +32,7 @@ def print_overview(overview: RunOverview, *, as_json: bool) -> None:
         return
     console = new_console()
     console.print(printable(overview.path))
-    table = Table("step", "checkpoint", "size", "models", "ranks", "age", "exports", "size", "health")
+    table = Table("step", "checkpoint", "size", "models", "ranks", "age", "waited", "exports", "size", "health")
     for step, group in groupby(overview.steps, key=lambda one: one.step):
         table.add_row(str(step), *_row(list(group), verified=overview.verified))
     console.print(table)
@@ -50,12 +50,14 @@ def _row(found: Sequence[StepSummary], *, verified: bool) -> list[str | Text]:
     saves = [one for one in found if one.kind == "checkpoint"]
     exports = [one for one in found if one.kind == "export"]
     first = (saves or exports)[0]
+    waits = [one.seconds_waited for one in found if one.seconds_waited is not None]
     return [
         ", ".join(_described(saves)),
         size_text(sum(one.nbytes for one in saves)) if saves else "",
         " ".join(sorted({model for one in found for model in one.models}, reverse=True)),
         str(first.world_size or ""),
         _age(first.saved_at),
+        f"{sum(waits):.2f} s" if waits else "",
         ", ".join(_described(exports)),
         size_text(sum(one.nbytes for one in exports)) if exports else "",
         _health(found, verified=verified),

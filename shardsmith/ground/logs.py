@@ -6,7 +6,6 @@ import logging
 import os
 import sys
 import time
-from pathlib import Path
 
 from shardsmith.ground.ranks import rank_and_size
 
@@ -50,17 +49,7 @@ class Stopwatch:
         """The training goes on."""
         self._waited = time.monotonic() - self._began
 
-    def line(self, path: Path) -> str:
-        """What was written: path, bytes, seconds, seconds waited."""
+    def times(self) -> tuple[float, float]:
+        """Seconds since it began, and of these how long the training waited: until ``released``, or until now."""
         seconds = time.monotonic() - self._began
-        size = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
-        waited = seconds if self._waited is None else self._waited
-        return f"{path}: {_in_units(size)} in {seconds:.1f} s, of which the training waited {waited:.2f} s"
-
-
-def _in_units(size: int) -> str:
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size = size / 1000  # type: ignore[assignment]
-    return f"{size:.3g} TB"
+        return seconds, seconds if self._waited is None else self._waited

@@ -1,0 +1,176 @@
+"""What a run's hooks have done, as data: for trackers, for a file, for a callback of one's own."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, Literal
+
+from shardsmith.checking.arguments import checked
+from shardsmith.checking.types import LocalPath
+from shardsmith.ground.logs import Stopwatch
+from shardsmith.ground.sizes import size_text
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """Something that has ended, well or not. Rank 0 makes it, for all ranks."""
+
+    kind: Literal["resume", "save", "export", "remove"]
+    """``remove``: retention has deleted a checkpoint or an export."""
+    step: int
+    """The step that was saved, exported, resumed at or removed; not the one at which it was over."""
+    path: str
+    """Directory of the checkpoint or export; empty for a resume that found none."""
+    seconds: float = 0.0
+    """From its beginning to its end."""
+    seconds_waited: float = 0.0
+    """Of these, how long the training waited."""
+    nbytes: int = 0
+    """Bytes of all files in the directory."""
+    ranks: int = 1
+    """How many took part."""
+    error: str | None = None
+    """Type and message of what it failed with. None: it succeeded."""
+    time: float = field(default_factory=time.time)
+    """When it was over, seconds since 1970."""
+    told_at: int = 0
+    """The step that the training was at when it was told: ``step``, or later for work in the background."""
+
+    @property
+    def line(self) -> str:
+        """What was written, for the log."""
+        if self.error is not None:
+            return f"{self.path}: {self.error}"
+        waited = f"of which the training waited {self.seconds_waited:.2f} s"
+        return f"{self.path}: {size_text(self.nbytes)} in {self.seconds:.1f} s, {waited}"
+
+    def metrics(self) -> dict[str, float]:
+        """Return the numbers under names for a tracker, such as ``checkpoint/save/seconds_waited``."""
+        name = f"checkpoint/{self.kind}"
+        found: dict[str, float] = {f"{name}/step": self.step, f"{name}/failed": float(self.error is not None)}
+        if self.kind != "remove" and self.error is None:
+            found |= {f"{name}/seconds": self.seconds, f"{name}/seconds_waited": self.seconds_waited}
+            found |= {f"{name}/gigabytes": self.nbytes / 1e9}
+        return found
+
+
+Listener = Callable[[Event], object]
+"""Called on rank 0, on the main thread, after the step at which the event is known. What it raises is logged."""
+
+
+def event_of(
+    kind: Literal["resume", "save", "export"],
+    step: int,
+    path: Path,
+    watch: Stopwatch,
+    ranks: int,
+    error: BaseException | None = None,
+) -> Event:
+    """Measure what has ended. Reads the sizes of the directory's files, unless it failed. Raises OSError."""
+    seconds, waited = watch.times()
+    return Event(
+        kind=kind,
+        step=step,
+        path=str(path),
+        seconds=seconds,
+        seconds_waited=waited,
+        nbytes=bytes_in(path) if error is None else 0,
+        ranks=ranks,
+        error=None if error is None else f"{type(error).__name__}: {error}",
+    )
+
+
+def bytes_in(path: Path) -> int:
+    """Bytes of the files right in a directory; 0 if there is none. Raises OSError."""
+    return sum(file.stat().st_size for file in path.iterdir() if file.is_file()) if path.is_dir() else 0
+
+
+class EventQueue:
+    """Events from any thread, passed on by the main one. On ranks without listeners it does nothing.
+
+    Attributes:
+        listeners: Who is told.
+    """
+
+    def __init__(self, listeners: Sequence[Listener]) -> None:
+        self.listeners = tuple(listeners)
+        self._waiting: SimpleQueue[Event] = SimpleQueue()
+
+    def put(self, event: Event) -> None:
+        """Keep an event until ``deliver``. Any thread."""
+        self._waiting.put(event)
+
+    def deliver(self, step: int) -> None:
+        """Tell all listeners of all that waits. What one raises is logged: no step fails by it."""
+        while not self._waiting.empty():
+            event = dataclasses.replace(self._waiting.get(), told_at=step)
+            for listener in self.listeners:
+                try:
+                    listener(event)
+                except Exception:
+                    log.exception("on_event failed for the %s of step %d", event.kind, event.step)
+
+
+@checked
+def json_lines(path: LocalPath) -> Listener:
+    """Append each event to a file, as JSON on a line of its own: ``on_event=json_lines("run/events.jsonl")``.
+
+    A run that is resumed goes on in the same file. ``shardsmith inspect`` reads ``events.jsonl`` in a run's folder.
+
+    Args:
+        path: Made with its folder, if missing, at the first event.
+    """
+    file = Path(path)
+
+    def append(event: Event) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        line = json.dumps(dataclasses.asdict(event)) + "\n"
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        try:
+            os.write(descriptor, line.encode())
+        finally:
+            os.close(descriptor)
+
+    return append
+
+
+def metrics_to(log: Callable[..., Any]) -> Listener:
+    """Pass the numbers of each event to a tracker's function: ``log(numbers, step=step)``.
+
+        on_event=metrics_to(wandb.log)            # or run.log
+        on_event=metrics_to(accelerator.log)
+        on_event=metrics_to(mlflow.log_metrics)
+
+    Args:
+        log: Takes a mapping of names to numbers, and the keyword ``step``: the step that the training is at when it is
+            told, since trackers want steps that do not go back.
+    """
+
+    def pass_on(event: Event) -> None:
+        log(event.metrics(), step=event.told_at)
+
+    return pass_on
+
+
+def tensorboard(writer: Any) -> Listener:
+    """Write the numbers of each event as scalars: ``on_event=tensorboard(SummaryWriter("run/tb"))``.
+
+    Args:
+        writer: A ``torch.utils.tensorboard.SummaryWriter``, or what has its ``add_scalar``.
+    """
+
+    def write(event: Event) -> None:
+        for name, value in event.metrics().items():
+            writer.add_scalar(name, value, event.told_at)
+
+    return write
