@@ -17,6 +17,7 @@ from shardsmith.commands import COMMANDS
 from shardsmith.commands.options import with_present_names
 from shardsmith.errors import ShardsmithError
 from shardsmith.ground.extras import install_hint
+from shardsmith.ground.maps import reading_by_maps
 from shardsmith.ground.torchrun.process import is_other_rank
 
 _CONFIG = (tyro.conf.DisallowNone,)  # an option that was not given has no spelling
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0 done, 1 findings, 2 refused or failed (nothing half-done stays on disk), 130 interrupted.
     """
     try:
-        with _fewer_collections():
+        with _fewer_collections(), reading_by_maps(_abandon_attempts):
             return _run_command(list(sys.argv[1:] if arguments is None else arguments))
     except ShardsmithError as error:
         if not is_other_rank():
@@ -53,6 +54,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("shardsmith: interrupted; nothing half-done stays on disk", file=sys.stderr)
         return 130
+
+
+def _abandon_attempts() -> None:
+    if commit := sys.modules.get("shardsmith.ground.commit"):  # else nothing was written
+        commit.abandon_all()
 
 
 def _run_command(arguments: list[str]) -> int:

@@ -10,6 +10,7 @@ the end. One that died is noticed by those that it was to talk to; they go on wi
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,8 +31,10 @@ from shardsmith.formats.safetensors_files.writer import SafetensorsFileWriter
 from shardsmith.ground.ranks import Ranks
 from shardsmith.hf.directory import DirectoryPlan
 from shardsmith.sharding.live_boxes import LiveBox
-from shardsmith.tensors.digest import Digest, digest_tensor
-from shardsmith.tensors.tensors import Chunk, Shape
+from shardsmith.tensors.digest import Digest, digest_run
+from shardsmith.tensors.tensors import Chunk, Shape, row_major_blocks
+
+_READ_BYTES = 2 << 20
 
 Key = tuple[str, str]
 """Model and name of a tensor."""
@@ -197,13 +200,11 @@ def deal_files(plan: DirectoryPlan, size: int) -> list[list[tuple[str, FilePlan]
 
 
 def _digests_of(path: Path) -> dict[str, Digest]:
-    """Of every tensor that a file holds."""
-    source = SafetensorsSource(path)
-    try:
-        wholes = {name: Chunk.whole(spec.shape) for name, spec in source.specs.items()}
-        return {
-            name: sum((digest_tensor(values) for _, values in source.pieces(name, whole)), Digest())
-            for name, whole in wholes.items()
-        }
-    finally:
-        source.close()
+    """Of every tensor that a file holds. Raises CheckpointError."""
+    with contextlib.closing(SafetensorsSource(path)) as source:
+        digests = {name: Digest() for name in source.specs}
+        for name, spec in source.specs.items():
+            for first, block in row_major_blocks(spec.shape, _READ_BYTES // spec.dtype.itemsize):
+                for _, values in source.pieces(name, block):
+                    digests[name] += digest_run(values, first)
+        return digests

@@ -22,8 +22,11 @@ from shardsmith.formats.safetensors_files.writer import SafetensorsFileWriter
 from shardsmith.ground.memory import same_bits
 from shardsmith.hf.directory import DirectoryPlan
 from shardsmith.sharding.live_boxes import LiveBox
-from shardsmith.tensors.digest import Digest, digest_box, digest_run
-from shardsmith.tensors.tensors import Chunk
+from shardsmith.tensors.digest import Digest, digest_box, digest_run, first_of_run
+from shardsmith.tensors.tensors import row_major_blocks
+
+_READ_BYTES = 1 << 20
+"""Read back at once: with what it is compared with, it fits into a core's cache."""
 
 Staged = Mapping[str, Sequence[LiveBox]]
 """By model, what this rank has staged. The boxes of all ranks cover each tensor exactly. Empty without live weights."""
@@ -121,19 +124,28 @@ def _write_slices(directory: Path, file: FilePlan, boxes: Sequence[LiveBox]) -> 
 def _compare_and_digest(source: SafetensorsSource, box: LiveBox) -> Digest:
     """Digest of what was staged, in the same pass in which it is compared with what the file holds, bit for bit.
 
-    Raises CorruptCheckpointError if that is something else.
+    Raises:
+        CorruptCheckpointError: that is something else.
+        CheckpointError: it cannot be read.
     """
-    ((_, whole),) = source.pieces(box.name, Chunk.whole(source.specs[box.name].shape))
-    whole = whole.view(box.shape)
-    found = whole[box.box.within(Chunk.whole(box.shape))]
+    stored = source.stored(box.name, box.shape)
 
-    def compare(one: Tensor, other: Tensor) -> None:
-        if not same_bits(one, other):
+    def compare(found: Tensor, staged: Tensor) -> None:
+        if not same_bits(found, staged):
             raise CorruptCheckpointError(source.path, f"{box.name}: {box.box} does not hold what was written to it")
 
-    if found.is_contiguous():  # staged values always are
-        one, other = (values.view(-1).view(torch.uint8) for values in (found, box.values))
-        first = int(found.storage_offset() - whole.storage_offset())
-        return digest_run(box.values, first, lambda begin, end: compare(one[begin:end], other[begin:end]))
-    compare(found, box.values)
-    return digest_box(box.values, box.box, box.shape)
+    first = first_of_run(box.box, box.shape)
+    if first is None:
+        for _, part in row_major_blocks(box.box.sizes, max(1, _READ_BYTES // box.values.element_size())):
+            compare(stored[part.moved(box.box.offsets).slices], box.values[part.slices])
+        return digest_box(box.values, box.box, box.shape)
+    begin_of_run, staged = first * box.values.element_size(), box.values.view(-1).view(torch.uint8)
+    scratch = torch.empty(min(_READ_BYTES, staged.numel()), dtype=torch.uint8, device="cpu")
+
+    def look(begin: int, end: int) -> None:
+        for at in range(begin, end, _READ_BYTES):
+            part = scratch[: min(_READ_BYTES, end - at)]
+            stored.read_bytes(begin_of_run + at, part)
+            compare(part, staged[at : at + part.numel()])
+
+    return digest_run(box.values, first, look)

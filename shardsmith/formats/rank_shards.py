@@ -123,10 +123,10 @@ def _read(path: Path, objects: set[str]) -> dict[KeyPath, HeldTensor]:
             box = Chunk(tuple(offsets), tuple(sizes))
             if spec.shape != box.sizes:
                 raise ValueError(f"{name} is {spec.shape}, not {box.sizes}")
-            values = [(part, view) for part, view in source.pieces(name, Chunk.whole(spec.shape))]
+            mine = [(box, source.stored(name))] if box.numel else []
             held = found.get((key,))
             before = held.parts if held else ()
-            found[(key,)] = HeldTensor(tuple(shape), spec.dtype, (*before, *((box, v) for _, v in values)), True)
+            found[(key,)] = HeldTensor(tuple(shape), spec.dtype, (*before, *mine), True)
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptCheckpointError(path, f"does not say what it holds: {type(error).__name__}: {error}") from error
     return found

@@ -16,6 +16,7 @@ import logging
 import os
 import shutil
 import stat
+import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Self
@@ -25,6 +26,8 @@ from shardsmith.ground import layout
 from shardsmith.ground.leases import unheld
 
 log = logging.getLogger(__name__)
+
+_alive: weakref.WeakSet[Attempt] = weakref.WeakSet()
 
 
 class Attempt:
@@ -55,6 +58,7 @@ class Attempt:
             while self._lock is None:  # once, unless a sweep looked in between mkdir and lock and took it for dead
                 self.directory.mkdir()
                 self._lock = _lock(self.directory)
+        _alive.add(self)
 
     def commit(self, files: Mapping[str, int]) -> Path:
         """Make the directory visible under its final name and return that.
@@ -104,6 +108,13 @@ class Attempt:
         """Abandon the attempt unless it was committed."""
         if self._lock is not None:
             self.abandon()
+
+
+def abandon_all() -> None:
+    """Delete what the attempts of this process have written so far, for when it is about to end."""
+    for attempt in list(_alive):
+        if attempt._lock is not None:
+            attempt.abandon()
 
 
 def write_file(path: Path, data: bytes) -> int:

@@ -1,7 +1,8 @@
-"""A file mapped read-only into memory, handed out as torch views.
+"""A file of which byte ranges are handed out as torch tensors: read by ``pread``, or, within a command, mapped.
 
-Nothing is read until a view is touched, and pages that were touched can be dropped by the kernel at any time, so a map
-of any size costs address space only.
+A page of a map that cannot be read, since the file was cut off or its disk fails, ends the process by SIGBUS. That must
+not happen to a process that trains, so there everything is read by ``pread``, and what cannot be read is an error of
+ours. A command may end; it maps files (``reading_by_maps``), which copies nothing and costs address space only.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import mmap
 import os
 import stat
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,6 +25,8 @@ from shardsmith.errors import (
     UnsafeCheckpointError,
     UsageError,
 )
+from shardsmith.ground.maps import reads_by_maps
+from shardsmith.ground.memory import writable_memory_of
 
 # Without O_NONBLOCK the open of a FIFO waits for a writer, for ever.
 _FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
@@ -37,18 +41,18 @@ _Bytes = bytes  # the class below has a method of that name
 
 
 class MappedFile:
-    """A regular file of which byte ranges can be viewed as tensors. Thread-safe.
+    """A regular file of which byte ranges can be had as tensors. Thread-safe.
 
-    Never write to a view: the pages are mapped read-only, and a write ends the process. So does reading a page that
-    somebody else cut off the file after it was mapped; files of a complete checkpoint do not change.
+    Never write to such a tensor: its pages may be mapped read-only, and a write ends the process then.
 
     Attributes:
         path: The file.
-        size: Its size in bytes when it was mapped. May be 0.
+        size: Its size in bytes when it was opened. May be 0.
+        is_mapped: Whether tensors are views on a map, rather than copies.
     """
 
     def __init__(self, path: str | Path, *, follow_links: bool = False) -> None:
-        """Map a file.
+        """Open a file, and map it within ``reading_by_maps``.
 
         Args:
             path: A regular file.
@@ -60,18 +64,18 @@ class MappedFile:
             CheckpointError: when it cannot be opened.
         """
         self.path = Path(path)
-        descriptor = _open(self.path, follow_links)
-        try:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise UnsafeCheckpointError(self.path, "is not a regular file; it was not read")
-            self.size = status.st_size
-            self._map: mmap.mmap | _Bytes | None = _map(self.path, descriptor, self.size)
-        finally:
-            os.close(descriptor)
+        self.is_mapped = reads_by_maps()
+        descriptor = _Descriptor(_open(self.path, follow_links))
+        status = os.fstat(descriptor.number)
+        if not stat.S_ISREG(status.st_mode):
+            raise UnsafeCheckpointError(self.path, "is not a regular file; it was not read")
+        self.size = status.st_size
+        self._source: mmap.mmap | _Bytes | _Descriptor | None = (
+            _map(self.path, descriptor.number, self.size) if self.is_mapped else descriptor
+        )
 
     def tensor(self, offset: int, nbytes: int) -> Tensor:
-        """A uint8 view (``nbytes``,) of a byte range.
+        """A uint8 tensor (``nbytes``,) of a byte range, as ``view`` gives it.
 
         Raises:
             IncompleteCheckpointError: when the range does not lie inside the file.
@@ -79,40 +83,78 @@ class MappedFile:
         return self.view(offset, nbytes, torch.uint8)
 
     def view(self, offset: int, numel: int, dtype: torch.dtype) -> Tensor:
-        """A 1-D view (``numel``,) of the elements that begin at byte ``offset``, which need not be aligned.
+        """A 1-D tensor (``numel``,) of the elements that begin at byte ``offset``, which need not be aligned.
+
+        A view on the file if it is mapped, else a copy.
 
         Raises:
             IncompleteCheckpointError: when the range does not lie inside the file.
+            CheckpointError: when it cannot be read.
         """
         source = self._checked(offset, numel * dtype.itemsize)
         if numel == 0:
             return torch.empty(0, dtype=dtype, device="cpu")
+        if isinstance(source, _Descriptor):
+            values = torch.empty(numel, dtype=dtype, device="cpu")
+            self._fill(source, offset, writable_memory_of(values))
+            return values
         # CPUs load words of up to 8 bytes from any address; 16-byte ones are moved with instructions that trap.
         if dtype.itemsize > 8 and offset % dtype.itemsize:
             return torch.frombuffer(bytearray(source[offset : offset + numel * dtype.itemsize]), dtype=dtype)
         return torch.frombuffer(source, dtype=dtype, count=numel, offset=offset)
 
     def bytes(self, offset: int, length: int) -> _Bytes:
-        """A copy of a byte range.
+        """A copy of a byte range. Raises as ``view``."""
+        source = self._checked(offset, length)
+        if not isinstance(source, _Descriptor):
+            return source[offset : offset + length]
+        data = bytearray(length)
+        self._fill(source, offset, memoryview(data))
+        return _Bytes(data)
 
-        Raises:
-            IncompleteCheckpointError: when the range does not lie inside the file.
-        """
-        return self._checked(offset, length)[offset : offset + length]
+    def read_into(self, offset: int, memory: memoryview) -> None:
+        """Copy a byte range into memory of the same length. Raises as ``view``."""
+        source = self._checked(offset, len(memory))
+        if isinstance(source, _Descriptor):
+            self._fill(source, offset, memory)
+        else:
+            memory[:] = source[offset : offset + len(memory)]
 
     def close(self) -> None:
-        """Let go of the file. Views stay valid: the map goes away with the last of them. A second call does nothing."""
-        self._map = None
+        """Let go of the file. Tensors stay valid: a map goes away with the last of them. Any number of calls."""
+        self._source = None
 
-    def _checked(self, offset: int, length: int) -> mmap.mmap | _Bytes:
-        """The map, once the range is known to lie inside it."""
-        source = self._map
+    def _fill(self, descriptor: _Descriptor, offset: int, memory: memoryview) -> None:
+        while memory:
+            try:
+                count = os.preadv(descriptor.number, [memory], offset)
+            except OSError as error:
+                raise CheckpointError(self.path, f"cannot be read at byte {offset}: {error.strerror}") from error
+            if count == 0:
+                raise IncompleteCheckpointError(
+                    self.path, f"ends at byte {offset} and had {self.size} when it was opened: it was cut off meanwhile"
+                )
+            memory, offset = memory[count:], offset + count
+
+    def _checked(self, offset: int, length: int) -> mmap.mmap | _Bytes | _Descriptor:
+        """What to read from, once the range is known to lie inside it."""
+        source = self._source
         if source is None:
             raise UsageError(f"{self.path}: was closed; open it again to read from it")
         if offset < 0 or length < 0 or offset + length > self.size:
             wanted = f"bytes {offset} to {offset + length} were asked for"
             raise IncompleteCheckpointError(self.path, f"{wanted}, but the file ends at {self.size}; it is truncated")
         return source
+
+
+class _Descriptor:
+    """An open file, closed when nobody uses it any more: a thread may be reading while another one closes."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        close(self.number)
 
 
 def _open(path: Path, follow_links: bool) -> int:

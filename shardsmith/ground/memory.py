@@ -29,6 +29,12 @@ def memory_of(tensor: Tensor) -> memoryview:
     return memory
 
 
+def writable_memory_of(tensor: Tensor) -> memoryview:
+    """As ``memory_of``, to be written to."""
+    memory: memoryview = _memory_at(tensor.data_ptr(), tensor.nbytes, 0x200)  # PyBUF_WRITE
+    return memory
+
+
 def int64_at(data: Tensor, first_byte: int, count: int) -> Tensor:
     """Bytes of a contiguous CPU tensor as int64 [count], from any byte on, aligned or not. Shares memory; to be read.
 

@@ -64,6 +64,15 @@ class Chunk:
             return None
         return Chunk(start, tuple(b - a for a, b in zip(start, stop, strict=True)))
 
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """Index of this box in the tensor that it is a box of."""
+        return tuple(slice(a, a + n) for a, n in zip(self.offsets, self.sizes, strict=True))
+
+    def moved(self, by: Shape) -> Chunk:
+        """The box so many elements further in each dimension."""
+        return Chunk(tuple(a + b for a, b in zip(self.offsets, by, strict=True)), self.sizes)
+
     def within(self, outer: Chunk) -> tuple[slice, ...]:
         """Index of this box in a tensor that holds ``outer``. This box must lie inside it."""
         return tuple(slice(a - b, a - b + m) for a, m, b, _ in self._with(outer))
@@ -75,7 +84,7 @@ class Chunk:
 class TensorSource(Protocol):
     """Named tensors in files, read box by box. Every format is read through this.
 
-    Reading is thread-safe, needs no process group, and hands out views on mapped files where it can.
+    Reading is thread-safe, needs no process group, and hands out views on files where those are mapped.
     """
 
     @property
@@ -96,7 +105,7 @@ class TensorSource(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of the files. Views that are still alive stay valid."""
+        """Let go of the files. Tensors that were read stay valid."""
         ...
 
 

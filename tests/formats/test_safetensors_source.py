@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from shardsmith.errors import CheckpointError, IncompleteCheckpointError
 from shardsmith.formats.safetensors_files.source import SafetensorsSource
+from shardsmith.ground.maps import reading_by_maps
 from shardsmith.tensors.tensors import Chunk, read_into, read_tensor
 from tests.hostile_headers import HOSTILE
 from tests.tensor_cases import partitions, raw_bytes, spec_of, tensors
@@ -32,13 +34,15 @@ def test_any_box_of_any_tensor_is_read_exactly(
             assert raw_bytes(read_into(source, name, box, out)) == raw_bytes(tensor[box.within(whole)])
 
 
-def test_pieces_are_views_that_outlive_the_source(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mapped", [True, False])
+def test_pieces_outlive_the_source(tmp_path: Path, mapped: bool) -> None:
     save_file({"a": torch.arange(10)}, tmp_path / "x.safetensors")
-    source = SafetensorsSource(tmp_path / "x.safetensors")
+    with reading_by_maps(lambda: None) if mapped else contextlib.nullcontext():
+        source = SafetensorsSource(tmp_path / "x.safetensors")
     ((_, first),) = source.pieces("a", Chunk((2,), (3,)))
     ((_, again),) = source.pieces("a", Chunk((2,), (3,)))
     source.close()
-    assert first.data_ptr() == again.data_ptr()
+    assert (first.data_ptr() == again.data_ptr()) == mapped
     assert first.tolist() == [2, 3, 4]
 
 

@@ -1,9 +1,12 @@
-"""Mapped files: views of the right bytes, nothing but regular files, nothing beyond the end."""
+"""Files read box by box: the right bytes, nothing but regular files, nothing beyond the end; mapped or not."""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,10 +19,19 @@ from shardsmith.errors import (
     UnsafeCheckpointError,
     UsageError,
 )
+from shardsmith.ground.file_tensor import FileTensor
 from shardsmith.ground.mapped import MappedFile
+from shardsmith.ground.maps import reading_by_maps
 
 CONTENT = bytes(range(256)) * 4
 DTYPES = [torch.uint8, torch.bfloat16, torch.float32, torch.int64, torch.complex64, torch.complex128]
+
+
+@pytest.fixture(autouse=True, params=["mapped", "read"])
+def way(request: pytest.FixtureRequest) -> Iterator[str]:
+    """How the files of a test are read."""
+    with reading_by_maps(lambda: None) if request.param == "mapped" else contextlib.nullcontext():
+        yield request.param
 
 
 @pytest.fixture
@@ -50,9 +62,38 @@ def test_a_view_at_an_odd_offset_can_be_cast_and_copied_with_strides(tmp_path: P
     assert torch.equal(view[3:, 5:].contiguous(), expected[3:, 5:].contiguous())
 
 
-def test_a_view_makes_no_copy(path: Path) -> None:
+def test_a_view_copies_nothing_if_the_file_is_mapped(path: Path, way: str) -> None:
     file = MappedFile(path)
-    assert file.view(8, 1, torch.uint8).data_ptr() + 4 == file.view(12, 1, torch.float32).data_ptr()
+    one, other = file.view(8, 4, torch.uint8), file.view(12, 1, torch.float32)
+    assert (one.data_ptr() + 4 == other.data_ptr()) == (way == "mapped") == file.is_mapped
+
+
+@pytest.mark.parametrize("way", ["read"], indirect=True)
+def test_what_was_cut_off_since_is_an_error_and_no_signal(path: Path) -> None:
+    file = MappedFile(path)
+    os.truncate(path, 100)
+    assert file.bytes(0, 100) == CONTENT[:100]
+    for read in (file.bytes, file.tensor, lambda begin, n: file.read_into(begin, memoryview(bytearray(n)))):
+        with pytest.raises(IncompleteCheckpointError, match="ends at byte 100 and had 1024"):
+            read(50, 100)
+
+
+def test_a_range_is_read_into_memory_of_the_caller(path: Path) -> None:
+    memory = bytearray(7)
+    MappedFile(path).read_into(3, memoryview(memory))
+    assert bytes(memory) == CONTENT[3:10]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.complex128], ids=str)
+def test_boxes_of_a_tensor_in_a_file_are_those_of_the_tensor(tmp_path: Path, dtype: torch.dtype) -> None:
+    values = torch.arange(2 * 3 * 5).to(dtype).view(2, 3, 5)
+    (tmp_path / "x").write_bytes(b"123" + values.view(torch.uint8).numpy().tobytes())
+    stored = FileTensor.contiguous(MappedFile(tmp_path / "x"), 3, values.shape, dtype)
+    turned = FileTensor(stored.file, 3, (5, 2), (1, 15), dtype)
+    assert torch.equal(stored.whole(), values)
+    assert torch.equal(turned.whole(), values[:, 0].t())
+    for box in itertools.product(*([slice(a, b) for a in range(n) for b in range(a, n + 1)] for n in values.shape)):
+        assert torch.equal(stored[box], values[box])
 
 
 def test_a_tensor_and_bytes_of_a_range_agree(path: Path) -> None:

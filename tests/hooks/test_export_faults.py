@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -336,6 +337,42 @@ def test_an_export_whose_file_holds_one_wrong_byte_never_appears(
     assert [*tmp_path.iterdir()] == []
     export.export(1)
     export.close()
+
+
+@pytest.mark.parametrize("write_mode", ["slices", "files"])
+def test_a_file_that_cannot_be_read_back_is_an_error_of_all_ranks(tmp_path: Path, write_mode: str) -> None:
+    run_on_ranks(run_unreadable, 2, tmp_path, tmp_path, write_mode)
+
+
+def run_unreadable(directory: Path, write_mode: str) -> None:
+    """Cut off on one rank, as by somebody else; and a disk that fails."""
+    logging.disable()
+    sync, preadv = SafetensorsFileWriter.sync, os.preadv
+    culprit = dist.get_rank() == 1
+
+    def cut_off(writer: SafetensorsFileWriter) -> None:
+        sync(writer)
+        os.truncate(writer.path, writer.path.stat().st_size - 1)
+
+    def fail(*_: Any) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    run = Run(directory / write_mode, average=True, write_mode=write_mode)
+    if culprit:
+        SafetensorsFileWriter.sync = cut_off  # type: ignore[method-assign]
+    run.export.on_step_end(1)
+    text = caught(run.export.wait)
+    SafetensorsFileWriter.sync = sync  # type: ignore[method-assign]
+    assert "truncated" in text or "cut off" in text
+    if culprit:
+        os.preadv = fail
+    run.train()
+    run.export.on_step_end(2)
+    text = caught(run.export.wait)
+    os.preadv = preadv
+    assert "cannot be read at byte 0: Input/output error" in text
+    run.goes_on(3)
+    run.export.close()
 
 
 def two_directories(directory: Path) -> HFExport:

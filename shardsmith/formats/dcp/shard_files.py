@@ -24,6 +24,7 @@ from shardsmith.formats.dcp.archive_file import ArchiveFile
 from shardsmith.formats.describe import Measured
 from shardsmith.formats.torch_files.archive_writer import archive_layout
 from shardsmith.ground.commit import writing
+from shardsmith.ground.maps import reads_by_maps
 from shardsmith.ground.memory import map_pages, memory_of
 from shardsmith.ground.threads import one_thread_per_operator, threads_per_process
 from shardsmith.tensors.digest import Digest, digest_run
@@ -210,7 +211,7 @@ class _Job:
 def _runs(stream: Stream, chunk: Chunk) -> Iterator[Tensor]:
     """The values of a chunk in the dtype that they are to have, run by run, in row-major order.
 
-    Views on the source where that has them in one piece; else each lies where the one before it lay.
+    Views on a mapped source that has them in one piece; else each lies where the one before it lay.
     """
     dtype = stream.spec.dtype
     if (values := _view(stream, chunk)) is not None:
@@ -222,18 +223,13 @@ def _runs(stream: Stream, chunk: Chunk) -> Iterator[Tensor]:
     scratch = torch.empty(min(count, chunk.numel), dtype=dtype, device="cpu")
     for _, box in row_major_blocks(chunk.sizes, count):
         out = scratch[: box.numel].view(box.sizes)
-        yield read_into(stream.source, stream.name, _moved(box, chunk), out)
+        yield read_into(stream.source, stream.name, box.moved(chunk.offsets), out)
 
 
 def _view(stream: Stream, box: Chunk) -> Tensor | None:
     """The values as the source has them, flat, if it has them in that dtype and side by side."""
-    if box.numel and stream.source.specs[stream.name].dtype == stream.spec.dtype:
+    if reads_by_maps() and box.numel and stream.source.specs[stream.name].dtype == stream.spec.dtype:
         pieces = list(stream.source.pieces(stream.name, box))
         if len(pieces) == 1 and pieces[0][0] == box and pieces[0][1].is_contiguous():
             return pieces[0][1].reshape(-1)
     return None
-
-
-def _moved(box: Chunk, outer: Chunk) -> Chunk:
-    """A box in a chunk as a box of the tensor."""
-    return Chunk(tuple(a + b for a, b in zip(box.offsets, outer.offsets, strict=True)), box.sizes)

@@ -1,4 +1,4 @@
-"""The tensors of a DCP directory as mapped views."""
+"""The tensors of a DCP directory."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from shardsmith.errors import CheckpointNotFoundError, CorruptCheckpointError, UsageError
 from shardsmith.formats.dcp.index import DcpIndex, StoredChunk, read_index
 from shardsmith.formats.torch_files.archive import read_archived_object, read_archived_tensor
+from shardsmith.ground.file_tensor import FileTensor
 from shardsmith.ground.mapped import MappedFile
 from shardsmith.sharding.boxes import BoxFinder
 from shardsmith.tensors.tensors import Chunk, TensorSpec
@@ -21,9 +22,9 @@ _CACHED_CHUNKS = 4096
 
 
 class DcpSource:
-    """The tensors of a DCP directory, read through mapped files: a ``TensorSource``.
+    """The tensors of a DCP directory, read box by box: a ``TensorSource``.
 
-    Opening reads and checks the index. Thread-safe; needs no process group and makes no copies.
+    Opening reads and checks the index. Thread-safe; needs no process group.
 
     Attributes:
         index: What the directory holds.
@@ -52,7 +53,7 @@ class DcpSource:
         return self._specs
 
     def pieces(self, name: str, box: Chunk) -> Iterator[tuple[Chunk, Tensor]]:
-        """The stored parts of ``box``: each with its place in the global tensor and a read-only view of its values.
+        """The stored parts of ``box``: each with its place in the global tensor and its values, never to be written to.
 
         Raises:
             CheckpointNotFoundError: when there is no such tensor.
@@ -95,7 +96,7 @@ class DcpSource:
                 self._read_chunk(name, i)
 
     def close(self) -> None:
-        """Let go of the files. Views that are still alive stay valid. A second call does nothing."""
+        """Let go of the files. Tensors that were read stay valid. A second call does nothing."""
         with self._lock:
             self._closed = True
             for file in self._files.values():
@@ -103,7 +104,7 @@ class DcpSource:
             self._files.clear()
         self._chunk.cache_clear()
 
-    def _read_chunk(self, name: str, i: int) -> Tensor:
+    def _read_chunk(self, name: str, i: int) -> FileTensor | Tensor:
         stored: StoredChunk = self.index.tensors[name].chunks[i]
         file = self._file(stored.file)
         values = read_archived_tensor(file, stored.offset, stored.length)

@@ -12,15 +12,16 @@ from torch import Tensor
 from shardsmith.errors import CheckpointNotFoundError, CorruptCheckpointError, UsageError
 from shardsmith.formats.safetensors_files.header import Header, quote, read_header
 from shardsmith.formats.safetensors_files.index import check_weight_map, read_weight_map, resolve, resolve_shards
+from shardsmith.ground.file_tensor import FileTensor
 from shardsmith.ground.layout import MAIN_WEIGHTS, index_file_name
 from shardsmith.ground.mapped import MappedFile
-from shardsmith.tensors.tensors import Chunk, TensorSpec
+from shardsmith.tensors.tensors import Chunk, Shape, TensorSpec
 
 _WEIGHTS_NAME = re.compile(r"(?P<stem>.+?)(-[0-9]{5}-of-(?P<count>[0-9]{5}))?\.safetensors(\.index\.json)?")
 
 
 class SafetensorsSource:
-    """The tensors of one or several safetensors files, mapped. Opening reads the headers and checks all they say.
+    """The tensors of one or several safetensors files. Opening reads the headers and checks all they say.
 
     Attributes:
         headers: File name to its header.
@@ -63,7 +64,18 @@ class SafetensorsSource:
         return self._specs
 
     def pieces(self, name: str, box: Chunk) -> Iterator[tuple[Chunk, Tensor]]:
-        """The box as one view on the mapped file, or nothing where the box is empty.
+        """The box as one tensor, or nothing where the box is empty.
+
+        Raises:
+            CheckpointNotFoundError: there is no such tensor.
+            CheckpointError: it cannot be read.
+        """
+        stored = self.stored(name)
+        if box.numel:
+            yield box, stored[box.within(Chunk.whole(stored.shape))]
+
+    def stored(self, name: str, shape: Shape | None = None) -> FileTensor:
+        """Where a tensor lies, in another shape of as many elements if one is given.
 
         Raises:
             CheckpointNotFoundError: there is no such tensor.
@@ -71,14 +83,12 @@ class SafetensorsSource:
         spec = self._specs.get(name)
         if spec is None:
             raise CheckpointNotFoundError(self._path, f"has no tensor named {name!r}")
-        if box.numel == 0:
-            return
         file = self.file_of[name]
-        values = self._files[file].view(self.headers[file].tensors[name].begin, spec.numel, spec.dtype)
-        yield box, values.view(spec.shape)[box.within(Chunk.whole(spec.shape))]
+        begin = self.headers[file].tensors[name].begin
+        return FileTensor.contiguous(self._files[file], begin, spec.shape if shape is None else shape, spec.dtype)
 
     def close(self) -> None:
-        """Let go of the files. Views that are still alive stay valid."""
+        """Let go of the files. Tensors that were read stay valid."""
         for file in self._files.values():
             file.close()
 

@@ -1,4 +1,4 @@
-"""One tensor in a ``torch.save`` archive that is a byte range of a mapped file, as a view on that file."""
+"""One tensor in a ``torch.save`` archive that is a byte range of a file."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from shardsmith.errors import CorruptCheckpointError, UnsafeCheckpointError
 from shardsmith.formats.torch_files.tensor_pickle import MAX_TENSOR_PICKLE_BYTES, read_tensor_pickle
 from shardsmith.formats.torch_files.zip import TorchZip, UnusualArchiveError
+from shardsmith.ground.file_tensor import FileTensor
 from shardsmith.ground.mapped import MappedFile
 
 _MAX_ENTRIES = 64
@@ -21,8 +22,8 @@ _SMALL_BYTES = 2048
 """Of an archive of a number or a short text."""
 
 
-def read_archived_tensor(file: MappedFile, offset: int, length: int) -> Tensor:
-    """The tensor in an archive: a read-only view on the file, or a copy where torch has to unpack it.
+def read_archived_tensor(file: MappedFile, offset: int, length: int) -> FileTensor | Tensor:
+    """The tensor in an archive: where it lies in the file, or a copy where torch has to unpack it.
 
     Args:
         file: The file that holds the archive.
@@ -37,12 +38,12 @@ def read_archived_tensor(file: MappedFile, offset: int, length: int) -> Tensor:
         CorruptCheckpointError: when it is no archive of one tensor.
         UnsafeCheckpointError: when it asks for code to be run.
     """
-    view = _view(file, offset, length)
-    return _unpacked(file, offset, length) if view is None else view
+    stored = _stored(file, offset, length)
+    return _unpacked(file, offset, length) if stored is None else stored
 
 
-def _view(file: MappedFile, offset: int, length: int) -> Tensor | None:
-    """The tensor as a view, or None when the archive is not of the usual kind."""
+def _stored(file: MappedFile, offset: int, length: int) -> FileTensor | None:
+    """Where the tensor lies, or None when the archive is not of the usual kind."""
     try:
         archive = TorchZip(file, offset, length, _MAX_ENTRIES)
         record = read_tensor_pickle(archive.content("data.pkl", MAX_TENSOR_PICKLE_BYTES))

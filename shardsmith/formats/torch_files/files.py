@@ -1,6 +1,6 @@
 """Files of ``torch.save``: single ones, several with an index, and those that each rank wrote of its own shards.
 
-No code of a file is run. Tensors are views on the mapped file wherever it is a plain zip of plain tensors; what else
+No code of a file is run. Tensors are read box by box wherever the file is a plain zip of plain tensors; what else
 torch deems safe is read by ``torch.load(weights_only=True)``.
 """
 
@@ -25,6 +25,7 @@ from shardsmith.errors import (
 from shardsmith.formats.torch_files.state_pickle import MAX_STATE_PICKLE_BYTES, read_plain, read_state_pickle
 from shardsmith.formats.torch_files.tensor_pickle import UnusualPickleError
 from shardsmith.formats.torch_files.zip import TorchZip, UnusualArchiveError
+from shardsmith.ground.file_tensor import FileTensor
 from shardsmith.ground.mapped import MappedFile
 from shardsmith.ground.printable import printable
 from shardsmith.tensors.checkpoint_keys import KeyPath
@@ -35,6 +36,10 @@ _ZIP, _PICKLE = b"PK\3\4", b"\x80\2"
 _FLAT = frozenset({"_flat_param", "flat_param"})
 
 
+Values = FileTensor | Tensor
+"""Both give a tensor for slices; the first reads them then."""
+
+
 @dataclass(frozen=True, slots=True)
 class HeldTensor:
     """One tensor, as far as a file holds it."""
@@ -42,8 +47,8 @@ class HeldTensor:
     shape: Shape
     """Global."""
     dtype: torch.dtype
-    parts: tuple[tuple[Chunk, Tensor], ...]
-    """Boxes that are not empty, with their values: read-only views on the mapped file, mostly."""
+    parts: tuple[tuple[Chunk, Values], ...]
+    """Boxes that are not empty, with their values."""
     is_sharded: bool
     """Whether the file says that this is a part of something larger."""
 
@@ -58,7 +63,7 @@ def read_torch_file(path: Path, *, follow_links: bool = False) -> dict[KeyPath, 
         CorruptCheckpointError: it is no such file, or truncated.
     """
     file = MappedFile(path, follow_links=follow_links)
-    held = _mapped_tensors(file)
+    held = _stored_tensors(file)
     if held is None:
         held = {keys: _plain(path, keys, value) for keys, value in _tensors_in(_load(file), ())}
     if flat := [keys for keys in held if _FLAT & set(str(keys[-1]).split("."))]:
@@ -129,7 +134,7 @@ class MergedTensor:
     def __init__(self, shape: Shape, dtype: torch.dtype) -> None:
         self.shape = shape
         self.dtype = dtype
-        self.copies: dict[Chunk, list[tuple[str, Tensor]]] = {}
+        self.copies: dict[Chunk, list[tuple[str, Values]]] = {}
 
     def add(self, path: Path, keys: KeyPath, file: str, tensor: HeldTensor) -> None:
         """Take in what a file holds of it."""
@@ -152,8 +157,8 @@ class MergedTensor:
         return None if found >= whole else f"{name}: {whole - found} of {whole} elements are in no file"
 
 
-def _mapped_tensors(file: MappedFile) -> dict[KeyPath, HeldTensor] | None:
-    """The tensors as views, or None where the file is not of the usual kind."""
+def _stored_tensors(file: MappedFile) -> dict[KeyPath, HeldTensor] | None:
+    """The tensors as they lie in the file, or None where the file is not of the usual kind."""
     try:
         archive = TorchZip(file, 0, file.size, _MAX_ENTRIES)
         states = read_state_pickle(archive.content("data.pkl", MAX_STATE_PICKLE_BYTES), file.path)
@@ -171,14 +176,14 @@ def _mapped_tensors(file: MappedFile) -> dict[KeyPath, HeldTensor] | None:
 
 
 def _load(file: MappedFile) -> Any:
-    """What torch makes of a file with ``weights_only``: mapped where it is a zip, else all of it in memory."""
+    """What torch makes of a file with ``weights_only``: mapped if the file is, and a zip; else all of it in memory."""
     magic = file.bytes(0, min(4, file.size))
     if not magic.startswith((_ZIP, _PICKLE)):
         raise CorruptCheckpointError(file.path, f"begins with {magic!r}, as no file of torch.save does")
     if magic == _ZIP:
         _refuse_compressed(file.path)
     try:
-        return torch.load(file.path, map_location="cpu", weights_only=True, mmap=magic == _ZIP)
+        return torch.load(file.path, map_location="cpu", weights_only=True, mmap=file.is_mapped and magic == _ZIP)
     except pickle.UnpicklingError as error:
         reason = str(error).split("\n")[0].split(". ", 1)[0]
         raise UnsafeCheckpointError(file.path, f"holds what is not read without running code: {reason}") from error

@@ -1,4 +1,4 @@
-"""The zip that ``torch.save`` writes, as byte ranges of a mapped file.
+"""The zip that ``torch.save`` writes, as byte ranges of a file.
 
 Its members are stored, not compressed: ``<root>/data.pkl`` says how tensors lie in ``<root>/data/<key>``, which are
 plain bytes. Only the directory at the end of the zip is read, by hand: ``zipfile`` takes ten times as long, and there
@@ -11,9 +11,8 @@ import struct
 import sys
 from collections.abc import Iterator
 
-from torch import Tensor
-
 from shardsmith.formats.torch_files.tensor_pickle import TensorRecord
+from shardsmith.ground.file_tensor import FileTensor
 from shardsmith.ground.mapped import MappedFile
 
 _END = struct.Struct("<4s4H2IH")  # the last 22 bytes of a zip without a comment
@@ -29,7 +28,7 @@ class UnusualArchiveError(ValueError):
 
 
 class TorchZip:
-    """The members of a zip that is ``length`` bytes of a mapped file, by their name below the root folder."""
+    """The members of a zip that is ``length`` bytes of a file, by their name below the root folder."""
 
     def __init__(self, file: MappedFile, offset: int, length: int, max_entries: int) -> None:
         """Read the directory. Raises UnusualArchiveError, as everything here does, if it is not of the usual kind."""
@@ -56,8 +55,8 @@ class TorchZip:
             raise UnusualArchiveError
         return self._bytes(start, nbytes)
 
-    def tensor(self, record: TensorRecord) -> Tensor:
-        """A tensor as a read-only view on the file, with the shape and strides that were saved."""
+    def tensor(self, record: TensorRecord) -> FileTensor:
+        """Where a tensor lies, with the shape and strides that were saved."""
         start = 0
         if record.storage_nbytes:
             name = f"data/{record.storage}"
@@ -67,8 +66,7 @@ class TorchZip:
             if nbytes != record.storage_nbytes:
                 raise UnusualArchiveError
         begin = self._offset + start + record.offset * record.dtype.itemsize
-        values = self._file.view(begin, record.span, record.dtype)
-        return values.as_strided(record.size, record.stride)
+        return FileTensor(self._file, begin, record.size, record.stride, record.dtype)
 
     def _locate(self, name: str) -> tuple[int, int]:
         """Start and length of a member. The local header has padding of its own in front of the bytes."""
