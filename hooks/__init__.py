@@ -14,7 +14,7 @@ from .options import ExportFiles, ExportVerification, ExportWeights, ExportWriti
 from .record import Recorder
 from .retention import Retention, latest, multiples_of
 from .save import ShardedSave
-from .schedule import Schedule, at, every, last
+from .schedule import Schedule, at, at_file, at_signal, every, last, minutes
 
 __all__ = [
     "EMA",
@@ -35,12 +35,15 @@ __all__ = [
     "Schedule",
     "ShardedSave",
     "at",
+    "at_file",
+    "at_signal",
     "every",
     "finish",
     "json_lines",
     "last",
     "latest",
     "metrics_to",
+    "minutes",
     "multiples_of",
     "per_rank",
     "tensorboard",

@@ -21,6 +21,8 @@ from shardsmith.ground.step_agreement import StepAgreement
 
 from .background import Background, attempted
 from .events import Event, EventQueue, Listener, event_of
+from .occasions import Occasion, OccasionWatch
+from .schedule import Schedule
 from .stop_signals import StopSignals
 from .wiring import Parts, Start
 
@@ -29,6 +31,7 @@ log = logging.getLogger(__name__)
 _FAILED = "failed"
 _STOP = "stop"
 _RAISED = "raised"
+_OCCASION = "occasion"
 _FAREWELL_SECS = 10.0
 
 
@@ -48,6 +51,9 @@ class Hook:
 
     emit: Callable[[Event], None] = staticmethod(_nobody)
     """Set by ``Hooks`` if somebody listens. A hook calls it, on any rank and thread, when something has ended."""
+
+    when: Schedule = Schedule()
+    """Whose occasions ``Hooks`` watches for."""
 
     loads_weights: bool = False
     """Whether ``on_train_begin`` may change the weights. It is then called before that of the other hooks."""
@@ -77,6 +83,9 @@ class Hook:
 
     def on_step_end(self, step: int) -> None:
         """Step number ``step`` is over. May communicate."""
+
+    def on_occasion(self, step: int) -> None:
+        """An occasion of ``when`` has come, such as a signal. After ``on_step_end``; may communicate."""
 
     def on_saved(self, step: int, path: Path) -> None:
         """A checkpoint is committed. Ranks may get here during different steps, so it must not communicate."""
@@ -146,6 +155,7 @@ class Hooks:
         self._events = EventQueue([on_event] if callable(on_event) else on_event)
         self._signals = StopSignals([stop_on] if isinstance(stop_on, signal.Signals) else stop_on)
         self._agreement = StepAgreement() if stop_on or self._size == 1 else None  # else when a hook needs it
+        self._occasions = OccasionWatch((), self._rank)
         for hook in hooks:
             self.add(hook)
 
@@ -165,6 +175,10 @@ class Hooks:
             self._agreement = self._agreement or StepAgreement()
             hook.background.tell = partial(self._tell_failure, len(self.hooks))
         self.hooks = (*self.hooks, hook)
+        if _occasions_of(hook):
+            self._agreement = self._agreement or StepAgreement()
+            self._occasions.restore()
+            self._occasions = OccasionWatch([one for each in self.hooks for one in _occasions_of(each)], self._rank)
 
     def resume(
         self,
@@ -246,9 +260,16 @@ class Hooks:
         self._step = step
         if self._signals.take():
             self.request_stop()
+        for occasion in self._occasions.come():
+            assert self._agreement is not None
+            self._agreement.tell([_OCCASION, occasion])
         notices = self._agreement.due(step) if self._agreement is not None else []
         for hook in self.hooks:
             hook.on_step_end(step)
+        if come := {notice[1] for notice in notices if notice[0] == _OCCASION}:
+            for hook in self.hooks:
+                if any(repr(occasion) in come for occasion in _occasions_of(hook)):
+                    hook.on_occasion(step)
         if any(notice[0] == _STOP for notice in notices) and not self.should_stop:
             self._stop(step)
         self._events.deliver(step)
@@ -303,6 +324,7 @@ class Hooks:
             if self._agreement is not None:
                 self._agreement.close()
             self._signals.restore()
+            self._occasions.restore()
 
     def _stop(self, step: int) -> None:
         self.should_stop = True
@@ -365,3 +387,8 @@ def _each(calls: Iterable[Callable[[], None]]) -> None:
             errors.append(error)
     if errors:
         raise errors[0]
+
+
+def _occasions_of(hook: Hook) -> frozenset[Occasion]:
+    """A user's own hook may mean something else by ``when``."""
+    return hook.when.occasions if isinstance(hook.when, Schedule) else frozenset()

@@ -187,6 +187,11 @@ class HFExport(Hook):
         if self._in_flight.background.tell is None:
             self._raise_failure()
 
+    def on_occasion(self, step: int) -> None:
+        """Export the step, if that was not done. All ranks; communicates."""
+        if step != self._exported_step:
+            self._export(step, self._writing.when_busy)
+
     def report_background(self) -> None:
         """Announce exports that have ended; raise what failed in one."""
         self._in_flight.collect(self._in_flight.ended())

@@ -148,6 +148,11 @@ class ShardedSave(Hook):
         if due or error:
             self._save(step, error)
 
+    def on_occasion(self, step: int) -> None:
+        """Save the step, if that was not done. All ranks; communicates."""
+        if step != self._saved_step:
+            self._save(step, None)
+
     def on_stop(self, step: int) -> None:
         """Save the step, if that was not done. All ranks; communicates."""
         if step != self._saved_step:

@@ -1,33 +1,42 @@
-"""When something happens: ``every(500) | at(100, 250) | last()``.
+"""When something happens: ``every(500) | minutes(30) | last()``.
 
 A schedule is a value: it can be printed, compared and shared. It holds no counter and does not know a run's length.
 """
 
 from __future__ import annotations
 
+import signal
 from dataclasses import dataclass
+from pathlib import Path
 
 from shardsmith.checking.arguments import checked
-from shardsmith.checking.types import Count
+from shardsmith.checking.types import Count, LocalPath, Positive
 from shardsmith.errors import UsageError
+
+from .occasions import FileAppeared, Minutes, Occasion, SignalCame
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Schedule:
-    """The steps at which something is due. Made by ``every``, ``at`` and ``last``, joined by ``|``.
+    """The steps at which something is due, joined by ``|``.
+
+    Made by ``every``, ``at``, ``last``, ``minutes``, ``at_signal`` and ``at_file``.
 
     Attributes:
         periods: Due at every positive multiple of any of these.
         steps: Due at each of these.
         at_last: Due at the last step of the run.
+        occasions: Due at the first step after each of these has come: ``Hooks`` watches for them, and all ranks act
+            after the same step.
     """
 
     periods: frozenset[int] = frozenset()
     steps: frozenset[int] = frozenset()
     at_last: bool = False
+    occasions: frozenset[Occasion] = frozenset()
 
     def due(self, step: int, *, last: bool = False) -> bool:
-        """Whether it is time. ``last`` says that ``step`` is the last one of the run."""
+        """Whether it is time by the step's number. ``last`` says that ``step`` is the last one of the run."""
         if (last and self.at_last) or step in self.steps:
             return True
         return step > 0 and any(step % period == 0 for period in self.periods)
@@ -36,7 +45,8 @@ class Schedule:
         """Those of its terms that have steps at which ``other`` is not due; None if there are none."""
         periods = [period for period in self.periods if not any(period % other_one == 0 for other_one in other.periods)]
         steps = [step for step in self.steps if not other.due(step)]
-        rest = Schedule(frozenset(periods), frozenset(steps), self.at_last and not other.at_last)
+        at_last, occasions = self.at_last and not other.at_last, self.occasions - other.occasions
+        rest = Schedule(frozenset(periods), frozenset(steps), at_last, occasions)
         return None if rest == Schedule() else rest
 
     @staticmethod
@@ -47,18 +57,25 @@ class Schedule:
         if isinstance(value, list | tuple | set) and value and all(isinstance(one, int) and one > 0 for one in value):
             return f"at({', '.join(map(str, sorted(value)))})"
         name = value if isinstance(value, str) else getattr(value, "__name__", None)
-        return {"last": "last()", "every": "every(500)", "at": "at(100, 250)"}.get(str(name))
+        words = {"last": "last()", "every": "every(500)", "at": "at(100, 250)", "minutes": "minutes(30)"}
+        return words.get(str(name))
 
     def __or__(self, other: Schedule) -> Schedule:
         """Due whenever either is."""
         if not isinstance(other, Schedule):
             return NotImplemented
-        return Schedule(self.periods | other.periods, self.steps | other.steps, self.at_last or other.at_last)
+        return Schedule(
+            self.periods | other.periods,
+            self.steps | other.steps,
+            self.at_last or other.at_last,
+            self.occasions | other.occasions,
+        )
 
     def __repr__(self) -> str:
         terms = [f"every({period})" for period in sorted(self.periods)]
         if self.steps:
             terms.append(f"at({', '.join(map(str, sorted(self.steps)))})")
+        terms += sorted(repr(occasion) for occasion in self.occasions)
         if self.at_last:
             terms.append("last()")
         return " | ".join(terms) or "Schedule()"
@@ -81,3 +98,28 @@ def at(*steps: Count) -> Schedule:
 def last() -> Schedule:
     """Due at the last step of the run."""
     return Schedule(at_last=True)
+
+
+@checked
+def minutes(count: Positive) -> Schedule:
+    """Due at the first step after every ``count`` minutes, on the clock of rank 0; on all ranks after the same step."""
+    return Schedule(occasions=frozenset([Minutes(count)]))
+
+
+@checked
+def at_signal(which: signal.Signals = signal.SIGUSR1) -> Schedule:
+    """Due at the next step after a signal to any rank, such as ``kill -USR1``: "save now", and the run goes on.
+
+    ``Hooks`` handles the signal from when it is made on, on the main thread, until ``close``.
+    """
+    return Schedule(occasions=frozenset([SignalCame(which)]))
+
+
+@checked
+def at_file(path: LocalPath) -> Schedule:
+    """Due at the next step after a file appears, as by ``touch run/save-now``.
+
+    Args:
+        path: On a file system that rank 0 sees. It looks once a second, and deletes the file.
+    """
+    return Schedule(occasions=frozenset([FileAppeared(Path(path).absolute())]))

@@ -335,6 +335,8 @@ Count = Annotated[int, _number("a whole number from 1 on", lambda number: number
 """1, 2, ..."""
 StepNumber = Annotated[int, _number("a whole number from 0 on", lambda number: number >= 0)]
 """0, 1, ..."""
+Positive = Annotated[float, _number("a number above 0", lambda number: number > 0)]
+"""A number above 0."""
 Seconds = Annotated[float, _number("a number of seconds above 0", lambda number: number > 0)]
 """A time in seconds; may be infinite."""
 Decay = Annotated[float, _number("a number from 0 to below 1 (1 would never move the average)", lambda d: 0 <= d < 1)]
