@@ -12,7 +12,7 @@ from .folder_save import FolderSave
 from .initial_load import InitialLoad
 from .options import ExportFiles, ExportVerification, ExportWeights, ExportWriting, SaveWriting
 from .record import Recorder
-from .retention import Retention, latest, multiples_of
+from .retention import Retention, best, keep_if, latest, multiples_of, newer_than
 from .save import ShardedSave
 from .schedule import Schedule, at, at_file, at_signal, every, last, minutes
 
@@ -37,14 +37,17 @@ __all__ = [
     "at",
     "at_file",
     "at_signal",
+    "best",
     "every",
     "finish",
     "json_lines",
+    "keep_if",
     "last",
     "latest",
     "metrics_to",
     "minutes",
     "multiples_of",
+    "newer_than",
     "per_rank",
     "tensorboard",
 ]

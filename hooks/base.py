@@ -13,6 +13,7 @@ from typing import Any, Literal, Self
 from shardsmith.checking.arguments import check_value, checked
 from shardsmith.checking.types import StepNumber
 from shardsmith.errors import RankFailedError, UsageError
+from shardsmith.ground.commit import writing
 from shardsmith.ground.layout import step_name
 from shardsmith.ground.logs import Stopwatch, show_progress
 from shardsmith.ground.process_end import meet
@@ -22,6 +23,7 @@ from shardsmith.ground.step_agreement import StepAgreement
 from .background import Background, attempted
 from .events import Event, EventQueue, Listener, event_of
 from .occasions import Occasion, OccasionWatch
+from .retention import METRICS_FILE, Retention, add_metrics
 from .schedule import Schedule
 from .stop_signals import StopSignals
 from .wiring import Parts, Start
@@ -285,6 +287,25 @@ class Hooks:
         if self._agreement is None:
             raise UsageError("ranks that are to stop together need Hooks(stop_on=...), or a hook that saves or exports")
         self._agreement.tell([_STOP])
+
+    def metric(self, step: int, **values: float) -> None:
+        """Tell the metrics of a step, saved or not, for ``keep=best("eval_loss")``. Any rank; rank 0 notes them.
+
+        It may come after later steps. A later value of a step replaces an earlier one.
+
+        Args:
+            step: The step whose weights were measured.
+            values: Numbers by name; a 0-dim tensor is one.
+
+        Raises:
+            WriteError: rank 0 cannot write them beside the step directories.
+        """
+        numbers = {name: float(value) for name, value in values.items()}
+        for hook in self.hooks if self._rank == 0 else ():
+            place = hook.parts.directory
+            if place is not None and isinstance(getattr(hook, "keep", None), Retention):
+                with writing(place / METRICS_FILE, "noting metrics"):
+                    add_metrics(place, step, numbers)
 
     def train_end(self, step: int) -> None:
         """The first half of ``close``, for trainers that do more after the last step: what is due at it is done."""

@@ -323,7 +323,8 @@ class HFExport(Hook):
         """Never raises: the export is there all the same, and the next one tries again."""
         with logged(f"{self.directory}: looking for old exports to remove"):
             sweep(self.directory)
-            for step in steps_to_remove(self.keep, committed_steps(self.directory, PROVENANCE_FILE)):
+            there = committed_steps(self.directory, PROVENANCE_FILE)
+            for step in steps_to_remove(self.keep, there, directory=self.directory):
                 for path in [self._path(step, directory) for directory in self._directories]:
                     with logged(f"removing {path.name}"):
                         if path.is_dir() and remove(path):

@@ -138,7 +138,7 @@ class Recorder(Hook):
 
     def _remove_old(self) -> None:
         complete = committed_steps(self.directory)
-        going = steps_to_remove(self.keep, complete)
+        going = steps_to_remove(self.keep, complete, directory=self.directory)
         kept = sorted(set(complete).difference(going))
         if self.keep is not None and len(kept) >= self.keep.newest:
             going += [step for step in self._all_steps() if step < kept[0] and step not in complete]

@@ -1,30 +1,79 @@
-"""Which committed checkpoints stay: ``latest(3) | multiples_of(10_000)``."""
+"""Which committed checkpoints stay: ``latest(3) | best("eval_loss", keep=2) | multiples_of(10_000)``."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+import contextlib
+import json
+import math
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 from shardsmith.checking.arguments import checked
-from shardsmith.checking.types import Count
+from shardsmith.checking.types import Count, Positive
+from shardsmith.errors import UsageError
+from shardsmith.ground.layout import step_name
+
+METRICS_FILE = "metrics.jsonl"
+"""Beside the step directories: what ``Hooks.metric`` was told, a line each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Best:
+    """The steps with the best values of a metric."""
+
+    metric: str
+    count: int
+    mode: Literal["min", "max"]
+
+    def keep(self, steps: Sequence[int], metrics: Mapping[int, Mapping[str, float]]) -> set[int]:
+        """The best of ``steps``, and those after the last one whose value is known: theirs may still come."""
+        known = {step: metrics[step][self.metric] for step in steps if self.metric in metrics.get(step, {})}
+        sign = 1 if self.mode == "min" else -1
+        ranked = sorted(known, key=lambda step: (math.isnan(known[step]), sign * known[step], -step))
+        return {*ranked[: self.count], *(step for step in steps if step > max(known, default=-1))}
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Retention:
-    """The steps that are kept. Made by ``latest`` and ``multiples_of``, joined by ``|``.
+    """The steps that are kept, joined by ``|``.
+
+    Made by ``latest``, ``multiples_of``, ``best``, ``newer_than`` and ``keep_if``.
 
     Attributes:
         newest: This many of the newest steps are kept.
         multiples: Every multiple of any of these is kept, step 0 too.
+        bests: The best steps by each of these metrics are kept.
+        newer_secs: What was saved within so many seconds is kept.
+        conditions: A step for which any of these is true is kept.
     """
 
     newest: int = 0
     multiples: frozenset[int] = frozenset()
+    bests: frozenset[Best] = frozenset()
+    newer_secs: float = 0.0
+    conditions: frozenset[Callable[[int], bool]] = frozenset()
 
-    def keep(self, steps: Sequence[int]) -> set[int]:
-        """The steps to keep among ``steps``, all committed, in any order."""
-        newest = sorted(set(steps), reverse=True)[: self.newest]
-        return {*newest, *(step for step in steps if any(step % n == 0 for n in self.multiples))}
+    def keep(self, steps: Sequence[int], directory: Path | None = None) -> set[int]:
+        """The steps to keep among ``steps``, all committed, in any order.
+
+        Args:
+            steps: The steps to choose among.
+            directory: Where they are: their metrics and times are looked up there, if they matter.
+        """
+        kept = set(sorted(set(steps), reverse=True)[: self.newest])
+        kept |= {step for step in steps if any(step % n == 0 for n in self.multiples)}
+        kept |= {step for step in steps if any(condition(step) for condition in self.conditions)}
+        if self.bests:
+            metrics = read_metrics(directory)
+            kept |= {step for one in self.bests for step in one.keep(steps, metrics)}
+        if self.newer_secs:
+            kept |= {step for step in steps if _age(directory, step) < self.newer_secs}
+        return kept
 
     @staticmethod
     def suggestion(value: object) -> str | None:
@@ -37,11 +86,20 @@ class Retention:
         """Keeps what either keeps."""
         if not isinstance(other, Retention):
             return NotImplemented
-        return Retention(max(self.newest, other.newest), self.multiples | other.multiples)
+        return Retention(
+            max(self.newest, other.newest),
+            self.multiples | other.multiples,
+            self.bests | other.bests,
+            max(self.newer_secs, other.newer_secs),
+            self.conditions | other.conditions,
+        )
 
     def __repr__(self) -> str:
         terms = [f"latest({self.newest})"] if self.newest else []
         terms += [f"multiples_of({n})" for n in sorted(self.multiples)]
+        terms += sorted(f"best({one.metric!r}, keep={one.count}, mode={one.mode!r})" for one in self.bests)
+        terms += [f"newer_than(hours={self.newer_secs / 3600:g})"] if self.newer_secs else []
+        terms += sorted(f"keep_if({getattr(one, '__qualname__', one)})" for one in self.conditions)
         return " | ".join(terms) or "Retention()"
 
 
@@ -57,13 +115,81 @@ def multiples_of(steps: Count) -> Retention:
     return Retention(multiples=frozenset([steps]))
 
 
-def steps_to_remove(policy: Retention | None, steps: Iterable[int], held: Collection[int] = ()) -> list[int]:
+@checked
+def best(metric: str, *, keep: Count = 1, mode: Literal["min", "max"] = "min") -> Retention:
+    """Keeps the checkpoints with the best values of a metric, which ``hooks.metric(step, eval_loss=2.1)`` tells.
+
+    A value may come after later steps are saved: steps after the last one with a value are kept until theirs comes.
+
+    Args:
+        metric: Its name, as ``hooks.metric`` gives it.
+        keep: How many.
+        mode: Whether the smallest values are the best, or the largest. NaN is the worst.
+    """
+    return Retention(bests=frozenset([Best(metric, keep, mode)]))
+
+
+@checked
+def newer_than(*, days: Positive | None = None, hours: Positive | None = None) -> Retention:
+    """Keeps what was saved within so many days and hours, by the time of its directory."""
+    if days is None and hours is None:
+        raise UsageError("newer_than() names no time: write newer_than(days=2) or newer_than(hours=6)")
+    return Retention(newer_secs=86400 * (days or 0) + 3600 * (hours or 0))
+
+
+@checked
+def keep_if(condition: Callable[[int], bool]) -> Retention:
+    """Keeps each checkpoint for whose step the function is true. Rank 0 calls it, in the background."""
+    return Retention(conditions=frozenset([condition]))
+
+
+def steps_to_remove(
+    policy: Retention | None, steps: Iterable[int], held: Collection[int] = (), directory: Path | None = None
+) -> list[int]:
     """The committed ``steps`` that may go, oldest first. None as ``policy`` keeps everything.
 
     Never the newest, whatever the policy says, and never one of ``held``: steps that something still reads.
+
+    Args:
+        policy: What to keep.
+        steps: The committed steps, in any order.
+        held: Steps that stay, whatever the policy says.
+        directory: Where they are.
     """
     committed = sorted(set(steps))
     if policy is None or not committed:
         return []
-    kept = policy.keep(committed) | set(held) | {committed[-1]}
+    needs_more = bool(policy.bests or policy.newer_secs)  # a user's own class may take steps alone
+    kept = policy.keep(committed, directory) if needs_more else policy.keep(committed)
+    kept = kept | set(held) | {committed[-1]}
     return [step for step in committed if step not in kept]
+
+
+def add_metrics(directory: Path, step: int, values: Mapping[str, float]) -> None:
+    """Append the metrics of a step to the file beside the step directories. Raises OSError."""
+    line = json.dumps({"step": step, **values}) + "\n"
+    descriptor = os.open(directory / METRICS_FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(line.encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_metrics(directory: Path | None) -> dict[int, dict[str, float]]:
+    """The metrics by step; the last value of a step counts. Lines cut off by a kill are passed over. Raises OSError."""
+    found: dict[int, dict[str, float]] = defaultdict(dict)
+    if directory is not None and (directory / METRICS_FILE).is_file():
+        for line in (directory / METRICS_FILE).read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+                values = json.loads(line)
+                step = int(values.pop("step"))
+                found[step] |= {name: float(value) for name, value in values.items()}
+    return dict(found)
+
+
+def _age(directory: Path | None, step: int) -> float:
+    """Seconds since the step's directory was written; 0 if it cannot be told, so that it stays."""
+    try:
+        return 0.0 if directory is None else time.time() - (directory / step_name(step)).stat().st_mtime
+    except OSError:
+        return 0.0

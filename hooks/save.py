@@ -348,7 +348,7 @@ class ShardedSave(Hook):
         """Never raises: the checkpoint is saved all the same, and the next save tries again."""
         with logged(f"{self.directory}: looking for old checkpoints to remove"):
             sweep(self.directory)
-            for step in steps_to_remove(self.keep, committed_steps(self.directory)):
+            for step in steps_to_remove(self.keep, committed_steps(self.directory), directory=self.directory):
                 path = self.directory / step_name(step)
                 with logged(f"removing {path.name}"):
                     if remove(path):
