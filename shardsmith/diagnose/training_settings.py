@@ -44,7 +44,9 @@ class TrainingSettings:
             raise CheckpointError(file, f"cannot be read: {error.strerror}") from error
 
     def with_flags(self, flags: Sequence[str]) -> TrainingSettings:
-        """These settings with those of a command line in their place: ``section.name=value``, with or without dashes.
+        """These settings with those of a command line in their place, with or without dashes before them.
+
+        ``section.name=value``, or ``section.name`` and ``section.no-name`` for what is on and off.
 
         Raises:
             UsageError: one is no such flag.
@@ -53,12 +55,15 @@ class TrainingSettings:
         for flag in flags:
             path, equals, value = flag.lstrip("-").partition("=")
             section, dot, name = path.partition(".")
-            if not (section and dot and name and equals):
+            if not (section and dot and name):
                 raise UsageError(
-                    f"--training_flags {flag}: write section.name=value, as checkpoint.initial_load_path=/x"
+                    f"--training-flags {flag}: write section.name=value, as checkpoint.initial_load_path=/x, or "
+                    "section.name alone for what is on, as checkpoint.enable"
                 )
+            if not equals:
+                name, value = name.removeprefix("no-"), str(not name.startswith("no-"))
             known = {"true": True, "false": False}
-            content.setdefault(section, {})[name] = known.get(value.lower(), value)
+            content.setdefault(section, {})[name.replace("-", "_")] = known.get(value.lower(), value)
         return TrainingSettings(self.file, content)
 
     @property
