@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,34 @@ from shardsmith.tensors.checkpoint_keys import MAIN
 from shardsmith.tensors.fqn import clean_fqn, unwrapped
 
 from .ema import EMA
+
+
+class View(Protocol):
+    """What of a model with an adapter is written, and as what.
+
+    Attributes:
+        stem: Of the weight files.
+        inner: The model whose config and names are to be written; None for none.
+    """
+
+    stem: str
+    inner: nn.Module | None
+
+    def names(self, fqns: Collection[str]) -> dict[str, str]:
+        """FQN -> name in the files, or for a name map, of what is to be written."""
+        ...
+
+    def values(self, model: str) -> Mapping[str, Tensor]:
+        """By FQN what is to be written instead of the live values."""
+        ...
+
+    def ready(self, ema: EMA | None) -> contextlib.AbstractContextManager[None]:
+        """Within it ``values`` are there. All ranks."""
+        ...
+
+    def write(self, directory: Path) -> None:
+        """Write what else belongs to it. Rank 0, in the background."""
+        ...
 
 
 class AdapterView:
@@ -98,7 +126,7 @@ class MergedView:
         if any(isinstance(part, FullyShardedDataParallel) for part in model.modules()):
             raise UsageError("under FSDP1 an adapter cannot be merged: use FSDP2, or adapters='adapter'")
 
-    def names(self, fqns: Iterable[str]) -> dict[str, str]:
+    def names(self, fqns: Collection[str]) -> dict[str, str]:
         """As ``AdapterView.names``: those of the model without an adapter."""
         named = {fqn: self._name(fqn) for fqn in fqns}
         return {fqn: name.removeprefix(self._prefix) for fqn, name in named.items() if name is not None}
@@ -143,11 +171,10 @@ class MergedView:
         return merged
 
 
-View = AdapterView | MergedView
-
-
-def view_of(model: nn.Module, adapters: Literal["adapter", "merged"]) -> View | None:
+def view_of(model: nn.Module, adapters: Literal["adapter", "merged"] | View) -> View | None:
     """How to write a model of peft; None for any other model. Raises UsageError where it cannot be merged."""
+    if not isinstance(adapters, str):
+        return adapters
     peft = sys.modules.get("peft")
     bare = unwrapped(model)
     if peft is None or not isinstance(bare, peft.PeftModel):

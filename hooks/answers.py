@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,14 +31,27 @@ from .local_weights import forget_gathered
 class Answers:
     """Asks the live model, and checks a directory by that: it must load, and answer the same."""
 
-    def __init__(self, model: nn.Module, ema: EMA | None, inputs: Mapping[str, Tensor] | None) -> None:
-        """``inputs``: keyword arguments of the model, the same on every rank; None makes some up.
+    def __init__(
+        self,
+        model: nn.Module,
+        ema: EMA | None,
+        inputs: Mapping[str, Tensor] | None,
+        ask: Callable[..., Any] | None = None,
+    ) -> None:
+        """Take the inputs, or make some up.
+
+        Args:
+            model: The live model.
+            ema: Its average, if that is exported.
+            inputs: Keyword arguments of the exported model, the same on every rank; None makes some up.
+            ask: How the live model answers these; None calls it with them.
 
         Raises:
             UsageError: the model is none of transformers' own, or nothing can be made up for it.
         """
         self._model = model._orig_mod if isinstance(model, OptimizedModule) else model
         self._ema = ema
+        self._call = ask or self._model
         self._inputs = dict(inputs) if inputs is not None else _made_up(model)
 
     def check_for(self, directory: LiveDirectory) -> Check | None:
@@ -63,7 +76,7 @@ class Answers:
         self._model.eval()
         try:
             with torch.no_grad(), torch.random.fork_rng(**drawn_from):
-                answer = first_tensor(self._model(**inputs))
+                answer = first_tensor(self._call(**inputs))
         finally:
             for module in were_training:
                 module.training = True

@@ -15,6 +15,7 @@ from shardsmith.checking.arguments import checked
 from shardsmith.checking.types import Directory, Dtype, StepNumber
 from shardsmith.conversion.model_directory import find_model
 from shardsmith.errors import UsageError
+from shardsmith.export.adapters import ADAPTER_WEIGHTS
 from shardsmith.export.file_writer import choose_writer
 from shardsmith.export.live import Check, JointExport
 from shardsmith.ground.commit import prove_writable, remove, sweep
@@ -26,7 +27,7 @@ from shardsmith.hf.export_files import find_export_damage
 from shardsmith.hf.hf_directory import protect
 from shardsmith.manifest.checkpoints import committed_steps, set_aside, set_aside_unfinished
 
-from .adapters import AdapterView, view_of
+from .adapters import view_of
 from .answers import Answers
 from .background import attempted, logged
 from .base import Hook
@@ -128,12 +129,13 @@ class HFExport(Hook):
         if files.base_model is not None:
             self._ranks.gather("finding the base model", lambda: self._find_base(str(files.base_model)))
         view = view_of(model, weights.adapters)
-        if files.base_model is not None and isinstance(view, AdapterView):
+        if files.base_model is not None and view is not None and view.stem == ADAPTER_WEIGHTS:
             raise UsageError(
                 "an adapter has no base model beside it: pass processor= for the tokenizer, not base_model="
             )
         check_source(weights.source, weights.checkpoints, is_adapter=view is not None)
-        self._answers = Answers(model, ema, verification.verify_inputs) if verification.verify == "load" else None
+        asked = verification.verify_inputs, verification.verify_with
+        self._answers = Answers(model, ema, *asked) if verification.verify == "load" else None
         self._state = LiveState(
             model,
             ema,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -66,12 +68,24 @@ class ModelFiles:
     extra: dict[str, Path]
     """Name in the directory -> file to copy."""
     trust_remote_code: bool
+    facts: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
+    """Name in the directory -> function whose answer is written there as JSON."""
 
     @classmethod
     def of(cls, files: ExportFiles, base: Path | None) -> Self:
         """Return the files that were asked for, beside the base model that was found."""
         extra = {name: Path(path) for name, path in (files.extra_files or {}).items()}
-        return cls(base=base, processor=files.processor, extra=extra, trust_remote_code=files.trust_remote_code)
+        return cls(
+            base=base,
+            processor=files.processor,
+            extra=extra,
+            trust_remote_code=files.trust_remote_code,
+            facts=dict(files.extra_facts or {}),
+        )
+
+    def ask(self) -> dict[str, str]:
+        """Return the JSON text of each extra fact as it is now. All ranks, main thread; a function may communicate."""
+        return {name: json.dumps(answer()) for name, answer in self.facts.items()}
 
     def write(self, model: nn.Module | None, directory: Path) -> None:
         """Write what does not come from the base model. Rank 0, in the background; reads no weights."""

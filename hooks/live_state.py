@@ -6,6 +6,7 @@ import contextlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from shardsmith.export.live import LiveModel
 from shardsmith.export.plan import origin_of
 from shardsmith.formats.by_path import open_source
 from shardsmith.formats.models import ModelSource, TranslatedModel
+from shardsmith.ground.commit import writing
 from shardsmith.ground.ranks import Ranks
 from shardsmith.ground.sizes import parse_size
 from shardsmith.hf.base_files import choose_files
@@ -163,9 +165,9 @@ class LiveState:
         return tensors
 
     def plan(self, output: Path, step: int, directory: LiveDirectory, models: Sequence[ModelPlan]) -> DirectoryPlan:
-        """The directory of one step."""
+        """The directory of one step. All ranks, main thread; communicates where extra facts do."""
         facts = self._ema.facts() if self._ema is not None and AVERAGE in directory.stems else None
-        return self._plan(output, models, Origin(output.parent.name, step=step, ema=facts))
+        return self._plan(output, models, Origin(output.parent.name, step=step, ema=facts), self._files.ask())
 
     def plan_checkpoint(
         self, checkpoint: Path, output: Path, directory: LiveDirectory, *, compare: bool
@@ -208,7 +210,9 @@ class LiveState:
             if compare:
                 self._compare(model.plan)
 
-    def _plan(self, output: Path, models: Sequence[ModelPlan], origin: Origin) -> DirectoryPlan:
+    def _plan(
+        self, output: Path, models: Sequence[ModelPlan], origin: Origin, facts: Mapping[str, str] | None = None
+    ) -> DirectoryPlan:
         return DirectoryPlan(
             output=output,
             models=tuple(models),
@@ -216,7 +220,7 @@ class LiveState:
             config=self._config,
             base=self._files.base,
             copies=self._copies,
-            companions=self._write_companions,
+            companions=partial(self._write_companions, facts=dict(facts or {})),
             measure=self._measure,
             template=self._template.specs,
             allow=self._transient,
@@ -259,7 +263,10 @@ class LiveState:
         for change in found.changes:
             log.info("config.json is adapted: %s", change)
 
-    def _write_companions(self, directory: Path) -> None:
+    def _write_companions(self, directory: Path, facts: Mapping[str, str]) -> None:
+        for name, text in facts.items():
+            with writing(directory / name, "writing an extra file"):
+                (directory / name).write_text(text, encoding="utf-8")
         self._files.write(self._inner, directory)
         if self._view is not None:
             self._view.write(directory)

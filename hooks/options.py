@@ -14,6 +14,7 @@ from shardsmith.checking.types import Count, LocalPath, Seconds, Size
 from shardsmith.errors import UsageError
 from shardsmith.name_maps.maps import NameMap
 
+from .adapters import View
 from .checkpoint_source import Saves
 
 T = TypeVar("T")
@@ -32,6 +33,9 @@ class ExportFiles:
     """Tokenizer or processor to save in each directory, instead of the base model's."""
     extra_files: Mapping[str, LocalPath] | None = None
     """More files to copy, by their name in the directory."""
+    extra_facts: Mapping[str, Callable[[], Any]] | None = None
+    """More files to write, as JSON, by their name: the answer of a function when live weights are staged. All ranks
+    call it, on the main thread; the answer of rank 0 is written."""
     trust_remote_code: bool = False
     """Also copy the base model's Python files. They are not run."""
 
@@ -56,9 +60,10 @@ class ExportWeights:
     """Several files with an index if the weights are larger; None makes one file."""
     ema_as: Literal["file", "directory"] = "file"
     """``"file"`` puts ``ema.safetensors`` beside the main weights, ``"directory"`` makes ``step-<n>-ema``."""
-    adapters: Literal["adapter", "merged"] = "adapter"
+    adapters: Literal["adapter", "merged"] | View = "adapter"
     """For a model of peft: ``"adapter"`` writes the files of its ``save_pretrained``, main weights and average each in
-    a directory of its own; ``"merged"`` the whole model with the adapter merged into its weights."""
+    a directory of its own; ``"merged"`` the whole model with the adapter merged into its weights. For adapters of
+    another kind, an object that says how they are written (``hooks.adapters.View``)."""
     stages: bool = False
     """The model is a stage of a pipeline, other ranks have the others, and the directory holds all of them."""
 
@@ -96,6 +101,9 @@ class ExportVerification:
     verify_inputs: Mapping[str, Tensor] | None = None
     """Inputs for ``verify="load"``: keyword arguments of ``forward``. None makes some up, for text, images and
     sound."""
+    verify_with: Callable[..., Any] | None = None
+    """How the live model answers those inputs; None calls it with them. For a model that is exported in another form
+    than it is trained in."""
     compare_replicas: Literal["first", "never"] | Count = "first"
     """When to compare, across the ranks, the live tensors that several of them hold, such as all of them under DDP: at
     the ``"first"`` export, at the first and every so many exports, or ``"never"``."""
@@ -107,13 +115,14 @@ class ExportOptions(TypedDict, total=False):
     base_model: LocalPath | None
     processor: object | None
     extra_files: Mapping[str, LocalPath] | None
+    extra_facts: Mapping[str, Callable[[], Any]] | None
     trust_remote_code: bool
     source: Literal["live", "checkpoint", "auto"]
     checkpoints: Saves | None
     names: str | NameMap
     max_shard_size: Size | None
     ema_as: Literal["file", "directory"]
-    adapters: Literal["adapter", "merged"]
+    adapters: Literal["adapter", "merged"] | View
     stages: bool
     write_mode: Literal["slices", "files"]
     when_busy: Literal["wait", "skip", "raise"]
@@ -122,6 +131,7 @@ class ExportOptions(TypedDict, total=False):
     timeout_secs: Seconds
     verify: Literal["digest", "load"]
     verify_inputs: Mapping[str, Tensor] | None
+    verify_with: Callable[..., Any] | None
     compare_replicas: Literal["first", "never"] | Count
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import signal
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,11 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 from shardsmith.errors import UsageError
 from shardsmith.ground.ranks import Ranks
+from shardsmith.hf.hf_directory import read_config
 from shardsmith.hooks import (
     EMA,
     ExportFiles,
+    ExportVerification,
     ExportWeights,
     ExportWriting,
     HFExport,
@@ -31,20 +32,20 @@ from shardsmith.hooks.schedule import Schedule
 from shardsmith.hooks.stages import are_stages, names_on_all
 from shardsmith.name_maps.maps import NameMap
 from shardsmith.tensors.fqn import clean_fqn
-from shardsmith.tensors.tensors import TensorSpec
 
+from .adapters import complete_translation
+from .answers import TitanAnswers, made_up_tokens
 from .assets import find_base_model
 from .average import MODEL as AVERAGES
 from .average import average_states
-from .inner import InnerNames, refuse_replaced
+from .inner import InnerNames, find_held, refuse_replaced
 from .load import stored_keys
+from .lora import LoraAlone, MergedLora, find_lora
 from .names import TorchTitanNames
 from .options import CheckpointHooks
+from .router_bias import ROUTER_BIAS_FILE, RouterBias
 from .settings import refuse_other_settings
-
-log = logging.getLogger(__name__)
-
-_ROUTER_BIAS = "expert_bias"
+from .united import united
 
 
 class Attached:
@@ -72,7 +73,7 @@ class Attached:
 
         Args:
             options: The options that the user set.
-            model_parts: The model; one part a rank.
+            model_parts: The model; several parts a rank where stages interleave.
             optimizers: TorchTitan's container of optimizers.
             states: Among them ``train_state``, which knows the step.
             sd_adapter: TorchTitan's state-dict adapter; None without one.
@@ -97,7 +98,7 @@ class Attached:
         self.ema: EMA | None = None
         self.recorder: Recorder | None = None
         self._export: HFExport | None = None
-        self._attach(options, _only(model_parts), sd_adapter, dump_folder, folder, keep_latest_k, saves)
+        self._attach(options, united(model_parts), sd_adapter, dump_folder, folder, keep_latest_k, saves)
         self.states: dict[str, Stateful] = (
             average_states(self.ema, allow_other_decay=options.ema_allow_other_decay) if self.ema is not None else {}
         )
@@ -164,7 +165,11 @@ class Attached:
         if options.exports:
             ranks = Ranks(options.timeout_secs)
             base = find_base_model(options, sd_adapter)
+            config = read_config(base)
             refuse_other_settings(ranks, base, model, sd_adapter, options.allow_config)
+            stages = are_stages(ranks, model)
+            names, facts = _names(sd_adapter, model, ranks, options, config)
+            form = _form(options, model, sd_adapter, base)
             self._export = HFExport(
                 _export_folder(options, dump_folder, folder),
                 model=model,
@@ -173,28 +178,21 @@ class Attached:
                 models=options.export_models,
                 dtype=options.export_dtype,
                 keep=latest(options.export_keep) if options.export_keep else None,
-                files=ExportFiles(base_model=base),
+                files=ExportFiles(base_model=None if isinstance(form, LoraAlone) else base, extra_facts=facts),
                 weights=ExportWeights(
-                    names=_names(sd_adapter, model, ranks, options),
+                    names=form if isinstance(form, LoraAlone) else names,
+                    adapters=form or "adapter",
                     max_shard_size=options.export_max_shard_size,
                     ema_as=options.export_ema_as,
-                    stages=are_stages(ranks, model),
+                    stages=stages,
                 ),
                 writing=ExportWriting(
                     when_busy=options.export_when_busy,
                     on_error=options.export_on_error,
                     timeout_secs=options.timeout_secs,
                 ),
+                verification=_verification(options, model, config, is_cut=stages),
             )
-
-
-def _only(model_parts: Sequence[nn.Module]) -> nn.Module:
-    if len(model_parts) != 1:
-        raise UsageError(
-            f"checkpoint_hooks: pipeline parallelism has cut the model into {len(model_parts)} parts a rank, and that "
-            "is not supported: choose a schedule with one stage a rank, or attach nothing"
-        )
-    return model_parts[0]
 
 
 def _schedule(options: CheckpointHooks) -> Schedule:
@@ -215,29 +213,41 @@ def _export_folder(options: CheckpointHooks, dump_folder: Path, folder: Path) ->
     return path
 
 
-def _names(sd_adapter: Any, model: nn.Module, ranks: Ranks, options: CheckpointHooks) -> str | NameMap:
-    """How the weights are called in files: through TorchTitan's adapter, where the model has one. Communicates."""
+def _form(options: CheckpointHooks, model: nn.Module, sd_adapter: Any, base: Path) -> MergedLora | LoraAlone | None:
+    """What is written of a model with LoRA; None for any other."""
+    if not find_lora(model):
+        return None
+    if options.export_lora == "merged" or sd_adapter is None:
+        return MergedLora(model)
+    return LoraAlone(model, complete_translation(sd_adapter, read_config(base)), type(sd_adapter).__name__, base)
+
+
+def _verification(
+    options: CheckpointHooks, model: nn.Module, config: Mapping[str, Any], *, is_cut: bool
+) -> ExportVerification:
+    """How an export is verified. Raises UsageError where the live model cannot be asked."""
+    if options.export_verify == "digest" or find_held(model) is not None:
+        return ExportVerification(verify=options.export_verify)
+    if is_cut:
+        raise UsageError(
+            'checkpoint_hooks: export_verify="load" asks the live model, and a rank has only stages of a pipeline: use '
+            '"digest", and load an export with shardsmith verify'
+        )
+    return ExportVerification(verify="load", verify_inputs=made_up_tokens(config), verify_with=TitanAnswers(model))
+
+
+def _names(
+    sd_adapter: Any, model: nn.Module, ranks: Ranks, options: CheckpointHooks, config: Mapping[str, Any]
+) -> tuple[str | NameMap, dict[str, Callable[[], Any]]]:
+    """How the weights are called in files, through TorchTitan's adapter where there is one, and what lies beside them.
+
+    Communicates.
+    """
     refuse_replaced(model)
     if sd_adapter is None:
-        return InnerNames.of(model) or "auto"
+        return InnerNames.of(model) or "auto", {}
     buffers = [clean_fqn(name, model) for name, _ in model.named_buffers()]
-    names = TorchTitanNames(sd_adapter, names_on_all(ranks, buffers))
-    if any(_ROUTER_BIAS in name for name in buffers):
-        ranks.gather("looking at routers", lambda: _say_what_routes(names, model, options, ranks.is_leader))
-    return names
-
-
-def _say_what_routes(names: TorchTitanNames, model: nn.Module, options: CheckpointHooks, speaks: bool) -> None:
-    """Say what it costs that files have no place for the bias of routers. Raises UsageError where that is refused."""
-    specs = {n: TensorSpec(n, tuple(t.shape), t.dtype) for n, t in model.state_dict().items()}
-    lost = [name for name in names.leaves_out(specs) if _ROUTER_BIAS in name]
-    if not lost:
-        return
-    what = (
-        f"{lost[0]} and {len(lost) - 1} more choose experts in training, and the files of the exported model have no "
-        "place for them: as soon as they are not zero, an export sends some tokens to other experts than the run does"
-    )
-    if options.export_router_bias == "refuse":
-        raise UsageError(f"checkpoint_hooks: {what}. Set load_balance_coeff=None, or export_router_bias=leave_out")
-    if speaks:
-        log.warning("%s. load_balance_coeff=None avoids it; export_router_bias=refuse stops instead", what)
+    names = TorchTitanNames(sd_adapter, names_on_all(ranks, buffers), config)
+    bias = RouterBias(names, model, ranks)
+    bias.announce(options.export_router_bias)
+    return names, {ROUTER_BIAS_FILE: bias.values} if bias.lost and options.export_router_bias == "file" else {}

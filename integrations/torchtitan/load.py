@@ -300,9 +300,8 @@ class LoadWatch:
         if hasattr(config, "build"):
             return lambda: config.build()
         model: Any = self._parts[0]
-        if hasattr(model, "model_args") and len(self._parts) == 1 and not hasattr(model, "config"):
-            kind: Any = own_class(model)
-            return lambda: kind(model.model_args)
+        if hasattr(model, "model_args") and not hasattr(model, "config"):
+            return lambda: _make_0_2(own_class(model), model.model_args)
         return None
 
 
@@ -338,6 +337,13 @@ def _refuse_weights_only(state_dict: Mapping[str, Any], checkpoint: Path) -> Non
             "Nothing was loaded. A last step has weights only unless checkpoint.last_save_model_only is off. Go on "
             "from an earlier one with checkpoint.load_step, or start a new run from this one with initial_load_path.",
         )
+
+
+def _make_0_2(kind: Any, arguments: Any) -> nn.Module:
+    """A model of 0.2 as its trainer has it: GPT-OSS casts all that a layer has, and makes some buffers anew then."""
+    model: nn.Module = kind(arguments)
+    model.init_weights(buffer_device=torch.device("cpu"))  # type: ignore[operator]
+    return model
 
 
 def _values(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:

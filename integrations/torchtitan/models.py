@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import importlib
+import importlib.util
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -67,6 +69,8 @@ def build_titan_model(title: str) -> TitanModel:
     Args:
         title: ``MODEL/FLAVOR``. The model is one of TorchTitan's, as ``llama3``, or a module of yours that has what
             one of TorchTitan's has (``get_train_spec`` in 0.2, ``model_registry`` in 0.3), as ``my_package.my_model``.
+            In 0.3 the flavor may also be a function of a config registry, the one that a job names with ``--config``:
+            what it changes in the model, such as ``num_mtp_layers``, is in no flavor.
 
     Raises:
         UsageError: there is no TorchTitan, no such model or flavor, or it has no adapter.
@@ -76,7 +80,7 @@ def build_titan_model(title: str) -> TitanModel:
         raise UsageError(f"{title!r}: give a model of TorchTitan and its flavor, as in llama3/debugmodel")
     try:
         module = _import_model(name)
-        make, config, adapter = (_find_0_3 if hasattr(module, "model_registry") else _find_0_2)(module, flavor)
+        make, config, adapter = (_find_0_2 if hasattr(module, "get_train_spec") else _find_0_3)(module, flavor)
     except KeyError:
         raise UsageError(f"TorchTitan's {name} has no flavor {flavor!r}; it has {_flavors(module)}") from None
     except ImportError as error:
@@ -98,8 +102,22 @@ def _import_model(name: str) -> Any:
 
 
 def _find_0_3(module: Any, flavor: str) -> tuple[Callable[[], nn.Module], Any, Any]:
-    spec = module.model_registry(flavor)
+    try:
+        spec = module.model_registry(flavor)
+    except (AttributeError, KeyError):  # a job's registry alone, or no flavor
+        spec = _job_config(module, flavor).model_spec
     return spec.model.build, spec.model, spec.state_dict_adapter
+
+
+def _job_config(module: Any, name: str) -> Any:
+    """The config that a registry makes of this name: the module itself, or that beside a model. Raises KeyError."""
+    beside = f"{module.__name__}.config_registry"
+    found = importlib.util.find_spec(beside) if hasattr(module, "__path__") else None
+    for registry in (importlib.import_module(beside) if found else module, module):
+        make = getattr(registry, name, None)
+        if inspect.isfunction(make) and not inspect.signature(make).parameters:
+            return make()
+    raise KeyError(name)
 
 
 def _find_0_2(module: Any, flavor: str) -> tuple[Callable[[], nn.Module], Any, Any]:
@@ -114,6 +132,8 @@ def _find_0_2(module: Any, flavor: str) -> tuple[Callable[[], nn.Module], Any, A
 def _flavors(module: Any) -> str:
     if hasattr(module, "model_registry"):
         known = [value for name, value in vars(module).items() if name.endswith("_configs")]
-    else:
+    elif hasattr(module, "get_train_spec"):
         known = [module.get_train_spec().model_args]
+    else:
+        return "none; name one of its functions without parameters, which make a job's config"
     return ", ".join(str(flavor) for flavors in known if isinstance(flavors, Mapping) for flavor in flavors)

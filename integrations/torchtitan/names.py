@@ -6,7 +6,6 @@ result lies is the map: permuted rows, experts one by one. ``--names torchtitan:
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -21,11 +20,11 @@ from shardsmith.name_maps.slices import Target
 from shardsmith.name_maps.tracing import trace
 from shardsmith.tensors.tensors import Shape, TensorSpec
 
+from .adapters import complete_translation, own_translation
 from .inner import BACKEND, InnerNames
 from .models import TitanModel, build_titan_model
 
 _RIGHT_MODEL = "Is it the right model, and the right version of TorchTitan?"
-_TIES = ("enable_weight_tying", "tie_word_embeddings")
 
 
 def torchtitan_names(config: dict[str, Any] | None, title: str = "") -> NameMap:
@@ -40,7 +39,7 @@ def torchtitan_names(config: dict[str, Any] | None, title: str = "") -> NameMap:
         return InnerNames("model", None)  # a model of transformers, whatever its flavor
     titan = build_titan_model(title)
     _compare_heads(titan, config or {})
-    return FlavorNames(titan)
+    return FlavorNames(titan, config)
 
 
 class TorchTitanNames:
@@ -49,15 +48,23 @@ class TorchTitanNames:
     What an adapter drops is an error if the model learns it; a buffer is left out, and said to be.
     """
 
-    def __init__(self, adapter: Any, buffers: Collection[str], shapes: Mapping[str, Shape] | None = None) -> None:
+    def __init__(
+        self,
+        adapter: Any,
+        buffers: Collection[str],
+        config: Mapping[str, Any] | None = None,
+        shapes: Mapping[str, Shape] | None = None,
+    ) -> None:
         """Changes nothing of the adapter.
 
         Args:
             adapter: TorchTitan's state-dict adapter.
             buffers: Clean names of the model's buffers.
+            config: config.json of the files, whose class decides on some names.
             shapes: Of all the tensors that there can be; an adapter of another model may fit by chance.
         """
-        self._adapter = _without_ties(adapter)
+        self._kind = type(adapter).__name__
+        self._to_hf = complete_translation(adapter, config)
         self._buffers = frozenset(buffers)
         self._shapes = shapes
         self._answer: tuple[tuple[TensorSpec, ...], dict[str, Target]] | None = None  # many experts take a second
@@ -76,16 +83,18 @@ class TorchTitanNames:
     def leaves_out(self, specs: Mapping[str, TensorSpec]) -> dict[str, str]:
         """The buffers that the adapter has no name for."""
         used = {source for target in self.targets(specs).values() for source in target.sources}
-        reason = f"{type(self._adapter).__name__} has no name for it in Hugging Face"
+        reason = f"{self._kind} has no name for it in Hugging Face"
         return {name: reason for name in specs if name not in used}
 
     def _ask(self, specs: Mapping[str, TensorSpec]) -> dict[str, Target]:
-        kind = type(self._adapter).__name__
+        kind = self._kind
         if problems := self._find_strange(specs):
-            message = f"{len(problems)} tensors are not those of this model. {_RIGHT_MODEL}"
+            lora = [name for name in specs if "lora_" in name]
+            advice = _why_dropped(lora) if lora else _RIGHT_MODEL
+            message = f"{len(problems)} tensors are not those of this model. {advice}"
             raise UnsupportedFormatError(kind, "\n  ".join([message, *problems]))
         try:
-            found, refused = trace(self._adapter.to_hf, specs)
+            found, refused = trace(self._to_hf, specs)
         except Exception as error:  # a name that it does not know is a KeyError, a shape whatever it may be
             reason = f"{type(error).__name__}: {error}"
             raise UnsupportedFormatError(kind, f"cannot translate these tensors ({reason}). {_RIGHT_MODEL}") from error
@@ -113,8 +122,8 @@ def _why_dropped(names: list[str]) -> str:
     """What it means that an adapter has no name for weights, and what to do."""
     if all("lora_" in name for name in names):
         return (
-            f"has no name for {len(names)} weights of LoRA: TorchTitan's adapter knows the full model only. Steps and "
-            "the average hold them; train without LoRA to export, or leave the exports out"
+            f"has no name for {len(names)} weights of LoRA: TorchTitan's adapter knows the full model only. Export "
+            "from the run itself, which merges them or writes them as peft does (export_last, export_lora)"
         )
     try:
         installed = f"TorchTitan {version('torchtitan')}"
@@ -128,11 +137,12 @@ def _why_dropped(names: list[str]) -> str:
 
 
 class RunNames(TorchTitanNames):
-    """Those of the model that a run trains."""
+    """Those of the model that a run trains, in the files that TorchTitan reads: by its adapter alone."""
 
     def __init__(self, adapter: Any, buffers: Collection[str], fresh: Fresh | None) -> None:
         """``fresh`` makes such a model anew; None where nobody knows how."""
         super().__init__(adapter, buffers)
+        self._to_hf = own_translation(adapter)
         self._fresh = fresh
 
     def make(self, names: Iterable[str]) -> dict[str, Tensor]:
@@ -152,11 +162,12 @@ class FlavorNames(TorchTitanNames):
         blueprint: What its state dict holds.
     """
 
-    def __init__(self, titan: TitanModel) -> None:
+    def __init__(self, titan: TitanModel, config: Mapping[str, Any] | None = None) -> None:
+        """``config``: config.json of the files."""
         self.blueprint: Blueprint = titan.blueprint()
         self._titan = titan
         shapes = {name: spec.shape for name, spec in self.blueprint.state_dict.items()}
-        super().__init__(titan.adapter, self.blueprint.buffers, shapes)
+        super().__init__(titan.adapter, self.blueprint.buffers, config, shapes)
 
     def make(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Buffers that no files have, as they are in a new model."""
@@ -173,19 +184,3 @@ def _compare_heads(titan: TitanModel, config: Mapping[str, Any]) -> None:
     if None not in (*ours, *theirs) and ours != theirs:
         found = f"{ours[0]} heads and {ours[1]} of keys and values, config.json says {theirs[0]} and {theirs[1]}"
         raise UsageError(f"{titan.title} is not the base model: it has {found}")
-
-
-def _without_ties(adapter: Any) -> Any:
-    """One that translates tied weights as well. Which of them are written is decided as for any model."""
-    adapter = copy.copy(adapter)
-    for name in ("model_config", "model_args"):
-        config = getattr(adapter, name, None)
-        if any(getattr(config, tie, False) for tie in _TIES):
-            config = copy.deepcopy(config)
-            for tie in _TIES:
-                if hasattr(config, tie):
-                    setattr(config, tie, False)
-            setattr(adapter, name, config)
-    if getattr(adapter, "_tie_word_embeddings", False):
-        adapter._tie_word_embeddings = False
-    return adapter

@@ -75,9 +75,15 @@ class CheckpointHooks:
     export_on_error: Literal["raise", "warn"] = "raise"
     """Whether a failed export ends the run."""
 
-    export_router_bias: Literal["leave_out", "refuse"] = "leave_out"
+    export_verify: Literal["digest", "load"] = "digest"
+    """What is verified of each export: that its files hold, bit for bit, what was staged; or also that from_pretrained
+    loads it and it answers as the live model does. Costs a forward, and on rank 0 the model in memory."""
+    export_lora: Literal["merged", "adapter"] = "merged"
+    """Of a model that is trained with TorchTitan's LoRA: the whole model with the adapter merged into its weights, or
+    the adapter alone as peft has it, main and average each in a directory."""
+    export_router_bias: Literal["leave_out", "file", "refuse"] = "leave_out"
     """What to do where files of the exported model have no place for the bias by which its routers balance experts, as
-    Qwen3's: leave it out and say so, or refuse to start."""
+    Qwen3's: leave it out and say so, write it beside the weights as router_bias.json, or refuse to start."""
 
     timeout_secs: float = 1800.0
     """How long to wait for a rank before a recording or an export is given up."""

@@ -30,6 +30,13 @@ _YARN = {
     "beta_slow": "beta_slow",
     "original_seq_len": "original_max_position_embeddings",
 }
+_NTK = {
+    "rope_factor": "factor",
+    "ntk_beta": "beta_fast",
+    "ntk_alpha": "beta_slow",
+    "original_seq_len": "original_max_position_embeddings",
+}
+"""What GPT-OSS of 0.2 calls these."""
 _RELATIVE = 1e-5
 
 
@@ -41,11 +48,13 @@ class RopeOfConfig:
         settings: As config.json calls them: rope_type, rope_theta, factor and so on.
         inv_freq: Angle of each pair at position 1; float32, (head_dim / 2,).
         scale: Factor of the products of queries and keys.
+        stretch: Factor of queries and of keys that is part of that, by which some tables are multiplied.
     """
 
     settings: Mapping[str, Any]
     inv_freq: Tensor
     scale: float | None
+    stretch: float = 1.0
 
     @classmethod
     def of(cls, model: nn.Module, config: Mapping[str, Any]) -> Self | None:
@@ -58,8 +67,8 @@ class RopeOfConfig:
         settings = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
         settings.setdefault("rope_theta", config.get("rope_theta"))
         settings.setdefault("rope_type", "default")
-        # transformers stretches both queries and keys, TorchTitan their products
-        return cls(settings, found[0].inv_freq.float(), scales[0] * stretch**2 if scales else None)
+        # transformers stretches both queries and keys, as GPT-OSS of 0.2 does; TorchTitan's others their products
+        return cls(settings, found[0].inv_freq.float(), scales[0] * stretch**2 if scales else None, stretch)
 
     def table_like(self, table: Tensor) -> Tensor | None:
         """The table of the same positions and layout as one of TorchTitan's; None for a layout that is not known."""
@@ -68,8 +77,14 @@ class RopeOfConfig:
             return torch.polar(torch.ones_like(angles), angles)
         if not table.is_complex() and table.shape == (angles.shape[0], 4 * angles.shape[1]):
             both = torch.cat([angles, angles], dim=-1)
-            return torch.cat([both.cos(), both.sin()], dim=-1)
+            right = torch.cat([both.cos(), both.sin()], dim=-1)
+            return right * self.stretch if self.is_stretched(table) else right
         return None
+
+    def is_stretched(self, table: Tensor) -> bool:
+        """Whether a table of cosines and sines is multiplied by ``stretch``: at position 0 the cosine is 1."""
+        first = 1.0 if table.is_meta or table.is_complex() or not table.numel() else table[0, 0].item()
+        return self.stretch != 1 and math.isclose(first, self.stretch, rel_tol=_RELATIVE)
 
 
 class Reference:
@@ -136,6 +151,9 @@ def _settings_0_2(arguments: Any) -> dict[str, Any]:
     holder, more = getattr(arguments, "rope_scaling_args", None), _LLAMA
     if holder is not None:
         found["rope_type"] = "llama3"
+    elif hasattr(arguments, "ntk_beta"):
+        if arguments.rope_factor > 1:
+            found["rope_type"], holder, more = "yarn", arguments, _NTK
     elif hasattr(arguments, "original_seq_len") and arguments.max_seq_len > arguments.original_seq_len:
         found["rope_type"], holder, more = "yarn", arguments, _YARN
     if holder is not None:
@@ -155,8 +173,11 @@ def _why(model: nn.Module, name: str, value: Any) -> str:
 
 
 def _angle_faults(model: nn.Module, rope: RopeOfConfig, origin: str) -> Iterator[LoadFault]:
+    in_tables = 1.0
     for _, _, buffer in _tables(model):
         table = _whole(buffer)
+        if table is not None and rope.is_stretched(table):
+            in_tables = rope.stretch
         right = rope.table_like(table) if table is not None else None
         if table is None or right is None or table.is_meta or table.shape[0] < 2:
             continue
@@ -169,8 +190,9 @@ def _angle_faults(model: nn.Module, rope: RopeOfConfig, origin: str) -> Iterator
             return
     for where, part in model.named_modules():
         scale = getattr(part, "softmax_scale", None)
-        if isinstance(scale, float) and rope.scale is not None and not _same(scale, rope.scale):
-            words = f"attention is scaled by {scale:g} in the trainer ({where}), by {rope.scale:g} in {origin}"
+        if isinstance(scale, float) and rope.scale is not None and not _same(scale * in_tables**2, rope.scale):
+            here = f"attention is scaled by {scale * in_tables**2:g} in the trainer ({where})"
+            words = f"{here}, by {rope.scale:g} in {origin}"
             yield LoadFault("rope-differs", "rope_mscale", words)
             return
 

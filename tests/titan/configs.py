@@ -5,9 +5,13 @@ from __future__ import annotations
 import torchtitan.experiments.transformers_modeling_backend.config_registry as transformers_models
 import torchtitan.models.deepseek_v3 as deepseek_models
 import torchtitan.models.deepseek_v3.config_registry as deepseek
+import torchtitan.models.gpt_oss as gpt_oss_models
+import torchtitan.models.gpt_oss.config_registry as gpt_oss
+import torchtitan.models.llama3 as llama3_models
 import torchtitan.models.llama3.config_registry as llama3
 import torchtitan.models.qwen3 as qwen3_models
 import torchtitan.models.qwen3.config_registry as qwen3
+from torchtitan.components.lora import LoRAConverter
 from torchtitan.components.optimizer import default_adamw
 from torchtitan.models.common.attention import FlexAttention, ScaledDotProductAttention, VarlenAttention
 from torchtitan.trainer import Trainer
@@ -31,6 +35,14 @@ def llama3_debugmodel_with_hooks() -> Trainer.Config:
     config = llama3_debugmodel()
     config.checkpoint = checkpoint_hooks(config.checkpoint, metadata=True)
     return config
+
+
+def llama3_with_lora() -> Trainer.Config:
+    """Fused queries, keys and values, and the output, with adapters."""
+    config = llama3_debugmodel()
+    adapters = LoRAConverter.Config(rank=4, alpha=16.0, target_modules=["wqkv", "wo", "w1"])
+    config.model_spec = llama3_models.model_registry("debugmodel", converters=[adapters])
+    return _on_cpu(config)
 
 
 def qwen3_small() -> Trainer.Config:
@@ -65,6 +77,14 @@ def deepseek_v3_small() -> Trainer.Config:
     config = deepseek.deepseek_v3_debugmodel()
     config.model_spec = deepseek_models.model_registry(small_models.DENSE)
     return _on_cpu(config)
+
+
+def gpt_oss_small() -> Trainer.Config:
+    config = gpt_oss.gpt_oss_debugmodel_flex()
+    config.model_spec = gpt_oss_models.model_registry(small_models.DENSE)
+    config.parallelism.spmd_backend = "partial_dtensor"
+    config.training.disable_cuda_graphs = True
+    return config
 
 
 def llama3_of_another_theta() -> Trainer.Config:

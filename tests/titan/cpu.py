@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.staging import StagingOptions
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
-from torch.distributed.pipelining.schedules import PipelineScheduleSingle
+from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle
+from torch.nn.attention.flex_attention import create_block_mask, create_mask
 
 _ANSWERS: dict[str, Any] = {
     "get_device_name": lambda *_: "cpu",
@@ -35,11 +36,13 @@ import torchtitan.train as train  # noqa: E402
 try:
     import torchtitan.components.checkpointer as checkpoint
     import torchtitan.components.checkpointer.dcp as checkpointer
+    import torchtitan.models.common.attention as attention
     import torchtitan.trainer as trainer
 
     IS_0_3 = True
 except ImportError:
     import torchtitan.components.checkpoint as checkpoint
+    import torchtitan.models.attention as attention
 
     checkpointer, trainer = checkpoint, train
     IS_0_3 = False
@@ -70,8 +73,9 @@ def _in_microbatches(original: Any) -> Any:
     ) -> Any:
         if kwarg_mbs is None:
             return original(self, *args, **kwargs)
-        self._stage.has_backward = self._has_backward
-        self._stage.clear_runtime_states()
+        for stage in self._stages if hasattr(self, "_stages") else [self._stage]:
+            stage.has_backward = self._has_backward
+            stage.clear_runtime_states()
         return self._step_microbatches(arg_mbs, kwarg_mbs, target_mbs, **kwargs)
 
     return step
@@ -87,6 +91,24 @@ def _histogram(original: Any) -> Any:
     return histc
 
 
-PipelineScheduleSingle.step = _in_microbatches(PipelineScheduleSingle.step)  # type: ignore[method-assign]
+def _dense_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, block_mask: Any, scale: float | None, **options: Any
+) -> Any:
+    """FlexAttention has no backward on a CPU: the same with a dense mask, and its logarithmic sums."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    mask = create_mask(block_mask.mask_mod, q.shape[0], q.shape[1], q.shape[2], k.shape[2], device=q.device)
+    scores = (q @ k.transpose(-1, -2)).float() * (scale if scale is not None else q.shape[-1] ** -0.5)
+    scores = scores.masked_fill(~mask, float("-inf"))
+    sums = scores.logsumexp(-1)
+    out = (scores - sums.unsqueeze(-1)).exp().to(v.dtype) @ v
+    return (out, sums) if options.get("return_lse") else (out, SimpleNamespace(lse=sums))
+
+
+_flex = attention.FlexAttention if IS_0_3 else attention.FlexAttentionWrapper
+_flex._compiled_flex_attn = staticmethod(_dense_attention)
+attention._compiled_create_block_mask = create_block_mask
+for _kind in (PipelineScheduleSingle, PipelineScheduleMulti):
+    _kind.step = _in_microbatches(_kind.step)  # type: ignore[method-assign]
 torch.histc = _histogram(torch.histc)
 FSDPParamGroup.__init__ = _sum_gradients(FSDPParamGroup.__init__)  # type: ignore[method-assign]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
+from shardsmith.integrations.torchtitan.answers import TitanAnswers
 from tests.titan.cpu import checkpoint
 
 TOKENS = (torch.arange(2 * 33).view(2, 33) * 37 + 11) % 2000
@@ -76,18 +77,9 @@ def _write(manager: Any) -> None:
 
 
 def _titan_loss(model: nn.Module) -> float:
-    headless = getattr(model, "_skip_lm_head", None)
-    if headless is not None:
-        model._skip_lm_head = False  # else it is in TorchTitan's chunked loss
-    try:
-        with torch.no_grad():
-            logits = model(TOKENS[:, :-1])
-            return _loss(
-                logits.full_tensor() if isinstance(logits, DTensor) else logits
-            )  # tensor parallel cuts them up
-    finally:
-        if headless is not None:
-            model._skip_lm_head = headless
+    with torch.no_grad():
+        logits = TitanAnswers(model)(input_ids=TOKENS[:, :-1])  # a call with masks, and with the head of the loss
+        return _loss(logits.full_tensor() if isinstance(logits, DTensor) else logits)  # tensor parallel cuts them up
 
 
 def _loss(logits: Tensor) -> float:

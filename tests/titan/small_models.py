@@ -3,8 +3,8 @@
 ``small_moe`` has experts. ``small`` is the debugmodel with fewer layers; in 0.2 also without its tie, because FSDP2 of
 the torch that we test with refuses what TorchTitan 0.2.2 does with tied weights. ``small_tied`` has it in both, and
 ``small_without_norms`` lacks the norms of queries and keys. DeepSeek's ``small`` has two layers and the router that
-transformers has, which the debugmodel has not. ``of_another_theta`` and ``of_another_eps`` are Llama's debugmodel with
-one setting changed; in 0.3 tests/titan/configs.py has them.
+transformers has, which the debugmodel has not; GPT-OSS and Llama 4 have a ``small``, too. ``of_another_theta`` and
+``of_another_eps`` are Llama's debugmodel with one setting changed; in 0.3 tests/titan/configs.py has them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import dataclasses
 from typing import Any
 
 import torchtitan.models.deepseek_v3 as deepseek
+import torchtitan.models.gpt_oss as gpt_oss
 import torchtitan.models.llama3 as llama3
 import torchtitan.models.qwen3 as qwen3
 
@@ -89,10 +90,31 @@ def _deepseek_arguments() -> Any:
     return dataclasses.replace(full, n_layers=LAYERS, moe_args=experts)
 
 
+def _gpt_oss_config(moe_comm_backend: str, attn_backend: str) -> Any:  # noqa: ARG001
+    """0.3."""
+    config = gpt_oss._debugmodel(moe_comm_backend, "flex")
+    config.layers = config.layers[:LAYERS]
+    for layer in config.layers:
+        layer.moe.routed_experts.inner_experts.hidden_dim = WIDTH
+    return config
+
+
+def _gpt_oss_arguments() -> Any:
+    """0.2."""
+    full = gpt_oss.gptoss_configs["debugmodel"]
+    experts = dataclasses.replace(full.moe_args, use_grouped_mm=False)
+    return dataclasses.replace(full, n_layers=LAYERS, moe_inter_dim=WIDTH, vocab_size=2048, moe_args=experts)
+
+
 if IS_0_3:
     deepseek.deepseekv3_configs[DENSE] = _deepseek_config
+    gpt_oss.gptoss_configs[DENSE] = _gpt_oss_config
 else:
+    import torchtitan.models.llama4 as llama4
+
     deepseek.deepseekv3_args[DENSE] = _deepseek_arguments()
+    gpt_oss.gptoss_configs[DENSE] = _gpt_oss_arguments()
+    llama4.llama4_args[DENSE] = dataclasses.replace(llama4.llama4_args["debugmodel"], n_layers=LAYERS)
 
 if IS_0_3:
     qwen3.qwen3_configs |= {

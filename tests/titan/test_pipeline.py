@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -11,54 +13,71 @@ from tests.titan.checkpoints import digests_of, tensors_of
 from tests.titan.evaluation import FLOAT32, transformers_loss
 from tests.titan.jobs import Assets, Job, error_of, log_of, run_jobs
 
+TENSORS = 57
+PROVE = {"prove_load": True}
 EXPORT = {"ema_decay": 0.5, "export_interval": 3, "export_last": True, "export_dtype": "float32"}
 PIPELINE = ["--parallelism.pipeline_parallel_degree=2", "--training.local_batch_size=4"]
-ONE_STAGE_A_RANK = "--parallelism.pipeline_parallel_schedule=1F1B"
+SCHEDULES = ["1F1B", "Interleaved1F1B"]
+"""With one stage a rank, and with two."""
 
 
 @pytest.fixture(scope="module")
-def jobs(assets: Assets, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
-    """Jobs of two stages, sharded over two ranks each. Read only."""
+def jobs(assets: Assets, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Job]:
+    """Jobs by schedule and name, on two ranks a stage, two for interleaved stages. Read only."""
     root = tmp_path_factory.mktemp("stages")
-    options = [*FLOAT32, *PIPELINE, ONE_STAGE_A_RANK]
-    start = f"--checkpoint.initial_load_path={root / 'trained' / 'checkpoint' / 'step-4'}"
-    jobs = {
-        "trained": Job(run=root / "trained", hooks=EXPORT, options=options),
-        "started": Job(
-            run=root / "started", hooks={"prove_load": True}, options=[*options, start, "--training.steps=1"]
-        ),
-        "several stages": Job(
-            run=root / "several",
-            hooks=EXPORT,
-            options=[*PIPELINE, "--parallelism.pipeline_parallel_schedule=Interleaved1F1B"],
-        ),
-    }
-    run_jobs(assets, 4, root, *jobs.values())
-    assert error_of(jobs["trained"]) == ""
-    return jobs
+    found: dict[tuple[str, str], Job] = {}
+    for schedule, ranks in zip(SCHEDULES, (4, 2), strict=True):
+        (place := root / schedule).mkdir()
+        options = [*FLOAT32, *PIPELINE, f"--parallelism.pipeline_parallel_schedule={schedule}"]
+        start = f"--checkpoint.initial_load_path={place / 'trained' / 'checkpoint' / 'step-4'}"
+        jobs = {
+            "trained": Job(run=place / "trained", hooks=EXPORT, options=options),
+            "started": Job(run=place / "started", hooks=PROVE, options=[*options, start, "--training.steps=1"]),
+            "resumed": Job(run=place / "resumed", hooks=EXPORT, options=options),
+        }
+        run_jobs(assets, ranks, place, jobs["trained"])
+        assert error_of(jobs["trained"]) == ""
+        shutil.copytree(place / "trained" / "checkpoint" / "step-2", place / "resumed" / "checkpoint" / "step-2")
+        run_jobs(assets, ranks, place, jobs["started"], jobs["resumed"])
+        found |= {(schedule, name): job for name, job in jobs.items()}
+    return found
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize(("model", "suffix"), [("main", ""), ("ema", "-ema")])
-def test_an_export_has_the_weights_of_all_stages(jobs: dict[str, Job], model: str, suffix: str) -> None:
-    run = jobs["trained"].run
+def test_an_export_has_the_weights_of_all_stages(
+    jobs: dict[tuple[str, str], Job], schedule: str, model: str, suffix: str
+) -> None:
+    run = jobs[schedule, "trained"].run
     saved = tensors_of(run / "checkpoint" / "step-4", model)
     expected = build_titan_model("llama3/debugmodel").adapter.to_hf(dict(saved))
     found = load_file(run / "hf" / f"step-4{suffix}" / "model.safetensors")
+    assert len(found) == TENSORS
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], value) for name, value in expected.items())
     assert transformers_loss(run / "hf" / f"step-3{suffix}") > 0
 
 
-def test_a_step_is_recorded_with_the_average_of_all_stages(jobs: dict[str, Job]) -> None:
-    digests = digests_of(jobs["trained"].run / "checkpoint" / "step-4", "ema_model.")
-    assert {"ema_model.tok_embeddings.weight", "ema_model.norm.weight"} <= digests.keys()
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_step_is_recorded_with_the_average_of_all_stages(jobs: dict[tuple[str, str], Job], schedule: str) -> None:
+    digests = digests_of(jobs[schedule, "trained"].run / "checkpoint" / "step-4", "ema_model.")
+    assert len(digests) == TENSORS
 
 
-def test_an_initial_load_of_all_stages_is_proved(jobs: dict[str, Job]) -> None:
-    assert error_of(jobs["started"]) == ""
-    assert "57 tensors" in log_of(jobs["started"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_an_initial_load_of_all_stages_is_proved(jobs: dict[tuple[str, str], Job], schedule: str) -> None:
+    job = jobs[schedule, "started"]
+    assert error_of(job) == ""
+    assert f"{TENSORS} tensors" in log_of(job)
 
 
-def test_several_stages_a_rank_are_refused_at_the_start(jobs: dict[str, Job]) -> None:
-    assert "choose a schedule with one stage a rank" in error_of(jobs["several stages"])
-    assert "loss:" not in log_of(jobs["several stages"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_resumed_run_goes_on_as_the_uninterrupted_one(jobs: dict[tuple[str, str], Job], schedule: str) -> None:
+    whole, resumed = jobs[schedule, "trained"], jobs[schedule, "resumed"]
+    assert error_of(resumed) == ""
+    assert "Training starts at step 3" in log_of(resumed)
+    steps = [digests_of(job.run / "checkpoint" / "step-4") for job in (whole, resumed)]
+    for prefix in ("tok_embeddings.", "layers.", "norm.", "ema_model."):
+        one, other = ({n: d for n, d in step.items() if n.startswith(prefix)} for step in steps)
+        assert one
+        assert one == other

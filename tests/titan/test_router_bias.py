@@ -45,7 +45,7 @@ def evaluate_both(trainer: Any, run: Path) -> None:
     (model,) = trainer.model_parts
     biases = [buffer for name, buffer in model.named_buffers() if "expert_bias" in name]
     assert biases
-    found = {"with": _titan_loss(model)}
+    found: dict[str, Any] = {"with": _titan_loss(model)}
     kept = [bias.clone() for bias in biases]
     with torch.no_grad():
         for bias in biases:
@@ -54,6 +54,7 @@ def evaluate_both(trainer: Any, run: Path) -> None:
         for bias, value in zip(biases, kept, strict=True):
             bias.copy_(value)
     found["largest"] = max(float(value.abs().max()) for value in kept)
+    found["values"] = [value.tolist() for value in kept]
     (run / f"both-{trainer.step}.json").write_text(json.dumps(found))
 
 
@@ -68,9 +69,11 @@ def jobs(assets: Assets, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     assert main(["to-dcp", "--model", str(base), "--checkpoint", str(dcp), *names, "--quiet"]) == 0
     hooks = {"export_last": True, "export_dtype": "float32", "export_base_model": str(base)}
     start = [f"--checkpoint.initial_load_path={dcp}", "--debug.seed=1"]  # TorchTitan's new experts do next to nothing
+    in_file = {**hooks, "export_router_bias": "file"}
     options = [*CHOICE, *FLOAT32, *start, f"--training.steps={STEPS}", "--checkpoint.interval=100"]
     jobs = {
-        "left out": Job(run=root / "left", hooks=hooks, options=options, observe=evaluate_both, within=balanced),
+        "in a file": Job(run=root / "file", hooks=in_file, options=options, observe=evaluate_both, within=balanced),
+        "loaded": Job(run=root / "loaded", hooks={**hooks, "export_verify": "load"}, options=options, within=balanced),
         "refused": Job(run=root / "refused", hooks={**hooks, "export_router_bias": "refuse"}, options=options),
     }
     if not IS_0_3:
@@ -80,7 +83,7 @@ def jobs(assets: Assets, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 
 def test_it_is_said_at_the_start_what_an_export_cannot_hold(jobs: dict[str, Job]) -> None:
-    said = log_of(jobs["left out"])
+    said = log_of(jobs["in a file"])
     assert "expert_bias" in said
     assert "as soon as they are not zero, an export sends some tokens to other experts than the run does" in said
     assert said.index("an export sends some tokens") < said.index("Training starts")
@@ -91,17 +94,29 @@ def test_a_run_whose_exports_would_be_another_model_is_refused_where_that_is_ask
     assert "loss:" not in log_of(jobs["refused"])
 
 
-def losses(job: Job) -> tuple[dict[str, float], float]:
+def losses(job: Job) -> tuple[dict[str, Any], float]:
     """What ``evaluate_both`` found, and the loss of the export."""
     assert error_of(job) == ""
     return json.loads((job.run / f"both-{STEPS}.json").read_text()), transformers_loss(job.run / "hf" / f"step-{STEPS}")
 
 
 def test_the_bias_is_all_that_an_export_lacks(jobs: dict[str, Job]) -> None:
-    live, exported = losses(jobs["left out"])
+    live, exported = losses(jobs["in a file"])
     assert live["largest"] > small_models.BALANCE
     assert live["without"] == pytest.approx(exported, abs=2e-5)
     assert abs(live["with"] - exported) > 2e-4
+
+
+def test_a_file_beside_the_weights_has_them(jobs: dict[str, Job]) -> None:
+    live, _ = losses(jobs["in a file"])
+    found = json.loads((jobs["in a file"].run / "hf" / f"step-{STEPS}" / "router_bias.json").read_text())
+    assert list(found.values()) == live["values"]
+    assert all("expert_bias" in name for name in found)
+
+
+def test_an_export_that_answers_otherwise_than_the_run_is_refused_where_it_is_loaded(jobs: dict[str, Job]) -> None:
+    assert "loaded, its answers differ from the live model's" in error_of(jobs["loaded"])
+    assert not (jobs["loaded"].run / "hf" / f"step-{STEPS}").exists()
 
 
 @pytest.mark.skipif(IS_0_3, reason="0.3 gives Qwen3 the optimizers that move its bias")

@@ -1,0 +1,204 @@
+"""Models that TorchTitan trains with LoRA: merged into their weights, or the adapter alone in the layout of peft.
+
+TorchTitan keeps ``lora_a`` and ``lora_b`` inside the layer that they change. Its state-dict adapters know nothing of
+them; what an adapter does to the rows of a weight is done to the rows of ``lora_b``, too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shardsmith.errors import UnsupportedFormatError
+from shardsmith.export.adapters import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS
+from shardsmith.ground.layout import MAIN_WEIGHTS
+from shardsmith.hooks import EMA
+from shardsmith.load.live_weights import model_state_dict
+from shardsmith.name_maps.grids import Axis
+from shardsmith.name_maps.slices import Slice, Target
+from shardsmith.name_maps.tracing import trace
+from shardsmith.tensors.checkpoint_keys import EMA as AVERAGE
+from shardsmith.tensors.checkpoint_keys import MAIN
+from shardsmith.tensors.fqn import clean_fqn
+from shardsmith.tensors.tensors import TensorSpec
+
+from .adapters import Translate
+
+_A, _B = ".lora_a.weight", ".lora_b.weight"
+_FUSED = "wqkv"
+
+
+def find_lora(model: nn.Module) -> dict[str, Any]:
+    """Path -> layer of TorchTitan's that has an adapter; empty for a model without."""
+    found = {clean_fqn(path, model): module for path, module in model.named_modules()}
+    return {path: module for path, module in found.items() if hasattr(module, "_lora_scaling")}
+
+
+class MergedLora:
+    """The model with the adapter merged into its weights; the live weights are as before, bit for bit.
+
+    Attributes:
+        stem: Of the weight files.
+        inner: None: no model of transformers is there.
+    """
+
+    stem = MAIN_WEIGHTS
+    inner: nn.Module | None = None
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._layers = find_lora(model)
+        self._values: dict[str, dict[str, Tensor]] = {}
+
+    def names(self, fqns: Collection[str]) -> dict[str, str]:
+        """FQN -> name, of what is written: all but the adapter's own."""
+        return {fqn: fqn for fqn in fqns if not fqn.endswith((_A, _B))}
+
+    def values(self, model: str) -> Mapping[str, Tensor]:
+        """By FQN what is written instead of the live values."""
+        return self._values[model]
+
+    @contextlib.contextmanager
+    def ready(self, ema: EMA | None) -> Iterator[None]:
+        """Within it ``values`` are there, a copy of what the adapter changes. All ranks; DTensors may communicate."""
+        if self._values:
+            yield
+            return
+        self._values[MAIN] = self._merged()
+        if ema is not None:
+            with ema.swapped_in():
+                self._values[AVERAGE] = self._merged()
+        try:
+            yield
+        finally:
+            self._values = {}
+
+    def write(self, directory: Path) -> None:
+        """Nothing more."""
+
+    @torch.no_grad()
+    def _merged(self) -> dict[str, Tensor]:
+        own = {clean_fqn(name, self._model) for name, _ in self._model.named_parameters()}
+        kept = {path: layer.weight.detach().clone() for path, layer in self._layers.items()}
+        try:
+            for layer in self._layers.values():
+                layer.weight.add_(layer._lora_scaling * (layer.lora_b.weight @ layer.lora_a.weight))
+            state = model_state_dict(self._model)
+            changed = {f"{path}.weight" for path in self._layers}
+            # what is no parameter was made by hooks, such as the parts of a fused projection
+            return {n: state[n].detach().clone() for n in self.names(state) if n in changed or n not in own}
+        finally:
+            for path, layer in self._layers.items():
+                layer.weight.copy_(kept[path])  # adding and subtracting again is not exact
+
+
+class LoraAlone:
+    """The adapter alone, as peft's ``save_pretrained`` writes it. Both how it is written and its ``NameMap``.
+
+    Attributes:
+        stem, inner: As of ``MergedLora``.
+    """
+
+    stem = ADAPTER_WEIGHTS
+    inner: nn.Module | None = None
+
+    def __init__(self, model: nn.Module, to_hf: Translate, kind: str, base: Path) -> None:
+        """Find out what the adapter's tensors are called.
+
+        Args:
+            model: The live model.
+            to_hf: From TorchTitan's weights to those of transformers.
+            kind: Name of the class that says it.
+            base: The model that the adapter is for.
+
+        Raises:
+            UnsupportedFormatError: it does more to a weight than to move its rows, or has no name for it.
+        """
+        self._layers = find_lora(model)
+        self._fused = {path: model.get_submodule(path.rpartition(".")[0]) for path in self._layers if _FUSED in path}
+        self._base = base
+        self._targets, self._modules = self._find(to_hf, kind)
+
+    def names(self, fqns: Collection[str]) -> dict[str, str]:
+        """FQN -> name, of what is written: the adapter's own."""
+        return {fqn: fqn for fqn in fqns if fqn.endswith((_A, _B))}
+
+    def values(self, model: str) -> Mapping[str, Tensor]:
+        """Nothing is written instead of the live values."""
+        return {}
+
+    @contextlib.contextmanager
+    def ready(self, ema: EMA | None) -> Iterator[None]:
+        """It always is."""
+        yield
+
+    def targets(self, specs: Mapping[str, TensorSpec]) -> dict[str, Target]:
+        """As ``NameMap.targets``."""
+        return {name: target for name, target in self._targets.items() if set(target.sources) <= specs.keys()}
+
+    def write(self, directory: Path) -> None:
+        """Write ``adapter_config.json``."""
+        layer = next(iter(self._layers.values()))
+        rank = layer.lora_a.weight.shape[0]
+        config = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": str(self._base),
+            "r": rank,
+            "lora_alpha": layer._lora_scaling * rank,
+            "target_modules": self._modules,
+            "bias": "none",
+            "lora_dropout": 0.0,
+            "inference_mode": True,
+        }
+        (directory / ADAPTER_CONFIG_FILE).write_text(json.dumps(config, indent=2))
+
+    def _find(self, to_hf: Translate, kind: str) -> tuple[dict[str, Target], list[str]]:
+        weights = {
+            (name := f"{path}.weight"): TensorSpec(name, tuple(layer.weight.shape), torch.float32)
+            for path, layer in self._layers.items()
+        }
+        found, _ = trace(lambda tensors: to_hf(self._split(tensors)), weights)
+        targets: dict[str, Target] = {}
+        modules = []
+        for name, target in found.items():
+            path = target.sources[0].removesuffix(".weight")
+            layer = self._layers[path]
+            module = name.removesuffix(".weight")
+            modules.append(module)
+            a = TensorSpec(path + _A, tuple(layer.lora_a.weight.shape), torch.float32)
+            targets[f"base_model.model.{module}.lora_A.weight"] = Slice.whole(a)
+            rows = _rows_of(target, path + _B, layer.lora_b.weight.shape[1])
+            if rows is None:
+                problem = f"does more to {path}.weight than to move its rows: export_lora=merged exports it"
+                raise UnsupportedFormatError(kind, problem)
+            targets[f"base_model.model.{module}.lora_B.weight"] = rows
+        named = {source for target in found.values() for source in target.sources}
+        if nameless := sorted(weights.keys() - named):
+            raise UnsupportedFormatError(kind, "\n  ".join(["has no name for weights with an adapter", *nameless]))
+        return targets, modules
+
+    def _split(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Fused projections in parts, as a state dict has them."""
+        state = dict(tensors)
+        for path, module in self._fused.items():
+            prefix = path.rpartition(".")[0] + "."
+            for hook in module._state_dict_hooks.values():
+                hook(module, state, prefix, {})
+        return state
+
+
+def _rows_of(target: Target, source: str, columns: int) -> Slice | None:
+    """The rows of a weight as those of another tensor, whole; None if it is not made of whole rows."""
+    if not isinstance(target, Slice) or len(target.dims) != 2 or any(axis.dim != 0 for axis in target.dims[0]):
+        return None
+    if [axis.dim for axis in target.dims[1]] != [1] or target.start[1]:
+        return None
+    return replace(target, source=source, dims=(target.dims[0], (Axis(1, 1, columns),)))
