@@ -38,6 +38,10 @@ class View(Protocol):
         """FQN -> name in the files, or for a name map, of what is to be written."""
         ...
 
+    def copies(self) -> Mapping[str, str]:
+        """Return the names of further copies -> that of the tensor, of tensors that are written more than once."""
+        ...
+
     def values(self, model: str) -> Mapping[str, Tensor]:
         """By FQN what is to be written instead of the live values."""
         ...
@@ -82,6 +86,10 @@ class AdapterView:
             chosen = get_peft_model_state_dict(self._model, fqn_of, adapter_name=self._model.active_adapter)
             self._names = {fqn: clean_fqn(name) for name, fqn in chosen.items()}
         return self._names
+
+    def copies(self) -> Mapping[str, str]:
+        """As ``View.copies``: none."""
+        return {}
 
     def values(self, model: str) -> Mapping[str, Tensor]:  # noqa: ARG002
         """By FQN what is to be written instead of the live values."""
@@ -130,6 +138,10 @@ class MergedView:
         """As ``AdapterView.names``: those of the model without an adapter."""
         named = {fqn: self._name(fqn) for fqn in fqns}
         return {fqn: name.removeprefix(self._prefix) for fqn, name in named.items() if name is not None}
+
+    def copies(self) -> Mapping[str, str]:
+        """As ``View.copies``: none."""
+        return {}
 
     def values(self, model: str) -> Mapping[str, Tensor]:
         """As ``AdapterView.values``: the weights that the adapter changes."""

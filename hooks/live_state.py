@@ -289,6 +289,9 @@ class LiveState:
             names, values = self._view.names(main), self._view.values(name)
             filled = frozenset(names[fqn] for fqn in filled - values.keys() if fqn in names)
             tensors = {names[fqn]: values.get(fqn, tensor) for fqn, tensor in tensors.items() if fqn in names}
+            copies = self._view.copies()
+            tensors |= {copy: tensors[name] for copy, name in copies.items()}
+            filled |= {copy for copy, name in copies.items() if name in filled}
             aliases = {names[alias]: names[kept] for alias, kept in aliases.items() if alias in names}
         specs = {fqn: TensorSpec(fqn, tuple(tensor.shape), tensor.dtype) for fqn, tensor in tensors.items()}
         if self._stages is not None:

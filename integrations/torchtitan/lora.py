@@ -61,6 +61,10 @@ class MergedLora:
         """FQN -> name, of what is written: all but the adapter's own."""
         return {fqn: fqn for fqn in fqns if not fqn.endswith((_A, _B))}
 
+    def copies(self) -> Mapping[str, str]:
+        """As ``View.copies``: none."""
+        return {}
+
     def values(self, model: str) -> Mapping[str, Tensor]:
         """By FQN what is written instead of the live values."""
         return self._values[model]
@@ -124,11 +128,17 @@ class LoraAlone:
         self._layers = find_lora(model)
         self._fused = {path: model.get_submodule(path.rpartition(".")[0]) for path in self._layers if _FUSED in path}
         self._base = base
+        self._asked: dict[str, int] = {}  # by tensor: how many of its copies have a target
+        self._copies: dict[str, str] = {}
         self._targets, self._modules = self._find(to_hf, kind)
 
     def names(self, fqns: Collection[str]) -> dict[str, str]:
         """FQN -> name, of what is written: the adapter's own."""
         return {fqn: fqn for fqn in fqns if fqn.endswith((_A, _B))}
+
+    def copies(self) -> Mapping[str, str]:
+        """Return further copies of ``lora_a`` of a fused projection, which each part of it has in the files."""
+        return self._copies
 
     def values(self, model: str) -> Mapping[str, Tensor]:
         """Nothing is written instead of the live values."""
@@ -172,18 +182,26 @@ class LoraAlone:
             path = target.sources[0].removesuffix(".weight")
             layer = self._layers[path]
             module = name.removesuffix(".weight")
-            modules.append(module)
-            a = TensorSpec(path + _A, tuple(layer.lora_a.weight.shape), torch.float32)
+            a = TensorSpec(self._one_more(path + _A), tuple(layer.lora_a.weight.shape), torch.float32)
             targets[f"base_model.model.{module}.lora_A.weight"] = Slice.whole(a)
             rows = _rows_of(target, path + _B, layer.lora_b.weight.shape[1])
             if rows is None:
                 problem = f"does more to {path}.weight than to move its rows: export_lora=merged exports it"
                 raise UnsupportedFormatError(kind, problem)
             targets[f"base_model.model.{module}.lora_B.weight"] = rows
+            modules.append(module)
         named = {source for target in found.values() for source in target.sources}
         if nameless := sorted(weights.keys() - named):
             raise UnsupportedFormatError(kind, "\n  ".join(["has no name for weights with an adapter", *nameless]))
         return targets, modules
+
+    def _one_more(self, name: str) -> str:
+        """A name that no target has yet: that of the tensor, then those of copies."""
+        self._asked[name] = count = self._asked.get(name, -1) + 1
+        if not count:
+            return name
+        self._copies[f"{name}.{count}"] = name
+        return f"{name}.{count}"
 
     def _split(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Fused projections in parts, as a state dict has them."""
