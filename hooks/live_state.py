@@ -17,7 +17,7 @@ from shardsmith.errors import MismatchError
 from shardsmith.export.base_comparison import fit, measure_of
 from shardsmith.export.live import LiveModel
 from shardsmith.export.plan import origin_of
-from shardsmith.formats.by_path import open_source
+from shardsmith.formats.by_path import known_checkpoint
 from shardsmith.formats.models import ModelSource, TranslatedModel
 from shardsmith.ground.commit import writing
 from shardsmith.ground.ranks import Ranks
@@ -179,9 +179,10 @@ class LiveState:
                 weights.
         """
         with contextlib.ExitStack() as opened:
+            known = known_checkpoint(checkpoint)
             sources: dict[str, ModelSource | TranslatedModel] = {}
             for name in directory.stems:
-                source = open_source(checkpoint, name)
+                source = known.open(name)
                 opened.callback(source.close)
                 sources[name] = source if self._name_map is None else TranslatedModel(source, self._name_map)
             models = [
@@ -191,7 +192,7 @@ class LiveState:
             if compare:
                 for model in models:
                     self._fit(checkpoint, model, sources[model.model])
-            origin = origin_of(checkpoint)
+            origin = origin_of(known)
             if AVERAGE not in directory.stems:
                 origin = replace(origin, ema=None)
             opened.pop_all()

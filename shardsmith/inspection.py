@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from shardsmith.errors import CheckpointError
-from shardsmith.formats.by_path import DCP, SHARDED, UNKNOWN, detect_checkpoint_format, model_names, open_source
+from shardsmith.formats.by_path import DCP, SHARDED, UNKNOWN, KnownCheckpoint, known_checkpoint
 from shardsmith.formats.dcp.index import read_index
 from shardsmith.ground import layout
 from shardsmith.hf.export_files import find_export_damage, records_files
 from shardsmith.manifest.checkpoints import find_damage, find_foreign_files
 from shardsmith.manifest.companion import companion_of, find_folder_damage, is_complete
-from shardsmith.manifest.metadata import dtype_name, read_metadata
+from shardsmith.manifest.metadata import CheckpointMetadata, dtype_name, read_metadata
 from shardsmith.tensors.checkpoint_keys import find_models
 
 
@@ -70,14 +70,16 @@ def inspect_checkpoint(path: str | Path, *, verify: bool = False) -> Inspection:
         CheckpointNotFoundError: there is nothing at the path.
     """
     path = Path(path)
-    found = detect_checkpoint_format(path)
-    in_folder = is_complete(path)
-    metadata = read_metadata(companion_of(path) if in_folder else path) if in_folder or found.name == SHARDED else None
-    models, damage = _summaries(path)
+    known = known_checkpoint(path)
+    found, in_folder = known.format, is_complete(path)
+    metadata = known.manifest
+    if metadata is None and in_folder:
+        metadata = read_metadata(companion_of(path))
+    models, damage = _summaries(known)
     if metadata is not None and verify:
-        damage += find_folder_damage(path) if in_folder else find_damage(path)
+        damage += find_folder_damage(path, manifest=metadata) if in_folder else find_damage(path, manifest=metadata)
     if metadata is not None and not in_folder:
-        damage += find_foreign_files(path)
+        damage += find_foreign_files(path, metadata)
     if metadata is None and path.is_dir():
         damage += find_export_damage(path, contents=verify)
     return Inspection(
@@ -89,7 +91,7 @@ def inspect_checkpoint(path: str | Path, *, verify: bool = False) -> Inspection:
         ema=metadata.ema if metadata else None,
         world_size=metadata.world_size if metadata else None,
         mesh=metadata.mesh if metadata else None,
-        beside=_beside(path) if found.name in (SHARDED, DCP) else {},
+        beside=_beside(path, metadata) if found.name in (SHARDED, DCP) else {},
         files=_files(path),
         created_at=metadata.created_at if metadata else None,
         libraries=metadata.libraries if metadata else {},
@@ -98,18 +100,18 @@ def inspect_checkpoint(path: str | Path, *, verify: bool = False) -> Inspection:
     )
 
 
-def _summaries(path: Path) -> tuple[list[ModelSummary], list[str]]:
+def _summaries(known: KnownCheckpoint) -> tuple[list[ModelSummary], list[str]]:
     """The models that can be opened, or why they cannot."""
     try:
-        models = [_summary(path, name) for name in model_names(path)]
-        unknown = detect_checkpoint_format(path).name == UNKNOWN
-        return models, [f"{path}: is no checkpoint that we know"] if unknown else []
+        models = [_summary(known, name) for name in known.models()]
+        unknown = known.format.name == UNKNOWN
+        return models, [f"{known.path}: is no checkpoint that we know"] if unknown else []
     except CheckpointError as error:
         return [], [str(error)]
 
 
-def _summary(path: Path, name: str) -> ModelSummary:
-    source = open_source(path, name)
+def _summary(known: KnownCheckpoint, name: str) -> ModelSummary:
+    source = known.open(name)
     dtypes: dict[str, int] = {}
     for spec in source.specs.values():
         dtypes[dtype_name(spec.dtype)] = dtypes.get(dtype_name(spec.dtype), 0) + spec.numel
@@ -127,13 +129,14 @@ def _summary(path: Path, name: str) -> ModelSummary:
     return summary
 
 
-def _beside(path: Path) -> dict[str, int]:
+def _beside(path: Path, manifest: CheckpointMetadata | None) -> dict[str, int]:
     """Bytes of tensors that belong to no model, by the first part of their path."""
     if (path / layout.DCP_INDEX_FILE).exists():
         index = read_index(path)
         specs, paths = {key: entry.spec for key, entry in index.tensors.items()}, index.containers
     else:
-        specs, paths = {key: record.spec(key) for key, record in read_metadata(path).tensors.items()}, {}
+        written = (manifest or read_metadata(path)).tensors
+        specs, paths = {key: record.spec(key) for key, record in written.items()}, {}
     of_models = {key for names in find_models(specs, paths).values() for key in names.values()}
     sizes: dict[str, int] = {}
     for key, spec in specs.items():

@@ -87,7 +87,7 @@ class RunOverview:
 
 def is_run(path: Path) -> bool:
     """Return whether a directory is no checkpoint itself, and has steps in it or one level below."""
-    return path.is_dir() and detect_checkpoint_format(path).name == UNKNOWN and any(_steps_of(path))
+    return path.is_dir() and any(_steps_of(path)) and detect_checkpoint_format(path).name == UNKNOWN
 
 
 def inspect_run(path: str | Path, *, verify: bool = False) -> RunOverview:

@@ -23,6 +23,7 @@ from shardsmith.errors import CheckpointNotFoundError, ShardsmithError, TargetEx
 from shardsmith.export.adapter_plan import plan_export
 from shardsmith.export.plan import ExportOptions, choose_stems
 from shardsmith.export.write import write_directories
+from shardsmith.formats.by_path import known_checkpoint
 from shardsmith.ground.commit import prove_writable, remove, sweep
 from shardsmith.ground.layout import PROVENANCE_FILE, parse_step, step_name
 from shardsmith.ground.leases import hold
@@ -211,10 +212,11 @@ class Watcher:
 
     def _write(self, checkpoint: Path, output: Path) -> int:
         """Write the directories of a step that are not there yet; bytes of weights."""
-        stems = choose_stems(checkpoint, self.base, self.options.models, self.options.ema_as)
+        known = known_checkpoint(checkpoint)
+        stems = choose_stems(known, self.base, self.options.models, self.options.ema_as)
         outputs = [(Path(f"{output}{suffix}"), names) for suffix, names in stems]
         plans = [
-            plan_export(checkpoint, path, self.base, names, self.options.export)
+            plan_export(known, path, self.base, names, self.options.export)
             for path, names in outputs
             if path == output or not _is_export(path)  # a killed watcher may have made the others
         ]

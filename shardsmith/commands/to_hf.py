@@ -49,6 +49,7 @@ def to_hf(
     from shardsmith.export.joint_plan import plan_together, team_of_torchrun
     from shardsmith.export.plan import ExportPlan, choose_stems
     from shardsmith.export.write import write_directories
+    from shardsmith.formats.by_path import known_checkpoint
     from shardsmith.ground.leases import hold
     from shardsmith.ground.threads import threads_per_process
 
@@ -57,10 +58,9 @@ def to_hf(
     output_dir = output_dir or default_output(checkpoint)
 
     def make_plans() -> list[ExportPlan]:
-        stems = choose_stems(checkpoint, base_model, export.models, export.ema_as)
-        return [
-            plan_export(checkpoint, Path(f"{output_dir}{suffix}"), base_model, stem, options) for suffix, stem in stems
-        ]
+        known = known_checkpoint(checkpoint)
+        stems = choose_stems(known, base_model, export.models, export.ema_as)
+        return [plan_export(known, Path(f"{output_dir}{suffix}"), base_model, stem, options) for suffix, stem in stems]
 
     with hold(checkpoint), team_of_torchrun() as team:
         plans = plan_together(team, make_plans)

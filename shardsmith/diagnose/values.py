@@ -34,7 +34,7 @@ Comparisons = Mapping[str, TensorComparison]
 
 def look_at_values(subject: Subject) -> Looked:
     """Read every tensor of both and compare. Raises CheckpointError where one cannot be read."""
-    if subject.opened.format == SHARDED and (damage := find_damage(subject.path)):
+    if subject.opened.format == SHARDED and (damage := find_damage(subject.path, manifest=subject.metadata)):
         return Looked("values", (one("damaged-values", damage, "the recorded hash of each file", "; ".join(damage)),))
     findings: list[Finding] = []
     facts: dict[str, Any] = {}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from shardsmith.export.adapters import ADAPTER_WEIGHTS, AdapterCheckpoint, is_peft
 from shardsmith.export.plan import ExportOptions, ExportPlan, origin_of, plan_directory
-from shardsmith.formats.by_path import open_source
+from shardsmith.formats.by_path import KnownCheckpoint, known_checkpoint
 from shardsmith.formats.models import ModelSource
 from shardsmith.ground import layout
 from shardsmith.ground.commit import refuse_existing
@@ -18,20 +18,21 @@ from shardsmith.tensors.checkpoint_keys import EMA
 
 
 def plan_export(
-    checkpoint: Path, output: Path, base: Path, stems: Mapping[str, str], options: ExportOptions
+    checkpoint: Path | KnownCheckpoint, output: Path, base: Path, stems: Mapping[str, str], options: ExportOptions
 ) -> ExportPlan:
     """Plan the directory of a model, or of an adapter alone. Writes nothing. Args and errors as ``plan_directory``."""
+    checkpoint = known_checkpoint(checkpoint)
     adapter = plan_adapter(checkpoint, output, base, stems, options)
     return adapter or plan_directory(checkpoint, output, base, stems, options)
 
 
 def plan_adapter(
-    checkpoint: Path, output: Path, base: Path, stems: Mapping[str, str], options: ExportOptions
+    checkpoint: KnownCheckpoint, output: Path, base: Path, stems: Mapping[str, str], options: ExportOptions
 ) -> ExportPlan | None:
     """Plan the directory of an adapter; None where it is not asked for, or the checkpoint holds none. Writes nothing.
 
     Args:
-        checkpoint: The checkpoint's directory or file.
+        checkpoint: The checkpoint, whose format is known.
         output: The directory to make.
         base: The base model's directory, of which config.json is needed.
         stems: As ``plan_directory`` takes them; the adapter's weights are ``adapter_model.safetensors`` instead.
@@ -42,14 +43,14 @@ def plan_adapter(
         UsageError: the adapter's config is missing, or peft is.
         CheckpointError: the checkpoint or the base cannot be used.
     """
-    opened = {model: open_source(checkpoint, _named(model, options)) for model in stems}
+    opened = {model: checkpoint.open(_named(model, options)) for model in stems}
     if options.adapters != "adapter" or not all(map(is_peft, opened.values())):
         for source in opened.values():
             source.close()
         return None
-    protect(output, checkpoint, base)
+    protect(output, checkpoint.path, base)
     refuse_existing(output)
-    adapters = {model: AdapterCheckpoint(checkpoint, base, source) for model, source in opened.items()}
+    adapters = {model: AdapterCheckpoint(checkpoint.path, base, source) for model, source in opened.items()}
     sources: dict[str, ModelSource] = {model: adapter.adapter() for model, adapter in adapters.items()}
     models = tuple(
         plan_model(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +13,7 @@ import torch
 from shardsmith.errors import CheckpointNotFoundError, UnsupportedFormatError, UsageError
 from shardsmith.export.adapters import open_merged
 from shardsmith.export.base_comparison import differences, fit, measure_of
-from shardsmith.formats.by_path import SHARDED, detect_checkpoint_format, model_names, open_source
+from shardsmith.formats.by_path import KnownCheckpoint, known_checkpoint, open_source
 from shardsmith.formats.matched import matched_source, renamed
 from shardsmith.formats.models import ModelSource, TranslatedModel
 from shardsmith.ground import layout
@@ -28,8 +27,6 @@ from shardsmith.hf.layout_rules import DECLARED, LayoutRule, LayoutRules
 from shardsmith.hf.model_class import ModelClass
 from shardsmith.hf.template import BaseTemplate, read_template
 from shardsmith.hf.ties import broken_ties, find_ties
-from shardsmith.manifest.companion import companion_of, is_complete
-from shardsmith.manifest.metadata import read_metadata
 from shardsmith.name_maps.class_names import ClassNames
 from shardsmith.name_maps.maps import NameMap, find_name_map
 from shardsmith.name_maps.matching import match_names
@@ -69,7 +66,7 @@ class ExportPlan:
     """A directory, and the checkpoint that it is made from."""
 
     directory: DirectoryPlan
-    checkpoint: Path
+    known: KnownCheckpoint
     base: Path
     sources: Mapping[str, ModelSource | TranslatedModel]
     """By model."""
@@ -88,6 +85,11 @@ class ExportPlan:
     files: BaseFiles | None = None
     """What of the base model is copied, and what is not."""
 
+    @property
+    def checkpoint(self) -> Path:
+        """Path of the checkpoint."""
+        return self.known.path
+
     def close(self) -> None:
         """Let go of the checkpoint's files, which take up space as long as they are open, even when deleted."""
         for source in self.sources.values():
@@ -95,12 +97,12 @@ class ExportPlan:
 
 
 def plan_directory(
-    checkpoint: Path, output: Path, base: Path, stems: Mapping[str, str], options: ExportOptions
+    checkpoint: Path | KnownCheckpoint, output: Path, base: Path, stems: Mapping[str, str], options: ExportOptions
 ) -> ExportPlan:
     """Work out a directory and refuse what cannot be done. Writes nothing.
 
     Args:
-        checkpoint: The checkpoint's directory or file.
+        checkpoint: The checkpoint's directory or file, or one whose format is known.
         output: The directory to make.
         base: The base model's directory.
         stems: Model name ("main", "ema") -> stem of its weight files.
@@ -110,8 +112,9 @@ def plan_directory(
         ProtectedPathError, TargetExistsError: the output is no place to write to.
         CheckpointError: the checkpoint or the base cannot be used, or the weights do not fit the base's.
     """
-    protect(output, checkpoint, base)
+    protect(output, checkpoint.path if isinstance(checkpoint, KnownCheckpoint) else checkpoint, base)
     refuse_existing(output)
+    known = known_checkpoint(checkpoint)
     config = read_config(base)
     template = read_template(base)
     specs = template.specs
@@ -125,13 +128,13 @@ def plan_directory(
     dropped: dict[str, None] = {}
     for model, stem in stems.items():
         named = f"{model}:{options.average}" if options.average and model == EMA else model
-        opened = open_merged(open_source(checkpoint, named), checkpoint, base)
-        heads = recorded_heads(checkpoint, opened, specs)
+        opened = open_merged(known.open(named), known.path, base)
+        heads = recorded_heads(known, opened, specs)
         dropped |= dict.fromkeys(heads)
         opened = opened.without(heads)
         if model_class is not None and not opened.aliases:  # the names in memory, before any map has changed them
             opened = opened.without(n for n in model_class.unsaved if n in opened.specs and n not in specs)
-            opened = opened.tied(_ties(opened, model_class, specs, partial(open_source, checkpoint, MAIN), sizes))
+            opened = opened.tied(_ties(opened, model_class, specs, known.open, sizes))
         placed = under_base_names(opened, specs, base, options.names)
         unwanted = _dropped(opened, placed, options.drop)
         dropped |= dict.fromkeys(unwanted)
@@ -155,7 +158,7 @@ def plan_directory(
     directory = DirectoryPlan(
         output,
         tuple(models),
-        origin_of(checkpoint),
+        origin_of(known),
         fitted.config,
         base,
         files.copies,
@@ -165,7 +168,7 @@ def plan_directory(
     )
     return ExportPlan(
         directory,
-        checkpoint,
+        known,
         base,
         sources,
         options.verify,
@@ -218,16 +221,16 @@ def _dropped(source: ModelSource, placed: ModelSource, patterns: Sequence[str]) 
     return [new for new in names if any(new in found for found in fitting.values())]
 
 
-def recorded_heads(checkpoint: Path, source: ModelSource, base: Collection[str]) -> list[str]:
+def recorded_heads(checkpoint: KnownCheckpoint, source: ModelSource, base: Collection[str]) -> list[str]:
     """The tensors of heads that to-dcp recorded as trained beside the model; the base has no place for them."""
-    is_ours = detect_checkpoint_format(checkpoint).name == SHARDED
-    record = read_metadata(checkpoint).initial if is_ours else None
+    manifest = checkpoint.manifest if checkpoint.is_ours else None
+    record = None if manifest is None else manifest.initial
     recorded = {key for keys in record.heads.values() for key in keys} if record is not None else set()
     return [name for name in source.specs if name in recorded and name not in base]
 
 
 def choose_stems(
-    checkpoint: Path,
+    checkpoint: Path | KnownCheckpoint,
     base: Path,
     models: Literal["main", "ema", "both", "all"],
     ema_as: Literal["auto", "file", "directory"],
@@ -240,12 +243,13 @@ def choose_stems(
     Raises:
         CheckpointNotFoundError: the checkpoint does not hold what was asked for.
     """
-    present = model_names(checkpoint)
+    known = known_checkpoint(checkpoint)
+    present = known.models()
     wanted = {"both": [MAIN, EMA], "all": present or [MAIN]}.get(models, [models])
     if missing := [model for model in wanted if model not in present]:
-        kind = detect_checkpoint_format(checkpoint)
+        kind = known.format
         here = f"it holds only {present[0]}: --models {present[0]}" if present else f"it is {kind.name}: {kind.reason}"
-        raise CheckpointNotFoundError(checkpoint, f"has no {' and no '.join(missing)} weights; {here}")
+        raise CheckpointNotFoundError(known.path, f"has no {' and no '.join(missing)} weights; {here}")
     both, main = len(wanted) == 2, main_stem(read_config(base))
     if both and ema_as == "directory":
         return [("", {MAIN: main}), ("-ema", {EMA: main})]
@@ -340,13 +344,7 @@ def _refuse_titan_names(plan: ModelPlan, template: Mapping[str, TensorSpec]) -> 
         raise UsageError(f"the checkpoint has {name}, as TorchTitan's own models: {advice}")
 
 
-def origin_of(checkpoint: Path) -> Origin:
-    """What ``shardsmith.json`` is to say of where the weights come from."""
-    name = checkpoint.resolve().name
-    if is_complete(checkpoint):
-        metadata = read_metadata(companion_of(checkpoint))
-    elif detect_checkpoint_format(checkpoint).name == SHARDED:
-        metadata = read_metadata(checkpoint)
-    else:
-        return Origin(name)
-    return Origin(name, metadata.attempt, metadata.step, metadata.ema)
+def origin_of(checkpoint: KnownCheckpoint) -> Origin:
+    """Return what ``shardsmith.json`` records of where the weights come from."""
+    name, manifest = checkpoint.path.resolve().name, checkpoint.manifest
+    return Origin(name) if manifest is None else Origin(name, manifest.attempt, manifest.step, manifest.ema)

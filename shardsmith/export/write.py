@@ -16,7 +16,7 @@ from shardsmith.errors import CorruptCheckpointError
 from shardsmith.export.block_copy import copy_blocks
 from shardsmith.export.check import ExportCheck, check_export, compare_read_back, read_back
 from shardsmith.export.plan import ExportPlan
-from shardsmith.formats.by_path import SHARDED, detect_checkpoint_format
+from shardsmith.formats.by_path import KnownCheckpoint
 from shardsmith.formats.safetensors_files.writer import SafetensorsFileWriter
 from shardsmith.ground import layout
 from shardsmith.ground.commit import Attempt, require_space, sweep
@@ -25,7 +25,7 @@ from shardsmith.hf.completion import complete_directory
 from shardsmith.hf.directory import DirectoryPlan
 from shardsmith.hf.directory_check import check_directory
 from shardsmith.manifest.checkpoints import find_damage
-from shardsmith.manifest.companion import find_folder_damage, is_complete
+from shardsmith.manifest.companion import find_folder_damage
 from shardsmith.tensors.digest import Digest
 
 Texts = dict[str, dict[str, str]]
@@ -69,18 +69,20 @@ def write_directories(
         return job.commit(written, read)
 
 
-def verify_source(checkpoint: Path, part: int = 0, parts: int = 1) -> None:
+def verify_source(checkpoint: KnownCheckpoint, part: int = 0, parts: int = 1) -> None:
     """Raise CorruptCheckpointError if a file of a checkpoint with recorded hashes has changed. Others pass.
 
     Args:
-        checkpoint: The checkpoint's directory or file.
+        checkpoint: The checkpoint, whose format is known.
         part: Which share of the files to look at.
         parts: Into how many shares.
     """
-    if detect_checkpoint_format(checkpoint).name == SHARDED:
-        refuse_damage(checkpoint, find_damage(checkpoint, part=part, parts=parts))
-    elif is_complete(checkpoint):
-        refuse_damage(checkpoint, find_folder_damage(checkpoint, weights_only=True, part=part, parts=parts))
+    path, manifest = checkpoint.path, checkpoint.manifest
+    if checkpoint.is_ours:
+        refuse_damage(path, find_damage(path, part=part, parts=parts, manifest=manifest))
+    elif manifest is not None:
+        damage = find_folder_damage(path, weights_only=True, part=part, parts=parts, manifest=manifest)
+        refuse_damage(path, damage)
 
 
 def refuse_damage(checkpoint: Path, damage: Sequence[str]) -> None:
@@ -144,9 +146,9 @@ class _Job:
         return [attempt.id for attempt in self._attempts]
 
     def _write(self) -> list[Texts]:
-        checkpoints = {plan.checkpoint for plan in self.plans if plan.verify}
+        checkpoints = {plan.checkpoint: plan.known for plan in self.plans if plan.verify}.values()
         with ThreadPoolExecutor(1, "shardsmith-verify") as pool:
-            verified = [pool.submit(verify_source, path, self.team.rank, self.team.size) for path in checkpoints]
+            verified = [pool.submit(verify_source, known, self.team.rank, self.team.size) for known in checkpoints]
             written = [
                 {model: _texts(digests) for model, digests in self._copy(plan, directory)}
                 for plan, directory in zip(self.plans, self._directories, strict=True)

@@ -183,5 +183,5 @@ def _open(path: Path, model: str) -> ModelSource:
     return open_rank_files(path, rank_files(stem, manifest.world_size))
 
 
-FORK_READER = FormatReader(detect_fork, _models, _open)
-BAGEL_READER = FormatReader(detect_bagel, safetensors_models, open_safetensors_model)
+FORK_READER = FormatReader.by_path(detect_fork, _models, _open)
+BAGEL_READER = FormatReader.by_path(detect_bagel, safetensors_models, open_safetensors_model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from shardsmith.errors import CheckpointNotFoundError, IncompleteCheckpointError, UnsupportedFormatError
@@ -31,6 +32,7 @@ from shardsmith.formats.rank_files import RANK_FILES_READER
 from shardsmith.formats.torch_checkpointing import TORCH_CHECKPOINTING_READER
 from shardsmith.formats.trainer import trainer_reader
 from shardsmith.ground import layout
+from shardsmith.manifest.metadata import CheckpointMetadata
 from shardsmith.tensors.checkpoint_keys import MAIN
 
 __all__ = [
@@ -46,7 +48,9 @@ __all__ = [
     "TORCH",
     "UNKNOWN",
     "DetectedFormat",
+    "KnownCheckpoint",
     "detect_checkpoint_format",
+    "known_checkpoint",
     "model_names",
     "open_source",
 ]
@@ -67,6 +71,56 @@ _DIRECTORIES = (trainer_reader(_WITHOUT_OURS), *_WITHOUT_OURS)
 _STEP = re.compile(r"(step-|checkpoint-)?(?P<step>[0-9]+)")
 
 
+@dataclass(frozen=True, slots=True)
+class KnownCheckpoint:
+    """A path whose format is known: its models are opened without detecting it again, its manifest is read once."""
+
+    path: Path
+    format: DetectedFormat
+    reader: FormatReader | None
+    """What reads it; None where nothing does."""
+
+    @property
+    def manifest(self) -> CheckpointMetadata | None:
+        """Content of metadata.json: of a checkpoint of ours, or of our directory in a trainer's folder."""
+        return self.format.manifest
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether the checkpoint itself is one of ours."""
+        return self.format.name == SHARDED
+
+    def models(self) -> list[str]:
+        """Return which of ``main`` and ``ema`` it holds. Raises as ``model_names``."""
+        reader = self._readable()
+        return reader.models(self.path, self.format) if reader else []
+
+    def open(self, model: str = MAIN) -> ModelSource:
+        """Open the weights of one model. Args and errors as ``open_source``."""
+        reader = self._readable()
+        if reader is None:
+            why = f"cannot read {model} weights from it: {self.format.name} ({self.format.reason})"
+            raise UnsupportedFormatError(self.path, why)
+        return reader.open(self.path, model, self.format)
+
+    def _readable(self) -> FormatReader | None:
+        """The reader, unless it is clear that the weights cannot be read from there: then the error that says why."""
+        if self.format.name == UNKNOWN and (self.path / layout.DCP_INDEX_FILE).exists():
+            read_index(self.path)
+        if self.format.name == INCOMPLETE:
+            raise IncompleteCheckpointError(self.path, self.format.reason)
+        return None if self.format.name == UNKNOWN else self.reader
+
+
+def known_checkpoint(path: str | Path | KnownCheckpoint) -> KnownCheckpoint:
+    """Detect the format of a path, once: a ``KnownCheckpoint`` is returned as it is.
+
+    Raises:
+        CheckpointNotFoundError: there is nothing at the path.
+    """
+    return path if isinstance(path, KnownCheckpoint) else KnownCheckpoint(Path(path), *_detect(Path(path)))
+
+
 def detect_checkpoint_format(path: str | Path) -> DetectedFormat:
     """Find out what a file or directory holds. Reads names, headers and indexes, no weights; runs no code of it.
 
@@ -76,7 +130,7 @@ def detect_checkpoint_format(path: str | Path) -> DetectedFormat:
     return _detect(Path(path))[0]
 
 
-def open_source(path: str | Path, model: str = MAIN) -> ModelSource:
+def open_source(path: str | Path | KnownCheckpoint, model: str = MAIN) -> ModelSource:
     """Open the weights of one model, under the names that the model gives them; of tied ones, the kept name only.
 
     Args:
@@ -89,23 +143,17 @@ def open_source(path: str | Path, model: str = MAIN) -> ModelSource:
         UnsupportedFormatError: not a format with weights that we read.
         CheckpointNotFoundError: nothing there, or not this model.
     """
-    path = Path(path)
-    found, reader = _detect_readable(path)
-    if reader is None:
-        raise UnsupportedFormatError(path, f"cannot read {model} weights from it: {found.name} ({found.reason})")
-    return reader.open(path, model)
+    return known_checkpoint(path).open(model)
 
 
-def model_names(path: str | Path) -> list[str]:
+def model_names(path: str | Path | KnownCheckpoint) -> list[str]:
     """Which of ``main`` and ``ema`` a checkpoint holds; none where there are no weights in a format that we read.
 
     Raises:
         CheckpointNotFoundError: there is nothing at the path.
         CheckpointError: it is half-written or damaged, or its index cannot be read.
     """
-    path = Path(path)
-    reader = _detect_readable(path)[1]
-    return reader.models(path) if reader else []
+    return known_checkpoint(path).models()
 
 
 def _detect(path: Path) -> tuple[DetectedFormat, FormatReader | None]:
@@ -122,16 +170,6 @@ def _detect(path: Path) -> tuple[DetectedFormat, FormatReader | None]:
         assert found is not None, "a file is always something"
         return found, FILE_READER
     raise CheckpointNotFoundError(path, "there is no such file or directory")
-
-
-def _detect_readable(path: Path) -> tuple[DetectedFormat, FormatReader | None]:
-    """The same, unless it is clear that the weights cannot be read from there: then the error that says why."""
-    found, reader = _detect(path)
-    if found.name == UNKNOWN and (path / layout.DCP_INDEX_FILE).exists():
-        read_index(path)
-    if found.name == INCOMPLETE:
-        raise IncompleteCheckpointError(path, found.reason)
-    return found, None if found.name == UNKNOWN else reader
 
 
 def _what_else(path: Path) -> str:

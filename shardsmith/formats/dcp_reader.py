@@ -22,7 +22,7 @@ from shardsmith.formats.models import ModelSource, choose_model, open_dcp_model
 from shardsmith.formats.rank_shards import RankShards
 from shardsmith.ground import layout
 from shardsmith.manifest.checkpoints import find_damage
-from shardsmith.manifest.metadata import has_manifest, read_metadata
+from shardsmith.manifest.metadata import find_metadata, read_metadata
 from shardsmith.tensors.checkpoint_keys import MAIN, find_models
 
 _ACCELERATE_MODEL = re.compile(r"pytorch_model_fsdp_(0|[1-9][0-9]*)")
@@ -32,17 +32,20 @@ ACCELERATE_MAIN = "pytorch_model_fsdp_0"
 
 def detect_ours(path: Path) -> DetectedFormat | None:
     """A directory with a metadata.json of ours, whatever else is there."""
-    if not has_manifest(path):
+    if not (path / layout.METADATA_FILE).exists():
         return None
     try:
-        metadata = read_metadata(path)
+        metadata = find_metadata(path)
     except UnsupportedFormatError as error:
         return DetectedFormat(UNKNOWN, reason_of(error, path))
     except CheckpointError as error:
         return DetectedFormat(INCOMPLETE, reason_of(error, path))
-    if damage := find_damage(path, contents=False):
+    if metadata is None:
+        return None
+    if damage := find_damage(path, contents=False, manifest=metadata):
         return DetectedFormat(INCOMPLETE, "; ".join(damage))
-    return DetectedFormat(SHARDED, f"{layout.METADATA_FILE} of step {metadata.step}, {', '.join(metadata.models)}")
+    reason = f"{layout.METADATA_FILE} of step {metadata.step}, {', '.join(metadata.models)}"
+    return DetectedFormat(SHARDED, reason, metadata)
 
 
 def detect_dcp(path: Path) -> DetectedFormat | None:
@@ -97,18 +100,22 @@ def _open_accelerate(path: Path, model: str) -> ModelSource:
     return open_dcp_model(path / ACCELERATE_MAIN, model)
 
 
-def _open_ours(path: Path, model: str) -> ModelSource:
+def _open_ours(path: Path, model: str, found: DetectedFormat) -> ModelSource:
     """From a DCP directory, or from files of single ranks."""
+    manifest = found.manifest or read_metadata(path)
     if (path / layout.DCP_INDEX_FILE).exists():
-        return open_dcp_model(path, model)
-    source = RankShards(path)
-    return choose_model(source, {}, model, read_metadata(path).tied)
+        return open_dcp_model(path, model, manifest.tied)
+    return choose_model(RankShards(path, manifest), {}, model, manifest.tied)
 
 
-def _our_models(path: Path) -> list[str]:
-    return dcp_models(path) if (path / layout.DCP_INDEX_FILE).exists() else list(read_metadata(path).models)
+def _our_models(path: Path, found: DetectedFormat) -> list[str]:
+    if (path / layout.DCP_INDEX_FILE).exists():
+        return dcp_models(path)
+    return list((found.manifest or read_metadata(path)).models)
 
 
 OURS_READER = FormatReader(detect_ours, _our_models, _open_ours)
-DCP_READER = FormatReader(detect_dcp, dcp_models, open_dcp_model)
-ACCELERATE_READER = FormatReader(detect_accelerate, lambda path: dcp_models(path / ACCELERATE_MAIN), _open_accelerate)
+DCP_READER = FormatReader.by_path(detect_dcp, dcp_models, open_dcp_model)
+ACCELERATE_READER = FormatReader.by_path(
+    detect_accelerate, lambda path: dcp_models(path / ACCELERATE_MAIN), _open_accelerate
+)

@@ -1,14 +1,15 @@
-"""The formats that a path can have, and what is said of one."""
+"""Names of the checkpoint formats, the result of a detection, and what reads a format."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from shardsmith.errors import CheckpointError
 from shardsmith.formats.models import ModelSource
+from shardsmith.manifest.metadata import CheckpointMetadata
 
 SHARDED = "sharded"
 """Our own: metadata.json, and shards in a DCP directory or a file a rank."""
@@ -43,18 +44,32 @@ class DetectedFormat:
     """One of the constants above."""
     reason: str
     """What was found, or what is missing."""
+    manifest: CheckpointMetadata | None = field(default=None, compare=False, repr=False)
+    """The metadata.json that was read: of a checkpoint of ours, or of the directory in a trainer's folder."""
+    inside: tuple[DetectedFormat, FormatReader] | None = field(default=None, compare=False, repr=False)
+    """Format and reader of the trainer's own files, where our directory lies beside them."""
 
 
 @dataclass(frozen=True, slots=True)
 class FormatReader:
-    """How one kind of checkpoint is recognised and read."""
+    """How one kind of checkpoint is detected and read."""
 
     detect: Callable[[Path], DetectedFormat | None]
     """None where the path is of another kind. May answer that it is an incomplete one of this kind."""
-    models: Callable[[Path], list[str]]
-    """Which of ``main`` and ``ema`` it holds."""
-    open: Callable[[Path, str], ModelSource]
+    models: Callable[[Path, DetectedFormat], list[str]]
+    """Which of ``main`` and ``ema`` it holds; from the path and the answer of ``detect``."""
+    open: Callable[[Path, str, DetectedFormat], ModelSource]
     """The weights of one of them."""
+
+    @classmethod
+    def by_path(
+        cls,
+        detect: Callable[[Path], DetectedFormat | None],
+        models: Callable[[Path], list[str]],
+        open_model: Callable[[Path, str], ModelSource],
+    ) -> FormatReader:
+        """Return a reader of a format that has no manifest of ours: the path is all that it needs."""
+        return cls(detect, lambda path, _: models(path), lambda path, model, _: open_model(path, model))
 
 
 def reason_of(error: CheckpointError, path: Path) -> str:

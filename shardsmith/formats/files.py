@@ -136,6 +136,6 @@ def _torch_models(path: Path) -> list[str]:
     return [model for model in _TORCH_NAMES if _torch_name(path, model) is not None]
 
 
-HUGGINGFACE_READER = FormatReader(detect_huggingface, safetensors_models, open_safetensors_model)
-TORCH_READER = FormatReader(detect_torch_directory, _torch_models, _open_torch)
-FILE_READER = FormatReader(detect_file, _file_models, _open_file)
+HUGGINGFACE_READER = FormatReader.by_path(detect_huggingface, safetensors_models, open_safetensors_model)
+TORCH_READER = FormatReader.by_path(detect_torch_directory, _torch_models, _open_torch)
+FILE_READER = FormatReader.by_path(detect_file, _file_models, _open_file)

@@ -134,19 +134,20 @@ class TranslatedModel:
         self._model.close()
 
 
-def open_dcp_model(directory: Path, model: str = MAIN) -> ModelSource:
+def open_dcp_model(directory: Path, model: str = MAIN, tied: Mapping[str, str] | None = None) -> ModelSource:
     """One model of a DCP directory, with our ``metadata.json`` or without.
 
     Args:
         directory: A DCP directory.
         model: ``"main"`` or ``"ema"``, where there are several averages also ``"ema:NAME"``. An average covers trained
             weights only; the rest comes from main.
+        tied: Recorded ties: alias -> kept name. None reads them from ``metadata.json``.
 
     Raises:
         CheckpointNotFoundError: the checkpoint has no such model.
     """
     source = DcpSource(directory)
-    return choose_model(source, source.index.containers, model, _tied(directory))
+    return choose_model(source, source.index.containers, model, _tied(directory) if tied is None else tied)
 
 
 def choose_model(
@@ -177,10 +178,9 @@ def choose_model(
     return _choose(source, models, model, tied, averages=tuple(ordered), twins=tuple(twins))
 
 
-def models_of(source: DcpSource) -> dict[str, ModelSource]:
-    """Take all models of an open DCP directory, by name; as ``open_dcp_model`` opens one."""
+def models_of(source: DcpSource, tied: Mapping[str, str] = MappingProxyType({})) -> dict[str, ModelSource]:
+    """Take all models of an open DCP directory, by name; ``tied`` are its recorded ties, as for ``choose_model``."""
     models = find_models(source.specs, source.index.containers)
-    tied = _tied(source.path)
     return {model: choose_model(source, source.index.containers, model, tied) for model in models}
 
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from shardsmith.errors import IncompleteCheckpointError, UnsupportedFormatError
-from shardsmith.formats.by_path import DCP, SHARDED, detect_checkpoint_format, model_names, open_source
+from shardsmith.errors import UnsupportedFormatError
+from shardsmith.formats.by_path import DCP, SHARDED, KnownCheckpoint, known_checkpoint
 from shardsmith.formats.dcp.source import DcpSource
 from shardsmith.formats.models import ModelSource, models_of
 from shardsmith.ground import layout
-from shardsmith.manifest.metadata import CheckpointMetadata, has_manifest, read_metadata
+from shardsmith.manifest.metadata import CheckpointMetadata
 from shardsmith.tensors.checkpoint_keys import MAIN
 
 Layout = Literal["flat", "nested"]
@@ -61,23 +61,20 @@ def open_checkpoint(path: Path) -> OpenedCheckpoint:
         UnsupportedFormatError: there are no weights in a format that we read.
         CheckpointError: it is half-written, damaged or unsafe.
     """
+    known = known_checkpoint(path)
+    names = known.models()
     if (path / layout.DCP_INDEX_FILE).exists():
-        return _open_dcp(path)
-    names = model_names(path)
-    found = detect_checkpoint_format(path)
+        return _open_dcp(known)
     if not names:
+        found = known.format
         raise UnsupportedFormatError(path, f"there are no weights to look at: {found.name} ({found.reason})")
-    return OpenedCheckpoint(path, found.name, {name: open_source(path, name) for name in names}, None, None)
+    return OpenedCheckpoint(path, known.format.name, {name: known.open(name) for name in names}, None, None)
 
 
-def _open_dcp(path: Path) -> OpenedCheckpoint:
-    ours = has_manifest(path)
-    if ours or layout.is_leftover(path.name):
-        found = detect_checkpoint_format(path)
-        if found.name != SHARDED:
-            raise IncompleteCheckpointError(path, found.reason)
-    source = DcpSource(path)
-    models = models_of(source)
+def _open_dcp(known: KnownCheckpoint) -> OpenedCheckpoint:
+    manifest = known.manifest if known.is_ours else None
+    source = DcpSource(known.path)
+    models = models_of(source, {} if manifest is None else manifest.tied)
     if not models:
-        raise UnsupportedFormatError(path, "is a DCP directory without a model that we know")
-    return OpenedCheckpoint(path, SHARDED if ours else DCP, models, read_metadata(path) if ours else None, source)
+        raise UnsupportedFormatError(known.path, "is a DCP directory without a model that we know")
+    return OpenedCheckpoint(known.path, SHARDED if known.is_ours else DCP, models, manifest, source)

@@ -95,4 +95,4 @@ def _open(path: Path, model: str = MAIN) -> ModelSource:
     return open_rank_files(path, _saves(path)[0].names, model)
 
 
-RANK_FILES_READER = FormatReader(detect_rank_files, _models, _open)
+RANK_FILES_READER = FormatReader.by_path(detect_rank_files, _models, _open)

@@ -69,14 +69,18 @@ class RankShards(TorchSource):
         objects: Keys of what is no tensor, held as uint8 tensors.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, manifest: CheckpointMetadata | None = None) -> None:
         """Open a directory.
+
+        Args:
+            directory: Of a checkpoint of ours.
+            manifest: Its metadata.json, if that was read already.
 
         Raises:
             CheckpointNotFoundError, IncompleteCheckpointError, CorruptCheckpointError: files are missing, damaged, or
                 not those of this checkpoint.
         """
-        metadata = read_metadata(directory)
+        metadata = manifest or read_metadata(directory)
         names = sorted(name for name in metadata.files if _FILE.fullmatch(name))
         if not names:
             raise CheckpointNotFoundError(directory, "holds no files of single ranks")

@@ -114,4 +114,4 @@ def _ranks(path: Path) -> set[int]:
     return {int(match["rank"]) for name in os.listdir(path) if (match := _FILE.fullmatch(name))} or {0}
 
 
-TORCH_CHECKPOINTING_READER = FormatReader(detect_torch_checkpointing, _models, _open)
+TORCH_CHECKPOINTING_READER = FormatReader.by_path(detect_torch_checkpointing, _models, _open)

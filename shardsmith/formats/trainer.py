@@ -72,25 +72,25 @@ def trainer_reader(readers: Sequence[FormatReader]) -> FormatReader:
         except CheckpointError as error:
             return DetectedFormat(UNKNOWN, str(error))
         average = "an average" if about.ema else "no average"
-        return DetectedFormat(known[0].name, f"{known[0].reason}; {layout.COMPANION}/ of step {about.step}, {average}")
+        reason = f"{known[0].reason}; {layout.COMPANION}/ of step {about.step}, {average}"
+        return DetectedFormat(known[0].name, reason, about, known)
 
-    def reader_of(path: Path) -> FormatReader:
-        known = find(path)
-        assert known is not None, "it was detected"
-        return known[1]
+    def models(path: Path, found: DetectedFormat) -> list[str]:
+        if found.inside is None or found.manifest is None:
+            return []
+        theirs, reader = found.inside
+        return reader.models(path, theirs) if found.manifest.ema is None else [MAIN, EMA]
 
-    def models(path: Path) -> list[str]:
-        theirs = reader_of(path).models(path)
-        return theirs if read_metadata(companion_of(path)).ema is None else [MAIN, EMA]
-
-    def open_model(path: Path, model: str) -> ModelSource:
-        main = reader_of(path).open(path, MAIN)
-        return main if model == MAIN else _open_average(path, main)
+    def open_model(path: Path, model: str, found: DetectedFormat) -> ModelSource:
+        assert found.inside is not None, "it was detected"
+        theirs, reader = found.inside
+        main = reader.open(path, MAIN, theirs)
+        return main if model == MAIN or found.manifest is None else _open_average(path, main, found.manifest.tied)
 
     return FormatReader(detect, models, open_model)
 
 
-def _open_average(path: Path, main: ModelSource) -> ModelSource:
+def _open_average(path: Path, main: ModelSource, tied: Mapping[str, str]) -> ModelSource:
     """What the average does not cover (frozen weights, buffers) comes from the trainer's own files."""
     ours = DcpSource(companion_of(path))
     averages = {
@@ -98,7 +98,6 @@ def _open_average(path: Path, main: ModelSource) -> ModelSource:
     }
     if not averages:
         raise CheckpointNotFoundError(path, "has no average")
-    tied = read_metadata(companion_of(path)).tied
     theirs = _as_in_memory(path, main, averages, tied)
     names = dict.fromkeys([*theirs.specs, *averages])
     aliases = {alias: kept for alias, kept in tied.items() if kept in names}

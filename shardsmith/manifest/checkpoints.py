@@ -16,7 +16,7 @@ import xxhash
 from shardsmith.errors import CheckpointError
 from shardsmith.ground import layout
 from shardsmith.ground.progress import advance
-from shardsmith.manifest.metadata import FileRecord, read_metadata
+from shardsmith.manifest.metadata import CheckpointMetadata, FileRecord, read_metadata
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,14 @@ def committed_steps(directory: Path, mark: str = layout.METADATA_FILE) -> list[i
     return sorted(step for step in steps if step is not None)
 
 
-def find_damage(checkpoint: Path, *, contents: bool = True, part: int = 0, parts: int = 1) -> list[str]:
+def find_damage(
+    checkpoint: Path,
+    *,
+    contents: bool = True,
+    part: int = 0,
+    parts: int = 1,
+    manifest: CheckpointMetadata | None = None,
+) -> list[str]:
     """What is wrong with the files of a committed checkpoint, one line each; empty if nothing is.
 
     Args:
@@ -44,9 +51,10 @@ def find_damage(checkpoint: Path, *, contents: bool = True, part: int = 0, parts
         contents: Also read every file and compare its XXH3-128; otherwise only presence and size.
         part: Which share of the files to look at, so that ranks can divide them. No communication.
         parts: Into how many shares.
+        manifest: Its metadata.json, if that was read already.
     """
     try:
-        metadata = read_metadata(checkpoint)
+        metadata = manifest or read_metadata(checkpoint)
     except CheckpointError as error:
         return [str(error)]
     if metadata.step != (named := step_in_name(checkpoint, metadata.step)):
@@ -66,9 +74,9 @@ def step_in_name(checkpoint: Path, default: int) -> int:
     return default if named is None else named
 
 
-def find_foreign_files(checkpoint: Path) -> list[str]:
-    """What lies in a committed checkpoint and does not belong to it, one line each. Raises CheckpointError."""
-    known = {*read_metadata(checkpoint).files, layout.METADATA_FILE, layout.COMPANION}
+def find_foreign_files(checkpoint: Path, manifest: CheckpointMetadata) -> list[str]:
+    """Return what lies in a committed checkpoint and does not belong to it, one line each."""
+    known = {*manifest.files, layout.METADATA_FILE, layout.COMPANION}
     found = sorted(path.name for path in checkpoint.iterdir() if path.name not in known)
     return [f"{name!r}: is not one of its files" for name in found]
 

@@ -23,7 +23,14 @@ from shardsmith.errors import CheckpointError, CorruptCheckpointError
 from shardsmith.ground import layout
 from shardsmith.manifest.checkpoints import file_damage, find_damage
 from shardsmith.manifest.fields import count, typed
-from shardsmith.manifest.metadata import FileRecord, TensorRecord, file_record, read_json, tensor_record
+from shardsmith.manifest.metadata import (
+    CheckpointMetadata,
+    FileRecord,
+    TensorRecord,
+    file_record,
+    read_json,
+    tensor_record,
+)
 
 SCHEMA_VERSION = 1
 _WEIGHTS = ("model", "pytorch_model", "adapter_model")
@@ -83,7 +90,13 @@ def read_folder_record(folder: Path) -> FolderRecord:
 
 
 def find_folder_damage(
-    folder: Path, *, contents: bool = True, weights_only: bool = False, part: int = 0, parts: int = 1
+    folder: Path,
+    *,
+    contents: bool = True,
+    weights_only: bool = False,
+    part: int = 0,
+    parts: int = 1,
+    manifest: CheckpointMetadata | None = None,
 ) -> list[str]:
     """What is wrong with a trainer's folder and our directory in it, one line each; empty if nothing is.
 
@@ -93,6 +106,7 @@ def find_folder_damage(
         weights_only: Of the trainer's files look only at those with the model's weights; the optimizer may be gone.
         part: Which share of the files to look at, so that ranks can divide them. No communication.
         parts: Into how many shares.
+        manifest: The metadata.json of our directory, if that was read already.
     """
     ours = companion_of(folder)
     try:
@@ -104,7 +118,8 @@ def find_folder_damage(
         problems = pool.map(lambda name: file_damage(folder / name, files[name], contents=contents), chosen)
         theirs = [f"{name}: {problem}" for name, problem in zip(chosen, problems, strict=True) if problem]
     return theirs + [
-        f"{layout.COMPANION}/{line}" for line in find_damage(ours, contents=contents, part=part, parts=parts)
+        f"{layout.COMPANION}/{line}"
+        for line in find_damage(ours, contents=contents, part=part, parts=parts, manifest=manifest)
     ]
 
 

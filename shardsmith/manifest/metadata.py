@@ -205,10 +205,18 @@ def read_metadata(directory: Path) -> CheckpointMetadata:
         CorruptCheckpointError: it is not what ``to_json`` writes.
         UnsupportedFormatError: another kind of file of that name, or of a newer version.
     """
+    metadata = find_metadata(directory)
+    if metadata is None:
+        raise UnsupportedFormatError(directory / layout.METADATA_FILE, "is not a checkpoint manifest of Shardsmith")
+    return metadata
+
+
+def find_metadata(directory: Path) -> CheckpointMetadata | None:
+    """Return what ``read_metadata`` does; None for a ``metadata.json`` of another project. Raises the same."""
     path = directory / layout.METADATA_FILE
     data, content = _read(path)
     if not _is_ours(content):
-        raise UnsupportedFormatError(path, "is not a checkpoint manifest of Shardsmith")
+        return None
     found = content["schema_version"]
     if type(found) is not int or not 1 <= found <= SCHEMA_VERSION:
         raise UnsupportedFormatError(path, f"has schema version {found!r}; this version reads 1 to {SCHEMA_VERSION}")
