@@ -21,6 +21,7 @@ from shardsmith.tensors.checkpoint_keys import MAIN
 from shardsmith.tensors.fqn import clean_fqn, unwrapped
 
 from .ema import EMA
+from .held import held_model
 
 
 class View(Protocol):
@@ -183,12 +184,21 @@ class MergedView:
         return merged
 
 
-def view_of(model: nn.Module, adapters: Literal["adapter", "merged"] | View) -> View | None:
-    """How to write a model of peft; None for any other model. Raises UsageError where it cannot be merged."""
+def view_of(model: nn.Module, adapters: Literal["adapter", "merged"] | View, *, held: bool = True) -> View | None:
+    """How to write a model of peft, or one that another module holds; None where it is written as it is.
+
+    Args:
+        model: As the trainer wrapped it.
+        adapters: What of a model of peft, or a view of the caller's own.
+        held: Whether to look for a model in the module: a name map of the caller's knows the module's own names.
+
+    Raises:
+        UsageError: an adapter cannot be merged.
+    """
     if not isinstance(adapters, str):
         return adapters
     peft = sys.modules.get("peft")
     bare = unwrapped(model)
     if peft is None or not isinstance(bare, peft.PeftModel):
-        return None
+        return held_model(model) if held else None
     return AdapterView(bare) if adapters == "adapter" else MergedView(bare)

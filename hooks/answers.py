@@ -24,6 +24,7 @@ from shardsmith.tensors.checkpoint_keys import EMA as AVERAGE
 from shardsmith.tensors.fqn import unwrapped
 
 from .ema import EMA
+from .held import held_model
 from .live_directory import LiveDirectory
 from .local_weights import forget_gathered
 
@@ -49,7 +50,9 @@ class Answers:
         Raises:
             UsageError: the model is none of transformers' own, or nothing can be made up for it.
         """
-        self._model = model._orig_mod if isinstance(model, OptimizedModule) else model
+        held = held_model(model) if ask is None else None  # whose answer is not that of the module that holds it
+        outer = model if held is None or held.inner is None else held.inner
+        self._model = outer._orig_mod if isinstance(outer, OptimizedModule) else outer
         self._ema = ema
         self._call = ask or self._model
         self._inputs = dict(inputs) if inputs is not None else _made_up(model)
@@ -115,7 +118,8 @@ def _outputs_of_layers(model: nn.Module) -> Iterator[set[torch.dtype]]:
 
 def _transformers_model(model: nn.Module) -> Any:
     """The model without wrappers. Raises UsageError unless transformers has its class."""
-    inner = unwrapped(model)
+    held = held_model(model)
+    inner = unwrapped(model) if held is None else held.inner
     transformers = sys.modules.get("transformers")
     known = [kind for kind in type(inner).__mro__ if hasattr(transformers, kind.__name__)] if transformers else []
     if not known or not hasattr(inner, "main_input_name"):

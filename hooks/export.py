@@ -34,6 +34,7 @@ from .base import Hook
 from .checkpoint_source import CheckpointSource, check_source
 from .ema import EMA
 from .events import Event, event_of
+from .held import HeldView
 from .in_flight import SLOTS, InFlight, Running
 from .live_directory import LiveDirectory, ModelFiles
 from .live_source import Begin, LiveSource
@@ -128,12 +129,14 @@ class HFExport(Hook):
         self._base: Path | None = None
         if files.base_model is not None:
             self._ranks.gather("finding the base model", lambda: self._find_base(str(files.base_model)))
-        view = view_of(model, weights.adapters)
+        view = view_of(model, weights.adapters, held=weights.names == "auto")
         if files.base_model is not None and view is not None and view.stem == ADAPTER_WEIGHTS:
             raise UsageError(
                 "an adapter has no base model beside it: pass processor= for the tokenizer, not base_model="
             )
-        check_source(weights.source, weights.checkpoints, is_adapter=view is not None)
+        check_source(
+            weights.source, weights.checkpoints, is_adapter=view is not None and not isinstance(view, HeldView)
+        )
         asked = verification.verify_inputs, verification.verify_with
         self._answers = Answers(model, ema, *asked) if verification.verify == "load" else None
         self._state = LiveState(

@@ -17,6 +17,7 @@ from shardsmith.tensors.checkpoint_keys import EMA as AVERAGE
 from shardsmith.tensors.checkpoint_keys import MAIN
 
 from .adapters import View
+from .held import HeldView
 
 if TYPE_CHECKING:
     from .options import ExportFiles
@@ -46,13 +47,13 @@ class LiveDirectory:
         Args:
             models: The models to write.
             ema_as: Where an average goes that is not alone.
-            view: Of a model of peft; None for any other model.
+            view: Of a model of peft, or one that is held; None for any other model.
             stem: Of main weights, as the library that loads them wants it.
         """
         stem = stem if view is None else view.stem
         if models != "both":
             return [cls("", {models: stem})]
-        if ema_as == "file" and (view is None or stem == MAIN_WEIGHTS):
+        if ema_as == "file" and (view is None or isinstance(view, HeldView) or stem == MAIN_WEIGHTS):
             return [cls("", {MAIN: stem, AVERAGE: EMA_WEIGHTS})]
         return [cls("", {MAIN: stem}), cls("-ema", {AVERAGE: stem})]
 

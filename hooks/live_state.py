@@ -18,6 +18,7 @@ from shardsmith.export.base_comparison import fit, measure_of
 from shardsmith.export.live import LiveModel
 from shardsmith.export.plan import origin_of
 from shardsmith.formats.by_path import known_checkpoint
+from shardsmith.formats.matched import renamed
 from shardsmith.formats.models import ModelSource, TranslatedModel
 from shardsmith.ground.commit import writing
 from shardsmith.ground.ranks import Ranks
@@ -31,6 +32,7 @@ from shardsmith.hf.ties import broken_ties, tied_groups
 from shardsmith.live.recognition import own_tensors
 from shardsmith.load.live_weights import model_state_dict
 from shardsmith.name_maps.maps import NameMap, Translation, find_name_map
+from shardsmith.name_maps.matching import Alignment
 from shardsmith.name_maps.transformers import TransformersNames
 from shardsmith.tensors.checkpoint_keys import EMA as AVERAGE
 from shardsmith.tensors.checkpoint_keys import MAIN
@@ -40,6 +42,7 @@ from shardsmith.tensors.tensors import Shape, TensorSpec
 
 from .adapters import View
 from .ema import EMA
+from .held import HeldView
 from .known_plan import KnownPlan
 from .live_directory import LiveDirectory, ModelFiles
 from .model_config import full_config, saved_config
@@ -62,7 +65,10 @@ class LiveState:
         names: str | NameMap = "auto",
         view: View | None = None,
     ) -> None:
-        """``view``: of a model of peft. Raises UsageError if torch knows no such dtype, or the size cannot be read."""
+        """``view``: of a model of peft, or one that is held.
+
+        Raises UsageError if torch knows no such dtype, or the size cannot be read.
+        """
         self._model = model
         self._ema = ema
         self._files = files
@@ -93,6 +99,8 @@ class LiveState:
         if base is not None:
             self._template = read_template(base)
             own = {clean_fqn(name, self._model): p for name, p in self._model.named_parameters()}
+            if self._view is not None:
+                own |= {new: own[fqn] for fqn, new in self._view.names(own).items()}
             specs = {name: TensorSpec(name, tuple(p.shape), p.dtype) for name, p in own.items()}
             files = choose_files(
                 base, {**specs, **self._template.specs}, trust_remote_code=self._files.trust_remote_code
@@ -136,7 +144,7 @@ class LiveState:
         known = self._known.get(directory.suffix)
         if known is not None and (models := known.models(self._model, average)) is not None:
             return models
-        aliases = tied_weights(self._model)
+        aliases = self._view.ties() if isinstance(self._view, HeldView) else tied_weights(self._model)
         main = {name: value for name, value in model_state_dict(self._model).items() if isinstance(value, Tensor)}
         own = own_tensors(self._model, main) if self._view is None else None
         models = [
@@ -182,7 +190,7 @@ class LiveState:
             known = known_checkpoint(checkpoint)
             sources: dict[str, ModelSource | TranslatedModel] = {}
             for name in directory.stems:
-                source = known.open(name)
+                source = self._known_names(known.open(name))
                 opened.callback(source.close)
                 sources[name] = source if self._name_map is None else TranslatedModel(source, self._name_map)
             models = [
@@ -197,6 +205,14 @@ class LiveState:
                 origin = replace(origin, ema=None)
             opened.pop_all()
         return self._plan(output, models, origin), sources
+
+    def _known_names(self, source: ModelSource) -> ModelSource:
+        """The tensors of a checkpoint of the run, under the names of the model that the module holds."""
+        if self._view is None:
+            return source
+        names, aliases = self._view.names(source.specs), self._view.names(source.aliases)
+        found = Alignment({new: own for own, new in names.items()}, {new: own for own, new in aliases.items()})
+        return renamed(source, found)
 
     def check(self, *, compare: bool) -> None:
         """Plan an export, if anything could speak against it. All ranks; communicates as ``models`` does.

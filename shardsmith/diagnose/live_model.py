@@ -77,9 +77,23 @@ class LiveModel:
         config = self.module.config
         if getattr(config, "is_encoder_decoder", False) or self.module.main_input_name != "input_ids":
             return False
+        if not self._tables:  # several at once, as of a codec's tokens
+            return False
         names = [kind.__name__ for kind in type(self.module).__mro__]
         known = any(name.endswith(("ForCausalLM", "LMHeadModel")) or name in _language_models() for name in names)
         return known or "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens it both takes and predicts: an embedding may have more rows, such as prompts of its own."""
+        return min(int(table.shape[0]) for table in self._tables)
+
+    @property
+    def _tables(self) -> list[Tensor]:
+        """The weights of its embedding, if it has a single one, and of its head."""
+        first = getattr(self.module.get_input_embeddings(), "weight", None)
+        last = getattr(self.module.get_output_embeddings(), "weight", None)
+        return [] if first is None else [table for table in (first, last) if table is not None]
 
     @property
     def is_library_class(self) -> bool:

@@ -68,7 +68,7 @@ class _Look:
         """What a part finds; an error ends that part alone."""
         try:
             self.findings.extend(part())
-        except CheckpointError as error:
+        except (CheckpointError, UsageError) as error:
             self.unseen.append(str(error))
 
     def settings(self) -> Iterator[Finding]:

@@ -41,7 +41,7 @@ class Probe:
             inputs = made_up_inputs(model.module)
             return cls(f"made-up {', '.join(inputs)}", None, inputs)
         config = model.module.config
-        rows, longest = model.module.get_input_embeddings().weight.shape[0], longest_text(config)
+        rows, longest = model.vocabulary, longest_text(config)
         if given is not None:
             batch = read_batch(given)
             check_batch(batch, rows, longest, given)

@@ -66,7 +66,8 @@ class _Sorted:
         return self.subject.trained or self.model == EMA
 
     def findings(self) -> Iterator[Finding]:
-        rest = {name: found for name, found in self.compared.items() if not found.equal or not found.extremes.finite}
+        # Infinities that the reference has, too, are meant, as those of a range without limits are; NaN never is.
+        rest = {name: found for name, found in self.compared.items() if not found.equal or found.extremes.has_nan}
         for finding in self._all(rest):
             # Whatever one finding explains, no other needs to.
             for name in finding.where:
@@ -85,7 +86,7 @@ class _Sorted:
         yield from self._different(rest)
 
     def _non_finite(self, rest: Comparisons) -> Iterator[Finding]:
-        names = [name for name, found in rest.items() if not found.extremes.finite and _holds_nan(found)]
+        names = [name for name, found in rest.items() if not found.extremes.finite]
         if names:
             yield self._one("not-finite", names, "finite numbers", "NaN or infinite values")
 
@@ -280,11 +281,6 @@ def _facts(compared: Comparisons) -> dict[str, Any]:
     equal = sum(found.equal for found in compared.values())
     apart = [found.distance.largest for found in compared.values() if found.distance]
     return {"tensors compared": len(compared), "equal": equal, "largest difference": max(apart, default=0.0)}
-
-
-def _holds_nan(found: TensorComparison) -> bool:
-    """Infinities that the reference has too may be meant, as in masks; NaN never is."""
-    return found.extremes.has_nan or not found.equal
 
 
 def _exactly_converted(found: TensorComparison) -> bool:

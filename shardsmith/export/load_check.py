@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +68,20 @@ def answer_of(directory: Path, inputs: Mapping[str, Tensor]) -> Tensor:
 
 
 def first_tensor(output: Any) -> Tensor:
-    """The logits of a model's output, or else the first tensor in it. Raises UsageError if there is none."""
-    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else [output]
-    found = next((value for value in (getattr(output, "logits", None), *values) if isinstance(value, Tensor)), None)
+    """The logits of a model's output, or else the first floating tensor in it. Raises UsageError if there is none."""
+    found = next((value for value in _tensors([getattr(output, "logits", None), output])), None)
     if found is None:
         raise UsageError(f"the model answers with {type(output).__name__}, in which there is no tensor to compare")
     return found
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """Those of an output, in order, at any depth: a backbone gives a tuple of feature maps."""
+    if isinstance(output, Tensor) and output.is_floating_point():
+        yield output
+    elif isinstance(output, Mapping | list | tuple):
+        for value in output.values() if isinstance(output, Mapping) else output:
+            yield from _tensors(value)
 
 
 def main(directory: str, inputs: str, answer: str) -> None:

@@ -18,6 +18,7 @@ from shardsmith.errors import UsageError
 _LENGTH = 16
 _SAMPLES = 4000
 """Of sound, a quarter of a second: more than the widest stack of strides."""
+_CHARACTERS = 128
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_target_positions", "n_ctx", "max_seq_len", "max_length")
 _SPECIAL = ("_token_id", "_token_index")
 
@@ -59,7 +60,8 @@ def longest_text(config: Any) -> int | None:
 def made_up_tokens(config: Any, length: int, rows: int | None = None) -> Tensor:
     """Token ids [1, length] of the vocabulary, none of which stands for an image, for padding, or for an end."""
     text = config.get_text_config(decoder=True)
-    count = rows or int(text.vocab_size)
+    # Without a vocabulary a model takes the numbers of characters.
+    count = rows or int(getattr(text, "vocab_size", None) or getattr(config, "vocab_size", None) or _CHARACTERS)
     special = {value for part in (config, text) for value in _special_ids(part)}
     usual = [token for token in range(min(count, 4096)) if token not in special] or [0]
     return torch.tensor([[usual[i * 7919 % len(usual)] for i in range(length)]], device="cpu")

@@ -12,12 +12,11 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from shardsmith.tensors.fqn import WRAPPERS
 from shardsmith.tensors.tensors import TensorSpec
 
-WRAPPERS = frozenset(
-    {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_forward_module", "base_layer"}
-)
-"""Segments of torch.compile, activation checkpointing, FSDP1, Fabric and peft that no model has of its own."""
+_WRAPPERS = WRAPPERS | {"_forward_module", "base_layer"}
+"""In files, those of Fabric and of peft, too: a live model shows itself which module holds it, and what is adapted."""
 _DDP = "module"
 """Segment of DistributedDataParallel, which some models have of their own."""
 _TRANSIENT = re.compile(r"(^|\.)(inv_freq|original_inv_freq|masked_bias|position_ids|cos_cached|sin_cached|freqs_cis)$")
@@ -99,7 +98,7 @@ def is_transient(name: str) -> bool:
     return _TRANSIENT.search(name) is not None
 
 
-def without_wrappers(names: Iterable[str], segments: Collection[str] = WRAPPERS) -> dict[str, str]:
+def without_wrappers(names: Iterable[str], segments: Collection[str] = _WRAPPERS) -> dict[str, str]:
     """Name -> name without the segments of wrappers; all as they are where two would become one."""
     names = list(names)
     cleaned = {name: ".".join(part for part in name.split(".") if part not in segments) for name in names}
@@ -143,7 +142,7 @@ class _Matcher:
         self._target = target
         self._renames = renames
         # Both sides lose the segment of DDP, so that a model keeps one of its own: it has it on both.
-        self.segments = WRAPPERS | {_DDP} if target else WRAPPERS
+        self.segments = _WRAPPERS | {_DDP} if target else _WRAPPERS
         self._forms = without_wrappers(source, self.segments)
         self._places = {form: name for name, form in without_wrappers(target, self.segments).items()}
         self._memory: dict[str, str] | None = None

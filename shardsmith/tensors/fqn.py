@@ -15,7 +15,8 @@ from torch._dynamo.eval_frame import OptimizedModule
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
-_WRAPPER_SEGMENTS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+"""Segments of torch.compile, activation checkpointing and FSDP1, which no model has of its own."""
 
 
 def clean_fqn(name: str, model: nn.Module | None = None) -> str:
@@ -30,7 +31,7 @@ def clean_fqn(name: str, model: nn.Module | None = None) -> str:
     here: object = model
     for segment in name.split("."):
         of_ddp = segment == "module" and isinstance(here, DistributedDataParallel)
-        if not of_ddp and segment not in _WRAPPER_SEGMENTS:
+        if not of_ddp and segment not in WRAPPERS:
             kept.append(segment)
         here = getattr(here, segment, None)
     return ".".join(kept)

@@ -1,88 +1,88 @@
-"""``python -m tests.families [--each-type] [NAME ...]``: every class, or those named; writes docs/families.md."""
+"""``python -m tests.families [--each-type] [NAME ...]``: every class, or those named; writes docs/families.md.
+
+What is done is kept in a file, a line a class, so that a sweep can be cut into parts, and goes on where it ended.
+"""
 
 from __future__ import annotations
 
 import argparse
-import collections
+import datetime
+import json
 import logging
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-import transformers
 
-from .round_trip import COLUMNS, RIGHT, Result, round_trip
-from .tiny import all_families, one_of_each_type
+from .results import Result, as_json, from_json, summary, table
+from .round_trip import round_trip
+from .tiny import Family, all_families, one_of_each_type
 
-TABLE = Path(__file__).parents[2] / "docs" / "families.md"
+ROOT = Path(__file__).parents[2]
 
 
 def main() -> int:
-    """Run, print a line for each class that is not right, write the table; 1 if any is not."""
+    """Run what is not done yet, print a line for each class that is not right, write the table; 1 if any is not."""
+    given = _arguments()
+    torch.set_num_threads(1)
+    logging.disable(logging.CRITICAL)
+    every = {family.kind: family for family in all_families()}
+    first = one_of_each_type()
+    chosen = first if given.each_type else [*first, *(f for f in every.values() if f not in first)]
+    chosen = [f for f in chosen if not given.names or f.kind in given.names or f.model_type in given.names]
+    done = _done(given.results, every)
+    again = {kind for kind, result in done.items() if given.again and not result.is_right}
+    part, parts = map(int, given.part.split("/"))
+    _run([f for f in chosen[part::parts] if f.kind not in done or f.kind in again or given.names], given)
+    done = _done(given.results, every)
+    results = [done[family.kind] for family in chosen if family.kind in done]
+    if not given.names:
+        types = {family.model_type for family in every.values()}
+        given.output.write_text(table(results, len(every), types, datetime.date.today()))
+    print(summary(results))
+    return int(any(result.wrong for result in results))
+
+
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.families", description=__doc__)
     parser.add_argument("--each-type", action="store_true", help="one class of each model type")
     parser.add_argument("--part", default="0/1", help="which share of the classes, as 0/4")
-    parser.add_argument("--output", type=Path, default=TABLE)
+    parser.add_argument("--seconds", type=float, help="begin no class after so long")
+    parser.add_argument("--again", action="store_true", help="try those again that were not right or left out")
+    parser.add_argument("--results", type=Path, default=ROOT / "build" / "families.jsonl", help="what is done")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "families.md")
     parser.add_argument("names", nargs="*")
-    given = parser.parse_args()
-    torch.set_num_threads(1)
-    logging.disable(logging.CRITICAL)
-    families = one_of_each_type() if given.each_type else all_families()
-    part, parts = map(int, given.part.split("/"))
-    chosen = [f for f in families if not given.names or f.kind in given.names or f.model_type in given.names]
-    results: list[Result] = []
-    for family in chosen[part::parts]:
+    return parser.parse_args()
+
+
+def _run(families: Iterable[Family], given: argparse.Namespace) -> None:
+    begun = time.monotonic()
+    given.results.parent.mkdir(exist_ok=True)
+    for family in families:
+        if given.seconds and time.monotonic() - begun > given.seconds:
+            return
         with tempfile.TemporaryDirectory(prefix="shardsmith-families-") as folder:
-            begun = time.process_time()
-            results.append(round_trip(family, Path(folder)))
-        _print(results[-1], time.process_time() - begun)
-    if not given.names:
-        given.output.write_text(table(results))
-    print(summary(results))
-    return int(any(not r.is_right and not r.left_out for r in results))
+            before = time.process_time()
+            result = round_trip(family, Path(folder))
+        with given.results.open("a") as results:  # one line in one write: several parts may run at a time
+            results.write(as_json(result) + "\n")
+        _print(result, time.process_time() - before)
 
 
-def summary(results: list[Result]) -> str:
-    """How many classes are right, how many are not, and how many were left out."""
-    tried = [result for result in results if not result.left_out]
-    right = sum(result.is_right for result in tried)
-    return f"{right} of {len(tried)} classes right, {len(results) - len(tried)} left out"
-
-
-def table(results: list[Result]) -> str:
-    """The results as Markdown."""
-    lines = [
-        "# Model classes of transformers, tried one by one",
-        "",
-        "Made by `make families`. Each class is made tiny from its config, saved by plain `dcp.save`, converted",
-        "by `to-hf` with its base model and with config.json alone, exported live, verified and diagnosed. Right",
-        "is what the library says: the files are those of its `save_pretrained`, and its `from_pretrained` gives",
-        "the state dict, bit for bit.",
-        "",
-        f"transformers {transformers.__version__}, torch {torch.__version__.split('+')[0]}: {summary(results)}.",
-        "",
-        f"| class | {' | '.join(COLUMNS)} |",
-        f"|---|{'---|' * len(COLUMNS)}",
-    ]
-    for result in results:
-        if not result.left_out:
-            cells = [
-                "yes" if result.outcomes[c] == RIGHT else result.outcomes[c].replace("|", "/")[:120] for c in COLUMNS
-            ]
-            lines.append(f"| {result.family.kind} | {' | '.join(cells)} |")
-    lines += ["", "## Left out", "", "| class | why |", "|---|---|"]
-    lines += [f"| {r.family.kind} | {r.left_out.replace('|', '/')} |" for r in results if r.left_out]
-    return "\n".join(lines) + "\n"
+def _done(file: Path, every: dict[str, Family]) -> dict[str, Result]:
+    """The last result of each class."""
+    lines = file.read_text().splitlines() if file.exists() else []
+    return {kind: from_json(line, every[kind]) for line in lines if (kind := json.loads(line)[0]) in every}
 
 
 def _print(result: Result, seconds: float) -> None:
     if result.left_out:
         print(f"{result.family.kind}: left out: {result.left_out}", flush=True)
-    elif not result.is_right:
-        wrong = collections.OrderedDict((c, said) for c, said in result.outcomes.items() if said != RIGHT)
-        print(f"{result.family.kind} ({seconds:.1f} s): {dict(wrong)}", flush=True)
+    elif result.wrong:
+        print(f"{result.family.kind} ({seconds:.1f} s): {result.wrong}", flush=True)
 
 
 if __name__ == "__main__":

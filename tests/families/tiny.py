@@ -17,7 +17,7 @@ import transformers
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-MOST_PARAMETERS = 6_000_000
+MOST_PARAMETERS = 45_000_000
 _PREFERRED = (
     "MODEL_FOR_CAUSAL_LM",
     "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM",
@@ -34,6 +34,11 @@ _PREFERRED = (
 
 _BY_DEPTH = ("out_features", "out_indices", "stage_names")
 """What a config works out from its depth if it is not told."""
+
+
+_FILLED = {"vocab_size": 128, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2}
+_FILLED |= {"head_dim": 16, "num_key_value_heads": 2, "prediction_length": 8}
+"""What some configs leave to whoever makes one."""
 
 
 class NotTinyError(Exception):
@@ -95,7 +100,7 @@ def make_tiny(family: Family, seed: int = 0) -> Any:
     except (AttributeError, KeyError, ImportError) as error:
         raise NotTinyError(_first_line(error)) from error
     reason = ""
-    for sizes in (_Sizes(32, 2, 16), _Sizes(32, 4, 16), _Sizes(64, 4, 16), _Sizes(64, 2, 32), _Sizes(None, None, None)):
+    for sizes in _TRIED:
         try:
             return _built(kind, _tiny_config(config_class, sizes), seed)
         except Exception as error:  # whatever a config with these sizes makes the class raise
@@ -110,6 +115,14 @@ class _Sizes:
     width: int | None
     heads: int | None
     head: int | None
+    filled: bool = False
+    """Whether fields that are None get a value, too."""
+
+
+_TRIED = (
+    *(_Sizes(32, 2, 16), _Sizes(32, 4, 16), _Sizes(64, 4, 16), _Sizes(64, 2, 32), _Sizes(64, 4, 16, filled=True)),
+    *(_Sizes(None, None, None), _Sizes(None, None, None, filled=True)),
+)
 
 
 def _built(kind: Any, config: Any, seed: int) -> Any:
@@ -136,14 +149,17 @@ def _tiny_config(config_class: Any, sizes: _Sizes) -> Any:
 def _small(config: Mapping[str, Any], sizes: _Sizes) -> dict[str, Any]:
     changed: dict[str, Any] = {}
     for key, value in config.items():
+        if value is None and key in _FILLED and sizes.filled:
+            changed[key] = _FILLED[key]
         if value is None or key in _BY_DEPTH:
             continue
-        if isinstance(value, Mapping) and key.endswith("config") and key != "quantization_config":
-            changed[key] = _small(value, sizes)
+        if isinstance(value, Mapping) and (key.endswith("config") or "model_type" in value):
+            changed[key] = _small(value, sizes) if key != "quantization_config" else value
         else:
             changed[key] = _small_field(key, value, sizes)
     _fit_token_ids(changed)
-    _fit_dependent(changed)
+    _fit_layers(changed, config)
+    _fit_heads(changed)
     return changed
 
 
@@ -155,6 +171,7 @@ _RULES: list[tuple[str, Callable[[int, _Sizes], int]]] = [
     (r"n_group|topk_group|num_expert_group", lambda _value, _: 1),
     (r".*num_(local_|routed_)?experts$|n_routed_experts|moe_num_experts|num_experts", lambda value, _: min(value, 4)),
     (r"first_k_dense_replace", lambda value, _: min(value, 1)),
+    (r"(.*_)?d_head", lambda value, sizes: sizes.head or value),
     (r".*(num_|n_)?(key_value|kv)_?heads?$", lambda value, sizes: min(value, sizes.heads or value)),
     (r".*(num|n)_.*heads?$|.*_heads?$|n_head|heads", lambda value, sizes: min(value, sizes.heads or value)),
     (r".*(n|num)_?.*(layers?|blocks|stages)$|.*_layers?$|depth|.*_depth$", lambda value, _: min(value, 2)),
@@ -209,22 +226,48 @@ def _text_vocabulary(config: Mapping[str, Any]) -> int | None:
     return parts[0]["vocab_size"] if parts else None
 
 
-def _fit_dependent(config: dict[str, Any]) -> None:
-    """Lists that say something for each layer, and sections that make up half a head."""
-    layers = config.get("num_hidden_layers")
-    for key in ("layer_types", "mlp_layer_types", "layers_block_type", "no_rope_layers", "layers_types"):
-        if isinstance(config.get(key), list) and isinstance(layers, int):
-            kinds = list(dict.fromkeys(config[key]))
-            config[key] = (kinds + config[key])[:layers]
-    head = config.get("head_dim")
-    if not isinstance(head, int) and isinstance(config.get("hidden_size"), int) and config.get("num_attention_heads"):
-        head = config["hidden_size"] // config["num_attention_heads"]
+_DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "depth")
+
+
+def _fit_layers(config: dict[str, Any], before: Mapping[str, Any]) -> None:
+    """What says something for each layer says it for those that are left, of each kind of layer one if possible."""
+    name = next((name for name in _DEPTHS if isinstance(config.get(name), int)), None)
+    if name is None:
+        return
+    layers, old = config[name], before[name]
+    for key, value in list(config.items()):
+        if isinstance(value, list) and len(value) == old and all(isinstance(one, str | int | float) for one in value):
+            kinds = list(dict.fromkeys(value)) if isinstance(value[0], str) else []
+            config[key] = (kinds + value)[:layers]
+        elif key.startswith("per_layer") and isinstance(value, Mapping):
+            config[key] = {layer: said for layer, said in value.items() if int(layer) < layers}
+        elif key == "attention_types":  # such as [[["global", "local"], 12]]: kinds, and how often they come
+            config[key] = [[kinds, max(1, layers // len(kinds))] for kinds, _ in value][:1]
+    for key in ("attention_layers", "layers_block_type"):
+        if isinstance(config.get(key), list):
+            config[key] = config[key][:layers]
+
+
+def _fit_heads(config: dict[str, Any]) -> None:
+    """Heads that make up a width between them, and sections that make up half a head."""
+    width, count = config.get("hidden_size"), config.get("num_attention_heads")
+    expand = config.get("mamba_expand", config.get("expand"))
+    for heads, head in (("mamba_n_heads", "mamba_d_head"), ("num_heads", "head_dim")):
+        if expand and isinstance(width, int) and heads in config and head in config:
+            config[head] = int(expand * width) // config[heads]
+    size = config.get("head_dim")
+    if not isinstance(size, int) and isinstance(width, int) and count:
+        size = width // count
     for part in (config.get("rope_parameters"), config.get("rope_scaling")):
-        if isinstance(part, dict) and isinstance(part.get("mrope_section"), list) and isinstance(head, int):
-            third = head // 2 // 3
-            part["mrope_section"] = [head // 2 - 2 * third, third, third]
+        if not isinstance(part, dict):
+            continue
+        if part.get("rope_type") == "default" and part.get("rope_theta") is None:
+            part["rope_theta"] = 10_000.0
+        if "mrope_section" in part and isinstance(size, int):
+            third = size // 2 // 3
+            part["mrope_section"] = [size // 2 - 2 * third, third, third]
 
 
 def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:110]}"
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()] or [""]
+    return f"{type(error).__name__}: {' '.join(lines)[:200]}"

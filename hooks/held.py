@@ -1,0 +1,84 @@
+"""A model that a module of somebody else's holds: a LightningModule, a policy, the wrapper of Fabric."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from shardsmith.hf.hf_directory import main_stem
+from shardsmith.tensors.fqn import clean_fqn, tied_weights, unwrapped
+
+from .ema import EMA
+
+
+class HeldView:
+    """The model alone, under its own names, as its ``save_pretrained`` would write it.
+
+    Attributes:
+        stem: Of the weight files, as the model's library wants it.
+        inner: The model.
+    """
+
+    def __init__(self, path: str, inner: Any) -> None:
+        # a model of diffusers is its own config
+        self.stem = main_stem(json.loads(inner.to_json_string()) if hasattr(inner, "to_json_string") else None)
+        self.inner: nn.Module | None = inner
+        self._held = inner
+        self._prefix = f"{path}."
+
+    def names(self, fqns: Iterable[str]) -> dict[str, str]:
+        """FQN -> name in the files, of what is to be written."""
+        return {fqn: fqn.removeprefix(self._prefix) for fqn in fqns if fqn.startswith(self._prefix)}
+
+    def ties(self) -> dict[str, str]:
+        """As ``tied_weights``, of the model alone: Fabric's wrapper has it under two names."""
+        return {self._prefix + alias: self._prefix + kept for alias, kept in tied_weights(self._held).items()}
+
+    def copies(self) -> Mapping[str, str]:
+        """None."""
+        return {}
+
+    def values(self, model: str) -> Mapping[str, Tensor]:  # noqa: ARG002
+        """None: all are the live ones."""
+        return {}
+
+    @contextlib.contextmanager
+    def ready(self, ema: EMA | None) -> Iterator[None]:  # noqa: ARG002
+        """Nothing to be made ready."""
+        yield
+
+    def write(self, directory: Path) -> None:
+        """Nothing more."""
+
+
+def held_model(model: nn.Module) -> HeldView | None:
+    """The model of transformers or diffusers that a module holds, and all of whose tensors are that model's.
+
+    None where the module is itself one, or where it has tensors of its own, or of several models: then the names in
+    the module are the model's.
+    """
+    here, path = unwrapped(model), ""
+    while not hasattr(here, "save_pretrained"):
+        children = [(name, child) for name, child in here.named_children() if _has_tensors(child)]
+        if len(children) != 1 or any(True for _ in _own_tensors(here)):
+            return None
+        name, child = children[0]
+        path = f"{path}.{name}" if path else name
+        here = unwrapped(child)
+    path = clean_fqn(path, unwrapped(model))
+    return HeldView(path, here) if path else None
+
+
+def _own_tensors(module: nn.Module) -> Iterator[Tensor]:
+    yield from (tensor for tensor in module._parameters.values() if tensor is not None)
+    kept = module._buffers.keys() - module._non_persistent_buffers_set
+    yield from (tensor for name in kept if (tensor := module._buffers[name]) is not None)
+
+
+def _has_tensors(module: nn.Module) -> bool:
+    return any(True for part in module.modules() for _ in _own_tensors(part))
