@@ -91,9 +91,12 @@ class LiveModel:
     @property
     def _tables(self) -> list[Tensor]:
         """The weights of its embedding, if it has a single one, and of its head."""
-        first = getattr(self.module.get_input_embeddings(), "weight", None)
-        last = getattr(self.module.get_output_embeddings(), "weight", None)
-        return [] if first is None else [table for table in (first, last) if table is not None]
+        try:
+            first, last = self.module.get_input_embeddings(), self.module.get_output_embeddings()
+        except NotImplementedError:  # of a model of several parts, no one of which is the one
+            return []
+        tables = [getattr(module, "weight", None) for module in (first, last)]
+        return [] if tables[0] is None else [table for table in tables if table is not None]
 
     @property
     def is_library_class(self) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from shardsmith.compare.alignment import aligned_source
 from shardsmith.compare.verification import OpenedPair, VerifyOptions, is_huggingface
 from shardsmith.diagnose.live_model import LiveModel
@@ -44,7 +46,7 @@ def verify_logits(
     *,
     trust_remote_code: bool = False,
 ) -> LogitsVerification:
-    """Run both on a fixed text.
+    """Run both on a fixed text, and on an image with a text where the model takes images.
 
     Args:
         left: The one checkpoint.
@@ -66,18 +68,21 @@ def verify_logits(
         pair.common([model])
         reference = Reference.open(base)
         made = LiveModel.of_directory(base, trust_remote_code=trust_remote_code)
-        probe = Probe.for_model(made, base)
-        answers = []
+        probe, image = Probe.for_model(made, base), Probe.of_image(made)
+        answers: list[list[Tensor]] = []
         for side in (pair.left, pair.right):
             how = (base, _names(side, options.names), options.rules)
             source, _ = aligned_source(side.models[model], reference.specs, *how)
             loaded = [name for name in source.specs if name in reference.specs]
-            answers.append(probe.ask(made.with_weights(source, loaded)))
-        largest = float((answers[0] - answers[1]).abs().max())
+            filled = made.with_weights(source, loaded)
+            answers.append([one.ask(filled) for one in (probe, image) if one is not None])
+        largest = max(float((one - other).abs().max()) for one, other in zip(*answers, strict=True))
+        asked = probe.with_image(image, made)
         if (batch := probe.batch) is None:
-            return LogitsVerification(model, probe.origin, largest, None, None, options.tolerance)
-        losses = (cross_entropy(answers[0], batch.labels), cross_entropy(answers[1], batch.labels))
-        return LogitsVerification(model, probe.origin, largest, divergence(*answers)[1], losses, options.tolerance)
+            return LogitsVerification(model, asked, largest, None, None, options.tolerance)
+        texts = (answers[0][0], answers[1][0])
+        losses = (cross_entropy(texts[0], batch.labels), cross_entropy(texts[1], batch.labels))
+        return LogitsVerification(model, asked, largest, divergence(*texts)[1], losses, options.tolerance)
     finally:
         pair.close()
 

@@ -136,7 +136,7 @@ class _Look:
         except UsageError as error:
             self.unseen.append(f"logits: {error}")
             return
-        yield from self._logits(model, probe)
+        yield from self._logits(model, probe, Probe.of_image(model))
         if probe.batch is not None and probe.batch.labelled:
             yield from labelled_padding(model, probe.batch, self._padding())
         if probe.batch is None:
@@ -176,21 +176,24 @@ class _Look:
         )
         return True
 
-    def _logits(self, model: LiveModel, probe: Probe) -> Iterator[Finding]:
-        expected = probe.ask(model)
-        self.facts["batch"] = probe.origin
+    def _logits(self, model: LiveModel, probe: Probe, image: Probe | None) -> Iterator[Finding]:
+        probes = [asked for asked in (probe, image) if asked is not None]
+        expected = [asked.ask(model) for asked in probes]
+        self.facts["batch"] = probe.with_image(image, model)
         if probe.batch is not None:
-            self.facts["loss of the model"] = right = cross_entropy(expected, probe.batch.labels)
+            self.facts["loss of the model"] = right = cross_entropy(expected[0], probe.batch.labels)
             yield from _own_loss(model, probe.batch, right)
         source, _ = self.subject.models.get(MAIN, (None, None))
         if source is None:
             return
         names = [name for name in source.specs if name in self.subject.reference.specs]
         loaded = model.with_weights(source, names)
-        found = probe.ask(loaded)
-        self.facts |= _measured(expected, found, probe)
-        if not self.subject.trained and not _same_logits(expected, found):
-            yield from self._differing(model, probe, names)
+        for asked, answer in zip(probes, expected, strict=True):
+            found = asked.ask(loaded)
+            if asked is probe:
+                self.facts |= _measured(answer, found, asked)
+            if not self.subject.trained and not _same_logits(answer, found):
+                yield from self._differing(model, asked, names)
         for place in self._config_places():
             self._loss_with(place, loaded, probe, names)
 

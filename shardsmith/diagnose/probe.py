@@ -10,7 +10,9 @@ from torch import Tensor
 
 from shardsmith.diagnose.batches import Batch, check_batch, fixed_batch, read_batch
 from shardsmith.diagnose.live_model import LiveModel
-from shardsmith.export.probe_inputs import longest_text, made_up_inputs, made_up_tokens
+from shardsmith.errors import UsageError
+from shardsmith.export.probe_images import takes_images
+from shardsmith.export.probe_inputs import longest_text, made_up_image, made_up_inputs, made_up_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,26 @@ class Probe:
         else:
             batch = fixed_batch(directory, rows, longest, lambda length: made_up_tokens(config, length, rows))
         return cls(batch.origin, batch)
+
+    @classmethod
+    def of_image(cls, model: LiveModel) -> Probe | None:
+        """An image with a text, for a model that is asked for tokens and takes images, too.
+
+        None for any other, and where it takes images in a way that is not known: ``with_image`` says so.
+        """
+        if not model.predicts_tokens or not takes_images(model.module):
+            return None
+        try:
+            return cls("a made-up image with a text", None, made_up_image(model.module))
+        except UsageError:
+            return None
+
+    def with_image(self, image: Probe | None, model: LiveModel) -> str:
+        """What a model was asked altogether, for people."""
+        if image is not None:
+            return f"{self.origin} and {image.origin}"
+        alone = self.batch is not None and takes_images(model.module)
+        return f"{self.origin} alone (how it takes an image is not known)" if alone else self.origin
 
     def ask(self, model: LiveModel) -> Tensor:
         """What a model answers, in float32: [B, T, V] where it predicts tokens."""

@@ -7,13 +7,14 @@ where several sets are possible, the first that runs is taken.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from shardsmith.errors import UsageError
+from shardsmith.export.probe_images import takes_images, with_image
 
 _LENGTH = 16
 _SAMPLES = 4000
@@ -32,9 +33,23 @@ def made_up_inputs(model: Any) -> dict[str, Tensor]:
     Raises:
         UsageError: none of what is known here runs.
     """
+    return _first_that_runs(model, _candidates(model))
+
+
+def made_up_image(model: Any) -> dict[str, Tensor]:
+    """As ``made_up_inputs``: an image and a text, for a model that takes both. Raises UsageError if it is not known."""
+    return _first_that_runs(model, _with_image(model))
+
+
+def _with_image(model: Any) -> Iterator[dict[str, Tensor]]:
+    if takes_images(model) and hasattr(model, "get_image_features"):
+        yield from with_image(model, made_up_tokens(model.config, _LENGTH))
+
+
+def _first_that_runs(model: Any, candidates: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
     problem = f"it wants {model.main_input_name}"
     device = next(model.parameters()).device
-    for inputs in _candidates(model):
+    for inputs in candidates:
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
                 model(**{name: value.to(device) for name, value in inputs.items()})
@@ -78,6 +93,7 @@ def _candidates(model: Any) -> Iterator[dict[str, Tensor]]:
     text = dict(_texts(config, wanted)) if "input_ids" in wanted or "decoder_input_ids" in wanted else {}
     decoder = {name: value for name, value in text.items() if name.startswith("decoder_")}
     main = {name: value for name, value in text.items() if name not in decoder}
+    yield from _with_image(model)
     if model.main_input_name == "input_ids" and text:
         yield text
     for other in _images(config, wanted):

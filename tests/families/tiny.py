@@ -263,7 +263,7 @@ def _fit_heads(config: dict[str, Any]) -> None:
             continue
         if part.get("rope_type") == "default" and part.get("rope_theta") is None:
             part["rope_theta"] = 10_000.0
-        if "mrope_section" in part and isinstance(size, int):
+        if isinstance(size, int):  # some classes have sections by default that their config does not name
             third = size // 2 // 3
             part["mrope_section"] = [size // 2 - 2 * third, third, third]
 
