@@ -12,13 +12,9 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from shardsmith.tensors.fqn import WRAPPERS
 from shardsmith.tensors.tensors import TensorSpec
+from shardsmith.tensors.wrappers import DDP, WRAPPERS_IN_FILES
 
-_WRAPPERS = WRAPPERS | {"_forward_module", "base_layer"}
-"""In files, those of Fabric and of peft, too: a live model shows itself which module holds it, and what is adapted."""
-_DDP = "module"
-"""Segment of DistributedDataParallel, which some models have of their own."""
 _TRANSIENT = re.compile(r"(^|\.)(inv_freq|original_inv_freq|masked_bias|position_ids|cos_cached|sin_cached|freqs_cis)$")
 _DEEPEST = 3
 _MOST_HEADS = 16
@@ -98,7 +94,7 @@ def is_transient(name: str) -> bool:
     return _TRANSIENT.search(name) is not None
 
 
-def without_wrappers(names: Iterable[str], segments: Collection[str] = _WRAPPERS) -> dict[str, str]:
+def without_wrappers(names: Iterable[str], segments: Collection[str] = WRAPPERS_IN_FILES) -> dict[str, str]:
     """Name -> name without the segments of wrappers; all as they are where two would become one."""
     names = list(names)
     cleaned = {name: ".".join(part for part in name.split(".") if part not in segments) for name in names}
@@ -142,7 +138,7 @@ class _Matcher:
         self._target = target
         self._renames = renames
         # Both sides lose the segment of DDP, so that a model keeps one of its own: it has it on both.
-        self.segments = _WRAPPERS | {_DDP} if target else _WRAPPERS
+        self.segments = WRAPPERS_IN_FILES | {DDP} if target else WRAPPERS_IN_FILES
         self._forms = without_wrappers(source, self.segments)
         self._places = {form: name for name, form in without_wrappers(target, self.segments).items()}
         self._memory: dict[str, str] | None = None
@@ -162,7 +158,7 @@ class _Matcher:
 
     def names(self, chosen: _Try) -> dict[str, str]:
         """The source's own name -> the target's; where it has none, the own one without what wrappers put into it."""
-        ddp = f"{_DDP}."
+        ddp = f"{DDP}."
         everywhere = all(name.startswith(ddp) for name in self._source)
         plain = {
             n: form.removeprefix(ddp) if everywhere else form for n, form in without_wrappers(self._source).items()

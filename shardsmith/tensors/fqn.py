@@ -15,8 +15,7 @@ from torch._dynamo.eval_frame import OptimizedModule
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
-WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
-"""Segments of torch.compile, activation checkpointing and FSDP1, which no model has of its own."""
+from shardsmith.tensors.wrappers import DDP, WRAPPERS
 
 
 def clean_fqn(name: str, model: nn.Module | None = None) -> str:
@@ -30,7 +29,7 @@ def clean_fqn(name: str, model: nn.Module | None = None) -> str:
     kept: list[str] = []
     here: object = model
     for segment in name.split("."):
-        of_ddp = segment == "module" and isinstance(here, DistributedDataParallel)
+        of_ddp = segment == DDP and isinstance(here, DistributedDataParallel)
         if not of_ddp and segment not in WRAPPERS:
             kept.append(segment)
         here = getattr(here, segment, None)
