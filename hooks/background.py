@@ -37,7 +37,7 @@ def logged(what: str) -> Iterator[None]:
 
 
 class Background:
-    """Does one job after the other, the same on every rank, in a thread.
+    """Do one job after the other, the same on every rank, in a thread.
 
     Jobs fail on all ranks together, as ``Ranks`` sees to it, but not at the same moment: were each rank to raise as
     soon as it can, one might do so a step before the others, which would wait for it in vain.

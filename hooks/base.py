@@ -42,7 +42,7 @@ def _nobody(_: Event) -> None:
 
 
 class Hook:
-    """Something that a training loop attaches. Override the moments that it needs.
+    """Base of all hooks. Override the moments that a hook needs.
 
     Every moment is called on all ranks, on the main thread, in the order in which the hooks were given. A moment may
     communicate only if its docstring says so, and then it must do so on all ranks.
@@ -68,13 +68,13 @@ class Hook:
 
     @staticmethod
     def suggestion(value: object) -> str | None:
-        """What to write for a value that somebody has given for a hook; None if nobody can know."""
+        """Return what to write instead of a value that is no hook; None if that is not clear."""
         if isinstance(value, list | tuple):
             return "the hooks one by one, as in Hooks(ema, save)"
         return "nothing in its place" if value is None else None
 
     def resume(self) -> int | None:
-        """Restore what this hook saved last; the step it was saved at, or None if it has nothing. May communicate."""
+        """Restore what this hook saved last; return the step of that, or None without any. May communicate."""
         return None
 
     def on_train_begin(self, step: int) -> None:
@@ -136,7 +136,7 @@ class Hooks:
         stop_on: signal.Signals | Sequence[signal.Signals] = (),
         on_event: Listener | Sequence[Listener] = (),
     ) -> None:
-        """Communicates not at all; with several ranks it starts a thread that sleeps until there is something to tell.
+        """Attach the hooks. No communication; with several ranks it starts a thread that sleeps until there is news.
 
         Args:
             *hooks: In the order in which their moments are called.
@@ -167,7 +167,7 @@ class Hooks:
         return self._step
 
     def add(self, hook: Hook) -> None:
-        """One more, after the others. Before ``resume``. Raises UsageError if it is attached already."""
+        """Attach one more, after the others. Before ``resume``. Raises UsageError if it is attached already."""
         if any(hook is other for other in self.hooks):
             raise UsageError(f"this {type(hook).__name__} is attached already: name each hook once")
         hook.announce_saved = self._on_saved

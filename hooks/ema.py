@@ -21,7 +21,7 @@ from .wiring import Parts
 
 
 class EMA(Hook):
-    """Keeps a float32 average of the trainable floating-point weights, each rank of its own shards.
+    """Keep a float32 average of the trainable floating-point weights, each rank of its own shards.
 
     Build it when the weights are on their device and sharded: after ``fully_shard``, FSDP, DDP or ``compile``. What is
     frozen then has no average, nor have buffers unless they are asked for: they are what the live model says. Tied
@@ -107,17 +107,17 @@ class EMA(Hook):
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Start over: the average is the weights as they are now, with no update. All ranks; no communication."""
+        """Start over: set the average to the weights as they are now, with no update. All ranks; no communication."""
         self._refuse_while_in_use("reset the average")
         torch._foreach_copy_(self._averages(), self._weights.tensors())
         self.updates = 0
 
     def facts(self) -> dict[str, float | int | bool]:
-        """What a reader of a checkpoint wants to know about the average in it."""
+        """Return what a checkpoint records of the average in it."""
         return {**self.settings(), "updates": self.updates}
 
     def settings(self) -> dict[str, float | int | bool]:
-        """How the average is made. ``buffers``, the number of those that are averaged, is left out without any."""
+        """Return how the average is made. ``buffers``, the number of averaged ones, is left out without any."""
         settings: dict[str, float | int | bool] = {
             "decay": self.decay,
             "warmup": self.warmup,
@@ -128,7 +128,7 @@ class EMA(Hook):
 
     @torch.no_grad()
     def model_state_dict(self) -> dict[str, Tensor]:
-        """Clean FQN -> average, fit for ``torch.distributed.checkpoint``. All ranks; communicates under FSDP1.
+        """Return clean FQN -> average, for ``torch.distributed.checkpoint``. All ranks; communicates under FSDP1.
 
         The tensors are the averages themselves (a DTensor under FSDP2, plain under DDP) and change with the next
         update. Copies they are under FSDP1 (DTensor or ShardedTensor), and where the model saves other tensors than it
@@ -144,11 +144,11 @@ class EMA(Hook):
             return {name: state[name].clone() if type(state[name]) is Tensor else state[name] for name in self._average}
 
     def state_dict(self) -> dict[str, Any]:
-        """All that is needed to go on (torch's ``Stateful``). All ranks; communicates as ``model_state_dict`` does."""
+        """Return all that a resume needs (torch's ``Stateful``). All ranks; communicates as ``model_state_dict``."""
         return {"model": self.model_state_dict(), **self.counters()}
 
     def counters(self) -> dict[str, Tensor]:
-        """What ``state_dict`` has beside the averages. No communication."""
+        """Return what ``state_dict`` has beside the averages. No communication."""
         return {
             "updates": torch.tensor(self.updates, device="cpu"),
             "decay": torch.tensor(self.decay, dtype=torch.float64, device="cpu"),
@@ -156,7 +156,7 @@ class EMA(Hook):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any], *, allow_other_decay: bool = False) -> None:
-        """Go on from what ``state_dict`` gave. All ranks; communicates as ``model_state_dict`` does.
+        """Restore the average from a ``state_dict``. All ranks; communicates as ``model_state_dict`` does.
 
         Also after ``torch.distributed.checkpoint.load``, which has filled the tensors of a ``state_dict`` in place.
 
@@ -189,7 +189,7 @@ class EMA(Hook):
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Within it the live weights are the average, cast to their dtype; then they are back, bit for bit.
+        """Exchange the live weights for the average, cast to their dtype; restore them exactly at the end.
 
         All ranks; no communication. Costs one copy of the local weights. Not between a forward and its backward.
 
@@ -207,7 +207,7 @@ class EMA(Hook):
 
     @contextmanager
     def staging(self) -> Iterator[None]:
-        """Within it nothing changes the weights or the average through this object: enter it to copy them.
+        """Let nothing change weights or average through this object within the context: enter it to copy them.
 
         Raises:
             UsageError: while the average is swapped in, because the live weights are not the weights then.

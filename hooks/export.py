@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 
 
 class HFExport(Hook):
-    """Writes ``directory/step-<n>`` as a complete Hugging Face directory, straight from the sharded live weights.
+    """Write ``directory/step-<n>`` as a complete Hugging Face directory, straight from the sharded live weights.
 
         HFExport("run/hf", model=model, ema=ema, base_model="assets/base", when=every(1000) | last())
 
@@ -171,7 +171,7 @@ class HFExport(Hook):
         self._base = find_model(name, fetch=False)
 
     def on_train_begin(self, step: int) -> None:
-        """After a resume, make the export of that step if it was due and the former run died before it was made.
+        """Make the export of the resumed step, if it was due and the former run died before it was made.
 
         All ranks; communicates. Earlier steps are not made up for: their weights are gone.
         """

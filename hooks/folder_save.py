@@ -56,7 +56,7 @@ _START = (
 
 
 class FolderSave(Hook):
-    """Adds a directory of ours to checkpoint folders that a trainer writes; see ``shardsmith.manifest.companion``.
+    """Add the directory ``shardsmith`` to checkpoint folders of a trainer; see ``shardsmith.manifest.companion``.
 
     Call ``save`` when the trainer has written a folder, and ``load`` when it has loaded one. The trainer's files are
     only read; even the folder's modification time, by which some trainers choose what to delete, stays what it was.
@@ -72,7 +72,7 @@ class FolderSave(Hook):
         async_mode: Literal["async", "disabled"] = "async",
         timeout_secs: Seconds = 1800.0,
     ) -> None:
-        """Nothing is written yet.
+        """Prepare the saves. Nothing is written yet.
 
         Args:
             model: As the trainer wrapped it.
@@ -94,7 +94,7 @@ class FolderSave(Hook):
         self._loaded_step: int | None = None
 
     def resume(self) -> int | None:
-        """The step of the folder that ``load`` was given, or None. No communication."""
+        """Return the step of the folder that ``load`` was given, or None. No communication."""
         return self._loaded_step
 
     def on_step_end(self, step: int) -> None:  # noqa: ARG002
@@ -125,7 +125,7 @@ class FolderSave(Hook):
             release_pinned()
 
     def before_save(self, folder: Path) -> None:
-        """The trainer is about to write a folder: wait for ours in flight, and take our mark off this one.
+        """Wait for the save in flight and remove the manifest from a folder that the trainer is about to write.
 
         All ranks; communicates. Not calling it is safe, but a trainer that writes over an old folder of the same name
         and is killed halfway then leaves one that is marked complete until somebody compares the hashes.
@@ -166,12 +166,12 @@ class FolderSave(Hook):
             self._announce(step, folder, self._finish(job, folder, step, live, watch))
 
     def has(self, folder: Path) -> bool:
-        """Whether our directory is in a folder. All ranks, which get one answer; waits for a save in flight."""
+        """Return whether our directory is in a folder, the same on all ranks. All ranks; waits for a save in flight."""
         self.wait()
         return self._ranks.lead(f"looking into {folder.name}", lambda: is_complete(folder))
 
     def load(self, folder: Path, *, prove: bool = True, on_missing: OnMissing = "raise") -> int:
-        """The trainer has loaded a folder: prove that, and load the average. All ranks; communicates. Returns the step.
+        """Verify the folder that the trainer has loaded, load the average, return the step. All ranks; communicates.
 
         It may have been saved by another number of ranks.
 

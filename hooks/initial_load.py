@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 class InitialLoad(Hook):
-    """Fills the model from a checkpoint when training begins at step 0, and proves that it is that of the checkpoint.
+    """Fill the model from a checkpoint when training begins at step 0, and verify that it equals the checkpoint.
 
     Complete is what has every tensor that torch's ``get_model_state_dict`` gives for the live model.
 
@@ -54,7 +54,7 @@ class InitialLoad(Hook):
         weights: str = MAIN,
         timeout_secs: Seconds = 1800.0,
     ) -> None:
-        """Nothing is read yet. The arguments are those of ``shardsmith.load.load.load_initial``."""
+        """Prepare the load; nothing is read yet. The arguments are those of ``shardsmith.load_initial``."""
         self.path = Path(path)
         self.report: InitialLoadReport | None = None
         self._model = model
@@ -73,7 +73,7 @@ class InitialLoad(Hook):
         self._ranks = Ranks(timeout_secs)
 
     def on_train_begin(self, step: int) -> None:
-        """Load and prove at step 0; later, prove the buffers. All ranks; communicates.
+        """Load and verify at step 0; later, verify the buffers. All ranks; communicates.
 
         Raises:
             InitialLoadError: on all ranks, naming every tensor and buffer at fault.

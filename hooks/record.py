@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 class Recorder(Hook):
-    """Adds ``metadata.json`` to a trainer's ``step-<n>`` directories, as the last file: the mark of a complete one.
+    """Add ``metadata.json`` to a trainer's ``step-<n>`` directories, as the last file: the mark of a complete one.
 
     The trainer tells it when a save begins and, right after, how to know that it has ended. A background thread waits
     for that end, reads the files back, divided among the ranks, records them, and removes what is not to be kept. It
@@ -76,7 +76,7 @@ class Recorder(Hook):
         self._ranks.lead(f"preparing {self.directory}", lambda: len(sweep(self.directory)))
 
     def begin(self, path: Path) -> None:
-        """A save into ``path`` begins: should the directory be there, it is no complete one any more.
+        """Note that a save into ``path`` begins: a directory that is there already loses its manifest.
 
         All ranks, before anything is written; communicates through the store. Raises RankFailedError.
         """
@@ -91,7 +91,7 @@ class Recorder(Hook):
         *,
         has_average: bool = True,
     ) -> None:
-        """The save that began is under way, and has ended with ``end``; None if it has already. All ranks; returns.
+        """Add the manifest when the save that began has ended. All ranks; returns at once.
 
         Args:
             step: Number of the step.

@@ -77,7 +77,7 @@ class Retention:
 
     @staticmethod
     def suggestion(value: object) -> str | None:
-        """What to write for a value that somebody has given for a policy; None if nobody can know."""
+        """Return what to write instead of a value that is no policy; None if that is not clear."""
         if isinstance(value, int) and value > 0 and not isinstance(value, bool):
             return f"latest({value})"
         return "None, which keeps all" if value in (0, -1, "all") else None
@@ -105,13 +105,13 @@ class Retention:
 
 @checked
 def latest(count: Count) -> Retention:
-    """Keeps the ``count`` newest checkpoints."""
+    """Keep the ``count`` newest checkpoints."""
     return Retention(newest=count)
 
 
 @checked
 def multiples_of(steps: Count) -> Retention:
-    """Keeps each checkpoint whose step is a multiple of ``steps``: the milestones that rotation spares."""
+    """Keep each checkpoint whose step is a multiple of ``steps``: the milestones that rotation spares."""
     return Retention(multiples=frozenset([steps]))
 
 

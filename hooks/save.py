@@ -54,7 +54,7 @@ log = logging.getLogger(__name__)
 
 
 class ShardedSave(Hook):
-    """Saves model, average, optimizer, scheduler, random number generators and more as one DCP directory a step.
+    """Save model, average, optimizer, scheduler, random number generators and more as one DCP directory a step.
 
         ShardedSave("run/checkpoints", model=model, optimizer=optimizer, ema=ema, when=every(500) | last())
 
@@ -234,7 +234,7 @@ class ShardedSave(Hook):
         return contents
 
     def saving(self, step: int) -> Future[Path]:
-        """The save of a step, in flight or done. No communication.
+        """Return the save of a step, in flight or done. No communication.
 
         Raises:
             UsageError: the step was not saved, or not yet.
@@ -257,7 +257,7 @@ class ShardedSave(Hook):
         directory: Directory | None = None,
         on_missing: OnMissing | None = None,
     ) -> int | None:
-        """Load the newest checkpoint that is sound; its step, or None without any. All ranks; communicates.
+        """Load the newest checkpoint that is sound; return its step, or None without any. All ranks; communicates.
 
         All its files are read and compared with their hashes first. One that is damaged is set aside, and said so in
         the log, and the one before it is taken. It may have been saved by another number of ranks.

@@ -51,7 +51,7 @@ class Schedule:
 
     @staticmethod
     def suggestion(value: object) -> str | None:
-        """What to write for a value that somebody has given for a schedule; None if nobody can know."""
+        """Return what to write instead of a value that is no schedule; None if that is not clear."""
         if isinstance(value, int) and value > 0 and not isinstance(value, bool):
             return f"every({value})"
         if isinstance(value, list | tuple | set) and value and all(isinstance(one, int) and one > 0 for one in value):

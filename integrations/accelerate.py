@@ -1,4 +1,4 @@
-"""``attach``: what ``accelerator.save_state`` writes gets our average and our record, and ``load_state`` is proved.
+"""``attach``: what ``accelerator.save_state`` writes gets the average and a manifest, and ``load_state`` is verified.
 
 model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 ema = EMA(model, decay=0.999)
@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 
 class Attached:
-    """What ``attach`` returns. ``remove`` gives the accelerator its own methods back."""
+    """Result of ``attach``. ``remove`` gives the accelerator its own methods back."""
 
     def __init__(
         self,
@@ -104,7 +104,7 @@ def attach(
     prove: bool = True,
     on_missing: Literal["raise", "start"] = "raise",
 ) -> Attached:
-    """Let ``accelerator.save_state`` and ``load_state`` include the average of ``hooks``, and prove what is loaded.
+    """Let ``accelerator.save_state`` and ``load_state`` include the average of ``hooks``, and verify loads.
 
     All ranks call it, after ``prepare`` and before ``load_state`` and ``hooks.resume``; communicates. Each folder that
     ``save_state`` writes gets a directory ``shardsmith`` as the last thing in it, in the background; ``hooks.step``

@@ -1,4 +1,4 @@
-"""``CheckpointHooks``: an average, complete exports and proved loads for the Trainer of transformers.
+"""``CheckpointHooks``: an average, complete exports and verified loads for the Trainer of transformers.
 
     Trainer(..., callbacks=[CheckpointHooks(ema_decay=0.999, export=every(500) | last())])
 
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 
 class CheckpointHooks(TrainerCallback):
-    """Attach it to a Trainer. In each ``checkpoint-<n>`` it makes a directory ``shardsmith``; the rest it only reads.
+    """Add an average and exports to a Trainer. Writes ``shardsmith/`` in each ``checkpoint-<n>``; only reads the rest.
 
     The average is updated after each optimizer step, whatever the gradient accumulation. A resumed run goes on with it
     exactly, and raises unless the weights that Trainer has loaded are those that were saved. FSDP 1 and 2, DDP, one
@@ -61,7 +61,7 @@ class CheckpointHooks(TrainerCallback):
         on_event: Listener | Sequence[Listener] = (),
         **export_options: Any,
     ) -> None:
-        """Nothing happens before training begins.
+        """Check the options. Nothing else happens before training begins.
 
         Args:
             ema_decay: Of the average; None keeps none.
@@ -101,7 +101,7 @@ class CheckpointHooks(TrainerCallback):
         self._ended = False
 
     def swapped_in(self) -> AbstractContextManager[None]:
-        """Within it the live weights are the average: ``with callback.swapped_in(): trainer.evaluate()``. All ranks.
+        """Exchange the live weights for the average: ``with callback.swapped_in(): trainer.evaluate()``. All ranks.
 
         Raises:
             UsageError: there is no average, or not yet.

@@ -39,7 +39,7 @@ class ModelSummary:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What ``inspect`` found."""
+    """Result of ``inspect_checkpoint``."""
 
     path: str
     format: str

@@ -54,7 +54,7 @@ _WHOLE = (HUGGINGFACE, SAFETENSORS, TORCH, BAGEL)
 
 
 class ShardedCheckpointManager:
-    """Saves and loads model, average, optimizer, scheduler and data status of a sharded run.
+    """Save and load model, average, optimizer, scheduler and data status of a sharded run.
 
         manager = ShardedCheckpointManager("run/checkpoints", model=model, ema=ema_model, ema_decay=0.9999,
                                            optimizer=optimizer, scheduler=scheduler)
@@ -84,7 +84,7 @@ class ShardedCheckpointManager:
         fresh: Fresh | None = None,
         timeout_secs: Seconds = 1800.0,
     ) -> None:
-        """Prove that the directory can be written to, and remove what dead attempts left there.
+        """Check that the directory can be written to, and remove what dead attempts left there.
 
         Args:
             directory: Made if missing; on a file system that all ranks share.
@@ -119,12 +119,12 @@ class ShardedCheckpointManager:
 
     @staticmethod
     def detect_checkpoint_format(path: str | Path) -> DetectedFormat:
-        """What a path holds, with the reason. No communication. Raises CheckpointNotFoundError if nothing is there."""
+        """Detect the format of a path. No communication. Raises CheckpointNotFoundError if nothing is there."""
         return formats.detect_checkpoint_format(path)
 
     @checked
     def save_sharded_checkpoint(self, step: StepNumber, *, data_status: Any = None) -> Path:
-        """Save everything as ``step-<step>``; the path. Returns when it is committed.
+        """Save everything as ``step-<step>``; return the path when it is committed.
 
         Args:
             step: Number of the step.
@@ -158,7 +158,7 @@ class ShardedCheckpointManager:
         return target
 
     def newest_checkpoint(self) -> Path | None:
-        """The newest of our step directories all of whose files have their recorded hashes; None without any.
+        """Return the newest of our step directories all of whose files have their recorded hashes; None without any.
 
         Raises:
             IncompleteCheckpointError: there are some, but all of them are damaged. They are left as they are.
@@ -190,7 +190,7 @@ class ShardedCheckpointManager:
         allow_shape: Sequence[str] = (),
         repair_buffers: bool = False,
     ) -> Loaded:
-        """Load a checkpoint of ours, or of another project, and prove that what was loaded is what it holds.
+        """Load a checkpoint of ours, or of another project, and verify the loaded values against it.
 
         What is asked for and is not there is an error. Of another project's checkpoints optimizer, scheduler and data
         status can be loaded where they say enough: BAGEL's and its fork's over as many ranks as saved them.

@@ -68,7 +68,7 @@ class Leftover:
 
 @dataclass(frozen=True, slots=True)
 class RunOverview:
-    """What ``inspect`` shows of a run's folder."""
+    """Result of ``inspect_run``: the steps of a run."""
 
     path: str
     steps: tuple[StepSummary, ...]

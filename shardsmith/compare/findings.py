@@ -14,7 +14,7 @@ LEVELS: tuple[Level, ...] = ("structure", "values", "model")
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that is wrong, or, as a note, one that looks wrong and is not."""
+    """One fault of a checkpoint, or, as a note, something that looks like a fault and is none."""
 
     code: str
     """A key of ``CODES`` and a heading of docs/troubleshooting.md."""
@@ -30,16 +30,16 @@ class Finding:
 
     @property
     def effect(self) -> str:
-        """What it does to the loss."""
+        """Effect on the loss."""
         return CODES[self.code].effect
 
     @property
     def mend(self) -> str:
-        """What to do about it."""
+        """Cure."""
         return CODES[self.code].mend
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the finding as plain values, for JSON."""
         names = ("code", "severity", "where", "expected", "found", "effect", "mend")
         return {name: getattr(self, name) for name in names}
 

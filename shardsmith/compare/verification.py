@@ -70,7 +70,7 @@ class ModelVerification:
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What became of a comparison."""
+    """Result of ``verify_checkpoints``."""
 
     left: str
     right: str
@@ -85,7 +85,7 @@ class Verification:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VerifyOptions:
-    """What counts as the same."""
+    """Options of ``verify_checkpoints``: what counts as equal."""
 
     models: Sequence[str] | None = None
     """Such as ``["main"]``; None: all that both have."""

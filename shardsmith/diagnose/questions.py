@@ -14,7 +14,7 @@ from shardsmith.hf.layout_rules import DECLARED, LayoutRule
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Questions:
-    """All that can be asked."""
+    """Options of ``diagnose_checkpoint``."""
 
     level: Level | Literal["all"] = "all"
     names: str = "auto"

@@ -36,7 +36,7 @@ def adopt(
     world_size: int | None = None,
     ranks: Ranks | None = None,
 ) -> Path:
-    """Add ``metadata.json`` to a DCP directory whose writing has ended; the path of that file.
+    """Add ``metadata.json`` to a DCP directory whose writing has ended; return the path of that file.
 
     Everything is read back from the files, which tells what is there from what was meant to be. With ``ranks``, all of
     them call it, from any thread, and each reads the files that it wrote, most likely, and still has in its cache.

@@ -38,7 +38,7 @@ UNKNOWN = "unknown"
 
 @dataclass(frozen=True, slots=True)
 class DetectedFormat:
-    """The format of a path and what it was recognised by."""
+    """Format of a path, and how it was detected."""
 
     name: str
     """One of the constants above."""

@@ -20,7 +20,7 @@ Layout = Literal["flat", "nested"]
 
 @dataclass(frozen=True, slots=True)
 class OpenedCheckpoint:
-    """A checkpoint, and what its index tells."""
+    """An open checkpoint: its models and the content of its index."""
 
     path: Path
     format: str
@@ -48,7 +48,7 @@ class OpenedCheckpoint:
         return any(key.split(".", 1)[0] in ("optimizer", "optim") for key in keys)
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Close the files."""
         for model in self.models.values():
             model.close()
 

@@ -88,7 +88,7 @@ TRANSFORMS: dict[str, Transform] = {
 
 @dataclass(frozen=True, slots=True)
 class LayoutRule:
-    """Which tensors, and what is done to them."""
+    """A change of layout, and the tensors that it applies to."""
 
     pattern: str
     """Of names, as in ``fnmatch``."""

@@ -46,7 +46,7 @@ def load_initial(
     weights: str = MAIN,
     ranks: Ranks | None = None,
 ) -> InitialLoadReport:
-    """Fill a model from a checkpoint of any format, and prove that it is that of the checkpoint.
+    """Fill a model from a checkpoint of any format, and verify, tensor by tensor, that it equals the checkpoint.
 
     All ranks call it, after sharding. Communicates through the store, and over the process group under FSDP1.
 
@@ -95,7 +95,7 @@ def prove_loaded(
     names: NameMap | None = None,
     ranks: Ranks | None = None,
 ) -> InitialLoadReport:
-    """Prove that a model, which somebody else has loaded, is that of a checkpoint. Changes nothing but buffers.
+    """Verify a model that other code loaded against its checkpoint. Changes nothing but buffers.
 
     All ranks call it before the first step. Arguments, communication and errors are those of ``load_initial``. Call
     ``poison_weights`` before the load, so that what it leaves out cannot be right by chance and is called by its name.
@@ -174,7 +174,7 @@ def prove_buffers(
 
 
 def poison_weights(model: nn.Module | Sequence[nn.Module], *, spare: Sequence[str] = ()) -> None:
-    """Overwrite the weights of a model before somebody else loads them: floating point with NaN, integers with 0x5A.
+    """Overwrite the weights of a model before other code loads them: floating point with NaN, integers with 0x5A.
 
     All ranks call it; communicates under FSDP1 only.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InitialLoadReport:
-    """A model that is about to train, proved to be the one in a checkpoint. The same on every rank."""
+    """Result of an initial load: the model that trains equals the one in the checkpoint. The same on every rank."""
 
     path: Path
     """The checkpoint."""
@@ -45,7 +45,7 @@ class InitialLoadReport:
 
     @property
     def summary(self) -> str:
-        """One line."""
+        """Summary in one line."""
         parts = [
             f"{self.tensors} tensors ({self.elements:,} elements) equal those of {self.path} (digests {self.digests})",
             "" if self.missing or self.reshaped else "every tensor of get_model_state_dict is among them",

@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 def last_checkpoint(parent: str | Path, *, verify: bool = False) -> str | None:
-    """The folder of the latest step in ``parent`` that trainer and hooks have both completed, or None without any.
+    """Return the folder of the latest step in ``parent`` that trainer and hooks both completed; None without any.
 
         trainer.train(resume_from_checkpoint=last_checkpoint("out"))
 

@@ -33,10 +33,10 @@ can be asked for as ``name:argument`` takes the argument as well."""
 
 
 class NameMap(Protocol):
-    """What users write to give the files other names, or to cut tensors up."""
+    """Interface of a name map: gives the files other names than the model, or cuts tensors up."""
 
     def targets(self, specs: Mapping[str, TensorSpec]) -> Mapping[str, Target]:
-        """Name in the files -> what it is, for these tensors of a model. Every element goes to exactly one target.
+        """Return, for these tensors of a model, name in the files -> target. Every element goes to exactly one target.
 
         The same on every rank. It is also asked about a few of the tensors alone.
         """
@@ -62,7 +62,7 @@ class MakesBuffers(Protocol):
 
 
 def find_name_map(name: str, config: dict[str, Any] | None) -> NameMap:
-    """The map that an installed package offers under this name in the entry-point group ``shardsmith.name_maps``.
+    """Return the map that an installed package offers under this name (entry points ``shardsmith.name_maps``).
 
     Args:
         name: Also with an argument for the map, as in ``"torchtitan:llama3/debugmodel"``.

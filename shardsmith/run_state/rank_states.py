@@ -86,7 +86,7 @@ def per_rank(
     reshard: Callable[..., Any] | None = None,
     on_topology_change: Literal["raise", "restart"] = "raise",
 ) -> PerRank:
-    """Say that each rank has its own state of an object: ``stateful={"data": per_rank(loader)}``.
+    """Mark an object of which each rank has its own state: ``stateful={"data": per_rank(loader)}``.
 
     It is saved under ``<key>.rank-<r>``, with the number of ranks and the device mesh. A run that resumes on the same
     ranks and mesh gets it back exactly. On others a ``StatefulDataLoader`` of torchdata over a
