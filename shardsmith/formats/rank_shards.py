@@ -57,11 +57,6 @@ def file_name(kind: str, rank: int) -> str:
     return f"{kind}-rank-{rank:05d}.safetensors"
 
 
-def is_rank_shards(directory: Path) -> bool:
-    """Whether a directory with a manifest of ours holds such files."""
-    return any(_FILE.fullmatch(name) for name in read_metadata(directory).files)
-
-
 class RankShards(TorchSource):
     """The tensors of all ranks by key (a ``TensorSource``).
 

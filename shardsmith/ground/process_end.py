@@ -47,13 +47,6 @@ def finish(timeout_secs: float = 60.0) -> None:
     gc.collect()
 
 
-def end_group(group: dist.ProcessGroup | None) -> None:
-    """Destroy one process group whose collectives are over. No communication; None does nothing."""
-    if group is not None and dist.is_initialized():
-        wait_for_idle_workers()
-        dist.destroy_process_group(group)
-
-
 def wait_for_idle_workers() -> None:
     """Return when no worker thread of Gloo has anything left to do or to free, after 10 seconds at most.
 

@@ -12,8 +12,7 @@ import json
 import logging
 import sys
 import threading
-import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -285,17 +284,6 @@ def _delete(store: Any, keys: list[str]) -> None:
             store.delete_key(key)
         except RuntimeError as error:  # some stores cannot delete; the keys are small
             log.debug("could not delete %s: %s", key, error)
-
-
-@contextlib.contextmanager
-def single_process_is_fine() -> Generator[None, None, None]:
-    """torch warns of a save or load without a process group; a single process is a normal way to train."""
-    if dist.is_available() and dist.is_initialized():
-        yield
-        return
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
 
 
 def _attempt(phase: str, body: Callable[[], T], *, large: bool) -> tuple[_Outcome, BaseException | None]:

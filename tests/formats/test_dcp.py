@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import shutil
 import threading
 from pathlib import Path
@@ -20,8 +19,6 @@ from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     Metadata,
     MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -36,7 +33,7 @@ from shardsmith.errors import (
     UnsafeCheckpointError,
     UsageError,
 )
-from shardsmith.formats.dcp.load import load_into, metadata_for_torch
+from shardsmith.formats.dcp.load import load_into
 from shardsmith.formats.dcp.source import DcpSource
 from shardsmith.tensors.tensors import Chunk, read_into, read_tensor
 from tests import dcp_directories
@@ -271,16 +268,6 @@ def test_a_linked_cache_is_read_on_request(one: Path, tmp_path: Path) -> None:
 
 
 # load_into: in one process
-
-
-def test_torch_plans_with_what_it_saved_less_empty_chunks(saved: Path) -> None:
-    ours = metadata_for_torch(DcpSource(saved).index).state_dict_metadata
-    theirs = pickle.loads((saved / ".metadata").read_bytes()).state_dict_metadata
-    for entry in theirs.values():
-        if isinstance(entry, TensorStorageMetadata):
-            entry.chunks = [chunk for chunk in entry.chunks if 0 not in chunk.sizes]
-            entry.properties = TensorProperties(entry.properties.dtype)  # the rest is deprecated
-    assert ours == theirs
 
 
 def blank(state: dict[str, Any]) -> dict[str, Any]:

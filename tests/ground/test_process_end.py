@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from shardsmith.ground.process_end import end_group
 from shardsmith.hooks import finish
 from tests.ranks import run_on_ranks
 
@@ -17,7 +16,6 @@ def run_finish() -> None:
     group = dist.new_group(backend="gloo")
     parts = [torch.empty(1000) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, torch.ones(1000), group=group)
-    end_group(group)
     finish()
     assert not dist.is_initialized()
     finish()  # there is nothing left to end

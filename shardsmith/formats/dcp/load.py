@@ -11,25 +11,17 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint._sharded_tensor_utils import _flatten_sharded_tensors as flatten_sharded_tensors
 from torch.distributed.checkpoint._traverse import set_element
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 from torch.distributed.checkpoint.planner_helpers import _init_state_dict
 from torch.distributed.checkpoint.stateful import Stateful
 
 from shardsmith.errors import CheckpointError, MismatchError
-from shardsmith.formats.dcp.index import DcpEntry, DcpIndex
+from shardsmith.formats.dcp.index import DcpIndex
 from shardsmith.formats.dcp.source import DcpSource
 from shardsmith.sharding.local_boxes import local_boxes
 from shardsmith.tensors.tensors import read_into
@@ -157,21 +149,6 @@ def _on_all(act: Callable[[], None], directory: Path, group: dist.ProcessGroup |
     causes = [f"rank {rank}: {text}" for rank, text in enumerate(errors) if text is not None]
     if causes:
         raise CheckpointError(directory, "\n  ".join(["could not be loaded", *causes]))
-
-
-def metadata_for_torch(index: DcpIndex) -> Metadata:
-    """The checked index, as far as torch needs it to plan: without empty and repeated chunks and without files."""
-    tensors = {name: _tensor_metadata(entry) for name, entry in index.tensors.items()}
-    return Metadata(tensors | {name: BytesStorageMetadata() for name in index.objects})
-
-
-def _tensor_metadata(entry: DcpEntry) -> TensorStorageMetadata:
-    boxes = [stored.chunk for stored in entry.chunks]
-    return TensorStorageMetadata(
-        properties=TensorProperties(dtype=entry.spec.dtype),
-        size=torch.Size(entry.spec.shape),
-        chunks=[ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes)) for box in boxes],
-    )
 
 
 def compare(wanted: Mapping[str, Any], index: DcpIndex, allow_cast: bool) -> None:
