@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from shardsmith.errors import ShardsmithError
+from shardsmith.errors import ShardsmithError, UsageError
 
 log = logging.getLogger(__name__)
 
@@ -54,9 +54,12 @@ class Background:
         self._thread = ThreadPoolExecutor(1, name)
         self._jobs: dict[int, Future[Any]] = {}
         self._begun = 0
+        self._is_closed = False
 
     def submit(self, job: Callable[[], T]) -> Future[T]:
-        """Do a job when those before it have ended."""
+        """Do a job when those before it have ended. Raises UsageError after ``close``."""
+        if self._is_closed:
+            raise UsageError("this hook was closed: make a new one, and new Hooks with it")
         number, self._begun = self._begun, self._begun + 1
         future = self._thread.submit(self._run, number, job)
         self._jobs[number] = future
@@ -79,6 +82,7 @@ class Background:
 
     def close(self) -> None:
         """Wait for all jobs."""
+        self._is_closed = True
         self._thread.shutdown()
 
     def _run(self, number: int, job: Callable[[], T]) -> T:

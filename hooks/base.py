@@ -167,7 +167,9 @@ class Hooks:
         return self._step
 
     def add(self, hook: Hook) -> None:
-        """Attach one more, after the others. Before ``resume``. Raises UsageError if it is attached already."""
+        """Attach one more, after the others. Raises UsageError if it is attached already, or after ``resume`` or a step."""
+        if self._start.has_begun:
+            raise UsageError(f"this {type(hook).__name__} comes too late: add hooks before resume() and the first step")
         if any(hook is other for other in self.hooks):
             raise UsageError(f"this {type(hook).__name__} is attached already: name each hook once")
         hook.announce_saved = self._on_saved
@@ -205,6 +207,8 @@ class Hooks:
             UsageError: a step was reported already, or the hooks do not fit together, or none takes such arguments.
             RanksDisagreeError, RankTimeoutError: other ranks have other hooks, or none.
         """
+        if not self._open:
+            self._refuse_closed("resume()")
         self._start.resume(self.hooks, self._step)
         given = {"step": step, "parts": parts, "directory": directory, "on_missing": on_missing}
         options = {name: value for name, value in given.items() if value is not None}
@@ -244,6 +248,8 @@ class Hooks:
         """The first half of ``step``, for trainers that have a moment right after ``optimizer.step()``."""
         if type(step) is not int:
             step = check_value("Hooks.optimizer_step", "step", step, StepNumber)
+        if not self._open:
+            self._refuse_closed(f"step {step}")
         if step <= self._step:
             self._start.refuse_order(step, self._step)
         if self._start.step is None:
@@ -255,6 +261,8 @@ class Hooks:
         """The second half of ``step``."""
         if type(step) is not int:
             step = check_value("Hooks.step_end", "step", step, StepNumber)
+        if not self._open:
+            self._refuse_closed(f"step {step}")
         if step <= self._step:
             self._start.refuse_order(step, self._step)
         if self._start.step is None:
@@ -330,6 +338,9 @@ class Hooks:
                 if not broken_off and self._spans_ranks():  # rank 0 may hold the store that the others still read
                     meet(f"{own_name()}/end", _FAREWELL_SECS)
             self._raise_errors({})
+
+    def _refuse_closed(self, what: str) -> None:
+        raise UsageError(f"{what} after close(): these hooks have ended. Make new hooks, and new Hooks with them")
 
     def _spans_ranks(self) -> bool:
         """Return whether a hook communicates. Hooks of an average alone may be one rank's own."""

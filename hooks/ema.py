@@ -68,8 +68,8 @@ class EMA(Hook):
         self.on_other_decay = on_other_decay
         self.updates = 0
         self._model = model
-        self.parts = Parts(model=model)
         self._weights = LocalWeights(model, buffers)
+        self.parts = Parts(model=model, find_problems=self._find_changes)
         self._average: dict[str, Tensor] = {}
         for name, weight in self._weights.found.items():
             device = torch.device("cpu") if offload else weight.device
@@ -219,6 +219,13 @@ class EMA(Hook):
             yield
         finally:
             self._stagings -= 1
+
+    def _find_changes(self) -> list[str]:
+        changes = self._weights.find_changes()
+        if not changes:
+            return []
+        more = f", and {len(changes) - 3} more" if len(changes) > 3 else ""
+        return [f"{'; '.join(changes[:3])}{more}. Make EMA when the model is complete, and after what changes it"]
 
     @property
     def _has_started(self) -> bool:

@@ -25,7 +25,7 @@ from shardsmith.ground.meeting import meet
 from shardsmith.ground.ranks import Ranks
 from shardsmith.hf.export_files import find_export_damage
 from shardsmith.hf.hf_directory import protect
-from shardsmith.manifest.checkpoints import committed_steps, set_aside, set_aside_unfinished
+from shardsmith.manifest.checkpoints import committed_steps, refuse_within_step, set_aside, set_aside_unfinished
 
 from .adapters import view_of
 from .answers import Answers
@@ -380,6 +380,7 @@ class HFExport(Hook):
     def _prepare_directory(self) -> None:
         if self._base is not None:
             protect(self.directory / step_name(0), self._base)
+        refuse_within_step(self.directory)
         prove_writable(self.directory)
         sweep(self.directory)
 

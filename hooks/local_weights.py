@@ -72,6 +72,20 @@ class LocalWeights:
             weights.append(weight)
         return weights
 
+    def find_changes(self) -> list[str]:
+        """Return what of the model is not as it was found: modules that were replaced, parameters that were added.
+
+        No communication. One that was frozen since is no change.
+        """
+        owners = {id(part) for module in self._model.modules() for part in (module._parameters, module._buffers)}
+        gone = [name for name, slot in self._slots.items() if id(slot.owner) not in owners]
+        added = [name for name in _trainable(self._model, self.tied) if name not in self._slots]
+        return [
+            f"{name} was {how} after EMA was made"
+            for how, names in (("replaced", gone), ("added, or unfrozen,", added))
+            for name in names
+        ]
+
     @contextmanager
     def replaced_by(self, values: list[Tensor]) -> Iterator[None]:
         """Within it the live weights are ``values``, cast to their dtypes; then they are back, bit for bit."""

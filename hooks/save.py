@@ -26,6 +26,7 @@ from shardsmith.ground.ranks import Ranks
 from shardsmith.manifest.checkpoints import (
     committed_steps,
     find_damage,
+    refuse_within_step,
     set_aside,
     set_aside_unfinished,
     set_later_aside,
@@ -275,6 +276,7 @@ class ShardedSave(Hook):
             MismatchError: it does not hold what model, optimizer and so on need. Nothing was loaded.
             UsageError: this run has no such part.
         """
+        self._report()  # a save in flight is the newest
         place = self.directory if directory is None else Path(directory)
         steps = self._ranks.lead("looking for checkpoints", lambda: committed_steps(place))
         if step is not None:
@@ -381,6 +383,7 @@ class ShardedSave(Hook):
             log.warning("%s was set aside: its step is after the one resumed, and it has no metadata.json", aside)
 
     def _prepare_directory(self) -> None:
+        refuse_within_step(self.directory)
         prove_writable(self.directory)
         sweep(self.directory)
 

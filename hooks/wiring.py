@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from shardsmith.errors import RanksDisagreeError, UsageError
-from shardsmith.ground.layout import step_name
+from shardsmith.ground.layout import parse_step, step_name
 from shardsmith.ground.meeting import meet
 from shardsmith.ground.ranks import Ranks, rank_and_size
 from shardsmith.manifest.checkpoints import committed_steps
+from shardsmith.tensors.fqn import clean_fqn
 
 if TYPE_CHECKING:
     from .base import Hook
@@ -31,6 +33,8 @@ class Parts:
     """Where it publishes step directories."""
     resumes: bool = False
     """Whether ``resume`` finds the run's state in that directory."""
+    find_problems: Callable[[], list[str]] = list
+    """What has become wrong with the hook itself since it was made, looked at before the first step."""
     facts: Mapping[str, str] = field(default_factory=dict)
     """Arguments that must be the same on all ranks."""
 
@@ -52,6 +56,11 @@ class Start:
         self._is_checked = False
         self._has_resumed = False
         self._ranks: Ranks | None = None
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether ``resume`` was called, or a step reported."""
+        return self._is_checked
 
     def resume(self, hooks: Sequence[Hook], step: int) -> None:
         """``resume`` is called. All ranks; communicates if any hook does. Raises what ``check_wiring`` raises."""
@@ -95,11 +104,12 @@ def check_wiring(hooks: Sequence[Hook], ranks: Ranks | None) -> None:
     """Raise unless the hooks fit together, and those of all ranks. All ranks; communicates through the store.
 
     Raises:
-        UsageError: two hooks publish into one directory, an average that is read is not attached, or is of another
-            model.
+        UsageError: two hooks publish into one directory, or one into the checkpoints of another; an average that is
+            read is not attached, is of another model, or the model was changed under it; a model has no weights yet.
         RanksDisagreeError: ranks have other hooks, or other arguments.
     """
-    problems = [*_shared_directories(hooks), *_averages(hooks)]
+    problems = [*_shared_directories(hooks), *_averages(hooks), *_without_weights(hooks)]
+    problems += [problem for hook in hooks for problem in hook.parts.find_problems()]
     if ranks is not None:
         facts = {"hooks": ", ".join(type(hook).__name__ for hook in hooks) or "none", "problems": problems}
         for hook in hooks:
@@ -131,12 +141,43 @@ def _shared_directories(hooks: Sequence[Hook]) -> list[str]:
     for hook in hooks:
         if hook.parts.directory is not None:
             name, place = type(hook).__name__, hook.parts.directory.resolve()
-            if place in first:
-                problems.append(
-                    f"{first[place]} and {name} both publish step directories in {hook.parts.directory}: "
-                    "give each a directory of its own"
-                )
+            for other, other_name in first.items():
+                if place == other:
+                    problems.append(
+                        f"{other_name} and {name} both publish step directories in {hook.parts.directory}: "
+                        "give each a directory of its own"
+                    )
+                elif within := _step_within(place, other) or _step_within(other, place):
+                    problems.append(
+                        f"{other_name} and {name} would publish into each other's {within}, which is written as a "
+                        f"whole and deleted as a whole: {other} and {place}; give each a directory of its own"
+                    )
             first.setdefault(place, name)
+    return problems
+
+
+def _step_within(inner: Path, outer: Path) -> str | None:
+    """The step directory of ``outer`` that ``inner`` is in; None if there is none."""
+    if not inner.is_relative_to(outer) or inner == outer:
+        return None
+    name = inner.relative_to(outer).parts[0]
+    return name if parse_step(name) is not None else None
+
+
+def _without_weights(hooks: Sequence[Hook]) -> list[str]:
+    """Models that were not materialized, unless a hook loads them."""
+    if any(hook.loads_weights for hook in hooks):
+        return []
+    models = {id(hook.parts.model): hook.parts.model for hook in hooks if hook.parts.model is not None}
+    problems = []
+    for model in models.values():
+        empty = [name for name, parameter in model.named_parameters() if is_lazy(parameter) or parameter.is_meta]
+        if empty:
+            problems.append(
+                f"{len(empty)} parameters of {type(model).__name__} have no values yet, such as "
+                f"{clean_fqn(empty[0], model)}: they are on the meta device, or lazy. Materialize the model first, "
+                "with to_empty(device=...) and its weights, or a forward of a lazy one"
+            )
     return problems
 
 

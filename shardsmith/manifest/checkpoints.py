@@ -13,7 +13,7 @@ from pathlib import Path
 
 import xxhash
 
-from shardsmith.errors import CheckpointError
+from shardsmith.errors import CheckpointError, UsageError
 from shardsmith.ground import layout
 from shardsmith.ground.progress import advance
 from shardsmith.manifest.metadata import CheckpointMetadata, FileRecord, read_metadata
@@ -34,6 +34,18 @@ def committed_steps(directory: Path, mark: str = layout.METADATA_FILE) -> list[i
         return []
     steps = (layout.parse_step(path.name) for path in directory.iterdir() if (path / mark).is_file())
     return sorted(step for step in steps if step is not None)
+
+
+def refuse_within_step(directory: Path) -> None:
+    """Raise UsageError if a directory for steps is itself one of a committed step, or lies in one."""
+    for place in (directory.absolute(), *directory.absolute().parents):
+        marks = (layout.METADATA_FILE, layout.PROVENANCE_FILE)
+        if layout.parse_step(place.name) is not None and any((place / mark).is_file() for mark in marks):
+            where = "is" if place == directory.absolute() else "is in"
+            raise UsageError(
+                f"{directory} {where} the directory of one step, {place}, which is written and deleted as a whole: "
+                f"give the directory that the steps are in, {place.parent}, or one beside it"
+            )
 
 
 def find_damage(

@@ -12,10 +12,11 @@ import torch
 from torch.distributed.checkpoint.stateful import Stateful
 
 from shardsmith.checking.arguments import checked
-from shardsmith.errors import MismatchError
+from shardsmith.errors import MismatchError, UsageError
 from shardsmith.formats.dcp.source import DcpSource
 from shardsmith.formats.rank_shards import pack_object, unpack_object
 from shardsmith.run_state.loader_states import reshard_loader
+from shardsmith.run_state.readable import made_readable
 
 TOPOLOGY = "topology"
 """Key of what the ranks were, beside their states."""
@@ -46,9 +47,13 @@ class PerRank:
         """Go on from the state of this rank."""
         self.thing.load_state_dict(state_dict)
 
-    def pack(self, rank: int, topology: Mapping[str, Any]) -> dict[str, Any]:
+    def pack(self, key: str, rank: int, topology: Mapping[str, Any]) -> dict[str, Any]:
         """What this rank puts into a checkpoint. Raises UsageError if it could not be read without running code."""
-        packed = pack_object(self.thing.state_dict()).numpy().tobytes()
+        state = made_readable({key: self.thing.state_dict()})
+        try:
+            packed = pack_object(state[key]).numpy().tobytes()
+        except UsageError as error:  # a rare kind of mapping
+            raise UsageError(f"{key}: {error}: return plain dicts, lists, tensors and numbers") from error
         return {f"rank-{rank}": base64.b64encode(packed).decode(), TOPOLOGY: dict(topology)}
 
     def choose(self, key: str, checkpoint: Path, rank: int, topology: Mapping[str, Any]) -> Any:

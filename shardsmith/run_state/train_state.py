@@ -20,8 +20,10 @@ from shardsmith.errors import UsageError
 from shardsmith.run_state.alike import tensors_of
 from shardsmith.run_state.average import Average
 from shardsmith.run_state.fsdp1_hybrid import hybrid_groups_have_a_source
-from shardsmith.run_state.known_state import FLAT_OPTIMIZER, KnownState, ask_torch
+from shardsmith.run_state.known_state import FLAT_OPTIMIZER, KnownState, StateDicts, ask_torch
+from shardsmith.run_state.optimizers import check_optimizers
 from shardsmith.run_state.rank_states import PerRank
+from shardsmith.run_state.readable import made_readable
 from shardsmith.run_state.rng import rng_state, set_rng_state
 from shardsmith.run_state.save import RNG, Contents
 from shardsmith.tensors.checkpoint_keys import NOT_A_MODEL
@@ -109,9 +111,10 @@ class TrainState:
                 otherwise it is only to be read.
 
         Raises:
-            UsageError: the model's names cannot be told from the rest of the checkpoint.
+            UsageError: the model's names cannot be told from the rest of the checkpoint; or, unless it is to be filled,
+                a value could not be read again.
         """
-        found = ask_torch(self._model, self._optimizers) if to_load else self._known.state_dicts()
+        found = self._ask(to_load)
         main = found.model
         state: dict[str, Any] = {"model": main} if self._nested else self._flat(main)
         if not with_main:
@@ -130,7 +133,9 @@ class TrainState:
             if not isinstance(thing, PerRank):
                 state[name] = thing.state_dict()
             elif not to_load:
-                state[name] = thing.pack(self._rank, self._topology())
+                state[name] = thing.pack(name, self._rank, self._topology())
+        if not to_load:
+            state = made_readable(state)
         facts = self.ema.facts() if self.ema is not None else None
         return Contents(step=step, state_dict=state, ema=facts, tied=found.tied, mesh=_mesh(main))
 
@@ -168,6 +173,13 @@ class TrainState:
             self._rank_states = {
                 name: thing.choose(name, checkpoint, self._rank, topology) for name, thing in there.items()
             }
+
+    def _ask(self, to_load: bool) -> StateDicts:
+        try:
+            return ask_torch(self._model, self._optimizers) if to_load else self._known.state_dicts()
+        except KeyError:  # so torch says that it has no name for a parameter of the optimizer
+            check_optimizers("the run's state", self._model, self._optimizers)
+            raise
 
     def _topology(self) -> dict[str, Any]:
         mesh = _mesh(dict(self._model.named_parameters()))

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from shardsmith.errors import RankError, RanksDisagreeError, RankTimeoutError, UsageError
 from shardsmith.ground.meeting import START_SECS
 from shardsmith.hooks import EMA, HFExport, Hook, Hooks, ShardedSave, every, last, latest
+from shardsmith.manifest.checkpoints import committed_steps
 from tests.ranks import run_on_ranks
 
 Make = Callable[[Path], Hooks]
@@ -54,12 +55,49 @@ def save_and_export(directory: Path) -> Hooks:
     return Hooks(ShardedSave(directory, model=model, when=every(1)), HFExport(directory, model=model, when=every(1)))
 
 
+def export_into_a_step(directory: Path) -> Hooks:
+    model = linear()
+    save = ShardedSave(directory, model=model, when=every(1), keep=latest(1))
+    return Hooks(save, HFExport(directory / "step-7" / "hf", model=model, when=every(1)))
+
+
+def on_the_meta_device(directory: Path) -> Hooks:
+    with torch.device("meta"):
+        model = linear()
+    return Hooks(ShardedSave(directory, model=model, when=every(1)))
+
+
+def lazy(directory: Path) -> Hooks:
+    return Hooks(ShardedSave(directory, model=nn.LazyLinear(3), when=every(1)))
+
+
+def module_replaced(directory: Path) -> Hooks:
+    model = nn.Sequential(linear(), linear())
+    ema = EMA(model)
+    model[1] = linear()
+    return Hooks(ema, ShardedSave(directory, model=model, ema=ema, when=every(1)))
+
+
+def parameter_added(directory: Path) -> Hooks:
+    model = nn.Sequential(linear())
+    model[0].weight.requires_grad_(False)
+    ema = EMA(model)
+    model[0].weight.requires_grad_(True)
+    model.append(linear())
+    return Hooks(ema, ShardedSave(directory, model=model, ema=ema, when=every(1)))
+
+
 UNFIT: dict[str, tuple[Make, str]] = {
     "an average for saves only": (not_attached, r"ShardedSave was given an EMA that is not attached.*Hooks\(ema, "),
     "an average for exports only": (exported_only, "HFExport was given an EMA that is not attached"),
     "an average of another model": (of_another_model, "ShardedSave was given an EMA of another model"),
     "two exports in a place": (two_exports, "HFExport and HFExport both publish step directories in"),
     "save and export in a place": (save_and_export, "ShardedSave and HFExport both publish"),
+    "an export in a checkpoint": (export_into_a_step, "publish into each other's step-7, which is written as a whole"),
+    "a model without values": (on_the_meta_device, "2 parameters of Linear have no values yet, such as weight: .*meta"),
+    "a lazy model": (lazy, "2 parameters of LazyLinear have no values yet"),
+    "a module that is not averaged": (module_replaced, "1.weight was replaced after EMA was made; 1.bias was replaced"),
+    "what is new": (parameter_added, r"0.weight was added, or unfrozen, after EMA was made; 1.weight.*; 1.bias"),
 }
 
 
@@ -73,7 +111,47 @@ def test_hooks_that_do_not_fit_together_are_refused_before_anything_happens(
     with pytest.raises(UsageError, match=message):
         hooks.resume() if first == "resume" else hooks.step(1)
     hooks.close(broken_off=True)
-    assert not list(tmp_path.glob("step-*"))
+    assert committed_steps(tmp_path) == []
+
+
+def test_hooks_that_have_ended_say_so(tmp_path: Path) -> None:
+    model = linear()
+    save = ShardedSave(tmp_path, model=model, when=every(1))
+    with Hooks(save) as hooks:
+        hooks.step(1)
+    hooks.close()  # once more is fine
+    with pytest.raises(UsageError, match=r"step 2 after close\(\): these hooks have ended"):
+        hooks.step(2)
+    with pytest.raises(UsageError, match=r"resume\(\) after close\(\)"):
+        hooks.resume()
+    again = Hooks(save)
+    with pytest.raises(UsageError, match="this hook was closed: make a new one"):
+        again.step(2)
+    assert committed_steps(tmp_path) == [1]
+
+
+@pytest.mark.parametrize("begin", [Hooks.resume, lambda hooks: hooks.step(1)])
+def test_a_hook_that_is_added_late_is_refused(begin: Callable[[Hooks], Any]) -> None:
+    hooks = Hooks()
+    begin(hooks)
+    with pytest.raises(UsageError, match=r"this EMA comes too late: add hooks before resume\(\) and the first step"):
+        hooks.add(EMA(linear()))
+
+
+@pytest.mark.parametrize("within", ["step-1", "step-1/more"])
+@pytest.mark.parametrize("kind", [ShardedSave, HFExport])
+def test_a_step_is_no_directory_for_steps(kind: Any, within: str, tmp_path: Path) -> None:
+    hooks = saved_until(tmp_path, 1)
+    hooks.close(broken_off=True)
+    with pytest.raises(UsageError, match=r"the directory of one step, .*: give the directory that the steps are in"):
+        kind(tmp_path / within, model=linear(), when=every(1))
+
+
+def test_a_save_in_flight_is_the_one_that_is_resumed(tmp_path: Path) -> None:
+    save = ShardedSave(tmp_path, model=linear(), when=every(5))
+    save.save(3)
+    assert save.resume() == 3
+    save.close()
 
 
 def test_an_average_of_the_wrapped_or_inner_model_is_one_of_the_model(tmp_path: Path) -> None:
@@ -193,6 +271,17 @@ def test_an_optimizer_of_other_parameters_is_refused_and_one_of_fewer_is_said(
         make(optimizer=[torch.optim.SGD(model.parameters(), lr=0.1), torch.optim.SGD([model.weight], lr=0.1)])
     make(optimizer=torch.optim.SGD([model.weight], lr=0.1)).close()
     assert "bias: trainable, but in no optimizer" in caplog.text
+
+
+def test_an_optimizer_that_gets_foreign_parameters_later_is_named_at_the_save(tmp_path: Path) -> None:
+    model = linear()
+    optimizer = torch.optim.AdamW(model.parameters())
+    save = ShardedSave(tmp_path, model=model, optimizer=optimizer, when=every(1))
+    save.save(1)
+    optimizer.add_param_group({"params": nn.Linear(3, 3).parameters()})
+    with pytest.raises(UsageError, match=r"2 of the 4 parameters of AdamW are not in the model; .* shape \(3, 3\)"):
+        save.save(2)
+    save.close()
 
 
 # What only several ranks can have wrong. Each body is one mistake, and ends with a collective that must work.
