@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from functools import partial
@@ -48,6 +49,8 @@ from .reload import reload
 from .wiring import Parts, alike
 
 log = logging.getLogger(__name__)
+
+_DELETION_SECS = 0.5
 
 _START = (
     'An average starts from the weights with on_missing="start", in CheckpointHooks(...) of the Trainer as in '
@@ -228,7 +231,7 @@ class FolderSave(Hook):
                 record = record_folder(self._ranks, folder, step, live)
                 job.commit({FOLDER_FILE: record.to_json()})
         except BaseException as error:
-            if not is_deserted(folder):
+            if not _is_being_deleted(folder):
                 log.exception("%s was not completed", folder)  # loud even if nobody comes to ask for the result
                 self.emit(event_of("save", step, folder, watch, self._ranks.size, error))
                 raise
@@ -303,3 +306,16 @@ class FolderSave(Hook):
             if before is not None:
                 with contextlib.suppress(OSError):  # the folder is gone
                     os.utime(folder, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def _is_being_deleted(folder: Path) -> bool:
+    """Whether a trainer deletes a folder, or has: as long as there is less and less in it, wait for what is left."""
+    before = None
+    while not is_deserted(folder):
+        with contextlib.suppress(FileNotFoundError):
+            found = sum(1 for _ in folder.rglob("*"))
+            if before is not None and found >= before:
+                return False
+            before = found
+        time.sleep(_DELETION_SECS)
+    return True

@@ -60,10 +60,6 @@ class Schedule:
         words = {"last": "last()", "every": "every(500)", "at": "at(100, 250)", "minutes": "minutes(30)"}
         return words.get(str(name))
 
-    def __bool__(self) -> bool:
-        """Raise UsageError: ``and`` and ``or`` would silently leave one of two out."""
-        raise UsageError("a Schedule is neither true nor false: join two with |, as in every(500) | last()")
-
     def __or__(self, other: Schedule) -> Schedule:
         """Due whenever either is."""
         if not isinstance(other, Schedule):

@@ -22,6 +22,7 @@ from shardsmith.ground.ranks import Ranks
 from shardsmith.manifest.metadata import CheckpointMetadata, read_metadata
 from shardsmith.run_state.average import Average, refuse_other_decay
 from shardsmith.run_state.proof import fill_state, prove_state
+from shardsmith.run_state.saved_structure import with_number_keys, with_saved_structure
 from shardsmith.run_state.train_state import TrainState
 from shardsmith.tensors.checkpoint_keys import EMA
 from shardsmith.tensors.tensors import TensorSource, read_tensor
@@ -64,8 +65,11 @@ def load_ours(path: Path, state: TrainState, wanted: Wanted, ranks: Ranks) -> tu
         _compare_averages(path, state.ema, metadata)
     with_rng = wanted.rng and ranks.rank < metadata.world_size
     target = state.collect(metadata.step, with_rng=with_rng, with_main=wanted.model, to_load=True).state_dict
+    target, numbered = with_saved_structure(target, path, state.growing_keys)
     fill(target, path, ranks)
     refuse_other_step(path, metadata.step, target)
+    for key in state.growing_keys:
+        with_number_keys(target[key], key, numbered)
     status = _read_status(path, ranks.rank) if wanted.data_status else None
     state.restore(target)
     live = state.collect(metadata.step, with_rng=False, with_main=wanted.model).state_dict

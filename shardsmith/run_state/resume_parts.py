@@ -16,6 +16,7 @@ from shardsmith.ground.ranks import Ranks
 from shardsmith.manifest.metadata import read_metadata
 from shardsmith.run_state.average import refuse_other_decay
 from shardsmith.run_state.resume import fill, refuse_other_step
+from shardsmith.run_state.saved_structure import with_number_keys, with_saved_structure
 from shardsmith.run_state.train_state import TrainState
 
 log = logging.getLogger(__name__)
@@ -61,11 +62,14 @@ def load_parts(
     ranks.gather(f"reading {checkpoint.name}", lambda: reduced.read_rank_states(checkpoint))
     with_rng = "rng" in chosen and ranks.rank < metadata.world_size
     target = reduced.collect(metadata.step, with_rng=with_rng, with_main="model" in chosen, to_load=True).state_dict
+    target, numbered = with_saved_structure(target, checkpoint, reduced.growing_keys)
     try:
         fill(target, checkpoint, ranks)
     except MismatchError as error:
         raise _explained(checkpoint, error, wanted) from None
     refuse_other_step(checkpoint, metadata.step, target)
+    for key in reduced.growing_keys:
+        with_number_keys(target[key], key, numbered)
     reduced.restore(target)
     if ranks.is_leader:
         left = [part for part in state.parts if part not in chosen]

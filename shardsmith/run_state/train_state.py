@@ -26,6 +26,7 @@ from shardsmith.run_state.rank_states import PerRank
 from shardsmith.run_state.readable import made_readable
 from shardsmith.run_state.rng import rng_state, set_rng_state
 from shardsmith.run_state.save import RNG, Contents
+from shardsmith.run_state.saved_structure import INT_KEYS, with_text_keys
 from shardsmith.tensors.checkpoint_keys import NOT_A_MODEL
 from shardsmith.tensors.fqn import clean_fqn
 
@@ -76,6 +77,13 @@ class TrainState:
     def shared_keys(self) -> tuple[str, ...]:
         """Top-level keys of plain values that must be the same on all ranks."""
         return ("lr_scheduler", *(name for name, thing in self._stateful.items() if not isinstance(thing, PerRank)))
+
+    @property
+    def growing_keys(self) -> tuple[str, ...]:
+        """Those of ``shared_keys`` whose values may have other keys and shapes in mid-run than at the start."""
+        modules = {key for key, thing in self._stateful.items() if isinstance(thing, nn.Module)}
+        there = self.shared_keys if self._scheduler is not None else self.shared_keys[1:]
+        return tuple(key for key in there if key not in modules)
 
     def replicated(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
         """The tensors of a collected state of which several ranks may hold the same part, buffers left out.
@@ -135,7 +143,7 @@ class TrainState:
             elif not to_load:
                 state[name] = thing.pack(name, self._rank, self._topology())
         if not to_load:
-            state = made_readable(state)
+            state = self._as_saved(made_readable(state))
         facts = self.ema.facts() if self.ema is not None else None
         return Contents(step=step, state_dict=state, ema=facts, tied=found.tied, mesh=_mesh(main))
 
@@ -173,6 +181,14 @@ class TrainState:
             self._rank_states = {
                 name: thing.choose(name, checkpoint, self._rank, topology) for name, thing in there.items()
             }
+
+    def _as_saved(self, state: dict[str, Any]) -> dict[str, Any]:
+        numbered: list[str] = []
+        for key in self.growing_keys:
+            state[key] = with_text_keys(state[key], key, numbered)
+        if numbered:
+            state["train_state"][INT_KEYS] = numbered
+        return state
 
     def _ask(self, to_load: bool) -> StateDicts:
         try:

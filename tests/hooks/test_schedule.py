@@ -61,8 +61,3 @@ def test_only_schedules_combine() -> None:
 )
 def test_what_another_schedule_leaves_out(schedule: Schedule, other: Schedule, rest: Schedule | None) -> None:
     assert schedule.outside(other) == rest
-
-
-def test_and_and_or_between_schedules_are_refused() -> None:
-    with pytest.raises(UsageError, match=r"neither true nor false: join two with \|"):
-        every(5) and last()

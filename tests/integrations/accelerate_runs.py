@@ -97,7 +97,7 @@ def run_average_that_starts(directory: Path, is_new: bool) -> None:
     assert hooks.resume() == 1
     assert torch.equal(ema.model_state_dict()["model.norm.weight"], model.module.model.norm.weight)
     attached.remove()
-    attach(accelerator, hooks)
+    attach(accelerator, Hooks(ema))
     with pytest.raises(CheckpointNotFoundError, match=r'"start".* attach\(\.\.\.\) of accelerate'):
         accelerator.load_state(str(directory / "state"))
     hooks.close()

@@ -51,12 +51,7 @@ READABLE: list[Any] = [
     2**70,
     torch.ones(2).tolist(),
 ]
-NUMPY = {
-    "half": np.float16(0.5),
-    "list": [np.float64(0.1), (np.int64(3),)],
-    "truth": np.bool_(True),
-    "text": np.str_("a"),
-}
+NUMPY = [np.float16(0.5), [np.float64(0.1), (np.int64(3),)], np.bool_(True)]
 PYTHON = [0.5, [0.1, (3,)], True]
 UNREADABLE: list[tuple[Any, str]] = [
     (np.arange(3), r"data\.kept: an array of numpy; return torch\.from_numpy\(array\)"),
