@@ -12,11 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from shardsmith.errors import UsageError
 
 _PLAIN = frozenset({int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.Size, torch.device})
+_USUAL = _PLAIN | {Tensor, nn.Parameter, DTensor}
 _SEQUENCES = (list, tuple, set, frozenset)
 _ARRAYS = "an array of numpy; return torch.from_numpy(array), or array.tolist()"
 _OTHERS = "return tensors, numbers, strings, and lists and dicts of them"
@@ -47,8 +49,10 @@ def _converted(value: Any, path: str, problems: list[str]) -> Any:
         return value.item()
     if isinstance(value, Mapping):
         prefix = f"{path}." if path else ""
-        parts = {name: _converted(one, f"{prefix}{name}", problems) for name, one in value.items()}
-        return _rebuilt(value, parts) if any(parts[name] is not one for name, one in value.items()) else value
+        rare = [name for name, one in value.items() if type(one) not in _USUAL]  # of an optimizer's entries hardly any
+        parts = {name: _converted(value[name], f"{prefix}{name}", problems) for name in rare}
+        is_same = all(part is value[name] for name, part in parts.items())
+        return value if is_same else _rebuilt(value, {**value, **parts})
     if kind in _SEQUENCES:
         items = [_converted(one, f"{path}.{i}", problems) for i, one in enumerate(value)]
         return kind(items) if any(a is not b for a, b in zip(items, value, strict=True)) else value

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
 
-from shardsmith.hooks import Hook, Hooks
+from shardsmith.hooks import EMA, HFExport, Hook, Hooks, ShardedSave, every
+from tests.ranks import run_on_ranks
 
 
 class Noting(Hook):
@@ -62,3 +70,34 @@ def test_a_training_that_is_broken_off_has_no_end(notes: list[str]) -> None:
     with pytest.raises(ZeroDivisionError), Hooks(Noting("two", notes)):
         raise ZeroDivisionError
     assert notes == ["one close", "two close"]
+
+
+def run_quiet_steps(directory: Path) -> None:
+    model = nn.Linear(4, 4)
+    fully_shard(model)
+    ema = EMA(model)
+    save = ShardedSave(directory / "run", model=model, ema=ema, when=every(1000))
+    hooks = Hooks(ema, save, HFExport(directory / "hf", model=model, ema=ema, when=every(1000)), stop_on=signal.SIGUSR1)
+    hooks.step(hooks.resume() + 1)  # at which all ranks meet
+    talks: list[str] = []
+
+    def watch(frame: FrameType, event: str, called: Any) -> None:
+        if event == "c_call" and isinstance(getattr(called, "__self__", None), dist.Store | dist.ProcessGroup):
+            talks.append(called.__name__)
+        if event == "call" and frame.f_code.co_filename == dist.distributed_c10d.__file__:
+            talks.append(frame.f_code.co_name)
+
+    sys.setprofile(watch)
+    for step in range(2, 50):
+        hooks.step(step)
+    sys.setprofile(None)
+    assert talks == []
+    sys.setprofile(watch)
+    dist.barrier()
+    sys.setprofile(None)
+    assert talks  # what the watch would have seen
+    hooks.close()
+
+
+def test_a_step_without_news_asks_no_store_and_runs_no_collective(tmp_path: Path) -> None:
+    run_on_ranks(run_quiet_steps, 2, tmp_path, tmp_path)
