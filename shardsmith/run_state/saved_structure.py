@@ -30,6 +30,8 @@ def with_text_keys(value: Any, path: str, numbered: list[str]) -> Any:
     """Return a nested state whose mappings have strings as keys, as torch saves them.
 
     Args:
+        value: Any part of the state.
+        path: Where it lies in the whole.
         numbered: Gets the paths of the mappings that had whole numbers.
 
     Raises:
