@@ -167,7 +167,7 @@ class Hooks:
         return self._step
 
     def add(self, hook: Hook) -> None:
-        """Attach one more, after the others. Raises UsageError if it is attached already, or after ``resume`` or a step."""
+        """Attach one more, after the others. Raises UsageError if it is attached already, or after ``resume``."""
         if self._start.has_begun:
             raise UsageError(f"this {type(hook).__name__} comes too late: add hooks before resume() and the first step")
         if any(hook is other for other in self.hooks):
