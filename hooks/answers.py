@@ -20,13 +20,13 @@ from shardsmith.export.load_check import compare_answers, first_tensor
 from shardsmith.export.probe_inputs import made_up_inputs
 from shardsmith.ground.layout import MAIN_WEIGHTS
 from shardsmith.name_maps.transformers import meta_twin_of
+from shardsmith.sharding.gathered import forget_gathered
 from shardsmith.tensors.checkpoint_keys import EMA as AVERAGE
 from shardsmith.tensors.fqn import unwrapped
 
 from .ema import EMA
 from .held import held_model
 from .live_directory import LiveDirectory
-from .local_weights import forget_gathered
 
 
 class Answers:

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp._flat_param import FlatParameter
-from torch.distributed.fsdp._runtime_utils import _reshard as reshard_fsdp1
 from torch.distributed.tensor import DTensor
 
 from shardsmith.errors import UsageError
 from shardsmith.load.live_weights import model_state_dict
+from shardsmith.sharding.gathered import forget_gathered
 from shardsmith.sharding.local_boxes import local as local
 from shardsmith.tensors.fqn import clean_fqn, non_persistent_buffers, tied_weights
 
@@ -223,21 +223,3 @@ def _check_averageable(slots: Mapping[str, _Slot], is_fsdp1: bool) -> None:
 
 def _mesh_ndim(tensor: Tensor) -> int:
     return tensor.device_mesh.ndim if isinstance(tensor, DTensor) else 0
-
-
-def forget_gathered(model: nn.Module) -> None:
-    """Drop the weights that FSDP has gathered and kept for its next forward: the shards behind them have changed.
-
-    Without communication. After a forward without a backward, at least those of the root module are still there.
-    """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-        elif isinstance(module, FullyShardedDataParallel) and _may_have_gathered(module):
-            reshard_fsdp1(module, module._handle, True)
-
-
-def _may_have_gathered(module: FullyShardedDataParallel) -> bool:
-    """Not before the first forward, which sets ``_is_root``, and not with NO_SHARD. FSDP1 refuses to reshard then."""
-    handle = module._handle
-    return handle is not None and handle.uses_sharded_strategy and module._is_root is not None

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from shardsmith.errors import RanksDisagreeError
 from shardsmith.ground.ranks import Ranks
 from shardsmith.load.live_weights import model_state_dict
-from shardsmith.manifest.metadata import dtype_name
+from shardsmith.tensors.dtypes import dtype_name
 from shardsmith.tensors.fqn import tied_weights
 from shardsmith.tensors.tensors import TensorSpec
 

@@ -13,8 +13,9 @@ from shardsmith.ground import layout
 from shardsmith.hf.export_files import find_export_damage, records_files
 from shardsmith.manifest.checkpoints import find_damage, find_foreign_files
 from shardsmith.manifest.companion import companion_of, find_folder_damage, is_complete
-from shardsmith.manifest.metadata import CheckpointMetadata, dtype_name, read_metadata
+from shardsmith.manifest.metadata import CheckpointMetadata, read_metadata
 from shardsmith.tensors.checkpoint_keys import find_models
+from shardsmith.tensors.dtypes import dtype_name
 
 
 @dataclass(frozen=True, slots=True)

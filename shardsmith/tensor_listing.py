@@ -14,7 +14,7 @@ from torch import Tensor
 from shardsmith.errors import CheckpointNotFoundError
 from shardsmith.formats.by_path import model_names, open_source
 from shardsmith.ground.progress import advance
-from shardsmith.manifest.metadata import dtype_name
+from shardsmith.tensors.dtypes import dtype_name
 from shardsmith.tensors.tensors import Chunk, TensorSource
 
 _BLOCK = 1 << 22

@@ -13,11 +13,11 @@ from typing import Any
 
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.tensor import DTensor
 
 from shardsmith.errors import UsageError
 from shardsmith.ground.layout import parse_step
 from shardsmith.ground.ranks import Ranks
+from shardsmith.run_state.train_state import mesh_of
 
 from .attached import Attached
 from .average import MODEL as AVERAGES
@@ -152,7 +152,7 @@ class HookedManager(CheckpointManager):
             attached.recorder.begin(path)
         result = super().dcp_save({**state_dict, **attached.states}, checkpoint_id, *args, **kwargs)
         if attached.recorder is not None:
-            attached.recorder.saved(step, path, _end_of(result), _mesh(state_dict))
+            attached.recorder.saved(step, path, _end_of(result), mesh_of(state_dict))
         return result
 
     def dcp_load(self, state_dict: dict[str, Any], checkpoint_id: str, *args: Any, **kwargs: Any) -> None:
@@ -210,12 +210,3 @@ def _end_of(result: Any) -> Future[Any] | None:
     """The end of a save, from what torch's functions return; None if it has ended already."""
     result = getattr(result, "upload_completion", result)
     return result if isinstance(result, Future) else None
-
-
-def _mesh(state_dict: dict[str, Any]) -> dict[str, Any] | None:
-    """Shape and dimension names of the mesh that the weights are on."""
-    for value in state_dict.values():
-        if isinstance(value, DTensor):
-            names = value.device_mesh.mesh_dim_names
-            return {"shape": list(value.device_mesh.mesh.shape), "dim_names": list(names) if names else None}
-    return None

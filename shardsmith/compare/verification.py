@@ -23,10 +23,11 @@ from shardsmith.formats.opened import OpenedCheckpoint, open_checkpoint
 from shardsmith.ground import layout
 from shardsmith.hf.hf_directory import CONFIG_FILE
 from shardsmith.hf.layout_rules import DECLARED, LayoutRule
-from shardsmith.manifest.metadata import dtype_name, read_json
+from shardsmith.manifest.metadata import read_json
 from shardsmith.name_maps.matching import Alignment, is_transient
 from shardsmith.sharding.source_digests import digest_source
 from shardsmith.tensors.digest import Digest
+from shardsmith.tensors.dtypes import dtype_name
 from shardsmith.tensors.tensors import TensorSpec
 
 By = Literal["values", "digests"]

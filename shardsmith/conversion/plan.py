@@ -20,9 +20,8 @@ from shardsmith.formats.dcp.shard_files import Stream, plan_chunks
 from shardsmith.ground.commit import refuse_existing
 from shardsmith.hf.hf_directory import CONFIG_FILE, protect, read_config
 from shardsmith.manifest.initial import BufferRecord, InitialRecord, config_hash
-from shardsmith.manifest.metadata import dtype_name
 from shardsmith.tensors.checkpoint_keys import NOT_A_MODEL
-from shardsmith.tensors.dtypes import cast_specs
+from shardsmith.tensors.dtypes import cast_specs, dtype_name
 from shardsmith.tensors.tensors import TensorSpec
 
 _NESTED = "model"

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from shardsmith.compare.findings import Finding, one
 from shardsmith.compare.values import TensorComparison, same_as
 from shardsmith.diagnose.subject import Subject
-from shardsmith.manifest.metadata import dtype_name
 from shardsmith.tensors.checkpoint_keys import EMA, MAIN
+from shardsmith.tensors.dtypes import dtype_name
 
 _HIGH_DECAY = 0.99
 

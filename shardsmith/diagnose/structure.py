@@ -13,9 +13,9 @@ from shardsmith.diagnose.ties import tied_names
 from shardsmith.errors import CheckpointError, CorruptCheckpointError, IncompleteCheckpointError, UnsafeCheckpointError
 from shardsmith.formats.models import ModelSource
 from shardsmith.formats.opened import Layout
-from shardsmith.manifest.metadata import dtype_name
 from shardsmith.name_maps.matching import Alignment, is_transient
 from shardsmith.tensors.checkpoint_keys import MAIN
+from shardsmith.tensors.dtypes import dtype_name
 from shardsmith.tensors.tensors import TensorSpec
 
 _HEADS = {

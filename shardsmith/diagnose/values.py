@@ -19,8 +19,8 @@ from shardsmith.formats.models import ModelSource
 from shardsmith.hf.base_layout import patch_embeddings
 from shardsmith.hf.layout_rules import order_of_patches
 from shardsmith.manifest.checkpoints import find_damage
-from shardsmith.manifest.metadata import dtype_name
 from shardsmith.tensors.checkpoint_keys import EMA, MAIN, find_models
+from shardsmith.tensors.dtypes import dtype_name
 from shardsmith.tensors.tensors import read_tensor
 
 _LAYER = re.compile(r"^(.*?(?:^|\.)(?:layers|h|blocks|block|layer)\.[0-9]+)\.")

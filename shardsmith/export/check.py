@@ -14,10 +14,10 @@ from shardsmith.errors import CorruptCheckpointError
 from shardsmith.export.plan import ExportPlan
 from shardsmith.formats.safetensors_files.source import SafetensorsSource
 from shardsmith.hf.directory import ModelPlan
-from shardsmith.manifest.metadata import dtype_name
 from shardsmith.sharding.source_digests import digest_source
 from shardsmith.tensors.checkpoint_keys import EMA, MAIN
 from shardsmith.tensors.digest import Digest
+from shardsmith.tensors.dtypes import dtype_name
 from shardsmith.tensors.tensors import Chunk
 
 Texts = Mapping[str, Mapping[str, str]]

@@ -13,6 +13,7 @@ from shardsmith.export.check import ExportCheck, ModelCheck
 from shardsmith.export.plan import ExportPlan
 from shardsmith.ground.console import new_console
 from shardsmith.ground.sizes import size_text
+from shardsmith.tensors.dtypes import dtype_name
 
 _SHOWN = 5
 _PLAIN_WEIGHTS = ("model.", "model-", "ema.", "ema-", "pytorch_model.", "pytorch_model-", "diffusion_pytorch_model.")
@@ -112,7 +113,7 @@ def _files_table(plan: ExportPlan) -> Table:
     table = Table("file", "holds", "tensors", "size")
     for model in plan.directory.models:
         for file in model.weights.files:
-            dtypes = ", ".join(sorted({str(t.spec.dtype).removeprefix("torch.") for t in file.tensors.values()}))
+            dtypes = ", ".join(sorted({dtype_name(t.spec.dtype) for t in file.tensors.values()}))
             table.add_row(file.name, f"{model.model}, {dtypes}", str(len(file.tensors)), size_text(file.size))
     table.add_row("config.json, shardsmith.json", "written", "", "")
     for name in plan.directory.copies:

@@ -8,9 +8,10 @@ from typing import Any, Self
 
 from shardsmith.errors import IncompleteCheckpointError
 from shardsmith.formats.dcp.index import DcpIndex
-from shardsmith.manifest.metadata import CheckpointMetadata, FileRecord, ModelRecord, TensorRecord, dtype_name, now
+from shardsmith.manifest.metadata import CheckpointMetadata, FileRecord, ModelRecord, TensorRecord, now
 from shardsmith.tensors.checkpoint_keys import find_models
 from shardsmith.tensors.digest import Digest
+from shardsmith.tensors.dtypes import dtype_name
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,9 +14,9 @@ from shardsmith.ground.commit import sync, write_file, writing
 from shardsmith.hf.directory import DirectoryPlan, ModelPlan
 from shardsmith.hf.export_files import file_records
 from shardsmith.hf.hf_directory import CONFIG_FILE, config_for, copy_files
-from shardsmith.manifest.metadata import dtype_name, now, sealed_json
+from shardsmith.manifest.metadata import now, sealed_json
 from shardsmith.tensors.digest import Digest
-from shardsmith.tensors.dtypes import CASTABLE
+from shardsmith.tensors.dtypes import CASTABLE, dtype_name
 
 Digests = Mapping[str, Mapping[str, Digest]]
 """By model, then by tensor, of what was written."""

@@ -19,7 +19,8 @@ import torch
 from shardsmith.errors import CheckpointNotFoundError, ProtectedPathError
 from shardsmith.ground.commit import sync, writing
 from shardsmith.ground.layout import COMPONENT_WEIGHTS, MAIN_WEIGHTS
-from shardsmith.manifest.metadata import dtype_name, read_json
+from shardsmith.manifest.metadata import read_json
+from shardsmith.tensors.dtypes import dtype_name
 
 CONFIG_FILE = "config.json"
 

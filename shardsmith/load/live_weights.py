@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp._flat_param import FlatParameter
 from torch.distributed.tensor import DTensor
 
 from shardsmith.errors import UsageError
 from shardsmith.ground.threads import one_thread_per_operator
 from shardsmith.load.faults import NOTHING, Look
+from shardsmith.sharding.gathered import forget_gathered
 from shardsmith.sharding.local_boxes import local_boxes
 from shardsmith.tensors.digest import Digest, digest_box
 from shardsmith.tensors.fqn import clean_fqn, non_persistent_buffers, tied_weights
@@ -166,11 +167,9 @@ class LiveWeights:
         )
 
     def _forget_gathered(self) -> None:
-        """What FSDP2 keeps gathered from a forward is not what its shards say once these are filled."""
+        """Drop the weights that FSDP keeps gathered from a forward: they are old once the shards are filled."""
         for part in self.parts:
-            for module in part.modules():
-                if isinstance(module, FSDPModule):
-                    module.reshard()
+            forget_gathered(part)
 
 
 def model_state_dict(model: nn.Module) -> dict[str, Any]:

@@ -15,9 +15,9 @@ from shardsmith.load.buffer_reference import BufferReference
 from shardsmith.load.faults import NOTHING, LoadFault, Look, classify
 from shardsmith.load.live_weights import LiveWeights
 from shardsmith.load.source import InitialSource
-from shardsmith.manifest.metadata import dtype_name
 from shardsmith.sharding.source_digests import digest_source
 from shardsmith.tensors.digest import Digest
+from shardsmith.tensors.dtypes import dtype_name
 from shardsmith.tensors.fqn import matches
 from shardsmith.tensors.tensors import TensorSpec
 

@@ -13,13 +13,14 @@ from shardsmith.formats.matched import renamed
 from shardsmith.formats.models import ModelSource
 from shardsmith.load.live_weights import LiveWeights
 from shardsmith.manifest.initial import InitialRecord
-from shardsmith.manifest.metadata import CheckpointMetadata, dtype_name, read_metadata
+from shardsmith.manifest.metadata import CheckpointMetadata, read_metadata
 from shardsmith.name_maps.class_names import ClassNames
 from shardsmith.name_maps.maps import LeavesOut, MakesBuffers, NameMap
 from shardsmith.name_maps.matching import match_names
 from shardsmith.name_maps.restored import RestoredModel
 from shardsmith.name_maps.transformers import TransformersNames
 from shardsmith.tensors.digest import Digest
+from shardsmith.tensors.dtypes import dtype_name
 from shardsmith.tensors.fqn import matches, unwrapped
 from shardsmith.tensors.tensors import TensorSource, TensorSpec
 

@@ -26,6 +26,7 @@ from shardsmith.manifest.fields import (
     typed_or_none,
 )
 from shardsmith.tensors.digest import digest_tensor
+from shardsmith.tensors.dtypes import dtype_name
 
 _MOST_BYTES = 1 << 16
 """Of a buffer whose values are recorded; of larger ones the digest must do."""
@@ -54,7 +55,7 @@ class BufferRecord:
         data = bytes(plain.reshape(-1).view(torch.uint8).tolist()) if nbytes <= _MOST_BYTES else None
         return cls(
             shape=tuple(plain.shape),
-            dtype=str(plain.dtype).removeprefix("torch."),
+            dtype=dtype_name(plain.dtype),
             digest=str(digest_tensor(plain)),
             values=None if data is None else base64.b64encode(data).decode(),
         )

@@ -270,11 +270,6 @@ def _read(path: Path) -> tuple[bytes, dict[str, Any]]:
     return data, content
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """``bfloat16`` for ``torch.bfloat16``."""
-    return str(dtype).removeprefix("torch.")
-
-
 def _parse(content: Mapping[str, Any]) -> CheckpointMetadata:
     schema = content["schema_version"]
     content = {name: value for name, value in content.items() if name not in ("checkpoint_type", "schema_version")}

@@ -13,10 +13,11 @@ from torch.distributed.checkpoint._traverse import set_element
 from shardsmith.errors import CorruptCheckpointError, MismatchError
 from shardsmith.formats.rank_shards import RankShards
 from shardsmith.ground.ranks import Ranks
-from shardsmith.manifest.metadata import CheckpointMetadata, dtype_name
+from shardsmith.manifest.metadata import CheckpointMetadata
 from shardsmith.run_state.save import RNG
 from shardsmith.sharding.local_boxes import local_boxes
 from shardsmith.tensors.digest import Digest, digest_box
+from shardsmith.tensors.dtypes import dtype_name
 from shardsmith.tensors.tensors import read_into
 
 

@@ -28,6 +28,7 @@ from shardsmith.sharding.assignment import Held, assign_boxes
 from shardsmith.sharding.local_boxes import local_boxes
 from shardsmith.tensors.checkpoint_keys import NOT_A_MODEL
 from shardsmith.tensors.digest import digest_box
+from shardsmith.tensors.dtypes import dtype_name
 from shardsmith.tensors.tensors import Chunk, TensorSpec
 
 log = logging.getLogger(__name__)
@@ -105,7 +106,7 @@ class _Save:
             path = directory / name
             measured.files[name] = FileRecord(size=path.stat().st_size, xxh3_128=hash_file(path))
         boxes = [[key, list(box.offsets), list(box.sizes)] for key, box in mine]
-        dtypes = {key: str(tensor.dtype).removeprefix("torch.") for (key, _), tensor in mine.items()}
+        dtypes = {key: dtype_name(tensor.dtype) for (key, _), tensor in mine.items()}
         shapes = {key: list(self._shapes[key]) for key in dtypes}
         return {
             **measured.to_plain(),

@@ -17,10 +17,10 @@ import torch
 import xxhash
 
 from shardsmith.errors import RanksDisagreeError
-from shardsmith.manifest.metadata import dtype_name
 from shardsmith.run_state.held import Entry, items
 from shardsmith.run_state.whole_directory import OwnFile, WholeDirectory
 from shardsmith.sharding.assignment import assign_boxes
+from shardsmith.tensors.dtypes import dtype_name
 from shardsmith.tensors.tensors import Chunk
 
 _OWN = "rank-*"

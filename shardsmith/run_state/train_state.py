@@ -145,7 +145,7 @@ class TrainState:
         if not to_load:
             state = self._as_saved(made_readable(state))
         facts = self.ema.facts() if self.ema is not None else None
-        return Contents(step=step, state_dict=state, ema=facts, tied=found.tied, mesh=_mesh(main))
+        return Contents(step=step, state_dict=state, ema=facts, tied=found.tied, mesh=mesh_of(main))
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Hand loaded state, in the form that ``collect`` gave, back to its owners. All ranks; communicates (FSDP1)."""
@@ -198,7 +198,7 @@ class TrainState:
             raise
 
     def _topology(self) -> dict[str, Any]:
-        mesh = _mesh(dict(self._model.named_parameters()))
+        mesh = mesh_of(dict(self._model.named_parameters()))
         return {"world_size": self._size, "mesh": "none" if mesh is None else f"{mesh['shape']} {mesh['dim_names']}"}
 
     def _flat(self, main: Mapping[str, Any]) -> dict[str, Any]:
@@ -218,8 +218,8 @@ def optimizer_list(optimizer: Optimizer | Iterable[Optimizer] | None) -> list[Op
     return [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
 
 
-def _mesh(state: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Shape and dimension names of the first DTensor's mesh."""
+def mesh_of(state: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return shape and dimension names of the first DTensor's mesh."""
     for value in state.values():
         if isinstance(value, DTensor):
             names = value.device_mesh.mesh_dim_names

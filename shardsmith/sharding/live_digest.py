@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import Tensor
 
 from shardsmith.ground.ranks import Ranks
-from shardsmith.manifest.metadata import TensorRecord, dtype_name
+from shardsmith.manifest.metadata import TensorRecord
 from shardsmith.sharding.assignment import Held, assign_boxes
 from shardsmith.sharding.live_boxes import held_boxes
 from shardsmith.tensors.digest import Digest, digest_box
+from shardsmith.tensors.dtypes import dtype_name
 from shardsmith.tensors.tensors import Chunk, Shape
 
 OTHER_VALUES = "has other values"

@@ -102,7 +102,7 @@ def _parse(name: str | torch.dtype) -> torch.dtype | None:
         name = name.removeprefix("torch.")
     dtype = getattr(torch, SHORT_NAMES.get(name, name), None) if isinstance(name, str) else name
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        match = difflib.get_close_matches(str(name), [*map(_name, CASTABLE), "original"], 1)
+        match = difflib.get_close_matches(str(name), [*map(dtype_name, CASTABLE), "original"], 1)
         cure = f'; did you mean "{match[0]}"?' if match else ""
         raise UsageError(
             f'dtype "{name}": give a floating-point dtype of torch, such as "bfloat16", or "original"{cure}'
@@ -110,5 +110,6 @@ def _parse(name: str | torch.dtype) -> torch.dtype | None:
     return dtype
 
 
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return ``bfloat16`` for ``torch.bfloat16``."""
     return str(dtype).removeprefix("torch.")

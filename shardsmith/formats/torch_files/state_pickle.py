@@ -22,12 +22,11 @@ from shardsmith.formats.torch_files.tensor_pickle import (
     is_tensor,
     tensor_record,
 )
+from shardsmith.tensors.checkpoint_keys import KeyPath
 from shardsmith.tensors.tensors import Chunk, Shape
 
 MAX_STATE_PICKLE_BYTES = 1 << 28
 _MAX_DEPTH = 32
-
-KeyPath = tuple[str | int, ...]
 
 
 @dataclass(frozen=True, slots=True)
