@@ -4,11 +4,12 @@ from shardsmith.ground.process_end import finish
 from shardsmith.run_state.rank_states import per_rank
 
 from .background import Background
-from .base import Hook, Hooks
+from .base import Hooks
 from .ema import EMA
 from .events import Event, json_lines, metrics_to, tensorboard
 from .export import HFExport
 from .folder_save import FolderSave
+from .hook import Hook
 from .initial_load import InitialLoad
 from .options import ExportFiles, ExportVerification, ExportWeights, ExportWriting, SaveWriting
 from .record import Recorder

@@ -1,4 +1,4 @@
-"""The moments of a training run, and ``Hooks``, which passes them on in order."""
+"""``Hooks``: passes the moments of a training run on to several hooks, in order."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ from shardsmith.ground.process_end import meet
 from shardsmith.ground.ranks import own_name, rank_and_size
 from shardsmith.ground.step_agreement import StepAgreement
 
-from .background import Background, attempted
-from .events import Event, EventQueue, Listener, event_of
+from .background import attempted
+from .events import EventQueue, Listener, event_of
+from .hook import Hook
 from .occasions import Occasion, OccasionWatch
 from .retention import METRICS_FILE, Retention, add_metrics
 from .schedule import Schedule
 from .stop_signals import StopSignals
-from .wiring import Parts, Start
+from .wiring import Start
 
 log = logging.getLogger(__name__)
 
@@ -35,77 +36,6 @@ _STOP = "stop"
 _RAISED = "raised"
 _OCCASION = "occasion"
 _FAREWELL_SECS = 10.0
-
-
-def _nobody(_: Event) -> None:
-    """Who listens where nobody does."""
-
-
-class Hook:
-    """Base of all hooks. Override the moments that a hook needs.
-
-    Every moment is called on all ranks, on the main thread, in the order in which the hooks were given. A moment may
-    communicate only if its docstring says so, and then it must do so on all ranks.
-    """
-
-    announce_saved: Callable[[int, Path], None] | None = None
-    """Set by ``Hooks`` on each hook. A hook that saves calls it on the main thread: ``announce_saved(step, path)``."""
-
-    emit: Callable[[Event], None] = staticmethod(_nobody)
-    """Set by ``Hooks`` if somebody listens. A hook calls it, on any rank and thread, when something has ended."""
-
-    when: Schedule = Schedule()
-    """Whose occasions ``Hooks`` watches for."""
-
-    loads_weights: bool = False
-    """Whether ``on_train_begin`` may change the weights. It is then called before that of the other hooks."""
-
-    parts: Parts = Parts()
-    """What this hook works with. ``Hooks`` checks before the first step that all of it fits together."""
-
-    background: Background | None = None
-    """What this hook does in the background. ``Hooks`` lets all ranks raise a failure in it after the same step."""
-
-    @staticmethod
-    def suggestion(value: object) -> str | None:
-        """Return what to write instead of a value that is no hook; None if that is not clear."""
-        if isinstance(value, list | tuple):
-            return "the hooks one by one, as in Hooks(ema, save)"
-        return "nothing in its place" if value is None else None
-
-    def resume(self) -> int | None:
-        """Restore what this hook saved last; return the step of that, or None without any. May communicate."""
-        return None
-
-    def on_train_begin(self, step: int) -> None:
-        """Training begins after ``step`` steps done. May communicate."""
-
-    def on_optimizer_step(self, step: int) -> None:
-        """The optimizer has made step number ``step``; gradients may still be there. Must not communicate."""
-
-    def on_step_end(self, step: int) -> None:
-        """Step number ``step`` is over. May communicate."""
-
-    def on_occasion(self, step: int) -> None:
-        """An occasion of ``when`` has come, such as a signal. After ``on_step_end``; may communicate."""
-
-    def on_saved(self, step: int, path: Path) -> None:
-        """A checkpoint is committed. Ranks may get here during different steps, so it must not communicate."""
-
-    def on_train_end(self, step: int) -> None:
-        """Training ends after ``step`` steps done. May communicate."""
-
-    def on_stop(self, step: int) -> None:
-        """The run is to end before its time, after ``step`` steps done: what is needed to resume is to be saved.
-
-        It may communicate. ``on_train_end`` does not come then, but ``close`` does.
-        """
-
-    def report_background(self) -> None:
-        """Raise what failed in the background. After the same step on all ranks, where ``background`` is there."""
-
-    def close(self) -> None:
-        """Wait for background work, raise what failed in it, let go of resources. May communicate."""
 
 
 class Hooks:

@@ -15,7 +15,7 @@ from shardsmith.checking.arguments import checked
 from shardsmith.checking.types import Count, Decay, StepNumber
 from shardsmith.errors import UsageError
 
-from .base import Hook
+from .hook import Hook
 from .local_weights import LocalWeights, local
 from .wiring import Parts
 

@@ -30,11 +30,11 @@ from shardsmith.manifest.checkpoints import committed_steps, refuse_within_step,
 from .adapters import view_of
 from .answers import Answers
 from .background import attempted, logged
-from .base import Hook
 from .checkpoint_source import CheckpointSource, check_source
 from .ema import EMA
 from .events import Event, event_of
 from .held import HeldView
+from .hook import Hook
 from .in_flight import SLOTS, InFlight, Running
 from .live_directory import LiveDirectory, ModelFiles
 from .live_source import Begin, LiveSource

@@ -42,9 +42,9 @@ from shardsmith.tensors.device_copy import release_pinned
 from shardsmith.tensors.fqn import tied_weights
 
 from .background import Background, logged
-from .base import Hook
 from .ema import EMA
 from .events import event_of
+from .hook import Hook
 from .reload import reload
 from .wiring import Parts, alike
 

@@ -17,7 +17,7 @@ from shardsmith.load.load import load_initial, prove_buffers
 from shardsmith.load.report import InitialLoadReport
 from shardsmith.tensors.checkpoint_keys import MAIN
 
-from .base import Hook
+from .hook import Hook
 
 log = logging.getLogger(__name__)
 

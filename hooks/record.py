@@ -24,8 +24,8 @@ from shardsmith.manifest.checkpoints import committed_steps
 from shardsmith.tensors.fqn import tied_weights
 
 from .background import Background
-from .base import Hook
 from .ema import EMA
+from .hook import Hook
 from .retention import Retention, steps_to_remove
 from .wiring import Parts, alike
 

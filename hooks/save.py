@@ -43,9 +43,9 @@ from shardsmith.sharding.live_boxes import StagingBuffer
 from shardsmith.tensors.device_copy import release_pinned
 
 from .background import Background, attempted, logged
-from .base import Hook
 from .ema import EMA
 from .events import Event, event_of
+from .hook import Hook
 from .options import SaveOptions, SaveWriting, merge
 from .retention import Retention, steps_to_remove
 from .schedule import Schedule

@@ -18,7 +18,7 @@ from shardsmith.manifest.checkpoints import committed_steps
 from shardsmith.tensors.fqn import clean_fqn
 
 if TYPE_CHECKING:
-    from .base import Hook
+    from .hook import Hook
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,8 +14,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from shardsmith.errors import RankFailedError
-from shardsmith.hooks import HFExport, Hooks, Recorder, ShardedSave, at
-from shardsmith.hooks.base import Hook
+from shardsmith.hooks import HFExport, Hook, Hooks, Recorder, ShardedSave, at
 from tests.ranks import run_on_ranks
 
 
