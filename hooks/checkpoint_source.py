@@ -35,7 +35,7 @@ class Saves(Protocol):
 
 
 class HeldCheckpoint:
-    """The checkpoint of one step, held against retention from the moment it is committed until it is released."""
+    """The checkpoint of one step, protected from retention from the moment it is committed until it is released."""
 
     def __init__(self, target: Path, saving: Future[Path]) -> None:
         self._target = target
@@ -87,7 +87,7 @@ class CheckpointSource:
         self._whole_files = whole_files
 
     def begin(self, step: int, targets: Sequence[Target], buffers: Sequence[StagingBuffer]) -> Begin:  # noqa: ARG002
-        """Settle that the directories are made of the step's checkpoint. All ranks, main thread; communicates.
+        """Decide that the directories are made of the step's checkpoint. All ranks, main thread; communicates.
 
         Raises:
             UsageError: the step is not saved; with several ranks as RankFailedError.

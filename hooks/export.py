@@ -231,7 +231,7 @@ class HFExport(Hook):
         """Export now, as ``step-<step>``. All ranks; communicates. On return the weights may change.
 
         Raises:
-            RankFailedError: on all ranks, if any could not stage its part. Nothing became visible. What fails in the
+            RankFailedError: on all ranks, if any could not stage its part. Nothing was published. What fails in the
                 background is raised by ``wait`` or ``close``, or by ``Hooks`` on all ranks after the same step.
             UsageError: two exports are in flight, and ``when_busy`` is ``"raise"``.
         """

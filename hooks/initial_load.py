@@ -1,4 +1,4 @@
-"""``InitialLoad``: the weights that a run starts from, loaded and proved before its first step."""
+"""``InitialLoad``: the weights that a run starts from, loaded and verified before its first step."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class InitialLoad(Hook):
 
         InitialLoad("checkpoints/olmo2", model=model, repair_buffers=True)
 
-    A run that resumes has newer weights, which are left alone: only the non-persistent buffers are proved then, as no
+    A run that resumes has newer weights, which are left alone: only the non-persistent buffers are verified then, as no
     checkpoint holds them. Its place among the hooks does not matter. Make it on all ranks at the same point.
 
     Attributes:
-        report: What was proved; None before, and in a run that resumed.
+        report: What was verified; None before, and in a run that resumed.
     """
 
     loads_weights = True

@@ -64,7 +64,7 @@ class LiveSource:
         return lambda _: jobs
 
     def is_possible(self, directories: Sequence[LiveDirectory]) -> bool:
-        """Settle who would write what, as the first export does; False, with a warning, if that fails.
+        """Decide who would write what, as the first export does; False, with a warning, if that fails.
 
         All ranks, main thread; communicates. Raises RankTimeoutError.
         """

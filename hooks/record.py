@@ -59,7 +59,7 @@ class Recorder(Hook):
             directory: Where the trainer makes its step directories.
             model: For what is to be said of it; no weight is read.
             ema: Whose facts are recorded, where it is saved with the rest.
-            keep: Which complete steps outlive a new one; None keeps all. Of the others, what is older than all that
+            keep: Which complete steps to retain; None keeps all. Of the others, what is older than all that
                 are kept goes, once there are as many as that; the newest complete one never does.
             timeout_secs: How long to wait for a rank, its save included, before a recording is given up.
         """

@@ -186,7 +186,7 @@ class ShardedSave(Hook):
         A save that is still in flight is waited for first. On return the live state may change again.
 
         Raises:
-            RankFailedError: on all ranks, if any failed. Nothing became visible, and a later save starts afresh. With
+            RankFailedError: on all ranks, if any failed. Nothing was published, and a later save starts afresh. With
                 one rank, the original error. What fails in the background is raised later, by this, by ``close``, or
                 by ``Hooks`` on all ranks after the same step.
         """

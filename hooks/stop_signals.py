@@ -29,7 +29,7 @@ class StopSignals:
         return came
 
     def restore(self) -> None:
-        """Put back what handled them before, unless somebody else has taken over meanwhile."""
+        """Put back what handled them before, unless other code has taken over meanwhile."""
         for which, before in self._before.items():
             if signal.getsignal(which) == self._handle:
                 signal.signal(which, before)

@@ -13,7 +13,7 @@ ShardsmithError
 ├── TargetError                             the place to write to cannot be used
 │   ├── TargetExistsError (FileExistsError)
 │   └── ProtectedPathError                  it is, holds, or lies in something that must not be written
-├── WriteError (OSError)                    a write failed; nothing became visible
+├── WriteError (OSError)                    a write failed; nothing was published
 └── RankError (RuntimeError)
     ├── RankFailedError                     a rank raised; every rank raises this, naming it
     ├── RankTimeoutError (TimeoutError)     a rank did not answer in time

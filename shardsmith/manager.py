@@ -132,7 +132,7 @@ class ShardedCheckpointManager:
 
         Raises:
             UsageError: ``data_status`` could not be read again without running code.
-            RankFailedError: on all ranks, if saving failed on any. Nothing became visible.
+            RankFailedError: on all ranks, if saving failed on any. Nothing was published.
         """
         from shardsmith.formats.rank_shards import pack_object
 

@@ -138,7 +138,7 @@ class Watcher:
     """
 
     def __init__(self, checkpoints: Path, output: Path, base: Path, options: WatchOptions) -> None:
-        """Prove that the output can be written to, and remove what dead watchers left there.
+        """Verify that the output can be written to, and remove what dead watchers left there.
 
         Raises:
             UsageError: ``checkpoints`` is itself a checkpoint; a path is a URL.

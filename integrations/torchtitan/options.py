@@ -38,13 +38,13 @@ class CheckpointHooks:
     status 0. False: SIGTERM ends it at once. It has an effect where TorchTitan saves checkpoints and anything of ours
     is attached."""
     prove_load: bool = True
-    """After an initial load, prove that the model holds what the checkpoint does, or stop and say what is wrong."""
+    """After an initial load, verify that the model holds what the checkpoint does, or stop and say what is wrong."""
     repair_buffers: bool = False
     """After a load, overwrite non-persistent buffers that are wrong with those of a model made anew, and say so. False:
     stop instead."""
     allow_missing: tuple[str, ...] = ()
     """Patterns of tensors that the checkpoint of an initial load need not have, such as "*.q_norm.weight". They keep
-    the values that the model begins with, and the proof names them."""
+    the values that the model begins with, and the verification names them."""
     allow_extra: tuple[str, ...] = ()
     """Patterns of tensors of that checkpoint that the model need not have."""
 

@@ -162,7 +162,7 @@ class OpenedPair:
         return left, right, alignment
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Close the files."""
         self.left.close()
         self.right.close()
 

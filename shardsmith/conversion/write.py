@@ -31,7 +31,7 @@ def convert(
     progress: Callable[[int], None] | None = None,
     early: EarlyWriting | None = None,
 ) -> list[Count]:
-    """Write a planned checkpoint and make it visible when all of it is on disk; what is in it.
+    """Write a planned checkpoint and publish it when all of it is on disk; what is in it.
 
     All ranks call it with the same plan; each writes its part. Communicates through the store.
 

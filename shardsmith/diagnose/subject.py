@@ -108,7 +108,7 @@ class Subject:
         return self.opened.metadata
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Close the files."""
         self.opened.close()
         if self.reference.source is not None:
             self.reference.source.close()

@@ -141,7 +141,7 @@ class MergedSource:
         yield from source.pieces(key, box)
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Close the files."""
         self._last = ("", {})
         self._adapter.source.close()
         if self._base is not None:

@@ -1,4 +1,4 @@
-"""What is checked of an exported directory before it becomes visible, and what is said of it afterwards."""
+"""What is checked of an exported directory before it is published, and what is said of it afterwards."""
 
 from __future__ import annotations
 

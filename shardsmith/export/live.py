@@ -1,6 +1,6 @@
 """One export of live, sharded weights to a Hugging Face directory. All ranks act together.
 
-    begin    main thread    the ranks say what they hold; who writes which box is settled, once for all exports
+    begin    main thread    the ranks say what they hold; who writes which box is agreed, once for all exports
     stage    main thread    every rank copies its boxes, cast, into CPU memory: all that the training waits for
     write    any thread     the boxes go to their final places in the final files, in one of the ways of live_writers
     commit   any thread     rank 0 adds what makes the directory complete, checks it, and renames it
@@ -34,7 +34,7 @@ from shardsmith.sharding.live_boxes import LiveBox, StagingBuffer, held_boxes
 from shardsmith.tensors.tensors import Chunk, Shape
 
 Check = Callable[[Path, set[torch.dtype]], None]
-"""Looks at a complete directory before it becomes visible: its path, and the dtypes that floating-point weights have in
+"""Looks at a complete directory before it is published: its path, and the dtypes that floating-point weights have in
 it. On rank 0, in the background."""
 
 
@@ -70,7 +70,7 @@ class LiveModel:
 
 @dataclass(frozen=True, slots=True)
 class _Share:
-    """What this rank writes of each model, and what the ranks held when that was settled."""
+    """What this rank writes of each model, and what the ranks held when that was agreed."""
 
     plans: list[ModelPlan]
     """Whoever gives the same objects again says that its ranks hold the same as before."""
@@ -100,7 +100,7 @@ class LiveExporter:
 
         Args:
             phase: The moment, for the errors.
-            kind: Exports of one kind hold the same; what was settled for the one before is used again.
+            kind: Exports of one kind hold the same; what was agreed for the one before is used again.
             collect: The models, as they are now.
 
         Raises:
@@ -174,7 +174,7 @@ class JointExport:
         """Write this rank's part of the weights. Any thread, all ranks; communicates.
 
         Raises:
-            RankFailedError: on all ranks, if it failed on any. Nothing became visible.
+            RankFailedError: on all ranks, if it failed on any. Nothing was published.
         """
         name = self.plan.output.name
         attempt = self._ranks.lead(f"making the files of {name}", self._make_files)
@@ -188,7 +188,7 @@ class JointExport:
         """Complete the directory and make it visible. Any thread, all ranks; communicates through the store.
 
         Raises:
-            RankFailedError: on all ranks, if rank 0 could not. Nothing became visible.
+            RankFailedError: on all ranks, if rank 0 could not. Nothing was published.
         """
         self._ranks.lead(f"committing {self.plan.output.name}", self._commit)
         return self.plan.output

@@ -39,7 +39,7 @@ def write_directories(
     team: Team | None = None,
     threads: int | None = None,
 ) -> list[ExportCheck]:
-    """Write planned directories of one checkpoint and make them visible when all of them are on disk.
+    """Write planned directories of one checkpoint and publish them when all of them are on disk.
 
     The first one appears last, so whoever sees it can rely on the others. The plans' sources are closed in the end.
     Call it within ``hold(checkpoint)``, and plan there too, if something might remove the checkpoint meanwhile.

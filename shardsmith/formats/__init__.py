@@ -1,1 +1,1 @@
-"""Every layout that a checkpoint can have: ``by_path`` recognises it and opens its weights."""
+"""Every layout that a checkpoint can have: ``by_path`` detects it and opens its weights."""

@@ -1,4 +1,4 @@
-"""Recording a finished DCP directory that somebody else wrote: a trainer, an older version, a plain ``dcp.save``.
+"""Recording a finished DCP directory that other code wrote: a trainer, an older version, a plain ``dcp.save``.
 
 It gets the ``metadata.json`` that ours have, with a hash per file and a digest per tensor, as the last of its files and
 durably. From then on it is verified, kept, and exported like one of ours; and where a trainer writes its directories in

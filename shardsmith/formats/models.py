@@ -88,7 +88,7 @@ class ModelSource:
         return self._source.pieces(self.keys[name], box)
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Close the files."""
         self._source.close()
 
 
@@ -130,7 +130,7 @@ class TranslatedModel:
         yield from read_linked(self._model, self._translation.links_to(name), box, self._specs[name].dtype)
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Close the files."""
         self._model.close()
 
 

@@ -49,7 +49,7 @@ class JoinedSource:
         raise CheckpointNotFoundError(self.path, f"has no tensor named {name!r}")
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Close the files."""
         for source in self._sources.values():
             source.close()
 

@@ -126,7 +126,7 @@ def plan_model(
     aliases: Mapping[str, str],
     filled: frozenset[str] = frozenset(),
 ) -> ModelPlan:
-    """Settle dtypes and files of one model.
+    """Decide dtypes and files of one model.
 
     Args:
         model: ``"main"`` or ``"ema"``.

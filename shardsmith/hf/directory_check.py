@@ -1,4 +1,4 @@
-"""The check of a finished Hugging Face directory, before it becomes visible: the same for every way to make one.
+"""The check of a finished Hugging Face directory, before it is published: the same for every way to make one.
 
 It looks at what lies on disk, as a loader does: config.json, the headers of the weights, and all other files.
 """

@@ -128,7 +128,7 @@ def prove_names(
     allow_extra: Sequence[str] = (),
     ranks: Ranks | None = None,
 ) -> Names:
-    """Prove, before somebody else loads it, that a checkpoint has the tensors of a model and no others.
+    """Verify, before somebody else loads it, that a checkpoint has the tensors of a model and no others.
 
     All ranks call it. Arguments, communication and errors are those of ``prove_loaded``; nothing is changed.
     """
@@ -150,7 +150,7 @@ def prove_buffers(
     allow_missing: Sequence[str] = (),
     ranks: Ranks | None = None,
 ) -> list[str]:
-    """Prove that non-persistent buffers are right in a model whose weights are from elsewhere; those repaired.
+    """Verify that non-persistent buffers are right in a model whose weights are from elsewhere; those repaired.
 
     For a run that resumes: no checkpoint holds these buffers, so whatever made the model must have made them. All ranks
     call it; arguments, communication and errors are those of ``load_initial``. The checkpoint may be gone by now: then
@@ -220,7 +220,7 @@ def _opened(
 
 
 class _Load:
-    """One load, or the proof of one, on this rank."""
+    """One load, or the verification of one, on this rank."""
 
     def __init__(
         self,

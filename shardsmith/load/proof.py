@@ -1,4 +1,4 @@
-"""The proof itself: names against names, digests against digests. All ranks act together, through the store."""
+"""The verification itself: names against names, digests against digests. All ranks act together, through the store."""
 
 from __future__ import annotations
 

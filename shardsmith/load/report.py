@@ -1,4 +1,4 @@
-"""What an initial load has proved, for people and for tests."""
+"""What an initial load has verified, for people and for tests."""
 
 from __future__ import annotations
 

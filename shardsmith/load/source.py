@@ -132,7 +132,7 @@ class InitialSource:
         return Digest.parse(record.digest) if record and record.dtype == dtype_name(dtype) else None
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Close the files."""
         self.tensors.close()
 
 

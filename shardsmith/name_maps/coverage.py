@@ -1,4 +1,4 @@
-"""The proof that slices take each element of their sources exactly once."""
+"""The verification that slices take each element of their sources exactly once."""
 
 from __future__ import annotations
 

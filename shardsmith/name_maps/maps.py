@@ -82,7 +82,7 @@ def find_name_map(name: str, config: dict[str, Any] | None) -> NameMap:
 
 
 class Translation:
-    """What a name map makes of certain tensors, with the proof that each of their elements is in exactly one target.
+    """What a name map makes of certain tensors, verified to put each of their elements in exactly one target.
 
     Attributes:
         targets: By name.

@@ -91,7 +91,7 @@ class RestoredModel:
         yield from read_linked(self._files, stored, box, self._specs[name].dtype)
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Close the files."""
         self._files.close()
 
     def _check(self, wanted: Mapping[str, TensorSpec]) -> None:

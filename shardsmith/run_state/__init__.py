@@ -1,1 +1,1 @@
-"""All state of a run: collected, saved, loaded and proved."""
+"""All state of a run: collected, saved, loaded and verified."""

@@ -1,4 +1,4 @@
-"""Load what another project has saved, weight by weight with proof, and what lies beside it where it says enough."""
+"""Load checkpoints of other projects, each weight verified, and the state beside them where that is possible."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Loaded:
     data_status: Any = None
     """What this rank passed as ``data_status`` to the save; None if it was not there then."""
     reports: tuple[InitialLoadReport, ...] = ()
-    """What was proved of weights that another project saved."""
+    """What was verified of weights that another project saved."""
 
 
 class ForeignLoad:
@@ -154,7 +154,7 @@ class ForeignLoad:
         return found
 
     def _load_weights(self, path: Path, main: str | None, average: str | None) -> tuple[InitialLoadReport, ...]:
-        """Fill and prove the model, and the average, from models of a checkpoint; None leaves one alone."""
+        """Fill and verify the model, and the average, from models of a checkpoint; None leaves one alone."""
         reports = []
 
         def load(module: nn.Module, weights: str) -> None:

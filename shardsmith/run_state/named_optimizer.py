@@ -75,7 +75,7 @@ class NamedOptimizer:
             set_optimizer_state_dict(model, optimizer, state)
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Close the files."""
         self._source.close()
 
     def _settings_of(self, parameters: Sequence[str]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""State of a run filled from files of single ranks, and the proof that what is live is what was saved."""
+"""State of a run filled from files of single ranks, and the verification that what is live is what was saved."""
 
 from __future__ import annotations
 

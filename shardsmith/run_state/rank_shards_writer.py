@@ -43,7 +43,7 @@ def save_rank_shards(target: Path, collect: Callable[[], Contents], ranks: Ranks
     Of replicas one rank writes. As with any save of ours, nothing is visible before all of it is on disk.
 
     Raises:
-        RankFailedError: on all ranks, if it failed on any. Nothing became visible. With one rank, the original error.
+        RankFailedError: on all ranks, if it failed on any. Nothing was published. With one rank, the original error.
     """
     save = _Save(target, ranks)
     mine = save.deal(collect)

@@ -1,4 +1,4 @@
-"""Load parts of a checkpoint of ours, of either kind, and prove that the run has them now."""
+"""Load parts of a checkpoint of ours, of either kind, and verify that the run has them now."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def load_ours(path: Path, state: TrainState, wanted: Wanted, ranks: Ranks) -> tu
     """Load into what ``state`` was made of. All ranks; communicates.
 
     Returns:
-        The step, how many tensors were proved, and this rank's data status.
+        The step, how many tensors were verified, and this rank's data status.
 
     Raises:
         CheckpointNotFoundError: it has no average, and one is wanted.

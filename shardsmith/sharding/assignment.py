@@ -1,4 +1,4 @@
-"""Who writes what: of all ranks that hold a box one is chosen, and every tensor is proved to be covered.
+"""Who writes what: of all ranks that hold a box one is chosen, and every tensor is verified to be covered.
 
 Nothing is assumed about the sharding: the ranks say which boxes they hold, so that replicas of any kind (DDP, HSDP,
 tensor parallel ``Replicate``, FSDP1's hybrid shards) and pipeline stages are all the same case.

@@ -105,7 +105,7 @@ class TensorSource(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of the files. Tensors that were read stay valid."""
+        """Close the files. Tensors that were read stay valid."""
         ...
 
 

@@ -122,7 +122,7 @@ class LocalLoad:
                 self._state_dict[key] = self._state[key]
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Close the files."""
         if self._source is not None:
             self._source.close()
 

@@ -96,7 +96,7 @@ class DcpSource:
                 self._read_chunk(name, i)
 
     def close(self) -> None:
-        """Let go of the files. Tensors that were read stay valid. A second call does nothing."""
+        """Close the files. Tensors that were read stay valid. A second call does nothing."""
         with self._lock:
             self._closed = True
             for file in self._files.values():

@@ -1,6 +1,6 @@
 """Which safetensors files a set of tensors becomes: their names, headers and sizes, before a byte is written.
 
-Names, shapes and dtypes settle where every element lies, so nobody has to hold a whole tensor or wait for another.
+Names, shapes and dtypes decide where every element lies, so nobody has to hold a whole tensor or wait for another.
 """
 
 from __future__ import annotations

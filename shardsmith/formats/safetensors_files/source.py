@@ -88,7 +88,7 @@ class SafetensorsSource:
         return FileTensor.contiguous(self._files[file], begin, spec.shape if shape is None else shape, spec.dtype)
 
     def close(self) -> None:
-        """Let go of the files. Tensors that were read stay valid."""
+        """Close the files. Tensors that were read stay valid."""
         for file in self._files.values():
             file.close()
 

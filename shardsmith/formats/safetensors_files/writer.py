@@ -30,7 +30,7 @@ class SafetensorsFileWriter:
     """A planned file, open for positioned writes. Threads may share it; other processes open the file themselves.
 
     Nothing here stops two writers from writing the same elements, or all of them from leaving some out: whoever deals
-    out the boxes proves that they cover each tensor exactly.
+    out the boxes verifies that they cover each tensor exactly.
 
     Attributes:
         path: The file.

@@ -68,7 +68,7 @@ class TorchSource:
             yield part, found
 
     def close(self) -> None:
-        """Let go of the files. Tensors that were read stay valid."""
+        """Close the files. Tensors that were read stay valid."""
         self._tensors.clear()
 
 
