@@ -106,7 +106,7 @@ def from_meta(model_directory: Path) -> Olmo2ForCausalLM:
 
 
 def train(run: Path, model_directory: Path, checkpoint: Path, steps: int = 20) -> tuple[float, float]:
-    """Start from the checkpoint, proved, and train a little; the loss before and after."""
+    """Start from the checkpoint, verified, and train a little; the loss before and after."""
     model = from_meta(model_directory)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     load = InitialLoad(checkpoint, model=model, repair_buffers=True)

@@ -333,7 +333,7 @@ class ShardedCheckpointManager:
     def _logged(self, loaded: Loaded) -> Loaded:
         if self._ranks.is_leader:
             log.info(
-                "loaded %s from %s (%s), step %s; %d tensors proved",
+                "loaded %s from %s (%s), step %s; %d tensors verified",
                 ", ".join(loaded.parts),
                 loaded.path,
                 loaded.format,

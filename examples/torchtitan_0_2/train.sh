@@ -7,7 +7,7 @@ FLAVOR=${FLAVOR:-8B}                    # what TorchTitan calls a model of that 
 RUN=$(realpath -m "${RUN:-outputs}")
 NGPU=${NGPU:-8}
 
-# The way in, once: the model's weights under TorchTitan's names, with digests by which the load is proved.
+# The way in, once: the model's weights under TorchTitan's names, with digests by which the load is verified.
 if [ ! -d "$RUN/start" ]; then
     shardsmith to-dcp --base-model "$MODEL" --output-dir "$RUN/start" \
         --layout torchtitan --titan-model llama3 --titan-flavor "$FLAVOR"

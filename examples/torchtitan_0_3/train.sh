@@ -8,7 +8,7 @@ CONFIG=${CONFIG:-llama3_8b}             # and its config
 RUN=$(realpath -m "${RUN:-outputs}")    # TorchTitan wants absolute paths
 NGPU=${NGPU:-8}
 
-# The way in, once: the model's weights under TorchTitan's names, with digests by which the load is proved.
+# The way in, once: the model's weights under TorchTitan's names, with digests by which the load is verified.
 if [ ! -d "$RUN/start" ]; then
     shardsmith to-dcp --base-model "$MODEL" --output-dir "$RUN/start" \
         --layout torchtitan --titan-model llama3 --titan-flavor "$FLAVOR"

@@ -129,7 +129,7 @@ class LoadWatch:
         if form is Form.QUANTIZED:
             self._ranks.gather(f"looking at what was loaded from {checkpoint}", lambda: self._refuse_poison(checkpoint))
             self._prove_buffers(checkpoint)
-            log.warning("%s is quantized: that nothing was left out is proved, the values are not", checkpoint)
+            log.warning("%s is quantized: that nothing was left out is verified, the values are not", checkpoint)
             return
         parts, how = self._parts, self._in_files() if form is Form.HF else {"fresh": self._fresh()}
         if form is Form.DCP and (held := held_alone(parts, checkpoint)):
@@ -182,7 +182,7 @@ class LoadWatch:
         except InitialLoadError:
             raise
         except (UsageError, RankFailedError) as error:
-            log.warning("the non-persistent buffers of this run are not proved: %s", error)
+            log.warning("the non-persistent buffers of this run are not verified: %s", error)
             return
         if repaired and self._ranks.is_leader:
             log.warning("non-persistent buffers were wrong and were repaired: %s", ", ".join(repaired))

@@ -162,7 +162,7 @@ class HookedManager(CheckpointManager):
             state_dict = without_absent(state_dict, path, (AVERAGES, COUNTERS))
         watch = self._watch if _has_weights(state_dict) else None
         if watch is not None and is_remote(checkpoint_id):
-            log.warning("%s is remote: what is loaded from there is not proved", checkpoint_id)
+            log.warning("%s is remote: loads from there are not verified", checkpoint_id)
             watch = None
         if watch is None:
             super().dcp_load(state_dict, checkpoint_id, *args, **kwargs)

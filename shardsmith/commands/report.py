@@ -45,7 +45,7 @@ def print_outcome(outcome: Outcome, *, quiet: bool, as_json: bool = False) -> No
     elif not quiet:
         text = {
             "exported": f"wrote {outcome.output}, {size_text(outcome.nbytes)} in {outcome.seconds:.1f} s",
-            "elsewhere": f"{outcome.output} was written by somebody else",
+            "elsewhere": f"{outcome.output} was written by another project",
             "gone": f"{outcome.output.name} was removed before it could be exported",
         }
         new_console().print(text[outcome.status])

@@ -81,7 +81,7 @@ class Attempt:
                 self.directory.rename(self.target)
             except OSError as error:
                 if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                    raise TargetExistsError(self.target, "was made by somebody else meanwhile") from error
+                    raise TargetExistsError(self.target, "was made by another process meanwhile") from error
                 raise
             try:
                 sync(self.target.parent.resolve())

@@ -49,7 +49,7 @@ _OF_LIVE_MODELS = {
     "replicas-differ": "the ranks train different models",
     "missing-in-source": "it starts from what the model happened to hold",
     "missing-in-model": "the model lacks a part of the source; the loss may hardly show it",
-    "buffer-without-reference": "nobody knows whether it is right",
+    "buffer-without-reference": "so it cannot be checked",
 }
 EFFECTS: Mapping[str, str] = {**{code: CODES[code].effect for code in _AS_DIAGNOSED}, **_OF_LIVE_MODELS}
 """By code: what it does to the loss. The codes are headings of docs/troubleshooting.md."""
