@@ -190,7 +190,7 @@ def test_of_threads_that_race_for_a_target_exactly_one_wins(tmp_path: Path, race
 RACE = """
     import os, sys, time
     from pathlib import Path
-    from shardsmith.commit import Attempt, sweep, write_file
+    from shardsmith.ground.commit import Attempt, sweep, write_file
     from shardsmith.errors import TargetExistsError
 
     parent, racers, rounds = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
@@ -230,7 +230,7 @@ def test_of_processes_that_race_and_sweep_exactly_one_wins_each_target(tmp_path:
 HOLDER = """
     import os, sys
     from pathlib import Path
-    from shardsmith.commit import Attempt, write_file
+    from shardsmith.ground.commit import Attempt, write_file
 
     attempt = Attempt(Path(sys.argv[1]))
     write_file(attempt.directory / "data", b"abc")
@@ -349,7 +349,7 @@ def test_remove_goes_through_trash(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 KILLED_REMOVE = """
     import os, signal, sys
     from pathlib import Path
-    from shardsmith.commit import remove
+    from shardsmith.ground.commit import remove
 
     left = [int(sys.argv[2])]
 
@@ -423,7 +423,7 @@ def test_write_error_names_path_phase_and_cause_and_the_free_space_if_that_is_wh
 FULL = """
     import resource, signal, sys
     from pathlib import Path
-    from shardsmith.commit import Attempt, write_file
+    from shardsmith.ground.commit import Attempt, write_file
 
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
@@ -526,7 +526,7 @@ def test_the_proof_minds_nothing_that_is_there(tmp_path: Path) -> None:
 KILLED_PROOF = """
     import os, signal, sys
     from pathlib import Path
-    from shardsmith.commit import prove_writable
+    from shardsmith.ground.commit import prove_writable
 
     left = [int(sys.argv[2])]
 

@@ -21,7 +21,7 @@ from shardsmith.manifest.checkpoints import committed_steps, find_damage
 HOLDER = """
 import os, sys
 from pathlib import Path
-from shardsmith.leases import hold
+from shardsmith.ground.leases import hold
 
 with hold(Path(sys.argv[1])) as held:
     print(held, flush=True)
@@ -90,8 +90,8 @@ def test_a_killed_holder_holds_nothing_up(checkpoint: Path) -> None:
 FORK = """
 import os, sys
 from pathlib import Path
-from shardsmith.commit import remove
-from shardsmith.leases import hold
+from shardsmith.ground.commit import remove
+from shardsmith.ground.leases import hold
 
 reading, writing = os.pipe()
 with hold(Path(sys.argv[1])):
@@ -124,9 +124,9 @@ def test_what_is_not_there_cannot_be_held(tmp_path: Path) -> None:
 RACE = """
 import os, sys
 from pathlib import Path
-from shardsmith.commit import remove
+from shardsmith.ground.commit import remove
 from shardsmith.errors import CheckpointNotFoundError
-from shardsmith.leases import hold
+from shardsmith.ground.leases import hold
 
 checkpoint, comes_back = Path(sys.argv[1]), sys.argv[2] == "True"
 locks = []

@@ -217,7 +217,7 @@ MOUNTED = """
 import sys
 from pathlib import Path
 from shardsmith.errors import ProtectedPathError
-from shardsmith.export.hf_directory import protect
+from shardsmith.hf.hf_directory import protect
 base, *outputs = map(Path, sys.argv[1:])
 for output in outputs:
     try:
