@@ -14,7 +14,7 @@ TITANS = 0.2 0.3
 TITAN ?= torchtitan
 TITAN_READY = $(TITANS:%=.venv-titan-%/.ready)
 
-.PHONY: demo test test-oldest test-titan canary families check coverage docs bench gpu gpu-wheels clean
+.PHONY: demo test test-oldest test-titan canary families soak check coverage docs bench gpu gpu-wheels clean
 .DELETE_ON_ERROR:
 
 $(READY): pyproject.toml setup.cfg
@@ -62,6 +62,9 @@ test-titan-%: .venv-titan-%/.ready
 
 families: $(READY)  ## every model class of transformers that can be made tiny; writes docs/families.md (FAMILIES="llama t5")
 	$(BIN)/python -m tests.families $(FAMILIES)
+
+soak: $(READY)  ## kills, disk errors, damage and ends by the hundred, for an hour at most (SOAK_ARGS="--minutes 5 --only kills")
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak $(SOAK_ARGS)
 
 canary:  ## whether a version of TorchTitan has what is relied on: make canary TITAN=git+https://github.com/pytorch/torchtitan
 	$(PYTHON) -m venv .venv-titan-canary

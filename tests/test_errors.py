@@ -14,6 +14,7 @@ from shardsmith.errors import (
     CheckpointError,
     CheckpointNotFoundError,
     MismatchError,
+    NotEnoughMemoryError,
     RankFailedError,
     RankTimeoutError,
     ShardsmithError,
@@ -38,6 +39,8 @@ def example(kind: type[ShardsmithError]) -> ShardsmithError:
         return kind("writing step-5", {1: "OSError: disk full", 0: "KeyError: 'w'"}, 4)
     if issubclass(kind, RankTimeoutError):
         return kind("writing step-5", [2, 3], 1.5)
+    if issubclass(kind, NotEnoughMemoryError):
+        return kind("staging step-5: too little memory", ["one: 4 ranks need 2 GB more, and 1 GB are left"])
     return kind("something went wrong")
 
 

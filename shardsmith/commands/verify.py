@@ -12,7 +12,8 @@ from shardsmith.commands.options import NameArguments
 
 def verify(
     a: tyro.conf.Positional[Path],
-    b: tyro.conf.Positional[Path],
+    b: tyro.conf.Positional[Path | None] = None,
+    *,
     naming: tyro.conf.OmitArgPrefixes[NameArguments],
     models: tuple[Literal["main", "ema"], ...] = (),
     tolerance: float | None = None,
@@ -23,16 +24,17 @@ def verify(
     trust_remote_code: bool = False,
     json: bool = False,
 ) -> int:
-    """Compare two checkpoints of any formats and shardings.
+    """Compare two checkpoints of any formats and shardings, or one with what it recorded of itself.
 
     Only reads. Exits with 0 if they hold the same model, 1 if not, with all tensors that differ, and 2 if they
-    cannot be compared.
+    cannot be compared. Of one alone every byte is read: 0 if no file has changed since it was written, 1 if one has,
+    is missing, or does not belong there, and 2 if no hashes of its files were recorded.
 
     Example: shardsmith verify run/checkpoints/step-500 run/hf/step-500 --rounding
 
     Args:
         a: A checkpoint of any format that to-hf reads.
-        b: Another.
+        b: Another. Without it A is compared with the hashes that were recorded when it was written.
         models: Which of their models to compare: all that both have, unless told.
         tolerance: Largest absolute difference of two values, or logits, that is none: 0 for values, 0.001 for logits.
         rounding: Accept values that are those of the other, rounded to another dtype.
@@ -48,6 +50,8 @@ def verify(
     from shardsmith.compare.verification import verify as compare
     from shardsmith.ground import console
 
+    if b is None:
+        return _verify_alone(a, as_json=json)
     options = VerifyOptions(
         models=models or None,
         names=naming.name_map,
@@ -70,3 +74,20 @@ def verify(
         verification = compare(a, b, options)
     report.print_verification(verification, as_json=json)
     return 0 if verification.same else 1
+
+
+def _verify_alone(path: Path, *, as_json: bool) -> int:
+    """Compare every byte with the recorded hashes. Raises UnsupportedFormatError if there are none."""
+    from shardsmith.commands import report
+    from shardsmith.errors import UnsupportedFormatError
+    from shardsmith.ground import console
+    from shardsmith.inspection import inspect_checkpoint
+
+    with console.reading_bar(path.name, quiet=as_json):
+        inspection = inspect_checkpoint(path, verify=True)
+    report.print_inspection(inspection, as_json=as_json)
+    if not inspection.damage and not inspection.verified:
+        raise UnsupportedFormatError(
+            path, "records no hashes of its files, so it cannot be verified alone; compare it with what it was made of"
+        )
+    return 1 if inspection.damage else 0

@@ -24,6 +24,7 @@ from shardsmith.errors import RanksDisagreeError
 from shardsmith.export.live_writers import WeightsWriter
 from shardsmith.ground import layout
 from shardsmith.ground.commit import Attempt, require_space, sweep
+from shardsmith.ground.host_memory import require_memory
 from shardsmith.ground.ranks import Ranks
 from shardsmith.hf.completion import complete_directory
 from shardsmith.hf.directory import DirectoryPlan, Measure, ModelPlan
@@ -31,7 +32,7 @@ from shardsmith.hf.directory_check import check_directory
 from shardsmith.name_maps.maps import Translation
 from shardsmith.sharding.assignment import assign_boxes
 from shardsmith.sharding.live_boxes import LiveBox, StagingBuffer, held_boxes
-from shardsmith.tensors.tensors import Chunk, Shape
+from shardsmith.tensors.tensors import Chunk, Shape, TensorSpec
 
 Check = Callable[[Path, set[torch.dtype]], None]
 """Looks at a complete directory before it is published: its path, and the dtypes that floating-point weights have in
@@ -166,9 +167,16 @@ class JointExport:
             ranks: Serves the main thread, which is the one that calls this.
 
         Raises:
-            RankFailedError: on all ranks, if copying failed on any.
+            RankFailedError: on all ranks, if copying failed on any, or a host has too little memory for the copies.
         """
-        ranks.gather(f"staging {self.plan.output.name}", lambda: self._stage(boxes, buffer))
+        phase = f"staging {self.plan.output.name}"
+        specs = {f"{model.model}/{spec.name}": spec for model in self.plan.models for spec in model.specs}
+        flat = [replace(box, name=f"{model}/{box.name}") for model, held in boxes.items() for box in held]
+        if not buffer.has_room:
+            values = [box.values for box in flat]
+            require_memory(ranks, phase, lambda: buffer.growth(values, [specs[box.name].dtype for box in flat]))
+            buffer.has_room = True
+        ranks.gather(phase, lambda: self._stage(flat, specs, buffer))
 
     def write(self) -> None:
         """Write this rank's part of the weights. Any thread, all ranks; communicates.
@@ -193,11 +201,10 @@ class JointExport:
         self._ranks.lead(f"committing {self.plan.output.name}", self._commit)
         return self.plan.output
 
-    def _stage(self, boxes: Mapping[str, Sequence[LiveBox]], buffer: StagingBuffer) -> None:
-        specs = {f"{model.model}/{spec.name}": spec for model in self.plan.models for spec in model.specs}
-        flat = [replace(box, name=f"{model}/{box.name}") for model, held in boxes.items() for box in held]
-        self._staged = {model: [] for model in boxes}
-        for box in buffer.stage(flat, specs):
+    def _stage(self, boxes: Sequence[LiveBox], specs: Mapping[str, TensorSpec], buffer: StagingBuffer) -> None:
+        """The boxes and specs are named ``<model>/<tensor>``."""
+        self._staged = {model.model: [] for model in self.plan.models}
+        for box in buffer.stage(boxes, specs):
             model, name = box.name.split("/", 1)
             self._staged[model].append(replace(box, name=name))
 

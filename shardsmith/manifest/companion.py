@@ -11,11 +11,11 @@ A folder without ``shardsmith/`` is not complete for us, and the trainer does no
 
 from __future__ import annotations
 
-import json
 import os
+import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -29,10 +29,12 @@ from shardsmith.manifest.metadata import (
     TensorRecord,
     file_record,
     read_json,
+    sealed_json,
     tensor_record,
 )
 
 SCHEMA_VERSION = 1
+_TRAINER_STATE, _TRAINER_NAME = "trainer_state.json", re.compile(r"checkpoint-([0-9]+)")
 _WEIGHTS = ("model", "pytorch_model", "adapter_model")
 """How the names of files and directories with a model's weights begin, by transformers, peft and accelerate."""
 
@@ -50,7 +52,8 @@ class FolderRecord:
 
     def to_json(self) -> bytes:
         """As the bytes of the file."""
-        return (json.dumps({"schema_version": SCHEMA_VERSION, **asdict(self)}, indent=1) + "\n").encode()
+        content = {"step": self.step, "files": self.files, "tensors": self.tensors}
+        return sealed_json({"schema_version": SCHEMA_VERSION, **content})
 
 
 def companion_of(folder: Path) -> Path:
@@ -80,7 +83,7 @@ def read_folder_record(folder: Path) -> FolderRecord:
         CorruptCheckpointError: it is not what ``to_json`` writes.
     """
     path = companion_of(folder) / layout.FOLDER_FILE
-    content = read_json(path)
+    content = read_json(path, sealed=True)
     try:
         if content["schema_version"] != SCHEMA_VERSION:
             raise ValueError(f"schema version {content['schema_version']!r}, this version reads {SCHEMA_VERSION}")
@@ -110,9 +113,12 @@ def find_folder_damage(
     """
     ours = companion_of(folder)
     try:
-        files = read_folder_record(folder).files
+        record = read_folder_record(folder)
     except CheckpointError as error:
         return [str(error)]
+    if record.step != (named := _step_in_name(folder, record.step)):
+        return [f"{layout.FOLDER_FILE} is of step {record.step}, not of step {named}: it was copied or renamed"]
+    files = record.files
     chosen = [name for name in files if not weights_only or name.startswith(_WEIGHTS)][part::parts]
     with ThreadPoolExecutor(_threads(chosen), "shardsmith-verify") as pool:
         problems = pool.map(lambda name: file_damage(folder / name, files[name], contents=contents), chosen)
@@ -121,6 +127,12 @@ def find_folder_damage(
         f"{layout.COMPANION}/{line}"
         for line in find_damage(ours, contents=contents, part=part, parts=parts, manifest=manifest)
     ]
+
+
+def _step_in_name(folder: Path, default: int) -> int:
+    """The step that Trainer has named a folder for; ``default`` where the name is not Trainer's."""
+    found = _TRAINER_NAME.fullmatch(folder.resolve().name) if (folder / _TRAINER_STATE).is_file() else None
+    return int(found[1]) if found else default
 
 
 def _threads(names: list[str]) -> int:

@@ -29,6 +29,7 @@ from shardsmith.errors import (
     UnsupportedFormatError,
 )
 from shardsmith.ground import layout
+from shardsmith.ground.json_budget import require_json_budget
 from shardsmith.manifest.fields import (
     count,
     counts,
@@ -260,6 +261,7 @@ def _read(path: Path) -> tuple[bytes, dict[str, Any]]:
         )
     try:
         data = path.read_bytes()
+        require_json_budget(data)
         content = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise CorruptCheckpointError(path, f"is not JSON: {error}") from error

@@ -15,6 +15,7 @@ from shardsmith.ground import layout
 from shardsmith.ground.ranks import Ranks
 from shardsmith.manifest.metadata import read_metadata
 from shardsmith.run_state.average import refuse_other_decay
+from shardsmith.run_state.proof import prove_state
 from shardsmith.run_state.resume import fill, refuse_other_step
 from shardsmith.run_state.saved_structure import with_number_keys, with_saved_structure
 from shardsmith.run_state.train_state import TrainState
@@ -47,6 +48,8 @@ def load_parts(
     Raises:
         UsageError: there is no such part in this run, or its average has another decay. Nothing was loaded.
         MismatchError: it does not hold what is wanted. Nothing was loaded.
+        CorruptCheckpointError: what was loaded has not the digests that were recorded; with several ranks,
+            RankFailedError.
     """
     if unknown := sorted(set(parts or ()) - set(state.parts)):
         raise UsageError(f"parts: this run has no {', '.join(unknown)}; it has {', '.join(state.parts)}")
@@ -68,6 +71,7 @@ def load_parts(
     except MismatchError as error:
         raise _explained(checkpoint, error, wanted) from None
     refuse_other_step(checkpoint, metadata.step, target)
+    prove_state(ranks, target, checkpoint, metadata)
     for key in reduced.growing_keys:
         with_number_keys(target[key], key, numbered)
     reduced.restore(target)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import xxhash
 from torch import Tensor
 
@@ -22,6 +23,7 @@ from shardsmith.formats.dcp.rank_file import encode, write_rank_file
 from shardsmith.formats.describe import describe
 from shardsmith.ground import layout
 from shardsmith.ground.commit import Attempt, write_file
+from shardsmith.ground.host_memory import require_memory
 from shardsmith.ground.ranks import Ranks
 from shardsmith.manifest.metadata import FileRecord
 from shardsmith.run_state.held import Held, hold
@@ -79,7 +81,8 @@ class SaveInProgress:
         """
         phase = f"collecting {self.target.name}"
         answer = self._ranks.agree(phase, lambda: self._collect(collect), self._decide)
-        if answer["attempt"] is None:
+        self._is_dealt_anew = answer["attempt"] is None
+        if self._is_dealt_anew:
             entries, speakers = self._held.entries, answer["speakers"]
             answer = self._ranks.agree(phase, lambda: self._share.report(entries, speakers), self._settle, large=True)
             self._share.accept(entries, answer["shares"][self._ranks.rank])
@@ -93,10 +96,15 @@ class SaveInProgress:
             buffer: Holds the copy until ``write`` has ended.
 
         Raises:
-            RankFailedError: on all ranks, if copying failed on any. The attempt is gone.
+            RankFailedError: on all ranks, if copying failed on any, or a host has too little memory for the copies. The
+                attempt is gone.
         """
+        phase = f"staging {self.target.name}"
         with self._abandoned_on_error():
-            self._ranks.gather(f"staging {self.target.name}", lambda: self._stage(buffer))
+            if self._is_dealt_anew or not buffer.has_room:
+                require_memory(self._ranks, phase, lambda: buffer.growth(*self._tensors_and_dtypes()))
+                buffer.has_room = True
+            self._ranks.gather(phase, lambda: self._stage(buffer))
 
     def write(self) -> None:
         """Write this rank's file. Any thread; communicates through the store.
@@ -152,8 +160,7 @@ class SaveInProgress:
         return self._attempt.id
 
     def _stage(self, buffer: StagingBuffer) -> None:
-        tensors = self._tensors()
-        self._staged = buffer.copy(tensors, [tensor.dtype for tensor in tensors]), self._objects()
+        self._staged = buffer.copy(*self._tensors_and_dtypes()), self._objects()
         self._held = Held(self._held.entries, [])  # the live tensors are needed no more
 
     def _tensors(self) -> list[Tensor]:
@@ -162,6 +169,10 @@ class SaveInProgress:
             values = self._held.values[i][position]
             found.append(values if part is None else values[part.within(Chunk.whole(part.sizes))])
         return found
+
+    def _tensors_and_dtypes(self) -> tuple[list[Tensor], list[torch.dtype]]:
+        tensors = self._tensors()
+        return tensors, [tensor.dtype for tensor in tensors]
 
     def _objects(self) -> list[bytes]:
         return [encode(self._held.values[i][0]) for i in self._own.objects]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -36,10 +37,22 @@ def held_boxes(tensors: Mapping[str, Tensor]) -> list[LiveBox]:
 
 
 class StagingBuffer:
-    """Memory on the CPU that stagings use again and again. Grows to the largest that it was needed for."""
+    """Memory on the CPU that stagings use again and again. Grows to the largest that it was needed for.
+
+    Attributes:
+        has_room: Whether the hosts were found to have memory for it, by all ranks together.
+    """
 
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8, device="cpu")
+        self.has_room = False
+
+    def growth(self, tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> int:
+        """How many more bytes of memory a ``copy`` of these would take."""
+        size = _ends(tensors, dtypes)[-1]
+        if any(tensor.device.type != "cpu" for tensor in tensors):
+            size = 1 << (size - 1).bit_length() if size else 0  # as torch takes pinned memory
+        return max(0, size - len(self._memory))
 
     def stage(self, boxes: Sequence[LiveBox], specs: Mapping[str, TensorSpec]) -> list[LiveBox]:
         """A copy of the boxes, cast to the dtypes of ``specs``. No communication.
@@ -52,9 +65,7 @@ class StagingBuffer:
 
     def copy(self, tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
         """As ``stage``, of tensors and the dtypes that they are to have."""
-        ends = [0]
-        for tensor, dtype in zip(tensors, dtypes, strict=True):  # each begins at a cache line, aligned for any dtype
-            ends.append(ends[-1] + -(-tensor.numel() * dtype.itemsize // 64) * 64)
+        ends = _ends(tensors, dtypes)
         self._reserve(ends[-1], pinned=any(tensor.device.type != "cpu" for tensor in tensors))
         copies = [
             self._memory[begin : begin + tensor.numel() * dtype.itemsize].view(dtype).view(tensor.shape)
@@ -68,6 +79,12 @@ class StagingBuffer:
         if len(self._memory) < nbytes:
             self._memory = torch.empty(0, dtype=torch.uint8, device="cpu")  # let go of the old one first
             self._memory = torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned, device="cpu")
+
+
+def _ends(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[int]:
+    """Where each copy begins, and where the last ends: at a cache line, so that it is aligned for any dtype."""
+    sizes = (-(-tensor.numel() * dtype.itemsize // 64) * 64 for tensor, dtype in zip(tensors, dtypes, strict=True))
+    return [*itertools.accumulate(sizes, initial=0)]
 
 
 @torch.no_grad()

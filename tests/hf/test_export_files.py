@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from shardsmith.cli import main
 from shardsmith.commands.inspect import inspect
@@ -30,6 +32,7 @@ def export(trained: dict[tuple[str, int], Trained], tmp_path_factory: pytest.Tem
 def test_what_was_written_is_sound(export: Path) -> None:
     assert find_export_damage(export) == []
     assert inspect(export, verify=True) == 0
+    assert main(["verify", str(export)]) == 0
 
 
 def test_every_change_of_every_file_is_found(export: Path, tmp_path: Path) -> None:
@@ -66,3 +69,25 @@ def test_a_file_that_is_gone_or_does_not_belong_there_is_named(export: Path, tmp
 def test_a_directory_of_somebody_else_has_no_damage_that_we_could_know(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     assert find_export_damage(tmp_path) == []
+
+
+def test_one_argument_verifies_an_export_or_a_checkpoint_alone(
+    export: Path, trained: dict[tuple[str, int], Trained], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for source in (export, trained["llama", 1].checkpoint):
+        assert main(["verify", str(source)]) == 0
+        copy = tmp_path / source.name
+        shutil.copytree(source, copy)
+        data = bytearray((path := max(copy.iterdir(), key=lambda path: path.stat().st_size)).read_bytes())
+        data[len(data) // 2] ^= 4
+        path.write_bytes(data)
+        assert main(["verify", str(copy)]) == 1
+        assert path.name in capsys.readouterr().out
+
+
+def test_what_recorded_no_hashes_is_not_called_sound(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_file({"w": torch.ones(3)}, tmp_path / "model.safetensors")
+    assert inspect(tmp_path, verify=True) == 0
+    assert "no hashes of its files are recorded" in " ".join(capsys.readouterr().out.split())
+    assert main(["verify", str(tmp_path)]) == 2
+    assert "records no hashes of its files" in capsys.readouterr().err

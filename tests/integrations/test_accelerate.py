@@ -9,10 +9,11 @@ import torch
 
 from shardsmith.commands.options import ExportArguments
 from shardsmith.commands.to_hf import to_hf
+from shardsmith.integrations.accelerate import last_checkpoint
 from shardsmith.manifest.companion import find_folder_damage
 from tests.integrations.accelerate_runs import run_average_that_starts, run_loop, run_named_by_accelerate
 from tests.integrations.test_trainer_exports import loaded, make_base
-from tests.integrations.trainer_runs import assert_close, assert_equal, averaged
+from tests.integrations.trainer_runs import assert_close, assert_equal, averaged, flip
 from tests.ranks import run_on_ranks
 
 
@@ -46,6 +47,25 @@ def test_folders_and_exports_are_what_from_pretrained_loads(tmp_path: Path, shar
 def test_folders_that_accelerate_names_and_deletes_have_ours_in_them_until_it_is_removed(tmp_path: Path) -> None:
     run_on_ranks(run_named_by_accelerate, 1, tmp_path, tmp_path)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["checkpoint_3", "checkpoint_4"]
+
+
+def test_a_newest_folder_that_is_damaged_is_passed_over_and_said_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_on_ranks(run_loop, 1, tmp_path, "none", tmp_path, 4, None, "straight.pt")
+    flip(max((tmp_path / "state-4").glob("*.safetensors"), key=lambda file: file.stat().st_size))
+    assert last_checkpoint(tmp_path, verify=True) == str(tmp_path / "state-2")
+    (said,) = [record.getMessage() for record in caplog.records if "passed over" in record.getMessage()]
+    assert said.startswith(
+        f"{tmp_path / 'state-4'} is passed over: model.safetensors: has changed since it was written"
+    )
+    (tmp_path / "again").mkdir()
+    run_on_ranks(
+        run_loop, 1, tmp_path / "again", "none", tmp_path / "again", 4, str(tmp_path / "state-2"), "resumed.pt"
+    )
+    straight, resumed = torch.load(tmp_path / "straight.pt"), torch.load(tmp_path / "again" / "resumed.pt")
+    assert_equal(resumed["main"], straight["main"])
+    assert_equal(resumed["ema"], straight["ema"])
 
 
 def test_a_loop_without_an_average_gets_one_where_it_goes_on(tmp_path: Path) -> None:

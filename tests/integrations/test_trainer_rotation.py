@@ -26,6 +26,7 @@ from tests.integrations.trainer_runs import (
     assert_close,
     assert_equal,
     averaged,
+    flip,
     make_data,
     make_model,
     run,
@@ -52,6 +53,26 @@ def test_a_killed_run_goes_on_from_its_last_complete_folder_as_if_nothing_had_ha
     assert resume == str(tmp_path / "out" / f"checkpoint-{marked[-1]}")
     run(SHARDED, tmp_path, resume=resume)
     straight, resumed = torch.load(finished(SHARDED) / "truth.pt"), torch.load(tmp_path / "truth.pt")
+    assert_equal(resumed["main"], straight["main"])
+    assert_equal(resumed["ema"], straight["ema"])
+
+
+def test_a_newest_folder_that_is_damaged_or_renamed_is_passed_over_and_said_so(
+    finished: Finished, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(finished(ALONE) / "out", tmp_path / "out")
+    newest, before = (tmp_path / "out" / f"checkpoint-{step}" for step in (STEPS, STEPS - 2))
+    shutil.copytree(before, copied := before.with_name(f"checkpoint-{STEPS + 3}"))
+    flip(newest / "model.safetensors")
+    resume = last_checkpoint(tmp_path / "out", verify=True)
+    assert resume == str(before)
+    said = [record.getMessage() for record in caplog.records if "passed over" in record.getMessage()]
+    assert sorted(line.split(" is passed over: ")[0] for line in said) == sorted(map(str, (newest, copied)))
+    assert any("is of step 4, not of step 9: it was copied or renamed" in line for line in said)
+    shutil.rmtree(newest)
+    shutil.rmtree(copied)
+    run(ALONE, tmp_path, resume=resume)
+    straight, resumed = torch.load(finished(ALONE) / "truth.pt"), torch.load(tmp_path / "truth.pt")
     assert_equal(resumed["main"], straight["main"])
     assert_equal(resumed["ema"], straight["ema"])
 

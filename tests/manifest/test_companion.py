@@ -19,7 +19,7 @@ from shardsmith.manifest.companion import (
     is_deserted,
     read_folder_record,
 )
-from shardsmith.manifest.metadata import TensorRecord
+from shardsmith.manifest.metadata import SEAL, TensorRecord
 from shardsmith.manifest.trainer_folders import last_checkpoint
 
 TENSORS = {"w": TensorRecord(shape=(2, 3), dtype="float32", digest="0" * 32)}
@@ -84,7 +84,9 @@ def test_what_changed_or_went_is_found_by_name_and_the_optimizer_may_go(tmp_path
 def test_a_record_that_is_none_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
     folder = make_folder(tmp_path / "checkpoint-7")
     path = companion_of(folder) / "folder.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    content = json.loads(path.read_text())
+    del content[SEAL]  # as a record that is older than the seal
+    path.write_text(json.dumps(content | change))
     with pytest.raises(CorruptCheckpointError, match=r"folder\.json: is damaged"):
         read_folder_record(folder)
     assert len(find_folder_damage(folder)) == 1
@@ -112,3 +114,31 @@ def test_an_empty_record_survives(tmp_path: Path) -> None:
     companion_of(tmp_path).mkdir()
     (companion_of(tmp_path) / "folder.json").write_bytes(empty.to_json())
     assert read_folder_record(tmp_path) == empty
+
+
+def test_every_bit_of_a_record_counts(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "checkpoint-7")
+    path = companion_of(folder) / "folder.json"
+    data = path.read_bytes()
+    for at in range(0, len(data), 7):
+        flipped = bytearray(data)
+        flipped[at] ^= 1 << at % 8
+        path.write_bytes(flipped)
+        assert find_folder_damage(folder), f"byte {at}"
+
+
+def test_a_folder_of_trainer_that_was_copied_to_another_step_is_passed_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of a folder that accelerate has written the number is none of a step."""
+    for name, reason in (("trainer_state.json", "is of step 7, not of step 9"), ("other.json", "")):
+        parent = tmp_path / name
+        folder = make_folder(parent / "checkpoint-7")
+        (folder / name).write_text("{}")
+        folder.rename(parent / "checkpoint-9")
+        assert [line for line in damage(parent / "checkpoint-9") if reason in line or not reason] == (
+            ["folder.json is of step 7, not of step 9: it was copied or renamed"] if reason else []
+        )
+        if reason:
+            assert last_checkpoint(parent) is None
+            assert "is passed over: folder.json is of step 7" in caplog.text

@@ -23,6 +23,7 @@ from typing import Any, Never
 import torch
 
 from shardsmith.errors import CorruptCheckpointError, IncompleteCheckpointError, UnsupportedFormatError, UsageError
+from shardsmith.ground.json_budget import require_json_budget
 from shardsmith.tensors.tensors import Shape, TensorSpec
 
 MAX_HEADER_BYTES = 100_000_000
@@ -182,6 +183,7 @@ def _parse_json(text: bytes) -> dict[str, Any]:
     body = text.rstrip(b" ")
     if not (body.startswith(b"{") and body.endswith(b"}")):
         raise ValueError("not one JSON object padded with spaces")
+    require_json_budget(body)
     document: dict[str, Any] = json.loads(
         body.decode(),
         object_pairs_hook=unique_object,

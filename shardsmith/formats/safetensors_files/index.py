@@ -15,6 +15,7 @@ from typing import Any
 
 from shardsmith.errors import CorruptCheckpointError, IncompleteCheckpointError, UnsafeCheckpointError
 from shardsmith.formats.safetensors_files.header import quote, unique_object
+from shardsmith.ground.json_budget import require_json_budget
 from shardsmith.ground.mapped import MappedFile
 
 _MAX_INDEX_BYTES = 100_000_000
@@ -33,7 +34,9 @@ def read_weight_map(index: Path, suffix: str) -> dict[str, str]:
     if file.size > _MAX_INDEX_BYTES:
         raise CorruptCheckpointError(index, f"has {file.size} bytes, which is over the limit of {_MAX_INDEX_BYTES}")
     try:
-        content = json.loads(file.bytes(0, file.size).decode(), object_pairs_hook=unique_object)
+        text = file.bytes(0, file.size)
+        require_json_budget(text)
+        content = json.loads(text.decode(), object_pairs_hook=unique_object)
     except (ValueError, RecursionError) as error:
         raise CorruptCheckpointError(index, f"not a valid index: {error}") from None
     return _checked_weight_map(index, content, suffix)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from shardsmith.errors import CorruptCheckpointError, UnsafeCheckpointError
+from shardsmith.formats.torch_files.budget import require_budget
 from shardsmith.formats.torch_files.tensor_pickle import MAX_TENSOR_PICKLE_BYTES, read_tensor_pickle
 from shardsmith.formats.torch_files.zip import TorchZip, UnusualArchiveError
 from shardsmith.ground.file_tensor import FileTensor
@@ -68,6 +69,8 @@ def read_archived_object(file: MappedFile, offset: int, length: int, *, allow_pi
     """
     data = file.bytes(offset, length)
     where = f"bytes {offset} to {offset + length}"
+    if not allow_pickle:
+        require_budget(file.path, data)
     try:
         if length <= _SMALL_BYTES and not allow_pickle:
             return copy.deepcopy(_load_small(data))

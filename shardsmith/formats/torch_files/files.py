@@ -7,7 +7,6 @@ torch deems safe is read by ``torch.load(weights_only=True)``.
 from __future__ import annotations
 
 import pickle
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +21,12 @@ from shardsmith.errors import (
     UnsafeCheckpointError,
     UnsupportedFormatError,
 )
-from shardsmith.formats.torch_files.state_pickle import MAX_STATE_PICKLE_BYTES, read_plain, read_state_pickle
+from shardsmith.formats.torch_files.budget import require_budget
+from shardsmith.formats.torch_files.state_pickle import MAX_DEPTH, MAX_STATE_PICKLE_BYTES, read_plain, read_state_pickle
 from shardsmith.formats.torch_files.tensor_pickle import UnusualPickleError
 from shardsmith.formats.torch_files.zip import TorchZip, UnusualArchiveError
 from shardsmith.ground.file_tensor import FileTensor
 from shardsmith.ground.mapped import MappedFile
-from shardsmith.ground.printable import printable
 from shardsmith.tensors.checkpoint_keys import KeyPath
 from shardsmith.tensors.tensors import Chunk, Shape
 
@@ -180,8 +179,7 @@ def _load(file: MappedFile) -> Any:
     magic = file.bytes(0, min(4, file.size))
     if not magic.startswith((_ZIP, _PICKLE)):
         raise CorruptCheckpointError(file.path, f"begins with {magic!r}, as no file of torch.save does")
-    if magic == _ZIP:
-        _refuse_compressed(file.path)
+    require_budget(file.path)
     try:
         return torch.load(file.path, map_location="cpu", weights_only=True, mmap=file.is_mapped and magic == _ZIP)
     except pickle.UnpicklingError as error:
@@ -192,26 +190,10 @@ def _load(file: MappedFile) -> Any:
         raise CorruptCheckpointError(file.path, f"is truncated, or no file of torch.save: {fault}") from error
 
 
-def _refuse_compressed(path: Path) -> None:
-    """torch.save compresses nothing; what is compressed may be a thousand times as large in memory."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise CorruptCheckpointError(path, f"is truncated, or no file of torch.save: {error}") from error
-    for member in members:
-        if member.compress_type != zipfile.ZIP_STORED:
-            raise UnsupportedFormatError(
-                path, f"{printable(member.filename)} is compressed, which torch.save never does"
-            )
-        if member.filename.endswith("data.pkl") and member.file_size > MAX_STATE_PICKLE_BYTES:
-            raise CorruptCheckpointError(path, f"describes its tensors in {member.file_size} bytes")
-
-
 def _tensors_in(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, Tensor]]:
     if isinstance(value, Tensor):
         yield path, value
-    elif isinstance(value, Mapping):
+    elif isinstance(value, Mapping) and len(path) <= MAX_DEPTH:
         for key, inner in value.items():
             yield from _tensors_in(inner, (*path, key))
 

@@ -63,9 +63,10 @@ def read_pickle(data: bytes, path: Path, known: frozenset[Name], *, persistent_i
         CorruptCheckpointError: when it is no such pickle, is cut off, or has something behind its end.
     """
     machine = _Machine(data, path, known, persistent_ids)
-    containers = data.count(pickle.EMPTY_DICT) + data.count(pickle.EMPTY_LIST)
-    if containers > max(_FREE_CONTAINERS, len(data) // 4):  # each takes 64 bytes or so, and one byte of the file
-        raise machine.corrupt(f"it may make {containers} lists and dicts, which is more than what describes tensors")
+    containers, others = (sum(map(data.count, codes)) for codes in (_CONTAINERS, _OTHERS))
+    if containers > max(_FREE_OBJECTS, len(data) // 4) or others > max(_FREE_OBJECTS, len(data) // 2):
+        count = containers + others  # each takes 64 bytes or so, and one byte of the file
+        raise machine.corrupt(f"it may make {count} lists, dicts and tuples, which is more than what describes tensors")
     try:
         return machine.run()
     except (IndexError, KeyError, UnicodeDecodeError, struct.error) as error:
@@ -251,7 +252,9 @@ class _Machine:
 
 _KEY_TYPES = (str, int, Made)
 _MAX_KEY = 1 << 31  # larger ones may be chosen so that all have one hash, and a dict of them takes quadratic time
-_FREE_CONTAINERS = 100_000
+_CONTAINERS = (pickle.EMPTY_DICT, pickle.EMPTY_LIST)
+_OTHERS = (pickle.MARK, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3)
+_FREE_OBJECTS = 100_000
 _STOP = pickle.STOP[0]
 _MEMOIZE = pickle.MEMOIZE[0]
 _BINGET = pickle.BINGET[0]

@@ -26,7 +26,8 @@ from shardsmith.tensors.checkpoint_keys import KeyPath
 from shardsmith.tensors.tensors import Chunk, Shape
 
 MAX_STATE_PICKLE_BYTES = 1 << 28
-_MAX_DEPTH = 32
+MAX_DEPTH = 32
+"""Of dicts in a state dict."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +133,7 @@ def read_plain(data: bytes, path: Path, key: str) -> object:
 def _plain(value: object, budget: int, depth: int) -> Any:
     if value is None or type(value) in (bool, int, float, str):
         return value
-    if depth > _MAX_DEPTH:
+    if depth > MAX_DEPTH:
         raise UnusualPickleError("its parts contain each other over and over")
     items: Any = value.items if type(value) is Made and value.of == ORDERED_DICT else value
     if type(items) is dict and len(items) <= budget:
@@ -144,7 +145,7 @@ def _plain(value: object, budget: int, depth: int) -> Any:
 
 def _leaves(value: object, path: KeyPath) -> Iterator[tuple[KeyPath, object]]:
     items = value if type(value) is dict else value.items if type(value) is Made and value.of == ORDERED_DICT else None
-    if items is None or len(path) > _MAX_DEPTH:
+    if items is None or len(path) > MAX_DEPTH:
         yield path, value
         return
     for key, inner in items.items():

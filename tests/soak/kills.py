@@ -1,0 +1,103 @@
+"""Ranks are killed at random times while they save, export, remove and resume; the run always comes to its end."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+
+from tests.soak.forked import wait_for
+from tests.soak.job import Digests, Job, leftovers, look, steps_in
+
+STEPS = 8
+KILLS_OF_A_RUN = 6
+
+
+def kill_at_random(work: Path, kills: int, until: float, chance: random.Random) -> Counter[str]:
+    """Kill runs of 1, 2 and 4 ranks, ``kills`` times or until a time of ``time.monotonic``.
+
+    Returns what happened, by name; whatever begins with "fault" must not.
+    """
+    found: Counter[str] = Counter()
+    expected: Digests = {}
+    lengths = {ranks: _undisturbed(work / f"straight-{ranks}", ranks, expected) for ranks in (1, 2, 4)}
+    number = 0
+    while found["kills"] < kills and time.monotonic() < until:
+        number += 1
+        job = Job(work / f"run-{number}", chance.choice((1, 2, 4)), STEPS)
+        for _ in range(KILLS_OF_A_RUN):
+            if not _kill_once(job, lengths[job.ranks], chance, found, expected):
+                break
+        _finish_run(job, found, expected)
+        shutil.rmtree(job.folder)
+    return found
+
+
+def _undisturbed(folder: Path, ranks: int, expected: Digests) -> float:
+    """Train step by step, so that every step directory is seen before it is removed; how long a run takes."""
+    seconds = 0.0
+    for steps in range(2, STEPS + 1):
+        job = Job(folder, ranks, steps)
+        started = time.monotonic()
+        job.run()
+        seconds = time.monotonic() - started
+        assert look(job, expected) == []
+    shutil.rmtree(folder)
+    started = time.monotonic()
+    Job(folder, ranks, STEPS).run()
+    seconds = time.monotonic() - started
+    shutil.rmtree(folder)
+    return seconds
+
+
+def _kill_once(job: Job, length: float, chance: random.Random, found: Counter[str], expected: Digests) -> bool:
+    """Run it and kill all ranks, or one and later the others. False if it had ended before."""
+    before = [int(path.name.removeprefix("step-")) for path in steps_in(job.checkpoints)]
+    (job.folder / "resumed").unlink(missing_ok=True)
+    pids = job.start()
+    victims = pids if chance.random() < 0.5 else [chance.choice(pids)]
+    time.sleep(chance.uniform(0.1, length))  # the random time; nothing is waited for
+    for pid in victims:
+        os.kill(pid, signal.SIGKILL)
+    if victims != pids:
+        time.sleep(chance.uniform(0, 0.5))  # a launcher takes its time, too
+    for pid in set(pids) - set(victims):
+        os.kill(pid, signal.SIGKILL)
+    ends = wait_for(pids, 30)
+    if all(end == 0 for end in ends):
+        return False
+    found["kills"] += 1
+    found[f"kills of {job.ranks} ranks"] += 1
+    found["kills that left something half-made"] += bool(leftovers(job))
+    resumed = job.folder / "resumed"
+    if resumed.exists() and resumed.read_text() and int(resumed.read_text()) != max(before, default=0):
+        _fault(found, "fault: resumed at another step than the newest", f"{job.folder} {before} {resumed.read_text()}")
+    for problem in look(job, expected):
+        _fault(found, "fault: torn or wrong after a kill", problem)
+    return True
+
+
+def _finish_run(job: Job, found: Counter[str], expected: Digests) -> None:
+    """Let it come to its end, and find everything there and nothing else."""
+    try:
+        job.run()
+    except AssertionError as error:
+        _fault(found, "fault: a run that could not go on", str(error))
+        return
+    found["runs that came to their end"] += 1
+    for problem in look(job, expected):
+        _fault(found, "fault: torn or wrong at the end", problem)
+    if leftovers(job):
+        _fault(found, "fault: leftovers at the end", str(leftovers(job)))
+    found["directories looked at"] += len(steps_in(job.checkpoints)) + len(steps_in(job.exports))
+    if not (job.checkpoints / f"step-{STEPS}").is_dir():
+        _fault(found, "fault: the last step is missing", str(job.folder))
+
+
+def _fault(found: Counter[str], name: str, text: str) -> None:
+    found[name] += 1
+    print(f"{name}: {text}", flush=True)
