@@ -35,8 +35,9 @@ def compare_live_config(
     expected = None if whole is None else source_config(whole, path, record, given)[0]
     if whole is None or expected is None:
         return []
-    wanted = plain_config(expected)
-    found = plain_config(whole.config) if isinstance(whole.config, type(expected)) else _like(whole.config, wanted)
+    wanted = _public(plain_config(expected))
+    is_own = isinstance(whole.config, type(expected))
+    found = _public(plain_config(whole.config)) if is_own else _like(whole.config, wanted)
     found = _as_far_as_stated(found, wanted)
     findings = compare_configs(wanted, found, "the live model")
     return [
@@ -44,6 +45,11 @@ def compare_live_config(
         for finding in findings
         if finding.severity == "error"
     ]
+
+
+def _public(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings without those that transformers keeps for itself, such as how it chose an attention."""
+    return {name: value for name, value in config.items() if not name.startswith("_")}
 
 
 def _like(config: Any, wanted: Mapping[str, Any]) -> dict[str, Any]:

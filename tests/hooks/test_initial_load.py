@@ -292,6 +292,13 @@ def test_a_buffer_cast_with_the_weights_is_found_and_can_be_repaired(sources: Pa
     assert model.model.rotary_emb.inv_freq.dtype == torch.float32
 
 
+def test_settings_that_the_library_keeps_for_itself_are_not_compared(sources: Path) -> None:
+    """As ``_attn_implementation_autoset``, which transformers 4 writes for a model that chose its attention itself."""
+    model = made("olmo2")
+    model.config._chosen_by_itself = True
+    load_initial(sources / "olmo2" / "hf", model=model)
+
+
 SETTINGS = {
     "rope_theta": (
         {"rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0}},

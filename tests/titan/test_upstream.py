@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import pkgutil
 from typing import Any
 
 import pytest
+import torchtitan.models
 
 from shardsmith.errors import UsageError
+from shardsmith.integrations.torchtitan.models import _flavors, build_titan_model
 from shardsmith.integrations.torchtitan.override import HAS_OVERRIDES
 from shardsmith.integrations.torchtitan.upstream import CheckpointManager, differences, refuse_unknown
+from shardsmith.name_maps.maps import Translation, find_name_map
+from shardsmith.tensors.tensors import TensorSpec
 
 
 def trainer_of() -> type[Any]:
@@ -66,3 +71,28 @@ def test_models_have_adapters_that_translate_both_ways(model: str) -> None:
         adapter = module.get_train_spec().state_dict_adapter
     assert [*inspect.signature(adapter.to_hf).parameters][1] == "state_dict"
     assert [*inspect.signature(adapter.from_hf).parameters][1] == "hf_state_dict"
+
+
+def registered() -> list[str]:
+    """Every model of TorchTitan that can be imported here, in its smallest flavor."""
+    found = []
+    for info in pkgutil.iter_modules(torchtitan.models.__path__):
+        try:
+            module = importlib.import_module(f"torchtitan.models.{info.name}")
+        except ImportError:  # some need packages of their own
+            continue
+        if hasattr(module, "model_registry") or hasattr(module, "get_train_spec"):
+            flavors = _flavors(module).split(", ")
+            found += [f"{info.name}/{flavor}" for flavor in flavors if "debug" in flavor]
+    return found
+
+
+@pytest.mark.parametrize("title", registered())
+def test_every_model_that_torchtitan_has_is_translated_whole(title: str) -> None:
+    """Each weight goes somewhere, once; only buffers may have no place."""
+    titan = build_titan_model(title)
+    names = find_name_map(f"torchtitan:{title}", None)
+    specs = {name: TensorSpec(name, tuple(t.shape), t.dtype) for name, t in titan.model.state_dict().items()}
+    translation = Translation(names, specs)
+    assert translation.targets
+    assert translation.left_out.keys() <= {name for name, _ in titan.model.named_buffers()}
