@@ -87,8 +87,8 @@ def build_titan_model(title: str) -> TitanModel:
         raise UsageError(f"the TorchTitan model {name!r} cannot be imported: {error}") from error
     if adapter is None:
         raise UsageError(
-            f"TorchTitan has no state-dict adapter for {title}, so its names in Hugging Face are not known: write a name "
-            "map (docs/extending.md) and give it as --names"
+            f"TorchTitan has no state-dict adapter for {title}, so its names in Hugging Face are not known: write a "
+            "name map (docs/extending.md) and give it as --names"
         )
     with torch.device("meta"):
         model = make()
