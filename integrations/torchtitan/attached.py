@@ -169,7 +169,7 @@ class Attached:
             refuse_other_settings(ranks, base, model, sd_adapter, options.allow_config)
             stages = are_stages(ranks, model)
             names, facts = _names(sd_adapter, model, ranks, options, config)
-            form = _form(options, model, sd_adapter, base)
+            form = _form(options, model, sd_adapter, base, ranks, is_cut=stages)
             self._export = HFExport(
                 _export_folder(options, dump_folder, folder),
                 model=model,
@@ -213,9 +213,19 @@ def _export_folder(options: CheckpointHooks, dump_folder: Path, folder: Path) ->
     return path
 
 
-def _form(options: CheckpointHooks, model: nn.Module, sd_adapter: Any, base: Path) -> MergedLora | LoraAlone | None:
-    """What is written of a model with LoRA; None for any other."""
-    if not find_lora(model):
+def _form(
+    options: CheckpointHooks, model: nn.Module, sd_adapter: Any, base: Path, ranks: Ranks, *, is_cut: bool
+) -> MergedLora | LoraAlone | None:
+    """What is written of a model with LoRA; None for any other. Communicates."""
+    adapted = names_on_all(ranks, find_lora(model))
+    if not adapted and options.export_lora == "adapter":
+        raise UsageError('checkpoint_hooks: export_lora="adapter" has no effect: no layer of this model has an adapter')
+    if adapted and is_cut:
+        raise UsageError(
+            f"checkpoint_hooks: {adapted[0]} and {len(adapted) - 1} more layers have adapters of LoRA, which are not "
+            "exported from stages of a pipeline: train without pipeline parallelism, or leave the exports out"
+        )
+    if not adapted:
         return None
     if options.export_lora == "merged" or sd_adapter is None:
         return MergedLora(model)

@@ -123,6 +123,8 @@ class CheckpointHooks:
             problems += [f"{name} needs ema_decay" for name in ours if name.startswith("ema_") and ours[name]]
             if self.export_models in ("ema", "both"):
                 problems.append(f'export_models="{self.export_models}" needs ema_decay')
+        if self.export_lora == "adapter" and self.export_verify == "load":
+            problems.append('export_verify="load" loads whole models: it goes with export_lora="merged"')
         if self.timeout_secs <= 0:
             problems.append(f"timeout_secs={self.timeout_secs}: a positive number of seconds is expected")
         if not self.exports:

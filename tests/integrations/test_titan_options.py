@@ -44,6 +44,10 @@ def test_an_unknown_option_is_refused_with_a_list_of_those_there_are() -> None:
         ({"export_interval": True}, ["export_interval=True: int or None"]),
         ({"export_interval": 2, "export_ema_as": "files"}, ['export_ema_as=\'files\': "file" or "directory"']),
         ({"ema_warmup": True, "ema_offload": True}, ["ema_warmup needs ema_decay", "ema_offload needs ema_decay"]),
+        (
+            {"export_last": True, "export_lora": "adapter", "export_verify": "load"},
+            ['export_verify="load" loads whole models'],
+        ),
         ({"export_keep": 2}, ["export_keep needs export_interval or export_last"]),
         ({"export_interval": 2, "export_models": "both"}, ['export_models="both" needs ema_decay']),
         ({"allow_extra": "head.*"}, ["allow_extra='head.*': list of str is expected"]),

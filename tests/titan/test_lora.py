@@ -21,6 +21,7 @@ pytestmark = pytest.mark.skipif(not IS_0_3, reason="TorchTitan 0.2 has no LoRA")
 
 SUFFIXES = {"main": "", "ema": "-ema"}
 HOOKS = {"ema_decay": 0.5, "export_last": True, "export_dtype": "float32"}
+STAGES = ["--parallelism.pipeline_parallel_degree=2", "--parallelism.pipeline_parallel_schedule=1F1B"]
 MODULES = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj"]
 
 
@@ -34,9 +35,18 @@ def jobs(assets: Assets, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         "merged": Job(run=root / "merged", hooks=merged, options=options, within=partial(evaluated, 4)),
         "adapter": Job(run=root / "adapter", hooks={**HOOKS, "export_lora": "adapter"}, options=options),
     }
+    jobs |= {
+        "no adapter": Job(run=root / "none", hooks={**HOOKS, "export_lora": "adapter"}),
+        "stages": Job(run=root / "stages", hooks=HOOKS, options=[*options, *STAGES]),
+    }
     run_jobs(assets, 2, root, *jobs.values())
-    assert [error_of(job) for job in jobs.values()] == ["", ""]
+    assert [error_of(jobs[name]) for name in ("merged", "adapter")] == ["", ""]
     return jobs
+
+
+def test_what_is_not_exported_is_refused_at_the_start(jobs: dict[str, Job]) -> None:
+    assert "no layer of this model has an adapter" in error_of(jobs["no adapter"])
+    assert "not exported from stages of a pipeline" in error_of(jobs["stages"])
 
 
 @pytest.mark.parametrize(("model", "suffix"), SUFFIXES.items())
