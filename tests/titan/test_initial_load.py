@@ -113,8 +113,7 @@ def with_others(weights: Mapping[str, torch.Tensor], lacking: str) -> dict[str, 
 
 
 def starting_from(path: Path, run: Path, *options: str, **fields: Any) -> Job:
-    # of what they save nothing is looked at
-    options = ("--training.steps=1", "--checkpoint.load_only", f"--checkpoint.initial_load_path={path}", *options)
+    options = ("--training.steps=1", f"--checkpoint.initial_load_path={path}", *options)
     return Job(run=run, hooks=fields.pop("hooks", PROVE), options=options, **fields)
 
 
