@@ -67,7 +67,7 @@ class Background:
         return future
 
     def is_to_be_reported(self, future: Future[Any]) -> bool:
-        """Whether a job has ended and this rank may say so by itself, before it is told that all do."""
+        """Return whether a job has ended and this rank may say so by itself, before it is told that all do."""
         return future.done() and (self.tell is None or future.exception() is None)
 
     def failed_here(self, number: int) -> bool:

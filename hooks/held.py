@@ -57,7 +57,7 @@ class HeldView:
 
 
 def held_model(model: nn.Module) -> HeldView | None:
-    """The model of transformers or diffusers that a module holds, and all of whose tensors are that model's.
+    """Return the model of transformers or diffusers that a module holds, and all of whose tensors are that model's.
 
     None where the module is itself one, or where it has tensors of its own, or of several models: then the names in
     the module are the model's.

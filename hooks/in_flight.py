@@ -66,7 +66,7 @@ class InFlight:
             self._free.append(ended.buffers)
 
     def take_ended(self) -> list[Running]:
-        """What was collected and not yet taken."""
+        """Return what was collected and not yet taken."""
         ended, self._ended = self._ended, []
         return ended
 

@@ -136,7 +136,7 @@ class LiveState:
             yield
 
     def models(self, directory: LiveDirectory) -> list[LiveModel]:
-        """What goes into one directory. All ranks; communicates as ``model_state_dict``. Shares memory.
+        """Return what goes into one directory. All ranks; communicates as ``model_state_dict``. Shares memory.
 
         As long as the model and its average consist of the same tensors, the plans are the same objects.
         """
@@ -156,7 +156,7 @@ class LiveState:
         return models
 
     def replicated(self, models: Sequence[LiveModel]) -> dict[str, Tensor]:
-        """The tensors, by model and name, of which several ranks may hold the same part, buffers left out.
+        """Return the tensors, by model and name, of which several ranks may hold the same part, buffers left out.
 
         DDP lets buffers go apart. What is the same tensor in main weights and average is there once.
         """
@@ -173,7 +173,7 @@ class LiveState:
         return tensors
 
     def plan(self, output: Path, step: int, directory: LiveDirectory, models: Sequence[ModelPlan]) -> DirectoryPlan:
-        """The directory of one step. All ranks, main thread; communicates where extra facts do."""
+        """Return the directory of one step. All ranks, main thread; communicates where extra facts do."""
         facts = self._ema.facts() if self._ema is not None and AVERAGE in directory.stems else None
         return self._plan(output, models, Origin(output.parent.name, step=step, ema=facts), self._files.ask())
 

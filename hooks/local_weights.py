@@ -159,7 +159,7 @@ class _Slot:
         return "parameter" if isinstance(self.tensor, nn.Parameter) else "buffer"
 
     def current(self) -> Tensor:
-        """The live tensor. A module may have put another one in the place of a buffer."""
+        """Return the live tensor. A module may have put another one in the place of a buffer."""
         if isinstance(self.tensor, nn.Parameter):
             return self.tensor
         there = self.owner.get(self.attribute)

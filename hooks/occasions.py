@@ -61,7 +61,7 @@ class OccasionWatch:
         self.is_idle = not (self._signals or self._since or self._looked)
 
     def come(self) -> list[str]:
-        """Those that have come since this was last asked, as text."""
+        """Return those that have come since this was last asked, as text."""
         if self.is_idle:
             return []
         found: list[Occasion] = [one for one, signals in self._signals.items() if signals.take()]

@@ -31,7 +31,7 @@ class Best:
     mode: Literal["min", "max"]
 
     def keep(self, steps: Sequence[int], metrics: Mapping[int, Mapping[str, float]]) -> set[int]:
-        """The best of ``steps``, and those after the last one whose value is known: theirs may still come."""
+        """Return the best of ``steps``, and those after the last one whose value is known: theirs may still come."""
         known = {step: metrics[step][self.metric] for step in steps if self.metric in metrics.get(step, {})}
         sign = 1 if self.mode == "min" else -1
         ranked = sorted(known, key=lambda step: (math.isnan(known[step]), sign * known[step], -step))
@@ -59,7 +59,7 @@ class Retention:
     conditions: frozenset[Callable[[int], bool]] = frozenset()
 
     def keep(self, steps: Sequence[int], directory: Path | None = None) -> set[int]:
-        """The steps to keep among ``steps``, all committed, in any order.
+        """Return the steps to keep among ``steps``, all committed, in any order.
 
         Args:
             steps: The steps to choose among.
@@ -146,7 +146,7 @@ def keep_if(condition: Callable[[int], bool]) -> Retention:
 def steps_to_remove(
     policy: Retention | None, steps: Iterable[int], held: Collection[int] = (), directory: Path | None = None
 ) -> list[int]:
-    """The committed ``steps`` that may go, oldest first. None as ``policy`` keeps everything.
+    """Return the committed ``steps`` that may go, oldest first. None as ``policy`` keeps everything.
 
     Never the newest, whatever the policy says, and never one of ``held``: steps that something still reads.
 

@@ -36,13 +36,13 @@ class Schedule:
     occasions: frozenset[Occasion] = frozenset()
 
     def due(self, step: int, *, last: bool = False) -> bool:
-        """Whether it is time by the step's number. ``last`` says that ``step`` is the last one of the run."""
+        """Return whether it is time by the step's number. ``last`` says that ``step`` is the last one of the run."""
         if (last and self.at_last) or step in self.steps:
             return True
         return step > 0 and any(step % period == 0 for period in self.periods)
 
     def outside(self, other: Schedule) -> Schedule | None:
-        """Those of its terms that have steps at which ``other`` is not due; None if there are none."""
+        """Return those of its terms that have steps at which ``other`` is not due; None if there are none."""
         periods = [period for period in self.periods if not any(period % other_one == 0 for other_one in other.periods)]
         steps = [step for step in self.steps if not other.due(step)]
         at_last, occasions = self.at_last and not other.at_last, self.occasions - other.occasions

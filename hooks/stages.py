@@ -54,7 +54,7 @@ class Stages:
 
 
 def are_stages(ranks: Ranks, model: nn.Module) -> bool:
-    """Whether the ranks hold different tensors, as stages do. All ranks; communicates."""
+    """Return whether the ranks hold different tensors, as stages do. All ranks; communicates."""
     differ: bool = ranks.agree(
         "looking for stages of a pipeline",
         lambda: sorted(model_state_dict(model)),
@@ -64,7 +64,7 @@ def are_stages(ranks: Ranks, model: nn.Module) -> bool:
 
 
 def names_on_all(ranks: Ranks, names: Iterable[str]) -> list[str]:
-    """What any rank names. All ranks; communicates."""
+    """Return what any rank names. All ranks; communicates."""
     united: list[str] = ranks.agree(
         "putting names together",
         lambda: list(names),

@@ -24,7 +24,7 @@ class StopSignals:
             signal.signal(which, self._handle)
 
     def take(self) -> bool:
-        """Whether one came since this was last asked."""
+        """Return whether one came since this was last asked."""
         came, self._came = self._came, False
         return came
 

@@ -141,7 +141,7 @@ def newest_step(path: Path, step: int | None = None) -> Path:
 
 
 def find_leftovers(run: Path) -> Iterator[Leftover]:
-    """What may be deleted of a run without loss of a step. Reads names and sizes only."""
+    """Yield what may be deleted of a run without loss of a step. Reads names and sizes only."""
     for parent in _parents(run):
         for entry in sorted(parent.iterdir()):
             aside = _ASIDE.fullmatch(entry.name)

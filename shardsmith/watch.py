@@ -87,7 +87,7 @@ class Stop:
         self._wake.put(None)
 
     def is_set(self) -> bool:
-        """Whether it was set."""
+        """Return whether it was set."""
         return self._set
 
     def wait(self, timeout_secs: float) -> None:

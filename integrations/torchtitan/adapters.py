@@ -53,7 +53,7 @@ _TEXT_ALONE = {"llama4_text"}
 
 
 def complete_translation(adapter: Any, config: Mapping[str, Any] | None) -> Translate:
-    """What an adapter makes of tensors, and what its rules add, under the names of the class of ``config``.
+    """Return what an adapter makes of tensors, and what its rules add, under the names of the class of ``config``.
 
     Changes nothing of the adapter.
 
@@ -75,7 +75,7 @@ def complete_translation(adapter: Any, config: Mapping[str, Any] | None) -> Tran
 
 
 def own_translation(adapter: Any) -> Translate:
-    """What an adapter makes of tensors, tied ones too. Which of them are written is decided as for any model."""
+    """Return what an adapter makes of tensors, tied ones too. Which of them are written is decided as for any model."""
     adapter = copy.copy(adapter)
     for name in ("model_config", "model_args"):
         config = getattr(adapter, name, None)

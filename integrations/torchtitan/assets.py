@@ -16,7 +16,7 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def find_base_model(options: CheckpointHooks, sd_adapter: Any) -> Path:
-    """The directory with config.json, tokenizer and generation config.
+    """Return the directory with config.json, tokenizer and generation config.
 
     Raises:
         UsageError: nobody names one.

@@ -14,7 +14,7 @@ MODEL, STATE = "ema_model", "ema_state"
 
 
 def average_states(ema: EMA, *, allow_other_decay: bool = False) -> dict[str, Stateful]:
-    """The two by key. Loading takes effect when both have been loaded, in any order.
+    """Return the two by key. Loading takes effect when both have been loaded, in any order.
 
     Raises, when both have been loaded, UsageError if the average was kept with another decay.
     """

@@ -23,7 +23,7 @@ from shardsmith.tensors.tensors import TensorSpec
 
 
 def find_held(model: nn.Module) -> tuple[str, Any] | None:
-    """The model of transformers that a module is nothing but a holder of, and the attribute that holds it."""
+    """Return the model of transformers that a module is nothing but a holder of, and the attribute that holds it."""
     modeling = sys.modules.get("transformers.modeling_utils")
     children = model._modules  # what named_children says 0.3's holder makes up
     if modeling is None or len(children) != 1 or isinstance(model, modeling.PreTrainedModel):
@@ -62,7 +62,7 @@ def refuse_replaced(model: nn.Module) -> None:
 
 
 def recorded_config(checkpoint: Path) -> Any:
-    """The config that to-dcp recorded, in the class that transformers has for it; None without one."""
+    """Return the config that to-dcp recorded, in the class that transformers has for it; None without one."""
     record = read_record(checkpoint)
     if record is None or record.config is None:
         return None

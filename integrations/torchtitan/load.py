@@ -60,7 +60,7 @@ class LoadWatch:
     """The loads of one run. Make it on all ranks at the same point."""
 
     def resumes(self, checkpoint: Path) -> bool:
-        """Whether this is a step of the run itself that it goes on from."""
+        """Return whether this is a step of the run itself that it goes on from."""
         return not self._is_initial(checkpoint)
 
     def __init__(
@@ -306,12 +306,12 @@ class LoadWatch:
 
 
 def is_remote(*paths: str) -> bool:
-    """Whether any is a URI, such as gs://bucket, which TorchTitan reads and this package does not."""
+    """Return whether any is a URI, such as gs://bucket, which TorchTitan reads and this package does not."""
     return any("://" in path for path in paths)
 
 
 def stored_keys(checkpoint: Path) -> set[str]:
-    """The first parts of the keys that a step has."""
+    """Return the first parts of the keys that a step has."""
     return {key.split(".", 1)[0] for key in read_index(checkpoint).tensors}
 
 

@@ -31,7 +31,7 @@ class HookedCheckpointManager(HookedManager):
 
 
 def hooked_config(config: Any, hooks: CheckpointHooks) -> Any:
-    """A config of TorchTitan's checkpoint manager that builds one with hooks.
+    """Return a config of TorchTitan's checkpoint manager that builds one with hooks.
 
     Raises:
         UsageError: it is one of another manager, which this would replace without a word.

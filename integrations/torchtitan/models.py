@@ -64,7 +64,7 @@ class TitanModel:
 
 
 def build_titan_model(title: str) -> TitanModel:
-    """The model of a flavor, as TorchTitan builds it unless the job says otherwise.
+    """Return the model of a flavor, as TorchTitan builds it unless the job says otherwise.
 
     Args:
         title: ``MODEL/FLAVOR``. The model is one of TorchTitan's, as ``llama3``, or a module of yours that has what

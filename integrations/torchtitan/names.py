@@ -28,7 +28,7 @@ _RIGHT_MODEL = "Is it the right model, and the right version of TorchTitan?"
 
 
 def torchtitan_names(config: dict[str, Any] | None, title: str = "") -> NameMap:
-    """The entry point: ``--names torchtitan:MODEL/FLAVOR``.
+    """Return the entry point: ``--names torchtitan:MODEL/FLAVOR``.
 
     Raises:
         UsageError: there is no such flavor, or its heads are not those of the config.
@@ -81,7 +81,7 @@ class TorchTitanNames:
         return self._answer[1]
 
     def leaves_out(self, specs: Mapping[str, TensorSpec]) -> dict[str, str]:
-        """The buffers that the adapter has no name for."""
+        """Return the buffers that the adapter has no name for."""
         used = {source for target in self.targets(specs).values() for source in target.sources}
         reason = f"{self._kind} has no name for it in Hugging Face"
         return {name: reason for name in specs if name not in used}

@@ -141,7 +141,7 @@ class CheckpointHooks:
 
 
 def parse(options: Mapping[str, Any], base: CheckpointHooks | None = None) -> CheckpointHooks:
-    """The options of a mapping, checked; those that it does not name are as in ``base``.
+    """Return the options of a mapping, checked; those that it does not name are as in ``base``.
 
     Raises:
         UsageError: one is not known, has another type, or they contradict each other. Names all.
@@ -171,7 +171,7 @@ def _fits(value: object, hint: Any) -> bool:
 
 
 def name_of(hint: Any) -> str:
-    """A type in words."""
+    """Return a type in words."""
     if get_origin(hint) in (Union, types.UnionType):
         return " or ".join(map(name_of, get_args(hint)))
     if get_origin(hint) is Literal:

@@ -82,7 +82,7 @@ class RopeOfConfig:
         return None
 
     def is_stretched(self, table: Tensor) -> bool:
-        """Whether a table of cosines and sines is multiplied by ``stretch``: at position 0 the cosine is 1."""
+        """Return whether a table of cosines and sines is multiplied by ``stretch``: at position 0 the cosine is 1."""
         first = 1.0 if table.is_meta or table.is_complex() or not table.numel() else table[0, 0].item()
         return self.stretch != 1 and math.isclose(first, self.stretch, rel_tol=_RELATIVE)
 
@@ -101,7 +101,7 @@ class Reference:
 
 
 def with_tables_of(model: nn.Module, rope: RopeOfConfig) -> nn.Module:
-    """The model, whose tables have become those of a config: the reference for the buffers of a live one."""
+    """Return the model, whose tables have become those of a config: the reference for the buffers of a live one."""
     made: dict[tuple[Any, ...], Tensor] = {}
     for module, name, table in _tables(model):
         kind = (*table.shape, table.dtype)
@@ -129,7 +129,7 @@ def rope_faults(live: LiveWeights, rope: RopeOfConfig, origin: str) -> list[Load
 
 
 def rope_settings(model: nn.Module) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Where a model of TorchTitan has a rotary embedding, and its settings by their names in config.json."""
+    """Yield where a model of TorchTitan has a rotary embedding, and its settings by their names in config.json."""
     arguments: Any = getattr(model, "model_args", None)  # 0.2 has one for the whole model
     if arguments is not None and hasattr(arguments, "rope_theta"):
         yield "model_args", _settings_0_2(arguments)

@@ -106,7 +106,7 @@ class Source:
         return config.get(name)
 
     def has_sizes_of(self, live: LiveWeights) -> bool:
-        """Whether a live model can be this one, as far as its embedding shows."""
+        """Return whether a live model can be this one, as far as its embedding shows."""
         theirs = tuple(self.model.get_input_embeddings().weight.shape)  # type: ignore[operator]  # of transformers
         ours = [spec.shape for name, spec in live.specs.items() if name.endswith(f"{_ENDS[0]}.weight")]
         return all(tuple(shape) == theirs for shape in ours)
@@ -170,7 +170,7 @@ def refuse_other_settings(ranks: Ranks, base: Path, model: nn.Module, adapter: A
 
 
 def quoted(faults: Sequence[LoadFault]) -> str:
-    """The settings at fault, as a list of TOML and JSON has them."""
+    """Return the settings at fault, as a list of TOML and JSON has them."""
     return ", ".join(f'"{fault.name}"' for fault in faults)
 
 
@@ -185,7 +185,7 @@ def _source(config: Mapping[str, Any], origin: str) -> Source | None:
 def compare_settings(
     live: LiveWeights, source: Source, names: NameMap | None, allowed: Sequence[str]
 ) -> list[LoadFault]:
-    """What a live model computes with, other than its source says. No communication.
+    """Return what a live model computes with, other than its source says. No communication.
 
     Args:
         live: The live model's tensors.

@@ -100,7 +100,7 @@ def _is_hugging_face(path: Path) -> bool:
 
 
 def only_recorded(state: dict[str, Any], metadata: CheckpointMetadata) -> dict[str, Any]:
-    """The tensors of a nested state of which a manifest has the digest, by flat key."""
+    """Return the tensors of a nested state of which a manifest has the digest, by flat key."""
     return {key: value for key, value in flatten_state_dict(state)[0].items() if key in metadata.tensors}
 
 

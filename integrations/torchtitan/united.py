@@ -21,13 +21,13 @@ class United(nn.Module):
         _unite(self, parts)
 
     def modules(self, *args: Any, **kwargs: Any) -> Iterator[nn.Module]:
-        """All modules, and the parts: FSDP2 keeps what it has gathered by the roots of these."""
+        """Yield all modules, and the parts: FSDP2 keeps what it has gathered by the roots of these."""
         yield from super().modules(*args, **kwargs)
         yield from self.__dict__["_parts"]
 
 
 def united(parts: Sequence[nn.Module]) -> nn.Module:
-    """The parts of a model on this rank as one: the only one, or a ``United``."""
+    """Return the parts of a model on this rank as one: the only one, or a ``United``."""
     return parts[0] if len(parts) == 1 else United(parts)
 
 

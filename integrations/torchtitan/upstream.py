@@ -37,7 +37,7 @@ _KEYWORDS = {"dcp_save": "to_hf", "dcp_load": "from_hf"}
 
 
 def differences(manager: type[Any]) -> list[str]:
-    """What a manager of TorchTitan lacks of what is relied on, one line each; empty if nothing."""
+    """Return what a manager of TorchTitan lacks of what is relied on, one line each; empty if nothing."""
     lines = []
     for name, parameters in _CALLED.items():
         method = getattr(manager, name, None)

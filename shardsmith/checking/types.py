@@ -66,14 +66,14 @@ def convert(value: Any, hint: Any) -> Any:
 
 
 def nearest(word: object, known: Iterable[Any]) -> str | None:
-    """The known word that is most like this one; None if none is."""
+    """Return the known word that is most like this one; None if none is."""
     words = {str(one).casefold(): str(one) for one in known}
     matches = difflib.get_close_matches(str(word).casefold(), words, 1, 0.5)
     return words[matches[0]] if matches else None
 
 
 def shown(value: object) -> str:
-    """A value, short enough for a message."""
+    """Return a value, short enough for a message."""
     if isinstance(value, str | int | float | bool | Path | type(None)) or type(value).__module__.startswith(
         ("shardsmith", "numpy")
     ):
@@ -239,7 +239,7 @@ def _with_members(value: Any, protocol: type) -> Any:
 
 
 def name_of(hint: Any) -> str:
-    """A type in words, with its article."""
+    """Return a type in words, with its article."""
     origin, args = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return name_of(args[0])

@@ -24,7 +24,7 @@ def aligned_source(
     names: str = "auto",
     rules: Iterable[LayoutRule] = DECLARED,
 ) -> tuple[ModelSource, Alignment]:
-    """A model's tensors under the template's names, and in its layout where a rule leads there.
+    """Return a model's tensors under the template's names, and in its layout where a rule leads there.
 
     Args:
         source: The model's tensors under their own names.

@@ -13,7 +13,7 @@ from shardsmith.tensors.tensors import TensorSpec
 
 
 def class_ties(base: Path, listed: Mapping[str, TensorSpec], specs: Mapping[str, TensorSpec]) -> dict[str, str]:
-    """What the class of a directory's config ties, of names that its files do not list: alias -> kept name."""
+    """Return what the class of a directory's config ties, of names that its files do not list: alias -> kept name."""
     found = _aliases(_tied_in_class(base) or {}, listed, specs)
     return {name: kept for name, kept in found.items() if name not in listed}
 

@@ -11,7 +11,7 @@ from shardsmith.ground.extras import describe_failure
 
 
 def config_of(directory: Path, *, trust_remote_code: bool = False) -> Any:
-    """A directory's config as transformers understands it, defaults filled in.
+    """Return a directory's config as transformers understands it, defaults filled in.
 
     Raises:
         UnsupportedFormatError: there is no transformers, or it does not know the model.
@@ -25,7 +25,7 @@ def config_of(directory: Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def unknown_kind(config: Mapping[str, Any]) -> str | None:
-    """The kind of a model that transformers has no class for, and that brings no code of its own; else None.
+    """Return the kind of a model that transformers has no class for, and that brings no code of its own; else None.
 
     Without transformers nothing is known of any kind: None.
     """

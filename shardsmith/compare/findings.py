@@ -119,5 +119,5 @@ class Diagnosis:
 
 
 def one(code: str, where: Iterable[str], expected: object, found: object) -> Finding:
-    """A finding about some things."""
+    """Return a finding about some things."""
     return Finding(code, tuple(where), str(expected), str(found))

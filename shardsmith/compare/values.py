@@ -125,7 +125,7 @@ def compare_tensor(left: TensorSource, right: TensorSource, name: str) -> Tensor
 
 
 def block_of(source: TensorSource, name: str, box: Chunk) -> Tensor:
-    """The values of a box, contiguous: a view on the file where they lie there in one piece, else a copy."""
+    """Return the values of a box, contiguous: a view on the file where they lie there in one piece, else a copy."""
     pieces = list(source.pieces(name, box))
     if len(pieces) == 1 and pieces[0][0] == box and pieces[0][1].is_contiguous():
         return pieces[0][1]
@@ -133,14 +133,14 @@ def block_of(source: TensorSource, name: str, box: Chunk) -> Tensor:
 
 
 def scan_source(source: TensorSource, names: Iterable[str]) -> dict[str, Extremes]:
-    """The extremes of some tensors, streamed."""
+    """Return the extremes of some tensors, streamed."""
     names = list(names)
     with one_thread_per_operator(), ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
         return dict(zip(names, pool.map(lambda name: _scan(source, name), names), strict=True))
 
 
 def same_as(left: TensorSource, right: TensorSource, names: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """Those of the pairs left's name -> right's name that hold the same bytes in one dtype and shape."""
+    """Yield those of the pairs left's name -> right's name that hold the same bytes in one dtype and shape."""
     for mine, other in names.items():
         a, b = left.specs[mine], right.specs[other]
         if (a.shape, a.dtype) == (b.shape, b.dtype) and all(

@@ -134,7 +134,7 @@ class OpenedPair:
         return next((side.path for side in sides if is_huggingface(side)), None)
 
     def common(self, wanted: Sequence[str] | None) -> list[str]:
-        """The models to compare. Raises CheckpointNotFoundError for one that is not in both."""
+        """Return the models to compare. Raises CheckpointNotFoundError for one that is not in both."""
         for side in (self.left, self.right):
             missing = [name for name in wanted or () if name not in side.models]
             if missing:
@@ -168,7 +168,7 @@ class OpenedPair:
 
 
 def is_huggingface(side: OpenedCheckpoint) -> bool:
-    """Whether it says by itself what model it is."""
+    """Return whether it says by itself what model it is."""
     return side.format == HUGGINGFACE and (side.path / CONFIG_FILE).is_file()
 
 

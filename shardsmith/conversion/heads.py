@@ -52,7 +52,7 @@ class Head:
 
 
 def future_predictor(head_type: HeadType, hidden: int, version: int = 1) -> nn.Module:
-    """The module that predicts a summary of the hidden states to come: layer norm, then hidden -> hidden.
+    """Return the module that predicts a summary of the hidden states to come: layer norm, then hidden -> hidden.
 
     Its parameters are called ``ln.*`` and, by type: ``proj.*``; ``ffn.0.*`` and ``ffn.3.*``; or these and ``gate.*``.
     The mlp of version 2 has ``gate_proj``, ``up_proj`` and ``down_proj`` without biases, twice as wide inside.
@@ -72,7 +72,7 @@ def future_predictor(head_type: HeadType, hidden: int, version: int = 1) -> nn.M
 
 
 def find_version(version: str) -> int:
-    """The version of the fork's heads that is meant: "1", "2", or a checkpoint whose head shows it.
+    """Return the version of the fork's heads that is meant: "1", "2", or a checkpoint whose head shows it.
 
     Raises:
         UsageError: it is neither.

@@ -69,7 +69,7 @@ class WritePlan:
 
 
 def plan_on_ranks(ranks: Ranks, model: str, output: Path, options: ConversionOptions) -> WritePlan:
-    """The plan of this rank: on rank 0 the ``ConversionPlan``, of which the others are told what they need.
+    """Return the plan of this rank: on rank 0 the ``ConversionPlan``, of which the others are told what they need.
 
     All ranks call it. Communicates through the store. Where tensors are made of several in the files, or of none, each
     rank plans by itself; otherwise only rank 0 imports the model's class, which takes seconds.

@@ -92,7 +92,7 @@ def read_batch(file: Path) -> Batch:
 
 
 def fixed_batch(model: Path, vocabulary: int, longest: int | None, make: Callable[[int], Tensor]) -> Batch:
-    """A text of ours in the model's tokens, or made-up ones if it has no tokenizer that can be read.
+    """Return a text of ours in the model's tokens, or made-up ones if it has no tokenizer that can be read.
 
     Args:
         model: Directory of the model.

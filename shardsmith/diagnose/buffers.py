@@ -36,13 +36,13 @@ def compare_buffers(fresh: Mapping[str, Tensor], found: Mapping[str, Tensor], or
 
 
 def recorded_buffers(records: Mapping[str, BufferRecord]) -> dict[str, Tensor]:
-    """Those of a checkpoint's record that have their values there."""
+    """Return those of a checkpoint's record that have their values there."""
     tensors = {name: record.tensor() for name, record in records.items()}
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
 def saved_buffers(file: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, under clean names.
+    """Return all tensors of a safetensors file, under clean names.
 
     Raises:
         CheckpointError: it cannot be read.

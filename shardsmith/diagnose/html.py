@@ -25,7 +25,7 @@ _OPEN_NAMES = 12
 
 
 def html_of(diagnosis: Diagnosis) -> str:
-    """The whole page. Names and texts from the checkpoint are escaped."""
+    """Return the whole page. Names and texts from the checkpoint are escaped."""
     return "\n".join(
         [
             '<!doctype html><html lang="en"><head><meta charset="utf-8">',

@@ -47,7 +47,7 @@ class LiveModel:
         config: Any = None,
         rounded: Mapping[str, torch.dtype] = MappingProxyType({}),
     ) -> LiveModel:
-        """A second model of the same class with these tensors of a source, named as in files.
+        """Return a second model of the same class with these tensors of a source, named as in files.
 
         Args:
             source: The tensors to read.
@@ -136,12 +136,12 @@ class LiveModel:
 
     @torch.no_grad()
     def reported_loss(self, batch: Batch) -> float:
-        """What the model's own forward calls the loss, given unshifted labels."""
+        """Return what the model's own forward calls the loss, given unshifted labels."""
         return float(self._run(input_ids=batch.tokens, labels=batch.labels).loss)
 
     @torch.no_grad()
     def auxiliary_loss(self, batch: Batch) -> float | None:
-        """The weighted load-balancing term of a mixture of experts; None for other models."""
+        """Return the weighted load-balancing term of a mixture of experts; None for other models."""
         factor = getattr(self.module.config, "router_aux_loss_coef", None)
         if not factor:
             return None
@@ -149,7 +149,7 @@ class LiveModel:
         return None if found is None else float(factor) * float(found)
 
     def buffers(self) -> dict[str, Tensor]:
-        """The non-persistent ones."""
+        """Return the non-persistent ones."""
         names = set(non_persistent_buffers(self.module))
         return {name: buffer for name, buffer in self.module.named_buffers() if name in names}
 

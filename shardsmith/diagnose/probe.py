@@ -28,7 +28,7 @@ class Probe:
 
     @classmethod
     def for_model(cls, model: LiveModel, directory: Path, given: Path | None = None) -> Probe:
-        """What to ask a model.
+        """Return what to ask a model.
 
         Args:
             model: The model to ask.
@@ -53,7 +53,7 @@ class Probe:
 
     @classmethod
     def of_image(cls, model: LiveModel) -> Probe | None:
-        """An image with a text, for a model that is asked for tokens and takes images, too.
+        """Return an image with a text, for a model that is asked for tokens and takes images, too.
 
         None for any other, and where it takes images in a way that is not known: ``with_image`` says so.
         """
@@ -65,12 +65,12 @@ class Probe:
             return None
 
     def with_image(self, image: Probe | None, model: LiveModel) -> str:
-        """What a model was asked altogether, for people."""
+        """Return what a model was asked altogether, for people."""
         if image is not None:
             return f"{self.origin} and {image.origin}"
         alone = self.batch is not None and takes_images(model.module)
         return f"{self.origin} alone (how it takes an image is not known)" if alone else self.origin
 
     def ask(self, model: LiveModel) -> Tensor:
-        """What a model answers, in float32: [B, T, V] where it predicts tokens."""
+        """Return what a model answers, in float32: [B, T, V] where it predicts tokens."""
         return model.logits(self.batch) if self.batch is not None else model.answer(self.inputs)

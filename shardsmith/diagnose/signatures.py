@@ -39,7 +39,7 @@ class Reordering:
 
 
 def unrelated(comparison: TensorComparison, *, trained: bool = False) -> bool:
-    """Whether two tensors have no more in common than random ones. Never where one is zero everywhere.
+    """Return whether two tensors have no more in common than random ones. Never where one is zero everywhere.
 
     Args:
         comparison: The two tensors, compared.
@@ -52,7 +52,7 @@ def unrelated(comparison: TensorComparison, *, trained: bool = False) -> bool:
 
 
 def is_all(comparison: TensorComparison, value: float) -> bool:
-    """Whether every element of the left tensor is this one, and not so in the reference."""
+    """Return whether every element of the left tensor is this one, and not so in the reference."""
     extremes = comparison.extremes
     return not comparison.equal and comparison.left.numel > 1 and extremes.constant and extremes.least == value
 

@@ -83,7 +83,7 @@ def possible_causes(model: LiveModel, batch: Batch, padding: Collection[int] = (
 
 
 def without_padding(batch: Batch, padding: Collection[int]) -> Tensor:
-    """The labels that no loss is taken of padding with: what a trainer should give."""
+    """Return the labels that no loss is taken of padding with: what a trainer should give."""
     return batch.labels.masked_fill(batch.padding(padding), IGNORED)
 
 

@@ -50,7 +50,7 @@ def look_at_structure(subject: Subject, wanted: Layout | None = None) -> Looked:
 
 
 def unreadable(error: CheckpointError) -> Finding | None:
-    """The finding that an error in opening a checkpoint amounts to; None if it is no fault of the checkpoint."""
+    """Return the finding that an error in opening a checkpoint amounts to; None if it is no fault of the checkpoint."""
     text = str(error)
     if isinstance(error, UnsafeCheckpointError):
         return one("unsafe-checkpoint", [str(error.path)], "names, numbers and files beside it", text)
@@ -75,7 +75,7 @@ def newer_steps(checkpoint: Path) -> Iterator[Finding]:
 
 
 def head_type(names: Collection[str]) -> str | None:
-    """The type of a future_predictor whose tensors, all without a prefix, these are."""
+    """Return the type of a future_predictor whose tensors, all without a prefix, these are."""
     rest = frozenset(names) - _HEAD_NORM
     return next((kind for kind, keys in _HEADS.items() if rest and rest <= keys and _whole(rest, keys)), None)
 

@@ -48,7 +48,7 @@ def find_swapped(
 
 
 def describe_swapped(swapped: Mapping[str, str]) -> str:
-    """Which holds which, layer by layer where all of a layer has moved to the same other one."""
+    """Return which holds which, layer by layer where all of a layer has moved to the same other one."""
     pairs: dict[tuple[str, str], int] = {}
     for name, other in swapped.items():
         here, there = LAYER.match(name), LAYER.match(other)

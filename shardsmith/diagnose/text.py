@@ -45,13 +45,13 @@ def shorten_names(names: Sequence[str]) -> str:
 
 
 def shorten(text: str) -> str:
-    """A text that fits into a report; JSON has all of it."""
+    """Return a text that fits into a report; JSON has all of it."""
     lines = [printable(line) for line in text[:_SHOWN_TEXT].split("\n")]
     return "\n".join(lines) + (" ... (--json shows all)" if len(text) > _SHOWN_TEXT else "")
 
 
 def fact_text(value: Any) -> str:
-    """A number with separators, a list with commas."""
+    """Return a number with separators, a list with commas."""
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, int) and not isinstance(value, bool):

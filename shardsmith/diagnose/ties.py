@@ -26,12 +26,12 @@ _EMBEDDINGS = (
 
 
 def embedding_of(specs: Mapping[str, TensorSpec]) -> str | None:
-    """The input embedding, if there is one that is called like one."""
+    """Return the input embedding, if there is one that is called like one."""
     return next((name for name in specs if name.endswith(_EMBEDDINGS)), None)
 
 
 def head_of(specs: Mapping[str, TensorSpec]) -> str | None:
-    """The output embedding, if there is one that is called like one."""
+    """Return the output embedding, if there is one that is called like one."""
     return next((name for name in specs if f".{name}".endswith(_HEADS) and not _IN_LAYER.search(name)), None)
 
 

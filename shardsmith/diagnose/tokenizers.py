@@ -92,7 +92,7 @@ def compare_special_ids(model: Path, other: Path) -> Iterator[Finding]:
 
 
 def encode(directory: Path) -> list[int] | None:
-    """A fixed text in the ids of a directory's tokenizer; None where it has none that can be read."""
+    """Return a fixed text in the ids of a directory's tokenizer; None where it has none that can be read."""
     try:
         return list(_open(directory).encode(_TEXT).ids) if (directory / TOKENIZER_FILE).is_file() else None
     except UnsupportedFormatError:

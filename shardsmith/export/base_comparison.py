@@ -28,7 +28,7 @@ def fit(
     allow: Sequence[str] = (),
     live: Mapping[str, Any] | None = None,
 ) -> ConfigFit:
-    """The config for these tensors, which are those of the base and of the class that the config names.
+    """Return the config for these tensors, which are those of the base and of the class that the config names.
 
     Args:
         path: Where the tensors are from, for the errors.
@@ -65,7 +65,7 @@ def _was_quantized(template: Mapping[str, TensorSpec], fitted: ConfigFit) -> boo
 
 
 def measure_of(fitted: ConfigFit, template: BaseTemplate) -> Measure:
-    """What a plan was compared with."""
+    """Return what a plan was compared with."""
     return Measure(fitted.measured_by, template.origin if template.specs else None, fitted.reason)
 
 

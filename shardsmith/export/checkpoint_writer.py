@@ -48,7 +48,7 @@ class CheckpointWriter:
         return encode({m: {n: d for n, d in found.items() if d != Digest()} for m, found in digests.items()})
 
     def merge(self, plan: DirectoryPlan, receipts: Sequence[Any], directory: Path) -> Digests:  # noqa: ARG002
-        """The sum of all shares."""
+        """Return the sum of all shares."""
         return add_up(plan, receipts)
 
     def _write_blocks(self, plan: DirectoryPlan, directory: Path) -> Digests:

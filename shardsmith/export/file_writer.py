@@ -43,7 +43,7 @@ Coming = tuple[Shape, Chunk]
 
 
 def choose_writer(write_mode: str, ranks: Ranks) -> WeightsWriter:
-    """The writer that a user names. All ranks; makes a process group if files are written by one rank each.
+    """Return the writer that a user names. All ranks; makes a process group if files are written by one rank each.
 
     Raises:
         UsageError: there is no such mode.
@@ -82,7 +82,7 @@ class FileWriter:
         return {"staged": encode(shares(plan, staged)), "found": encode(found)}
 
     def merge(self, plan: DirectoryPlan, receipts: Sequence[Any], directory: Path) -> Digests:
-        """What the files hold, which must be what was staged."""
+        """Return what the files hold, which must be what was staged."""
         staged = add_up(plan, [receipt["staged"] for receipt in receipts])
         found = add_up(plan, [receipt["found"] for receipt in receipts])
         wrong = [name for model in found for name in found[model] if found[model][name] != staged[model][name]]

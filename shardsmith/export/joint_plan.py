@@ -30,7 +30,7 @@ def team_of_torchrun() -> Iterator[Team]:
 
 
 def plan_together(team: Team, make: Callable[[], list[ExportPlan]]) -> list[ExportPlan]:
-    """The plans of every rank, which are equal: rank 0 makes them first, so that what is wrong is said once.
+    """Return the plans of every rank, which are equal: rank 0 makes them first, so that what is wrong is said once.
 
     Raises:
         RanksDisagreeError: this rank would make other files.

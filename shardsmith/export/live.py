@@ -49,7 +49,7 @@ class LiveModel:
     """From the tensors to what the files hold; None where they have the same names."""
 
     def boxes(self) -> list[LiveBox]:
-        """All that this rank holds, in the names of the files. No communication; shares memory."""
+        """Return all that this rank holds, in the names of the files. No communication; shares memory."""
         held = held_boxes(self.tensors)
         if self.translation is None:
             return held

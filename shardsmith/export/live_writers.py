@@ -78,12 +78,12 @@ class SliceWriter:
         return encode(found)
 
     def merge(self, plan: DirectoryPlan, receipts: Sequence[Any], directory: Path) -> Digests:  # noqa: ARG002
-        """The sum of all shares; each rank has compared its own."""
+        """Return the sum of all shares; each rank has compared its own."""
         return add_up(plan, receipts)
 
 
 def shares(plan: DirectoryPlan, staged: Staged) -> Digests:
-    """What this rank's boxes contribute to the digests of their tensors."""
+    """Return what this rank's boxes contribute to the digests of their tensors."""
     found: Digests = {}
     for model in plan.models:
         digests = ((box.name, digest_box(box.values, box.box, box.shape)) for box in staged[model.model])
@@ -102,7 +102,7 @@ def encode(digests: Digests) -> dict[str, dict[str, str]]:
 
 
 def add_up(plan: DirectoryPlan, encoded: Sequence[Mapping[str, Mapping[str, str]]]) -> Digests:
-    """The digests of whole tensors from every rank's shares."""
+    """Return the digests of whole tensors from every rank's shares."""
     total = {model.model: {spec.name: Digest() for spec in model.specs} for model in plan.models}
     for receipt in encoded:
         for model, found in receipt.items():

@@ -61,7 +61,7 @@ class Peers:
         self.send(text, rank)
 
     def receive_json(self, rank: int) -> Any:
-        """What ``send_json`` of that rank sent; None if it is lost."""
+        """Return what ``send_json`` of that rank sent; None if it is lost."""
         length = torch.zeros(1, dtype=torch.int64, device="cpu")
         if not self.receive(length, rank):
             return None

@@ -185,7 +185,7 @@ def plan_directory(
 def under_base_names(
     source: ModelSource, template: Mapping[str, TensorSpec], base: Path, names: str = "auto"
 ) -> ModelSource:
-    """A model without what wrappers and generations of transformers have put into its names.
+    """Return a model without what wrappers and generations of transformers have put into its names.
 
     Args:
         source: The model under the checkpoint's names.
@@ -222,7 +222,7 @@ def _dropped(source: ModelSource, placed: ModelSource, patterns: Sequence[str]) 
 
 
 def recorded_heads(checkpoint: KnownCheckpoint, source: ModelSource, base: Collection[str]) -> list[str]:
-    """The tensors of heads that to-dcp recorded as trained beside the model; the base has no place for them."""
+    """Return the tensors of heads that to-dcp recorded as trained beside the model; the base has no place for them."""
     manifest = checkpoint.manifest if checkpoint.is_ours else None
     record = None if manifest is None else manifest.initial
     recorded = {key for keys in record.heads.values() for key in keys} if record is not None else set()
@@ -235,7 +235,7 @@ def choose_stems(
     models: Literal["main", "ema", "both", "all"],
     ema_as: Literal["auto", "file", "directory"],
 ) -> list[tuple[str, dict[str, str]]]:
-    """Which directories to make: suffix of the output's name and, per model in it, the stem of its files.
+    """Return which directories to make: suffix of the output's name and, per model in it, the stem of its files.
 
     An average beside the main weights is ``ema.safetensors``. Alone it is the directory's own weights, which
     ``from_pretrained`` loads, unless the base model itself keeps its weights in ``ema.safetensors``.

@@ -18,7 +18,7 @@ _MOST = 4096
 
 
 def takes_images(model: Any) -> bool:
-    """Whether text and images go in together."""
+    """Return whether text and images go in together."""
     wanted = inspect.signature(model.forward).parameters
     return {"input_ids", "pixel_values"} <= wanted.keys() and _token(model.config) is not None
 

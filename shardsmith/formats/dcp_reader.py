@@ -49,7 +49,7 @@ def detect_ours(path: Path) -> DetectedFormat | None:
 
 
 def detect_dcp(path: Path) -> DetectedFormat | None:
-    """A directory with an index of torch's, or with shards that lack one."""
+    """Return a directory with an index of torch's, or with shards that lack one."""
     if not (path / layout.DCP_INDEX_FILE).exists():
         shards = [name for name in os.listdir(path) if name.endswith(".distcp")]
         missing = f"{len(shards)} .distcp files without {layout.DCP_INDEX_FILE}"
@@ -64,7 +64,7 @@ def detect_dcp(path: Path) -> DetectedFormat | None:
 
 
 def detect_accelerate(path: Path) -> DetectedFormat | None:
-    """A folder of which a model is a DCP directory; ``optimizer_0`` beside it is left alone."""
+    """Return a folder of which a model is a DCP directory; ``optimizer_0`` beside it is left alone."""
     found = sorted(name for name in os.listdir(path) if _ACCELERATE_MODEL.fullmatch(name) and (path / name).is_dir())
     if not found:
         return None
@@ -79,7 +79,7 @@ def detect_accelerate(path: Path) -> DetectedFormat | None:
 
 
 def dcp_models(path: Path) -> list[str]:
-    """Which models the index of a DCP directory names."""
+    """Return which models the index of a DCP directory names."""
     index = read_index(path)
     return list(find_models(index.tensors, index.containers))
 

@@ -36,7 +36,7 @@ class Measured:
 
     @classmethod
     def merge(cls, parts: list[dict[str, Any]]) -> Self:
-        """Those of all ranks from what ``to_plain`` gave on each."""
+        """Return those of all ranks from what ``to_plain`` gave on each."""
         merged = cls()
         for part in parts:
             merged.files.update({name: FileRecord(**record) for name, record in part["files"].items()})

@@ -73,5 +73,5 @@ class FormatReader:
 
 
 def reason_of(error: CheckpointError, path: Path) -> str:
-    """What an error says, without the path that whoever asked knows."""
+    """Return what an error says, without the path that whoever asked knows."""
     return str(error).removeprefix(f"{path}: ").removeprefix(f"{path}{os.sep}")

@@ -28,7 +28,7 @@ _ZIP, _PICKLE = b"PK\x03\x04", b"\x80\x02"
 
 
 def has_safetensors(path: Path, stem: str) -> bool:
-    """Whether a directory has a single safetensors file or an index of that stem.
+    """Return whether a directory has a single safetensors file or an index of that stem.
 
     An index that is all there is of one stem says nothing if the other has weights: BAGEL's release has such a one.
     """
@@ -39,7 +39,7 @@ def has_safetensors(path: Path, stem: str) -> bool:
 
 
 def detect_huggingface(path: Path) -> DetectedFormat | None:
-    """A directory with safetensors files under one of our two stems."""
+    """Return a directory with safetensors files under one of our two stems."""
     found = []
     for stem in STEMS.values():
         if has_safetensors(path, stem):
@@ -53,17 +53,17 @@ def detect_huggingface(path: Path) -> DetectedFormat | None:
 
 
 def safetensors_models(path: Path) -> list[str]:
-    """Which models a directory has safetensors files of."""
+    """Return which models a directory has safetensors files of."""
     return [model for model, stem in STEMS.items() if has_safetensors(path, stem)]
 
 
 def open_safetensors_model(path: Path, model: str) -> ModelSource:
-    """The weights of one model in a directory of safetensors files."""
+    """Return the weights of one model in a directory of safetensors files."""
     return ModelSource.whole(open_safetensors_directory(path, STEMS[model]))
 
 
 def detect_torch_directory(path: Path) -> DetectedFormat | None:
-    """A directory with a known name of a ``torch.save`` file, or an index of several."""
+    """Return a directory with a known name of a ``torch.save`` file, or an index of several."""
     found = []
     for model in _TORCH_NAMES:
         name = _torch_name(path, model)
@@ -80,7 +80,7 @@ def detect_torch_directory(path: Path) -> DetectedFormat | None:
 
 
 def detect_file(path: Path) -> DetectedFormat:
-    """What a file is by its suffix and first bytes."""
+    """Return what a file is by its suffix and first bytes."""
     if path.suffix == ".safetensors":
         try:
             source = SafetensorsSource(path)

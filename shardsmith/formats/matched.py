@@ -23,7 +23,7 @@ def matched_source(
     names: str = "auto",
     config: dict[str, object] | None = None,
 ) -> Matched:
-    """A model's tensors under a target's names, and what was done to the names. Reads no tensor.
+    """Return a model's tensors under a target's names, and what was done to the names. Reads no tensor.
 
     What has no place in the target is there under its own name, and nothing is made up for what the source lacks: the
     caller compares names and shapes.
@@ -59,7 +59,7 @@ def matched_source(
 
 
 def renamed(source: ModelSource | TranslatedModel, alignment: Alignment) -> ModelSource:
-    """A model's tensors under their aligned names."""
+    """Return a model's tensors under their aligned names."""
     new = {old: name for name, old in alignment.keys.items()}
     aliases = {
         alias: new[source.aliases[old]] for alias, old in alignment.aliases.items() if source.aliases[old] in new

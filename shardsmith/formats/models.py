@@ -51,11 +51,11 @@ class ModelSource:
 
     @classmethod
     def whole(cls, source: TensorSource) -> Self:
-        """All of a source that holds nothing but one model."""
+        """Return all of a source that holds nothing but one model."""
         return cls(source, {name: name for name in source.specs}, filled=frozenset(), aliases={})
 
     def without(self, dropped: Iterable[str]) -> ModelSource:
-        """The same but for some tensors."""
+        """Return the same but for some tensors."""
         gone = set(dropped)
         keys = {name: key for name, key in self.keys.items() if name not in gone}
         aliases = {alias: kept for alias, kept in self.aliases.items() if alias not in gone and kept not in gone}
@@ -64,7 +64,7 @@ class ModelSource:
         )
 
     def tied(self, aliases: Mapping[str, str]) -> ModelSource:
-        """The same with some names left out that are tied to others: alias -> kept name."""
+        """Return the same with some names left out that are tied to others: alias -> kept name."""
         keys = {name: key for name, key in self.keys.items() if name not in aliases}
         known = {**self.aliases, **aliases}
         return ModelSource(

@@ -28,7 +28,7 @@ class FileTensor:
 
     @classmethod
     def contiguous(cls, file: MappedFile, begin: int, shape: Sequence[int], dtype: torch.dtype) -> FileTensor:
-        """A tensor in row-major order."""
+        """Return a tensor in row-major order."""
         strides = [1, *itertools.accumulate(reversed(shape[1:]), operator.mul)][::-1] if shape else []
         return cls(file, begin, tuple(shape), tuple(strides), dtype)
 
@@ -48,7 +48,7 @@ class FileTensor:
         return values.as_strided(sizes, self.stride)
 
     def whole(self) -> Tensor:
-        """All of it."""
+        """Return all of it."""
         return self[tuple(slice(0, size) for size in self.shape)]
 
     def read_bytes(self, first: int, out: Tensor) -> None:

@@ -42,7 +42,7 @@ _TEMPORARY = re.compile(r"\.(?P<target>.+)\.(?P<kind>tmp|trash)-(?P<attempt>[0-9
 
 
 def new_attempt_id() -> str:
-    """A fresh random attempt id: 16 lower-case hexadecimal digits."""
+    """Return a fresh random attempt id: 16 lower-case hexadecimal digits."""
     return secrets.token_hex(8)
 
 
@@ -52,23 +52,23 @@ def step_name(step: int) -> str:
 
 
 def parse_step(name: str) -> int | None:
-    """The step that a directory name stands for, or None if it is no step of ours."""
+    """Return the step that a directory name stands for, or None if it is no step of ours."""
     match = _STEP.fullmatch(name)
     return int(match[1]) if match else None
 
 
 def temporary_path(target: Path, attempt: str) -> Path:
-    """Where an attempt writes before its rename to ``target``: beside it, on the same file system."""
+    """Return where an attempt writes before its rename to ``target``: beside it, on the same file system."""
     return target.with_name(f".{target.name}.tmp-{attempt}")
 
 
 def trash_path(target: Path, attempt: str) -> Path:
-    """Where ``target`` is moved to before it is deleted."""
+    """Return where ``target`` is moved to before it is deleted."""
     return target.with_name(f".{target.name}.trash-{attempt}")
 
 
 def damaged_path(target: Path, attempt: str) -> Path:
-    """Where a damaged checkpoint is set aside; nothing of ours reads or deletes it there."""
+    """Return where a damaged checkpoint is set aside; nothing of ours reads or deletes it there."""
     return target.with_name(f".{target.name}.damaged-{attempt}")
 
 
@@ -78,7 +78,7 @@ def superseded_path(target: Path, attempt: str) -> Path:
 
 
 def is_leftover(name: str) -> bool:
-    """Whether a name is one that only an unfinished attempt or deletion of ours leaves behind."""
+    """Return whether a name is one that only an unfinished attempt or deletion of ours leaves behind."""
     return _TEMPORARY.fullmatch(name) is not None
 
 

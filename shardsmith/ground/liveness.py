@@ -35,7 +35,7 @@ _current: _Answering | None = None
 
 
 def default_store() -> Any:
-    """The job's store."""
+    """Return the job's store."""
     return dist.distributed_c10d._get_default_store()  # there is no public way to it
 
 
@@ -135,7 +135,7 @@ def _require_life(store: Any, pending: list[str], rank_of: Mapping[str, int], li
 
 
 def find_dead(ranks: Sequence[int], store: Any, limit_secs: float = ANSWER_SECS) -> list[int]:
-    """Those of ``ranks`` that have been alive in this job and give no sign of life any more.
+    """Return those of ``ranks`` that have been alive in this job and give no sign of life any more.
 
     Any rank, any thread with a connection of its own. Returns when all have answered, or after ``limit_secs``.
 

@@ -75,7 +75,7 @@ class MappedFile:
         )
 
     def tensor(self, offset: int, nbytes: int) -> Tensor:
-        """A uint8 tensor (``nbytes``,) of a byte range, as ``view`` gives it.
+        """Return a uint8 tensor (``nbytes``,) of a byte range, as ``view`` gives it.
 
         Raises:
             IncompleteCheckpointError: when the range does not lie inside the file.
@@ -83,7 +83,7 @@ class MappedFile:
         return self.view(offset, nbytes, torch.uint8)
 
     def view(self, offset: int, numel: int, dtype: torch.dtype) -> Tensor:
-        """A 1-D tensor (``numel``,) of the elements that begin at byte ``offset``, which need not be aligned.
+        """Return a 1-D tensor (``numel``,) of the elements that begin at byte ``offset``, which need not be aligned.
 
         A view on the file if it is mapped, else a copy.
 
@@ -104,7 +104,7 @@ class MappedFile:
         return torch.frombuffer(source, dtype=dtype, count=numel, offset=offset)
 
     def bytes(self, offset: int, length: int) -> _Bytes:
-        """A copy of a byte range. Raises as ``view``."""
+        """Return a copy of a byte range. Raises as ``view``."""
         source = self._checked(offset, length)
         if not isinstance(source, _Descriptor):
             return source[offset : offset + length]

@@ -37,7 +37,7 @@ _allowed = False
 
 
 def reads_by_maps() -> bool:
-    """Whether files that are opened now are mapped."""
+    """Return whether files that are opened now are mapped."""
     return _allowed
 
 

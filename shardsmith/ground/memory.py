@@ -24,7 +24,7 @@ _compare.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 
 
 def memory_of(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor, not copied. Valid only as long as the caller holds the tensor."""
+    """Return the bytes of a contiguous tensor, not copied. Valid only as long as the caller holds the tensor."""
     memory: memoryview = _memory_at(tensor.data_ptr(), tensor.nbytes, 0x100)  # PyBUF_READ
     return memory
 
@@ -56,12 +56,12 @@ def map_pages(tensor: Tensor) -> None:
 
 
 def as_integers(tensor: Tensor) -> Tensor:
-    """The same elements as plain integers of the same size, of the same shape. Shares memory where it can."""
+    """Return the same elements as plain integers of the same size, of the same shape. Shares memory where it can."""
     return tensor.detach().resolve_conj().resolve_neg().view(_BITS[tensor.dtype.itemsize])
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors of one shape and dtype hold the same bits; NaN equals itself, and -0.0 is not 0.0."""
+    """Return whether two tensors of one shape and dtype hold the same bits; NaN equals itself, and -0.0 is not 0.0."""
     assert (one.shape, one.dtype) == (other.shape, other.dtype)
     if one.is_contiguous() and other.is_contiguous():
         difference: int = _compare(one.data_ptr(), other.data_ptr(), one.nbytes)

@@ -64,7 +64,7 @@ class StepAgreement:
         self._send_word(this_round)
 
     def due(self, step: int) -> list[Any]:
-        """What was told and is to be acted on now. Main thread, all ranks, after each step.
+        """Return what was told and is to be acted on now. Main thread, all ranks, after each step.
 
         It waits only for a round that is under way, which no rank's training holds up.
         """

@@ -14,7 +14,7 @@ from shardsmith.tensors.tensors import read_tensor
 
 
 def in_base_layout(source: ModelSource | TranslatedModel, layouts: LayoutRules) -> ModelSource | TranslatedModel:
-    """The model in the base model's layout: the same where no rule is needed."""
+    """Return the model in the base model's layout: the same where no rule is needed."""
     targets = layouts.targets(source.specs)
     if all(targets[name] == Slice.whole(spec) for name, spec in source.specs.items()):
         return source
@@ -22,7 +22,7 @@ def in_base_layout(source: ModelSource | TranslatedModel, layouts: LayoutRules) 
 
 
 def patch_embeddings(names: Iterable[str], rules: Iterable[LayoutRule]) -> list[str]:
-    """Those of some tensors that are patch embeddings, by the rules."""
+    """Return those of some tensors that are patch embeddings, by the rules."""
     patterns = [rule.pattern for rule in rules if is_patch_rule(rule)]
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
@@ -33,7 +33,7 @@ def orders_of_patches(
     rules: Iterable[LayoutRule],
     allow: Sequence[str],
 ) -> dict[str, str]:
-    """Where the inputs of patch embeddings stand, by value: shapes cannot tell.
+    """Return where the inputs of patch embeddings stand, by value: shapes cannot tell.
 
     Raises:
         MismatchError: their order is not that of the base model.

@@ -90,7 +90,7 @@ class _LeftBlank(TorchFunctionMode):
 
 
 def describe(model: nn.Module) -> Blueprint:
-    """The blueprint that a model made ``without_weights`` is.
+    """Return the blueprint that a model made ``without_weights`` is.
 
     What a checkpoint must hold is what ``get_model_state_dict`` of torch gives: names, shapes and dtypes.
     """
@@ -121,7 +121,7 @@ def _state_dict(model: nn.Module) -> dict[str, Any]:
 
 
 def model_of_directory(base: Path, *, trust_remote_code: bool = False) -> Any:
-    """The transformers model of a local directory, made ``without_weights``.
+    """Return the transformers model of a local directory, made ``without_weights``.
 
     Args:
         base: The base model's directory.
@@ -147,7 +147,7 @@ def model_of_directory(base: Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def twin_of(live: Any, config: Any = None) -> Any:
-    """A transformers model like a live one, made ``without_weights`` from its config, or from another one."""
+    """Return a transformers model like a live one, made ``without_weights`` from its config, or from another one."""
     kind: Any = own_class(live)
     dtype = next((p.dtype for p in live.parameters() if p.is_floating_point()), torch.get_default_dtype())
     modern = int(sys.modules["transformers"].__version__.split(".")[0]) >= 5
@@ -157,7 +157,7 @@ def twin_of(live: Any, config: Any = None) -> Any:
 
 
 def transformers_parts(model: nn.Module, *, itself: bool = True) -> dict[str, Any]:
-    """The outermost modules of a model that are from transformers, by clean name ("" is the model itself).
+    """Return the outermost modules of a model that are from transformers, by clean name ("" is the model itself).
 
     Args:
         model: Any model.
@@ -178,7 +178,7 @@ def transformers_parts(model: nn.Module, *, itself: bool = True) -> dict[str, An
 
 
 def plain_config(config: Any) -> dict[str, Any]:
-    """A config of transformers, with every default filled in, as JSON can say it; infinity becomes a text.
+    """Return a config of transformers, with every default filled in, as JSON can say it; infinity becomes a text.
 
     A config of a user's own may hold what its to_json_string cannot write, such as a dataclass; its fields are taken.
     """

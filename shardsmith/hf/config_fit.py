@@ -192,7 +192,7 @@ def model_class_of(config: Config) -> tuple[ModelClass | None, str]:
 
 
 def vocabulary_sizes(config: Config) -> set[int]:
-    """What a config says of the size of a vocabulary, at any depth."""
+    """Return what a config says of the size of a vocabulary, at any depth."""
     return {value for path, value in _entries(config) if "vocab" in path[-1] and type(value) is int}
 
 

@@ -59,7 +59,7 @@ def check_directory(plan: DirectoryPlan, directory: Path) -> Measure:
 
 
 def refusal(found: ConfigFit) -> tuple[str, list[str], str]:
-    """What an error says about a config that does not describe the tensors: summary, lines, advice."""
+    """Return what an error says about a config that does not describe the tensors: summary, lines, advice."""
     summary = f"{len(found.problems)} tensors are not as in {found.measured_by}, which config.json describes"
     lines = [*found.problems, *(f"config.json says {key}" for key in found.keys)]
     advice = (

@@ -28,7 +28,7 @@ _HEADER = "header_xxh3_128"
 
 
 def file_records(directory: Path, sizes: Mapping[str, int], weights: Collection[str]) -> dict[str, Any]:
-    """What to record of each file, by its path in the directory. Reads all but the weights. Raises OSError."""
+    """Return what to record of each file, by its path in the directory. Reads all but the weights. Raises OSError."""
     return {
         name: {"size": size, _HEADER: _hash_header(directory / name)}
         if name in weights
@@ -38,7 +38,7 @@ def file_records(directory: Path, sizes: Mapping[str, int], weights: Collection[
 
 
 def find_export_damage(directory: Path, *, contents: bool = True) -> list[str]:
-    """What has changed in an exported directory since it was written, one line each; empty if nothing has.
+    """Return what has changed in an exported directory since it was written, one line each; empty if nothing has.
 
     Empty, too, for a directory that is not ours, or older than this record.
 
@@ -58,7 +58,7 @@ def find_export_damage(directory: Path, *, contents: bool = True) -> list[str]:
 
 
 def records_files(directory: Path) -> bool:
-    """Whether a directory says what its files were when it was written."""
+    """Return whether a directory says what its files were when it was written."""
     try:
         return _is_ours(directory) and "files" in read_json(directory / layout.PROVENANCE_FILE)
     except CheckpointError:

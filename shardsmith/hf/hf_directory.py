@@ -43,7 +43,7 @@ def copy_files(base: Path, names: Iterable[str], directory: Path) -> dict[str, i
 
 
 def read_config(base: Path) -> dict[str, Any]:
-    """The base model's ``config.json``.
+    """Return the base model's ``config.json``.
 
     Raises:
         CheckpointNotFoundError: it has none, and nobody can load weights without one.
@@ -71,12 +71,12 @@ def config_for(config: dict[str, Any], dtype: torch.dtype) -> bytes:
 
 
 def is_component(config: Mapping[str, Any]) -> bool:
-    """Whether it is the config of a model of diffusers."""
+    """Return whether it is the config of a model of diffusers."""
     return "_class_name" in config
 
 
 def main_stem(config: Mapping[str, Any] | None) -> str:
-    """What the main weights must be called for the library whose config this is to load them."""
+    """Return what the main weights must be called for the library whose config this is to load them."""
     return COMPONENT_WEIGHTS if config is not None and is_component(config) else MAIN_WEIGHTS
 
 

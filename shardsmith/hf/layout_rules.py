@@ -31,7 +31,7 @@ class Transform(Protocol):
     """What a rule does to a tensor, in both directions."""
 
     def apply(self, whole: Slice, wanted: Shape) -> Slice:
-        """The tensor in the wanted shape. Raises ValueError or IndexError if it does not lead there."""
+        """Return the tensor in the wanted shape. Raises ValueError or IndexError if it does not lead there."""
         ...
 
 
@@ -102,7 +102,7 @@ DECLARED = (LayoutRule("*patch_embedding.weight", "conv2d_to_linear", TRANSFORMS
 
 
 def find_rules(file: Path | None = None) -> list[LayoutRule]:
-    """The rules of a file, then those that installed packages offer, then ours: the first that fits is used.
+    """Return the rules of a file, then those that installed packages offer, then ours: the first that fits is used.
 
     Args:
         file: TOML or JSON: a list ``rule`` of tables with a ``pattern`` and a ``transform`` of ours, or with ``steps``,
@@ -150,7 +150,7 @@ class LayoutRules:
 
 
 def order_of_patches(values: Tensor, base: Tensor, channels: int = 3) -> str:
-    """Whether a linear patch embedding has its inputs in the order of the base model's, told by their values.
+    """Return whether a linear patch embedding has its inputs in the order of the base model's, told by their values.
 
     A convolution that was reshaped without being permuted has the right shape and the wrong values: the same numbers
     at other places. If the weights descend from the base's they are nearer to it in one of the two orders.
@@ -217,5 +217,5 @@ def _parse_steps(steps: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, tuple[i
 
 
 def is_patch_rule(rule: LayoutRule) -> bool:
-    """Whether the order of what it makes can be told by values."""
+    """Return whether the order of what it makes can be told by values."""
     return isinstance(rule.transform, Conv2dToLinear)

@@ -101,7 +101,7 @@ class ModelClass(Protocol):
         ...
 
     def fit(self, specs: Mapping[str, TensorSpec]) -> Fit:
-        """What its loader makes of a directory that holds these tensors. Raises nothing."""
+        """Return what its loader makes of a directory that holds these tensors. Raises nothing."""
         ...
 
 

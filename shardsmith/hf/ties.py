@@ -52,7 +52,7 @@ def broken_ties(source: TensorSource, model_class: ModelClass) -> dict[str, str]
 
 
 def tied_groups(tied: Mapping[str, str], present: Container[str]) -> list[list[str]]:
-    """The present names of each tied tensor, where there are several; the kept one first, if it is there."""
+    """Return the present names of each tied tensor, where there are several; the kept one first, if it is there."""
     groups: dict[str, list[str]] = {}
     for alias in tied:
         root = alias
@@ -79,7 +79,7 @@ class _Digests:
         self._known: dict[str, Digest] = {}
 
     def equal(self, one: str, other: str) -> bool:
-        """Whether two tensors are the same, bit for bit."""
+        """Return whether two tensors are the same, bit for bit."""
         return self._begin_alike(one, other) and self._digest(one) == self._digest(other)
 
     def first_equal(self, name: str, others: Iterable[str]) -> str | None:

@@ -33,7 +33,7 @@ class Recognition:
 
 
 def own_tensors(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-    """The model's own parameters and buffers by the names that a state dict has for them.
+    """Return the model's own parameters and buffers by the names that a state dict has for them.
 
     None if the state dict might hold other things than these, today or tomorrow: those that hooks make, and FSDP1.
     """
@@ -116,7 +116,7 @@ def _sharding(tensor: Tensor) -> Any:
 
 @torch.no_grad()
 def is_same_memory(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are one, or views of all of the same."""
+    """Return whether two tensors are one, or views of all of the same."""
     if isinstance(one, DTensor) != isinstance(other, DTensor) or _sharding(one) != _sharding(other):
         return False
     a, b = local(one), local(other)

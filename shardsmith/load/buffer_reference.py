@@ -42,7 +42,7 @@ class BufferReference:
     """Why a part of the model could not be made anew, if so."""
 
     def compare(self, live: LiveWeights) -> list[LoadFault]:
-        """What is wrong with the non-persistent buffers of a model on this rank. No communication.
+        """Return what is wrong with the non-persistent buffers of a model on this rank. No communication.
 
         FSDP1 casts buffers itself where its MixedPrecision has a buffer_dtype: then they are compared in that.
         """
@@ -87,7 +87,7 @@ class BufferReference:
 def find_reference(
     live: LiveWeights, path: Path, record: InitialRecord | None, config: Any = None, fresh: Fresh | None = None
 ) -> BufferReference:
-    """The reference for a live model. No communication.
+    """Return the reference for a live model. No communication.
 
     Args:
         live: The live model's tensors.

@@ -90,7 +90,7 @@ def classify(
     ends: tuple[frozenset[str], frozenset[str]],
     known: Mapping[str, str],
 ) -> list[LoadFault]:
-    """The faults of tensors whose values are wrong.
+    """Return the faults of tensors whose values are wrong.
 
     Args:
         looks: By name, of every tensor at fault.

@@ -73,7 +73,7 @@ class LiveWeights:
         return self.tied.get(one, one) == self.tied.get(other, other) or (self._is_flat and one in self.specs)
 
     def transient(self) -> dict[str, Tensor]:
-        """The non-persistent buffers by clean FQN; they share memory with the model's."""
+        """Return the non-persistent buffers by clean FQN; they share memory with the model's."""
         found: dict[str, Tensor] = {}
         for part in self.parts:
             names = set(non_persistent_buffers(part))
@@ -83,7 +83,7 @@ class LiveWeights:
         return found
 
     def buffer_dtypes(self) -> set[torch.dtype]:
-        """The dtypes to which FSDP1 casts buffers here, as its MixedPrecision says."""
+        """Return the dtypes to which FSDP1 casts buffers here, as its MixedPrecision says."""
         wraps = [m for part in self.parts for m in part.modules() if isinstance(m, FullyShardedDataParallel)]
         return {dtype for wrap in wraps if (dtype := wrap.mixed_precision.buffer_dtype) is not None}
 
@@ -193,7 +193,7 @@ def poison_(tensor: Tensor) -> None:
 
 
 def is_poison(values: Tensor) -> Tensor:
-    """Where a tensor is as ``poison_`` left it; bool, shape B."""
+    """Return where a tensor is as ``poison_`` left it; bool, shape B."""
     if values.dtype.is_floating_point or values.dtype.is_complex:
         return values.isnan()
     if values.dtype is torch.bool:

@@ -117,7 +117,7 @@ class InitialSource:
         return {name: self._files[name] for name in names}
 
     def key_of(self, name: str) -> str | None:
-        """The tensor that holds what the model calls so; None without any."""
+        """Return the tensor that holds what the model calls so; None without any."""
         if name in self.specs:
             return name
         root = self.ties.get(name, name)
@@ -125,7 +125,7 @@ class InitialSource:
         return next((other for other in group if other in self.specs), None)
 
     def recorded_digest(self, key: str, dtype: torch.dtype) -> Digest | None:
-        """What metadata.json says the digest is, if it says so for this dtype."""
+        """Return what metadata.json says the digest is, if it says so for this dtype."""
         if self._metadata is None:
             return None
         record = self._metadata.tensors.get(self._keys[key])

@@ -56,7 +56,7 @@ def find_damage(
     parts: int = 1,
     manifest: CheckpointMetadata | None = None,
 ) -> list[str]:
-    """What is wrong with the files of a committed checkpoint, one line each; empty if nothing is.
+    """Return what is wrong with the files of a committed checkpoint, one line each; empty if nothing is.
 
     Args:
         checkpoint: A committed ``step-<n>``.
@@ -81,7 +81,7 @@ def find_damage(
 
 
 def step_in_name(checkpoint: Path, default: int) -> int:
-    """The step that a directory is named for, wherever it is reached from; ``default`` if its name says none."""
+    """Return the step that a directory is named for, wherever it is reached from; ``default`` if its name says none."""
     named = layout.parse_step(checkpoint.resolve().name)
     return default if named is None else named
 
@@ -146,7 +146,7 @@ def hash_file(path: Path) -> str:
 
 
 def file_damage(path: Path, expected: FileRecord, *, contents: bool = True) -> str | None:
-    """What is wrong with one file, or None; see ``find_damage``."""
+    """Return what is wrong with one file, or None; see ``find_damage``."""
     try:
         status = path.lstat()
         if not stat.S_ISREG(status.st_mode):

@@ -62,12 +62,12 @@ def companion_of(folder: Path) -> Path:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether our directory is there; without looking whether anything was damaged since."""
+    """Return whether our directory is there; without looking whether anything was damaged since."""
     return (companion_of(folder) / layout.METADATA_FILE).is_file()
 
 
 def is_deserted(folder: Path) -> bool:
-    """Whether a trainer's folder is gone, or nothing is left in it but what is ours."""
+    """Return whether a trainer's folder is gone, or nothing is left in it but what is ours."""
     try:
         names = os.listdir(folder)
     except FileNotFoundError:
@@ -101,7 +101,7 @@ def find_folder_damage(
     parts: int = 1,
     manifest: CheckpointMetadata | None = None,
 ) -> list[str]:
-    """What is wrong with a trainer's folder and our directory in it, one line each; empty if nothing is.
+    """Return what is wrong with a trainer's folder and our directory in it, one line each; empty if nothing is.
 
     Args:
         folder: The trainer's folder.

@@ -31,34 +31,34 @@ def typed_or_none(value: Any, kind: type) -> Any:
 
 
 def texts(value: Any) -> dict[str, str]:
-    """An object of strings."""
+    """Return an object of strings."""
     return {name: typed(text, str) for name, text in typed(value, dict).items()}
 
 
 def digest_text(value: Any) -> str:
-    """A digest, as a ``Digest`` writes it. An XXH3-128 has the same form."""
+    """Return a digest, as a ``Digest`` writes it. An XXH3-128 has the same form."""
     return str(Digest.parse(typed(value, str)))
 
 
 def count(value: Any) -> int:
-    """A number of things."""
+    """Return a number of things."""
     if type(value) is not int or not 0 <= value < 2**63:
         raise ValueError(f"{reprlib.repr(value)} is not a count")
     return value
 
 
 def counts(value: Any) -> dict[str, int]:
-    """An object of counts."""
+    """Return an object of counts."""
     return {name: count(number) for name, number in typed(value, dict).items()}
 
 
 def shape(value: Any) -> tuple[int, ...]:
-    """A list of sizes."""
+    """Return a list of sizes."""
     return tuple(count(size) for size in typed(value, list))
 
 
 def known_dtype(value: Any) -> str:
-    """The name of a dtype of torch."""
+    """Return the name of a dtype of torch."""
     if type(value) is not str or not isinstance(vars(torch).get(value), torch.dtype):
         raise ValueError(f"not a dtype: {reprlib.repr(value)}")
     return value

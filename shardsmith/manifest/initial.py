@@ -74,7 +74,7 @@ class BufferRecord:
         return made
 
     def tensor(self) -> Tensor | None:
-        """The values, where they are recorded."""
+        """Return the values, where they are recorded."""
         if self.values is None:
             return None
         try:

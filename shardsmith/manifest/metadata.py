@@ -183,12 +183,12 @@ def _plain(value: Any) -> Any:
 
 
 def now() -> str:
-    """The present time as ``created_at`` wants it."""
+    """Return the present time as ``created_at`` wants it."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def has_manifest(directory: Path) -> bool:
-    """Whether there is a ``metadata.json`` of ours, of any version and in any state; not somebody else's."""
+    """Return whether there is a ``metadata.json`` of ours, of any version and in any state; not somebody else's."""
     path = directory / layout.METADATA_FILE
     if not path.exists():
         return False

@@ -29,7 +29,7 @@ class ClassNames:
 
     @classmethod
     def of_directory(cls, base: Path) -> ClassNames:
-        """Those of the class that a directory's config.json names. Runs no code of the directory."""
+        """Return those of the class that a directory's config.json names. Runs no code of the directory."""
 
         def make() -> Any:
             from shardsmith.name_maps.transformers import meta_model_of
@@ -40,7 +40,7 @@ class ClassNames:
 
     @classmethod
     def of_model(cls, live: nn.Module) -> ClassNames:
-        """Those of a live model without wrappers around it. Only reads it."""
+        """Return those of a live model without wrappers around it. Only reads it."""
 
         def make() -> Any:
             from shardsmith.name_maps.transformers import meta_twin_of

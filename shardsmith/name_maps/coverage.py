@@ -19,7 +19,7 @@ Indices = tuple[int, tuple[Axis, ...]]
 
 
 def find_impossible(slices: Iterable[tuple[str, Slice]], specs: Mapping[str, TensorSpec]) -> Iterator[str]:
-    """A line for each slice, which comes with the name of its target, that is none of any of the tensors."""
+    """Yield a line for each slice, which comes with the name of its target, that is none of any of the tensors."""
     for name, part in slices:
         spec = specs.get(part.source)
         if spec is None:
@@ -29,7 +29,7 @@ def find_impossible(slices: Iterable[tuple[str, Slice]], specs: Mapping[str, Ten
 
 
 def find_uncovered(slices: Iterable[Slice], specs: Mapping[str, TensorSpec]) -> Iterator[str]:
-    """A line for each tensor of which something is in no target, or in several. The slices are possible ones."""
+    """Yield a line for each tensor of which something is in no target, or in several. The slices are possible ones."""
     grids: dict[str, list[Grid]] = {}
     for part in slices:
         grids.setdefault(part.source, []).append(part.grid)

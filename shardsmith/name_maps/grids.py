@@ -45,7 +45,7 @@ class Grid:
 
     @classmethod
     def whole(cls, shape: Shape) -> Self:
-        """All of a tensor, an axis for each dimension that has more than one index."""
+        """Return all of a tensor, an axis for each dimension that has more than one index."""
         return cls((0,) * len(shape), tuple(Axis(dim, 1, size) for dim, size in enumerate(shape) if size != 1))
 
     @property
@@ -59,7 +59,7 @@ class Grid:
         return math.prod(self.shape)
 
     def fits(self, shape: Shape) -> bool:
-        """Whether a tensor of this shape has all its elements, and none of them is there twice."""
+        """Return whether a tensor of this shape has all its elements, and none of them is there twice."""
         if len(self.start) != len(shape) or any(axis.size < 0 or axis.step < 1 for axis in self.axes):
             return False
         if not self.numel:
@@ -77,7 +77,7 @@ class Grid:
         return [(dim, [self.axes[i] for i in self._along(dim)]) for dim in range(len(self.start))]
 
     def cover(self, part: Chunk) -> Chunk:
-        """The smallest box of the tensor that has all of a part that is not empty."""
+        """Return the smallest box of the tensor that has all of a part that is not empty."""
         offsets, sizes = list(self.start), [1] * len(self.start)
         for axis, first, count in zip(self.axes, part.offsets, part.sizes, strict=True):
             offsets[axis.dim] += first * axis.step
@@ -85,7 +85,7 @@ class Grid:
         return Chunk(tuple(offsets), tuple(sizes))
 
     def cut(self, box: Chunk) -> list[Chunk]:
-        """The parts that a box of the tensor has: few, apart from each other, and all that there is."""
+        """Return the parts that a box of the tensor has: few, apart from each other, and all that there is."""
         if not self.numel or not box.numel:
             return []
         found: list[tuple[list[int], list[int]]] = [([0] * len(self.axes), [0] * len(self.axes))]
@@ -96,7 +96,7 @@ class Grid:
         return [Chunk(tuple(offsets), tuple(sizes)) for offsets, sizes in found]
 
     def view(self, values: Tensor, box: Chunk, part: Chunk) -> Tensor:
-        """The values of a part that is not empty, out of those of a box that has it. Shares memory.
+        """Return the values of a part that is not empty, out of those of a box that has it. Shares memory.
 
         Args:
             values: Of shape ``box.sizes``, with any strides.
@@ -117,7 +117,7 @@ class Grid:
         return values.as_strided(part.sizes, steps, place)
 
     def as_box(self, values: Tensor, part: Chunk) -> Tensor:
-        """The values of a part that is all of its ``cover``, in the cover's shape: a view, or else a copy."""
+        """Return the values of a part that is all of its ``cover``, in the cover's shape: a view, or else a copy."""
         order = [i for dim in range(len(self.start)) for i in self._along(dim)]
         return values.permute(order).reshape(self.cover(part).sizes)
 

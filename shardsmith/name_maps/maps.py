@@ -48,7 +48,7 @@ class LeavesOut(Protocol):
     """What a ``NameMap`` has besides if the files have no place for some tensors of the model."""
 
     def leaves_out(self, specs: Mapping[str, TensorSpec]) -> Mapping[str, str]:
-        """Those of these tensors that no target has anything of -> why, in half a sentence."""
+        """Return those of these tensors that no target has anything of -> why, in half a sentence."""
         ...
 
 
@@ -132,16 +132,16 @@ class Translation:
                     yield piece.target, there.cover(part), there.as_box(found, part)
 
     def links_to(self, target: str) -> list[Link]:
-        """Where the elements of a target are among the sources."""
+        """Return where the elements of a target are among the sources."""
         return [Link(part.source, part.grid, there) for part, there in self.targets[target].placed]
 
     def links_from(self, source: str, box: Chunk) -> Iterator[Link]:
-        """Where elements of a box of a source may be among the targets, and all of them are."""
+        """Yield where elements of a box of a source may be among the targets, and all of them are."""
         for piece in self._meeting(source, box):
             yield Link(piece.target, piece.there, piece.slice.grid)
 
     def names_of(self, sources: Iterable[str]) -> frozenset[str]:
-        """The targets that have nothing but of these sources."""
+        """Return the targets that have nothing but of these sources."""
         chosen = frozenset(sources)
         return frozenset(name for name, target in self.targets.items() if chosen.issuperset(target.sources))
 

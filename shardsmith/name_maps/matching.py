@@ -144,7 +144,7 @@ class _Matcher:
         self._memory: dict[str, str] | None = None
 
     def best(self) -> _Try:
-        """The class's renames before any guess, and a guess only if it is certain."""
+        """Return the class's renames before any guess, and a guess only if it is certain."""
         plain = self._try(self._forms)
         if plain.fits or not self._target:
             return plain
@@ -170,7 +170,7 @@ class _Matcher:
         return names if len(set(names.values())) == len(names) else {name: name for name in names}
 
     def aliases(self, aliases: Collection[str], chosen: _Try) -> dict[str, str]:
-        """The new name of each alias -> its own."""
+        """Return the new name of each alias -> its own."""
         forms = {n: f.removeprefix(chosen.removed) for n, f in without_wrappers(aliases, self.segments).items()}
         forms = {n: f if f in self._places else chosen.added + f for n, f in forms.items()}
         found = self._try(forms)

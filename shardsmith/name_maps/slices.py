@@ -30,12 +30,12 @@ class Slice:
 
     @classmethod
     def whole(cls, spec: TensorSpec) -> Slice:
-        """All of a source, as it is."""
+        """Return all of a source, as it is."""
         return cls.of_axes(spec.name, (0,) * len(spec.shape), _axes(spec.shape))
 
     @classmethod
     def of_axes(cls, source: str, start: Shape, dims: Iterable[Sequence[Axis]]) -> Slice:
-        """What begins at ``start`` and has these axes along its dimensions; made normal."""
+        """Return what begins at ``start`` and has these axes along its dimensions; made normal."""
         return cls(source, start, tuple(_joined(axes) for axes in dims))
 
     @property
@@ -54,7 +54,7 @@ class Slice:
         return [(self, self.target)]
 
     def of(self, names: Mapping[str, str]) -> Slice:
-        """The same of a source that has another name."""
+        """Return the same of a source that has another name."""
         return replace(self, source=names[self.source])
 
     @property
@@ -87,19 +87,19 @@ class Slice:
         return self.of_axes(self.source, tuple(start), dims)
 
     def permute(self, *order: int) -> Slice:
-        """The same with its dimensions in another order."""
+        """Return the same with its dimensions in another order."""
         if sorted(order) != list(range(len(self.dims))):
             raise ValueError(f"{order} is no order of the dimensions of a tensor of shape {self.shape}")
         return replace(self, dims=tuple(self.dims[dim] for dim in order))
 
     def transpose(self, dim: int, other: int) -> Slice:
-        """The same with two dimensions exchanged."""
+        """Return the same with two dimensions exchanged."""
         order = list(range(len(self.dims)))
         order[dim], order[other] = order[other], order[dim]
         return self.permute(*order)
 
     def reshape(self, *shape: int) -> Slice:
-        """The same elements in the same order in another shape, one size of which may be -1.
+        """Return the same elements in the same order in another shape, one size of which may be -1.
 
         Raises:
             ValueError: they do not fit, or would not be at regular steps, as when (4, 6) becomes (6, 4).
@@ -159,7 +159,7 @@ class Joined:
         return found
 
     def of(self, names: Mapping[str, str]) -> Joined:
-        """The same of sources that have other names."""
+        """Return the same of sources that have other names."""
         return Joined(tuple(part.of(names) for part in self.parts), self.dim)
 
 

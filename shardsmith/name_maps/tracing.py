@@ -58,7 +58,7 @@ class Probes(TorchDispatchMode):
             self._note(self.tensors[name], Slice.whole(spec))
 
     def content_of(self, tensor: Tensor) -> Target | None:
-        """What a tensor holds, if it was cut out of probes."""
+        """Return what a tensor holds, if it was cut out of probes."""
         whole, content = self._known.get(tensor.untyped_storage()._cdata, (None, None))
         if whole is None or content is None or tensor.dtype != whole.dtype or tensor.is_neg() or tensor.is_conj():
             return None

@@ -113,7 +113,7 @@ def names_for(model: Any) -> TransformersNames:
 
 
 def meta_model_of(base: Path) -> Any:
-    """The model that a directory's config.json describes, on the meta device. Runs no code of it.
+    """Return the model that a directory's config.json describes, on the meta device. Runs no code of it.
 
     Raises:
         UnsupportedFormatError: there is no transformers, or it does not know this model.

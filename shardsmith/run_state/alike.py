@@ -94,7 +94,7 @@ class ReplicaCheck:
 
 
 def tensors_of(state: Mapping[str, Any], without: Collection[str] = (), prefix: str = "") -> dict[str, Tensor]:
-    """The tensors of a nested state by flat name, but for those below some top-level keys."""
+    """Return the tensors of a nested state by flat name, but for those below some top-level keys."""
     found: dict[str, Tensor] = {}
     for name, value in state.items():
         if isinstance(value, Mapping) and name not in without:

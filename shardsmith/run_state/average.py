@@ -35,7 +35,7 @@ class Average(Protocol):
         ...
 
     def facts(self) -> dict[str, Any]:
-        """What a reader of a checkpoint wants to know about it."""
+        """Return what a reader of a checkpoint wants to know about it."""
         ...
 
     def staging(self) -> contextlib.AbstractContextManager[None]:

@@ -60,7 +60,7 @@ def hold(state_dict: Mapping[str, Any]) -> Held:
 
 
 def items(entries: Sequence[Entry]) -> Iterator[tuple[int, int]]:
-    """What can be written by one rank alone: entry and position in its values, in order."""
+    """Yield what can be written by one rank alone: entry and position in its values, in order."""
     for i, entry in enumerate(entries):
         for position in range(1 if entry.shape is None else len(entry.boxes)):
             yield i, position

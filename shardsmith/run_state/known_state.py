@@ -43,7 +43,7 @@ class KnownState:
         self._known: _Known | None = None
 
     def state_dicts(self) -> StateDicts:
-        """The live state, to be read. All ranks; communicates only under FSDP1."""
+        """Return the live state, to be read. All ranks; communicates only under FSDP1."""
         found = self._known.state_dicts(self._model, self._optimizers) if self._known else None
         if found is None:
             found = ask_torch(self._model, self._optimizers)
@@ -89,7 +89,7 @@ class _Known:
         return known if again is not None and _are_same(again.optimizer, found.optimizer) else None
 
     def state_dicts(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> StateDicts | None:
-        """The state as it is now; None if anything has changed but values."""
+        """Return the state as it is now; None if anything has changed but values."""
         if not self.recognition.fits(model):
             return None
         tensors = {name: tensor for name, reference in self.tensors.items() if (tensor := reference()) is not None}

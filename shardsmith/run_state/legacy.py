@@ -47,7 +47,7 @@ class LegacyState:
         return int(self._path.name) if self._path.name.isdigit() else None
 
     def optimizer(self, optimizer: Optimizer, parameters: Mapping[str, TensorSpec]) -> dict[str, Any] | NamedOptimizer:
-        """The state for this rank's optimizer, or the files that have it by names.
+        """Return the state for this rank's optimizer, or the files that have it by names.
 
         Args:
             optimizer: This rank's optimizer.
@@ -71,7 +71,7 @@ class LegacyState:
         return found
 
     def scheduler(self) -> dict[str, Any]:
-        """The state of the scheduler."""
+        """Return the state of the scheduler."""
         found: dict[str, Any] = self._read(SCHEDULER_FILE, "load_scheduler")
         return found
 
@@ -81,7 +81,7 @@ class LegacyState:
         return (self._path / DATA_STATUS_FILE).is_file()
 
     def data_status(self) -> Any:
-        """Where this rank's data loader was; None for a rank that the run did not have."""
+        """Return where this rank's data loader was; None for a rank that the run did not have."""
         everyone: Sequence[Any] = self._read(DATA_STATUS_FILE, "load_data_status")
         return everyone[self._rank] if self._rank < len(everyone) else None
 

@@ -69,7 +69,7 @@ class _Save:
         self._objects: set[str] = set()
 
     def deal(self, collect: Callable[[], Contents]) -> Values:
-        """What this rank is to write; every element of every tensor is written by exactly one."""
+        """Return what this rank is to write; every element of every tensor is written by exactly one."""
         values: Values = {}
         empty: Values = {}
 

@@ -40,7 +40,7 @@ class PerRank:
         self._on_change = on_topology_change
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of this rank."""
+        """Return the state of this rank."""
         return self.thing.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

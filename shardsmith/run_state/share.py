@@ -44,7 +44,7 @@ class Share:
         self._description = ""
 
     def vote(self, entries: list[Entry]) -> list[Any]:
-        """What to say before a save. No communication."""
+        """Return what to say before a save. No communication."""
         is_known = entries == self._entries
         if not is_known:
             self._entries = None

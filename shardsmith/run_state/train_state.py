@@ -86,7 +86,7 @@ class TrainState:
         return tuple(key for key in there if key not in modules)
 
     def replicated(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The tensors of a collected state of which several ranks may hold the same part, buffers left out.
+        """Return the tensors of a collected state of which several ranks may hold the same part, buffers left out.
 
         DDP lets buffers, such as the statistics of BatchNorm, go apart from one forward to the next.
         """
@@ -96,7 +96,7 @@ class TrainState:
         return {name: tensor for name, tensor in tensors.items() if plain[name] not in buffers}
 
     def reduced(self, parts: Collection[str]) -> TrainState:
-        """The same with some of its parts only."""
+        """Return the same with some of its parts only."""
         return TrainState(
             self._model,
             optimizer=self._optimizers if "optimizer" in parts else None,
@@ -109,7 +109,7 @@ class TrainState:
         )
 
     def collect(self, step: int, *, with_rng: bool = True, with_main: bool = True, to_load: bool = False) -> Contents:
-        """The live state, not copied. All ranks; communicates only under FSDP1.
+        """Return the live state, not copied. All ranks; communicates only under FSDP1.
 
         Args:
             step: Number of the step.
@@ -212,7 +212,7 @@ class TrainState:
 
 
 def optimizer_list(optimizer: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer]:
-    """All of the optimizers."""
+    """Return all of the optimizers."""
     if optimizer is None:
         return []
     return [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)

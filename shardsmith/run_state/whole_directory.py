@@ -51,7 +51,7 @@ class OwnFile:
 
 
 def to_receipt(written: RankFileWritten) -> dict[str, Any]:
-    """What a rank tells of its file, as values that survive JSON; the order of everything is known."""
+    """Return what a rank tells of its file, as values that survive JSON; the order of everything is known."""
     digests = np.array([(d.total, d.weighted) for d in written.digests], dtype=np.uint64)
     lengths = np.array(written.object_lengths, dtype=np.uint32)
     packed = _text(zlib.compress(lengths.tobytes(), 1))  # most are equal
@@ -122,7 +122,7 @@ class WholeDirectory:
         )
 
     def contents(self, directory: Path) -> DcpIndex:
-        """What a reader of the index finds in it, but for where it lies."""
+        """Return what a reader of the index finds in it, but for where it lies."""
         tensors = {key: DcpEntry(spec, ()) for key, spec in self._specs.items()}
         return DcpIndex(directory, tensors, {}, self._containers, {})
 

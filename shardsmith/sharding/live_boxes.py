@@ -28,7 +28,7 @@ class LiveBox:
 
 
 def held_boxes(tensors: Mapping[str, Tensor]) -> list[LiveBox]:
-    """All that this rank holds, in the order of the tensors. No communication; shares memory."""
+    """Return all that this rank holds, in the order of the tensors. No communication; shares memory."""
     return [
         LiveBox(name, tuple(tensor.shape), box, values)
         for name, tensor in tensors.items()
@@ -55,7 +55,7 @@ class StagingBuffer:
         return max(0, size - len(self._memory))
 
     def stage(self, boxes: Sequence[LiveBox], specs: Mapping[str, TensorSpec]) -> list[LiveBox]:
-        """A copy of the boxes, cast to the dtypes of ``specs``. No communication.
+        """Return a copy of the boxes, cast to the dtypes of ``specs``. No communication.
 
         From an accelerator through a window there, into pinned memory; only the host waits. The copies are valid until
         the next call.

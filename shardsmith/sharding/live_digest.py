@@ -53,7 +53,7 @@ def digest_live(ranks: Ranks, phase: str, collect: Callable[[], Mapping[str, Ten
 def compare_digests(
     live: Mapping[str, TensorRecord], recorded: Mapping[str, TensorRecord], aliases: Mapping[str, str]
 ) -> dict[str, str]:
-    """What differs, by tensor; empty if the live tensors are those that were recorded, bit for bit.
+    """Return what differs, by tensor; empty if the live tensors are those that were recorded, bit for bit.
 
     Args:
         live: The tensors of the live model.

@@ -24,7 +24,7 @@ Block = tuple[str, int, Chunk]
 def digest_source(
     source: TensorSource, dtypes: Mapping[str, torch.dtype], *, part: int = 0, parts: int = 1
 ) -> dict[str, Digest]:
-    """The share of a part of all blocks in the digest of each tensor; over all parts, the shares add up to it.
+    """Return the share of a part of all blocks in the digest of each tensor; over all parts, the shares add up to it.
 
     No communication. Memory: one block a thread.
 

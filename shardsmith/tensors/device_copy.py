@@ -85,7 +85,7 @@ class Window:
         return self.begin // _LINE * _LINE
 
     def takes(self, piece: Piece, most_bytes: int) -> bool:
-        """Whether a piece may follow: it comes next in the memory, and there is room."""
+        """Return whether a piece may follow: it comes next in the memory, and there is room."""
         is_next = not self.pieces or self.end <= piece.begin < self.end + _LINE
         return is_next and (not self.pieces or piece.end - self.base <= most_bytes)
 

@@ -71,7 +71,7 @@ def digest_tensor(tensor: Tensor) -> Digest:
 
 
 def digest_box(values: Tensor, box: Chunk, shape: Shape) -> Digest:
-    """The share of one box in the digest of the global tensor.
+    """Return the share of one box in the digest of the global tensor.
 
     Args:
         values: The box's values, shape ``box.sizes``, any strides and device. Not changed.
@@ -90,7 +90,7 @@ def digest_box(values: Tensor, box: Chunk, shape: Shape) -> Digest:
 
 
 def digest_run(values: Tensor, first_element: int, look: Callable[[int, int], None] | None = None) -> Digest:
-    """The share of a contiguous run that begins at a flat row-major index of the global tensor.
+    """Return the share of a contiguous run that begins at a flat row-major index of the global tensor.
 
     Args:
         values: The elements of the run, on the CPU.

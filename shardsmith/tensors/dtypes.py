@@ -28,7 +28,7 @@ SHORT_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64":
 def parse_dtypes(
     choice: str | torch.dtype | Mapping[str, str | torch.dtype], exceptions: Iterable[str] = ()
 ) -> DtypeChoice:
-    """The choice that words name: ``"bfloat16"``, ``"bf16"``, ``"original"``, or a mapping of patterns to such.
+    """Return the choice that words name: ``"bfloat16"``, ``"bf16"``, ``"original"``, or a mapping of patterns to such.
 
     A dtype of torch may stand for its name.
 
@@ -51,7 +51,7 @@ def parse_dtypes(
 
 
 def cast_specs(specs: Sequence[TensorSpec], choice: DtypeChoice) -> tuple[TensorSpec, ...]:
-    """The tensors as they will be written. Scales of quantised weights keep their dtype unless they are named.
+    """Return the tensors as they will be written. Scales of quantised weights keep their dtype unless they are named.
 
     Raises:
         UsageError: a pattern decides about none of them, because nothing has such a name or another comes first.
@@ -74,7 +74,7 @@ def cast_specs(specs: Sequence[TensorSpec], choice: DtypeChoice) -> tuple[Tensor
 
 
 def is_quantized(spec: TensorSpec) -> bool:
-    """Whether a tensor is of a dtype that only quantised weights have."""
+    """Return whether a tensor is of a dtype that only quantised weights have."""
     if spec.dtype.is_floating_point:
         return spec.dtype.itemsize == 1
     return spec.dtype in _PACKED and len(spec.shape) > 1

@@ -19,7 +19,7 @@ from shardsmith.tensors.wrappers import DDP, WRAPPERS
 
 
 def clean_fqn(name: str, model: nn.Module | None = None) -> str:
-    """The name without the segments that wrappers put into it. A clean name stays as it is.
+    """Return the name without the segments that wrappers put into it. A clean name stays as it is.
 
     Args:
         name: FQN as ``named_parameters`` gives it.
@@ -37,7 +37,7 @@ def clean_fqn(name: str, model: nn.Module | None = None) -> str:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model itself, without DDP, FSDP1 and torch.compile around it. FSDP2 changes the model in place."""
+    """Return the model itself, without DDP, FSDP1 and torch.compile around it. FSDP2 changes the model in place."""
     while isinstance(model, DistributedDataParallel | FullyShardedDataParallel | OptimizedModule):
         model = model._orig_mod if isinstance(model, OptimizedModule) else model.module
     return model
@@ -49,7 +49,7 @@ def own_class(model: nn.Module) -> type[nn.Module]:
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Whether a name is like any of the patterns, as those of a shell."""
+    """Return whether a name is like any of the patterns, as those of a shell."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 

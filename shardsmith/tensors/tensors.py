@@ -48,7 +48,7 @@ class Chunk:
 
     @classmethod
     def whole(cls, shape: Shape) -> Chunk:
-        """The box that is the whole tensor."""
+        """Return the box that is the whole tensor."""
         return cls((0,) * len(shape), tuple(shape))
 
     @property
@@ -57,7 +57,7 @@ class Chunk:
         return math.prod(self.sizes)
 
     def intersect(self, other: Chunk) -> Chunk | None:
-        """The box that both share, or None when it would be empty."""
+        """Return the box that both share, or None when it would be empty."""
         start = tuple(map(max, self.offsets, other.offsets))
         stop = tuple(min(a + m, b + n) for a, m, b, n in self._with(other))
         if any(b <= a for a, b in zip(start, stop, strict=True)):
@@ -70,7 +70,7 @@ class Chunk:
         return tuple(slice(a, a + n) for a, n in zip(self.offsets, self.sizes, strict=True))
 
     def moved(self, by: Shape) -> Chunk:
-        """The box so many elements further in each dimension."""
+        """Return the box so many elements further in each dimension."""
         return Chunk(tuple(a + b for a, b in zip(self.offsets, by, strict=True)), self.sizes)
 
     def within(self, outer: Chunk) -> tuple[slice, ...]:

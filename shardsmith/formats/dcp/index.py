@@ -148,7 +148,7 @@ class _Checker:
         return DcpEntry(spec, tuple(chunk for box in boxes if (chunk := self.chunk(spec, box)) is not None))
 
     def boxes(self, spec: TensorSpec, saved: tuple[Chunk, ...]) -> list[Chunk]:
-        """The chunks that hold anything, each once: of a rank without rows the chunk is empty."""
+        """Return the chunks that hold anything, each once: of a rank without rows the chunk is empty."""
         boxes: dict[Chunk, None] = {}
         for box in saved:
             if not len(box.offsets) == len(box.sizes) == len(spec.shape):
@@ -176,7 +176,7 @@ class _Checker:
             raise self.corrupt(f"tensor {spec.name!r} has chunks that overlap: {overlap[0]} and {overlap[1]}")
 
     def place(self, name: str, offsets: Shape | None) -> SavedBytes | None:
-        """Where a chunk, or an object without offsets, is stored; None, noted down, when it is not all there."""
+        """Return where a chunk, or an object without offsets, is stored; None, noted down, when it is not all there."""
         place = self.saved.places.get((name, offsets))
         if place is None:
             self.holes.append(f"{_called(name, offsets)}: was never written")

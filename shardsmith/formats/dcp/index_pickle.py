@@ -79,7 +79,7 @@ class SavedIndex:
 
 
 def load_dcp_index(data: bytes, path: Path) -> SavedIndex:
-    """What ``.metadata`` of a DCP directory says.
+    """Return what ``.metadata`` of a DCP directory says.
 
     Every field has its exact type and every number lies in 0..2**63-1; whether they make sense together is left to
     ``dcp_index.read_index``.
@@ -168,7 +168,7 @@ class _IndexDecoder:
         return value if type(value) is str else self.number(value)
 
     def size(self, value: object) -> Shape:
-        """A shape or a position. Some writers leave plain sequences in the place of ``torch.Size``."""
+        """Return a shape or a position. Some writers leave plain sequences in the place of ``torch.Size``."""
         if type(value) is Made and value.of == _SIZE and len(value.args) == 1:
             value = value.args[0]
         numbers = self.items(value, "a size")

@@ -23,7 +23,7 @@ def write_index(
     attempt: str,
     objects: Mapping[str, Place] | None = None,
 ) -> bytes:
-    """The content of ``.metadata``, as torch's own writer would make it.
+    """Return the content of ``.metadata``, as torch's own writer would make it.
 
     Args:
         specs: By key.

@@ -55,7 +55,7 @@ class RankFile:
     """Keys."""
 
     def places(self, object_lengths: Sequence[int]) -> Iterator[Place]:
-        """Where each archive lies, in that order. ``object_lengths``: sizes in bytes of those of ``objects``."""
+        """Yield where each archive lies, in that order. ``object_lengths``: sizes in bytes of those of ``objects``."""
         end = 0
         lengths = (archive_layout(piece.box.sizes, piece.dtype).length for piece in self.pieces)
         for length in (*lengths, *object_lengths):
@@ -84,12 +84,12 @@ def split(box: Chunk, dtype: torch.dtype) -> Iterator[Chunk]:
 
 
 def moved(part: Chunk, outer: Chunk) -> Chunk:
-    """A box in a box as a box of the tensor."""
+    """Return a box in a box as a box of the tensor."""
     return Chunk(tuple(a + b for a, b in zip(part.offsets, outer.offsets, strict=True)), part.sizes)
 
 
 def encode(value: Any) -> bytes:
-    """A value that is no tensor as torch.distributed.checkpoint stores it."""
+    """Return a value that is no tensor as torch.distributed.checkpoint stores it."""
     is_plain = type(value) in _PLAIN or (type(value) is tuple and all(type(item) in _PLAIN for item in value))
     return _encode_plain(pickle.dumps(value)) if is_plain else _encode(value)
 

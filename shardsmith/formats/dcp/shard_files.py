@@ -81,7 +81,7 @@ class Written:
 
 
 def plan_chunks(specs: Iterable[TensorSpec]) -> list[PlannedChunk]:
-    """All chunks, in the order of the tensors; of a tensor without elements one, which is empty."""
+    """Return all chunks, in the order of the tensors; of a tensor without elements one, which is empty."""
     chunks = []
     for spec in specs:
         size = spec.dtype.itemsize

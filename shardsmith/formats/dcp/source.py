@@ -69,7 +69,7 @@ class DcpSource:
             yield part, self._chunk(name, i)[part.within(entry.chunks[i].chunk)]
 
     def read_object(self, key: str, *, allow_pickle: bool = False) -> Any:
-        """A value that is no tensor, such as a learning rate or the state of a data loader.
+        """Return a value that is no tensor, such as a learning rate or the state of a data loader.
 
         Args:
             key: Key of the value in the index.

@@ -90,7 +90,7 @@ class _UnsupportedError(ValueError):
 
 
 def place_tensors(specs: Iterable[TensorSpec], data_begin: int) -> dict[str, TensorPlacement]:
-    """Where the library would put these tensors: by descending dtype, then by name, without gaps.
+    """Return where the library would put these tensors: by descending dtype, then by name, without gaps.
 
     Raises:
         UsageError: when safetensors cannot hold them: a dtype, a name, or a name twice.
@@ -106,7 +106,7 @@ def place_tensors(specs: Iterable[TensorSpec], data_begin: int) -> dict[str, Ten
 
 
 def build_header(specs: Iterable[TensorSpec], metadata: Mapping[str, str] = PT_METADATA) -> bytes:
-    """The bytes before the data, prefix and padding included: equal to what the library writes.
+    """Return the bytes before the data, prefix and padding included: equal to what the library writes.
 
     Raises:
         UsageError: as ``place_tensors``, and when the header would be larger than readers accept.
@@ -123,7 +123,7 @@ def build_header(specs: Iterable[TensorSpec], metadata: Mapping[str, str] = PT_M
 
 
 def read_header(path: str | Path, size: int, read: Callable[[int, int], bytes]) -> Header:
-    """The header of a file of ``size`` bytes, with everything in it checked against the size and against itself.
+    """Return the header of a file of ``size`` bytes, with everything in it checked against the size and against itself.
 
     Args:
         path: For the messages only.

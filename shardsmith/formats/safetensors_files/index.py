@@ -52,7 +52,7 @@ def resolve_shards(directory: Path, weight_map: Mapping[str, str]) -> dict[str, 
 
 
 def resolve(directory: Path, name: str) -> Path:
-    """The file that a name in a directory really is, links followed as far as they are allowed to lead.
+    """Return the file that a name in a directory really is, links followed as far as they are allowed to lead.
 
     That is within the directory, or to the blobs of the Hugging Face cache that it lies in.
     """

@@ -75,7 +75,7 @@ class SafetensorsSource:
             yield box, stored[box.within(Chunk.whole(stored.shape))]
 
     def stored(self, name: str, shape: Shape | None = None) -> FileTensor:
-        """Where a tensor lies, in another shape of as many elements if one is given.
+        """Return where a tensor lies, in another shape of as many elements if one is given.
 
         Raises:
             CheckpointNotFoundError: there is no such tensor.

@@ -24,7 +24,7 @@ _SMALL_BYTES = 2048
 
 
 def read_archived_tensor(file: MappedFile, offset: int, length: int) -> FileTensor | Tensor:
-    """The tensor in an archive: where it lies in the file, or a copy where torch has to unpack it.
+    """Return the tensor in an archive: where it lies in the file, or a copy where torch has to unpack it.
 
     Args:
         file: The file that holds the archive.
@@ -54,7 +54,7 @@ def _stored(file: MappedFile, offset: int, length: int) -> FileTensor | None:
 
 
 def read_archived_object(file: MappedFile, offset: int, length: int, *, allow_pickle: bool = False) -> Any:
-    """The value in an archive, of any type that torch deems safe.
+    """Return the value in an archive, of any type that torch deems safe.
 
     Args:
         file: The file that holds the archive.

@@ -69,7 +69,7 @@ class ArchiveLayout:
         self.length = len(self.head) + self.nbytes + len(self.tail(0))
 
     def tail(self, crc32: int) -> bytes:
-        """All behind the bytes of the tensor, whose CRC-32 this is."""
+        """Return all behind the bytes of the tensor, whose CRC-32 this is."""
         descriptor = _DESCRIPTOR.pack(b"PK\7\x08", crc32, self.nbytes, self.nbytes)
         entry = _entry("archive/data/0", _CHECKSUM_FOLLOWS, crc32, self.nbytes, self._payload_at)
         directory = b"".join([*self._entries, entry])

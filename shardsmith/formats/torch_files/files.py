@@ -84,7 +84,7 @@ def read_torch_object(path: Path) -> Any:
 
 
 def read_plain_value(path: Path, key: str) -> Any:
-    """What a saved dict has under a key, of numbers, texts, lists and dicts; None where it has it not.
+    """Return what a saved dict has under a key, of numbers, texts, lists and dicts; None where it has it not.
 
     Of the rest of the file nothing is made: it may hold sharded tensors, which torch refuses.
 
@@ -101,7 +101,7 @@ def read_plain_value(path: Path, key: str) -> Any:
 
 
 def merge_ranks(path: Path, ranks: Sequence[tuple[str, Mapping[KeyPath, HeldTensor]]]) -> dict[KeyPath, MergedTensor]:
-    """The whole tensors that the files of all ranks make up.
+    """Return the whole tensors that the files of all ranks make up.
 
     Args:
         path: The directory, for the errors.
@@ -150,7 +150,7 @@ class MergedTensor:
             self.copies.setdefault(box, []).append((file, values))
 
     def hole(self, name: str) -> str | None:
-        """What is missing, if anything is."""
+        """Return what is missing, if anything is."""
         whole = Chunk.whole(self.shape).numel
         found = sum(box.numel for box in self.copies)
         return None if found >= whole else f"{name}: {whole - found} of {whole} elements are in no file"

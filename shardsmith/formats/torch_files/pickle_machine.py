@@ -47,7 +47,7 @@ PERSISTENT = Name("", "persistent id")
 
 
 def read_pickle(data: bytes, path: Path, known: frozenset[Name], *, persistent_ids: bool = False) -> object:
-    """The object that a pickle of protocol 2 to 5 describes.
+    """Return the object that a pickle of protocol 2 to 5 describes.
 
     Values are None, bool, int, float, str, tuple, list, dict (with str, int and ``Made`` keys), ``Name`` and ``Made``.
     They may be shared and may even contain themselves, so never walk them without a bound.
@@ -194,7 +194,7 @@ class _Machine:
         self.push(self.nested_class(of, args) or Made(of, args))
 
     def nested_class(self, of: Name, args: tuple[object, ...]) -> Name | None:
-        """What protocols before 4 write for a known class inside a class: getattr(outer, "inner")."""
+        """Return what protocols before 4 write for a known class inside a class: getattr(outer, "inner")."""
         if of.name != "getattr":
             return None
         match of, args:

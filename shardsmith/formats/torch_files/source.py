@@ -118,7 +118,7 @@ def open_rank_states(directory: Path, names: Sequence[str]) -> TorchSource:
 
 
 def models_of(path: Path) -> list[str]:
-    """Which of ``main`` and ``ema`` a ``torch.save`` file holds."""
+    """Return which of ``main`` and ``ema`` a ``torch.save`` file holds."""
     source = _source(path, {path.name: path}, follow_links=True)
     return list(find_models(source.specs, source.paths))
 

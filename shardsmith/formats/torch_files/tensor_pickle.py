@@ -75,7 +75,7 @@ class UnusualPickleError(ValueError):
 # Chunks of one shape and dtype have the same pickle, byte for byte: a checkpoint has few different ones.
 @functools.lru_cache(maxsize=1024)
 def read_tensor_pickle(data: bytes) -> TensorRecord | None:
-    """The tensor that a pickle describes, or None when it describes anything but one dense tensor or parameter.
+    """Return the tensor that a pickle describes, or None when it describes anything but one dense tensor or parameter.
 
     None is no verdict: the caller may try ``torch.load(weights_only=True)``, which knows more kinds and refuses what is
     unsafe.
@@ -89,12 +89,12 @@ def read_tensor_pickle(data: bytes) -> TensorRecord | None:
 
 
 def is_tensor(value: object) -> bool:
-    """Whether part of a pickle is a plain tensor or parameter, as ``tensor_record`` reads it."""
+    """Return whether part of a pickle is a plain tensor or parameter, as ``tensor_record`` reads it."""
     return type(value) is Made and value.of in (_TENSOR, _TENSOR_WITH_DTYPE, _PARAMETER)
 
 
 def tensor_record(value: object) -> TensorRecord:
-    """The tensor that part of a pickle is. Raises UnusualPickleError if it is none, or contradicts itself."""
+    """Return the tensor that part of a pickle is. Raises UnusualPickleError if it is none, or contradicts itself."""
     kind, args = _made(value)
     if kind == _PARAMETER and len(args) == 3:
         _no_hooks(args[2])

@@ -49,14 +49,14 @@ class TorchZip:
         self._payloads: dict[str, tuple[int, int]] = {}
 
     def content(self, name: str, max_bytes: int) -> bytes:
-        """The bytes of a small member."""
+        """Return the bytes of a small member."""
         start, nbytes = self._locate(name)
         if nbytes > max_bytes:
             raise UnusualArchiveError
         return self._bytes(start, nbytes)
 
     def tensor(self, record: TensorRecord) -> FileTensor:
-        """Where a tensor lies, with the shape and strides that were saved."""
+        """Return where a tensor lies, with the shape and strides that were saved."""
         start = 0
         if record.storage_nbytes:
             name = f"data/{record.storage}"

@@ -6,10 +6,10 @@ import os
 
 
 def was_started_by_torchrun() -> bool:
-    """Whether there are several of this process that are to act together."""
+    """Return whether there are several of this process that are to act together."""
     return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def is_other_rank() -> bool:
-    """Whether another one of them speaks for this one."""
+    """Return whether another one of them speaks for this one."""
     return was_started_by_torchrun() and int(os.environ["RANK"]) > 0

@@ -15,11 +15,11 @@ class Team(Protocol):
     size: int
 
     def gather(self, phase: str, body: Callable[[], T]) -> list[T]:
-        """All values on rank 0, in rank order; elsewhere nothing."""
+        """Return all values on rank 0, in rank order; elsewhere nothing."""
         ...
 
     def lead(self, phase: str, body: Callable[[], T]) -> T:
-        """What rank 0 alone makes of it, on every rank."""
+        """Return what rank 0 alone makes of it, on every rank."""
         ...
 
 
