@@ -24,7 +24,9 @@ def verify(
     trust_remote_code: bool = False,
     json: bool = False,
 ) -> int:
-    """Compare two checkpoints of any formats and shardings, or one with what it recorded of itself.
+    """Compare two checkpoints, or verify the files of one.
+
+    The two may have any formats and shardings; one alone is compared with the hashes that it records.
 
     Only reads. Exits with 0 if they hold the same model, 1 if not, with all tensors that differ, and 2 if they
     cannot be compared. Of one alone every byte is read: 0 if no file has changed since it was written, 1 if one has,
