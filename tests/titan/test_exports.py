@@ -18,7 +18,7 @@ from tests.titan.evaluation import FLOAT32, evaluated, losses_of, transformers_l
 from tests.titan.jobs import Assets, Job, error_of, log_of, run_jobs
 
 EXPORT = {"ema_decay": 0.5, "export_interval": 3, "export_last": True, "export_dtype": "float32"}
-LOADED = {**EXPORT, "export_verify": "load"}
+LOADED = {**EXPORT, "export_last": False, "export_verify": "load"}
 SUFFIXES = {"main": "", "ema": "-ema"}
 
 
@@ -54,10 +54,10 @@ def test_the_directory_of_a_step_has_the_loss_that_torchtitan_had(
 
 def test_so_has_it_under_hsdp_and_tensor_parallelism(assets: Assets, tmp_path: Path) -> None:
     jobs = [
-        Job(run=tmp_path / name, hooks=LOADED, options=[*FLOAT32, option], within=partial(evaluated, 3))
-        for name, option in (
-            ("hsdp", "--parallelism.data_parallel_replicate_degree=2"),
-            ("tp", "--parallelism.tensor_parallel_degree=2"),
+        Job(run=tmp_path / name, hooks=hooks, options=[*FLOAT32, option], within=partial(evaluated, 3))
+        for name, hooks, option in (
+            ("hsdp", EXPORT, "--parallelism.data_parallel_replicate_degree=2"),
+            ("tp", LOADED, "--parallelism.tensor_parallel_degree=2"),
         )
     ]
     run_jobs(assets, 4, tmp_path, *jobs)
