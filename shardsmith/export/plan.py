@@ -12,7 +12,7 @@ import torch
 
 from shardsmith.errors import CheckpointNotFoundError, UnsupportedFormatError, UsageError
 from shardsmith.export.adapters import open_merged
-from shardsmith.export.base_comparison import differences, fit, measure_of
+from shardsmith.export.base_comparison import fit, measure_of
 from shardsmith.formats.by_path import KnownCheckpoint, known_checkpoint, open_source
 from shardsmith.formats.matched import matched_source, renamed
 from shardsmith.formats.models import ModelSource, TranslatedModel
@@ -322,8 +322,10 @@ def _choose_name_map(
         return find_name_map(options.names, config)
     if options.names == "auto":
         _refuse_titan_names(plan, template)
+        names = {spec.name for spec in plan.specs}
         fused = any(len(spec.shape) > 2 and "experts" in spec.name for spec in plan.specs)
-        if not (differences(plan, template, options.allow) if template else fused):
+        # Only where both sides have names without a partner can other names bring them together: a shape is no name.
+        if not (names - template.keys() and template.keys() - names if template else fused):
             return None
     from shardsmith.name_maps.transformers import TransformersNames
 
