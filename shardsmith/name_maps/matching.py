@@ -81,7 +81,8 @@ def match_names(
     return Alignment(
         {new: own for own, new in names.items()},
         matcher.aliases(aliases, chosen),
-        {form: own for own, form in chosen.forms.items()},
+        # A target that has a segment called like one of DDP's keeps it.
+        {form if chosen.by_class else chosen.placed.get(own, form): own for own, form in chosen.forms.items()},
         tuple(sorted(seen - kept)),
         chosen.removed,
         chosen.added,

@@ -157,6 +157,10 @@ def _small(config: Mapping[str, Any], sizes: _Sizes) -> dict[str, Any]:
             changed[key] = _small(value, sizes) if key != "quantization_config" else value
         else:
             changed[key] = _small_field(key, value, sizes)
+    text = changed.get("text_config")
+    if "video_token_id" in config and isinstance(text, dict) and isinstance(text.get("rope_parameters"), dict):
+        text["rope_parameters"].setdefault("mrope_section", [])  # the class has one by default, for its usual heads
+        _fit_heads(text)
     _fit_token_ids(changed)
     _fit_layers(changed, config)
     _fit_heads(changed)
@@ -263,7 +267,7 @@ def _fit_heads(config: dict[str, Any]) -> None:
             continue
         if part.get("rope_type") == "default" and part.get("rope_theta") is None:
             part["rope_theta"] = 10_000.0
-        if isinstance(size, int):  # some classes have sections by default that their config does not name
+        if "mrope_section" in part and isinstance(size, int):
             third = size // 2 // 3
             part["mrope_section"] = [size // 2 - 2 * third, third, third]
 

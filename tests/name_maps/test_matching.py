@@ -79,6 +79,7 @@ def test_a_segment_called_module_stays_where_the_model_has_it() -> None:
     assert match(own, own).is_plain
     wrapped = match([f"module.{name}" for name in own], own)
     assert wrapped.keys == {name: f"module.{name}" for name in own}
+    assert wrapped.stripped == wrapped.keys
     assert match(["encoder.module.weight"], []).keys == {"encoder.module.weight": "encoder.module.weight"}
 
 
