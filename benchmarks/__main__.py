@@ -43,6 +43,8 @@ def main(
     only: Literal["all", "save", "offline", "live", "initial", "diagnose", "bagel", "device"] = "all",
     bagel_parameters: str | None = None,
     device: str | None = None,
+    small_tensors: int | None = None,
+    timeline: Path | None = None,
     directory: Path | None = None,
     json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
 ) -> None:
@@ -53,7 +55,7 @@ def main(
     device: one rank that trains on a GPU; part of all where there is one.
     diagnose: what a diagnosis costs. bagel: a model like BAGEL with its average, in one process, two and four.
 
-    Needs at the default sizes, at the peak of each section: save 12 GB of disk and 15 GB of memory, offline 8 and 8,
+    Needs at the default sizes, at the peak of each section: save 15 GB of disk and 17 GB of memory, offline 8 and 8,
     live 3 and 11, initial 5 and 4, diagnose 3 and 1, bagel 17 and 17: all of it fits a machine with 24 GB of memory
     and 40 GB of disk.
     On tmpfs the disk is memory, too. A section for which there is no room is not run, and that is said; of bagel only
@@ -62,6 +64,8 @@ def main(
     Args:
         parameters: Size of the float32 Llama, such as 700M.
         shards: Number of ranks that hold it.
+        small_tensors: In the section save, so many parameters of 1,000 elements instead of the Llama, such as 2500.
+        timeline: Where to draw one save of the section save, as SVG.
         runs: Runs of each tool.
         only: Name of the one section to run.
         bagel_parameters: Size of the model like BAGEL; default twice the Llama, which is a tenth of BAGEL.
@@ -75,7 +79,13 @@ def main(
     bagel = parse_size(bagel_parameters) if bagel_parameters else 2 * size
     compared = min(4 * size, 1 << 30)
     sections: dict[Name, Section] = {
-        "save": Section(lambda work: compare_saves(console, work, size // 4, shards, runs), 17 * size, 21 * size),
+        "save": Section(
+            lambda work: compare_saves(
+                console, work, size // 4, shards, runs, small_tensors=small_tensors, timeline=timeline
+            ),
+            22 * size,
+            25 * size,
+        ),
         "offline": Section(lambda work: compare_offline(console, work, size, shards, runs), 11 * size, 11 * size),
         "live": Section(lambda work: compare_live(console, work, size, shards, runs), 4 * size, 15 * size),
         "initial": Section(lambda work: compare_initial(console, work, size, shards, runs), 6 * size, 5 * size),

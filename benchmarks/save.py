@@ -20,13 +20,15 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
+from torch.distributed.fsdp import fully_shard
 
 from benchmarks.checkpoint import sharded_llama
 from benchmarks.measure import Peak, anonymous_bytes
 from benchmarks.rank_processes import spawn_ranks
+from benchmarks.timeline import Event, draw, recorded
 from shardsmith.hooks import EMA, ShardedSave, at
 from shardsmith.sharding.local_boxes import local_boxes
 
@@ -35,19 +37,43 @@ COPY = "a limit: a bare copy of the shards, into memory that is there"
 TORCH = "dcp.save"
 TORCH_ASYNC = "dcp.async_save, in a thread"
 OURS = "shardsmith ShardedSave"
+OVERLAP = 'shardsmith ShardedSave(staging="overlap"), with the next step of the training'
 TORCH_LOAD = "dcp.load"
 RESUME = "shardsmith ShardedSave.resume, verified"
 _NEVER = at(10**9)
 
 
-def compare_saves(console: Console, work: Path, parameters: int, ranks: int, runs: int) -> dict[str, Any]:
-    """Save and load with each contender in turn, print the table; the figures."""
-    size = f"a Llama of about {parameters / 1e6:.0f} M parameters with AdamW and an average"
+def compare_saves(
+    console: Console,
+    work: Path,
+    parameters: int,
+    ranks: int,
+    runs: int,
+    *,
+    small_tensors: int | None = None,
+    timeline: Path | None = None,
+) -> dict[str, Any]:
+    """Save and load with each contender in turn, print the tables; the figures.
+
+    Args:
+        console: Where to print.
+        work: A directory for all that is saved.
+        parameters: Size of the Llama.
+        ranks: Number of ranks that hold it.
+        runs: Rounds that count.
+        small_tensors: Instead of the Llama a model of about so many parameters of 1,000 elements.
+        timeline: Where to draw what happens in the last save of ours.
+    """
+    size = f"a Llama of about {parameters / 1e6:.0f} M parameters"
+    if small_tensors:
+        size = f"{small_tensors} parameters of 1,000 elements"
+    size += " with AdamW and an average"
     console.print(f"saving and resuming {size} on {ranks} ranks in {work}")
-    found: dict[str, Any] = spawn_ranks(_bench, ranks, work / "ranks", parameters, runs)
+    found: dict[str, Any] = spawn_ranks(_bench, ranks, work / "ranks", parameters, runs, small_tensors)
+    events, shard_bytes = found.pop("events"), found.pop("shard_bytes")
     table = Table("way", "seconds", "times ours", "training waits", "processor seconds", "extra memory of a rank")
     for name, figures in found.items():
-        ours = found[RESUME if name in (TORCH_LOAD, RESUME) else OURS]
+        ours = found[RESUME if name in (TORCH_LOAD, RESUME) else OVERLAP if name == OVERLAP else OURS]
         table.add_row(
             name,
             f"{figures['seconds']:.2f}",
@@ -57,11 +83,35 @@ def compare_saves(console: Console, work: Path, parameters: int, ranks: int, run
             f"{figures['extra_bytes'] / 1e6:.0f} MB",
         )
     console.print(table)
+    console.print(_aims(found, shard_bytes))
+    if timeline is not None:
+        title = f"One save: {size}, {ranks} ranks, {os.cpu_count()} cores"
+        timeline.write_text(draw([Event(*event) for event in events], found[OURS]["stall"], title))
     return found
 
 
-def _bench(rank: int, folder: Path, parameters: int, runs: int) -> dict[str, Any]:
-    run = _Run(folder, parameters)
+def _aims(found: dict[str, Any], shard_bytes: int) -> Table:
+    """What we want to reach, and what this run reached."""
+    ours, torchs, resume, load = found[OURS], found[TORCH], found[RESUME], found[TORCH_LOAD]
+    rows = [
+        ("a save in all, times pwrite + fsync", ours["seconds"] / found[WRITE]["seconds"], 2.5),
+        ("a save in all, times dcp.save", ours["seconds"] / torchs["seconds"], 0.5),
+        ("its processor seconds, times dcp.save", ours["cpu_seconds"] / torchs["cpu_seconds"], 0.6),
+        ("the training waits, times a bare copy", ours["stall"] / found[COPY]["stall"], 1.2),
+        ("the training waits with overlap, times a bare copy", found[OVERLAP]["stall"] / found[COPY]["stall"], 1.2),
+        ("a resume, times dcp.load", resume["seconds"] / load["seconds"], 1.0),
+        ("its processor seconds, times dcp.load", resume["cpu_seconds"] / load["cpu_seconds"], 1.0),
+        ("extra memory of a save, times the shard", ours["extra_bytes"] / shard_bytes, 1.1),
+    ]
+    table = Table("aim", "at most", "found")
+    for name, figure, aim in rows:
+        table.add_row(name, f"{aim:.1f}", f"{figure:.2f}", style=None if figure <= aim else "bold")
+    return table
+
+
+def _bench(rank: int, folder: Path, parameters: int, runs: int, small_tensors: int | None) -> dict[str, Any]:
+    run = _Run(folder, parameters, small_tensors)
+    events: list[Event] = []
     found: dict[str, list[dict[str, float]]] = {}
     for step in range(1, runs + 2):
         contenders: dict[str, Callable[[int], float]] = {
@@ -70,28 +120,36 @@ def _bench(rank: int, folder: Path, parameters: int, runs: int) -> dict[str, Any
             TORCH: run.save_by_torch,
             TORCH_ASYNC: run.save_by_torch_async,
             OURS: run.save,
+            OVERLAP: run.save_overlapped,
             TORCH_LOAD: run.load_by_torch,
             RESUME: run.resume,
         }
         for name, body in contenders.items():
-            figures = _measure(body, step)
+            with recorded(rank) as seen:
+                figures = _measure(body, step)
+            if name == OURS:
+                events = seen
             if rank == 0:
                 found.setdefault(name, []).append(figures)
         _clean(folder)
     run.close()
-    return {
+    everywhere: list[list[Event]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everywhere, events)
+    summary: dict[str, Any] = {
         name: {what: statistics.median(figures[what] for figures in rounds[1:]) for what in rounds[0]}
         | {"extra_bytes": max(figures["extra_bytes"] for figures in rounds)}
         for name, rounds in found.items()
     }
+    summary["events"] = [[e.lane, e.phase, e.begin, e.end] for one in everywhere for e in one]
+    return summary | {"shard_bytes": run.shard_bytes}
 
 
 class _Run:
     """A run that could go on training, and the ways to save it. Each returns how long the training waits."""
 
-    def __init__(self, folder: Path, parameters: int) -> None:
+    def __init__(self, folder: Path, parameters: int, small_tensors: int | None = None) -> None:
         self._folder = folder
-        self._model = sharded_llama(parameters)
+        self._model = _small_model(small_tensors) if small_tensors else sharded_llama(parameters)
         self._optimizer = torch.optim.AdamW(self._model.parameters(), lr=1e-4)
         for parameter in self._model.parameters():
             parameter.grad = torch.zeros_like(parameter)
@@ -101,12 +159,24 @@ class _Run:
         self._hook = ShardedSave(
             folder / "ours", model=self._model, optimizer=self._optimizer, ema=self._ema, when=_NEVER
         )
+        self._step_began = self._step_waited = 0.0
+        self._optimizer.register_step_pre_hook(self._note_begin)
+        self._overlapping = ShardedSave(
+            folder / "overlap",
+            model=self._model,
+            optimizer=self._optimizer,
+            ema=self._ema,
+            when=_NEVER,
+            staging="overlap",
+        )
+        self._optimizer.register_step_pre_hook(self._note_wait)
         self._stager = DefaultStager(StagingOptions(False, False, False, False))
         self._group = dist.new_group(backend="gloo")
         tensors = [value for part in self._state().values() for value in part.values() if isinstance(value, Tensor)]
         self._shards = [held for tensor in tensors for _, held in local_boxes(tensor)]
         self._buffers = [torch.zeros_like(shard) for shard in self._shards]
-        self._bytes = memoryview(bytearray(sum(shard.nbytes for shard in self._shards)))
+        self.shard_bytes = sum(shard.nbytes for shard in self._shards)
+        self._bytes = memoryview(bytearray(self.shard_bytes))
 
     def write(self, step: int) -> float:
         began, done = time.perf_counter(), 0
@@ -147,6 +217,24 @@ class _Run:
         self._hook.saving(step).result()
         return stall
 
+    def save_overlapped(self, step: int) -> float:
+        """With a forward, a backward and a step of the optimizer, which waits for what is not copied by then."""
+        began = time.perf_counter()
+        self._overlapping.save(step)
+        stall = time.perf_counter() - began
+        if hasattr(self._model, "config"):
+            self._model(torch.randint(1000, (1, 64))).logits.sum().backward()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self._overlapping.saving(step).result()
+        return stall + self._step_waited
+
+    def _note_begin(self, *_: Any) -> None:
+        self._step_began = time.perf_counter()
+
+    def _note_wait(self, *_: Any) -> None:
+        self._step_waited = time.perf_counter() - self._step_began
+
     def load_by_torch(self, step: int) -> float:
         began = time.perf_counter()
         dcp.load(self._state(), checkpoint_id=self._folder / f"torch-{step}", process_group=self._group)
@@ -159,6 +247,7 @@ class _Run:
 
     def close(self) -> None:
         self._hook.close()
+        self._overlapping.close()
 
     def _state(self) -> dict[str, Any]:
         options = StateDictOptions(flatten_optimizer_state_dict=True)  # as a checkpoint of ours has it
@@ -167,6 +256,12 @@ class _Run:
             "optimizer": get_optimizer_state_dict(self._model, self._optimizer, options=options),
             "ema_model": self._ema.model_state_dict(),
         }
+
+
+def _small_model(tensors: int) -> nn.Module:
+    model = nn.ParameterList(nn.Parameter(torch.randn(1000)) for _ in range(tensors))
+    fully_shard(model)
+    return model
 
 
 def _measure(body: Callable[[int], float], step: int) -> dict[str, float]:
@@ -192,9 +287,9 @@ def _cpu_seconds() -> float:
 def _clean(folder: Path) -> None:
     dist.barrier()
     if dist.get_rank() == 0:
-        for path in [*folder.iterdir(), *(folder / "ours").iterdir()]:
+        for path in [*folder.iterdir(), *(folder / "ours").iterdir(), *(folder / "overlap").iterdir()]:
             if path.is_file():
                 path.unlink()
-            elif path.name != "ours":
+            elif path.name not in ("ours", "overlap"):
                 shutil.rmtree(path)
     dist.barrier()

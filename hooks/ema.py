@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -77,6 +77,7 @@ class EMA(Hook):
         self._was_loaded = False
         self._swapped_in = False
         self._stagings = 0
+        self.before_changes: list[Callable[[], None]] = []
 
     def on_train_begin(self, step: int) -> None:  # noqa: ARG002
         """Start from the weights as they are now, unless an average was loaded. All ranks; no communication."""
@@ -240,6 +241,7 @@ class EMA(Hook):
     def _follow_weights(self) -> None:
         """Keep the promise that the average is a copy of the weights until ``start_step``."""
         if not self._has_started and not self._swapped_in:
+            self._announce_change()
             torch._foreach_copy_(self._averages(), self._weights.tensors())
 
     def _averages(self) -> list[Tensor]:
@@ -259,6 +261,11 @@ class EMA(Hook):
             raise UsageError(f"cannot {action} while the average is swapped in: leave swapped_in() first")
         if self._stagings:
             raise UsageError(f"cannot {action} while a save or an export copies the state: leave staging() first")
+        self._announce_change()
+
+    def _announce_change(self) -> None:
+        for act in self.before_changes:
+            act()
 
 
 def lerp_(averages: list[Tensor], weights: list[Tensor], fraction: float) -> None:

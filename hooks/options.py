@@ -143,6 +143,14 @@ class SaveWriting:
     async_mode: Literal["async", "disabled"] = "async"
     """``"async"`` copies the state to CPU memory, returns, and writes in the background, one save at a time;
     ``"disabled"`` returns when the checkpoint is committed."""
+    staging: Literal["copy", "overlap"] = "copy"
+    """``"copy"`` copies the state before the training goes on. ``"overlap"`` copies parameters, the optimizer's state
+    and the average during the next forward and backward; ``optimizer.step()`` waits for the rest. If anything else
+    changes them before that, the save fails on all ranks and names them. Needs ``async_mode="async"``."""
+    max_host_memory: Size | None = None
+    """The most CPU memory that a rank's copy of the state may take, such as ``"8GB"``. A state that is larger is copied
+    in parts, each while the one before is written, and the training waits for that. One tensor's part on a rank (1 GiB
+    at most) is copied whole. None: no bound."""
     layout: Literal["flat", "nested"] = "flat"
     """``"nested"`` puts the model's keys under ``model.``, as TorchTitan before 0.2 wants them."""
     compare_replicas: Literal["first", "never"] | Count = "first"
@@ -156,6 +164,8 @@ class SaveOptions(TypedDict, total=False):
     """The fields of ``SaveWriting`` as keywords of ``ShardedSave`` itself."""
 
     async_mode: Literal["async", "disabled"]
+    staging: Literal["copy", "overlap"]
+    max_host_memory: Size | None
     layout: Literal["flat", "nested"]
     compare_replicas: Literal["first", "never"] | Count
     timeout_secs: Seconds

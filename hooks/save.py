@@ -7,9 +7,8 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
-from itertools import chain
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Unpack
 
 from torch import nn
 from torch.distributed.checkpoint.stateful import Stateful
@@ -17,25 +16,20 @@ from torch.optim import Optimizer
 
 from shardsmith.checking.arguments import checked
 from shardsmith.checking.types import Directory, LocalPath, StepNumber
-from shardsmith.errors import CheckpointNotFoundError, IncompleteCheckpointError, RankFailedError, UsageError
+from shardsmith.errors import CheckpointNotFoundError, RankFailedError, UsageError
 from shardsmith.ground.commit import prove_writable, remove, sweep
 from shardsmith.ground.layout import step_name
 from shardsmith.ground.logs import Stopwatch
 from shardsmith.ground.meeting import meet
 from shardsmith.ground.ranks import Ranks
-from shardsmith.manifest.checkpoints import (
-    committed_steps,
-    find_damage,
-    refuse_within_step,
-    set_aside,
-    set_aside_unfinished,
-    set_later_aside,
-)
-from shardsmith.manifest.metadata import read_metadata
+from shardsmith.ground.sizes import parse_size
+from shardsmith.manifest.checkpoints import committed_steps, refuse_within_step, set_aside_unfinished, set_later_aside
+from shardsmith.manifest.metadata import FileRecord, read_metadata
 from shardsmith.run_state.alike import ReplicaCheck, collect_alike
 from shardsmith.run_state.optimizers import check_optimizers
 from shardsmith.run_state.rank_states import PerRank
 from shardsmith.run_state.resume_parts import OnMissing, load_parts
+from shardsmith.run_state.resumption import Resumption, refuse_spoiled
 from shardsmith.run_state.save import Contents, SaveInProgress
 from shardsmith.run_state.share import Share
 from shardsmith.run_state.train_state import TrainState, optimizer_list
@@ -47,6 +41,7 @@ from .ema import EMA
 from .events import Event, event_of
 from .hook import Hook
 from .options import SaveOptions, SaveWriting, merge
+from .overlap import OpenCopy
 from .retention import Retention, steps_to_remove
 from .schedule import Schedule
 from .wiring import Parts, alike
@@ -102,7 +97,8 @@ class ShardedSave(Hook):
                 ``writing=SaveWriting(async_mode="disabled")``.
 
         Raises:
-            UsageError: a name in ``stateful`` is taken, or the optimizer's parameters are not the model's.
+            UsageError: a name in ``stateful`` is taken, the optimizer's parameters are not the model's, or
+                ``staging="overlap"`` without an optimizer or without ``async_mode="async"``.
             RankFailedError, WriteError: the directory cannot be written to.
         """
         writing = merge("ShardedSave", "writing", SaveWriting, writing, options)
@@ -114,6 +110,7 @@ class ShardedSave(Hook):
             when=when,
             keep=keep,
             async_mode=writing.async_mode,
+            staging=writing.staging,
             layout=writing.layout,
             ema=ema and ema.settings(),
         )
@@ -132,6 +129,10 @@ class ShardedSave(Hook):
             rank=self._ranks.rank,
             world_size=self._ranks.size,
         )
+        self._copy = OpenCopy()
+        self._most_bytes = parse_size(writing.max_host_memory) if writing.max_host_memory is not None else None
+        if writing.staging == "overlap":
+            self._copy.guard(optimizers, ema, in_background=writing.async_mode == "async")
         self._on_missing = on_missing
         self._replicas = ReplicaCheck(self._ranks, writing.compare_replicas)
         self.background = Background("shardsmith-save") if writing.async_mode == "async" else None
@@ -139,12 +140,14 @@ class ShardedSave(Hook):
         self._buffer = StagingBuffer() if self.background else None
         self._in_flight: tuple[int, Future[Path]] | None = None
         self._saved_step: int | None = None
+        self._spoiled: str | None = None  # the damaged step that was loaded last, if nothing sound was loaded over it
         self._ranks.lead(f"preparing {self.directory}", self._prepare_directory)
 
     def on_step_end(self, step: int) -> None:
         """Announce a save that has ended, and save if it is time. All ranks; communicates when it saves."""
         if self.background and self._in_flight and self.background.is_to_be_reported(self._in_flight[1]):
             self._report()
+        refuse_spoiled(self._spoiled)
         due, error = attempted(lambda: self.when.due(step))
         if due or error:
             self._save(step, error)
@@ -161,6 +164,7 @@ class ShardedSave(Hook):
 
     def report_background(self) -> None:
         """Announce the save in flight, or raise what failed in it, if it has ended."""
+        self._copy.settle()
         if self._in_flight and self._in_flight[1].done():
             self._report()
 
@@ -174,6 +178,7 @@ class ShardedSave(Hook):
         try:
             self._report()
         finally:
+            self._copy.close()
             if self.background:
                 self.background.close()
             self._buffer = None
@@ -194,6 +199,7 @@ class ShardedSave(Hook):
 
     def _save(self, step: int, error: Exception | None) -> None:
         """``error``: of this rank, perhaps of it alone. Then all ranks raise instead of saving."""
+        refuse_spoiled(self._spoiled)
         watch = Stopwatch()
         error = attempted(self._report)[1] or error
 
@@ -211,6 +217,7 @@ class ShardedSave(Hook):
         self._saved_step = step
         if self.background:
             self._in_flight = (step, self.background.submit(partial(self._finish, step, job, watch)))
+            job.feed()
             watch.released()
         else:
             self._announce(step, self._finish(step, job, watch))
@@ -226,7 +233,9 @@ class ShardedSave(Hook):
                     raise error from None
                 raise
             if self._buffer:
-                job.stage(self._buffer)
+                later = self._state.changed_by_steps(contents.state_dict) if self._copy.is_wanted else None
+                job.stage(self._buffer, later, self._most_bytes)
+                self._copy.begin(job)
 
     def _compared(self, collect: Callable[[], Contents], phase: str) -> Contents:
         """What ``collect`` gives, if the ranks hold alike what is saved once. All ranks; communicates."""
@@ -235,11 +244,12 @@ class ShardedSave(Hook):
         return contents
 
     def saving(self, step: int) -> Future[Path]:
-        """Return the save of a step, in flight or done. No communication.
+        """Return the save of a step, in flight or done. No communication; waits for copies that are being made.
 
         Raises:
             UsageError: the step was not saved, or not yet.
         """
+        self._copy.settle()
         if self._in_flight is not None and self._in_flight[0] == step:
             return self._in_flight[1]
         path = self.directory / step_name(step)
@@ -260,8 +270,9 @@ class ShardedSave(Hook):
     ) -> int | None:
         """Load the newest checkpoint that is sound; return its step, or None without any. All ranks; communicates.
 
-        All its files are read and compared with their hashes first. One that is damaged is set aside, and said so in
-        the log, and the one before it is taken. It may have been saved by another number of ranks.
+        Its files are compared with their hashes while they are loaded. One that is damaged is set aside, and said so in
+        the log, and the one before it is loaded over what is in memory. It may have been saved by another number of
+        ranks.
 
         Args:
             step: Load this one, and no other. Later ones in the directory of this hook are set aside.
@@ -272,7 +283,8 @@ class ShardedSave(Hook):
 
         Raises:
             CheckpointNotFoundError: the step that was asked for is not there.
-            IncompleteCheckpointError: there are checkpoints, but none is sound.
+            IncompleteCheckpointError: there are checkpoints, but none is sound. Tensors of the run may hold what was
+                damaged; so this hook takes no step and saves nothing until something sound has been loaded.
             MismatchError: it does not hold what model, optimizer and so on need. Nothing was loaded.
             UsageError: this run has no such part.
         """
@@ -281,20 +293,19 @@ class ShardedSave(Hook):
         steps = self._ranks.lead("looking for checkpoints", lambda: committed_steps(place))
         if step is not None:
             steps = [self._only(place, steps, step)]
-        for one in reversed(steps):
-            path = place / step_name(one)
-            if self._is_sound(path, set_damaged_aside=place == self.directory and step is None):
-                self.load(path, parts=parts, on_missing=on_missing)
-                if place == self.directory:
-                    self._saved_step = one
-                    if step is not None:
-                        self._ranks.lead("setting later steps aside", partial(set_later_aside, place, step))
-                    self._ranks.lead("setting aside what is half deleted", partial(self._set_aside_unfinished, one))
-                return one
-        if steps:
-            names = ", ".join(map(step_name, steps))
-            aside = " and was set aside" * (place == self.directory and step is None)
-            raise IncompleteCheckpointError(place, f"every checkpoint is damaged{aside}: {names}")
+        aside = place == self.directory and step is None
+        search = Resumption(self._ranks, set_damaged_aside=aside, spoiled_by=self._spoiled)
+        try:
+            found = search.load_newest(place, steps, partial(self._load, parts=parts), on_missing or self._on_missing)
+        finally:
+            self._spoiled = search.spoiled_by
+        if found is not None:
+            if place == self.directory:
+                self._saved_step = found
+                if step is not None:
+                    self._ranks.lead("setting later steps aside", partial(set_later_aside, place, step))
+                self._ranks.lead("setting aside what is half deleted", partial(self._set_aside_unfinished, found))
+            return found
         if directory is not None:
             raise CheckpointNotFoundError(place, "holds no checkpoint; name the directory that has the step-<n>")
         return None
@@ -317,11 +328,17 @@ class ShardedSave(Hook):
             UsageError: the average in it has another decay than ours. Nothing was loaded.
             MismatchError: it does not hold what is needed. Nothing was loaded.
         """
-        path = Path(checkpoint)
+        self._load(Path(checkpoint), {}, on_missing or self._on_missing, parts=parts)
+        self._spoiled = None
+
+    def _load(
+        self, path: Path, verified: Mapping[str, FileRecord], on_missing: OnMissing, *, parts: Sequence[str] | None
+    ) -> list[str]:
+        """As ``load_parts``."""
+        self._copy.settle()
         if read_metadata(path).ema is not None and self._state.ema is None:
             log.warning("%s holds an EMA, but no EMA is attached: it is not loaded", path)
-        options: dict[str, Any] = {"parts": parts, "on_missing": on_missing or self._on_missing}
-        load_parts(path, self._state, self._ranks, **options)
+        return load_parts(path, self._state, self._ranks, parts=parts, on_missing=on_missing, verified=verified)
 
     def _only(self, directory: Path, steps: Sequence[int], step: int) -> int:
         if step not in steps:
@@ -360,6 +377,7 @@ class ShardedSave(Hook):
 
     def _report(self) -> None:
         """Wait for the save in flight, if there is one: announce it, or raise what failed in it."""
+        self._copy.settle()
         if self._in_flight is not None:
             step, future = self._in_flight
             self._in_flight = None
@@ -369,15 +387,6 @@ class ShardedSave(Hook):
         if self.announce_saved:
             self.announce_saved(step, path)
 
-    def _is_sound(self, checkpoint: Path, *, set_damaged_aside: bool = True) -> bool:
-        """Look at all files, divided among the ranks; set the checkpoint aside if any is damaged. Communicates."""
-        part, parts = self._ranks.rank, self._ranks.size
-        return self._ranks.agree(
-            f"verifying {checkpoint.name}",
-            lambda: find_damage(checkpoint, part=part, parts=parts),
-            lambda found: _judge(checkpoint, [*chain(*found)], set_damaged_aside),
-        )
-
     def _set_aside_unfinished(self, resumed: int) -> None:
         for aside in set_aside_unfinished(self.directory, resumed):
             log.warning("%s was set aside: its step is after the one resumed, and it has no metadata.json", aside)
@@ -386,10 +395,3 @@ class ShardedSave(Hook):
         refuse_within_step(self.directory)
         prove_writable(self.directory)
         sweep(self.directory)
-
-
-def _judge(checkpoint: Path, damage: list[str], set_damaged_aside: bool) -> bool:
-    if damage:
-        where = f" and was set aside as {set_aside(checkpoint)}" if set_damaged_aside else ""
-        log.warning("%s is damaged%s\n  %s", checkpoint, where, "\n  ".join(damage))
-    return not damage

@@ -1,6 +1,7 @@
-"""What ``tests/golden/sharded/step-3`` holds, and how it was written: ``python -m tests.golden_checkpoint DIRECTORY``.
+"""What the directories ``step-3`` in ``tests/golden`` hold, and how: ``python -m tests.golden_checkpoint DIRECTORY``.
 
-The directory stays as it is: a later version must read it. A change of the format gets a directory of its own.
+The shards of ``sharded`` were written by torch, for an older version of ours, those of ``engine`` by our own writer.
+They stay as they are: a later version must read them. A change of the format gets a directory of its own.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from tests.ranks import run_on_ranks
 
 GOLDEN = Path(__file__).parent / "golden"
 SHARDED = GOLDEN / "sharded" / "step-3"
+ENGINE = GOLDEN / "engine" / "step-3"
 
 SPECS: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
     "embed.weight": ((7, 6), torch.float32),

@@ -11,6 +11,8 @@ from torch import Tensor
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
+_SAMPLE_BYTES = 256
+
 _memory_at = ctypes.pythonapi.PyMemoryView_FromMemory
 _memory_at.argtypes = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
 _memory_at.restype = ctypes.py_object
@@ -35,15 +37,6 @@ def writable_memory_of(tensor: Tensor) -> memoryview:
     return memory
 
 
-def int64_at(data: Tensor, first_byte: int, count: int) -> Tensor:
-    """Bytes of a contiguous CPU tensor as int64 [count], from any byte on, aligned or not. Shares memory; to be read.
-
-    Valid only as long as the caller holds the tensor.
-    """
-    assert 0 <= first_byte <= data.nbytes - 8 * count
-    return torch.frombuffer(_memory_at(data.data_ptr() + first_byte, 8 * count, 0x200), dtype=torch.int64)
-
-
 def map_pages(tensor: Tensor) -> None:
     """Have all pages of a tensor in a mapped file mapped and read in one go, which costs less than a fault for each.
 
@@ -58,6 +51,13 @@ def map_pages(tensor: Tensor) -> None:
 def as_integers(tensor: Tensor) -> Tensor:
     """Return the same elements as plain integers of the same size, of the same shape. Shares memory where it can."""
     return tensor.detach().resolve_conj().resolve_neg().view(_BITS[tensor.dtype.itemsize])
+
+
+def sample_of(tensor: Tensor) -> bytes:
+    """Return the first, middle and last bytes of a contiguous CPU tensor: few changes of it leave all of them."""
+    count = min(tensor.nbytes, _SAMPLE_BYTES)
+    begin, last = tensor.data_ptr(), tensor.nbytes - count
+    return b"".join(ctypes.string_at(begin + at, count) for at in (0, last // 2, last)) if count else b""
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:

@@ -52,6 +52,7 @@ def find_damage(
     checkpoint: Path,
     *,
     contents: bool = True,
+    unread: str | None = None,
     part: int = 0,
     parts: int = 1,
     manifest: CheckpointMetadata | None = None,
@@ -61,6 +62,7 @@ def find_damage(
     Args:
         checkpoint: A committed ``step-<n>``.
         contents: Also read every file and compare its XXH3-128; otherwise only presence and size.
+        unread: Files whose names end so are not read all the same.
         part: Which share of the files to look at, so that ranks can divide them. No communication.
         parts: Into how many shares.
         manifest: Its metadata.json, if that was read already.
@@ -76,7 +78,8 @@ def find_damage(
     if foreign := [name for name in chosen if Path(name).name != name]:
         return [f"{name!r}: is not the name of a file in it" for name in foreign]
     with ThreadPoolExecutor(min(len(chosen), os.cpu_count() or 1) or 1, "shardsmith-verify") as pool:
-        problems = pool.map(lambda name: file_damage(checkpoint / name, files[name], contents=contents), chosen)
+        is_read = {name: contents and not (unread and name.endswith(unread)) for name in chosen}
+        problems = pool.map(lambda name: file_damage(checkpoint / name, files[name], contents=is_read[name]), chosen)
         return [f"{name}: {problem}" for name, problem in zip(chosen, problems, strict=True) if problem]
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint._sharded_tensor_utils import _flatten_sharded_tensors as flatten_sharded_tensors
+from torch.distributed.tensor import DTensor
 
 from shardsmith.errors import UsageError
 from shardsmith.sharding.local_boxes import local_boxes
@@ -49,7 +50,7 @@ def hold(state_dict: Mapping[str, Any]) -> Held:
     flat, paths = flatten_state_dict(dict(state_dict))
     if any(isinstance(value, ShardedTensor) for value in flat.values()):
         flat = flatten_sharded_tensors(flat)  # of FSDP1 with tensor parallelism the shards are sharded themselves
-    _refuse_sparse(flat)
+    _refuse_opaque(flat)
     held = Held([], [])
     for key, value in flat.items():
         boxes, values = _boxes(value)
@@ -75,7 +76,22 @@ def _boxes(value: Any) -> tuple[tuple[Chunk, ...], list[Any]]:
     return tuple(box for box, _ in found), [values for _, values in found]
 
 
-def _refuse_sparse(flat: Mapping[str, Any]) -> None:
-    tensors = {key: value for key, value in flat.items() if type(value) is Tensor}
-    if sparse := [f"{key}: {t.layout}" for key, t in tensors.items() if t.layout is not torch.strided]:
-        raise UsageError("\n  ".join(["only dense tensors can be saved; nothing was written", *sparse]))
+def _refuse_opaque(flat: Mapping[str, Any]) -> None:
+    """Raise on tensors whose bytes alone are not their values, but those with scales or indices."""
+    tensors = {key: value for key, value in flat.items() if isinstance(value, Tensor) and _is_plain(value)}
+    opaque = [f"{key}: {kind}" for key, tensor in tensors.items() if (kind := _kind(tensor)) is not None]
+    if opaque:
+        advice = "Keep their parts (values, scales, indices) in the state as tensors of their own."
+        raise UsageError("\n  ".join(["only dense tensors can be saved; nothing was written", *opaque]) + f"\n{advice}")
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return not isinstance(tensor, DTensor | ShardedTensor)
+
+
+def _kind(tensor: Tensor) -> str | None:
+    if tensor.is_nested:
+        return "a nested tensor"
+    if tensor.is_quantized:
+        return f"a quantized tensor ({tensor.qscheme()})"
+    return None if tensor.layout is torch.strided else str(tensor.layout)

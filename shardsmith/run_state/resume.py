@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ from shardsmith.errors import (
     RankFailedError,
 )
 from shardsmith.formats.dcp.load import LocalLoad
+from shardsmith.formats.dcp.single_read import deal_files
 from shardsmith.formats.dcp.source import DcpSource
 from shardsmith.formats.rank_shards import RankShards, unpack_object
 from shardsmith.ground import layout
 from shardsmith.ground.ranks import Ranks
-from shardsmith.manifest.metadata import CheckpointMetadata, read_metadata
+from shardsmith.manifest.metadata import CheckpointMetadata, FileRecord, read_metadata
 from shardsmith.run_state.average import Average, refuse_other_decay
 from shardsmith.run_state.proof import fill_state, prove_state
 from shardsmith.run_state.saved_structure import with_number_keys, with_saved_structure
@@ -76,8 +78,20 @@ def load_ours(path: Path, state: TrainState, wanted: Wanted, ranks: Ranks) -> tu
     return metadata.step, prove_state(ranks, live, path, metadata), status
 
 
-def fill(target: dict[str, Any], path: Path, ranks: Ranks) -> None:
+def fill(
+    target: dict[str, Any], path: Path, ranks: Ranks, verified: Mapping[str, FileRecord] | None = None
+) -> list[str]:
     """Fill what ``TrainState.collect`` gave from a checkpoint of either kind. All ranks; communicates.
+
+    Args:
+        target: Its tensors are filled in place, other values are replaced.
+        path: The checkpoint.
+        ranks: Those that load.
+        verified: Files to hash while they are read, by name. Only of a DCP directory.
+
+    Returns:
+        What is wrong with those, a line each, the same on all ranks. If anything is, tensors have been filled with it,
+        and nothing else has been.
 
     Raises:
         MismatchError: it does not hold what is wanted. Nothing was loaded. From files of single ranks, with several
@@ -85,15 +99,36 @@ def fill(target: dict[str, Any], path: Path, ranks: Ranks) -> None:
     """
     if not _is_dcp(path):
         ranks.gather(f"loading {path.name}", lambda: _fill_from_ranks(target, path))
-        return
+        return []
     with contextlib.closing(LocalLoad(target, path)) as load:
         try:
+            if verified:
+                return _fill_verified(load, ranks, verified)
             ranks.gather(f"comparing {path.name}", load.compare)
             ranks.gather(f"loading {path.name}", load.fill)
+            return []
         except RankFailedError as error:
             if isinstance(error.__cause__, CheckpointError):
                 raise error.__cause__ from None
             raise
+
+
+def _fill_verified(load: LocalLoad, ranks: Ranks, verified: Mapping[str, FileRecord]) -> list[str]:
+    name, sizes = load.directory.name, {file: record.size for file, record in verified.items()}
+
+    def compare() -> dict[str, int]:
+        load.compare()
+        return load.wanted_bytes()
+
+    def joined(found: list[list[str]]) -> list[str]:
+        return [*chain(*found)]
+
+    dealt = ranks.agree(f"comparing {name}", compare, lambda wanted: deal_files(wanted, sizes))
+    mine = {file: verified[file] for file in dealt[ranks.rank]}
+    damage: list[str] = ranks.agree(f"loading {name}", lambda: load.fill_tensors(mine), joined)
+    if not damage:
+        ranks.gather(f"loading {name}", load.fill_objects)
+    return damage
 
 
 def _fill_from_ranks(target: dict[str, Any], path: Path) -> None:

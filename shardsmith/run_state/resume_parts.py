@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +13,7 @@ from shardsmith.formats.dcp.source import DcpSource
 from shardsmith.formats.rank_shards import RankShards
 from shardsmith.ground import layout
 from shardsmith.ground.ranks import Ranks
-from shardsmith.manifest.metadata import read_metadata
+from shardsmith.manifest.metadata import FileRecord, read_metadata
 from shardsmith.run_state.average import refuse_other_decay
 from shardsmith.run_state.proof import prove_state
 from shardsmith.run_state.resume import fill, refuse_other_step
@@ -35,7 +35,8 @@ def load_parts(
     *,
     parts: Collection[str] | None = None,
     on_missing: OnMissing = "raise",
-) -> None:
+    verified: Mapping[str, FileRecord] | None = None,
+) -> list[str]:
     """Load a checkpoint into what ``state`` was made of, or parts of it. All ranks; communicates.
 
     Args:
@@ -44,6 +45,11 @@ def load_parts(
         ranks: All ranks of the job.
         parts: Which of ``state.parts`` to load; None loads all. The others stay as they are.
         on_missing: What to do with those that the checkpoint does not have: ``"start"`` leaves them as they are.
+        verified: Files to hash while they are read; see ``fill``.
+
+    Returns:
+        What is wrong with those, a line each, the same on all ranks. If anything is, the tensors of the parts hold
+        what is not sound, and all else is as it was.
 
     Raises:
         UsageError: there is no such part in this run, or its average has another decay. Nothing was loaded.
@@ -67,9 +73,11 @@ def load_parts(
     target = reduced.collect(metadata.step, with_rng=with_rng, with_main="model" in chosen, to_load=True).state_dict
     target, numbered = with_saved_structure(target, checkpoint, reduced.growing_keys)
     try:
-        fill(target, checkpoint, ranks)
+        damage = fill(target, checkpoint, ranks, verified)
     except MismatchError as error:
         raise _explained(checkpoint, error, wanted) from None
+    if damage:
+        return damage
     refuse_other_step(checkpoint, metadata.step, target)
     prove_state(ranks, target, checkpoint, metadata)
     for key in reduced.growing_keys:
@@ -79,6 +87,7 @@ def load_parts(
         left = [part for part in state.parts if part not in chosen]
         rest = f", without {', '.join(left)}" if left else ""
         log.info("resumed from %s: %s%s", checkpoint, ", ".join(chosen) or "nothing", rest)
+    return []
 
 
 def _missing(checkpoint: Path, wanted: Sequence[str]) -> list[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,11 @@ from shardsmith.ground.host_memory import require_memory
 from shardsmith.ground.ranks import Ranks
 from shardsmith.manifest.metadata import FileRecord
 from shardsmith.run_state.held import Held, hold
+from shardsmith.run_state.later_copy import LaterCopy
 from shardsmith.run_state.share import Share, speakers_of
 from shardsmith.run_state.whole_directory import to_receipt
-from shardsmith.sharding.live_boxes import StagingBuffer
+from shardsmith.run_state.windowed_copy import WindowedCopy
+from shardsmith.sharding.live_boxes import StagingBuffer, copy_into
 from shardsmith.tensors.tensors import Chunk
 
 log = logging.getLogger(__name__)
@@ -71,7 +73,9 @@ class SaveInProgress:
         self._attempt: Attempt | None = None
         self._receipts: list[dict[str, Any]] = []
         self._problems: list[str] = []
-        self._staged: tuple[list[Tensor], list[bytes]] | None = None
+        self._staged: tuple[Iterable[Tensor], list[bytes]] | None = None
+        self._later: LaterCopy | None = None
+        self._windows: WindowedCopy | None = None
 
     def begin(self, collect: Callable[[], Contents]) -> None:
         """Collect what is to be saved, agree on who writes what, and make the directory. Main thread; communicates.
@@ -89,11 +93,15 @@ class SaveInProgress:
         self._attempt_id = answer["attempt"]
         self._own = self._share.own
 
-    def stage(self, buffer: StagingBuffer) -> None:
+    def stage(
+        self, buffer: StagingBuffer, later: Mapping[str, Tensor] | None = None, most_bytes: int | None = None
+    ) -> None:
         """Copy what this rank writes, so that the live state may change while it is written. Main thread.
 
         Args:
             buffer: Holds the copy until ``write`` has ended.
+            later: By key, tensors of the state that do not change before ``settle``: those are copied by ``write``.
+            most_bytes: If the copy took more memory, it is left to ``feed``, which copies while ``write`` writes.
 
         Raises:
             RankFailedError: on all ranks, if copying failed on any, or a host has too little memory for the copies. The
@@ -102,9 +110,19 @@ class SaveInProgress:
         phase = f"staging {self.target.name}"
         with self._abandoned_on_error():
             if self._is_dealt_anew or not buffer.has_room:
-                require_memory(self._ranks, phase, lambda: buffer.growth(*self._tensors_and_dtypes()))
+                require_memory(self._ranks, phase, lambda: self._growth(buffer, most_bytes))
                 buffer.has_room = True
-            self._ranks.gather(phase, lambda: self._stage(buffer))
+            self._ranks.gather(phase, lambda: self._stage(buffer, later or {}, most_bytes))
+
+    def feed(self) -> None:
+        """Copy what ``write`` is writing in another thread, as there is room. Main thread; no communication."""
+        if self._windows is not None:
+            self._windows.fill()
+
+    def settle(self) -> None:
+        """Return when all is copied, after which the live state may change. Main thread; no communication."""
+        if self._later is not None:
+            self._later.settle()
 
     def write(self) -> None:
         """Write this rank's file. Any thread; communicates through the store.
@@ -159,9 +177,31 @@ class SaveInProgress:
         self._attempt = Attempt(self.target)
         return self._attempt.id
 
-    def _stage(self, buffer: StagingBuffer) -> None:
-        self._staged = buffer.copy(*self._tensors_and_dtypes()), self._objects()
+    def _stage(self, buffer: StagingBuffer, later: Mapping[str, Tensor], most_bytes: int | None) -> None:
+        tensors = self._tensors()
+        if most_bytes is not None and sum(tensor.nbytes for tensor in tensors) > most_bytes:
+            self._windows = WindowedCopy(tensors, (buffer, buffer.beside), most_bytes)
+            self._staged = self._windows.take(), self._objects()
+        else:
+            self._stage_whole(tensors, buffer, later)
         self._held = Held(self._held.entries, [])  # the live tensors are needed no more
+
+    def _growth(self, buffer: StagingBuffer, most_bytes: int | None) -> int:
+        """How many more bytes of memory the copy takes."""
+        growth = buffer.growth(*self._tensors_and_dtypes())
+        return growth if most_bytes is None else min(growth, most_bytes)
+
+    def _stage_whole(self, tensors: list[Tensor], buffer: StagingBuffer, later: Mapping[str, Tensor]) -> None:
+        copies = buffer.places(tensors, [tensor.dtype for tensor in tensors])
+        keys = [self._held.entries[i].key for i, _, _ in self._own.tensors]
+        now = [i for i, key in enumerate(keys) if key not in later]
+        copy_into([tensors[i] for i in now], [copies[i] for i in now])
+        if later:
+            rest = [i for i, key in enumerate(keys) if key in later]
+            names = [keys[i] for i in rest]
+            owners = [later[name] for name in names]
+            self._later = LaterCopy(names, owners, [tensors[i] for i in rest], [copies[i] for i in rest])
+        self._staged = copies, self._objects()
 
     def _tensors(self) -> list[Tensor]:
         found = []
@@ -180,7 +220,15 @@ class SaveInProgress:
     def _write(self) -> dict[str, Any]:
         tensors, objects = self._staged or (self._tensors(), self._objects())
         directory = layout.temporary_path(self.target, self._attempt_id)
-        receipt = to_receipt(write_rank_file(self._own.file, tensors, objects, directory))
+        if self._later is not None:
+            self._later.copy()
+        try:
+            receipt = to_receipt(write_rank_file(self._own.file, tensors, objects, directory))
+        finally:
+            if self._windows is not None:
+                self._windows.stop()
+        if self._later is not None:
+            self._later.result()
         return {**receipt, "tied": self.contents.tied}
 
     def _commit(self, extra: Mapping[str, bytes]) -> None:

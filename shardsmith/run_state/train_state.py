@@ -95,6 +95,14 @@ class TrainState:
         plain = {name: name.removeprefix("model.").removeprefix("ema_model.") for name in tensors}
         return {name: tensor for name, tensor in tensors.items() if plain[name] not in buffers}
 
+    def changed_by_steps(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return the tensors of a state, by key, that only an optimizer's step changes, and the average after it.
+
+        Buffers change in the forward, counters, schedules and options of groups when they like.
+        """
+        others = ("optimizer.param_groups.", "lr_scheduler.", "ema_state.")
+        return {key: tensor for key, tensor in self.replicated(state).items() if not key.startswith(others)}
+
     def reduced(self, parts: Collection[str]) -> TrainState:
         """Return the same with some of its parts only."""
         return TrainState(

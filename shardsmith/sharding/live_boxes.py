@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -54,6 +55,11 @@ class StagingBuffer:
             size = 1 << (size - 1).bit_length() if size else 0  # as torch takes pinned memory
         return max(0, size - len(self._memory))
 
+    @functools.cached_property
+    def beside(self) -> StagingBuffer:
+        """Another one, for a copy that is made while this one is read."""
+        return StagingBuffer()
+
     def stage(self, boxes: Sequence[LiveBox], specs: Mapping[str, TensorSpec]) -> list[LiveBox]:
         """Return a copy of the boxes, cast to the dtypes of ``specs``. No communication.
 
@@ -65,14 +71,18 @@ class StagingBuffer:
 
     def copy(self, tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
         """As ``stage``, of tensors and the dtypes that they are to have."""
+        copies = self.places(tensors, dtypes)
+        copy_into(tensors, copies)
+        return copies
+
+    def places(self, tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+        """Return where the copies are to go, valid as those of ``copy``. Nothing is copied."""
         ends = _ends(tensors, dtypes)
         self._reserve(ends[-1], pinned=any(tensor.device.type != "cpu" for tensor in tensors))
-        copies = [
+        return [
             self._memory[begin : begin + tensor.numel() * dtype.itemsize].view(dtype).view(tensor.shape)
             for tensor, dtype, begin in zip(tensors, dtypes, ends, strict=False)
         ]
-        _copy(tensors, copies)
-        return copies
 
     def _reserve(self, nbytes: int, pinned: bool) -> None:
         """Pinned only for copies from an accelerator: a run on the CPU would take a context there by it."""
@@ -88,7 +98,8 @@ def _ends(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[int]
 
 
 @torch.no_grad()
-def _copy(tensors: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
+def copy_into(tensors: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
+    """Fill CPU tensors with tensors on any device, cast to their dtypes. No communication."""
     pairs = list(zip(tensors, copies, strict=True))
     if here := [pair for pair in pairs if pair[0].device.type == "cpu"]:
         torch._foreach_copy_([copy for _, copy in here], [tensor for tensor, _ in here])

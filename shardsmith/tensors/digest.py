@@ -27,18 +27,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from shardsmith.ground.memory import int64_at
 from shardsmith.tensors.tensors import Chunk, Shape
 
 _MASK = (1 << 64) - 1
 _LOW_WORD = 0xFFFFFFFF
-_ROW_WORDS = 4096
+_ROW_WORDS = 2048  # the sums over the columns of a block stay in the first cache
 _BLOCK_BYTES = 1 << 21  # large enough that calls cost little; with its scratch copy it stays in cache
 _DEVICE_BLOCK_BYTES = 1 << 26  # on an accelerator each block is waited for, and there is no such cache
-_SHORT_BLOCK_BYTES = 1 << 19  # the same in numpy, whose calls cost less
-_LONG_BYTES = 2 << 20  # a run of which ``_digest_in_place`` makes up for what its calls cost
+_HERE_BLOCK_BYTES = 1 << 20  # the same in numpy, whose calls cost less
 _HALF = np.uint64(32)
-_PASS_BYTES = 1 << 20  # the same where there is no scratch copy, and room for what ``look`` compares it with
 
 
 Words = npt.NDArray[np.uint64]
@@ -142,61 +139,26 @@ def _digest_run(data: Tensor, start: int, look: Callable[[int, int], None] = _lo
     """Share of consecutive bytes that begin at byte ``start`` of the tensor. ``data``: uint8, 1-D."""
     if not data.is_cpu:
         return _digest_blocks(data, start, look)
-    if len(data) < _LONG_BYTES:
-        return _digest_short(data, 0, len(data), start, look)
-    lead = -start % 8
-    rows = (len(data) - lead - 4) // (8 * _ROW_WORDS)
-    middle = lead + rows * 8 * _ROW_WORDS
-    result = _digest_short(data, 0, lead, start, look)
-    result += _digest_in_place(data, lead, rows, start, look)
-    return result + _digest_short(data, middle, len(data), start, look)
+    return _digest_here(data, start, look)
 
 
-def _digest_in_place(data: Tensor, lead: int, rows: int, start: int, look: Callable[[int, int], None]) -> Digest:
-    """Share of ``rows`` rows of words from byte ``lead`` on, where a word begins, without a copy. CPU.
-
-    The words are read twice: as they are, word j being ``low[j] + 2**32 * high[j]``, and from four bytes further on,
-    where it is ``high[j] + 2**32 * low[j + 1]``. Mod 2**64 the sums over both, weighted or not, determine those over
-    the low and the high halves: ``one = low + (high << 32)`` and ``other = high + (low << 32)`` are two equations for
-    two unknowns. So there are no operations on single words, only sums, which take half as long in all.
-    """
-    words = int64_at(data, lead, rows * _ROW_WORDS).view(rows, _ROW_WORDS)
-    shifted = int64_at(data, lead + 4, rows * _ROW_WORDS).view(rows, _ROW_WORDS)
-    bases = torch.arange(rows, device="cpu") * _ROW_WORDS
-    sums = []
-    count = _PASS_BYTES // (8 * _ROW_WORDS)
-    for row in range(0, rows, count):
-        end = min(row + count, rows)
-        look(lead + row * 8 * _ROW_WORDS, lead + end * 8 * _ROW_WORDS)
-        sums.append(torch.stack([*_sums(words[row:end], bases[row:end]), *_sums(shifted[row:end], bases[row:end])]))
-    one, place_one, other, place_other = torch.stack(sums).sum(0).tolist()
-    after = rows * _ROW_WORDS
-    first_low, next_low = (_low_half(data, lead + 8 * word) for word in (0, after))
-    other -= (next_low - first_low) << 32  # now a sum over low[j] as well
-    low, high = one - (other << 32), other - (one << 32)
-    place_other -= (first_low - low + (after - 1) * next_low) << 32  # sum of j * low[j + 1] to that of j * low[j]
-    place_low, place_high = place_one - (place_other << 32), place_other - (place_one << 32)
-    first_word = (start + lead) // 8
-    weighted = 2 * (place_low + place_high) + 2 * first_word * (low + high) + low + 2 * high
-    return Digest((low + high) & _MASK, weighted & _MASK)
-
-
-def _low_half(data: Tensor, at: int) -> int:
-    return int.from_bytes(bytes(data[at : at + 4].tolist()), "little")
-
-
-def _digest_short(data: Tensor, done: int, end: int, start: int, look: Callable[[int, int], None]) -> Digest:
-    """Share of the bytes from ``done`` to ``end`` of those that ``_digest_run`` is given. CPU."""
+def _digest_here(data: Tensor, start: int, look: Callable[[int, int], None]) -> Digest:
+    """As ``_digest_run``, on the CPU."""
     source, aligned = data.numpy(), data.data_ptr() % 8 == 0
-    result = Digest()
-    while done < end:
+    result, done = Digest(), 0
+    moved: npt.NDArray[np.uint8] | None = None
+    while done < len(data):
         lead = (start + done) % 8
-        stop = min(end, done + _SHORT_BLOCK_BYTES - lead)
+        stop = min(len(data), done + _HERE_BLOCK_BYTES - lead)
         look(done, stop)
         block = source[done:stop]
         tail = -(lead + len(block)) % 8
         if lead or tail or not aligned or done % 8:
-            block = np.concatenate([np.zeros(lead, np.uint8), block, np.zeros(tail, np.uint8)])
+            moved = np.empty(min(len(data), _HERE_BLOCK_BYTES) + 16, np.uint8) if moved is None else moved
+            end = lead + len(block)
+            moved[lead:end] = block
+            moved[:lead] = moved[end : end + tail] = 0
+            block = moved[: end + tail]
         result += _digest_words_here(block.view(np.uint64), (start + done) // 8)
         done = stop
     return result

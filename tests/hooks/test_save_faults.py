@@ -17,11 +17,18 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from shardsmith.errors import IncompleteCheckpointError, RankFailedError, ShardsmithError, TargetExistsError
+from shardsmith.errors import (
+    IncompleteCheckpointError,
+    MismatchError,
+    RankFailedError,
+    ShardsmithError,
+    TargetExistsError,
+    UsageError,
+)
 from shardsmith.formats.dcp.index import read_index
 from shardsmith.ground.layout import METADATA_FILE, is_leftover
 from shardsmith.ground.ranks import Ranks
-from shardsmith.hooks import ShardedSave, every, latest
+from shardsmith.hooks import EMA, ShardedSave, every, latest
 from shardsmith.manifest.checkpoints import committed_steps, find_damage
 from shardsmith.manifest.metadata import read_metadata
 from shardsmith.run_state.save import Contents, SaveInProgress
@@ -269,12 +276,45 @@ def test_several_damaged_checkpoints_are_passed_over(run: Path) -> None:
 def test_if_all_are_damaged_that_is_an_error_and_not_a_fresh_start(run: Path) -> None:
     for step in (1, 2, 3):
         flip_a_bit(run / f"step-{step}" / "__0_0.distcp")
-    model = filled(0)
+    save = ShardedSave(run, model=filled(0), when=every(1), async_mode="disabled")
     with pytest.raises(IncompleteCheckpointError, match="every checkpoint is damaged") as error:
-        ShardedSave(run, model=model, when=every(1)).resume()
+        save.resume()
     assert "step-1, step-2, step-3" in str(error.value)
+    assert "hold what was loaded from step-1, which is damaged" in str(error.value)
     assert error.value.path == run
+    for act in (save.on_step_end, save.save):
+        with pytest.raises(UsageError, match="loaded from step-1, which is damaged: nothing is saved"):
+            act(1)
+    assert committed_steps(run) == []
+    save_one(run.with_name("other"), 5)
+    assert save.resume(directory=run.with_name("other")) == 5
+    save.save(6)
+    assert committed_steps(run) == [6]
+
+
+def test_nothing_is_loaded_from_a_checkpoint_whose_damage_can_be_seen_without_reading_shards(run: Path) -> None:
+    for step in (1, 2, 3):
+        os.truncate(run / f"step-{step}" / "__0_0.distcp", 1000)
+    model = filled(0)
+    with pytest.raises(IncompleteCheckpointError, match=r"step-1, step-2, step-3$"):
+        ShardedSave(run, model=model, when=every(1)).resume()
     assert value_of(model) == 0
+
+
+def test_after_a_damaged_checkpoint_the_one_before_must_hold_all_that_it_held(run: Path) -> None:
+    model = filled(0)
+    ema = EMA(model)
+    with_average = ShardedSave(run, model=model, ema=ema, when=every(1), async_mode="disabled", on_missing="start")
+    assert with_average.resume() == 3
+    with_average.save(4)
+    flip_a_bit(run / "step-4" / "__0_0.distcp")
+    with pytest.raises(MismatchError, match="has no ema") as error:
+        with_average.resume()
+    assert "loaded from step-4, which is damaged" in error.value.__notes__[0]
+    with pytest.raises(UsageError, match="loaded from step-4"):
+        with_average.save(4)
+    again = filled(0)
+    assert ShardedSave(run, model=again, ema=EMA(again), when=every(1), on_missing="start").resume() == 3
 
 
 def test_two_ranks_pass_over_a_damaged_checkpoint_together(tmp_path: Path) -> None:

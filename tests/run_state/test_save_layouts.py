@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, f
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+from shardsmith.errors import UsageError
 from shardsmith.formats.dcp import rank_file
 from shardsmith.formats.dcp.source import DcpSource
 from shardsmith.ground.ranks import Ranks
@@ -153,6 +155,22 @@ def run_every_layout(directory: Path) -> None:
     spoil(loaded)
     dcp.load(loaded, checkpoint_id=cut)
     assert_same(loaded, everything())
+
+
+def test_tensors_that_are_more_than_their_bytes_are_refused_by_name_before_anything_is_written(tmp_path: Path) -> None:
+    values = torch.arange(6.0).reshape(2, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that quantized and nested tensors may change
+        state = {
+            "dense": values,
+            "quantized": torch.quantize_per_tensor(values, 0.1, 0, torch.qint8),
+            "sparse": values.to_sparse(),
+            "nested": torch.nested.nested_tensor([values, values[:1]], layout=torch.jagged),
+        }
+    with pytest.raises(UsageError, match="only dense tensors can be saved; nothing was written") as error:
+        save(state, tmp_path, Share(0), None)
+    assert [line.split(":")[0].strip() for line in str(error.value).splitlines()[1:-1]] == [*state][1:]
+    assert [*tmp_path.iterdir()] == []
 
 
 def build(kind: str) -> nn.Module:

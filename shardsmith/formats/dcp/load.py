@@ -7,6 +7,7 @@ tell each other nothing but what failed.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,10 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 from shardsmith.errors import CheckpointError, MismatchError
 from shardsmith.formats.dcp.index import DcpIndex
+from shardsmith.formats.dcp.single_read import Wanted, find_wanted, read_files
 from shardsmith.formats.dcp.source import DcpSource
+from shardsmith.manifest.metadata import FileRecord
 from shardsmith.sharding.local_boxes import local_boxes
-from shardsmith.tensors.tensors import read_into
 
 
 def load_into(
@@ -105,16 +107,46 @@ class LocalLoad:
 
     def fill(self) -> None:
         """Fill the state dict; objects first, for one of them may be refused. After ``compare``."""
-        source = self._source
-        assert source is not None, "compare comes first"
-        for key, value in self._wanted.items():
-            if not isinstance(value, Tensor):
-                stored = source.read_object(key, allow_pickle=self._allow_pickle)
-                set_element(self._state, self._paths[key], stored)
-        for key, value in self._wanted.items():
-            if isinstance(value, Tensor):
-                for box, values in local_boxes(value):
-                    read_into(source, key, box, values.detach())
+        objects = self._read_objects()
+        self.fill_tensors({})
+        self._hand_back(objects)
+
+    def wanted_bytes(self) -> dict[str, int]:
+        """Return how many bytes of each file this rank is about to read for its tensors. After ``compare``."""
+        wanted = self._wanted_chunks.items()
+        return {name: sum(one.part.numel * one.dtype.itemsize for one in parts) for name, parts in wanted}
+
+    def fill_tensors(self, verified: Mapping[str, FileRecord]) -> list[str]:
+        """Fill the tensors, in one pass over the files; see ``read_files``. After ``compare``.
+
+        Args:
+            verified: The files that this rank is to hash meanwhile.
+
+        Returns:
+            What is wrong with those, a line each. If anything is, what was filled must not be used.
+        """
+        assert self._source is not None, "compare comes first"
+        return read_files(self._source, self._wanted_chunks, verified, follow_links=self._follow_links)
+
+    def fill_objects(self) -> None:
+        """Read what is no tensor, and hand all back to its owners. After ``fill_tensors``."""
+        self._hand_back(self._read_objects())
+
+    @functools.cached_property
+    def _wanted_chunks(self) -> dict[str, list[Wanted]]:
+        assert self._source is not None, "compare comes first"
+        tensors = ((key, value) for key, value in self._wanted.items() if isinstance(value, Tensor))
+        boxes = ((key, box, values.detach()) for key, value in tensors for box, values in local_boxes(value))
+        return find_wanted(self._source, boxes)
+
+    def _read_objects(self) -> dict[str, Any]:
+        assert self._source is not None, "compare comes first"
+        keys = [key for key, value in self._wanted.items() if not isinstance(value, Tensor)]
+        return {key: self._source.read_object(key, allow_pickle=self._allow_pickle) for key in keys}
+
+    def _hand_back(self, objects: Mapping[str, Any]) -> None:
+        for key, stored in objects.items():
+            set_element(self._state, self._paths[key], stored)
         for key, owner in [*self._state_dict.items()]:
             if isinstance(owner, Stateful):
                 owner.load_state_dict(self._state[key])

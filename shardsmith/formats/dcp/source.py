@@ -59,6 +59,15 @@ class DcpSource:
             CheckpointNotFoundError: when there is no such tensor.
             CorruptCheckpointError: when the bytes of a chunk are not what the index says.
         """
+        for i, stored, part in self.stored(name, box):
+            yield part, self._chunk(name, i)[part.within(stored.chunk)]
+
+    def stored(self, name: str, box: Chunk) -> Iterator[tuple[int, StoredChunk, Chunk]]:
+        """Yield the chunks that share something with ``box``: number, place, and the part that they share.
+
+        Raises:
+            CheckpointNotFoundError: when there is no such tensor.
+        """
         entry = self.index.tensors.get(name)
         if entry is None:
             raise CheckpointNotFoundError(self.path, f"has no tensor named {name!r}")
@@ -66,7 +75,7 @@ class DcpSource:
         if finder is None:
             finder = self._finders.setdefault(name, BoxFinder([stored.chunk for stored in entry.chunks]))
         for i, part in finder.meeting(box):
-            yield part, self._chunk(name, i)[part.within(entry.chunks[i].chunk)]
+            yield i, entry.chunks[i], part
 
     def read_object(self, key: str, *, allow_pickle: bool = False) -> Any:
         """Return a value that is no tensor, such as a learning rate or the state of a data loader.
