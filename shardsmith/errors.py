@@ -14,7 +14,7 @@ ShardsmithError
 │   ├── TargetExistsError (FileExistsError)
 │   └── ProtectedPathError                  it is, holds, or lies in something that must not be written
 ├── WriteError (OSError)                    a write failed; nothing was published
-├── NotEnoughMemoryError                    a host has too little memory for a copy; nothing was copied
+├── NotEnoughMemoryError (MemoryError)      a host has too little memory for a copy; nothing was copied
 └── RankError (RuntimeError)
     ├── RankFailedError                     a rank raised; every rank raises this, naming it
     ├── RankTimeoutError (TimeoutError)     a rank did not answer in time
@@ -129,7 +129,7 @@ class WriteError(ShardsmithError, OSError):
     """A write failed. What was being written is not visible; what was there before is untouched."""
 
 
-class NotEnoughMemoryError(ShardsmithError):
+class NotEnoughMemoryError(ShardsmithError, MemoryError):
     """The ranks of a host are about to take more memory than it has left. Nothing was copied or written.
 
     Attributes:
@@ -138,8 +138,8 @@ class NotEnoughMemoryError(ShardsmithError):
 
     def __init__(self, summary: str, problems: Sequence[str]) -> None:
         advice = (
-            'Nothing was saved; the training may go on. async_mode="disabled" needs no copy; more hosts, or fewer '
-            "ranks on each, need less of one."
+            "Nothing was written; the training may go on. A save with max_host_memory= copies in parts, and one with "
+            'async_mode="disabled" not at all; an export with source="checkpoint" needs no copy either.'
         )
         super().__init__("\n  ".join([summary, *problems]) + f"\n{advice}")
         self.problems = list(problems)

@@ -158,7 +158,7 @@ class Unreadable(SafetensorsSource):
 
 
 def test_an_error_in_one_thread_stops_the_others_and_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shardsmith.export.block_copy._LEAST_MEAN_BYTES", 0)  # threads for small blocks, too
+    monkeypatch.setattr("shardsmith.ground.threads._LEAST_MEAN_BYTES", 0)  # threads for small blocks, too
     source = Unreadable(safetensors_of({f"layer.{i}": torch.zeros(1) for i in range(5000)}, tmp_path))
     with pytest.raises(CheckpointError, match=r"cannot read layer\.0"):
         copied(source)
@@ -185,7 +185,7 @@ def copying_threads() -> list[threading.Thread]:
 
 
 def test_an_interrupt_leaves_no_thread_that_goes_on_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shardsmith.export.block_copy._LEAST_MEAN_BYTES", 0)  # several threads
+    monkeypatch.setattr("shardsmith.ground.threads._LEAST_MEAN_BYTES", 0)  # several threads
     source = SafetensorsSource(safetensors_of({f"layer.{i}": torch.zeros(1) for i in range(10_000)}, tmp_path))
     steps = []
 

@@ -144,7 +144,7 @@ def test_its_pickle_runs_no_code(saved: Path, tmp_path: Path) -> None:
     (tmp_path / "step" / "metadata.pkl").write_bytes(pickle.dumps(Hostile()))
     assert detect_checkpoint_format(tmp_path / "step").name == "unknown"
     with pytest.raises(UnsafeCheckpointError):
-        TORCH_CHECKPOINTING_READER.open(tmp_path / "step", "main")
+        TORCH_CHECKPOINTING_READER.open(tmp_path / "step", "main", None)
 
 
 def test_other_folders_are_none_of_these(tmp_path: Path) -> None:

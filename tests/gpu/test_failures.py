@@ -66,17 +66,18 @@ def run_failing_copy(directory: Path) -> None:
     model = small()
     truth = {name: value.cpu().clone() for name, value in model.state_dict().items()}
     hooks = Hooks(HFExport(directory, model=model, when=every(1), dtype="original"))
+    hooks.step(1)
     kept = dict(model[0].named_parameters())
     if dist.get_rank() == 1:  # which writes some of what both ranks hold
         for name, value in kept.items():
             model[0]._parameters[name] = nn.Parameter(value.to("meta"))
     with pytest.raises(RankFailedError, match="rank 1"):
-        hooks.step(1)
+        hooks.step(2)
     model[0]._parameters.update(kept)
-    hooks.step(2)
+    hooks.step(3)
     hooks.close()
-    assert names(directory) == ["step-2"]
-    assert_same(load_file(directory / "step-2" / "model.safetensors"), truth)
+    assert names(directory) == ["step-1", "step-3"]
+    assert_same(load_file(directory / "step-3" / "model.safetensors"), truth)
 
 
 @pytest.mark.gpu

@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import pytest
 import torch
@@ -32,21 +32,24 @@ from shardsmith.hooks import EMA, ShardedSave, every, latest
 from shardsmith.manifest.checkpoints import committed_steps, find_damage
 from shardsmith.manifest.metadata import read_metadata
 from shardsmith.run_state.save import Contents, SaveInProgress
+from shardsmith.sharding.live_boxes import StagingBuffer
 from tests.ranks import run_on_ranks
 
 Mode = Literal["async", "disabled"]
 LIMIT = 1 << 20  # bytes: more than any file but a shard
 
 
-class Uncopyable:
-    """Something that cannot be staged."""
+class FullBuffer(StagingBuffer):
+    """Memory into which nothing can be copied."""
 
-    def __reduce__(self) -> str:
+    def places(self, *_: Any) -> NoReturn:
         raise RuntimeError("cannot be copied")
+
+    stage = copy = places
 
 
 class Stateful:
-    """Has a state unless told to raise instead, to have one that cannot be staged, or to be the last thing written."""
+    """Has a state unless told to raise instead, or to be the last thing written."""
 
     fault = ""
 
@@ -55,8 +58,7 @@ class Stateful:
             raise ZeroDivisionError("no state today")
         if self.fault == "writing":  # the save before this one has ended
             limit_files(LIMIT)
-        own = {f"of-{dist.get_rank()}": Uncopyable()} if self.fault == "staging" else {}
-        return {"thing": "thing", **own}
+        return {"thing": "thing"}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         assert state_dict["thing"] == "thing"
@@ -106,12 +108,16 @@ def run_failing_ranks(directory: Path, mode: Mode, phases: tuple[str, ...]) -> N
     save.save(step)
     for phase in phases:
         for culprit in range(2):
+            buffer = save._buffer
             if dist.get_rank() == culprit:
                 thing.fault = phase
+                if phase == "staging":
+                    save._buffer = FullBuffer()
+                    save._buffer.has_room = True  # as on the other rank: both looked at the first save
             step += 1
             # the second call reports what went wrong in the background of the first
             text = caught(lambda step=step: [save.save(step), save.save(step + 1)])
-            thing.fault = ""
+            thing.fault, save._buffer = "", buffer
             limit_files(resource.RLIM_INFINITY)
             assert f"{phase} step-{step} failed on " in text
             assert f"rank {culprit}: " in text
