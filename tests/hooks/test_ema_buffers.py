@@ -49,7 +49,8 @@ def batch(step: int) -> Tensor:
 
 
 def train_step(model: nn.Module, step: int) -> None:
-    model(batch(step)).square().sum().backward()
+    inputs = batch(step)
+    (model(inputs) - inputs[:, :4]).square().mean().backward()  # of a normalized output alone it would be rounding
     torch.optim.SGD(model.parameters(), lr=0.05).step()
     model.zero_grad()
 
