@@ -8,21 +8,21 @@ from pathlib import Path
 
 from shardsmith.hf.config_fit import model_class_of
 from shardsmith.hf.hf_directory import read_config
+from shardsmith.hf.ties import tied_groups
 from shardsmith.name_maps.class_names import ClassNames
 from shardsmith.tensors.tensors import TensorSpec
 
 
 def class_ties(base: Path, listed: Mapping[str, TensorSpec], specs: Mapping[str, TensorSpec]) -> dict[str, str]:
     """Return what the class of a directory's config ties, of names that its files do not list: alias -> kept name."""
-    found = _aliases(_tied_in_class(base) or {}, listed, specs)
+    found = aliases_of(tied_in_class(base) or {}, listed, specs)
     return {name: kept for name, kept in found.items() if name not in listed}
 
 
-def _aliases(
+def aliases_of(
     tied: Mapping[str, str], listed: Mapping[str, TensorSpec], specs: Mapping[str, TensorSpec]
 ) -> dict[str, str]:
-    from shardsmith.hf.ties import tied_groups
-
+    """Return, of the names that are one tensor, alias -> the one that is kept: one that is listed, if any is."""
     found: dict[str, str] = {}
     for group in tied_groups(tied, {**specs, **listed}):
         kept = next((name for name in group if name in listed), group[0])
@@ -31,7 +31,7 @@ def _aliases(
 
 
 @functools.lru_cache(maxsize=4)
-def _tied_in_class(base: Path) -> Mapping[str, str] | None:
+def tied_in_class(base: Path) -> Mapping[str, str] | None:
     """By names in memory and in files; None where no class is known."""
     model_class, _ = model_class_of(read_config(base))
     if model_class is not None:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Mapping
-from pathlib import Path
 
+from shardsmith.compare.class_ties import aliases_of, tied_in_class
 from shardsmith.diagnose.subject import Reference
-from shardsmith.hf.config_fit import model_class_of
-from shardsmith.hf.hf_directory import read_config, ties_word_embeddings
-from shardsmith.name_maps.class_names import ClassNames
+from shardsmith.hf.hf_directory import ties_word_embeddings
 from shardsmith.tensors.tensors import TensorSpec
 
 _HEADS = (".lm_head.weight", ".embed_out.weight", ".output.weight")
@@ -45,30 +42,8 @@ def tied_names(reference: Reference, specs: Mapping[str, TensorSpec]) -> dict[st
     guessed = _by_config(reference, specs)
     if not guessed and all(name in reference.specs for name in specs):
         return {}
-    tied = _tied_in_class(reference.path)
-    return guessed if tied is None else _aliases(tied, reference.specs, specs)
-
-
-def _aliases(
-    tied: Mapping[str, str], listed: Mapping[str, TensorSpec], specs: Mapping[str, TensorSpec]
-) -> dict[str, str]:
-    from shardsmith.hf.ties import tied_groups
-
-    found: dict[str, str] = {}
-    for group in tied_groups(tied, {**specs, **listed}):
-        kept = next((name for name in group if name in listed), group[0])
-        found |= {name: kept for name in group if name != kept}
-    return found
-
-
-@functools.lru_cache(maxsize=4)
-def _tied_in_class(base: Path) -> Mapping[str, str] | None:
-    """By names in memory and in files; None where no class is known."""
-    model_class, _ = model_class_of(read_config(base))
-    if model_class is not None:
-        return model_class.tied
-    names = ClassNames.of_directory(base)
-    return names.tied if names.is_known else None
+    tied = tied_in_class(reference.path)
+    return guessed if tied is None else aliases_of(tied, reference.specs, specs)
 
 
 def _by_config(reference: Reference, specs: Mapping[str, TensorSpec]) -> dict[str, str]:
