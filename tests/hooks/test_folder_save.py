@@ -25,7 +25,13 @@ from shardsmith.errors import (
 )
 from shardsmith.ground.layout import is_leftover
 from shardsmith.hooks import EMA, FolderSave, Hooks
-from shardsmith.manifest.companion import companion_of, find_folder_damage, is_complete, read_folder_record
+from shardsmith.manifest.companion import (
+    companion_of,
+    find_folder_damage,
+    is_complete,
+    is_deserted,
+    read_folder_record,
+)
 from shardsmith.tensors.digest import digest_tensor
 from tests.hooks.training import Tiny
 from tests.ranks import run_on_ranks
@@ -155,8 +161,9 @@ def test_a_folder_that_is_written_again_has_no_mark_meanwhile(tmp_path: Path) ->
 def test_a_folder_that_the_trainer_deletes_meanwhile_costs_nothing_else(tmp_path: Path) -> None:
     _, _, save, folder = make(tmp_path)
     save.save(STEP, folder)
-    shutil.rmtree(folder)
+    shutil.rmtree(folder, ignore_errors=True)  # as Trainer; accelerate looks at no error either
     save.wait()
+    assert is_deserted(folder)
     write_as_a_trainer(folder)
     save.save(STEP + 1, folder)
     save.close()
