@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from benchmarks.initial import compare_initial
 from benchmarks.live import compare_live
 from benchmarks.offline import compare_offline
 from benchmarks.room import why_not, working_directory
-from benchmarks.save import compare_saves
+from benchmarks.save import compare_saves, room_needed
 from shardsmith.ground.sizes import parse_size
 
 
@@ -55,7 +56,7 @@ def main(
     device: one rank that trains on a GPU; part of all where there is one.
     diagnose: what a diagnosis costs. bagel: a model like BAGEL with its average, in one process, two and four.
 
-    Needs at the default sizes, at the peak of each section: save 15 GB of disk and 17 GB of memory, offline 8 and 8,
+    Needs at the default sizes, at the peak of each section: save 3 GB of disk and 20 GB of memory, offline 8 and 8,
     live 3 and 11, initial 5 and 4, diagnose 3 and 1, bagel 17 and 17: all of it fits a machine with 24 GB of memory
     and 40 GB of disk.
     On tmpfs the disk is memory, too. A section for which there is no room is not run, and that is said; of bagel only
@@ -73,7 +74,7 @@ def main(
         directory: Where to work; default the system's temporary directory, or /var/tmp where that one is in memory.
         json_file: Also write the figures there.
     """
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 140)
     figures: dict[str, Any] = {}
     size = parse_size(parameters)
     bagel = parse_size(bagel_parameters) if bagel_parameters else 2 * size
@@ -83,8 +84,7 @@ def main(
             lambda work: compare_saves(
                 console, work, size // 4, shards, runs, small_tensors=small_tensors, timeline=timeline
             ),
-            22 * size,
-            25 * size,
+            *room_needed(size // 4, shards),
         ),
         "offline": Section(lambda work: compare_offline(console, work, size, shards, runs), 11 * size, 11 * size),
         "live": Section(lambda work: compare_live(console, work, size, shards, runs), 4 * size, 15 * size),

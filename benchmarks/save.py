@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import resource
-import shutil
 import statistics
 import time
 from collections.abc import Callable
@@ -17,20 +16,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
-from torch.distributed.fsdp import fully_shard
 
-from benchmarks.checkpoint import sharded_llama
 from benchmarks.measure import Peak, anonymous_bytes
 from benchmarks.rank_processes import spawn_ranks
+from benchmarks.save_contenders import SavedRun
+from benchmarks.save_pauses import measure_pauses
 from benchmarks.timeline import Event, draw, recorded
-from shardsmith.hooks import EMA, ShardedSave, at
-from shardsmith.sharding.local_boxes import local_boxes
 
 WRITE = "a limit: pwrite + fsync of the same bytes"
 COPY = "a limit: a bare copy of the shards, into memory that is there"
@@ -40,7 +33,6 @@ OURS = "shardsmith ShardedSave"
 OVERLAP = 'shardsmith ShardedSave(staging="overlap"), with the next step of the training'
 TORCH_LOAD = "dcp.load"
 RESUME = "shardsmith ShardedSave.resume, verified"
-_NEVER = at(10**9)
 
 
 def compare_saves(
@@ -70,7 +62,7 @@ def compare_saves(
     size += " with AdamW and an average"
     console.print(f"saving and resuming {size} on {ranks} ranks in {work}")
     found: dict[str, Any] = spawn_ranks(_bench, ranks, work / "ranks", parameters, runs, small_tensors)
-    events, shard_bytes = found.pop("events"), found.pop("shard_bytes")
+    events, shard_bytes, pauses = found.pop("events"), found.pop("shard_bytes"), found.pop("pauses")
     table = Table("way", "seconds", "times ours", "training waits", "processor seconds", "extra memory of a rank")
     for name, figures in found.items():
         ours = found[RESUME if name in (TORCH_LOAD, RESUME) else OVERLAP if name == OVERLAP else OURS]
@@ -84,10 +76,25 @@ def compare_saves(
         )
     console.print(table)
     console.print(_aims(found, shard_bytes))
+    console.print(_noticed(pauses))
     if timeline is not None:
         title = f"One save: {size}, {ranks} ranks, {os.cpu_count()} cores"
         timeline.write_text(draw([Event(*event) for event in events], found[OURS]["stall"], title))
-    return found
+    return {**found, "pauses": pauses}
+
+
+def _noticed(pauses: dict[str, dict[str, float]]) -> Table:
+    """What the thread that trains notices while a save is written."""
+    table = Table("while this is written", "a step, median", "times a quiet one", "p99", "pause, p99")
+    for name, figures in pauses.items():
+        table.add_row(
+            name,
+            f"{figures['median'] * 1e3:.1f} ms",
+            f"{figures['median'] / pauses['nothing']['median']:.2f}x",
+            f"{figures['p99'] * 1e3:.1f} ms",
+            f"{figures['pause'] * 1e3:.1f} ms",
+        )
+    return table
 
 
 def _aims(found: dict[str, Any], shard_bytes: int) -> Table:
@@ -110,7 +117,7 @@ def _aims(found: dict[str, Any], shard_bytes: int) -> Table:
 
 
 def _bench(rank: int, folder: Path, parameters: int, runs: int, small_tensors: int | None) -> dict[str, Any]:
-    run = _Run(folder, parameters, small_tensors)
+    run = SavedRun(folder, parameters, small_tensors)
     events: list[Event] = []
     found: dict[str, list[dict[str, float]]] = {}
     for step in range(1, runs + 2):
@@ -118,20 +125,26 @@ def _bench(rank: int, folder: Path, parameters: int, runs: int, small_tensors: i
             WRITE: run.write,
             COPY: run.copy,
             TORCH: run.save_by_torch,
+            TORCH_LOAD: run.load_by_torch,
             TORCH_ASYNC: run.save_by_torch_async,
             OURS: run.save,
-            OVERLAP: run.save_overlapped,
-            TORCH_LOAD: run.load_by_torch,
             RESUME: run.resume,
+            OVERLAP: run.save_overlapped,
         }
         for name, body in contenders.items():
             with recorded(rank) as seen:
                 figures = _measure(body, step)
             if name == OURS:
                 events = seen
+            if name not in (TORCH, OURS):  # those are loaded next; more than one at a time would take too much room
+                run.remove_files()
             if rank == 0:
                 found.setdefault(name, []).append(figures)
-        _clean(folder)
+                _say(f"round {step} of {runs + 1}, {name}: {figures['seconds']:.2f} s")
+    pauses = {
+        name: measure_pauses(begin, runs + 2, run.remove_files)
+        for name, begin in {"nothing": None, TORCH_ASYNC: run.begin_by_torch, OURS: run.begin}.items()
+    }
     run.close()
     everywhere: list[list[Event]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(everywhere, events)
@@ -141,127 +154,12 @@ def _bench(rank: int, folder: Path, parameters: int, runs: int, small_tensors: i
         for name, rounds in found.items()
     }
     summary["events"] = [[e.lane, e.phase, e.begin, e.end] for one in everywhere for e in one]
-    return summary | {"shard_bytes": run.shard_bytes}
+    return summary | {"shard_bytes": run.shard_bytes, "pauses": pauses}
 
 
-class _Run:
-    """A run that could go on training, and the ways to save it. Each returns how long the training waits."""
-
-    def __init__(self, folder: Path, parameters: int, small_tensors: int | None = None) -> None:
-        self._folder = folder
-        self._model = _small_model(small_tensors) if small_tensors else sharded_llama(parameters)
-        self._optimizer = torch.optim.AdamW(self._model.parameters(), lr=1e-4)
-        for parameter in self._model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        self._ema = EMA(self._model)
-        self._hook = ShardedSave(
-            folder / "ours", model=self._model, optimizer=self._optimizer, ema=self._ema, when=_NEVER
-        )
-        self._step_began = self._step_waited = 0.0
-        self._optimizer.register_step_pre_hook(self._note_begin)
-        self._overlapping = ShardedSave(
-            folder / "overlap",
-            model=self._model,
-            optimizer=self._optimizer,
-            ema=self._ema,
-            when=_NEVER,
-            staging="overlap",
-        )
-        self._optimizer.register_step_pre_hook(self._note_wait)
-        self._stager = DefaultStager(StagingOptions(False, False, False, False))
-        self._group = dist.new_group(backend="gloo")
-        tensors = [value for part in self._state().values() for value in part.values() if isinstance(value, Tensor)]
-        self._shards = [held for tensor in tensors for _, held in local_boxes(tensor)]
-        self._buffers = [torch.zeros_like(shard) for shard in self._shards]
-        self.shard_bytes = sum(shard.nbytes for shard in self._shards)
-        self._bytes = memoryview(bytearray(self.shard_bytes))
-
-    def write(self, step: int) -> float:
-        began, done = time.perf_counter(), 0
-        descriptor = os.open(self._folder / f"limit-{step}-{dist.get_rank()}", os.O_CREAT | os.O_WRONLY)
-        while done < len(self._bytes):
-            done += os.pwrite(descriptor, self._bytes[done:], done)
-        os.fsync(descriptor)
-        os.close(descriptor)
-        return time.perf_counter() - began
-
-    def copy(self, step: int) -> float:  # noqa: ARG002
-        began = time.perf_counter()
-        for buffer, shard in zip(self._buffers, self._shards, strict=True):
-            buffer.copy_(shard)
-        return time.perf_counter() - began
-
-    def save_by_torch(self, step: int) -> float:
-        began = time.perf_counter()
-        dcp.save(self._state(), checkpoint_id=self._folder / f"torch-{step}", process_group=self._group)
-        return time.perf_counter() - began
-
-    def save_by_torch_async(self, step: int) -> float:
-        began = time.perf_counter()
-        future: Any = dcp.async_save(
-            self._state(),
-            checkpoint_id=self._folder / f"async-{step}",
-            process_group=self._group,
-            async_stager=self._stager,
-        )
-        stall = time.perf_counter() - began
-        future.result()
-        return stall
-
-    def save(self, step: int) -> float:
-        began = time.perf_counter()
-        self._hook.save(step)
-        stall = time.perf_counter() - began
-        self._hook.saving(step).result()
-        return stall
-
-    def save_overlapped(self, step: int) -> float:
-        """With a forward, a backward and a step of the optimizer, which waits for what is not copied by then."""
-        began = time.perf_counter()
-        self._overlapping.save(step)
-        stall = time.perf_counter() - began
-        if hasattr(self._model, "config"):
-            self._model(torch.randint(1000, (1, 64))).logits.sum().backward()
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        self._overlapping.saving(step).result()
-        return stall + self._step_waited
-
-    def _note_begin(self, *_: Any) -> None:
-        self._step_began = time.perf_counter()
-
-    def _note_wait(self, *_: Any) -> None:
-        self._step_waited = time.perf_counter() - self._step_began
-
-    def load_by_torch(self, step: int) -> float:
-        began = time.perf_counter()
-        dcp.load(self._state(), checkpoint_id=self._folder / f"torch-{step}", process_group=self._group)
-        return time.perf_counter() - began
-
-    def resume(self, step: int) -> float:
-        began = time.perf_counter()
-        assert self._hook.resume() == step
-        return time.perf_counter() - began
-
-    def close(self) -> None:
-        self._hook.close()
-        self._overlapping.close()
-
-    def _state(self) -> dict[str, Any]:
-        options = StateDictOptions(flatten_optimizer_state_dict=True)  # as a checkpoint of ours has it
-        return {
-            "model": get_model_state_dict(self._model),
-            "optimizer": get_optimizer_state_dict(self._model, self._optimizer, options=options),
-            "ema_model": self._ema.model_state_dict(),
-        }
-
-
-def _small_model(tensors: int) -> nn.Module:
-    model = nn.ParameterList(nn.Parameter(torch.randn(1000)) for _ in range(tensors))
-    fully_shard(model)
-    return model
+def _say(line: str) -> None:
+    """Print at once how far it is: all rounds together take minutes."""
+    print(line, flush=True)
 
 
 def _measure(body: Callable[[int], float], step: int) -> dict[str, float]:
@@ -284,12 +182,8 @@ def _cpu_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def _clean(folder: Path) -> None:
-    dist.barrier()
-    if dist.get_rank() == 0:
-        for path in [*folder.iterdir(), *(folder / "ours").iterdir(), *(folder / "overlap").iterdir()]:
-            if path.is_file():
-                path.unlink()
-            elif path.name not in ("ours", "overlap"):
-                shutil.rmtree(path)
-    dist.barrier()
+def room_needed(parameters: int, ranks: int) -> tuple[float, float]:
+    """Return what the section takes at its peak, in bytes: of disk, and of memory."""
+    state = 16 * parameters  # weights, two moments and the average in float32
+    # the state, and five copies that stay: for the limits, of torch's stager, of two hooks; the weights gathered
+    return 1.1 * state, 5.5 * state + 4 * parameters * ranks + 0.4e9 * ranks

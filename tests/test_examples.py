@@ -39,7 +39,8 @@ def test_the_benchmark_runs_every_tool(tmp_path: Path) -> None:
     found = subprocess.run([*command, *options], capture_output=True, text=True, cwd=ROOT)
     assert found.returncode == 0, found.stdout + found.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())
-    assert len(figures["save"]) == 8
+    assert len(figures["save"]) == 9
+    assert len(figures["save"]["pauses"]) == 3
     assert len(figures["offline"]) == 4
     assert len(figures["initial"]) == 7
     assert len(figures["bagel"]) == 5
