@@ -20,8 +20,9 @@ from shardsmith.formats.safetensors_files.plan import FilePlan
 from shardsmith.formats.safetensors_files.source import SafetensorsSource
 from shardsmith.formats.safetensors_files.writer import SafetensorsFileWriter
 from shardsmith.ground.memory import same_bits
-from shardsmith.hf.directory import DirectoryPlan
+from shardsmith.hf.directory import DirectoryPlan, ModelPlan
 from shardsmith.sharding.live_boxes import LiveBox
+from shardsmith.sharding.shares import add_up_ranks
 from shardsmith.tensors.digest import Digest, digest_box, digest_run, first_of_run
 from shardsmith.tensors.tensors import row_major_blocks
 
@@ -103,12 +104,12 @@ def encode(digests: Digests) -> dict[str, dict[str, str]]:
 
 def add_up(plan: DirectoryPlan, encoded: Sequence[Mapping[str, Mapping[str, str]]]) -> Digests:
     """Return the digests of whole tensors from every rank's shares."""
-    total = {model.model: {spec.name: Digest() for spec in model.specs} for model in plan.models}
-    for receipt in encoded:
-        for model, found in receipt.items():
-            for name, share in found.items():
-                total[model][name] += Digest.parse(share)
-    return total
+
+    def of_model(model: ModelPlan) -> dict[str, Digest]:
+        parts = [found.get(model.model, {}) for found in encoded]
+        return add_up_ranks(parts, [spec.name for spec in model.specs])
+
+    return {model.model: of_model(model) for model in plan.models}
 
 
 def _write_slices(directory: Path, file: FilePlan, boxes: Sequence[LiveBox]) -> list[tuple[str, Digest]]:

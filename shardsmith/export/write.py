@@ -26,6 +26,7 @@ from shardsmith.hf.directory import DirectoryPlan
 from shardsmith.hf.directory_check import check_directory
 from shardsmith.manifest.checkpoints import find_damage
 from shardsmith.manifest.companion import find_folder_damage
+from shardsmith.sharding.shares import add_up_ranks
 from shardsmith.tensors.digest import Digest
 
 Texts = dict[str, dict[str, str]]
@@ -220,9 +221,7 @@ def _digests(texts: Texts) -> dict[str, dict[str, Digest]]:
 def _add_up(plan: DirectoryPlan, shares: Sequence[Texts]) -> Texts:
     merged: Texts = {}
     for model in plan.models:
-        digests = {spec.name: Digest() for spec in model.specs}
-        for share in shares:
-            for name, text in share.get(model.model, {}).items():
-                digests[name] += Digest.parse(text)
+        parts = [share.get(model.model, {}) for share in shares]
+        digests = add_up_ranks(parts, [spec.name for spec in model.specs])
         merged[model.model] = {name: str(digest) for name, digest in digests.items()}
     return merged

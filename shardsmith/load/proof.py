@@ -15,6 +15,7 @@ from shardsmith.load.buffer_reference import BufferReference
 from shardsmith.load.faults import NOTHING, LoadFault, Look, classify
 from shardsmith.load.live_weights import LiveWeights
 from shardsmith.load.source import InitialSource
+from shardsmith.sharding.shares import add_up_boxes, add_up_ranks
 from shardsmith.sharding.source_digests import digest_source
 from shardsmith.tensors.digest import Digest
 from shardsmith.tensors.dtypes import dtype_name
@@ -157,7 +158,7 @@ def _judged(
     parts: list[dict[str, Any]], known: Mapping[str, Digest], unknown: Mapping[str, tuple[str, torch.dtype]]
 ) -> dict[str, Any]:
     """On rank 0: what all ranks found, put together. As JSON."""
-    read = _added([part["read"] for part in parts])
+    read = add_up_ranks([part["read"] for part in parts], parts[0]["read"])
     expected = {**known, **{name: read[_label(*wanted)] for name, wanted in unknown.items()}}
     buffers = {fault[1]: fault for part in reversed(parts) for fault in reversed(part["buffers"])}
     return {
@@ -189,10 +190,6 @@ def _label(key: str, dtype: torch.dtype) -> str:
     return f"{dtype_name(dtype)} {key}"
 
 
-def _added(parts: list[dict[str, str]]) -> dict[str, Digest]:
-    return {name: sum((Digest.parse(part[name]) for part in parts), Digest()) for name in parts[0]}
-
-
 def _digested(live: LiveWeights, names: Iterable[str]) -> dict[str, list[list[Any]]]:
     """This rank's boxes of each tensor, as JSON: where they are, and the share in the digest."""
     return {
@@ -203,17 +200,13 @@ def _digested(live: LiveWeights, names: Iterable[str]) -> dict[str, list[list[An
 
 def _wrong(parts: list[dict[str, list[list[Any]]]], expected: Mapping[str, Digest]) -> dict[str, str]:
     """Tensors that are not as expected, each with a code. A box that several ranks hold counts once."""
-    wrong = {}
-    for name, digest in expected.items():
-        boxes: dict[tuple[int, ...], set[str]] = {}
-        for part in parts:
-            for box, share in part.get(name, ()):
-                boxes.setdefault(tuple(box), set()).add(share)
-        if any(len(shares) > 1 for shares in boxes.values()):
-            wrong[name] = "replicas-differ"
-        elif sum((Digest.parse(share) for shares in boxes.values() for share in shares), Digest()) != digest:
-            wrong[name] = "values-differ"
-    return wrong
+    live = add_up_boxes(
+        (name, tuple(box), share) for part in parts for name, boxes in part.items() for box, share in boxes
+    )
+    sums = live.digests
+    wrong = [n for n, digest in expected.items() if n in live.differing or sums.get(n, Digest()) != digest]
+    # replicas that differ are the cause, a wrong sum is the effect
+    return {name: "replicas-differ" if name in live.differing else "values-differ" for name in wrong}
 
 
 def _explain(

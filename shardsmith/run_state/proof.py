@@ -16,6 +16,7 @@ from shardsmith.ground.ranks import Ranks
 from shardsmith.manifest.metadata import CheckpointMetadata
 from shardsmith.run_state.save import RNG
 from shardsmith.sharding.local_boxes import local_boxes
+from shardsmith.sharding.shares import add_up_boxes
 from shardsmith.tensors.digest import Digest, digest_box
 from shardsmith.tensors.dtypes import dtype_name
 from shardsmith.tensors.tensors import read_into
@@ -80,22 +81,16 @@ def _shares(state: Mapping[str, Any]) -> Iterator[list[Any]]:
 
 
 def _compare(path: Path, metadata: CheckpointMetadata, said: Sequence[Sequence[Any]]) -> int:
-    found: dict[str, dict[str, str]] = {}
-    wrong = []
-    for shares in said:
-        for key, dtype, boxes in shares:
-            known = found.setdefault(key, {})
-            record = metadata.tensors.get(key)
-            if record is None or record.dtype != dtype:
-                wrong.append(f"{key}: is {dtype}, in the checkpoint {record.dtype if record else 'not there'}")
-            for offsets, sizes, digest in boxes:
-                if known.setdefault(str([list(offsets), list(sizes)]), digest) != digest:
-                    wrong.append(f"{key}: ranks that hold the same part of it hold different values")
-    for key, shares_of in found.items():
-        digest = sum((Digest.parse(text) for text in shares_of.values()), Digest())
-        if key in metadata.tensors and str(digest) != metadata.tensors[key].digest:
+    tensors = dict.fromkeys((key, dtype) for shares in said for key, dtype, _ in shares)
+    found = add_up_boxes((key, str(box), text) for shares in said for key, _, boxes in shares for *box, text in boxes)
+    wrong = [f"{key}: ranks that hold the same part of it hold different values" for key in sorted(found.differing)]
+    for key, dtype in tensors:
+        record = metadata.tensors.get(key)
+        if record is None or record.dtype != dtype:
+            wrong.append(f"{key}: is {dtype}, in the checkpoint {record.dtype if record else 'not there'}")
+        elif str(found.digests.get(key, Digest())) != record.digest:
             wrong.append(f"{key}: its values are not those that were saved")
     if wrong:
         lines = "\n  ".join(dict.fromkeys([f"{len(wrong)} tensors are not what was saved", *wrong]))
         raise CorruptCheckpointError(path, f"{lines}\nThe run must not go on like this.")
-    return len(found)
+    return len({key for key, _ in tensors})

@@ -10,6 +10,7 @@ from shardsmith.ground.ranks import Ranks
 from shardsmith.manifest.metadata import TensorRecord
 from shardsmith.sharding.assignment import Held, assign_boxes
 from shardsmith.sharding.live_boxes import held_boxes
+from shardsmith.sharding.shares import add_up_boxes
 from shardsmith.tensors.digest import Digest, digest_box
 from shardsmith.tensors.dtypes import dtype_name
 from shardsmith.tensors.tensors import Chunk, Shape
@@ -77,15 +78,12 @@ def _add_up(
 ) -> dict[str, tuple[Shape, str, str]]:
     """Rank 0: the digests of whole tensors. Raises RanksDisagreeError where boxes overlap or leave holes."""
     specs: dict[str, tuple[Shape, str]] = {}
-    shares: dict[Held, Digest] = {}
+    shares: list[tuple[str, Chunk, str]] = []
     held: list[list[Held]] = []
     for said, boxes in reports:
         specs = {name: (tuple(shape), dtype) for name, (shape, dtype) in said.items()} | specs
         held.append([(name, Chunk(tuple(offsets), tuple(sizes))) for name, offsets, sizes, _ in boxes])
-        for box, (*_, text) in zip(held[-1], boxes, strict=True):
-            shares.setdefault(box, Digest.parse(text))
+        shares += [(*box, text) for box, (*_, text) in zip(held[-1], boxes, strict=True)]
     assign_boxes(held, {name: shape for name, (shape, _) in specs.items()}, dict.fromkeys(specs, 1))
-    totals = dict.fromkeys(specs, Digest())
-    for (name, _), share in shares.items():
-        totals[name] += share
-    return {name: (shape, dtype, str(totals[name])) for name, (shape, dtype) in specs.items()}
+    totals = add_up_boxes(shares).digests
+    return {name: (shape, dtype, str(totals.get(name, Digest()))) for name, (shape, dtype) in specs.items()}
