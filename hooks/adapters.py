@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,56 +15,16 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from shardsmith.errors import UsageError
 from shardsmith.export.adapters import ADAPTER_WEIGHTS, without_adapter
 from shardsmith.ground.layout import MAIN_WEIGHTS
-from shardsmith.tensors.checkpoint_keys import EMA as AVERAGE
-from shardsmith.tensors.checkpoint_keys import MAIN
 from shardsmith.tensors.fqn import clean_fqn, unwrapped
 
-from .ema import EMA
 from .held import held_model
+from .view import MergedWeights, View
 
 
-class View(Protocol):
-    """What of a model with an adapter is written, and as what.
-
-    Attributes:
-        stem: Of the weight files.
-        inner: The model whose config and names are to be written; None for none.
-    """
-
-    stem: str
-    inner: nn.Module | None
-
-    def names(self, fqns: Collection[str]) -> dict[str, str]:
-        """FQN -> name in the files, or for a name map, of what is to be written."""
-        ...
-
-    def copies(self) -> Mapping[str, str]:
-        """Return the names of further copies -> that of the tensor, of tensors that are written more than once."""
-        ...
-
-    def values(self, model: str) -> Mapping[str, Tensor]:
-        """By FQN what is to be written instead of the live values."""
-        ...
-
-    def ready(self, ema: EMA | None) -> contextlib.AbstractContextManager[None]:
-        """Within it ``values`` are there. All ranks."""
-        ...
-
-    def write(self, directory: Path) -> None:
-        """Write what else belongs to it. Rank 0, in the background."""
-        ...
-
-
-class AdapterView:
-    """The adapter alone, as ``PeftModel.save_pretrained`` writes it.
-
-    Attributes:
-        stem: Of the weight files.
-        inner: The model whose config and names are to be written; None for none.
-    """
+class AdapterView(View):
+    """The adapter alone, as ``PeftModel.save_pretrained`` writes it."""
 
     stem = ADAPTER_WEIGHTS
-    inner: nn.Module | None = None
 
     def __init__(self, model: Any) -> None:
         """``model``: a PeftModel without wrappers around it."""
@@ -78,28 +37,12 @@ class AdapterView:
             from peft import get_peft_model_state_dict
 
             fqn_of = {fqn: fqn for fqn in fqns}
-            for (
-                path,
-                _,
-            ) in self._model.named_modules():  # below which peft looks, FSDP1 wrappers included
+            for path, _ in self._model.named_modules():  # below which peft looks, FSDP1 wrappers included
                 below = f"{clean_fqn(path, self._model)}."
                 fqn_of |= {f"{path}.{fqn.removeprefix(below)}": fqn for fqn in fqns if fqn.startswith(below)}
             chosen = get_peft_model_state_dict(self._model, fqn_of, adapter_name=self._model.active_adapter)
             self._names = {fqn: clean_fqn(name) for name, fqn in chosen.items()}
         return self._names
-
-    def copies(self) -> Mapping[str, str]:
-        """As ``View.copies``: none."""
-        return {}
-
-    def values(self, model: str) -> Mapping[str, Tensor]:  # noqa: ARG002
-        """By FQN what is to be written instead of the live values."""
-        return {}
-
-    @contextlib.contextmanager
-    def ready(self, ema: EMA | None) -> Iterator[None]:  # noqa: ARG002
-        """Within it ``values`` are there. All ranks."""
-        yield
 
     def write(self, directory: Path) -> None:
         """Write ``adapter_config.json``."""
@@ -110,7 +53,7 @@ class AdapterView:
         config.save_pretrained(str(directory))
 
 
-class MergedView:
+class MergedView(MergedWeights):
     """The whole model, with the adapter merged into its weights; the live weights are as before, bit for bit."""
 
     stem = MAIN_WEIGHTS
@@ -140,37 +83,8 @@ class MergedView:
         named = {fqn: self._name(fqn) for fqn in fqns}
         return {fqn: name.removeprefix(self._prefix) for fqn, name in named.items() if name is not None}
 
-    def copies(self) -> Mapping[str, str]:
-        """As ``View.copies``: none."""
-        return {}
-
-    def values(self, model: str) -> Mapping[str, Tensor]:
-        """As ``AdapterView.values``: the weights that the adapter changes."""
-        return self._values[model]
-
-    @contextlib.contextmanager
-    def ready(self, ema: EMA | None) -> Iterator[None]:
-        """Within it ``values`` are there, a copy of what the adapter changes. All ranks; DTensors may communicate."""
-        if self._values:
-            yield
-            return
-        self._values[MAIN] = self._merged()
-        if ema is not None:
-            with ema.swapped_in():
-                self._values[AVERAGE] = self._merged()
-        try:
-            yield
-        finally:
-            self._values = {}
-
-    def write(self, directory: Path) -> None:
-        """Nothing more."""
-
-    def _name(self, fqn: str) -> str | None:
-        return without_adapter(fqn, self._tuned, self._replaced, self._model.active_adapter)
-
     @torch.no_grad()
-    def _merged(self) -> dict[str, Tensor]:
+    def merge(self) -> dict[str, Tensor]:
         """Merge one layer after the other, keep the result, and put back what was there."""
         merged: dict[str, Tensor] = {}
         for path, layer in self._tuned.items():
@@ -182,6 +96,9 @@ class MergedView:
             for name, weight in weights.items():
                 weight.copy_(kept[name])  # adding and subtracting again is not exact
         return merged
+
+    def _name(self, fqn: str) -> str | None:
+        return without_adapter(fqn, self._tuned, self._replaced, self._model.active_adapter)
 
 
 def view_of(model: nn.Module, adapters: Literal["adapter", "merged"] | View, *, held: bool = True) -> View | None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, TypeVar
 
 from shardsmith.errors import ShardsmithError, UsageError
@@ -92,3 +94,55 @@ class Background:
             if self.tell is not None:
                 self.tell(number, f"{type(error).__name__}: {error}")
             raise
+
+
+class SavesInFlight:
+    """The saves of one hook that its thread has not finished, or that were not yet announced; the oldest first.
+
+    On the main thread; no communication.
+    """
+
+    def __init__(self, background: Background | None, announce: Callable[[int, Path], None]) -> None:
+        """Begin with none.
+
+        Args:
+            background: The thread; None for a hook that writes at once, of which nothing is ever in flight.
+            announce: Called with step and path of each save that has ended well.
+        """
+        self._background = background
+        self._announce = announce
+        self._running: deque[tuple[int, Future[Path | None]]] = deque()
+
+    def start(self, step: int, save: Callable[[], Path | None]) -> None:
+        """Run a save in the background, or here where there is none. Its result is announced, if it is a path."""
+        if self._background is None:
+            self._say(step, save())
+        else:
+            self._running.append((step, self._background.submit(save)))
+
+    def of_step(self, step: int) -> Future[Any] | None:
+        """Return the save of a step; None if none is in flight."""
+        return next((future for other, future in self._running if other == step), None)
+
+    def announce_ended(self) -> None:
+        """Announce what has ended, on ranks that need not wait to be told of it by others. No communication."""
+        while self._running and self._background and self._background.is_to_be_reported(self._running[0][1]):
+            self._take()
+
+    def raise_ended(self) -> None:
+        """Announce what has ended, up to the first that failed; raise what failed in it. No communication."""
+        while self._running and self._running[0][1].done():
+            self._take()
+
+    def wait(self) -> None:
+        """Wait for all of them: announce them, up to the first that failed; raise what failed in it."""
+        while self._running:
+            self._take()
+
+    def _take(self) -> None:
+        step, future = self._running.popleft()
+        self._say(step, future.result())
+
+    def _say(self, step: int, path: Path | None) -> None:
+        if path is not None:
+            self._announce(step, path)

@@ -8,7 +8,6 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -41,7 +40,7 @@ from shardsmith.sharding.live_digest import OTHER_VALUES, compare_digests, diges
 from shardsmith.tensors.device_copy import release_pinned
 from shardsmith.tensors.fqn import tied_weights
 
-from .background import Background, logged
+from .background import Background, SavesInFlight, logged
 from .ema import EMA
 from .events import event_of
 from .hook import Hook
@@ -93,7 +92,7 @@ class FolderSave(Hook):
         self.background = Background("shardsmith-companion") if async_mode == "async" else None
         self._share = Share(self._ranks.rank)
         self._buffer = StagingBuffer() if self.background else None
-        self._in_flight: tuple[int, Path, Future[bool]] | None = None
+        self._in_flight = SavesInFlight(self.background, self._announce_save)
         self._loaded_step: int | None = None
 
     def resume(self) -> int | None:
@@ -102,20 +101,15 @@ class FolderSave(Hook):
 
     def on_step_end(self, step: int) -> None:  # noqa: ARG002
         """Announce a save that has ended. All ranks; no communication."""
-        if self.background and self._in_flight and self.background.is_to_be_reported(self._in_flight[2]):
-            self.wait()
+        self._in_flight.announce_ended()
 
     def report_background(self) -> None:
         """Announce the save in flight, or raise what failed in it, if it has ended."""
-        if self._in_flight and self._in_flight[2].done():
-            self.wait()
+        self._in_flight.raise_ended()
 
     def wait(self) -> None:
         """Wait for the save in flight: announce it, or raise what failed in it. All ranks; no communication."""
-        if self._in_flight is not None:
-            step, folder, future = self._in_flight
-            self._in_flight = None
-            self._announce(step, folder, future.result())
+        self._in_flight.wait()
 
     def close(self) -> None:
         """Wait for the save in flight; raise what failed in it."""
@@ -161,12 +155,9 @@ class FolderSave(Hook):
             job.begin(lambda: self._collect(step))
             if self._buffer:
                 job.stage(self._buffer)
+        self._in_flight.start(step, partial(self._finish, job, folder, step, live, watch))
         if self.background:
-            finish = partial(self._finish, job, folder, step, live, watch)
-            self._in_flight = (step, folder, self.background.submit(finish))
             watch.released()
-        else:
-            self._announce(step, folder, self._finish(job, folder, step, live, watch))
 
     def has(self, folder: Path) -> bool:
         """Return whether our directory is in a folder, the same on all ranks. All ranks; waits for a save in flight."""
@@ -223,8 +214,8 @@ class FolderSave(Hook):
         state, aliases = get_model_state_dict(self._model), tied_weights(self._model)
         return {name: value for name, value in state.items() if isinstance(value, Tensor) and name not in aliases}
 
-    def _finish(self, job: SaveInProgress, folder: Path, step: int, live: LiveModel, watch: Stopwatch) -> bool:
-        """Write ours, read theirs, commit. In the background thread, if there is one. False if the folder is gone."""
+    def _finish(self, job: SaveInProgress, folder: Path, step: int, live: LiveModel, watch: Stopwatch) -> Path | None:
+        """Write ours, read theirs, commit. In the background thread, if there is one. None if the folder is gone."""
         try:
             with self._same_time(folder):
                 job.write()
@@ -241,15 +232,11 @@ class FolderSave(Hook):
                     event = event_of("save", step, companion_of(folder), watch, self._ranks.size)
                     log.info("completed %s", event.line)
                     self.emit(event)
-            return True
+            return folder
         log.info("%s was deleted before its average was written", folder)  # the trainer deletes what it likes
         if self._ranks.is_leader:
             shutil.rmtree(folder, ignore_errors=True)  # it could not while we were writing
-        return False
-
-    def _announce(self, step: int, folder: Path, is_there: bool) -> None:
-        if is_there and self.announce_saved:
-            self.announce_saved(step, folder)
+        return None
 
     def _refuse_damage(self, folder: Path) -> None:
         part, parts = self._ranks.rank, self._ranks.size

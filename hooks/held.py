@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,10 +11,10 @@ from torch import Tensor, nn
 from shardsmith.hf.hf_directory import main_stem
 from shardsmith.tensors.fqn import clean_fqn, tied_weights, unwrapped
 
-from .ema import EMA
+from .view import View
 
 
-class HeldView:
+class HeldView(View):
     """The model alone, under its own names, as its ``save_pretrained`` would write it.
 
     Attributes:
@@ -38,22 +36,6 @@ class HeldView:
     def ties(self) -> dict[str, str]:
         """As ``tied_weights``, of the model alone: Fabric's wrapper has it under two names."""
         return {self._prefix + alias: self._prefix + kept for alias, kept in tied_weights(self._held).items()}
-
-    def copies(self) -> Mapping[str, str]:
-        """None."""
-        return {}
-
-    def values(self, model: str) -> Mapping[str, Tensor]:  # noqa: ARG002
-        """None: all are the live ones."""
-        return {}
-
-    @contextlib.contextmanager
-    def ready(self, ema: EMA | None) -> Iterator[None]:  # noqa: ARG002
-        """Nothing to be made ready."""
-        yield
-
-    def write(self, directory: Path) -> None:
-        """Nothing more."""
 
 
 def held_model(model: nn.Module) -> HeldView | None:

@@ -80,3 +80,8 @@ class Hook:
 
     def close(self) -> None:
         """Wait for background work, raise what failed in it, let go of resources. May communicate."""
+
+    def _announce_save(self, step: int, path: Path) -> None:
+        """For hooks that save: tell the others, through ``Hooks`` if there is one. Main thread."""
+        if self.announce_saved:
+            self.announce_saved(step, path)

@@ -16,8 +16,8 @@ from shardsmith.ground.layout import EMA_WEIGHTS, MAIN_WEIGHTS
 from shardsmith.tensors.checkpoint_keys import EMA as AVERAGE
 from shardsmith.tensors.checkpoint_keys import MAIN
 
-from .adapters import View
 from .held import HeldView
+from .view import View
 
 if TYPE_CHECKING:
     from .options import ExportFiles

@@ -40,13 +40,13 @@ from shardsmith.tensors.dtypes import parse_dtypes
 from shardsmith.tensors.fqn import clean_fqn, non_persistent_buffers, own_class, tied_weights, unwrapped
 from shardsmith.tensors.tensors import Shape, TensorSpec
 
-from .adapters import View
 from .ema import EMA
 from .held import HeldView
 from .known_plan import KnownPlan
 from .live_directory import LiveDirectory, ModelFiles
 from .model_config import full_config, saved_config
 from .stages import Stages
+from .view import View
 
 log = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from shardsmith.checking.types import Count, LocalPath, Seconds, Size
 from shardsmith.errors import UsageError
 from shardsmith.name_maps.maps import NameMap
 
-from .adapters import View
 from .checkpoint_source import Saves
+from .view import View
 
 T = TypeVar("T")
 
@@ -63,7 +63,7 @@ class ExportWeights:
     adapters: Literal["adapter", "merged"] | View = "adapter"
     """For a model of peft: ``"adapter"`` writes the files of its ``save_pretrained``, main weights and average each in
     a directory of its own; ``"merged"`` the whole model with the adapter merged into its weights. For adapters of
-    another kind, an object that says how they are written (``hooks.adapters.View``)."""
+    another kind, an object that says how they are written (``shardsmith.hooks.view.View``)."""
     stages: bool = False
     """The model is a stage of a pipeline, other ranks have the others, and the directory holds all of them."""
 

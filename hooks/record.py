@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future
 from functools import partial
@@ -23,7 +22,7 @@ from shardsmith.ground.ranks import Ranks
 from shardsmith.manifest.checkpoints import committed_steps
 from shardsmith.tensors.fqn import tied_weights
 
-from .background import Background
+from .background import Background, SavesInFlight
 from .ema import EMA
 from .hook import Hook
 from .retention import Retention, steps_to_remove
@@ -72,7 +71,7 @@ class Recorder(Hook):
         self._ranks, self._writer_ranks = Ranks(timeout_secs), Ranks(timeout_secs)  # one for each thread
         meet(self._ranks, "making Recorder", facts)
         self.background: Background = Background("shardsmith-record")
-        self._running: deque[tuple[int, Future[Path]]] = deque()
+        self._in_flight = SavesInFlight(self.background, self._announce_save)
         self._ranks.lead(f"preparing {self.directory}", lambda: len(sweep(self.directory)))
 
     def begin(self, path: Path) -> None:
@@ -101,23 +100,20 @@ class Recorder(Hook):
             has_average: Whether the average was saved with the rest, if there is one.
         """
         facts = self._ema.facts() if self._ema is not None and has_average else None
-        self._running.append((step, self.background.submit(partial(self._record, step, path, end, facts, mesh))))
+        self._in_flight.start(step, partial(self._record, step, path, end, facts, mesh))
 
     def on_step_end(self, step: int) -> None:  # noqa: ARG002
         """Announce recordings that have ended. All ranks; no communication."""
-        while self._running and self.background.is_to_be_reported(self._running[0][1]):
-            self._report_oldest()
+        self._in_flight.announce_ended()
 
     def report_background(self) -> None:
         """Announce recordings that have ended, up to the first that failed; raise what failed in it."""
-        while self._running and self._running[0][1].done():
-            self._report_oldest()
+        self._in_flight.raise_ended()
 
     def close(self) -> None:
         """Wait for the recordings under way; raise what failed in them."""
         try:
-            while self._running:
-                self._report_oldest()
+            self._in_flight.wait()
         finally:
             self.background.close()
 
@@ -153,10 +149,3 @@ class Recorder(Hook):
         """Those of all step directories, complete or not."""
         steps = (parse_step(path.name) for path in self.directory.iterdir() if path.is_dir())
         return sorted(step for step in steps if step is not None)
-
-    def _report_oldest(self) -> None:
-        """Wait for the oldest recording: announce it, or raise what failed in it."""
-        step, recording = self._running.popleft()
-        path = recording.result()
-        if self.announce_saved:
-            self.announce_saved(step, path)

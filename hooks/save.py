@@ -36,7 +36,7 @@ from shardsmith.run_state.train_state import TrainState, optimizer_list
 from shardsmith.sharding.live_boxes import StagingBuffer
 from shardsmith.tensors.device_copy import release_pinned
 
-from .background import Background, attempted, logged
+from .background import Background, SavesInFlight, attempted, logged
 from .ema import EMA
 from .events import Event, event_of
 from .hook import Hook
@@ -138,15 +138,14 @@ class ShardedSave(Hook):
         self.background = Background("shardsmith-save") if writing.async_mode == "async" else None
         self._share = Share(self._ranks.rank)
         self._buffer = StagingBuffer() if self.background else None
-        self._in_flight: tuple[int, Future[Path]] | None = None
+        self._in_flight = SavesInFlight(self.background, self._announce_save)
         self._saved_step: int | None = None
         self._spoiled: str | None = None  # the damaged step that was loaded last, if nothing sound was loaded over it
         self._ranks.lead(f"preparing {self.directory}", self._prepare_directory)
 
     def on_step_end(self, step: int) -> None:
         """Announce a save that has ended, and save if it is time. All ranks; communicates when it saves."""
-        if self.background and self._in_flight and self.background.is_to_be_reported(self._in_flight[1]):
-            self._report()
+        self._in_flight.announce_ended()
         refuse_spoiled(self._spoiled)
         due, error = attempted(lambda: self.when.due(step))
         if due or error:
@@ -165,8 +164,7 @@ class ShardedSave(Hook):
     def report_background(self) -> None:
         """Announce the save in flight, or raise what failed in it, if it has ended."""
         self._copy.settle()
-        if self._in_flight and self._in_flight[1].done():
-            self._report()
+        self._in_flight.raise_ended()
 
     def on_train_end(self, step: int) -> None:
         """Save the last step if that is wanted and was not done. All ranks; communicates when it saves."""
@@ -215,12 +213,10 @@ class ShardedSave(Hook):
             self.emit(event_of("save", step, job.target, watch, self._ranks.size, failure))
             raise
         self._saved_step = step
+        self._in_flight.start(step, partial(self._finish, step, job, watch))
         if self.background:
-            self._in_flight = (step, self.background.submit(partial(self._finish, step, job, watch)))
             job.feed()
             watch.released()
-        else:
-            self._announce(step, self._finish(step, job, watch))
 
     def _stage(self, job: SaveInProgress, collect: Callable[[], Contents], error: Exception | None) -> None:
         """Collect the state, agree on who writes what, and copy it if it is written in the background."""
@@ -250,8 +246,8 @@ class ShardedSave(Hook):
             UsageError: the step was not saved, or not yet.
         """
         self._copy.settle()
-        if self._in_flight is not None and self._in_flight[0] == step:
-            return self._in_flight[1]
+        if (save := self._in_flight.of_step(step)) is not None:
+            return save
         path = self.directory / step_name(step)
         if step not in committed_steps(self.directory):
             raise UsageError(f"{path} is not there and not being saved; ShardedSave saves at {self.when}")
@@ -378,14 +374,7 @@ class ShardedSave(Hook):
     def _report(self) -> None:
         """Wait for the save in flight, if there is one: announce it, or raise what failed in it."""
         self._copy.settle()
-        if self._in_flight is not None:
-            step, future = self._in_flight
-            self._in_flight = None
-            self._announce(step, future.result())
-
-    def _announce(self, step: int, path: Path) -> None:
-        if self.announce_saved:
-            self.announce_saved(step, path)
+        self._in_flight.wait()
 
     def _set_aside_unfinished(self, resumed: int) -> None:
         for aside in set_aside_unfinished(self.directory, resumed):

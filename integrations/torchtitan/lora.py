@@ -6,9 +6,8 @@ them; what an adapter does to the rows of a weight is done to the rows of ``lora
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,11 @@ from torch import Tensor, nn
 from shardsmith.errors import UnsupportedFormatError
 from shardsmith.export.adapters import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS
 from shardsmith.ground.layout import MAIN_WEIGHTS
-from shardsmith.hooks import EMA
+from shardsmith.hooks.view import MergedWeights, View
 from shardsmith.load.live_weights import model_state_dict
 from shardsmith.name_maps.grids import Axis
 from shardsmith.name_maps.slices import Slice, Target
 from shardsmith.name_maps.tracing import trace
-from shardsmith.tensors.checkpoint_keys import EMA as AVERAGE
-from shardsmith.tensors.checkpoint_keys import MAIN
 from shardsmith.tensors.fqn import clean_fqn
 from shardsmith.tensors.tensors import TensorSpec
 
@@ -41,16 +38,10 @@ def find_lora(model: nn.Module) -> dict[str, Any]:
     return {path: module for path, module in found.items() if hasattr(module, "_lora_scaling")}
 
 
-class MergedLora:
-    """The model with the adapter merged into its weights; the live weights are as before, bit for bit.
-
-    Attributes:
-        stem: Of the weight files.
-        inner: None: no model of transformers is there.
-    """
+class MergedLora(MergedWeights):
+    """The model with the adapter merged into its weights; the live weights are as before, bit for bit."""
 
     stem = MAIN_WEIGHTS
-    inner: nn.Module | None = None
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -61,34 +52,9 @@ class MergedLora:
         """FQN -> name, of what is written: all but the adapter's own."""
         return {fqn: fqn for fqn in fqns if not fqn.endswith((_A, _B))}
 
-    def copies(self) -> Mapping[str, str]:
-        """As ``View.copies``: none."""
-        return {}
-
-    def values(self, model: str) -> Mapping[str, Tensor]:
-        """By FQN what is written instead of the live values."""
-        return self._values[model]
-
-    @contextlib.contextmanager
-    def ready(self, ema: EMA | None) -> Iterator[None]:
-        """Within it ``values`` are there, a copy of what the adapter changes. All ranks; DTensors may communicate."""
-        if self._values:
-            yield
-            return
-        self._values[MAIN] = self._merged()
-        if ema is not None:
-            with ema.swapped_in():
-                self._values[AVERAGE] = self._merged()
-        try:
-            yield
-        finally:
-            self._values = {}
-
-    def write(self, directory: Path) -> None:
-        """Nothing more."""
-
     @torch.no_grad()
-    def _merged(self) -> dict[str, Tensor]:
+    def merge(self) -> dict[str, Tensor]:
+        """As ``MergedWeights.merge``."""
         own = {clean_fqn(name, self._model) for name, _ in self._model.named_parameters()}
         kept = {path: layer.weight.detach().clone() for path, layer in self._layers.items()}
         try:
@@ -103,15 +69,10 @@ class MergedLora:
                 layer.weight.copy_(kept[path])  # adding and subtracting again is not exact
 
 
-class LoraAlone:
-    """The adapter alone, as peft's ``save_pretrained`` writes it. Both how it is written and its ``NameMap``.
-
-    Attributes:
-        stem, inner: As of ``MergedLora``.
-    """
+class LoraAlone(View):
+    """The adapter alone, as peft's ``save_pretrained`` writes it. Both how it is written and its ``NameMap``."""
 
     stem = ADAPTER_WEIGHTS
-    inner: nn.Module | None = None
 
     def __init__(self, model: nn.Module, to_hf: Translate, kind: str, base: Path) -> None:
         """Find out what the adapter's tensors are called.
@@ -139,15 +100,6 @@ class LoraAlone:
     def copies(self) -> Mapping[str, str]:
         """Return further copies of ``lora_a`` of a fused projection, which each part of it has in the files."""
         return self._copies
-
-    def values(self, model: str) -> Mapping[str, Tensor]:
-        """Nothing is written instead of the live values."""
-        return {}
-
-    @contextlib.contextmanager
-    def ready(self, ema: EMA | None) -> Iterator[None]:
-        """It always is."""
-        yield
 
     def targets(self, specs: Mapping[str, TensorSpec]) -> dict[str, Target]:
         """As ``NameMap.targets``."""

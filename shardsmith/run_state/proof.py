@@ -82,7 +82,8 @@ def _shares(state: Mapping[str, Any]) -> Iterator[list[Any]]:
 
 def _compare(path: Path, metadata: CheckpointMetadata, said: Sequence[Sequence[Any]]) -> int:
     tensors = dict.fromkeys((key, dtype) for shares in said for key, dtype, _ in shares)
-    found = add_up_boxes((key, str(box), text) for shares in said for key, _, boxes in shares for *box, text in boxes)
+    boxes_of = ((key, boxes) for shares in said for key, _, boxes in shares)
+    found = add_up_boxes((key, (tuple(at), tuple(sizes)), text) for key, boxes in boxes_of for at, sizes, text in boxes)
     wrong = [f"{key}: ranks that hold the same part of it hold different values" for key in sorted(found.differing)]
     for key, dtype in tensors:
         record = metadata.tensors.get(key)
