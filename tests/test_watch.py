@@ -78,7 +78,13 @@ def assert_of_one_step(export: Path) -> None:
         assert torch.equal(tensor, torch.full_like(tensor, step))
     average = [tensor.unique().tolist() for tensor in load_file(export / "ema.safetensors").values()]
     assert len(average) == 2
-    assert sorted(os.listdir(export)) == ["config.json", "ema.safetensors", "model.safetensors", "shardsmith.json"]
+    assert sorted(os.listdir(export)) == [
+        "README.md",
+        "config.json",
+        "ema.safetensors",
+        "model.safetensors",
+        "shardsmith.json",
+    ]
 
 
 @pytest.fixture(scope="module")

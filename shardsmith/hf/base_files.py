@@ -19,6 +19,7 @@ from shardsmith.errors import CheckpointError, CheckpointNotFoundError, UnsafeCh
 from shardsmith.formats.safetensors_files.source import SafetensorsSource
 from shardsmith.formats.torch_files.files import read_torch_file
 from shardsmith.ground.layout import COMPANION, PROVENANCE_FILE
+from shardsmith.hf.model_card import is_own_card
 from shardsmith.tensors.tensors import Shape, TensorSpec
 
 _INDEXES = ("*.safetensors.index.json", "*.bin.index.json")
@@ -142,7 +143,7 @@ def _files(base: Path, *, trust_remote_code: bool) -> Iterable[str]:
         if top:
             unwanted += (*_UNREAD_WEIGHTS, *_ADAPTER, *_LEFTOVERS, "tf_model*", "flax_model*")
         for name in sorted(names):
-            if not _like(name, unwanted):
+            if not _like(name, unwanted) and not is_own_card(Path(folder, name)):
                 yield os.path.relpath(os.path.join(folder, name), base)
 
 

@@ -14,6 +14,7 @@ from shardsmith.ground.commit import sync, write_file, writing
 from shardsmith.hf.directory import DirectoryPlan, ModelPlan
 from shardsmith.hf.export_files import file_records
 from shardsmith.hf.hf_directory import CONFIG_FILE, config_for, copy_files
+from shardsmith.hf.model_card import CARD_FILE, model_card
 from shardsmith.manifest.metadata import now, sealed_json
 from shardsmith.tensors.digest import Digest
 from shardsmith.tensors.dtypes import CASTABLE, dtype_name
@@ -44,6 +45,8 @@ def complete_directory(plan: DirectoryPlan, directory: Path, digests: Digests) -
         sizes |= _write_companions(plan, directory, sizes)
     if plan.base is not None:
         sizes |= copy_files(plan.base, [name for name in plan.copies if name not in sizes], directory)
+    if CARD_FILE not in sizes:  # the base model's, or one of the caller's, is kept
+        sizes[CARD_FILE] = write_file(directory / CARD_FILE, model_card(plan, digests))
     weights = {file.name for model in plan.models for file in model.weights.files}
     with writing(directory, "hashing its files"):
         provenance = _provenance(plan, digests) | {"files": file_records(directory, sizes, weights)}

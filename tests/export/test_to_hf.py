@@ -130,7 +130,7 @@ def test_a_hugging_face_directory_is_exported_again_in_another_dtype(trained: Ru
     second = to_hf(first, first, output.with_name("second"))
     assert_same(load_file(second / "model.safetensors"), without_aliases("qwen2", run.main), torch.bfloat16)
     assert_same(load_file(second / "ema.safetensors"), without_aliases("qwen2", run.ema), torch.bfloat16)
-    assert listing(second) == COPIED | {"model.safetensors", "ema.safetensors", "shardsmith.json"}
+    assert listing(second) == COPIED | {"model.safetensors", "ema.safetensors", "shardsmith.json", "README.md"}
 
 
 def test_one_safetensors_file_is_exported(trained: Runs, tmp_path: Path, output: Path) -> None:
@@ -200,7 +200,7 @@ def test_where_the_base_keeps_its_weights_in_ema_the_average_alone_goes_there(
 
 def test_the_directory_holds_the_base_models_files_and_not_its_weights(odd: Trained, output: Path) -> None:
     to_hf(odd.checkpoint, odd.base, output)
-    assert listing(output) == COPIED | {"model.safetensors", "ema.safetensors", "shardsmith.json"}
+    assert listing(output) == COPIED | {"model.safetensors", "ema.safetensors", "shardsmith.json", "README.md"}
     for name in COPIED - {"config.json"}:
         assert (output / name).read_bytes() == (odd.base / name).read_bytes()
 
@@ -224,7 +224,8 @@ def test_a_base_in_the_hugging_face_cache_gives_a_directory_without_links(
     cached = to_hf(odd.checkpoint, snapshot, output.with_name("cached"))
     shutil.rmtree(tmp_path / "models--org--odd")
     assert not [path for path in cached.rglob("*") if path.is_symlink()]
-    for name in listing(direct) - {"shardsmith.json"}:
+    assert "base_model: org/odd" in (cached / "README.md").read_text()
+    for name in listing(direct) - {"shardsmith.json", "README.md"}:
         assert (cached / name).read_bytes() == (direct / name).read_bytes()
 
 

@@ -82,7 +82,7 @@ def test_main_and_average_are_those_of_the_checkpoint(layout: str, legacy: Path,
 def test_the_directory_is_complete_and_has_no_stale_index(legacy: Path, base: Path, output: Path) -> None:
     # fault: the base's index, which describes other files, is copied
     assert to_hf(legacy / FORK, base, output, "--quiet") == 0
-    made = {"model.safetensors", "ema.safetensors", "shardsmith.json"}
+    made = {"model.safetensors", "ema.safetensors", "shardsmith.json", "README.md"}
     assert {path.name for path in output.iterdir()} == COPIED | made
     assert (output / "ae.safetensors").read_bytes() == (base / "ae.safetensors").read_bytes()
     assert not [path for path in output.rglob("*") if path.is_symlink()]

@@ -269,7 +269,9 @@ def test_weights_of_the_base_under_any_name_do_not_come_along(tmp_path: Path) ->
     state = changed(model)
     check = to_hf(saved(state, tmp_path / "ck"), base, tmp_path / "out")
     live = export_live(model, base, tmp_path / "live")
-    expected = {"ae.safetensors", "config.json", "generation_config.json", "model.safetensors", "shardsmith.json"}
+    expected = {"ae.safetensors", "config.json", "generation_config.json", "model.safetensors", "shardsmith.json"} | {
+        "README.md"
+    }
     assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in live.iterdir()} == expected
     assert check.copied_weights == {"ae.safetensors": (base / "ae.safetensors").stat().st_size}
     assert_loads(tmp_path / "out", state, type(model))

@@ -223,7 +223,7 @@ def test_the_base_models_other_files_come_along_and_it_is_left_as_it_is(tmp_path
     directory = tmp_path / "hf" / "step-1"
     copied = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "assets/notes.txt"}
     copied |= {"generation_config.json", "ae.safetensors"}
-    assert names(directory) == {*copied, "config.json", "model.safetensors", "shardsmith.json"}
+    assert names(directory) == {*copied, "config.json", "model.safetensors", "shardsmith.json", "README.md"}
     assert all((directory / name).read_bytes() == (base / name).read_bytes() for name in copied)
     assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in before} == before
     assert torch.equal(loaded_logits(directory), answers(model))
@@ -293,7 +293,7 @@ def test_main_alone_can_be_asked_for(tmp_path: Path) -> None:
     export = HFExport(tmp_path, model=model, ema=EMA(model), models="main", when=at(1))
     export.export(1)
     export.close()
-    assert names(tmp_path) == {"step-1/model.safetensors", "step-1/shardsmith.json"}
+    assert names(tmp_path) == {f"step-1/{name}" for name in ("model.safetensors", "shardsmith.json", "README.md")}
 
 
 def test_retention_keeps_the_newest_with_the_directory_of_its_average(tmp_path: Path) -> None:
@@ -505,7 +505,8 @@ def test_a_failure_in_the_background_is_only_logged_if_that_is_wanted(
     export.close()
     assert "step 1 was not exported" in caplog.text
     assert "no processor today" in caplog.text
-    assert names(tmp_path) == {"step-2/model.safetensors", "step-2/shardsmith.json", "step-2/processor"}
+    made = ("model.safetensors", "shardsmith.json", "processor", "README.md")
+    assert names(tmp_path) == {f"step-2/{name}" for name in made}
 
 
 def test_a_failed_export_does_not_hide_that_a_later_one_succeeded(tmp_path: Path) -> None:

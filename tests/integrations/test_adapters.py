@@ -60,6 +60,7 @@ def test_the_adapter_is_exported_as_peft_saves_it(tmp_path: Path, sharding: str,
     assert {path.name for path in export.iterdir()} == {
         "adapter_config.json",
         "adapter_model.safetensors",
+        "README.md",
         "shardsmith.json",
     }
     assert_close(adapted(export), {name: value.double() for name, value in merged(truth["main"]).items()})

@@ -82,6 +82,7 @@ def test_it_is_complete(jobs: dict[str, Job]) -> None:
             "config.json",
             "generation_config.json",
             "model.safetensors",
+            "README.md",
             "shardsmith.json",
             "tokenizer.json",
             "tokenizer_config.json",

@@ -1,0 +1,138 @@
+"""The model card of an export: ``README.md`` with front matter as the Hugging Face Hub reads it, and how to load it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from shardsmith.ground.layout import PROVENANCE_FILE
+from shardsmith.ground.printable import printable
+from shardsmith.ground.sizes import size_text
+from shardsmith.hf.directory import DirectoryPlan, ModelPlan
+from shardsmith.tensors.digest import Digest
+from shardsmith.tensors.dtypes import dtype_name
+
+CARD_FILE = "README.md"
+_MARK = "<!-- Written by shardsmith with the weights: an export over this directory writes its own. -->"
+_CACHED = re.compile(r"models--([\w.-]+)--([\w.-]+)")
+_HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?", re.ASCII)
+_CLASS_NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
+_LOADED_BY = {
+    "transformers": "from transformers import {name}\n\nmodel = {name}.from_pretrained({where})",
+    "diffusers": "from diffusers import {name}\n\nmodel = {name}.from_pretrained({where})",
+    "remote": (
+        "from transformers import AutoModel\n\n"
+        "model = AutoModel.from_pretrained({where}, trust_remote_code=True)  # runs the Python files beside the weights"
+    ),
+    "peft": "from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base_model, {where})",
+    "none": 'from safetensors.torch import load_file\n\nstate_dict = load_file({where} + "/{file}")',
+}
+
+
+def is_own_card(path: Path) -> bool:
+    """Return whether a file is a model card that an export has written, and so says nothing of any other weights."""
+    if path.name != CARD_FILE or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return _MARK.encode() in file.read(4096)
+
+
+def model_card(plan: DirectoryPlan, digests: Mapping[str, Mapping[str, Digest]]) -> bytes:
+    """Return the card of a directory: where its weights come from, and how they are loaded.
+
+    The same weights have the same card, whenever and wherever they are exported.
+
+    Args:
+        plan: The plan of the directory.
+        digests: Digests of the written tensors, by model and tensor.
+    """
+    kind, name = _loader(plan)
+    base = _base_name(plan)
+    front = [f"base_model: {base}"] if base else []
+    front += [f"library_name: {kind}"] if kind in ("transformers", "diffusers", "peft") else []
+    step = "" if plan.origin.step is None else f" of step {plan.origin.step} of a training run"
+    lines = [
+        *("---", *front, "tags:", "- shardsmith", "---", _MARK, ""),
+        f"# {base or 'Model'}{'' if plan.origin.step is None else f', step {plan.origin.step}'}",
+        "",
+        f"Weights{step}, exported by Shardsmith.",
+        "",
+        *("| | |", "|---|---|"),
+        *([f"| base model | `{base}` |"] if base else []),
+        *([f"| step | {plan.origin.step} |"] if plan.origin.step is not None else []),
+        *(row for model in plan.models for row in _rows(model, plan, digests[model.model])),
+        f"| check | {_plain(str(plan.measure))} |",
+        *("", "## Load", "", "```python"),
+        *_loading(plan, kind, name),
+        *("```", "", "## Verify", ""),
+        f"`shardsmith verify DIRECTORY` compares every byte with `{PROVENANCE_FILE}`, which has a hash of each file",
+        "and a digest of each tensor. The digests above are of the list of those: they tell two exports apart.",
+    ]
+    return ("\n".join(lines) + "\n").encode()
+
+
+def digest_of_model(digests: Mapping[str, Digest]) -> str:
+    """Return one digest for all tensors of a model: XXH3-128 of the lines ``NAME DIGEST``, sorted by name."""
+    lines = "".join(f"{name} {digest}\n" for name, digest in sorted(digests.items()))
+    return xxhash.xxh3_128_hexdigest(lines.encode("utf-8", "surrogatepass"))
+
+
+def _rows(model: ModelPlan, plan: DirectoryPlan, digests: Mapping[str, Digest]) -> Iterator[str]:
+    what = "weights" if model.model == "main" else _average(plan.origin.ema)
+    dtypes = ", ".join(sorted({dtype_name(spec.dtype) for spec in model.specs}))
+    files = ", ".join(f"`{_plain(file.name)}`" for file in model.weights.files[:1])
+    more = f" and {len(model.weights.files) - 1} more" if len(model.weights.files) > 1 else ""
+    yield f"| {what} | {files}{more}: {len(model.specs)} tensors, {size_text(model.nbytes)}, {dtypes} |"
+    yield f"| digest of its tensors | `{digest_of_model(digests)}` |"
+
+
+def _average(facts: Mapping[str, Any] | None) -> str:
+    known = [f"{name} {facts[name]}" for name in ("decay", "updates") if facts and name in facts]
+    return "average of the weights (EMA)" + (f", {', '.join(known)}" if known else "")
+
+
+def _loading(plan: DirectoryPlan, kind: str, name: str) -> Iterator[str]:
+    first, *others = plan.models
+    file = first.weights.files[0].name if first.weights.files else f"{first.stem}.safetensors"
+    yield _LOADED_BY[kind].format(name=name, where='"DIRECTORY"', file=_plain(file))
+    for other in others:  # an average beside the weights, under a name that no loader looks for
+        yield f"\n# or, instead of the weights of the last step, their average (in files named {other.stem}*):"
+        yield "from safetensors.torch import load_file\n"
+        yield f'model.load_state_dict(load_file("DIRECTORY/{other.weights.files[0].name}"), strict=False)'
+
+
+def _loader(plan: DirectoryPlan) -> tuple[str, str]:
+    """Which library loads the weights, and by which class."""
+    config = plan.config or {}
+    if any(model.stem.startswith("adapter_model") for model in plan.models):
+        return "peft", ""
+    if config.get("auto_map"):
+        return "remote", ""
+    architectures = config.get("architectures")
+    named = {
+        "transformers": architectures[0] if isinstance(architectures, list) and len(architectures) == 1 else None,
+        "diffusers": config.get("_class_name"),
+    }
+    for kind, name in named.items():
+        if isinstance(name, str) and _CLASS_NAME.fullmatch(name):
+            return kind, name
+    return ("transformers", "AutoModel") if config.get("model_type") else ("none", "")
+
+
+def _base_name(plan: DirectoryPlan) -> str | None:
+    """The base model as the Hub calls it, as far as its path tells; the name of its folder otherwise."""
+    if plan.base is None:
+        return None
+    path = plan.base.resolve()
+    cached = next((match for part in path.parts if (match := _CACHED.fullmatch(part))), None)
+    name = "/".join(cached.groups()) if cached else path.name
+    return name if _HUB_NAME.fullmatch(name) else None
+
+
+def _plain(text: str) -> str:
+    """Fit for a table and for code in Markdown."""
+    return printable(text).replace("|", "/").replace("`", "'")
