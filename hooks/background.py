@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
+from shardsmith.checking.arguments import checked
 from shardsmith.errors import ShardsmithError, UsageError
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ class Background:
 
     tell: Callable[[int, str], None] | None = None
 
+    @checked
     def __init__(self, name: str) -> None:
         """``name``: of the thread."""
         self._thread = ThreadPoolExecutor(1, name)

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from shardsmith.checking.arguments import check_value, checked
-from shardsmith.checking.types import StepNumber
+from shardsmith.checking.types import Number, StepNumber
 from shardsmith.errors import RankFailedError, UsageError
 from shardsmith.ground.commit import writing
 from shardsmith.ground.layout import step_name
@@ -96,6 +96,7 @@ class Hooks:
         """The last step that was reported, or resumed at."""
         return self._step
 
+    @checked
     def add(self, hook: Hook) -> None:
         """Attach one more, after the others. Raises UsageError if it is attached already, or after ``resume``."""
         if self._start.has_begun:
@@ -169,15 +170,13 @@ class Hooks:
         Raises:
             UsageError: it is no whole number.
         """
-        if type(step) is not int:
-            step = check_value("Hooks.step", "step", step, StepNumber)
+        step = _step_number("Hooks.step", step)
         self.optimizer_step(step)
         self.step_end(step)
 
     def optimizer_step(self, step: int) -> None:
         """The first half of ``step``, for trainers that have a moment right after ``optimizer.step()``."""
-        if type(step) is not int:
-            step = check_value("Hooks.optimizer_step", "step", step, StepNumber)
+        step = _step_number("Hooks.optimizer_step", step)
         if not self._open:
             self._refuse_closed(f"step {step}")
         if step <= self._step:
@@ -189,8 +188,7 @@ class Hooks:
 
     def step_end(self, step: int) -> None:
         """The second half of ``step``."""
-        if type(step) is not int:
-            step = check_value("Hooks.step_end", "step", step, StepNumber)
+        step = _step_number("Hooks.step_end", step)
         if not self._open:
             self._refuse_closed(f"step {step}")
         if step <= self._step:
@@ -226,7 +224,8 @@ class Hooks:
             raise UsageError("ranks that are to stop together need Hooks(stop_on=...), or a hook that saves or exports")
         self._agreement.tell([_STOP])
 
-    def metric(self, step: int, **values: float) -> None:
+    @checked
+    def metric(self, step: StepNumber, **values: Number) -> None:
         """Tell the metrics of a step, saved or not, for ``keep=best("eval_loss")``. Any rank; rank 0 notes them.
 
         It may come after later steps. A later value of a step replaces an earlier one.
@@ -238,14 +237,14 @@ class Hooks:
         Raises:
             WriteError: rank 0 cannot write them beside the step directories.
         """
-        numbers = {name: float(value) for name, value in values.items()}
         for hook in self.hooks if self._rank == 0 else ():
             place = hook.parts.directory
             if place is not None and isinstance(getattr(hook, "keep", None), Retention):
                 with writing(place / METRICS_FILE, "noting metrics"):
-                    add_metrics(place, step, numbers)
+                    add_metrics(place, step, values)
 
-    def train_end(self, step: int) -> None:
+    @checked
+    def train_end(self, step: StepNumber) -> None:
         """The first half of ``close``, for trainers that do more after the last step: what is due at it is done."""
         self._ended = True
         if self.hooks and self._start.step is None and self._step == 0:
@@ -349,6 +348,14 @@ def _each(calls: Iterable[Callable[[], None]]) -> None:
             errors.append(error)
     if errors:
         raise errors[0]
+
+
+def _step_number(owner: str, step: int) -> int:
+    """The number of a step, checked. Fast for what a training loop gives."""
+    if type(step) is int and 0 <= step < 1 << 63:
+        return step
+    checked_step: int = check_value(owner, "step", step, StepNumber)
+    return checked_step
 
 
 def _occasions_of(hook: Hook) -> frozenset[Occasion]:

@@ -155,6 +155,7 @@ class EMA(Hook):
             "decay": torch.tensor(self.decay, dtype=torch.float64, device="cpu"),
         }
 
+    @checked
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any], *, allow_other_decay: bool = False) -> None:
         """Restore the average from a ``state_dict``. All ranks; communicates as ``model_state_dict`` does.
@@ -169,6 +170,8 @@ class EMA(Hook):
             UsageError: when names, shapes, sharding or decay differ. The averages are as they were before this call.
         """
         self._refuse_while_in_use("load an average")
+        if missing := [key for key in ("decay", "updates", "model") if key not in state_dict]:
+            raise UsageError(f"this is no state_dict() of EMA: it has no {', '.join(missing)}. Nothing was loaded")
         decay, loaded = float(state_dict["decay"]), state_dict["model"]
         if decay != self.decay and not allow_other_decay and self.on_other_decay == "raise":
             raise UsageError(

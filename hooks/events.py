@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
-from shardsmith.checking.arguments import checked
+from shardsmith.checking.arguments import checked, checked_fields
 from shardsmith.checking.types import LocalPath
 from shardsmith.ground.logs import Stopwatch
 from shardsmith.ground.sizes import size_text
@@ -21,6 +21,7 @@ from shardsmith.ground.sizes import size_text
 log = logging.getLogger(__name__)
 
 
+@checked_fields
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
     """Something that has ended, well or not. Rank 0 makes it, for all ranks."""
@@ -144,6 +145,7 @@ def json_lines(path: LocalPath) -> Listener:
     return append
 
 
+@checked
 def metrics_to(log: Callable[..., Any]) -> Listener:
     """Pass the numbers of each event to a tracker's function: ``log(numbers, step=step)``.
 
@@ -162,7 +164,15 @@ def metrics_to(log: Callable[..., Any]) -> Listener:
     return pass_on
 
 
-def tensorboard(writer: Any) -> Listener:
+class ScalarWriter(Protocol):
+    """What ``SummaryWriter`` of tensorboard has."""
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> object:
+        """Add one number."""
+
+
+@checked
+def tensorboard(writer: ScalarWriter) -> Listener:
     """Write the numbers of each event as scalars: ``on_event=tensorboard(SummaryWriter("run/tb"))``.
 
     Args:

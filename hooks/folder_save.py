@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from shardsmith.checking.arguments import checked
-from shardsmith.checking.types import Seconds, StepNumber
+from shardsmith.checking.types import AsPath, Seconds, StepNumber
 from shardsmith.errors import CheckpointNotFoundError, CorruptCheckpointError, MismatchError, UsageError
 from shardsmith.formats.adopt import disown
 from shardsmith.formats.folder import SHARDED_MODEL, LiveModel, record_folder
@@ -121,7 +121,8 @@ class FolderSave(Hook):
             self._buffer = None
             release_pinned()
 
-    def before_save(self, folder: Path) -> None:
+    @checked
+    def before_save(self, folder: AsPath) -> None:
         """Wait for the save in flight and remove the manifest from a folder that the trainer is about to write.
 
         All ranks; communicates. Not calling it is safe, but a trainer that writes over an old folder of the same name
@@ -134,7 +135,7 @@ class FolderSave(Hook):
         self._ranks.lead(f"preparing {folder.name}", lambda: self._withdraw(folder))
 
     @checked
-    def save(self, step: StepNumber, folder: Path) -> None:
+    def save(self, step: StepNumber, folder: AsPath) -> None:
         """Add our directory to a folder that the trainer has just written. All ranks; communicates.
 
         On return the live state may change again.
@@ -159,12 +160,14 @@ class FolderSave(Hook):
         if self.background:
             watch.released()
 
-    def has(self, folder: Path) -> bool:
+    @checked
+    def has(self, folder: AsPath) -> bool:
         """Return whether our directory is in a folder, the same on all ranks. All ranks; waits for a save in flight."""
         self.wait()
         return self._ranks.lead(f"looking into {folder.name}", lambda: is_complete(folder))
 
-    def load(self, folder: Path, *, prove: bool = True, on_missing: OnMissing = "raise") -> int:
+    @checked
+    def load(self, folder: AsPath, *, prove: bool = True, on_missing: OnMissing = "raise") -> int:
         """Verify the folder that the trainer has loaded, load the average, return the step. All ranks; communicates.
 
         It may have been saved by another number of ranks.

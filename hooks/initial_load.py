@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from shardsmith.checking.arguments import checked
-from shardsmith.checking.types import LocalPath, Seconds
+from shardsmith.checking.types import LocalPath, ModelConfig, Models, Seconds
 from shardsmith.ground.ranks import Ranks
 from shardsmith.load.buffer_reference import Fresh
 from shardsmith.load.load import load_initial, prove_buffers
@@ -43,8 +41,8 @@ class InitialLoad(Hook):
         self,
         path: LocalPath,
         *,
-        model: nn.Module | Sequence[nn.Module],
-        config: Any = None,
+        model: Models,
+        config: ModelConfig | None = None,
         fresh: Fresh | None = None,
         repair_buffers: bool = False,
         poison: bool = True,

@@ -37,7 +37,14 @@ from shardsmith.name_maps.transformers import TransformersNames
 from shardsmith.tensors.checkpoint_keys import EMA as AVERAGE
 from shardsmith.tensors.checkpoint_keys import MAIN
 from shardsmith.tensors.dtypes import parse_dtypes
-from shardsmith.tensors.fqn import clean_fqn, non_persistent_buffers, own_class, tied_weights, unwrapped
+from shardsmith.tensors.fqn import (
+    clean_fqn,
+    non_persistent_buffers,
+    own_class,
+    refuse_without_values,
+    tied_weights,
+    unwrapped,
+)
 from shardsmith.tensors.tensors import Shape, TensorSpec
 
 from .ema import EMA
@@ -144,6 +151,7 @@ class LiveState:
         known = self._known.get(directory.suffix)
         if known is not None and (models := known.models(self._model, average)) is not None:
             return models
+        refuse_without_values(self._model)
         aliases = self._view.ties() if isinstance(self._view, HeldView) else tied_weights(self._model)
         main = {name: value for name, value in model_state_dict(self._model).items() if isinstance(value, Tensor)}
         own = own_tensors(self._model, main) if self._view is None else None

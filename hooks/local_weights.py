@@ -18,7 +18,7 @@ from shardsmith.errors import UsageError
 from shardsmith.load.live_weights import model_state_dict
 from shardsmith.sharding.gathered import forget_gathered
 from shardsmith.sharding.local_boxes import local as local
-from shardsmith.tensors.fqn import clean_fqn, non_persistent_buffers, tied_weights
+from shardsmith.tensors.fqn import clean_fqn, non_persistent_buffers, refuse_without_values, tied_weights
 
 
 class LocalWeights:
@@ -40,6 +40,7 @@ class LocalWeights:
             model: The model that trains, wrapped and sharded.
             buffers: Patterns of names, or True for all floating-point buffers that a state dict holds.
         """
+        refuse_without_values(model)
         self._model = model
         self.is_fsdp1 = any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
         forget_gathered(model)
@@ -212,8 +213,6 @@ def _check_averageable(slots: Mapping[str, _Slot], is_fsdp1: bool) -> None:
     for name, slot in slots.items():
         if isinstance(slot.tensor, FlatParameter):
             raise UsageError(f"{name} is a flat parameter of FSDP1: build FSDP(..., use_orig_params=True)")
-        if slot.tensor.is_meta:
-            raise UsageError(f"{name} is on the meta device: build EMA after the weights are there")
         if is_fsdp1 and slot.tensor.dtype != torch.float32:
             raise UsageError(
                 f"{name} is {slot.tensor.dtype}: FSDP1 can save an average only through its own storage, which "

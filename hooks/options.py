@@ -10,7 +10,7 @@ from typing import Any, Literal, TypedDict, TypeVar
 from torch import Tensor
 
 from shardsmith.checking.arguments import checked_fields
-from shardsmith.checking.types import Count, LocalPath, Seconds, Size
+from shardsmith.checking.types import Count, HasFiles, LocalPath, Seconds, Size
 from shardsmith.errors import UsageError
 from shardsmith.name_maps.maps import NameMap
 
@@ -29,7 +29,7 @@ class ExportFiles:
     """Local directory with config, tokenizer and so on, which are copied; or the Hub name of a model in the local
     cache, such as ``"openai-community/gpt2"``. Without one, config.json and generation_config.json come from the live
     model, if it is one of transformers."""
-    processor: object | None = None
+    processor: HasFiles | None = None
     """Tokenizer or processor to save in each directory, instead of the base model's."""
     extra_files: Mapping[str, LocalPath] | None = None
     """More files to copy, by their name in the directory."""
@@ -113,7 +113,7 @@ class ExportOptions(TypedDict, total=False):
     """The fields of the four objects above as keywords of ``HFExport`` itself."""
 
     base_model: LocalPath | None
-    processor: object | None
+    processor: HasFiles | None
     extra_files: Mapping[str, LocalPath] | None
     extra_facts: Mapping[str, Callable[[], Any]] | None
     trust_remote_code: bool

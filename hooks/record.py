@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from shardsmith.checking.arguments import checked
-from shardsmith.checking.types import Directory, Seconds
+from shardsmith.checking.types import AsPath, Directory, Seconds, StepNumber
 from shardsmith.errors import ShardsmithError
 from shardsmith.formats.adopt import adopt, disown
 from shardsmith.ground.commit import remove, sweep
@@ -74,17 +74,19 @@ class Recorder(Hook):
         self._in_flight = SavesInFlight(self.background, self._announce_save)
         self._ranks.lead(f"preparing {self.directory}", lambda: len(sweep(self.directory)))
 
-    def begin(self, path: Path) -> None:
+    @checked
+    def begin(self, path: AsPath) -> None:
         """Note that a save into ``path`` begins: a directory that is there already loses its manifest.
 
         All ranks, before anything is written; communicates through the store. Raises RankFailedError.
         """
         self._ranks.lead(f"preparing {path.name}", lambda: path.exists() and disown(path))
 
+    @checked
     def saved(
         self,
-        step: int,
-        path: Path,
+        step: StepNumber,
+        path: AsPath,
         end: Future[Any] | None,
         mesh: Mapping[str, Any] | None = None,
         *,

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from shardsmith.checking.arguments import checked
-from shardsmith.checking.types import Count, Positive
+from shardsmith.checking.arguments import checked, checked_fields
+from shardsmith.checking.types import Count, NotNegative, Positive, StepNumber
 from shardsmith.errors import UsageError
 from shardsmith.ground.layout import step_name
 
@@ -38,6 +38,7 @@ class Best:
         return {*ranked[: self.count], *(step for step in steps if step > max(known, default=-1))}
 
 
+@checked_fields
 @dataclass(frozen=True, slots=True, repr=False)
 class Retention:
     """The steps that are kept, joined by ``|``.
@@ -52,10 +53,10 @@ class Retention:
         conditions: A step for which any of these is true is kept.
     """
 
-    newest: int = 0
-    multiples: frozenset[int] = frozenset()
+    newest: StepNumber = 0
+    multiples: frozenset[Count] = frozenset()
     bests: frozenset[Best] = frozenset()
-    newer_secs: float = 0.0
+    newer_secs: NotNegative = 0.0
     conditions: frozenset[Callable[[int], bool]] = frozenset()
 
     def keep(self, steps: Sequence[int], directory: Path | None = None) -> set[int]:
@@ -80,7 +81,8 @@ class Retention:
         """Return what to write instead of a value that is no policy; None if that is not clear."""
         if isinstance(value, int) and value > 0 and not isinstance(value, bool):
             return f"latest({value})"
-        return "None, which keeps all" if value in (0, -1, "all") else None
+        keeps_all = isinstance(value, int | str) and value in (0, -1, "all")
+        return "None, which keeps all" if keeps_all else None
 
     def __or__(self, other: Retention) -> Retention:
         """Keeps what either keeps."""
@@ -92,6 +94,14 @@ class Retention:
             self.bests | other.bests,
             max(self.newer_secs, other.newer_secs),
             self.conditions | other.conditions,
+        )
+
+    def __bool__(self) -> bool:
+        """Raise UsageError: ``and``, ``or`` and ``not`` would take one of two policies and drop the other."""
+        raise UsageError(
+            f"{self!r} is neither true nor false: join what to keep with |, as in latest(3) | multiples_of(10_000), "
+            "which keeps what either keeps; `and` and `or` would drop one of the two. For a policy that may be None, "
+            "write `is not None`"
         )
 
     def __repr__(self) -> str:

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim import Optimizer
 
 from shardsmith.checking.arguments import checked
-from shardsmith.checking.types import Directory, LocalPath, StepNumber
+from shardsmith.checking.types import Directory, LocalPath, Scheduler, StepNumber
 from shardsmith.errors import CheckpointNotFoundError, RankFailedError, UsageError
 from shardsmith.ground.commit import prove_writable, remove, sweep
 from shardsmith.ground.layout import step_name
@@ -69,7 +69,7 @@ class ShardedSave(Hook):
         model: nn.Module,
         when: Schedule,
         optimizer: Optimizer | Iterable[Optimizer] | None = None,
-        scheduler: Stateful | None = None,
+        scheduler: Scheduler | None = None,
         ema: EMA | None = None,
         stateful: Mapping[str, Stateful | PerRank] | None = None,
         keep: Retention | None = None,
@@ -239,7 +239,8 @@ class ShardedSave(Hook):
         self._replicas.look(phase, self._state.replicated(contents.state_dict))
         return contents
 
-    def saving(self, step: int) -> Future[Path]:
+    @checked
+    def saving(self, step: StepNumber) -> Future[Path]:
         """Return the save of a step, in flight or done. No communication; waits for copies that are being made.
 
         Raises:

@@ -9,13 +9,14 @@ import signal
 from dataclasses import dataclass
 from pathlib import Path
 
-from shardsmith.checking.arguments import checked
-from shardsmith.checking.types import Count, LocalPath, Positive
+from shardsmith.checking.arguments import checked, checked_fields
+from shardsmith.checking.types import Count, LocalPath, Positive, StepNumber
 from shardsmith.errors import UsageError
 
 from .occasions import FileAppeared, Minutes, Occasion, SignalCame
 
 
+@checked_fields
 @dataclass(frozen=True, slots=True, repr=False)
 class Schedule:
     """The steps at which something is due, joined by ``|``.
@@ -30,8 +31,8 @@ class Schedule:
             after the same step.
     """
 
-    periods: frozenset[int] = frozenset()
-    steps: frozenset[int] = frozenset()
+    periods: frozenset[Count] = frozenset()
+    steps: frozenset[StepNumber] = frozenset()
     at_last: bool = False
     occasions: frozenset[Occasion] = frozenset()
 
@@ -69,6 +70,14 @@ class Schedule:
             self.steps | other.steps,
             self.at_last or other.at_last,
             self.occasions | other.occasions,
+        )
+
+    def __bool__(self) -> bool:
+        """Raise UsageError: ``and``, ``or`` and ``not`` would take one of two schedules and drop the other."""
+        raise UsageError(
+            f"{self!r} is neither true nor false: join schedules with |, as in every(500) | last(), which is due "
+            "whenever either is; `and` and `or` would drop one of the two. For a schedule that may be None, write "
+            "`is not None`"
         )
 
     def __repr__(self) -> str:

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from shardsmith.errors import RanksDisagreeError, UsageError
 from shardsmith.ground.layout import parse_step, step_name
 from shardsmith.ground.meeting import meet
 from shardsmith.ground.ranks import Ranks, rank_and_size
 from shardsmith.manifest.checkpoints import committed_steps
-from shardsmith.tensors.fqn import clean_fqn
+from shardsmith.tensors.fqn import refuse_without_values
 
 if TYPE_CHECKING:
     from .hook import Hook
@@ -171,13 +170,10 @@ def _without_weights(hooks: Sequence[Hook]) -> list[str]:
     models = {id(hook.parts.model): hook.parts.model for hook in hooks if hook.parts.model is not None}
     problems = []
     for model in models.values():
-        empty = [name for name, parameter in model.named_parameters() if is_lazy(parameter) or parameter.is_meta]
-        if empty:
-            problems.append(
-                f"{len(empty)} parameters of {type(model).__name__} have no values yet, such as "
-                f"{clean_fqn(empty[0], model)}: they are on the meta device, or lazy. Materialize the model first, "
-                "with to_empty(device=...) and its weights, or a forward of a lazy one"
-            )
+        try:
+            refuse_without_values(model)
+        except UsageError as error:
+            problems.append(str(error))
     return problems
 
 

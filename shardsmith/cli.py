@@ -92,7 +92,7 @@ def _refuse_urls(options: Sequence[str]) -> None:
 
     for before, option in zip(["", *options], options, strict=False):
         name, _, value = option.partition("=") if option.startswith("-") else (before, "", option)
-        if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", value):
+        if re.match(r"(?:[A-Za-z0-9+.-]+::)*[A-Za-z][A-Za-z0-9+.-]*://", value):
             check_value("shardsmith", name if name.startswith("-") else "path", value, LocalPath)
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from shardsmith.checking.arguments import checked
+from shardsmith.checking.types import LocalPath
 from shardsmith.errors import CheckpointError
 from shardsmith.formats.by_path import DCP, SHARDED, UNKNOWN, KnownCheckpoint, known_checkpoint
 from shardsmith.formats.dcp.index import read_index
@@ -62,7 +64,8 @@ class Inspection:
     """What is wrong, one line each; empty if nothing was found."""
 
 
-def inspect_checkpoint(path: str | Path, *, verify: bool = False) -> Inspection:
+@checked
+def inspect_checkpoint(path: LocalPath, *, verify: bool = False) -> Inspection:
     """Look into a checkpoint of any format. Reads indexes and headers; with ``verify`` every byte, against its hashes.
 
     Only our own checkpoints, and a trainer's folders with ours in them, have hashes of their files.

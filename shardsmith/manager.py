@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
-from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim import Optimizer
 
 from shardsmith.checking.arguments import checked
-from shardsmith.checking.types import Decay, Directory, Seconds, StepNumber
+from shardsmith.checking.types import Decay, Directory, LocalPath, Scheduler, Seconds, StepNumber
 from shardsmith.errors import (
     CheckpointNotFoundError,
     IncompleteCheckpointError,
@@ -76,7 +75,7 @@ class ShardedCheckpointManager:
         *,
         model: nn.Module,
         optimizer: Optimizer | Iterable[Optimizer] | None = None,
-        scheduler: Stateful | None = None,
+        scheduler: Scheduler | None = None,
         ema: Average | nn.Module | None = None,
         ema_decay: Decay | None = None,
         ema_start_step: StepNumber = 0,
@@ -175,9 +174,10 @@ class ShardedCheckpointManager:
             raise IncompleteCheckpointError(self.directory, f"every checkpoint is damaged: {', '.join(damaged)}")
         return None
 
+    @checked
     def load_sharded_checkpoint(
         self,
-        path: str | Path | None = None,
+        path: LocalPath | None = None,
         *,
         load_model: bool = True,
         load_ema: bool = True,
@@ -240,9 +240,10 @@ class ShardedCheckpointManager:
             )
         return self._logged(loaded)
 
+    @checked
     def load_hf_checkpoint(
         self,
-        path: str | Path,
+        path: LocalPath,
         *,
         load_ema: bool = True,
         load_ema_from_main: bool = False,

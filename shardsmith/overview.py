@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from shardsmith.checking.arguments import checked
+from shardsmith.checking.types import AsPath, LocalPath
 from shardsmith.errors import CheckpointError, CheckpointNotFoundError
 from shardsmith.formats.by_path import HUGGINGFACE, UNKNOWN, detect_checkpoint_format, model_names
 from shardsmith.ground import layout
@@ -90,7 +92,8 @@ def is_run(path: Path) -> bool:
     return path.is_dir() and any(_steps_of(path)) and detect_checkpoint_format(path).name == UNKNOWN
 
 
-def inspect_run(path: str | Path, *, verify: bool = False) -> RunOverview:
+@checked
+def inspect_run(path: LocalPath, *, verify: bool = False) -> RunOverview:
     """Summarise every step in a run's folder, or one level below it, as in ``run/checkpoints`` and ``run/hf``.
 
     Args:
@@ -114,7 +117,8 @@ def inspect_run(path: str | Path, *, verify: bool = False) -> RunOverview:
     )
 
 
-def newest_step(path: Path, step: int | None = None) -> Path:
+@checked
+def newest_step(path: AsPath, step: int | None = None) -> Path:
     """Return the checkpoint of a step in a run's folder: the newest that is complete, or the one that is asked for.
 
     Sizes are compared with what is recorded, contents are not. What is half-written is passed over. Exports are taken

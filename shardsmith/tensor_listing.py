@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from shardsmith.checking.arguments import checked
+from shardsmith.checking.types import LocalPath
 from shardsmith.errors import CheckpointNotFoundError
 from shardsmith.formats.by_path import model_names, open_source
 from shardsmith.ground.progress import advance
@@ -51,7 +53,8 @@ class ListedTensor:
     statistics: Statistics | None
 
 
-def list_tensors(path: str | Path, patterns: Sequence[str] = (), *, statistics: bool = False) -> list[ListedTensor]:
+@checked
+def list_tensors(path: LocalPath, patterns: Sequence[str] = (), *, statistics: bool = False) -> list[ListedTensor]:
     """List the tensors of all models in a checkpoint, in file order. No communication.
 
     Args:

@@ -41,6 +41,7 @@ from shardsmith.tensors.fqn import clean_fqn, matches, own_class
 from .inner import find_held, held_alone, recorded_config
 from .names import RunNames
 from .options import CheckpointHooks
+from .resumable import refuse_unlike
 from .rope import Reference
 from .settings import Source, faults_on_all, find_source, quoted
 from .steps import DamagedStepError, only_recorded
@@ -93,7 +94,7 @@ class LoadWatch:
         """
         if not self._is_initial(checkpoint):
             self._say_what_is_not_used(checkpoint)
-            self._ranks.gather(f"looking at {checkpoint}", lambda: _refuse_weights_only(state_dict, checkpoint))
+            self._ranks.gather(f"looking at {checkpoint}", lambda: refuse_unlike(state_dict, checkpoint))
             return state_dict
         self._compare_settings(checkpoint)
         absent: list[str] = []
@@ -322,21 +323,6 @@ def without_absent(state_dict: dict[str, Any], checkpoint: Path, keys: Sequence[
     if absent:
         log.warning("%s holds no average: it starts from the weights that are loaded", checkpoint)
     return {key: value for key, value in state_dict.items() if key not in absent}
-
-
-def _refuse_weights_only(state_dict: Mapping[str, Any], checkpoint: Path) -> None:
-    """Raise MismatchError unless a step holds all that a run needs to go on, part by part."""
-    index = read_index(checkpoint)
-    stored = {key.split(".", 1)[0] for key in (*index.tensors, *index.objects)}
-    absent = [key for key, value in state_dict.items() if not isinstance(value, Tensor) and key not in stored]
-    if absent:
-        raise MismatchError(
-            checkpoint,
-            "a run cannot go on from this step",
-            [f"{key}: not in it" for key in absent],
-            "Nothing was loaded. A last step has weights only unless checkpoint.last_save_model_only is off. Go on "
-            "from an earlier one with checkpoint.load_step, or start a new run from this one with initial_load_path.",
-        )
 
 
 def _make_0_2(kind: Any, arguments: Any) -> nn.Module:

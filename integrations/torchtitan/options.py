@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from shardsmith.checking.arguments import check_value
+from shardsmith.checking.types import LocalPath
 from shardsmith.errors import UsageError
 
 
@@ -125,6 +127,11 @@ class CheckpointHooks:
                 problems.append(f'export_models="{self.export_models}" needs ema_decay')
         if self.export_lora == "adapter" and self.export_verify == "load":
             problems.append('export_verify="load" loads whole models: it goes with export_lora="merged"')
+        for name in ("export_folder", "export_base_model"):
+            try:
+                check_value("", name, getattr(self, name), LocalPath | None)
+            except UsageError as error:
+                problems.append(str(error).removeprefix(": ").removesuffix(" Nothing was done."))
         if self.timeout_secs <= 0:
             problems.append(f"timeout_secs={self.timeout_secs}: a positive number of seconds is expected")
         if not self.exports:

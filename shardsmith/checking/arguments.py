@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, Unpack, cast, get_args, get_origin, get_type_hints
 
 from shardsmith.checking.types import RefusedError, convert, nearest, shown
@@ -41,8 +41,9 @@ def checked(function: F) -> F:
             _refuse_unknown(function, signature, kwargs)
         except TypeError as error:
             raise TypeError(_explain(function, signature, kwargs, error)) from None
-        owner = type(args[0]).__name__ if is_method and function.__name__ == "__init__" else function.__name__
-        bound.arguments = _converted(owner, signature, _hints(function), bound.arguments)
+        bound.arguments = _converted(
+            _owner(function, args if is_method else ()), signature, _hints(function), bound.arguments
+        )
         return function(*bound.args, **bound.kwargs)
 
     return cast(F, call)
@@ -81,6 +82,14 @@ def check_value(owner: str, name: str, value: Any, hint: Any) -> Any:
     converted, problems = _check({name: hint}, {name: value})
     _raise(owner, problems)
     return converted[name]
+
+
+def _owner(function: Callable[..., Any], instance: Sequence[Any]) -> str:
+    """What to call a function in an error: ``every``, ``EMA``, ``ShardedSave.save``."""
+    if not instance:
+        return function.__name__
+    cls = type(instance[0]).__name__
+    return cls if function.__name__ == "__init__" else f"{cls}.{function.__name__}"
 
 
 def _converted(

@@ -12,7 +12,7 @@ import signal
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Protocol, Union, get_args, get_origin
 
 import torch
 
@@ -20,7 +20,11 @@ from shardsmith.errors import UsageError
 from shardsmith.ground.sizes import parse_size
 from shardsmith.tensors.dtypes import parse_dtypes
 
-_REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # Path("s3://a/b") is "s3:/a/b"
+_REMOTE = re.compile(r"(?:[A-Za-z0-9+.-]+::)*(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):/")  # Path("s3://a/b") is "s3:/a/b"
+_LONGEST_NAME = 255
+"""Bytes of a file's name on the usual file systems."""
+_MOST = (1 << 63) - 1
+"""The largest number that torch, JSON readers and names of files can hold."""
 
 
 class RefusedError(Exception):
@@ -41,6 +45,15 @@ class RefusedError(Exception):
 
 def convert(value: Any, hint: Any) -> Any:
     """Return the value as its annotation wants it. Raises RefusedError."""
+    try:
+        return _converted(value, hint)
+    except RefusedError:
+        raise
+    except Exception as error:  # of the value's own methods, such as __eq__ or __iter__
+        raise RefusedError(value, f"{name_of(hint)} is expected, and this raises {type(error).__name__}") from error
+
+
+def _converted(value: Any, hint: Any) -> Any:
     origin = get_origin(hint)
     if hint is Any or hint is object or isinstance(hint, str):
         return value
@@ -81,7 +94,7 @@ def shown(value: object) -> str:
         return text if len(text) <= 80 else f"{text[:77]}..."
     if isinstance(value, torch.dtype):
         return str(value)
-    if isinstance(value, torch.Tensor) and value.numel() == 1:
+    if isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_meta:
         return f"tensor({value.item()})"
     if isinstance(value, list | tuple | set | frozenset) and all(isinstance(one, str | int | float) for one in value):
         return reprlib.repr(value)
@@ -120,7 +133,7 @@ def _choice(value: Any, allowed: Sequence[Any]) -> Any:
 
 def _int(value: Any) -> int:
     """Whole numbers of every kind. A float or tensor such as 1e3 counts as the whole number that it is."""
-    if not isinstance(value, bool):
+    if not _is_bool(value):
         try:
             return operator.index(value)
         except (TypeError, ValueError):
@@ -131,8 +144,15 @@ def _int(value: Any) -> int:
 
 
 def _float(value: Any) -> float:
-    number = None if isinstance(value, bool) else _float_or_none(value)
+    number = None if _is_bool(value) else _float_or_none(value)
     if number is None or math.isnan(number):
+        raise RefusedError(value, "a number is expected")
+    return number
+
+
+def _number_or_nan(value: Any) -> float:
+    number = None if _is_bool(value) else _float_or_none(value)
+    if number is None:
         raise RefusedError(value, "a number is expected")
     return number
 
@@ -147,9 +167,13 @@ def _float_or_none(value: Any) -> float | None:
 
 
 def _bool(value: Any) -> bool:
-    if isinstance(value, bool) or type(value).__name__ in ("bool_", "bool"):  # numpy's
+    if _is_bool(value):
         return bool(value)
     raise RefusedError(value, "True or False is expected")
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool) or type(value).__name__ in ("bool_", "bool")  # numpy's
 
 
 def _str(value: Any) -> str:
@@ -163,9 +187,9 @@ def _none(value: Any) -> None:
         raise RefusedError(value, "None is expected")
 
 
-def _path(value: Any) -> Any:
-    if isinstance(value, os.PathLike):
-        return value
+def _path(value: Any) -> Path:
+    if isinstance(value, str | os.PathLike):
+        return Path(value)
     raise RefusedError(value, "a path is expected")
 
 
@@ -173,8 +197,8 @@ def _signal(value: Any) -> signal.Signals:
     if isinstance(value, str) and value in signal.Signals.__members__:
         raise RefusedError(value, f"{name_of(signal.Signals)} is expected; write signal.{value}", has_cure=True)
     try:
-        return signal.Signals(value)
-    except ValueError:
+        return signal.Signals(_int(value))
+    except (ValueError, RefusedError):
         raise RefusedError(value, f"{name_of(signal.Signals)} is expected") from None
 
 
@@ -201,9 +225,10 @@ def _items(value: Any, hint: Any) -> Any:
     item_hint = (get_args(hint) or (Any,))[0]
     if isinstance(value, str) and item_hint is str:
         raise RefusedError(value, f"a list of strings is expected; write [{value!r}]", has_cure=True)
-    if isinstance(value, str | bytes | Mapping | torch.nn.Module) or not isinstance(value, Iterable):
+    if isinstance(value, str | bytes | Mapping | torch.nn.Module | torch.Tensor) or not isinstance(value, Iterable):
         raise RefusedError(value, f"{name_of(hint)} is expected")
-    return [_within(f"[{i}]", one, item_hint) for i, one in enumerate(value)]
+    items = [_within(f"[{i}]", one, item_hint) for i, one in enumerate(value)]
+    return frozenset(items) if get_origin(hint) is frozenset else items
 
 
 def _within(where: str, value: Any, hint: Any) -> Any:
@@ -291,12 +316,15 @@ def _local(value: str | Path) -> Path:
     text = os.fspath(value)
     if not text:
         raise RefusedError(value, 'a path is expected; "." is the current directory', has_cure=True)
-    if scheme := _REMOTE.match(text):
-        name = scheme[0].removesuffix("/")
-        cure = "write the path alone" if name == "file:" else "give a path of a file system that is mounted here"
-        raise RefusedError(value, f"{name}// is not supported; {cure}", has_cure=True)
+    if remote := _REMOTE.match(text):
+        scheme = remote["scheme"]
+        cure = "write the path alone" if scheme == "file" else "give a path of a file system that is mounted here"
+        raise RefusedError(value, f"{scheme}:// is not supported; {cure}", has_cure=True)
     if text.startswith("~"):
         raise RefusedError(value, f"~ is not expanded; write {os.path.expanduser(text)!r}", has_cure=True)
+    if "\0" in text or any(len(os.fsencode(name)) > _LONGEST_NAME for name in text.split(os.sep)):
+        names = f"names without NUL, of {_LONGEST_NAME} bytes at most"
+        raise RefusedError(value, f"a path is expected, which consists of {names}", has_cure=True)
     return Path(value)
 
 
@@ -329,16 +357,73 @@ def _dtype(value: Any) -> Any:
 
 LocalPath = Annotated[str | Path, _local]
 """A path of this machine; what is there is not looked at."""
+AsPath = Annotated[Path, _local]
+"""As ``LocalPath``, for code that goes on with a ``Path``; strings are taken all the same."""
 Directory = Annotated[str | Path, _directory]
 """A directory of this machine, there or to be made."""
-Count = Annotated[int, _number("a whole number from 1 on", lambda number: number >= 1)]
+Count = Annotated[int, _number("a whole number from 1 on", lambda number: 1 <= number <= _MOST)]
 """1, 2, ..."""
-StepNumber = Annotated[int, _number("a whole number from 0 on", lambda number: number >= 0)]
+StepNumber = Annotated[int, _number("a whole number from 0 on", lambda number: 0 <= number <= _MOST)]
 """0, 1, ..."""
 Positive = Annotated[float, _number("a number above 0", lambda number: number > 0)]
 """A number above 0."""
+Number = Annotated[Any, _number_or_nan]
+"""A measured number: NaN is one, too."""
+NotNegative = Annotated[float, _number("a number from 0 on", lambda number: number >= 0)]
+"""0 or a number above."""
 Seconds = Annotated[float, _number("a number of seconds above 0", lambda number: number > 0)]
 """A time in seconds; may be infinite."""
+
+
+class HasState(Protocol):
+    """As torch's ``Stateful``, whose import would bring all of ``torch.distributed.checkpoint``."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a state."""
+
+
+class HasConfigDict(Protocol):
+    """A config of transformers."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return its settings."""
+
+
+class HasFiles(Protocol):
+    """A tokenizer or processor of transformers."""
+
+    def save_pretrained(self, save_directory: Any) -> object:
+        """Write its files into a directory."""
+
+
+_NAMES |= {
+    HasState: "an object with state_dict and load_state_dict",
+    HasConfigDict: "a config of transformers",
+    HasFiles: "a tokenizer or processor with save_pretrained",
+}
+
+
+def _scheduler(value: Any) -> Any:
+    if isinstance(value, torch.optim.Optimizer | torch.nn.Module):
+        raise RefusedError(value, "a schedule of the learning rate is expected", has_cure=True)
+    return value
+
+
+def _not_empty(value: Any) -> Any:
+    if isinstance(value, list) and not value:
+        raise RefusedError(value, "at least one is expected", has_cure=True)
+    return value
+
+
+Scheduler = Annotated[HasState, _scheduler]
+"""A learning rate schedule; it could be mistaken for the optimizer, which has the same methods."""
+ModelConfig = LocalPath | Mapping[str, Any] | HasConfigDict
+"""What a model is to compute: a config of transformers, its dict, or a directory with a config.json."""
+Models = Annotated[torch.nn.Module | Sequence[torch.nn.Module], _not_empty]
+"""A model, or all parts of it that this rank has."""
 Decay = Annotated[float, _number("a number from 0 to below 1 (1 would never move the average)", lambda d: 0 <= d < 1)]
 """The decay of an average."""
 Size = Annotated[str | int, _size]

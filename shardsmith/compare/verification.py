@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from shardsmith.checking.arguments import checked
+from shardsmith.checking.types import AsPath
 from shardsmith.compare.alignment import aligned_source
 from shardsmith.compare.class_ties import class_ties
 from shardsmith.compare.values import TensorComparison, compare_sources, same_as, scan_source
@@ -101,7 +103,8 @@ class VerifyOptions:
     """Whether the values of one may be those of the other, rounded to its dtype."""
 
 
-def verify(left: Path, right: Path, options: VerifyOptions | None = None) -> Verification:
+@checked
+def verify(left: AsPath, right: AsPath, options: VerifyOptions | None = None) -> Verification:
     """Compare two checkpoints.
 
     Raises:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
+from shardsmith.checking.arguments import checked
+from shardsmith.checking.types import AsPath
 from shardsmith.compare.findings import LEVELS, Diagnosis, Level, Looked
 from shardsmith.diagnose.questions import Questions
 from shardsmith.diagnose.structure import look_at_structure, unreadable
@@ -14,7 +15,8 @@ from shardsmith.errors import CheckpointError
 from shardsmith.formats.by_path import detect_checkpoint_format
 
 
-def diagnose(checkpoint: Path, model: Path, questions: Questions) -> Diagnosis:
+@checked
+def diagnose(checkpoint: AsPath, model: AsPath, questions: Questions) -> Diagnosis:
     """Compare a checkpoint with a Hugging Face model. Writes nothing, downloads nothing.
 
     Raises:

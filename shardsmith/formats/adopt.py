@@ -12,6 +12,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from shardsmith.checking.arguments import checked
+from shardsmith.checking.types import AsPath
 from shardsmith.formats.dcp.source import DcpSource
 from shardsmith.formats.describe import Measured, describe
 from shardsmith.ground import layout
@@ -26,8 +28,9 @@ log = logging.getLogger(__name__)
 _SHARD = re.compile(r"__([0-9]{1,9})_[0-9]{1,9}\.distcp")
 
 
+@checked
 def adopt(
-    directory: Path,
+    directory: AsPath,
     *,
     step: int,
     ema: dict[str, Any] | None = None,

@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from shardsmith.checking.arguments import checked
+from shardsmith.checking.types import LocalPath
 from shardsmith.errors import CheckpointNotFoundError, IncompleteCheckpointError, UnsupportedFormatError
 from shardsmith.formats.bagel import BAGEL_READER, FORK_READER
 from shardsmith.formats.dcp.index import read_index
@@ -121,7 +123,8 @@ def known_checkpoint(path: str | Path | KnownCheckpoint) -> KnownCheckpoint:
     return path if isinstance(path, KnownCheckpoint) else KnownCheckpoint(Path(path), *_detect(Path(path)))
 
 
-def detect_checkpoint_format(path: str | Path) -> DetectedFormat:
+@checked
+def detect_checkpoint_format(path: LocalPath) -> DetectedFormat:
     """Find out what a file or directory holds. Reads names, headers and indexes, no weights; runs no code of it.
 
     Raises:

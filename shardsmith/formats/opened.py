@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from shardsmith.checking.arguments import checked
+from shardsmith.checking.types import AsPath
 from shardsmith.errors import UnsupportedFormatError
 from shardsmith.formats.by_path import DCP, SHARDED, KnownCheckpoint, known_checkpoint
 from shardsmith.formats.dcp.source import DcpSource
@@ -53,7 +55,8 @@ class OpenedCheckpoint:
             model.close()
 
 
-def open_checkpoint(path: Path) -> OpenedCheckpoint:
+@checked
+def open_checkpoint(path: AsPath) -> OpenedCheckpoint:
     """Open all models of a checkpoint. Reads names, headers and indexes; no weights.
 
     Raises:

@@ -29,6 +29,7 @@ _FIRST_PAUSE_SECS, _LONGEST_PAUSE_SECS = 2e-4, 0.1
 _RANKS_PER_PAUSE = 64  # that many ask at full pace; more ask more rarely, so that the store's server can keep up
 _SLICE_SECS = 1.0
 _ASKED_AT_ONCE = 64
+_chance = random.Random()  # the training's own generator must go on as if nobody had waited
 _LONG_SECS = 86400.0  # stores count milliseconds in 32 bits
 _PREFIX = "shardsmith/alive"
 _current: _Answering | None = None
@@ -126,7 +127,7 @@ def _are_there(store: Any, keys: list[str], until: float) -> bool:
 def _require_life(store: Any, pending: list[str], rank_of: Mapping[str, int], limit_secs: float) -> None:
     """Raise SilenceError if one of the ranks that are missing has died, or if the store is gone."""
     try:
-        asked = random.sample(pending, min(len(pending), _ASKED_AT_ONCE))
+        asked = _chance.sample(pending, min(len(pending), _ASKED_AT_ONCE))
         dead = find_dead([rank_of[key] for key in asked if not store.check([key])], store, limit_secs)
     except RuntimeError as lost:
         raise SilenceError([], LOST) from lost

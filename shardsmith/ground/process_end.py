@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from shardsmith.errors import UsageError
 from shardsmith.ground.liveness import SilenceError, await_keys
 from shardsmith.ground.ranks import own_connection, rank_and_size
 
@@ -37,7 +38,12 @@ def finish(timeout_secs: float = 60.0) -> None:
 
     Args:
         timeout_secs: How long to wait for the other ranks. Then this rank ends its groups all the same, and logs it.
+
+    Raises:
+        UsageError: ``timeout_secs`` is no number above 0.
     """
+    if not isinstance(timeout_secs, int | float) or isinstance(timeout_secs, bool) or not timeout_secs > 0:
+        raise UsageError(f"finish: timeout_secs={repr(timeout_secs)[:80]}: a number of seconds above 0 is expected")
     if not (dist.is_available() and dist.is_initialized()):
         return
     gc.collect()  # FSDP1 modules are reference cycles that hold groups

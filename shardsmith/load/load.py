@@ -16,6 +16,8 @@ from typing import Any
 
 from torch import nn
 
+from shardsmith.checking.arguments import checked
+from shardsmith.checking.types import LocalPath, ModelConfig, Models
 from shardsmith.errors import InitialLoadError
 from shardsmith.ground.ranks import Ranks
 from shardsmith.load.buffer_reference import BufferReference, Fresh, find_reference
@@ -32,11 +34,12 @@ from shardsmith.tensors.fqn import matches
 log = logging.getLogger(__name__)
 
 
+@checked
 def load_initial(
-    path: str | Path,
+    path: LocalPath,
     *,
-    model: nn.Module | Sequence[nn.Module],
-    config: Any = None,
+    model: Models,
+    config: ModelConfig | None = None,
     fresh: Fresh | None = None,
     repair_buffers: bool = False,
     poison: bool = True,
@@ -82,11 +85,12 @@ def load_initial(
         return load.prove(names, repair_buffers, allowed[0], loaded=True)
 
 
+@checked
 def prove_loaded(
-    model: nn.Module | Sequence[nn.Module],
-    path: str | Path,
+    model: Models,
+    path: LocalPath,
     *,
-    config: Any = None,
+    config: ModelConfig | None = None,
     fresh: Fresh | None = None,
     repair_buffers: bool = False,
     allow_missing: Sequence[str] = (),
@@ -173,7 +177,8 @@ def prove_buffers(
     return list(repaired)
 
 
-def poison_weights(model: nn.Module | Sequence[nn.Module], *, spare: Sequence[str] = ()) -> None:
+@checked
+def poison_weights(model: Models, *, spare: Sequence[str] = ()) -> None:
     """Overwrite the weights of a model before other code loads them: floating point with NaN, integers with 0x5A.
 
     All ranks call it; communicates under FSDP1 only.

@@ -6,6 +6,8 @@ import functools
 import logging
 from pathlib import Path
 
+from shardsmith.checking.arguments import checked
+from shardsmith.checking.types import LocalPath
 from shardsmith.errors import CheckpointError
 from shardsmith.ground.ranks import Ranks
 from shardsmith.manifest.companion import find_folder_damage, is_complete, read_folder_record
@@ -13,7 +15,8 @@ from shardsmith.manifest.companion import find_folder_damage, is_complete, read_
 log = logging.getLogger(__name__)
 
 
-def last_checkpoint(parent: str | Path, *, verify: bool = False) -> str | None:
+@checked
+def last_checkpoint(parent: LocalPath, *, verify: bool = False) -> str | None:
     """Return the folder of the latest step in ``parent`` that trainer and hooks both completed; None without any.
 
         trainer.train(resume_from_checkpoint=last_checkpoint("out"))

@@ -28,7 +28,7 @@ from shardsmith.run_state.rng import rng_state, set_rng_state
 from shardsmith.run_state.save import RNG, Contents
 from shardsmith.run_state.saved_structure import INT_KEYS, with_text_keys
 from shardsmith.tensors.checkpoint_keys import NOT_A_MODEL
-from shardsmith.tensors.fqn import clean_fqn
+from shardsmith.tensors.fqn import clean_fqn, refuse_without_values
 
 _OURS = frozenset({"model", "optimizer", "lr_scheduler", "ema_model", "ema_state", "train_state", RNG})
 
@@ -130,6 +130,8 @@ class TrainState:
             UsageError: the model's names cannot be told from the rest of the checkpoint; or, unless it is to be filled,
                 a value could not be read again.
         """
+        if not to_load:
+            refuse_without_values(self._model)
         found = self._ask(to_load)
         main = found.model
         state: dict[str, Any] = {"model": main} if self._nested else self._flat(main)

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
+from shardsmith.errors import UsageError
 from shardsmith.tensors.wrappers import DDP, WRAPPERS
 
 
@@ -51,6 +53,17 @@ def own_class(model: nn.Module) -> type[nn.Module]:
 def matches(name: str, patterns: Iterable[str]) -> bool:
     """Return whether a name is like any of the patterns, as those of a shell."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def refuse_without_values(model: nn.Module) -> None:
+    """Raise UsageError, naming one, if parameters have no values yet: on the meta device, or lazy."""
+    empty = [name for name, parameter in model.named_parameters() if is_lazy(parameter) or parameter.is_meta]
+    if empty:
+        raise UsageError(
+            f"{len(empty)} parameters of {type(model).__name__} have no values yet, such as "
+            f"{clean_fqn(empty[0], model)}: they are on the meta device, or lazy. Materialize the model first, "
+            "with to_empty(device=...) and its weights, or a forward of a lazy one"
+        )
 
 
 def tied_weights(model: nn.Module) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -81,6 +82,15 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
     "remote exports": (export(directory="hf://me/model"), "hf:// is not supported"),
     "a remote base": (export(base_model="s3://bucket/base"), "base_model='s3://bucket/base': s3:// is not supported"),
     "models that are none": (export(models="each"), 'models=\'each\': "main" or "ema" or "both" or "all" is expected'),
+    "a chain of remote paths": (save(directory="simplecache::s3://bucket/run"), "s3:// is not supported"),
+    "an optimizer for a scheduler": (save(scheduler=OPTIMIZER), "a schedule of the learning rate is expected"),
+    "two schedules joined by and": (lambda: every(5) and last(), "join schedules with |"),
+    "two schedules joined by or": (lambda: every(5) or last(), "join schedules with |"),
+    "two policies joined by and": (lambda: latest(3) and multiples_of(5), "join what to keep with |"),
+    "a processor without files": (
+        export(processor=3),
+        "processor with save_pretrained or None is expected",
+    ),
     "half a word": (export(models="man"), 'did you mean "main"?'),
     "a place that is none": (export(ema_as="dir"), 'did you mean "directory"?'),
     "what to do when busy": (export(when_busy="drop"), '"wait" or "skip" or "raise" is expected'),
@@ -128,6 +138,24 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
     "a step that is none": (lambda: Hooks().step(1.5), "Hooks.step: step=1.5: a whole number is expected"),  # type: ignore[arg-type]
     "a step before the first": (lambda: Hooks().step(np.int64(-1)), "a whole number from 0 on is expected"),  # type: ignore[arg-type]
 }
+
+
+def on_meta() -> nn.Module:
+    with torch.device("meta"):
+        return nn.Linear(2, 2)
+
+
+@pytest.mark.parametrize("make", [on_meta, lambda: nn.LazyLinear(2)], ids=["meta", "lazy"])
+def test_a_model_without_values_is_named_also_without_hooks(make: Callable[[], nn.Module], tmp_path: Path) -> None:
+    model = make()
+    save = ShardedSave(tmp_path / "steps", model=model, when=every(5))
+    export = HFExport(tmp_path / "hf", model=model, when=every(5))
+    manager = ShardedCheckpointManager(tmp_path / "own", model=model)
+    calls = (partial(save.save, 1), partial(export.export, 1), partial(manager.save_sharded_checkpoint, 1))
+    for call in (*calls, lambda: EMA(model)):
+        with pytest.raises(UsageError, match="no values yet, such as weight: they are on the meta device, or"):
+            call()
+    assert not list(tmp_path.glob("*/*"))
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

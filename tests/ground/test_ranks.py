@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import random
 import threading
 import time
 from collections.abc import Callable
@@ -301,3 +302,11 @@ def test_waiting_for_a_slow_rank_prints_nothing_of_torchs(capfd: pytest.CaptureF
     store.set("there", b"")
     await_keys(store.clone(), ["there"], [0], 1.5)
     assert capfd.readouterr().err == ""
+
+
+def test_waiting_for_a_rank_draws_nothing_from_the_training(tmp_path: Path) -> None:
+    before = random.getstate(), torch.get_rng_state()
+    with pytest.raises(SilenceError):
+        await_keys(dist.FileStore(str(tmp_path / "store"), 1), ["never", "nor this"], [1, 2], 0.0)
+    assert random.getstate() == before[0]
+    assert torch.equal(torch.get_rng_state(), before[1])

@@ -74,7 +74,7 @@ def run_training(
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=100)
     ema = EMA(model, decay=0.9, warmup=True)
-    when = when or every(5) | last()
+    when = every(5) | last() if when is None else when
     save = ShardedSave(directory, model=model, optimizer=optimizer, scheduler=scheduler, ema=ema, when=when, **options)
     hooks = Hooks(ema, save, stop_on=signal.SIGTERM)
     step = hooks.resume()

@@ -54,6 +54,10 @@ def test_an_unknown_option_is_refused_with_a_list_of_those_there_are() -> None:
         ({"allow_missing": ["head.*"], "prove_load": False}, ["allow_missing needs prove_load"]),
         ({"export_interval": 0}, ["export_interval=0"]),
         ({"export_last": True, "export_keep": 0}, ["export_keep=0"]),
+        (
+            {"export_last": True, "export_folder": "s3://bucket/hf", "export_base_model": "hf://me/base"},
+            ["export_folder='s3://bucket/hf': s3:// is not supported", "export_base_model='hf://me/base': hf:// is"],
+        ),
     ],
 )
 def test_options_of_a_wrong_type_or_that_contradict_each_other_are_all_named(

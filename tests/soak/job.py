@@ -122,8 +122,8 @@ def look(job: Job, expected: Digests) -> list[str]:
             problems.append(f"{path}: {type(error).__name__}: {error}")
             continue
         known = expected.setdefault(f"{job.ranks}/{path.parent.name}/{path.name}", digests)
-        if known != digests:
-            problems.append(f"{path}: holds other values than that of the run that was not disturbed")
+        if other := [name for name in {**known, **digests} if known.get(name) != digests.get(name)]:
+            problems.append(f"{path}: {len(other)} of {len(digests)} differ from the undisturbed run: {other[:5]}")
     return problems
 
 

@@ -32,8 +32,10 @@ def kill_at_random(work: Path, kills: int, until: float, chance: random.Random) 
         for _ in range(KILLS_OF_A_RUN):
             if not _kill_once(job, lengths[job.ranks], chance, found, expected):
                 break
+        faults = sum(found[name] for name in found if name.startswith("fault"))
         _finish_run(job, found, expected)
-        shutil.rmtree(job.folder)
+        if faults == sum(found[name] for name in found if name.startswith("fault")):
+            shutil.rmtree(job.folder)  # else it stays, to be looked at
     return found
 
 

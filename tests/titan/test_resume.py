@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from shardsmith.manifest.checkpoints import committed_steps, find_damage
@@ -52,6 +53,17 @@ def terminated_in(step: int, rank: int) -> Iterator[None]:
         yield
     finally:
         trainer.Trainer.train_step = original
+
+
+@contextlib.contextmanager
+def another_optimizer() -> Iterator[None]:
+    """AdamW keeps one more entry of each parameter."""
+    original = torch.optim.AdamW.__init__
+    torch.optim.AdamW.__init__ = functools.partialmethod(original, amsgrad=True)
+    try:
+        yield
+    finally:
+        torch.optim.AdamW.__init__ = original
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +109,23 @@ def jobs(assets: Assets, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         shutil.copy(stopped.run / f"log-{rank}.txt", copies[0].run)
         if error_of(stopped, rank):
             shutil.copy(stopped.run / f"error-{rank}.txt", copies[0].run)
+    for name in ("other optimizer", "new optimizer", "other size", "new data"):
+        shutil.copytree(first.run, root / name)
+    again = "--checkpoint.exclude_from_loading="
+    later["other optimizer"] = Job(run=root / "other optimizer", hooks=EMA, options=LONGER, within=another_optimizer)
+    later["new optimizer"] = Job(
+        run=root / "new optimizer",
+        hooks=EMA,
+        options=[*LONGER, f"{again}optimizer,lr_scheduler"],
+        within=another_optimizer,
+    )
     run_jobs(assets, 2, root, colleague, unmarked, *later.values())
+    of_one_rank = {
+        "other size": Job(run=root / "other size", hooks=EMA, options=LONGER),
+        "new data": Job(run=root / "new data", hooks=EMA, options=[*LONGER, f"{again}dataloader"]),
+    }
+    run_jobs(assets, 1, root, *of_one_rank.values())
+    later |= of_one_rank
     return {**before, **later, "was stopped": copies[0]}
 
 
@@ -125,6 +153,18 @@ def test_a_step_that_is_not_what_was_saved_is_passed_over_in_one_line(
     assert started_at(job) == 3
     assert find_damage(job.run / "checkpoint" / "step-6") == []
     assert digests_of(job.run / "checkpoint" / "step-6") == digests_of(jobs["straight"].run / "checkpoint" / "step-6")
+
+
+def test_what_another_run_cannot_go_on_with_is_named_with_the_option_that_leaves_it_out(jobs: dict[str, Job]) -> None:
+    optimizer, size = error_of(jobs["other optimizer"]), error_of(jobs["other size"])
+    assert "this run's optimizer is not the one that was saved" in optimizer
+    assert "in this run: exp_avg, exp_avg_sq, max_exp_avg_sq, step" in optimizer
+    assert "--checkpoint.exclude_from_loading=optimizer,lr_scheduler" in optimizer
+    assert "saved by 2 data-parallel ranks, this run has 1" in size
+    assert "--checkpoint.exclude_from_loading=dataloader" in size
+    for cured in ("new optimizer", "new data"):
+        assert error_of(jobs[cured]) == ""
+        assert started_at(jobs[cured]) == 5
 
 
 def test_a_whole_resume_is_verified_and_says_so(jobs: dict[str, Job]) -> None:
