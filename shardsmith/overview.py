@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from shardsmith.checking.arguments import checked
 from shardsmith.checking.types import AsPath, LocalPath
@@ -27,8 +27,9 @@ _STEP = re.compile(r"(?P<word>step[-_]|checkpoint[-_]|global_step_?|epoch[-_])?(
 """Names of steps: ours, TorchTitan's, Trainer's, accelerate's, verl's, BAGEL's."""
 _OF_TRAINERS = "trainer_state.json"
 """In a folder of Trainer that is to be resumed from, beside weights as an export has them."""
-_EVENTS = "events.jsonl"
+EVENTS_FILE = "events.jsonl"
 """What ``json_lines`` of the hooks writes."""
+_NUMBERS = {"step": int, "seconds": float, "seconds_waited": float, "nbytes": int, "ranks": int}
 _ASIDE = re.compile(r"\.(?P<target>.+)\.(?P<kind>damaged|superseded)-[0-9a-f]{16}")
 
 
@@ -207,17 +208,29 @@ def _summary(run: Path, step: int, folder: Path, waited: Mapping[str, float], *,
     )
 
 
-def _waits(run: Path) -> dict[str, float]:
-    """Seconds that the training waited for each step, by name of its directory; exports have a slash behind it."""
-    found: dict[str, float] = {}
-    file = run / _EVENTS
+def read_events(run: Path) -> list[dict[str, Any]]:
+    """Return the events in a run's ``events.jsonl``, oldest first; empty without that file.
+
+    Each has at least ``kind``, ``step``, ``path``, ``seconds``, ``seconds_waited``, ``nbytes``, ``ranks``, ``error``.
+    """
+    file = run / EVENTS_FILE
+    found = []
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []:
         with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that was cut off by a kill, or not ours
             event = json.loads(line)
-            if event["kind"] in ("save", "export") and event["error"] is None:
-                name = Path(event["path"]).name + "/" * (event["kind"] == "export")
-                found[name] = float(event["seconds_waited"])
+            numbers = {name: kind(event[name]) for name, kind in _NUMBERS.items()}
+            texts = {name: str(event[name]) for name in ("kind", "path")}
+            found.append({**event, **numbers, **texts, "error": event["error"] and str(event["error"])})
     return found
+
+
+def _waits(run: Path) -> dict[str, float]:
+    """Seconds that the training waited for each step, by name of its directory; exports have a slash behind it."""
+    return {
+        Path(event["path"]).name + "/" * (event["kind"] == "export"): event["seconds_waited"]
+        for event in read_events(run)
+        if event["kind"] in ("save", "export") and event["error"] is None
+    }
 
 
 def _steps_of(run: Path) -> Iterator[tuple[int, Path]]:

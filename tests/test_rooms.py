@@ -23,6 +23,7 @@ ORDER = [
     "overview",
     "tensor_listing",
     "compare",
+    "reports",
     "conversion",
     "load",
     "live",

@@ -14,6 +14,7 @@ def inspect(
     tensors: tuple[str, ...] | None = None,
     statistics: bool = False,
     json: bool = False,
+    html: Path | None = None,
 ) -> int:
     """Show the content of a checkpoint, or the steps of a run.
 
@@ -34,30 +35,48 @@ def inspect(
         statistics: With --tensors: also read them, and print minimum, maximum, mean, standard deviation and the number
             of elements that are not finite.
         json: Print JSON instead of tables.
+        html: Also write a page: of a checkpoint with maps and a table of all tensors, of a run with charts of sizes and
+            times; the times come from its events.jsonl.
     """
     from shardsmith.commands import report
     from shardsmith.commands.listing import print_overview, print_tensors
     from shardsmith.errors import UsageError
     from shardsmith.ground import console
+    from shardsmith.hf.hf_directory import protect
     from shardsmith.inspection import inspect_checkpoint
-    from shardsmith.overview import inspect_run, is_run, newest_step
+    from shardsmith.overview import EVENTS_FILE, inspect_run, is_run, newest_step, read_events
+    from shardsmith.reports.checkpoint import checkpoint_page
+    from shardsmith.reports.run import run_page
     from shardsmith.tensor_listing import list_tensors
 
-    if statistics and tensors is None:
-        raise UsageError("--statistics needs --tensors")
+    if statistics and tensors is None and html is None:
+        raise UsageError("--statistics needs --tensors or --html")
+    if html is not None and not is_run(checkpoint):
+        protect(html, checkpoint)
+    command = ["shardsmith", "inspect", str(checkpoint), *["--verify"] * verify, *["--statistics"] * statistics]
+    command += ["--html", str(html)]
     quiet = json or not (verify or statistics)
     with console.reading_bar(checkpoint.name, quiet=quiet):
         if is_run(checkpoint):
             if step is None and tensors is None:
                 overview = inspect_run(checkpoint, verify=verify)
+                if html is not None:
+                    protect(html, *(checkpoint / one.path for one in overview.steps), checkpoint / EVENTS_FILE)
+                    html.write_text(run_page(overview, read_events(checkpoint), command), encoding="utf-8")
                 print_overview(overview, as_json=json)
                 return 1 if overview.problems else 0
             checkpoint = newest_step(checkpoint, step)
         elif step is not None:
             raise UsageError(f"--step needs the folder of a run; {checkpoint} is a checkpoint")
         if tensors is not None:
-            print_tensors(checkpoint, list_tensors(checkpoint, tensors, statistics=statistics), as_json=json)
+            listed = list_tensors(checkpoint, tensors, statistics=statistics)
+            if html is not None:
+                html.write_text(checkpoint_page(inspect_checkpoint(checkpoint), listed, command), encoding="utf-8")
+            print_tensors(checkpoint, listed, as_json=json)
             return 0
         inspection = inspect_checkpoint(checkpoint, verify=verify)
+        if html is not None:
+            listed = list_tensors(checkpoint, statistics=statistics) if inspection.models else []
+            html.write_text(checkpoint_page(inspection, listed, command), encoding="utf-8")
     report.print_inspection(inspection, as_json=json)
     return 1 if inspection.damage else 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Sequence
 
 from rich.text import Text
@@ -12,6 +13,8 @@ from shardsmith.compare.verification import Difference, ModelVerification, Verif
 from shardsmith.diagnose.logits import LogitsVerification
 from shardsmith.ground.console import new_console
 from shardsmith.ground.printable import printable
+
+_LAYER = re.compile(r"(.*?\b[0-9]+)\.")
 
 
 def print_verification(verification: Verification, *, as_json: bool) -> None:
@@ -25,6 +28,8 @@ def print_verification(verification: Verification, *, as_json: bool) -> None:
         console.print(_counts(model))
         for difference in model.differences:
             console.print(_difference(difference))
+        for line in (*layers_of(model), *hint_of(model)):
+            console.print(line)
     by = "by their digests" if verification.by == "digests" else "in every value"
     console.print(_verdict(verification.same, f"the same model, {by}"))
 
@@ -61,8 +66,26 @@ def _difference(found: Difference) -> str:
     """One line, the name first, so that it can be searched and copied."""
     measured = ""
     if found.largest is not None:
-        measured = f", {found.differing:,} elements by up to {found.largest:.6g}"
+        measured = f", {found.differing:,} elements by up to {found.largest:.6g}, relative {found.relative:.3g}"
     return f"  {printable(found.name)}: {found.problem}{measured} (A {found.left}, B {found.right})"
+
+
+def layers_of(model: ModelVerification) -> list[str]:
+    """Return a line for each layer with tensors whose values differ, the layer that is furthest apart first."""
+    worst: dict[str, list[float]] = {}
+    for found in model.differences:
+        if found.relative is not None and (match := _LAYER.match(found.name)):
+            worst.setdefault(match[1], []).append(found.relative)
+    ordered = sorted(worst.items(), key=lambda item: -max(item[1]))
+    lines = [f"  {printable(layer)}: {len(all_of)} tensors, by up to {max(all_of):.3g}" for layer, all_of in ordered]
+    return ["  by layer, relative:", *lines] if len(lines) > 1 else []
+
+
+def hint_of(model: ModelVerification) -> list[str]:
+    """Return what to try where every difference is the rounding of one side to fewer bits."""
+    if model.differences and all(found.is_rounding for found in model.differences):
+        return ["  one side is the other, rounded to fewer bits: --rounding accepts that"]
+    return []
 
 
 def _verdict(same: bool, text: str) -> Text:

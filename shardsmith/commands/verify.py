@@ -23,6 +23,7 @@ def verify(
     base_model: Path | None = None,
     trust_remote_code: bool = False,
     json: bool = False,
+    html: Path | None = None,
 ) -> int:
     """Compare two checkpoints, or verify the files of one.
 
@@ -46,12 +47,19 @@ def verify(
         base_model: For logits, where neither is a Hugging Face directory: one of the same kind of model.
         trust_remote_code: For logits, run the Python files of the Hugging Face directory.
         json: Print JSON instead of tables.
+        html: Of two checkpoints compared by their values: also write a page with a map and a table of all tensors.
     """
     from shardsmith.commands import verification_report as report
     from shardsmith.compare.verification import VerifyOptions
     from shardsmith.compare.verification import verify as compare
+    from shardsmith.errors import UsageError
     from shardsmith.ground import console
+    from shardsmith.hf.hf_directory import protect
 
+    if html is not None:
+        if b is None or logits:
+            raise UsageError("--html shows two checkpoints, compared by their values or digests")
+        protect(html, a, b)
     if b is None:
         return _verify_alone(a, as_json=json)
     options = VerifyOptions(
@@ -74,6 +82,11 @@ def verify(
         return 0 if all(result.same for result in found) else 1
     with console.reading_bar("comparing", quiet=json):
         verification = compare(a, b, options)
+    if html is not None:
+        from shardsmith.reports.verification import verification_page
+
+        command = ["shardsmith", "verify", str(a), str(b), *["--rounding"] * rounding, "--html", str(html)]
+        html.write_text(verification_page(verification, command), encoding="utf-8")
     report.print_verification(verification, as_json=json)
     return 0 if verification.same else 1
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -57,6 +57,8 @@ class Looked:
     """What could not be looked at, and why, one line each."""
     inapplicable: tuple[str, ...] = ()
     """What nobody can look at in such a model, and why: it is said, and counts for nothing."""
+    relative: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """By model and tensor: the length of the difference from the reference's, divided by the length of that."""
 
 
 @dataclass(frozen=True, slots=True)

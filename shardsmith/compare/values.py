@@ -64,6 +64,9 @@ class Distance:
     """Elements that differ."""
     rounding: torch.dtype | None
     """Rounded to this dtype both are equal; None where they are not."""
+    relative: float
+    """Length of the difference divided by the length of the right one, both taken as vectors; infinite where one of two
+    elements alone is a number, or the right one is zero everywhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +165,7 @@ class _Sums:
 
     def __init__(self, left: torch.dtype, right: torch.dtype) -> None:
         self.largest = 0.0
-        self.dot = self.left = self.right = 0.0
+        self.dot = self.left = self.right = self.apart = 0.0
         self.differing = 0
         self.roundings = _possible_roundings(left, right)
 
@@ -177,6 +180,7 @@ class _Sums:
             return
         self.largest = max(self.largest, -least, greatest)
         self.differing += int(torch.count_nonzero(difference))
+        self.apart += float(torch.dot(difference, difference))
         self._add_products(a, b)
 
     def _add_unusual(self, a: Tensor, b: Tensor) -> None:
@@ -185,6 +189,7 @@ class _Sums:
         self.differing += int(apart.sum())
         difference = torch.where(apart, (a - b).abs(), 0).nan_to_num(nan=math.inf, posinf=math.inf)
         self.largest = max(self.largest, float(difference.max()))
+        self.apart += float(torch.dot(difference, difference))
         self._add_products(a.nan_to_num(0, 0, 0), b.nan_to_num(0, 0, 0))
 
     def _add_products(self, a: Tensor, b: Tensor) -> None:
@@ -196,7 +201,9 @@ class _Sums:
         length = math.sqrt(self.left) * math.sqrt(self.right)
         cosine = self.dot / length if length > 0 else math.nan
         lengths = math.sqrt(self.left / self.right) if self.right > 0 else math.inf
-        return Distance(self.largest, cosine, lengths, self.differing, self.roundings[0] if self.roundings else None)
+        relative = math.sqrt(self.apart / self.right) if self.right > 0 else math.inf if self.apart > 0 else 0.0
+        rounding = self.roundings[0] if self.roundings else None
+        return Distance(self.largest, cosine, lengths, self.differing, rounding, relative)
 
 
 def _possible_roundings(left: torch.dtype, right: torch.dtype) -> tuple[torch.dtype, ...]:

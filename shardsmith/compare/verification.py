@@ -48,6 +48,10 @@ class Difference:
     """The largest absolute difference of two elements; None where that was not measured."""
     differing: int | None
     """Elements that differ."""
+    relative: float | None = None
+    """Length of the difference divided by the length of B's tensor, both taken as vectors."""
+    is_rounding: bool = False
+    """Whether one side is the other, rounded to fewer bits: what ``rounding`` in the options allows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +73,8 @@ class ModelVerification:
     differences: tuple[Difference, ...]
     renamed: Mapping[str, str] = field(default_factory=dict)
     """Of two generations of names, where no class says which is which: A's name -> B's, of the same bytes."""
+    relative: Mapping[str, float] = field(default_factory=dict)
+    """Of every tensor that was compared by value: how far apart it is, as in ``Difference``; 0 where all is equal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,8 +200,21 @@ def _verify_model(model: str, pair: OpenedPair, options: VerifyOptions) -> Model
     differences += _by_value(compared, converted, options)
     equal = sum(found.equal for found in compared.values())
     return ModelVerification(
-        model, len(compared), equal, tuple(converted), tied, alignment.layouts, tuple(differences), renamed
+        model,
+        len(compared),
+        equal,
+        tuple(converted),
+        tied,
+        alignment.layouts,
+        tuple(sorted(differences, key=_by_effect)),
+        renamed,
+        {name: found.distance.relative if found.distance else 0.0 for name, found in compared.items()},
     )
+
+
+def _by_effect(found: Difference) -> tuple[bool, float]:
+    """What is missing or of another shape first, then the largest relative difference."""
+    return found.relative is not None, -(found.relative or 0.0)
 
 
 def same_under_other_names(left: ModelSource, right: ModelSource) -> dict[str, str]:
@@ -242,7 +261,10 @@ def _by_value(
         distance = found.distance
         if distance is not None and name not in converted and not distance.largest <= options.tolerance:
             left, right = (_extent(spec.shape, dtype_name(spec.dtype)) for spec in (found.left, found.right))
-            yield Difference(name, "values", left, right, distance.largest, distance.differing)
+            rounded = distance.rounding is not None
+            yield Difference(
+                name, "values", left, right, distance.largest, distance.differing, distance.relative, rounded
+            )
 
 
 def _converted(found: TensorComparison, options: VerifyOptions) -> bool:

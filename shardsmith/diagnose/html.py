@@ -1,60 +1,83 @@
-"""A diagnosis as one HTML file that stands on its own: no script, nothing from elsewhere."""
+"""A diagnosis as one HTML file that stands on its own: findings by effect, a map and a table of the tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from html import escape
+import re
+import shlex
+from collections.abc import Iterator, Mapping
 
 from shardsmith.compare.findings import Diagnosis, Finding, Looked
 from shardsmith.diagnose.text import TITLES, rows_of
-from shardsmith.ground.printable import printable
+from shardsmith.reports.page import code_link, make_page, safe, section
+from shardsmith.reports.tensor_map import Cell, by_difference, legend, tensor_map
+from shardsmith.reports.tensor_table import sortable_table
+from shardsmith.reports.verification import DIFFERENCE_LEGEND
 
-_STYLE = """
-:root { color-scheme: light dark; --line: #8884; --good: #2e7d32;
-  --error: #c62828; --warning: #b26a00; --note: #1565c0 }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
-h1 { font-size: 1.3rem } h2 { font-size: 1.1rem; margin-top: 2rem }
-code { font: 13px/1.4 ui-monospace, monospace; overflow-wrap: anywhere }
-table { border-collapse: collapse } td, th { padding: .2rem .8rem .2rem 0; text-align: left; vertical-align: top }
-.verdict { padding: .8rem 1rem; border-left: .4rem solid var(--good) } .verdict.bad { border-color: var(--error) }
-.finding { border: 1px solid var(--line); border-left: .4rem solid var(--note); padding: .4rem 1rem; margin: .8rem 0 }
-.finding.error { border-left-color: var(--error) } .finding.warning { border-left-color: var(--warning) }
-.number { text-align: right; font-variant-numeric: tabular-nums }
-"""
 _OPEN_NAMES = 12
 
 
 def html_of(diagnosis: Diagnosis) -> str:
     """Return the whole page. Names and texts from the checkpoint are escaped."""
-    return "\n".join(
+    relative = {model: found for level in diagnosis.levels for model, found in level.relative.items()}
+    command = ["shardsmith", "diagnose", "--checkpoint", diagnosis.checkpoint, "--base-model", diagnosis.model]
+    faults = sorted(diagnosis.faults, key=lambda one: (one.severity, -_effect(one, relative)))
+    parts = [
+        f"<p>{safe(diagnosis.format)}, against <code>{safe(diagnosis.model)}</code></p>",
+        f'<p class="verdict{" bad" if diagnosis.faults else ""}">{safe(diagnosis.verdict)}</p>',
+        f"<p>{safe(_counts(diagnosis, relative))}</p>",
+        *section("What is wrong", [_finding(finding, diagnosis) for finding in faults]),
+        *section("What could not be looked at", [f"<p>{safe(line)}</p>" for line in diagnosis.unseen]),
+        *section("What does not apply to such a model", [f"<p>{safe(line)}</p>" for line in diagnosis.inapplicable]),
+        *(
+            part
+            for number, model in enumerate(relative)
+            for part in _tensors(number, model, relative[model], diagnosis)
+        ),
+        *(part for level in diagnosis.levels for part in _level(level)),
+        *section("What looks wrong and is not", [_finding(note, diagnosis) for note in diagnosis.notes]),
+    ]
+    return make_page(diagnosis.checkpoint, parts, command)
+
+
+def _counts(diagnosis: Diagnosis, relative: Mapping[str, Mapping[str, float]]) -> str:
+    tensors = {name for found in relative.values() for name in found}
+    concerned = {name for finding in diagnosis.faults for name in finding.where if name in tensors}
+    count = len(diagnosis.faults)
+    findings = f"{count} finding{'s' * (count != 1)}"
+    return f"{findings} in {len(concerned)} of {len(tensors)} tensors" if tensors else findings
+
+
+def _effect(finding: Finding, relative: Mapping[str, Mapping[str, float]]) -> float:
+    """How far the tensors of a finding are from the reference's: the more, the more the loss suffers."""
+    return max((found[name] for found in relative.values() for name in finding.where if name in found), default=0.0)
+
+
+def _tensors(number: int, model: str, relative: Mapping[str, float], diagnosis: Diagnosis) -> Iterator[str]:
+    """A map and a table of one model's tensors."""
+    found: dict[str, list[str]] = {}
+    for one in (*diagnosis.faults, *diagnosis.notes):
+        for name in one.where:
+            found.setdefault(name, []).append(one.code)
+    codes = {name: ", ".join(found.get(name, ())) for name in relative}
+    anchors = {name: f"m{number}t{i}" for i, name in enumerate(relative)}
+    cells = [
+        Cell(name, value, f"relative difference {value:.3g} {codes[name]}", anchors[name])
+        for name, value in relative.items()
+    ]
+    rows = ((anchors[name], (name, value, codes[name])) for name, value in relative.items())
+    yield from section(
+        f"Model {model}: difference from the reference's tensors",
         [
-            '<!doctype html><html lang="en"><head><meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width">',
-            f"<title>{_text(diagnosis.checkpoint)}</title><style>{_STYLE}</style></head><body>",
-            f"<h1>{_text(diagnosis.checkpoint)}</h1>",
-            f"<p>{_text(diagnosis.format)}, against <code>{_text(diagnosis.model)}</code></p>",
-            f'<p class="verdict{" bad" if diagnosis.faults else ""}">{_text(diagnosis.verdict)}</p>',
-            *_section("What is wrong", [_finding(finding) for finding in diagnosis.faults]),
-            *_section("What could not be looked at", [f"<p>{_text(line)}</p>" for line in diagnosis.unseen]),
-            *_section(
-                "What does not apply to such a model", [f"<p>{_text(line)}</p>" for line in diagnosis.inapplicable]
-            ),
-            *(part for level in diagnosis.levels for part in _level(level)),
-            *_section("What looks wrong and is not", [_finding(note) for note in diagnosis.notes]),
-            "</body></html>\n",
-        ]
+            legend(DIFFERENCE_LEGEND),
+            tensor_map(cells, by_difference),
+            *sortable_table(("tensor", "relative difference", "findings"), rows, "tensors"),
+        ],
     )
-
-
-def _section(title: str, parts: list[str]) -> Iterator[str]:
-    if parts:
-        yield f"<h2>{title}</h2>"
-        yield from parts
 
 
 def _level(level: Looked) -> Iterator[str]:
     rows = [
-        f'<tr><td>{_text(model)}</td><td>{_text(name)}</td><td class="number">{_text(value)}</td></tr>'
+        f'<tr><td>{safe(model)}</td><td>{safe(name)}</td><td class="number">{safe(value)}</td></tr>'
         for model, name, value in rows_of(level.facts)
     ]
     if rows:
@@ -63,26 +86,27 @@ def _level(level: Looked) -> Iterator[str]:
         yield "</table>"
 
 
-def _finding(finding: Finding) -> str:
+def _finding(finding: Finding, diagnosis: Diagnosis) -> str:
     rows = {
         "where": _names(finding.where),
-        "expected": _text(finding.expected),
-        "found": _text(finding.found),
-        "effect on the loss": _text(finding.effect),
-        "how to mend it": _text(finding.mend),
+        "expected": safe(finding.expected),
+        "found": safe(finding.found),
+        "effect on the loss": safe(finding.effect),
+        "how to mend it": safe(_filled_in(finding.mend, diagnosis)),
     }
     cells = "".join(f"<tr><th>{name}</th><td>{text}</td></tr>" for name, text in rows.items())
-    title = f"<b>{finding.code}</b> ({finding.severity})"
+    title = f"{code_link(finding.code)} ({finding.severity})"
     return f'<div class="finding {finding.severity}">{title}<table>{cells}</table></div>'
 
 
 def _names(names: tuple[str, ...]) -> str:
-    listed = "<br>".join(f"<code>{_text(name)}</code>" for name in names)
+    listed = "<br>".join(f"<code>{safe(name)}</code>" for name in names)
     if len(names) <= _OPEN_NAMES:
         return listed
     return f"<details><summary>{len(names)} of them</summary>{listed}</details>"
 
 
-def _text(value: str) -> str:
-    """Safe in HTML, and as UTF-8, which cannot hold the lone surrogates that a name may have."""
-    return escape("\n".join(printable(line) for line in value.split("\n")))
+def _filled_in(mend: str, diagnosis: Diagnosis) -> str:
+    """A cure with the paths of this checkpoint and this model in its commands."""
+    words = {"MODEL": diagnosis.model, "CKPT": diagnosis.checkpoint, "NEW": f"{diagnosis.checkpoint}-converted"}
+    return re.sub(rf"\b({'|'.join(words)})\b", lambda match: shlex.quote(words[match[1]]), mend)

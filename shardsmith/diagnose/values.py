@@ -48,7 +48,8 @@ def look_at_values(subject: Subject) -> Looked:
     if EMA in compared:
         findings += look_at_average(subject, compared)
     unseen = () if subject.reference.source else (f"{subject.reference.path} has no weights to compare values with",)
-    return Looked("values", tuple(findings), facts, unseen)
+    relative = {model: {name: _relative(one) for name, one in found.items()} for model, found in compared.items()}
+    return Looked("values", tuple(findings), facts, unseen, relative=relative)
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,6 +282,10 @@ def _facts(compared: Comparisons) -> dict[str, Any]:
     equal = sum(found.equal for found in compared.values())
     apart = [found.distance.largest for found in compared.values() if found.distance]
     return {"tensors compared": len(compared), "equal": equal, "largest difference": max(apart, default=0.0)}
+
+
+def _relative(found: TensorComparison) -> float:
+    return found.distance.relative if found.distance else 0.0
 
 
 def _exactly_converted(found: TensorComparison) -> bool:

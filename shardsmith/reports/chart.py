@@ -1,0 +1,67 @@
+"""Charts of a run as inline SVG: one number over the steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from shardsmith.reports.page import safe
+
+_WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 560, 170, 64, 22, 24
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One mark of a chart."""
+
+    x: float
+    y: float
+    text: str
+    """What is shown where it is pointed at."""
+    failed: bool = False
+
+
+def chart(title: str, points: Sequence[Point], unit: str) -> str:
+    """Return a chart with a dot for each point and a line through those that did not fail; "" without points.
+
+    Args:
+        title: What is measured.
+        points: In any order; the vertical axis begins at 0.
+        unit: Of the vertical axis.
+    """
+    if not points:
+        return ""
+    points = sorted(points, key=lambda point: point.x)
+    low, high = points[0].x, points[-1].x
+    top = max(point.y for point in points) or 1.0
+
+    def place(point: Point) -> tuple[float, float]:
+        share = (point.x - low) / (high - low) if high > low else 0.5
+        inner = _HEIGHT - _TOP - _BOTTOM
+        return _LEFT + share * (_WIDTH - _LEFT - 12), _TOP + inner * (1 - point.y / top)
+
+    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(point) for point in points if not point.failed))
+    bottom = _HEIGHT - _BOTTOM
+    return "".join(
+        [
+            f'<div class="wide"><svg width="{_WIDTH}" height="{_HEIGHT}" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img"',
+            f' aria-label="{safe(title)}"><text x="0" y="12" font-weight="bold">{safe(title)}</text>',
+            f'<path d="M{_LEFT} {_TOP}V{bottom}H{_WIDTH - 12}" fill="none" stroke="var(--quiet)"/>',
+            _label(_LEFT - 6, _TOP + 4, f"{top:.3g} {unit}", "end"),
+            _label(_LEFT - 6, bottom, "0", "end"),
+            _label(_LEFT, _HEIGHT - 8, f"step {low:g}", "start"),
+            _label(_WIDTH - 12, _HEIGHT - 8, f"step {high:g}", "end") if high > low else "",
+            f'<polyline points="{line}" fill="none" stroke="var(--note)" stroke-width="1.5"/>',
+            *(_dot(*place(point), point) for point in points),
+            "</svg></div>",
+        ]
+    )
+
+
+def _label(x: float, y: float, text: str, anchor: str) -> str:
+    return f'<text x="{x}" y="{y}" text-anchor="{anchor}">{safe(text)}</text>'
+
+
+def _dot(x: float, y: float, point: Point) -> str:
+    colour = "var(--error)" if point.failed else "var(--note)"
+    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}"><title>{safe(point.text)}</title></circle>'

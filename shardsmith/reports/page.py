@@ -1,0 +1,122 @@
+"""The frame of every page: one file, nothing from elsewhere, for wide and narrow screens, light and dark."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import shlex
+from collections.abc import Iterable, Sequence
+from html import escape
+
+from shardsmith.ground.printable import printable
+
+_STYLE = """
+:root { color-scheme: light dark; --line: #8884; --good: #2e7d32; --error: #c62828; --warning: #b26a00;
+  --note: #1565c0; --quiet: #8888 }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 1.5rem auto; padding: 0 1rem }
+h1 { font-size: 1.3rem; overflow-wrap: anywhere } h2 { font-size: 1.1rem; margin-top: 2rem }
+code { font: 13px/1.4 ui-monospace, monospace; overflow-wrap: anywhere }
+table { border-collapse: collapse } td, th { padding: .2rem .8rem .2rem 0; text-align: left; vertical-align: top }
+.verdict { padding: .8rem 1rem; border-left: .4rem solid var(--good) } .verdict.bad { border-color: var(--error) }
+.finding { border: 1px solid var(--line); border-left: .4rem solid var(--note); padding: .4rem 1rem; margin: .8rem 0 }
+.finding.error { border-left-color: var(--error) } .finding.warning { border-left-color: var(--warning) }
+.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
+.bad-text { color: var(--error) }
+.wide { overflow-x: auto } .listing { max-height: 32rem; overflow: auto; border: 1px solid var(--line) }
+.listing th { position: sticky; top: 0; background: Canvas; cursor: pointer; padding-left: .5rem }
+.listing td { padding-left: .5rem; border-top: 1px solid var(--line) } tr:target { outline: 2px solid var(--note) }
+input[type=search] { font: inherit; width: min(100%, 24rem); margin: .5rem 0; padding: .2rem .4rem }
+svg text { font: 11px system-ui, sans-serif; fill: currentColor } svg { max-width: none; display: block }
+footer { margin-top: 3rem; border-top: 1px solid var(--line); color: var(--quiet); overflow-wrap: anywhere }
+@media (max-width: 40rem) { body { margin: .5rem auto } .finding th { display: block; padding-bottom: 0 } }
+"""
+_SCRIPT = """
+for (const table of document.querySelectorAll("table.sortable")) {
+  const body = table.tBodies[0], search = table.parentElement.previousElementSibling.querySelector("input");
+  search.addEventListener("input", () => {
+    const words = search.value.toLowerCase().split(" ").filter(Boolean);
+    for (const row of body.rows) {
+      const found = row.textContent.toLowerCase();
+      row.hidden = !words.every(word => found.includes(word));
+    }
+  });
+  [...table.tHead.rows[0].cells].forEach((head, column) => {
+    let order = 1;
+    head.addEventListener("click", () => {
+      const value = row => row.cells[column].dataset.value ?? row.cells[column].textContent;
+      const rows = [...body.rows].sort((a, b) => {
+        const x = value(a), y = value(b), apart = Number(x) - Number(y);
+        return order * (x === "" ? (y === "" ? 0 : 1) : y === "" ? -1
+          : Number.isNaN(apart) ? x.localeCompare(y, undefined, { numeric: true }) : apart);
+      });
+      order = -order;
+      body.append(...rows);
+    });
+  });
+}
+"""
+
+
+def make_page(title: str, parts: Iterable[str], command: Sequence[str]) -> str:
+    """Return a page.
+
+    Args:
+        title: Its heading, as plain text.
+        parts: HTML, in order. Texts in it are escaped, by ``safe``.
+        command: The command that makes the page, word by word.
+    """
+    made = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return "\n".join(
+        [
+            '<!doctype html><html lang="en"><head><meta charset="utf-8">',
+            '<meta name="viewport" content="width=device-width">',
+            f"<title>{safe(title)}</title><style>{_STYLE}</style></head><body>",
+            f"<h1>{safe(title)}</h1>",
+            *parts,
+            f"<footer>Shardsmith {_version()}, {made}: <code>{safe(shlex.join(command))}</code></footer>",
+            f"<script>{_SCRIPT}</script></body></html>\n",
+        ]
+    )
+
+
+def section(title: str, parts: Sequence[str]) -> list[str]:
+    """Return parts under a heading; nothing without parts."""
+    return [f"<h2>{safe(title)}</h2>", *parts] if parts else []
+
+
+def facts_table(rows: Iterable[tuple[str, str]]) -> str:
+    """Return a table of two columns, of plain texts."""
+    cells = (f"<tr><th>{safe(name)}</th><td>{safe(value)}</td></tr>" for name, value in rows)
+    return f"<table>{''.join(cells)}</table>"
+
+
+def code_link(code: str, urls: Sequence[str] | None = None) -> str:
+    """Return the code of a finding, linked to the documentation if the installed package says where that is.
+
+    Args:
+        code: A heading of docs/troubleshooting.md.
+        urls: As in the package's metadata, ``"Documentation, https://..."``; None looks there.
+    """
+    found = _project_urls() if urls is None else urls
+    sites = [url.partition(",")[2].strip() for url in found if url.partition(",")[0].strip() == "Documentation"]
+    if not sites:
+        return f'<b title="docs/troubleshooting.md#{safe(code)}">{safe(code)}</b>'
+    return f'<b><a href="{safe(sites[0].rstrip("/"))}/troubleshooting/#{safe(code)}">{safe(code)}</a></b>'
+
+
+def safe(value: str) -> str:
+    """Return a text safe in HTML, and as UTF-8, which cannot hold the lone surrogates that a name may have."""
+    return escape("\n".join(printable(line) for line in value.split("\n")))
+
+
+def _project_urls() -> list[str]:
+    try:
+        return importlib.metadata.metadata("shardsmith").get_all("Project-URL") or []
+    except importlib.metadata.PackageNotFoundError:  # a clone that was not installed
+        return []
+
+
+def _version() -> str:
+    import shardsmith
+
+    return shardsmith.__version__

@@ -1,0 +1,89 @@
+"""The page of ``inspect RUN --html``: the steps, their sizes, and what the events of the run say about time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from shardsmith.ground.sizes import size_text
+from shardsmith.overview import RunOverview, StepSummary
+from shardsmith.reports.chart import Point, chart
+from shardsmith.reports.page import make_page, safe, section
+from shardsmith.reports.tensor_table import Value, sortable_table
+
+Events = Sequence[Mapping[str, Any]]
+_STEPS = ("step", "directory", "kind", "format", "models", "bytes", "ranks", "seconds waited", "health")
+_EVENTS = ("step", "kind", "directory", "seconds", "seconds waited", "bytes", "ranks", "result")
+
+
+def run_page(found: RunOverview, events: Events, command: Sequence[str]) -> str:
+    """Return the page.
+
+    Args:
+        found: The steps of the run.
+        events: What the run's ``events.jsonl`` says, oldest first; without any there are no times.
+        command: The command that makes the page.
+    """
+    damaged = sum(bool(step.problems) for step in found.steps)
+    verdict = f"{len(found.steps)} directories of steps, {size_text(sum(step.nbytes for step in found.steps))}"
+    verdict += f"; {damaged} damaged" if damaged else "; none is damaged"
+    parts = [f'<p class="verdict{" bad" if damaged else ""}">{safe(verdict)}</p>']
+    parts += section("Problems", [f'<p class="bad-text">{safe(problem)}</p>' for problem in found.problems])
+    parts += section("Over the steps", list(_charts(found, events)))
+    parts += section("Steps", sortable_table(_STEPS, _rows("s", [_step(one, found) for one in found.steps]), "steps"))
+    parts += section("Events", _events(events))
+    left = [f"<p><code>{safe(one.path)}</code>: {one.kind}, {size_text(one.nbytes)}</p>" for one in found.leftovers]
+    parts += section("What shardsmith clean can delete", left)
+    return make_page(found.path, parts, command)
+
+
+def _charts(found: RunOverview, events: Events) -> Iterator[str]:
+    for kind in ("checkpoint", "export"):
+        steps = [one for one in found.steps if one.kind == kind]
+        sizes = [Point(one.step, one.nbytes / 1e6, f"{one.path}: {size_text(one.nbytes)}") for one in steps]
+        yield chart(f"Size of each {kind}", sizes, "MB")
+    for kind in ("save", "export"):
+        of_kind = [event for event in events if event["kind"] == kind]
+        yield chart(f"Seconds that the training waited for each {kind}", _points(of_kind, "seconds_waited"), "s")
+        yield chart(f"Seconds from the beginning to the end of each {kind}", _points(of_kind, "seconds"), "s")
+
+
+def _points(events: Events, field: str) -> list[Point]:
+    return [
+        Point(
+            event["step"],
+            event[field],
+            f"step {event['step']}: {event[field]:.3g} s" + (f", failed: {event['error']}" if event["error"] else ""),
+            failed=event["error"] is not None,
+        )
+        for event in events
+    ]
+
+
+def _step(one: StepSummary, run: RunOverview) -> list[Value]:
+    sound = "complete" if one.is_recorded else "nothing recorded to compare with"
+    health = "damaged" if one.problems else "every byte verified" if run.verified and one.is_recorded else sound
+    models = " ".join(one.models)
+    return [one.step, one.path, one.kind, one.format, models, one.nbytes, one.world_size, one.seconds_waited, health]
+
+
+def _events(events: Events) -> list[str]:
+    rows: list[list[Value]] = [
+        [
+            event["step"],
+            event["kind"],
+            event["path"],
+            event["seconds"],
+            event["seconds_waited"],
+            event["nbytes"],
+            event["ranks"],
+            event["error"] or "well",
+        ]
+        for event in events
+    ]
+    return sortable_table(_EVENTS, _rows("e", rows), "events") if rows else []
+
+
+def _rows(letter: str, rows: Sequence[list[Value]]) -> Iterator[tuple[str, list[Value]]]:
+    """With an anchor for each row."""
+    return ((f"{letter}{i}", row) for i, row in enumerate(rows))
