@@ -77,7 +77,10 @@ def layers_of(model: ModelVerification) -> list[str]:
         if found.relative is not None and (match := _LAYER.match(found.name)):
             worst.setdefault(match[1], []).append(found.relative)
     ordered = sorted(worst.items(), key=lambda item: -max(item[1]))
-    lines = [f"  {printable(layer)}: {len(all_of)} tensors, by up to {max(all_of):.3g}" for layer, all_of in ordered]
+    lines = [
+        f"  {printable(layer)}: {len(all_of)} tensor{'s' * (len(all_of) > 1)}, by up to {max(all_of):.3g}"
+        for layer, all_of in ordered
+    ]
     return ["  by layer, relative:", *lines] if len(lines) > 1 else []
 
 

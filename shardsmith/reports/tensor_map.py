@@ -99,13 +99,15 @@ def _stacks(cells: Sequence[Cell]) -> list[_Stack]:
         kind = re.sub(r"\b[0-9]+\b", "*", match["kind"]) if match else cell.name
         rows = stacks.setdefault(title, _Stack(title)).rows
         rows.setdefault(layer, {}).setdefault(kind, []).append(cell)
+    for stack in stacks.values():
+        stack.rows = dict(sorted(stack.rows.items(), key=lambda row: int(row[0] or 0)))
     return list(stacks.values())
 
 
 def _grid(stack: _Stack, colour: Colour) -> Iterator[str]:
     kinds = stack.kinds()[:_MOST_COLUMNS]
     left = 12 + _CHARACTER * max(len(f"{stack.title} {layer}") for layer in stack.rows)
-    top = 12 + int(0.75 * _CHARACTER * max(map(len, kinds)))
+    top = 16 + int(0.85 * _CHARACTER * max(map(len, kinds)))
     width, height = left + _CELL * len(kinds) + top, top + _CELL * len(stack.rows) + 8
     label = safe(stack.title or "tensors outside of layers")
     yield f'<svg width="{width}" height="{height}" viewBox="0 0 {width} {height}" role="img" aria-label="{label}">'

@@ -174,7 +174,7 @@ def test_verify_sorts_by_effect_counts_layers_and_hints_at_rounding(
     assert main(["verify", str(far), str(base)]) == 1
     told = capsys.readouterr().out
     assert told.index(f"{CHANGED}: values") < told.index(f"{other}: values")
-    assert "model.layers.1: 1 tensors, by up to 1\n" in told
+    assert "model.layers.1: 1 tensor, by up to 1\n" in told
     assert "--rounding" not in told
     cast = shutil.copytree(base, tmp_path / "cast")
     save_file({name: value.bfloat16() for name, value in state.items()}, cast / "model.safetensors")
