@@ -23,9 +23,8 @@ from shardsmith.ground.layout import PROVENANCE_FILE, step_name
 from shardsmith.ground.logs import Stopwatch
 from shardsmith.ground.meeting import meet
 from shardsmith.ground.ranks import Ranks
-from shardsmith.hf.export_files import find_export_damage
 from shardsmith.hf.hf_directory import protect
-from shardsmith.manifest.checkpoints import committed_steps, refuse_within_step, set_aside, set_aside_unfinished
+from shardsmith.manifest.checkpoints import committed_steps, refuse_within_step, set_aside_unfinished
 
 from .adapters import view_of
 from .answers import Answers
@@ -36,10 +35,11 @@ from .events import Event, event_of
 from .held import HeldView
 from .hook import Hook
 from .in_flight import SLOTS, InFlight, Running
-from .live_directory import LiveDirectory, ModelFiles
+from .live_directory import LiveDirectory, ModelFiles, is_sound
 from .live_source import Begin, LiveSource
 from .live_state import LiveState
 from .options import ExportFiles, ExportOptions, ExportVerification, ExportWeights, ExportWriting, merge
+from .overlap import OpenCopy
 from .retention import Retention, steps_to_remove
 from .schedule import Schedule
 from .wiring import Parts, alike
@@ -120,6 +120,7 @@ class HFExport(Hook):
             source=weights.source,
             dtype=dtype,
             write_mode=writing.write_mode,
+            staging=writing.staging,
             ema=ema and ema.settings(),
         )
         self.parts = Parts(model=model, average=ema, directory=self.directory, facts=facts)
@@ -149,7 +150,10 @@ class HFExport(Hook):
             view=view,
         )
         writer, both = choose_writer(writing.write_mode, self._ranks), (self._ranks, self._writer_ranks)
-        live = LiveSource(self._state, *both, writer, compare_replicas=verification.compare_replicas)
+        self._copy = OpenCopy()
+        if writing.staging == "overlap":
+            self._copy.guard_all(ema)
+        live = LiveSource(self._state, *both, writer, copy=self._copy, compare_replicas=verification.compare_replicas)
         saved: CheckpointSource | None = None
         if weights.checkpoints is not None:
             whole_files = writing.write_mode == "files"
@@ -199,6 +203,7 @@ class HFExport(Hook):
 
     def report_background(self) -> None:
         """Announce exports that have ended; raise what failed in one."""
+        self._copy.settle()
         self._in_flight.collect(self._in_flight.ended())
         self._announce()
         self._raise_failure()
@@ -215,6 +220,7 @@ class HFExport(Hook):
 
     def wait(self) -> None:
         """Wait for the exports in flight; raise what failed in them. All ranks."""
+        self._copy.settle()
         self._in_flight.collect(self._in_flight.started)
         self._announce()
         self._raise_failure()
@@ -224,6 +230,7 @@ class HFExport(Hook):
         try:
             self.wait()
         finally:
+            self._copy.close()
             self._in_flight.close()
 
     @checked
@@ -239,6 +246,7 @@ class HFExport(Hook):
 
     def _export(self, step: int, when_busy: Literal["wait", "skip", "raise"], error: Exception | None = None) -> None:
         """``error``: of this rank, perhaps of it alone. Then all ranks raise instead of exporting."""
+        self._copy.settle()
         wanted = self._make_room(step, when_busy, error)
         if not wanted:
             return
@@ -337,7 +345,7 @@ class HFExport(Hook):
 
     def _missing(self, step: int) -> list[int]:
         """The directories of the step, by number, that no earlier run of this training has left sound."""
-        return [i for i, directory in enumerate(self._directories) if not _is_sound(self._path(step, directory))]
+        return [i for i, directory in enumerate(self._directories) if not is_sound(self._path(step, directory))]
 
     def _set_aside_unfinished(self, step: int) -> None:
         for aside in set_aside_unfinished(self.directory, step - 1, PROVENANCE_FILE):
@@ -383,12 +391,3 @@ class HFExport(Hook):
         refuse_within_step(self.directory)
         prove_writable(self.directory)
         sweep(self.directory)
-
-
-def _is_sound(export: Path) -> bool:
-    """Whether an export is there; one that is damaged is set aside."""
-    if not (export / PROVENANCE_FILE).is_file():
-        return False
-    if damage := find_export_damage(export):
-        log.warning("%s is damaged and was set aside as %s\n  %s", export, set_aside(export), "\n  ".join(damage))
-    return not damage

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,7 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from torch import nn
 
 from shardsmith.ground.commit import writing
-from shardsmith.ground.layout import EMA_WEIGHTS, MAIN_WEIGHTS
+from shardsmith.ground.layout import EMA_WEIGHTS, MAIN_WEIGHTS, PROVENANCE_FILE
+from shardsmith.hf.export_files import find_export_damage
+from shardsmith.manifest.checkpoints import set_aside
 from shardsmith.tensors.checkpoint_keys import EMA as AVERAGE
 from shardsmith.tensors.checkpoint_keys import MAIN
 
@@ -21,6 +24,8 @@ from .view import View
 
 if TYPE_CHECKING:
     from .options import ExportFiles
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,3 +104,12 @@ class ModelFiles:
             with writing(directory / name, f"copying {path}"):
                 (directory / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, directory / name)
+
+
+def is_sound(export: Path) -> bool:
+    """Return whether an export is there; one that is damaged is set aside."""
+    if not (export / PROVENANCE_FILE).is_file():
+        return False
+    if damage := find_export_damage(export):
+        log.warning("%s is damaged and was set aside as %s\n  %s", export, set_aside(export), "\n  ".join(damage))
+    return not damage

@@ -18,6 +18,7 @@ from shardsmith.sharding.live_boxes import StagingBuffer
 
 from .live_directory import LiveDirectory
 from .live_state import LiveState
+from .overlap import OpenCopy
 
 log = logging.getLogger(__name__)
 
@@ -38,13 +39,18 @@ class LiveSource:
         writer_ranks: Ranks,
         writer: WeightsWriter,
         *,
+        copy: OpenCopy,
         compare_replicas: Literal["first", "never"] | int = "first",
     ) -> None:
-        """``ranks`` serves the main thread, ``writer_ranks`` and ``writer`` the one that writes."""
+        """``ranks`` serves the main thread, ``writer_ranks`` and ``writer`` the one that writes.
+
+        ``copy``: takes what is copied while the training goes on, if that is wanted.
+        """
         self._state = state
         self._ranks = ranks
         self._writer_ranks = writer_ranks
         self._writer = writer
+        self._copy = copy
         self._exporter = LiveExporter(ranks)
         self._replicas = ReplicaCheck(ranks, compare_replicas)
 
@@ -61,6 +67,7 @@ class LiveSource:
                 self._stage(step, target, buffer, unchanged, is_to_compare)
                 for target, buffer in zip(targets, buffers, strict=True)
             ]
+        self._copy.begin(*jobs)
         return lambda _: jobs
 
     def is_possible(self, directories: Sequence[LiveDirectory]) -> bool:
@@ -100,5 +107,6 @@ class LiveSource:
         if is_to_compare:
             compare_replicas(self._ranks, phase, self._state.replicated(models), "exported")
         job = JointExport(self._state.plan(path, step, directory, plans), self._writer_ranks, self._writer)
-        job.stage(boxes, buffer, self._ranks)
+        later = self._state.changed_by_steps(models) if self._copy.is_wanted else None
+        job.stage(boxes, buffer, self._ranks, later)
         return job

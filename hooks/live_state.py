@@ -34,6 +34,8 @@ from shardsmith.load.live_weights import model_state_dict
 from shardsmith.name_maps.maps import NameMap, Translation, find_name_map
 from shardsmith.name_maps.matching import Alignment
 from shardsmith.name_maps.transformers import TransformersNames
+from shardsmith.sharding.live_boxes import address_of
+from shardsmith.sharding.local_boxes import local, local_boxes
 from shardsmith.tensors.checkpoint_keys import EMA as AVERAGE
 from shardsmith.tensors.checkpoint_keys import MAIN
 from shardsmith.tensors.dtypes import parse_dtypes
@@ -179,6 +181,20 @@ class LiveState:
                 if name not in buffers and seen.setdefault(id(tensor), prefix + name) == prefix + name:
                     tensors[prefix + name] = tensor
         return tensors
+
+    def changed_by_steps(self, models: Sequence[LiveModel]) -> dict[int, tuple[str, Tensor]]:
+        """Return names and tensors that only an optimizer's step changes, and the average after it, by address.
+
+        Buffers change in the forward.
+        """
+        buffers = {address_of(local(buffer)) for buffer in self._model.buffers()}
+        return {
+            address_of(values): (name if model.plan.model == MAIN else f"{model.plan.model}.{name}", tensor)
+            for model in models
+            for name, tensor in model.tensors.items()
+            for _, values in local_boxes(tensor)
+            if address_of(values) not in buffers
+        }
 
     def plan(self, output: Path, step: int, directory: LiveDirectory, models: Sequence[ModelPlan]) -> DirectoryPlan:
         """Return the directory of one step. All ranks, main thread; communicates where extra facts do."""

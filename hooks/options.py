@@ -77,6 +77,10 @@ class ExportWriting:
     """``"slices"``: every rank writes its own slices of every file. ``"files"``: every file is written by one rank
     alone, to which the others send their slices over a Gloo group; for NFS and the like, where two hosts must not write
     one file. Then let ``max_shard_size`` give a file for each host."""
+    staging: Literal["copy", "overlap"] = "copy"
+    """``"copy"`` copies the weights before the training goes on. ``"overlap"`` copies them, and the average, during the
+    next forward and backward; ``step()`` of any optimizer of torch waits for the rest. Buffers are copied at once. If
+    anything else changes the weights before that, the export fails on all ranks and names them."""
     when_busy: Literal["wait", "skip", "raise"] = "wait"
     """What to do if one export is being written and one waits behind it: ``"wait"`` until there is room, ``"skip"``
     this one, or ``"raise"``."""
@@ -125,6 +129,7 @@ class ExportOptions(TypedDict, total=False):
     adapters: Literal["adapter", "merged"] | View
     stages: bool
     write_mode: Literal["slices", "files"]
+    staging: Literal["copy", "overlap"]
     when_busy: Literal["wait", "skip", "raise"]
     on_error: Literal["raise", "warn"]
     on_exported: Callable[[int, Path], None] | None

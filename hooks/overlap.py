@@ -1,26 +1,35 @@
-"""What makes an optimizer and an average wait until a save has copied what they are about to change."""
+"""What makes optimizers and an average wait until a save or an export has copied what they are about to change."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from shardsmith.errors import UsageError
-from shardsmith.run_state.save import SaveInProgress
 
 from .ema import EMA
 
 
+class Copying(Protocol):
+    """A save or an export that copies while the training goes on."""
+
+    def settle(self) -> None:
+        """Return when all is copied."""
+        ...
+
+
 class OpenCopy:
-    """The copy that the save in flight makes while the training goes on; with ``staging="copy"`` there is none.
+    """The copy that is made while the training goes on; with ``staging="copy"`` there is none.
 
     On the thread that trains; no communication.
     """
 
     def __init__(self) -> None:
-        self._job: SaveInProgress | None = None
+        self._jobs: list[Copying] = []
         self._handles: list[RemovableHandle] = []
         self._average: EMA | None = None
 
@@ -36,6 +45,14 @@ class OpenCopy:
                 'optimizer=... and async_mode="async"'
             )
         self._handles = [one.register_step_pre_hook(lambda *_: self.settle()) for one in optimizers]
+        self._guard_average(average)
+
+    def guard_all(self, average: EMA | None) -> None:
+        """As ``guard``, of all optimizers that there are: an export does not know which of them has its weights."""
+        self._handles = [register_optimizer_step_pre_hook(lambda *_: self.settle())]
+        self._guard_average(average)
+
+    def _guard_average(self, average: EMA | None) -> None:
         self._average = average
         if average is not None:
             average.before_changes.append(self.settle)
@@ -45,15 +62,15 @@ class OpenCopy:
         """Whether saves are to copy while the training goes on."""
         return bool(self._handles)
 
-    def begin(self, job: SaveInProgress) -> None:
-        """A save has begun to copy."""
-        self._job = job
+    def begin(self, *jobs: Copying) -> None:
+        """These have begun to copy."""
+        self._jobs = [*jobs]
 
     def settle(self) -> None:
         """Return when the copy is complete."""
-        if self._job is not None:
-            self._job.settle()
-            self._job = None
+        jobs, self._jobs = self._jobs, []
+        for job in jobs:
+            job.settle()
 
     def close(self) -> None:
         """Let optimizers and average go their way."""

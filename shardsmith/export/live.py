@@ -31,7 +31,8 @@ from shardsmith.hf.directory import DirectoryPlan, Measure, ModelPlan
 from shardsmith.hf.directory_check import check_directory
 from shardsmith.name_maps.maps import Translation
 from shardsmith.sharding.assignment import assign_boxes
-from shardsmith.sharding.live_boxes import LiveBox, StagingBuffer, held_boxes
+from shardsmith.sharding.later_copy import LaterCopy, copy_now_and_later
+from shardsmith.sharding.live_boxes import LiveBox, StagingBuffer, address_of, held_boxes
 from shardsmith.tensors.tensors import Chunk, Shape, TensorSpec
 
 Check = Callable[[Path, set[torch.dtype]], None]
@@ -157,14 +158,23 @@ class JointExport:
         self._attempt: Attempt | None = None
         self._writer = writer
         self._receipts: list[Any] = []
+        self._later: LaterCopy | None = None
 
-    def stage(self, boxes: Mapping[str, Sequence[LiveBox]], buffer: StagingBuffer, ranks: Ranks) -> None:
-        """Copy this rank's boxes, cast, into the buffer. When it returns the weights may change.
+    def stage(
+        self,
+        boxes: Mapping[str, Sequence[LiveBox]],
+        buffer: StagingBuffer,
+        ranks: Ranks,
+        later: Mapping[int, tuple[str, Tensor]] | None = None,
+    ) -> None:
+        """Copy this rank's boxes, cast, into the buffer. When it returns the weights may change, but for ``later``.
 
         Args:
             boxes: By model, the live boxes that this rank writes.
             buffer: Memory to copy them into.
             ranks: Serves the main thread, which is the one that calls this.
+            later: By address of their memory, names and tensors that do not change before ``settle``: ``write`` copies
+                those.
 
         Raises:
             RankFailedError: on all ranks, if copying failed on any, or a host has too little memory for the copies.
@@ -176,7 +186,12 @@ class JointExport:
             values = [box.values for box in flat]
             require_memory(ranks, phase, lambda: buffer.growth(values, [specs[box.name].dtype for box in flat]))
             buffer.has_room = True
-        ranks.gather(phase, lambda: self._stage(flat, specs, buffer))
+        ranks.gather(phase, lambda: self._stage(flat, specs, buffer, later or {}))
+
+    def settle(self) -> None:
+        """Return when all is copied, after which the weights may change. Main thread; no communication."""
+        if self._later is not None:
+            self._later.settle()
 
     def write(self) -> None:
         """Write this rank's part of the weights. Any thread, all ranks; communicates.
@@ -187,10 +202,7 @@ class JointExport:
         name = self.plan.output.name
         attempt = self._ranks.lead(f"making the files of {name}", self._make_files)
         directory = layout.temporary_path(self.plan.output, attempt)
-        write = self._writer.write
-        self._receipts = self._ranks.gather(
-            f"writing {name}", lambda: write(self.plan, self._staged, directory), large=True
-        )
+        self._receipts = self._ranks.gather(f"writing {name}", lambda: self._write(directory), large=True)
 
     def commit(self) -> Path:
         """Complete the directory and make it visible. Any thread, all ranks; communicates through the store.
@@ -201,12 +213,30 @@ class JointExport:
         self._ranks.lead(f"committing {self.plan.output.name}", self._commit)
         return self.plan.output
 
-    def _stage(self, boxes: Sequence[LiveBox], specs: Mapping[str, TensorSpec], buffer: StagingBuffer) -> None:
+    def _stage(
+        self,
+        boxes: Sequence[LiveBox],
+        specs: Mapping[str, TensorSpec],
+        buffer: StagingBuffer,
+        later: Mapping[int, tuple[str, Tensor]],
+    ) -> None:
         """The boxes and specs are named ``<model>/<tensor>``."""
         self._staged = {model.model: [] for model in self.plan.models}
-        for box in buffer.stage(boxes, specs):
+        values = [box.values for box in boxes]
+        copies = buffer.places(values, [specs[box.name].dtype for box in boxes])
+        found = [later.get(address_of(one), (box.name, None)) for box, one in zip(boxes, values, strict=True)]
+        self._later = copy_now_and_later([name for name, _ in found], [owner for _, owner in found], values, copies)
+        for box, copy in zip(boxes, copies, strict=True):
             model, name = box.name.split("/", 1)
-            self._staged[model].append(replace(box, name=name))
+            self._staged[model].append(replace(box, name=name, values=copy))
+
+    def _write(self, directory: Path) -> Any:
+        if self._later is None:
+            return self._writer.write(self.plan, self._staged, directory)
+        self._later.copy()
+        receipt = self._writer.write(self.plan, self._staged, directory)
+        self._later.result()
+        return receipt
 
     def _make_files(self) -> str:
         sweep(self.plan.output.parent)

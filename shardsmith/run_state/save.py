@@ -27,11 +27,11 @@ from shardsmith.ground.host_memory import require_memory
 from shardsmith.ground.ranks import Ranks
 from shardsmith.manifest.metadata import FileRecord
 from shardsmith.run_state.held import Held, hold
-from shardsmith.run_state.later_copy import LaterCopy
 from shardsmith.run_state.share import Share, speakers_of
 from shardsmith.run_state.whole_directory import to_receipt
 from shardsmith.run_state.windowed_copy import WindowedCopy
-from shardsmith.sharding.live_boxes import StagingBuffer, copy_into
+from shardsmith.sharding.later_copy import LaterCopy, copy_now_and_later
+from shardsmith.sharding.live_boxes import StagingBuffer
 from shardsmith.tensors.tensors import Chunk
 
 log = logging.getLogger(__name__)
@@ -194,13 +194,7 @@ class SaveInProgress:
     def _stage_whole(self, tensors: list[Tensor], buffer: StagingBuffer, later: Mapping[str, Tensor]) -> None:
         copies = buffer.places(tensors, [tensor.dtype for tensor in tensors])
         keys = [self._held.entries[i].key for i, _, _ in self._own.tensors]
-        now = [i for i, key in enumerate(keys) if key not in later]
-        copy_into([tensors[i] for i in now], [copies[i] for i in now])
-        if later:
-            rest = [i for i, key in enumerate(keys) if key in later]
-            names = [keys[i] for i in rest]
-            owners = [later[name] for name in names]
-            self._later = LaterCopy(names, owners, [tensors[i] for i in rest], [copies[i] for i in rest])
+        self._later = copy_now_and_later(keys, [later.get(key) for key in keys], tensors, copies)
         self._staged = copies, self._objects()
 
     def _tensors(self) -> list[Tensor]:

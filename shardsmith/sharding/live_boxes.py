@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from shardsmith.sharding.local_boxes import local_boxes
 from shardsmith.tensors.device_copy import copy_to_host
-from shardsmith.tensors.tensors import Chunk, Shape, TensorSpec
+from shardsmith.tensors.tensors import Chunk, Shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,11 @@ def held_boxes(tensors: Mapping[str, Tensor]) -> list[LiveBox]:
         for name, tensor in tensors.items()
         for box, values in local_boxes(tensor)
     ]
+
+
+def address_of(tensor: Tensor) -> int:
+    """Return the address of the memory that a tensor of one rank, or another that it is a view of, lies in."""
+    return tensor.untyped_storage().data_ptr()
 
 
 class StagingBuffer:
@@ -60,17 +65,12 @@ class StagingBuffer:
         """Another one, for a copy that is made while this one is read."""
         return StagingBuffer()
 
-    def stage(self, boxes: Sequence[LiveBox], specs: Mapping[str, TensorSpec]) -> list[LiveBox]:
-        """Return a copy of the boxes, cast to the dtypes of ``specs``. No communication.
+    def copy(self, tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+        """Return copies of tensors, cast to these dtypes. No communication.
 
         From an accelerator through a window there, into pinned memory; only the host waits. The copies are valid until
         the next call.
         """
-        copies = self.copy([box.values for box in boxes], [specs[box.name].dtype for box in boxes])
-        return [replace(box, values=copy) for box, copy in zip(boxes, copies, strict=True)]
-
-    def copy(self, tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
-        """As ``stage``, of tensors and the dtypes that they are to have."""
         copies = self.places(tensors, dtypes)
         copy_into(tensors, copies)
         return copies

@@ -21,12 +21,13 @@ from shardsmith.errors import RankFailedError, UsageError
 from shardsmith.hooks import EMA, Hooks, ShardedSave, at, every
 from shardsmith.manifest.checkpoints import committed_steps, find_damage
 from shardsmith.manifest.metadata import read_metadata
-from shardsmith.run_state import later_copy
+from shardsmith.sharding import later_copy
+from shardsmith.sharding.later_copy import LaterCopy
 from tests.hooks.training import build
 from tests.ranks import run_on_ranks
 
-STEPS = 200
-SAVED = sorted(random.Random(16).sample(range(1, STEPS), 24))
+STEPS = 60
+SAVED = sorted(random.Random(16).sample(range(1, STEPS), 12))
 
 
 def train(directory: Path, sharding: str, **options: Any) -> None:
@@ -34,7 +35,7 @@ def train(directory: Path, sharding: str, **options: Any) -> None:
     model = build(sharding)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=STEPS + 1)
-    ema = EMA(model, decay=0.9, start_step=20)
+    ema = EMA(model, decay=0.9, start_step=10)
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "ema": ema}
     save = ShardedSave(directory, when=at(*SAVED), **parts, **options)
     hooks = Hooks(ema, save)
@@ -46,7 +47,7 @@ def train(directory: Path, sharding: str, **options: Any) -> None:
         optimizer.zero_grad()
         scheduler.step()
         hooks.step(step)
-        if step in SAVED[::5]:
+        if step in SAVED[::3]:
             with ema.swapped_in():  # an evaluation right after a save
                 model(torch.zeros(1, 2, dtype=torch.int64))
     hooks.close()
@@ -95,13 +96,13 @@ def test_a_parameter_that_is_changed_by_hand_is_an_error_that_names_it_on_all_ra
 
 def run_changed(directory: Path, change: Callable[[torch.Tensor], None]) -> None:
     logging.disable()
-    changed, copy_into = threading.Event(), later_copy.copy_into
+    changed, copy = threading.Event(), LaterCopy.copy
 
-    def copy_after_the_change(*args: Any) -> None:
+    def copy_after_the_change(self: LaterCopy) -> None:
         assert changed.wait(60)
-        copy_into(*args)
+        copy(self)
 
-    later_copy.copy_into = copy_after_the_change
+    LaterCopy.copy = copy_after_the_change  # type: ignore[method-assign]
     model = build("fsdp2")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     save = ShardedSave(directory, model=model, optimizer=optimizer, when=every(1), staging="overlap")

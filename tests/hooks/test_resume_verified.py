@@ -37,7 +37,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "metadata.json"])
-@pytest.mark.parametrize("at", [0.0, 0.02, 0.31, 0.5, 0.77, 0.97, 1.0])
+@pytest.mark.parametrize("at", [0.0, 0.31, 0.77, 1.0])
 def test_a_flipped_bit_is_found_and_the_run_goes_on_from_the_step_before(
     straight: Path, tmp_path: Path, name: str, at: float
 ) -> None:
@@ -60,16 +60,15 @@ def read_metadata_or_none(path: Path) -> object:
 
 def test_every_rank_finds_it_in_every_file_and_with_another_number_of_ranks(tmp_path: Path) -> None:
     run_on_ranks(train, 2, tmp_path, tmp_path / "straight", 10)
-    for ranks in (2, 3):
-        for name in ("__0_0.distcp", "__1_0.distcp"):
-            run = tmp_path / f"{ranks}{name}"
-            shutil.copytree(tmp_path / "straight", run)
-            flip(run / "step-10" / name, 0.4)
-            run_on_ranks(train, ranks, tmp_path, run, 10)
-            assert len([*run.glob(".step-10.damaged-*")]) == 1
-            assert committed_steps(run) == [5, 10]
-            if ranks == 2:
-                assert digests(run / "step-10") == digests(tmp_path / "straight" / "step-10")
+    for ranks, name in ((2, "__0_0.distcp"), (2, "__1_0.distcp"), (3, "__1_0.distcp")):
+        run = tmp_path / f"{ranks}{name}"
+        shutil.copytree(tmp_path / "straight", run)
+        flip(run / "step-10" / name, 0.4)
+        run_on_ranks(train, ranks, tmp_path, run, 10)
+        assert len([*run.glob(".step-10.damaged-*")]) == 1
+        assert committed_steps(run) == [5, 10]
+        if ranks == 2:
+            assert digests(run / "step-10") == digests(tmp_path / "straight" / "step-10")
 
 
 def train(directory: Path, steps: int) -> None:

@@ -41,7 +41,7 @@ class LaterCopy:
             names: For the error that says which have changed.
             owners: What each is a local part of; an operator on a DTensor counts no version of the part.
             tensors: What is copied, of this rank and on any device.
-            copies: CPU tensors of the same dtypes.
+            copies: CPU tensors of the same shapes; where the dtype is another one, the values are cast.
         """
         self._names = names
         self._owners = owners
@@ -105,20 +105,38 @@ class LaterCopy:
 
     def _change(self) -> UsageError | None:
         now = [*map(_look, self._owners, self._tensors)]
-        found = zip(self._names, self._before, now, self._samples, self._copies, strict=True)
+        # a copy that is cast has other bytes
+        bytes_now = [c if c.dtype == t.dtype else t for c, t in zip(self._copies, self._tensors, strict=True)]
+        found = zip(self._names, self._before, now, self._samples, bytes_now, strict=True)
         changed = [
             name
-            for name, before, after, sample, copy in found
-            if before != after or (sample is not None and sample != _sample(copy))
+            for name, before, after, sample, held in found
+            if before != after or (sample is not None and sample != _sample(held))
         ]
         if not changed:
             return None
         lines = "\n  ".join(changed)
         return UsageError(
-            f"{len(changed)} tensors were changed before the next optimizer.step(), while they were copied to be saved:"
+            f"{len(changed)} tensors were changed before the next optimizer.step(), while they were copied:"
             f'\n  {lines}\nWith staging="overlap" only optimizers and the average may change them. Change them right '
             'after optimizer.step(), before the hooks take the step; or use staging="copy".'
         )
+
+
+def copy_now_and_later(
+    names: Sequence[str], owners: Sequence[Tensor | None], tensors: Sequence[Tensor], copies: Sequence[Tensor]
+) -> LaterCopy | None:
+    """Copy the tensors that have no owner; return the copy of the others that is still to be made, if there are any.
+
+    The arguments are those of ``LaterCopy``.
+    """
+    now = [i for i, owner in enumerate(owners) if owner is None]
+    copy_into([tensors[i] for i in now], [copies[i] for i in now])
+    rest = [(i, owner) for i, owner in enumerate(owners) if owner is not None]
+    if not rest:
+        return None
+    parts = [[part[i] for i, _ in rest] for part in (tensors, copies)]
+    return LaterCopy([names[i] for i, _ in rest], [owner for _, owner in rest], *parts)
 
 
 def _batches(tensors: Sequence[Tensor]) -> Iterator[slice]:
