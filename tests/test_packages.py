@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import importlib
 import re
+import sys
+import tomllib
 from pathlib import Path
 from types import ModuleType
 
@@ -37,6 +39,26 @@ def modules_of(node: ast.AST) -> set[str]:
 def imports_of(path: Path) -> set[str]:
     """Everything that a file imports, anywhere in it."""
     return {module for node in ast.walk(ast.parse(path.read_text())) for module in modules_of(node)}
+
+
+OPTIONAL = {"transformers", "accelerate", "torchtitan", "torch_checkpointing", "torchdata", "peft", "diffusers"}
+OPTIONAL |= {"huggingface_hub", "tokenizers", "tensorboard"}  # which come with others
+"""What is imported only where a user has it."""
+
+
+def test_what_is_required_is_imported_and_what_is_imported_is_required() -> None:
+    lines = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    required = {re.match(r"[A-Za-z0-9_-]+", line)[0] for line in lines}  # type: ignore[index]
+    imported = {
+        module.split(".")[0] for folder in MAY_IMPORT for path in files_of(folder) for module in imports_of(path)
+    }
+    foreign = imported - set(sys.stdlib_module_names) - {"shardsmith"}
+    assert required <= foreign
+    assert foreign - OPTIONAL == required
+
+
+def files_of(folder: str) -> list[Path]:
+    return list((ROOT / folder).rglob("*.py"))
 
 
 @pytest.mark.parametrize("folder", MAY_IMPORT)
