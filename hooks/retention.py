@@ -16,6 +16,7 @@ from typing import Literal
 from shardsmith.checking.arguments import checked, checked_fields
 from shardsmith.checking.types import Count, NotNegative, Positive, StepNumber
 from shardsmith.errors import UsageError
+from shardsmith.ground.bounded import lines_of
 from shardsmith.ground.layout import step_name
 
 METRICS_FILE = "metrics.jsonl"
@@ -188,8 +189,8 @@ def add_metrics(directory: Path, step: int, values: Mapping[str, float]) -> None
 def read_metrics(directory: Path | None) -> dict[int, dict[str, float]]:
     """The metrics by step; the last value of a step counts. Lines cut off by a kill are passed over. Raises OSError."""
     found: dict[int, dict[str, float]] = defaultdict(dict)
-    if directory is not None and (directory / METRICS_FILE).is_file():
-        for line in (directory / METRICS_FILE).read_text(encoding="utf-8", errors="replace").splitlines():
+    if directory is not None:
+        for line in lines_of(directory / METRICS_FILE):
             with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
                 values = json.loads(line)
                 step = int(values.pop("step"))

@@ -17,6 +17,7 @@ from shardsmith.checking.types import AsPath, LocalPath
 from shardsmith.errors import CheckpointError, CheckpointNotFoundError
 from shardsmith.formats.by_path import HUGGINGFACE, UNKNOWN, detect_checkpoint_format, model_names
 from shardsmith.ground import layout
+from shardsmith.ground.bounded import lines_of
 from shardsmith.ground.commit import remove, sweep
 from shardsmith.hf.export_files import find_export_damage
 from shardsmith.manifest.checkpoints import find_damage
@@ -213,9 +214,8 @@ def read_events(run: Path) -> list[dict[str, Any]]:
 
     Each has at least ``kind``, ``step``, ``path``, ``seconds``, ``seconds_waited``, ``nbytes``, ``ranks``, ``error``.
     """
-    file = run / EVENTS_FILE
     found = []
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []:
+    for line in lines_of(run / EVENTS_FILE):
         with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that was cut off by a kill, or not ours
             event = json.loads(line)
             numbers = {name: kind(event[name]) for name, kind in _NUMBERS.items()}

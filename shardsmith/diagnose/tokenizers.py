@@ -9,12 +9,14 @@ from typing import Any
 from shardsmith.compare.findings import Finding, one
 from shardsmith.conversion.model_directory import hash_tokenizer
 from shardsmith.errors import CheckpointError, CheckpointNotFoundError, UnsupportedFormatError
+from shardsmith.ground.bounded import read_bounded
 from shardsmith.manifest.metadata import read_json
 
 TOKENIZER_FILE = "tokenizer.json"
 _MODEL_FILES = (TOKENIZER_FILE, "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model")
 _TEXT = "The capital of France is Paris. def f(x):\n\treturn x ** 2  # naïve café, 12345, 你好"
 _SHOWN = 5
+_MOST_BYTES = 1 << 28
 _SETTINGS_FILE = "tokenizer_config.json"
 _SPECIAL = ("pad_token", "bos_token", "eos_token")
 
@@ -110,7 +112,8 @@ def _open(directory: Path) -> Any:
     try:
         from tokenizers import Tokenizer
 
-        return Tokenizer.from_file(str(directory / TOKENIZER_FILE))
+        text = read_bounded(directory / TOKENIZER_FILE, _MOST_BYTES)
+        return Tokenizer.from_str(text.decode())
     except Exception as error:  # the library raises its own, and has none for a file that is none
         raise UnsupportedFormatError(
             directory / TOKENIZER_FILE, f"is no tokenizer that can be read: {error}"

@@ -11,6 +11,7 @@ from typing import Any
 from shardsmith.compare.findings import Finding, one
 from shardsmith.diagnose.subject import Subject
 from shardsmith.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError, UsageError
+from shardsmith.ground.bounded import read_bounded
 from shardsmith.manifest.metadata import read_json
 
 _MOST_BYTES = 1 << 24
@@ -33,13 +34,11 @@ class TrainingSettings:
         if file.suffix == ".json":
             return cls(file, read_json(file))
         try:
-            if file.stat().st_size > _MOST_BYTES:
-                raise CorruptCheckpointError(file, "is too large for a file of settings")
-            return cls(file, tomllib.loads(file.read_text()))
+            return cls(file, tomllib.loads(read_bounded(file, _MOST_BYTES).decode()))
         except FileNotFoundError as error:
             raise CheckpointNotFoundError(file, "does not exist") from error
         except (ValueError, RecursionError) as error:
-            raise CorruptCheckpointError(file, f"is no TOML: {error}") from error
+            raise CorruptCheckpointError(file, f"is no TOML file of settings: {error}") from error
         except OSError as error:
             raise CheckpointError(file, f"cannot be read: {error.strerror}") from error
 

@@ -10,6 +10,9 @@ def require_json_budget(text: bytes) -> None:
 
     A tensor in a header is three of them in 50 bytes or more.
     """
+    values = text.count(b",")
+    if values > max(10 * _FREE, len(text) // 8):
+        raise ValueError(f"it may make {values} values, which is more than what describes tensors")
     count = text.count(b"{") + text.count(b"[")
     if count > max(_FREE, len(text) // 12):
         raise ValueError(f"it may make {count} lists and objects, which is more than what describes tensors")

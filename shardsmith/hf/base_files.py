@@ -7,7 +7,6 @@ is never copied. Weights of other parts, such as BAGEL's ``ae.safetensors``, are
 from __future__ import annotations
 
 import fnmatch
-import json
 import os
 import re
 from collections import Counter
@@ -20,6 +19,7 @@ from shardsmith.formats.safetensors_files.source import SafetensorsSource
 from shardsmith.formats.torch_files.files import read_torch_file
 from shardsmith.ground.layout import COMPANION, PROVENANCE_FILE
 from shardsmith.hf.model_card import is_own_card
+from shardsmith.manifest.metadata import read_json
 from shardsmith.tensors.tensors import Shape, TensorSpec
 
 _INDEXES = ("*.safetensors.index.json", "*.bin.index.json")
@@ -163,8 +163,8 @@ def _tensors_of(path: Path) -> Mapping[str, TensorSpec] | None:
 def _indexed(index: Path) -> set[str]:
     """The files that an index names."""
     try:
-        return set(json.loads(index.read_text())["weight_map"].values())
-    except (ValueError, KeyError, AttributeError, TypeError):
+        return set(read_json(index)["weight_map"].values())
+    except (CheckpointError, KeyError, AttributeError, TypeError):
         return {""}  # no index that anyone could follow
 
 

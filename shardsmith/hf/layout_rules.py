@@ -188,7 +188,7 @@ def _read_rules(file: Path) -> list[LayoutRule]:
         content: Any = json.loads(text) if file.suffix == ".json" else tomllib.loads(text)
         tables = content["rule"]
         return [_parse_rule(table) for table in tables]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(f"{file}: holds no layout rules: {type(error).__name__}: {error}") from error
 
 

@@ -11,7 +11,6 @@ import json
 import platform
 import re
 import reprlib
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -29,6 +28,7 @@ from shardsmith.errors import (
     UnsupportedFormatError,
 )
 from shardsmith.ground import layout
+from shardsmith.ground.bounded import read_bounded
 from shardsmith.ground.json_budget import require_json_budget
 from shardsmith.manifest.fields import (
     count,
@@ -47,7 +47,10 @@ from shardsmith.tensors.tensors import TensorSpec
 SCHEMA_VERSION = 2
 """The newest that is read. What has no ``initial`` is written, and read, as version 1."""
 CHECKPOINT_TYPE = "sharded"
-_MAX_BYTES = 1 << 30
+_MOST_BYTES = 1 << 25
+"""Of a config, an index, a trainer's state and so on."""
+_MOST_BYTES_OF_OURS = 1 << 29
+"""Of what lists all tensors with their digests."""
 SEAL = "self_xxh3_128"
 """Field with the hash of the file that it is in. What is older than it has none."""
 _ENDS_AS_SEALED = re.compile(rb'": "[0-9a-f]{32}"\n}\n\Z')  # also if it is the name of the field that has changed
@@ -241,7 +244,8 @@ def read_json(path: Path, *, sealed: bool = False) -> dict[str, Any]:
 
     Raises:
         CheckpointNotFoundError: no such file.
-        CorruptCheckpointError: not a regular file, larger than 1 GiB, no JSON object, or changed since it was written.
+        CorruptCheckpointError: not a regular file, larger than 32 MiB (manifests: 512 MiB), no JSON object, or changed
+            since it was written.
     """
     data, content = _read(path)
     if sealed:
@@ -251,22 +255,20 @@ def read_json(path: Path, *, sealed: bool = False) -> dict[str, Any]:
 
 def _read(path: Path) -> tuple[bytes, dict[str, Any]]:
     """The bytes and the object of a JSON file."""
+    is_ours = path.name in (layout.METADATA_FILE, layout.PROVENANCE_FILE)
     try:
-        status = path.stat()
-    except OSError as error:
+        data = read_bounded(path, _MOST_BYTES_OF_OURS if is_ours else _MOST_BYTES)
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointNotFoundError(path, "does not exist") from error
-    if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_BYTES:
-        raise CorruptCheckpointError(
-            path, f"is not a JSON file: {stat.filemode(status.st_mode)} {status.st_size} bytes"
-        )
+    except ValueError as error:
+        raise CorruptCheckpointError(path, f"is not a JSON file: {error}") from error
+    except OSError as error:
+        raise CheckpointError(path, f"cannot be read: {error.strerror}") from error
     try:
-        data = path.read_bytes()
         require_json_budget(data)
         content = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise CorruptCheckpointError(path, f"is not JSON: {error}") from error
-    except OSError as error:
-        raise CheckpointError(path, f"cannot be read: {error.strerror}") from error
     if not isinstance(content, dict):
         raise CorruptCheckpointError(path, f"holds a JSON {type(content).__name__}, expected an object")
     return data, content

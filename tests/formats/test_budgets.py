@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import resource
 import struct
@@ -14,13 +15,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from shardsmith.diagnose.tokenizers import tokenizer_too_large
+from shardsmith.diagnose.training_settings import TrainingSettings
 from shardsmith.errors import CheckpointError
 from shardsmith.formats.by_path import open_source
 from shardsmith.formats.dcp.index import read_index
 from shardsmith.formats.torch_files.archive import read_archived_object
 from shardsmith.formats.torch_files.files import read_torch_file, read_torch_object
 from shardsmith.ground.mapped import MappedFile
-from shardsmith.manifest.metadata import read_metadata
+from shardsmith.hf.hf_directory import read_config
+from shardsmith.manifest.metadata import read_json, read_metadata
 
 _SAME_HASH = (1 << 61) - 1
 UNUSUAL = b"ctorch\nSize\n(tR0"
@@ -110,6 +114,50 @@ def test_json_that_makes_too_much_is_refused(repeated_text: str, tmp_path: Path)
     (folder / "config.json").write_text("{}")
     (folder / "model.safetensors.index.json").write_bytes(text)
     refused_cheaply(lambda: open_source(folder))
+
+
+def sparse(path: Path, size: int) -> None:
+    with path.open("wb") as file:
+        file.truncate(size)
+
+
+HOSTILE_TEXTS: dict[str, Callable[[Path], object]] = {
+    "a pipe": os.mkfifo,
+    "a folder": os.mkdir,
+    "a device": lambda path: path.symlink_to("/dev/zero"),
+    "a link to itself": lambda path: path.symlink_to(path.name),
+    "a link to nothing": lambda path: path.symlink_to("nowhere"),
+    "a terabyte of nothing": lambda path: sparse(path, 1 << 40),
+    "a little less of nothing": lambda path: sparse(path, 30 << 20),
+    "what grows": lambda path: path.symlink_to("/proc/self/status"),  # of 0 bytes, and there are some
+    "lists in lists": lambda path: path.write_text('{"a": ' + "[" * 90_000 + "]" * 90_000 + "}"),
+    "tables in tables": lambda path: path.write_text("a = " + "[" * 90_000 + "]" * 90_000),
+    "ones": lambda path: path.write_bytes(b'{"a": [' + b"1," * (15 << 20) + b"1]}"),
+    "lists": lambda path: path.write_bytes(b'{"a": [' + b"[]," * (10 << 20) + b"1]}"),
+    "a long number": lambda path: path.write_bytes(b'{"a": ' + b"1" * (30 << 20) + b"}"),
+    "a list": lambda path: path.write_text("[]"),
+    "half a character": lambda path: path.write_bytes(b'{"a": "\xff"}'),
+}
+READERS: dict[str, Callable[[Path], object]] = {
+    "config.json": read_json,
+    "events.toml": TrainingSettings.read,
+    "tokenizer.json": lambda path: list(tokenizer_too_large(path.parent, 5)) or read_json(path),
+    "metadata.json": lambda path: read_metadata(path.parent),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("kind", HOSTILE_TEXTS)
+def test_a_text_of_strangers_costs_little_and_blocks_nothing(kind: str, name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    HOSTILE_TEXTS[kind](path)
+    refused_cheaply(lambda: READERS[name](path))
+
+
+@pytest.mark.parametrize("kind", HOSTILE_TEXTS)
+def test_a_base_model_with_such_a_config_is_refused(kind: str, tmp_path: Path) -> None:
+    HOSTILE_TEXTS[kind](tmp_path / "config.json")
+    refused_cheaply(lambda: read_config(tmp_path))
 
 
 def test_what_torch_saves_is_within_the_budget(tmp_path: Path) -> None:

@@ -1,0 +1,38 @@
+"""Text files of strangers that are read whole: regular ones, of a bounded size, whatever lies in their place."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+_LONGEST_LINE = 1 << 16
+
+
+def read_bounded(path: Path, most_bytes: int) -> bytes:
+    """Return what is in a regular file of text. A pipe or a device in its place neither blocks nor is read.
+
+    Raises:
+        ValueError: it is no regular file, begins with NUL, or has more than ``most_bytes``, also if it grows meanwhile.
+        OSError: it cannot be read, or is not there.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would wait for its writer
+    with os.fdopen(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > most_bytes:
+            raise ValueError(f"{stat.filemode(status.st_mode)} {status.st_size} bytes; {most_bytes} at most are read")
+        if file.peek(1)[:1] == b"\0":  # a hole costs its writer nothing
+            raise ValueError("it begins with NUL, as no text does")
+        data = file.read(status.st_size + 1)
+    if len(data) > status.st_size:
+        raise ValueError(f"it had {status.st_size} bytes and grows while it is read")
+    return data
+
+
+def lines_of(file: Path) -> Iterator[str]:
+    """The lines of a log, without those that are too long to be of ours; nothing if there is none. Raises OSError."""
+    if file.is_file():
+        with file.open("rb") as lines:
+            while line := lines.readline(_LONGEST_LINE):
+                yield line.decode(errors="replace")
