@@ -6,6 +6,7 @@ EXTRAS = {
     "transformers": "transformers",
     "huggingface_hub": "transformers",
     "accelerate": "accelerate",
+    "lightning": "lightning",
     "torchtitan": "torchtitan",
 }
 """Name of an importable package -> the extra of ours that installs it."""
