@@ -6,7 +6,7 @@ from shardsmith.run_state.rank_states import per_rank
 from .background import Background
 from .base import Hooks
 from .ema import EMA
-from .events import Event, json_lines, metrics_to, tensorboard
+from .events import Event, json_lines, metrics_to, spans, tensorboard
 from .export import HFExport
 from .folder_save import FolderSave
 from .hook import Hook
@@ -50,5 +50,6 @@ __all__ = [
     "multiples_of",
     "newer_than",
     "per_rank",
+    "spans",
     "tensorboard",
 ]

@@ -184,3 +184,26 @@ def tensorboard(writer: ScalarWriter) -> Listener:
             writer.add_scalar(name, value, event.told_at)
 
     return write
+
+
+def spans(tracer: Any) -> Listener:
+    """Make a span of OpenTelemetry of each event: ``on_event=spans(opentelemetry.trace.get_tracer("training"))``.
+
+    A span begins and ends when the work did, so that saves in the background lie beside the steps of the training. The
+    number of seconds that the training waited is an attribute; a failure sets the status.
+
+    Args:
+        tracer: An ``opentelemetry.trace.Tracer``.
+    """
+
+    def record(event: Event) -> None:
+        from opentelemetry.trace import Status, StatusCode
+
+        span = tracer.start_span(f"checkpoint.{event.kind}", start_time=int((event.time - event.seconds) * 1e9))
+        for name in ("step", "path", "seconds_waited", "nbytes", "ranks"):
+            span.set_attribute(f"checkpoint.{name}", getattr(event, name))
+        if event.error is not None:
+            span.set_status(Status(StatusCode.ERROR, event.error))
+        span.end(int(event.time * 1e9))
+
+    return record

@@ -18,7 +18,7 @@ from shardsmith.errors import UsageError
 from shardsmith.export.adapters import ADAPTER_WEIGHTS
 from shardsmith.export.file_writer import choose_writer
 from shardsmith.export.live import Check, JointExport
-from shardsmith.ground.commit import prove_writable, remove, sweep
+from shardsmith.ground.commit import check_writable, remove, sweep
 from shardsmith.ground.layout import PROVENANCE_FILE, step_name
 from shardsmith.ground.logs import Stopwatch
 from shardsmith.ground.meeting import meet
@@ -389,5 +389,5 @@ class HFExport(Hook):
         if self._base is not None:
             protect(self.directory / step_name(0), self._base)
         refuse_within_step(self.directory)
-        prove_writable(self.directory)
+        check_writable(self.directory)
         sweep(self.directory)

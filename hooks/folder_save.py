@@ -187,7 +187,7 @@ class FolderSave(Hook):
             raise CheckpointNotFoundError(folder, f"has no complete {COMPANION}/ directory. {_START}")
         self._refuse_damage(folder)
         if prove:
-            self._prove(folder)
+            self._verify(folder)
         if self._ema is not None:
             self._load_average(companion_of(folder), on_missing)
         self._loaded_step = read_folder_record(folder).step
@@ -252,7 +252,7 @@ class FolderSave(Hook):
         look = f"verifying {companion_of(folder)}"
         self._ranks.agree(look, lambda: find_damage(companion_of(folder), part=part, parts=parts), judge)
 
-    def _prove(self, folder: Path) -> None:
+    def _verify(self, folder: Path) -> None:
         """Raise MismatchError unless the live model is what the trainer saved, if need be after loading the rest."""
         recorded, aliases = read_folder_record(folder).tensors, tied_weights(self._model)
         problems = self._differences(folder, recorded, aliases)
@@ -269,7 +269,7 @@ class FolderSave(Hook):
     def _differences(
         self, folder: Path, recorded: Mapping[str, TensorRecord], aliases: Mapping[str, str]
     ) -> dict[str, str]:
-        live = digest_live(self._ranks, f"proving the load of {folder.name}", lambda: self._main(folder))
+        live = digest_live(self._ranks, f"verifying the load of {folder.name}", lambda: self._main(folder))
         return compare_digests(live, recorded, aliases)
 
     def _load_average(self, directory: Path, on_missing: OnMissing) -> None:

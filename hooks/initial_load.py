@@ -11,7 +11,7 @@ from shardsmith.checking.arguments import checked
 from shardsmith.checking.types import LocalPath, ModelConfig, Models, Seconds
 from shardsmith.ground.ranks import Ranks
 from shardsmith.load.buffer_reference import Fresh
-from shardsmith.load.load import load_initial, prove_buffers
+from shardsmith.load.load import load_initial, verify_buffers
 from shardsmith.load.report import InitialLoadReport
 from shardsmith.tensors.checkpoint_keys import MAIN
 
@@ -80,7 +80,7 @@ class InitialLoad(Hook):
         if step == 0:
             self.report = load_initial(self.path, model=self._model, ranks=self._ranks, **self._buffers, **self._load)
             return
-        repaired = prove_buffers(self._model, self.path, ranks=self._ranks, **self._buffers)
+        repaired = verify_buffers(self._model, self.path, ranks=self._ranks, **self._buffers)
         if self._ranks.is_leader:
             mended = f"; repaired {', '.join(repaired)}" if repaired else ""
             log.info(

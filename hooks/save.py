@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from shardsmith.checking.arguments import checked
 from shardsmith.checking.types import Directory, LocalPath, Scheduler, StepNumber
 from shardsmith.errors import CheckpointNotFoundError, RankFailedError, UsageError
-from shardsmith.ground.commit import prove_writable, remove, sweep
+from shardsmith.ground.commit import check_writable, remove, sweep
 from shardsmith.ground.layout import step_name
 from shardsmith.ground.logs import Stopwatch
 from shardsmith.ground.meeting import meet
@@ -383,5 +383,5 @@ class ShardedSave(Hook):
 
     def _prepare_directory(self) -> None:
         refuse_within_step(self.directory)
-        prove_writable(self.directory)
+        check_writable(self.directory)
         sweep(self.directory)

@@ -52,7 +52,7 @@ class Attached:
         self._accelerator = accelerator
         self._hooks = hooks
         self._folder_save = folder_save
-        self._prove = prove
+        self._verify = prove
         self._on_missing = on_missing
         self._has_ema = any(isinstance(hook, EMA) for hook in hooks.hooks)
         self._folder = Path()  # what accelerate says that it writes or reads
@@ -90,7 +90,7 @@ class Attached:
     def _load_state(self, *args: Any, **kwargs: Any) -> None:
         self._load(*args, **kwargs)
         if self._folder_save.has(self._folder) or (self._has_ema and self._on_missing == "raise"):
-            self._folder_save.load(self._folder, prove=self._prove, on_missing=self._on_missing)
+            self._folder_save.load(self._folder, prove=self._verify, on_missing=self._on_missing)
         else:
             log.warning("%s holds nothing of ours: an average starts from the weights as they are", self._folder)
 

@@ -94,7 +94,7 @@ class CheckpointHooks(TrainerCallback):
         self._export_dir = export_dir
         self._resume_from = resume_from
         self._on_missing = on_missing
-        self._prove = prove
+        self._verify = prove
         self._on_event = on_event
         self._stop_on = stop_on
         self._export_options = export_options
@@ -192,7 +192,7 @@ class CheckpointHooks(TrainerCallback):
         given = self._resume_from or args.resume_from_checkpoint
         folder = Path(given) if given and Path(given).is_dir() else _folder(args, state)
         if self._folder_save.has(folder) or (self.ema is not None and self._on_missing == "raise"):
-            self._folder_save.load(folder, prove=self._prove, on_missing=self._on_missing)
+            self._folder_save.load(folder, prove=self._verify, on_missing=self._on_missing)
         else:
             log.warning("%s holds nothing of ours: the average starts from the weights as they are", folder)
 
@@ -206,7 +206,7 @@ class CheckpointHooks(TrainerCallback):
     def _follow_best(self, folder: Path, state: Any) -> int:
         """Trainer has loaded the best model: load the average that goes with it. The step of that."""
         if self._folder_save.has(folder):
-            self._folder_save.load(folder, prove=self._prove)
+            self._folder_save.load(folder, prove=self._verify)
         else:
             log.warning("%s holds nothing of ours: the average is still that of the last step", folder)
         return int(state.best_global_step)

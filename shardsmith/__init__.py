@@ -43,8 +43,7 @@ if TYPE_CHECKING:
     from shardsmith.ground.commit import remove as remove_checkpoint
     from shardsmith.hf.layout_rules import LayoutRule
     from shardsmith.inspection import Inspection, inspect_checkpoint
-    from shardsmith.load.load import load_initial, poison_weights
-    from shardsmith.load.load import prove_loaded as verify_loaded
+    from shardsmith.load.load import load_initial, poison_weights, verify_loaded
     from shardsmith.load.report import InitialLoadReport
     from shardsmith.manager import ShardedCheckpointManager
     from shardsmith.name_maps import Joined, NameMap, Slice
@@ -140,7 +139,7 @@ _HOMES = {
     "remove_checkpoint": "ground.commit:remove",
     "trace": "name_maps.tracing",
     "verify_checkpoints": "compare.verification:verify",
-    "verify_loaded": "load.load:prove_loaded",
+    "verify_loaded": "load.load:verify_loaded",
 }
 """Public name -> the module that defines it, with the name there where it is another. Errors are all in ``errors``."""
 

@@ -33,7 +33,7 @@ from shardsmith.formats.detected import (
     DetectedFormat,
 )
 from shardsmith.ground import layout
-from shardsmith.ground.commit import prove_writable, sweep
+from shardsmith.ground.commit import check_writable, sweep
 from shardsmith.ground.meeting import meet
 from shardsmith.ground.ranks import Ranks
 from shardsmith.load.buffer_reference import Fresh
@@ -346,7 +346,7 @@ class ShardedCheckpointManager:
         return loaded
 
     def _prepare(self) -> None:
-        prove_writable(self.directory)
+        check_writable(self.directory)
         sweep(self.directory)
 
 

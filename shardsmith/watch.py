@@ -24,7 +24,7 @@ from shardsmith.export.adapter_plan import plan_export
 from shardsmith.export.plan import ExportOptions, choose_stems
 from shardsmith.export.write import write_directories
 from shardsmith.formats.by_path import known_checkpoint
-from shardsmith.ground.commit import prove_writable, remove, sweep
+from shardsmith.ground.commit import check_writable, remove, sweep
 from shardsmith.ground.layout import PROVENANCE_FILE, parse_step, step_name
 from shardsmith.ground.leases import hold
 from shardsmith.ground.sizes import parse_size
@@ -158,7 +158,7 @@ class Watcher:
         choose_files(base)
         read_config(base)
         protect(output, checkpoints, base)
-        prove_writable(output)
+        check_writable(output)
         sweep(output)
 
     def follow(self, stop: Stop, interval_secs: float) -> Iterator[Outcome]:

@@ -93,9 +93,14 @@ def test_the_program_of_a_document_runs_as_it_is(document: str, tmp_path: Path) 
         "2.bias",
         "2.weight",
     ]
-    for command in re.findall(r"^shardsmith ((?:inspect|verify) run/.*)$", text, re.MULTILINE):
+    commands = re.findall(r"^shardsmith ((?:inspect|verify) run\b.*)$", text, re.MULTILINE)
+    for command in commands:
         done = subprocess.run([sys.executable, "-m", "shardsmith", *command.split()], cwd=tmp_path, check=False)
         assert done.returncode == 0, command
+    if any("--html report.html" in command for command in commands):
+        report = (tmp_path / "report.html").read_text()
+        assert "Seconds that the training waited for each save" in report
+        assert report.count("<circle") >= 2 * 3  # of three saves: sizes of those that are kept, seconds of all
 
 
 def _without_times(lines: list[str]) -> list[str]:

@@ -32,10 +32,10 @@ from shardsmith.ground.ranks import Ranks
 from shardsmith.hooks.stages import names_on_all
 from shardsmith.load.buffer_reference import Fresh
 from shardsmith.load.live_weights import LiveWeights
-from shardsmith.load.load import poison_weights, prove_buffers, prove_loaded, prove_names
+from shardsmith.load.load import poison_weights, verify_buffers, verify_loaded, verify_names
 from shardsmith.manifest.checkpoints import committed_steps, find_damage
 from shardsmith.manifest.metadata import CheckpointMetadata, read_metadata
-from shardsmith.run_state.proof import prove_state
+from shardsmith.run_state.verification import verify_state
 from shardsmith.tensors.fqn import clean_fqn, matches, own_class
 
 from .inner import find_held, held_alone, recorded_config
@@ -103,7 +103,7 @@ class LoadWatch:
         )
         kept: list[str] = []
         if form is Form.HF:
-            found = prove_names(self._parts, checkpoint, **self._in_files(), **self._allowed, ranks=self._ranks)
+            found = verify_names(self._parts, checkpoint, **self._in_files(), **self._allowed, ranks=self._ranks)
             absent += found.missing
             kept += self._names.leaves_out(LiveWeights(self._parts).specs)
         poison_weights(self._parts, spare=[*absent, *kept])
@@ -124,18 +124,18 @@ class LoadWatch:
         """
         if not self._is_initial(checkpoint):
             if (checkpoint / METADATA_FILE).is_file():
-                self._prove_state(checkpoint, state)
-            self._prove_buffers(checkpoint)
+                self._verify_state(checkpoint, state)
+            self._verify_buffers(checkpoint)
             return
         if form is Form.QUANTIZED:
             self._ranks.gather(f"looking at what was loaded from {checkpoint}", lambda: self._refuse_poison(checkpoint))
-            self._prove_buffers(checkpoint)
+            self._verify_buffers(checkpoint)
             log.warning("%s is quantized: that nothing was left out is verified, the values are not", checkpoint)
             return
         parts, how = self._parts, self._in_files() if form is Form.HF else {"fresh": self._fresh()}
         if form is Form.DCP and (held := held_alone(parts, checkpoint)):
             parts, how = held, {"config": recorded_config(checkpoint)}
-        prove_loaded(parts, checkpoint, **how, **self._allowed, repair_buffers=self._repair, ranks=self._ranks)
+        verify_loaded(parts, checkpoint, **how, **self._allowed, repair_buffers=self._repair, ranks=self._ranks)
 
     def nothing_loaded(self) -> None:
         """It has loaded nothing. Raises CheckpointNotFoundError if it was told to."""
@@ -159,18 +159,18 @@ class LoadWatch:
         )
         return "; ".join(found)
 
-    def _prove_state(self, checkpoint: Path, state: Callable[[], dict[str, Any]]) -> None:
+    def _verify_state(self, checkpoint: Path, state: Callable[[], dict[str, Any]]) -> None:
         """All that a run resumes with has the digests that were recorded when it was saved. All ranks; communicates."""
         read: list[CheckpointMetadata] = []
         self._ranks.gather("reading the manifest", lambda: read.append(read_metadata(checkpoint)))
         try:
-            count = prove_state(self._ranks, only_recorded(state(), read[0]), checkpoint, read[0])
+            count = verify_state(self._ranks, only_recorded(state(), read[0]), checkpoint, read[0])
         except (CorruptCheckpointError, RankFailedError) as error:
             raise DamagedStepError(checkpoint, str(error)) from error
         if self._ranks.is_leader:
             log.info("%d tensors equal those that were saved in %s (digests recorded)", count, checkpoint)
 
-    def _prove_buffers(self, checkpoint: Path) -> None:
+    def _verify_buffers(self, checkpoint: Path) -> None:
         """No checkpoint holds the non-persistent ones. All ranks; communicates.
 
         Raises:
@@ -179,7 +179,7 @@ class LoadWatch:
         """
         how: dict[str, Any] = {"fresh": self._fresh(), "repair_buffers": self._repair, "ranks": self._ranks}
         try:
-            repaired = prove_buffers(self._parts, checkpoint, **how, allow_missing=("*",))
+            repaired = verify_buffers(self._parts, checkpoint, **how, allow_missing=("*",))
         except InitialLoadError:
             raise
         except (UsageError, RankFailedError) as error:
@@ -195,7 +195,7 @@ class LoadWatch:
             InitialLoadError: a setting differs. Nothing was loaded.
         """
         if any(find_held(part) is not None for part in self._parts):
-            return  # a model of transformers is compared with its config by the proof itself
+            return  # a model of transformers is compared with its config by the verification itself
         live, assets = LiveWeights(self._parts), getattr(self._adapter, "hf_assets_path", None)
         self._source, faults = faults_on_all(
             self._ranks, live, lambda: find_source(checkpoint, assets, live), self._adapter, self._allow_config

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 _ELSEWHERE = (
     "If training still starts too high, look where no checkpoint shows anything: non-persistent buffers of the live "
-    "model (--buffers; shardsmith.hooks.InitialLoad proves them), the trainer's config (--config), its tokenizer "
+    "model (--buffers; shardsmith.hooks.InitialLoad verifies them), the trainer's config (--config), its tokenizer "
     "(--tokenizer), its settings (--training-config), and labels and positions (--batch FILE --reference-loss X)."
 )
 

@@ -213,7 +213,7 @@ def sweep(parent: Path) -> list[Path]:
     return swept
 
 
-def prove_writable(directory: Path) -> None:
+def check_writable(directory: Path) -> None:
     """Go once through write, fsync, rename and delete in a directory, made if missing: better now than at a save.
 
     Raises:

@@ -1,4 +1,4 @@
-"""An initial load that is proved: the model that starts training is the one in the checkpoint.
+"""A verified initial load: the model that starts training is the one in the checkpoint.
 
 Every rank fills its own boxes of the weights from the files; nothing is gathered and no rank reads what it does not
 hold. Then each digests what is in its model. The shares of all ranks are added up and must be the digests of the
@@ -21,10 +21,10 @@ from shardsmith.checking.types import LocalPath, ModelConfig, Models
 from shardsmith.errors import InitialLoadError
 from shardsmith.ground.ranks import Ranks
 from shardsmith.load.buffer_reference import BufferReference, Fresh, find_reference
+from shardsmith.load.comparison import Names, compare_names, specs_on_all, verify_values
 from shardsmith.load.faults import EFFECTS, LoadFault
 from shardsmith.load.live_config import compare_live_config
 from shardsmith.load.live_weights import LiveWeights
-from shardsmith.load.proof import Names, compare_names, prove_values, specs_on_all
 from shardsmith.load.report import InitialLoadReport
 from shardsmith.load.source import InitialSource, read_record
 from shardsmith.name_maps.maps import NameMap
@@ -82,11 +82,11 @@ def load_initial(
         if names.faults:
             raise _error(load.source.path, names.faults, "Nothing was loaded; the model is unchanged.")
         load.fill([name for name in names.dtypes if name in load.live.specs], poison)
-        return load.prove(names, repair_buffers, allowed[0], loaded=True)
+        return load.verify(names, repair_buffers, allowed[0], loaded=True)
 
 
 @checked
-def prove_loaded(
+def verify_loaded(
     model: Models,
     path: LocalPath,
     *,
@@ -119,10 +119,10 @@ def prove_loaded(
     ranks = ranks or Ranks()
     with _opened(Path(path), model, weights, ranks, config, fresh, names, allow_missing) as load:
         found = compare_names(ranks, load.live, load.source, tuple(allow_missing), tuple(allow_extra))
-        return load.prove(found, repair_buffers, tuple(allow_missing), loaded=False)
+        return load.verify(found, repair_buffers, tuple(allow_missing), loaded=False)
 
 
-def prove_names(
+def verify_names(
     model: nn.Module | Sequence[nn.Module],
     path: str | Path,
     *,
@@ -134,7 +134,7 @@ def prove_names(
 ) -> Names:
     """Verify, before somebody else loads it, that a checkpoint has the tensors of a model and no others.
 
-    All ranks call it. Arguments, communication and errors are those of ``prove_loaded``; nothing is changed.
+    All ranks call it. Arguments, communication and errors are those of ``verify_loaded``; nothing is changed.
     """
     ranks = ranks or Ranks()
     with _opened(Path(path), model, MAIN, ranks, None, fresh, names, allow_missing) as load:
@@ -144,7 +144,7 @@ def prove_names(
         return found
 
 
-def prove_buffers(
+def verify_buffers(
     model: nn.Module | Sequence[nn.Module],
     path: str | Path,
     *,
@@ -249,7 +249,7 @@ class _Load:
         self.live.store()
         self.live = LiveWeights(self.live.parts)
 
-    def prove(
+    def verify(
         self, names: Names, repair_buffers: bool, allow_missing: tuple[str, ...], *, loaded: bool
     ) -> InitialLoadReport:
         """Compare all that the model holds with the source and the reference. Communicates.
@@ -258,26 +258,26 @@ class _Load:
             InitialLoadError: on all ranks, if anything differs.
         """
         repaired = self._reference.repair(self.live) if repair_buffers else []
-        proof = prove_values(self._ranks, self.live, self.source, names.dtypes, self._reference, repaired)
-        unproved = [fault.name for fault in proof.buffer_faults if _is_allowed(fault, allow_missing)]
-        buffers = [fault for fault in proof.buffer_faults if fault.name not in unproved]
-        faults = [*self._settings, *names.faults, *proof.faults, *buffers]
+        found = verify_values(self._ranks, self.live, self.source, names.dtypes, self._reference, repaired)
+        allowed_faults = [fault.name for fault in found.buffer_faults if _is_allowed(fault, allow_missing)]
+        buffers = [fault for fault in found.buffer_faults if fault.name not in allowed_faults]
+        faults = [*self._settings, *names.faults, *found.faults, *buffers]
         if faults:
             after = "It must not train like this." if loaded else "Nothing was changed. It must not train like this."
             raise _error(self.source.path, faults, after)
         report = InitialLoadReport(
             path=self.source.path,
             source_format=self.source.format,
-            tensors=proof.tensors,
-            elements=proof.elements,
-            digests=proof.digests,
-            cast=proof.cast,
-            tied=proof.tied,
-            untied=proof.untied,
-            buffers=tuple(n for n in proof.buffers if n not in proof.repaired and n not in unproved),
+            tensors=found.tensors,
+            elements=found.elements,
+            digests=found.digests,
+            cast=found.cast,
+            tied=found.tied,
+            untied=found.untied,
+            buffers=tuple(n for n in found.buffers if n not in found.repaired and n not in allowed_faults),
             buffers_from=self._reference.origin,
-            repaired=proof.repaired,
-            unproved=tuple(unproved),
+            repaired=found.repaired,
+            unproved=tuple(allowed_faults),
             missing=names.missing,
             extra=names.extra,
             reshaped=names.reshaped,

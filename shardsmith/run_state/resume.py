@@ -23,9 +23,9 @@ from shardsmith.ground import layout
 from shardsmith.ground.ranks import Ranks
 from shardsmith.manifest.metadata import CheckpointMetadata, FileRecord, read_metadata
 from shardsmith.run_state.average import Average, refuse_other_decay
-from shardsmith.run_state.proof import fill_state, prove_state
 from shardsmith.run_state.saved_structure import with_number_keys, with_saved_structure
 from shardsmith.run_state.train_state import TrainState
+from shardsmith.run_state.verification import fill_state, verify_state
 from shardsmith.tensors.checkpoint_keys import EMA
 from shardsmith.tensors.tensors import TensorSource, read_tensor
 
@@ -75,7 +75,7 @@ def load_ours(path: Path, state: TrainState, wanted: Wanted, ranks: Ranks) -> tu
     status = _read_status(path, ranks.rank) if wanted.data_status else None
     state.restore(target)
     live = state.collect(metadata.step, with_rng=False, with_main=wanted.model).state_dict
-    return metadata.step, prove_state(ranks, live, path, metadata), status
+    return metadata.step, verify_state(ranks, live, path, metadata), status
 
 
 def fill(

@@ -15,10 +15,10 @@ from shardsmith.ground import layout
 from shardsmith.ground.ranks import Ranks
 from shardsmith.manifest.metadata import FileRecord, read_metadata
 from shardsmith.run_state.average import refuse_other_decay
-from shardsmith.run_state.proof import prove_state
 from shardsmith.run_state.resume import fill, refuse_other_step
 from shardsmith.run_state.saved_structure import with_number_keys, with_saved_structure
 from shardsmith.run_state.train_state import TrainState
+from shardsmith.run_state.verification import verify_state
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ def load_parts(
     if damage:
         return damage
     refuse_other_step(checkpoint, metadata.step, target)
-    prove_state(ranks, target, checkpoint, metadata)
+    verify_state(ranks, target, checkpoint, metadata)
     for key in reduced.growing_keys:
         with_number_keys(target[key], key, numbered)
     reduced.restore(target)

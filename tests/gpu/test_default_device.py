@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from shardsmith.hooks import EMA, HFExport, Hooks, ShardedSave, every
-from shardsmith.load.load import load_initial, prove_loaded
+from shardsmith.load.load import load_initial, verify_loaded
 from tests.gpu.devices import device, is_on_accelerator
 from tests.gpu.tensors import assert_same
 from tests.gpu.test_staging import Kinds, read_save, spoil, truth_of
@@ -56,7 +56,7 @@ def test_an_initial_load_is_verified(tmp_path: Path) -> None:
     hooks.close()
     report = load_initial(tmp_path / "hf" / "step-1", model=other)
     assert report.tensors == len(model.state_dict())
-    prove_loaded(other, tmp_path / "hf" / "step-1", fresh=lambda: nn.Linear(2, 2))
+    verify_loaded(other, tmp_path / "hf" / "step-1", fresh=lambda: nn.Linear(2, 2))
     torch.set_default_device(None)
     assert_same(truth_of(other), truth_of(Kinds()))
 

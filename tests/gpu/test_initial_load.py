@@ -10,7 +10,7 @@ from torch import nn
 
 from shardsmith.errors import InitialLoadError
 from shardsmith.hooks import HFExport, Hooks, every
-from shardsmith.load.load import load_initial, prove_loaded
+from shardsmith.load.load import load_initial, verify_loaded
 from tests.gpu.devices import BOTH, device, is_on_accelerator, run_on_ranks
 from tests.gpu.tensors import assert_same
 from tests.gpu.test_staging import Kinds
@@ -50,7 +50,7 @@ def test_one_element_that_is_wrong_on_the_device_is_found_and_named(source: Path
         values = model.state_dict()[name].reshape(-1) if name != "strided" else model.state_dict()[name].t().view(-1)
         values[-1:] = values[-1:].float().neg().add(3).to(values.dtype)
     with pytest.raises(InitialLoadError, match=name.replace(".", r"\.")) as raised:
-        prove_loaded(model, source)
+        verify_loaded(model, source)
     assert [fault.split(":")[0] for fault in raised.value.codes] == ["values-differ"]
 
 
@@ -73,4 +73,4 @@ def run_sharded_load(sharding: str, directory: Path) -> None:
     with torch.no_grad():
         next(p for p in other.parameters() if p.numel()).mul_(2)
     with pytest.raises(InitialLoadError):
-        prove_loaded(other, directory / "hf" / "step-1")
+        verify_loaded(other, directory / "hf" / "step-1")

@@ -16,7 +16,7 @@ import pytest
 
 from shardsmith.errors import IncompleteCheckpointError, TargetExistsError, WriteError
 from shardsmith.ground import layout
-from shardsmith.ground.commit import Attempt, prove_writable, remove, require_space, sweep, sync, write_file, writing
+from shardsmith.ground.commit import Attempt, check_writable, remove, require_space, sweep, sync, write_file, writing
 
 ID = "0123456789abcdef"
 
@@ -513,20 +513,20 @@ def test_an_fsync_that_fails_fails_the_attempt_and_nothing_becomes_visible(
 
 
 def test_a_place_that_can_be_written_to_is_made_and_left_empty(tmp_path: Path) -> None:
-    prove_writable(tmp_path / "run" / "checkpoints")
+    check_writable(tmp_path / "run" / "checkpoints")
     assert names(tmp_path / "run" / "checkpoints") == set()
 
 
 def test_the_proof_minds_nothing_that_is_there(tmp_path: Path) -> None:
     (tmp_path / "probe").write_bytes(b"mine")
-    prove_writable(tmp_path)
+    check_writable(tmp_path)
     assert names(tmp_path) == {"probe"}
 
 
 KILLED_PROOF = """
     import os, signal, sys
     from pathlib import Path
-    from shardsmith.ground.commit import prove_writable
+    from shardsmith.ground.commit import check_writable
 
     left = [int(sys.argv[2])]
 
@@ -537,7 +537,7 @@ KILLED_PROOF = """
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(kill)
-    prove_writable(Path(sys.argv[1]))
+    check_writable(Path(sys.argv[1]))
 """
 
 
@@ -546,7 +546,7 @@ def test_a_proof_killed_anywhere_is_not_in_the_way_of_the_next(tmp_path: Path) -
     while run_script(KILLED_PROOF, tmp_path, killed).returncode == -signal.SIGKILL:
         killed += 1
         assert all(map(layout.is_leftover, names(tmp_path)))
-        prove_writable(tmp_path)
+        check_writable(tmp_path)
         sweep(tmp_path)
         assert names(tmp_path) == set()
     assert killed >= 6
@@ -555,7 +555,7 @@ def test_a_proof_killed_anywhere_is_not_in_the_way_of_the_next(tmp_path: Path) -
 def test_a_place_that_cannot_be_written_to_is_a_write_error(tmp_path: Path) -> None:
     (tmp_path / "run").touch()
     with pytest.raises(WriteError, match=r"run/\.probe"):
-        prove_writable(tmp_path / "run")
+        check_writable(tmp_path / "run")
 
 
 def test_sync_of_what_is_not_there_raises(tmp_path: Path) -> None:

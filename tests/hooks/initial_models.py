@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from shardsmith.errors import InitialLoadError
 from shardsmith.hooks import Hooks, ShardedSave, at
-from shardsmith.load.load import load_initial, prove_loaded
+from shardsmith.load.load import load_initial, verify_loaded
 from tests.dcp_directories import save
 from tests.hooks.live_models import Case, build, shard
 from tests.trained_runs import Odd
@@ -103,16 +103,16 @@ def run_loads(kind: str, shardings: list[str], directory: Path, dtype: torch.dty
             )
             for name, tensor in gathered(model).items():
                 assert torch.equal(tensor, truth[name].to(tensor.dtype)), (sharding, source, name)
-            again = prove_loaded(model, directory / source, **options(kind))
+            again = verify_loaded(model, directory / source, **options(kind))
             assert (again.tensors, again.loaded) == (report.tensors, False)
 
 
-def plant_and_prove(model: nn.Module, plant: Callable[[nn.Module], None], path: Path, **found: Any) -> list[str]:
+def plant_and_verify(model: nn.Module, plant: Callable[[nn.Module], None], path: Path, **found: Any) -> list[str]:
     """Break a live model; the codes of what is found."""
     with torch.no_grad():
         plant(model)
     try:
-        prove_loaded(model, path, **found)
+        verify_loaded(model, path, **found)
     except InitialLoadError as error:
         return sorted(set(error.codes))
     return []

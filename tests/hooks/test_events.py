@@ -16,7 +16,18 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.tensorboard import SummaryWriter
 
 from shardsmith.errors import TargetExistsError, UsageError, WriteError
-from shardsmith.hooks import Event, HFExport, Hooks, ShardedSave, every, json_lines, latest, metrics_to, tensorboard
+from shardsmith.hooks import (
+    Event,
+    HFExport,
+    Hooks,
+    ShardedSave,
+    every,
+    json_lines,
+    latest,
+    metrics_to,
+    spans,
+    tensorboard,
+)
 from shardsmith.overview import inspect_run
 from tests.export.test_to_hf_refusals import files_no_larger_than
 from tests.ranks import run_on_ranks
@@ -130,6 +141,24 @@ def test_trackers_get_numbers_at_steps_that_do_not_go_back(tmp_path: Path) -> No
     saved = [numbers for numbers, _ in logged if "checkpoint/save/seconds" in numbers]
     assert [numbers["checkpoint/save/step"] for numbers in saved] == [1, 2, 3, 4]
     assert all(numbers["checkpoint/save/failed"] == 0 for numbers in saved)
+
+
+def test_spans_lie_where_the_work_was_done_and_fail_with_it() -> None:
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    made, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(made))
+    record = spans(provider.get_tracer("training"))
+    well = {"kind": "save", "step": 3, "path": "run/step-3", "seconds": 2.0, "seconds_waited": 0.5, "nbytes": 7}
+    record(Event(**well, time=100.0))
+    record(Event(kind="export", step=4, path="run/step-4", error="OSError: disk full", time=101.0))
+    save, export = made.get_finished_spans()
+    assert (save.name, save.start_time, save.end_time) == ("checkpoint.save", 98 * 10**9, 100 * 10**9)
+    assert (save.attributes or {})["checkpoint.seconds_waited"] == 0.5
+    assert save.status.is_ok
+    assert (export.status.is_ok, export.status.description) == (False, "OSError: disk full")
 
 
 def test_tensorboard_shows_what_was_told(tmp_path: Path) -> None:

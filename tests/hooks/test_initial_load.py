@@ -22,7 +22,7 @@ from shardsmith.errors import (
     UsageError,
 )
 from shardsmith.hooks import EMA, Hooks, InitialLoad, ShardedSave, at
-from shardsmith.load.load import load_initial, poison_weights, prove_loaded
+from shardsmith.load.load import load_initial, poison_weights, verify_loaded
 from tests.dcp_directories import save
 from tests.hooks.initial_models import (
     SHARDINGS,
@@ -31,7 +31,7 @@ from tests.hooks.initial_models import (
     make_sources,
     on_rank,
     options,
-    plant_and_prove,
+    plant_and_verify,
     run_loads,
     started,
 )
@@ -103,7 +103,7 @@ def run_stages(path: Path) -> None:
     with torch.no_grad():
         stage[f"stage{rank}"].weight.add_(rank)
     with pytest.raises(InitialLoadError, match=r"stage1\.weight: other values"):
-        prove_loaded(stage, path)
+        verify_loaded(stage, path)
 
 
 def test_stages_of_a_pipeline_are_one_model(tmp_path: Path) -> None:
@@ -205,7 +205,7 @@ def test_what_is_planted_into_a_loaded_model_is_found_under_its_own_code(fault: 
     model = started(kind, "none")
     path = sources / kind / "hf"
     load_initial(path, model=model)
-    assert plant_and_prove(model, plant, path) == codes
+    assert plant_and_verify(model, plant, path) == codes
 
 
 def run_planted(directory: Path) -> None:
@@ -213,7 +213,7 @@ def run_planted(directory: Path) -> None:
         kind, plant, codes = PLANTED[fault]
         model = started(kind, "fsdp2")
         load_initial(directory / kind / "ours", model=model)
-        found = plant_and_prove(
+        found = plant_and_verify(
             model, lambda m, plant=plant: plant(m) if on_rank(1) else None, directory / kind / "ours"
         )
         expected = {"a layer was not loaded": ["layer-not-loaded"], "all norms are 1": ["values-differ"]}
@@ -221,7 +221,7 @@ def run_planted(directory: Path) -> None:
     model = started("llama", "ddp")
     load_initial(directory / "llama" / "hf", model=model)
     plant = redraw("up_proj")
-    found = plant_and_prove(model, lambda m: plant(m) if on_rank(1) else None, directory / "llama" / "hf")
+    found = plant_and_verify(model, lambda m: plant(m) if on_rank(1) else None, directory / "llama" / "hf")
     assert found == ["replicas-differ"]
 
 
@@ -235,7 +235,7 @@ def test_what_a_load_of_somebody_else_left_out_is_called_so(sources: Path) -> No
     state = made("olmo2").state_dict()
     model.load_state_dict({name: state[name] for name in state if "layers.1.mlp" not in name}, strict=False)
     with pytest.raises(InitialLoadError, match="not touched by the load") as caught:
-        prove_loaded(model, path)
+        verify_loaded(model, path)
     assert sorted(problem.split(":")[0] for problem in caught.value.problems) == [
         f"model.layers.1.mlp.{name}_proj.weight" for name in ("down", "gate", "up")
     ]
@@ -259,7 +259,7 @@ def test_the_same_is_found_in_a_mixture_of_experts(fault: str, tmp_path: Path) -
     mixture_of_experts(0, tied=tied).save_pretrained(tmp_path / "hf")
     model = mixture_of_experts(1, tied=tied)
     load_initial(tmp_path / "hf", model=model)
-    assert plant_and_prove(model, PLANTED[fault][1], tmp_path / "hf") == PLANTED[fault][2]
+    assert plant_and_verify(model, PLANTED[fault][1], tmp_path / "hf") == PLANTED[fault][2]
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -267,7 +267,7 @@ def test_fused_experts_are_loaded_from_the_files_of_the_hub(tied: bool, tmp_path
     source, model = mixture_of_experts(0, tied=tied), mixture_of_experts(1, tied=tied)
     source.save_pretrained(tmp_path / "hf")
     with pytest.raises(InitialLoadError, match="nothing-loaded"):
-        prove_loaded(model, tmp_path / "hf")
+        verify_loaded(model, tmp_path / "hf")
     report = load_initial(tmp_path / "hf", model=model)
     state = source.state_dict()
     assert report.tensors == len(state)
@@ -385,7 +385,7 @@ def test_a_function_that_makes_the_model_is_a_reference_too(sources: Path) -> No
     assert load_initial(sources / "odd" / "ours", model=model, fresh=make).buffers == ("angles",)
     model.angles.zero_()
     with pytest.raises(InitialLoadError, match="buffer-zero"):
-        prove_loaded(model, sources / "odd" / "ours", fresh=make)
+        verify_loaded(model, sources / "odd" / "ours", fresh=make)
 
 
 def test_poison_reaches_floats_and_integers_and_is_told_from_values(sources: Path) -> None:
@@ -397,7 +397,7 @@ def test_poison_reaches_floats_and_integers_and_is_told_from_values(sources: Pat
     load_initial(path, model=model, poison=False, **options("odd"))
     poison_weights(model, spare=["[!s]*"])
     with pytest.raises(InitialLoadError, match=r"seen: 1 of 1 elements were not touched by the load"):
-        prove_loaded(model, path, **options("odd"))
+        verify_loaded(model, path, **options("odd"))
 
 
 def test_a_tie_that_is_gone_is_loaded_into_both_and_said(sources: Path) -> None:

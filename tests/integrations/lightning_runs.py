@@ -124,7 +124,15 @@ def run_fit(
             average = whole(module.net)
     if dist.get_rank() == 0:
         found = {"step": trainer.global_step, "epoch": trainer.current_epoch, "main": main, "ema": average}
-        torch.save({**found, "start": module.start, "history": module.history, "rate": trainer.optimizers[0].param_groups[0]["lr"]}, run / out)
+        torch.save(
+            {
+                **found,
+                "start": module.start,
+                "history": module.history,
+                "rate": trainer.optimizers[0].param_groups[0]["lr"],
+            },
+            run / out,
+        )
 
 
 def run_straight_and_broken(strategy: str, root: Path) -> None:

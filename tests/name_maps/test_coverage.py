@@ -1,4 +1,4 @@
-"""Every element of a tensor in exactly one slice: proved however they interleave, and refused otherwise."""
+"""Every element of a tensor in exactly one slice: counted however they interleave, and refused otherwise."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Initial loads by TorchTitan: proved where they are right, stopped where something is wrong."""
+"""Initial loads by TorchTitan: verified where they are right, stopped where something is wrong."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ class Names:
 
 
 @dataclass(frozen=True, slots=True)
-class Proof:
+class LoadComparison:
     """What comparing values has shown."""
 
     faults: list[LoadFault]
@@ -102,14 +102,14 @@ def compare_names(
     return Names(dtypes, faults, tuple(missing), extra, tuple(reshaped))
 
 
-def prove_values(
+def verify_values(
     ranks: Ranks,
     live: LiveWeights,
     source: InitialSource,
     dtypes: Mapping[str, torch.dtype],
     reference: BufferReference,
     repaired: Sequence[str],
-) -> Proof:
+) -> LoadComparison:
     """Compare what is in the model on all ranks with the digests of the source, and its buffers with the reference.
 
     Args:
@@ -139,14 +139,14 @@ def prove_values(
     )
     wrong: dict[str, str] = found["wrong"]
     pairs = {a: kept for a, kept in source.ties.items() if {a, kept} <= dtypes.keys() and not {a, kept} & wrong.keys()}
-    proven = {key for name, key in keys.items() if name not in wrong}
-    return Proof(
+    verified = {key for name, key in keys.items() if name not in wrong}
+    return LoadComparison(
         faults=_explain(ranks, live, source, dtypes, wrong) if wrong else [],
         buffer_faults=[LoadFault(*fault) for fault in found["buffers"]],
         buffers=tuple(found["transient"]),
         repaired=tuple(found["repaired"]),
         tensors=len(dtypes) - len(wrong),
-        elements=sum(source.specs[key].numel for key in proven),
+        elements=sum(source.specs[key].numel for key in verified),
         digests=_how_known(known, unknown),
         cast=_casts(source, dtypes),
         tied={alias: kept for alias, kept in pairs.items() if alias in found["tied"]},

@@ -44,7 +44,7 @@ def fill_state(state: dict[str, Any], source: RankShards) -> None:
             read_into(source, key, box, values)
 
 
-def prove_state(ranks: Ranks, state: Mapping[str, Any], path: Path, metadata: CheckpointMetadata) -> int:
+def verify_state(ranks: Ranks, state: Mapping[str, Any], path: Path, metadata: CheckpointMetadata) -> int:
     """Compare the digest of every live tensor with the one that was recorded when it was saved; how many there are.
 
     All ranks call it with what ``TrainState.collect`` gives after a load. Communicates through the store. What each
@@ -54,7 +54,7 @@ def prove_state(ranks: Ranks, state: Mapping[str, Any], path: Path, metadata: Ch
         RankFailedError: on all ranks, naming every tensor that differs. With one rank, CorruptCheckpointError.
     """
     return ranks.agree(
-        f"proving {path.name}", lambda: [*_shares(state)], lambda said: _compare(path, metadata, said), large=True
+        f"verifying {path.name}", lambda: [*_shares(state)], lambda said: _compare(path, metadata, said), large=True
     )
 
 
