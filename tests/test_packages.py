@@ -41,7 +41,17 @@ def imports_of(path: Path) -> set[str]:
     return {module for node in ast.walk(ast.parse(path.read_text())) for module in modules_of(node)}
 
 
-OPTIONAL = {"transformers", "accelerate", "torchtitan", "torch_checkpointing", "torchdata", "peft", "diffusers"}
+OPTIONAL = {
+    "accelerate",
+    "diffusers",
+    "lightning",
+    "opentelemetry",
+    "peft",
+    "torch_checkpointing",
+    "torchdata",
+    "torchtitan",
+    "transformers",
+}
 OPTIONAL |= {"huggingface_hub", "tokenizers", "tensorboard"}  # which come with others
 """What is imported only where a user has it."""
 
