@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from shardsmith.errors import ShardsmithError
+from shardsmith.hf.export_files import find_export_damage
 from shardsmith.hooks import HFExport, every
 
 
@@ -56,3 +59,39 @@ def test_an_export_that_is_there_when_the_run_comes_back_is_left_alone(
     begin(tmp_path, 4)
     assert (tmp_path / "step-4" / "model.safetensors").read_bytes() == before
     assert not caplog.text
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "a flipped bit": lambda path: path.write_bytes(bytes([*path.read_bytes()[:-1], path.read_bytes()[-1] ^ 1])),
+    "a cut": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "deleted": Path.unlink,
+}
+
+
+NAMES = ("model.safetensors", "config.json", "shardsmith.json")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),  # without shardsmith.json, and without another export of ours, it could be anybody's folder
+    [(kind, name) for kind in DAMAGE for name in NAMES if (kind, name) != ("deleted", "shardsmith.json")],
+)
+def test_a_damaged_export_is_set_aside_and_made_anew_when_the_run_comes_back(
+    tmp_path: Path, kind: str, name: str
+) -> None:
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    )
+    export_once(tmp_path, model)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "step-1").iterdir()}
+    DAMAGE[kind](tmp_path / "step-1" / name)
+    assert find_export_damage(tmp_path / "step-1")
+    hook = HFExport(tmp_path, model=model, when=every(1))
+    hook.on_train_begin(1)
+    hook.close()
+    assert find_export_damage(tmp_path / "step-1") == []
+    after = {path.name: path.read_bytes() for path in (tmp_path / "step-1").iterdir()}
+    assert after.keys() == before.keys()
+    assert after["model.safetensors"] == before["model.safetensors"]
+    aside = [path for path in tmp_path.iterdir() if path.name != "step-1"]
+    assert len(aside) == 1
+    assert aside[0].name.startswith(".step-1.")

@@ -14,9 +14,10 @@ import xxhash
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
+from shardsmith.errors import CorruptCheckpointError
 from shardsmith.formats.dcp import file_stream, single_read
 from shardsmith.manifest.checkpoints import committed_steps
-from shardsmith.manifest.metadata import read_metadata
+from shardsmith.manifest.metadata import SEAL, read_metadata
 from tests.hooks.test_save import digests
 from tests.hooks.training import run_training
 from tests.ranks import run_on_ranks
@@ -136,3 +137,28 @@ def test_a_checkpoint_that_torch_wrote_is_verified_and_loaded_all_the_same(strai
     shutil.rmtree(run / "step-15")
     run_training(run, 10, sharding="none")
     assert len([*run.glob(".step-10.damaged-*")]) == 1
+
+
+def test_what_the_manifest_says_of_tensors_is_compared_with_what_was_loaded(straight: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    path = run / "step-10" / "metadata.json"
+    content = json.loads(path.read_text())
+    content["tensors"]["norm.weight"]["digest"] = content["tensors"]["norm.bias"]["digest"]
+    unsealed = {name: value for name, value in content.items() if name != SEAL}  # as by whoever edits the file
+    path.write_text(json.dumps(unsealed))
+    with pytest.raises(CorruptCheckpointError, match=r"norm\.weight"):
+        run_training(run, 10, sharding="none")
+    assert json.loads(path.read_text()) == unsealed
+
+
+def test_the_manifest_has_a_hash_of_its_own(straight: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    path = run / "step-10" / "metadata.json"
+    text = path.read_text()
+    assert text.count('"created_at": "20') == 1
+    path.write_text(text.replace('"created_at": "20', '"created_at": "19'))  # a valid manifest in every other way
+    run_training(run, 10, sharding="none")
+    assert len([*run.glob(".step-10.damaged-*")]) == 1
+    assert digests(run / "step-10") == digests(straight / "step-10")
