@@ -116,10 +116,31 @@ class Grid:
             place += first * steps[-1]
         return values.as_strided(part.sizes, steps, place)
 
+    def boxes(self, part: Chunk) -> Iterator[Chunk]:
+        """Yield the few parts of a part of which each is all of its ``cover``, as ``as_box`` takes them."""
+        place = self._first_gap(part)
+        if place is None:
+            yield part
+            return
+        offsets, sizes = list(part.offsets), list(part.sizes)
+        sizes[place] = 1
+        for offsets[place] in range(part.offsets[place], part.offsets[place] + part.sizes[place]):
+            yield from self.boxes(Chunk(tuple(offsets), tuple(sizes)))
+
     def as_box(self, values: Tensor, part: Chunk) -> Tensor:
         """Return the values of a part that is all of its ``cover``, in the cover's shape: a view, or else a copy."""
         order = [i for dim in range(len(self.start)) for i in self._along(dim)]
         return values.permute(order).reshape(self.cover(part).sizes)
+
+    def _first_gap(self, part: Chunk) -> int | None:
+        """The axis whose steps, in a part, leave out elements between them; None if the part is a box."""
+        for dim in range(len(self.start)):
+            reach = 1
+            for place in reversed(self._along(dim)):
+                if part.sizes[place] > 1 and self.axes[place].step != reach:
+                    return place
+                reach *= part.sizes[place]
+        return None
 
     def _along(self, dim: int) -> list[int]:
         places = [i for i, axis in enumerate(self.axes) if axis.dim == dim]

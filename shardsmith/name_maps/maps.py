@@ -129,7 +129,9 @@ class Translation:
                 if alone:
                     yield piece.target, part, found
                 else:
-                    yield piece.target, there.cover(part), there.as_box(found, part)
+                    for box_part in there.boxes(part):
+                        values_of_part = found[box_part.within(part)]
+                        yield piece.target, there.cover(box_part), there.as_box(values_of_part, box_part)
 
     def links_to(self, target: str) -> list[Link]:
         """Return where the elements of a target are among the sources."""

@@ -124,7 +124,7 @@ class Joined:
     """A target: slices one after the other along a dimension, as ``torch.cat`` puts them together."""
 
     parts: tuple[Slice, ...]
-    """Of equal shapes but for the one dimension; no dimension of them was put together from several."""
+    """Of equal shapes but for the one dimension."""
     dim: int
 
     def __post_init__(self) -> None:
@@ -134,8 +134,6 @@ class Joined:
             raise ValueError(
                 f"slices of shapes {[part.shape for part in self.parts]} cannot be joined along {self.dim}"
             )
-        if any(len(axes) > 1 for part in self.parts for axes in part.dims):
-            raise ValueError("a slice of which a dimension was put together from several cannot be joined to others")
 
     @property
     def shape(self) -> Shape:

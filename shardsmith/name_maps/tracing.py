@@ -79,7 +79,7 @@ class Probes(TorchDispatchMode):
         return result
 
     def _join(self, tensors: Sequence[Tensor], dim: int, *, stacked: bool) -> Target | None:
-        contents = [self.content_of(tensor) for tensor in tensors]
+        contents = [self.content_of(tensor) for tensor in tensors if tensor.numel() or len(tensors) == 1]
         parts = [content for content in contents if isinstance(content, Slice)]
         if len(parts) < len(contents):
             return None

@@ -107,7 +107,6 @@ def test_two_ways_to_say_the_same_give_equal_slices() -> None:
         (lambda: W[0, 0, 0], IndexError, "3 indices into"),
         (lambda: Joined((W, W[0]), 0), ValueError, "cannot be joined"),
         (lambda: Joined((W, W[:, 1:]), 0), ValueError, "cannot be joined"),
-        (lambda: Joined((W.reshape(-1), W.reshape(-1)), 0), ValueError, "put together from several"),
     ],
 )
 def test_what_is_not_regular_is_refused(make: object, error: type[Exception], words: str) -> None:
