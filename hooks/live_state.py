@@ -374,5 +374,5 @@ class LiveState:
         if self._names == "identity":
             return None
         if self._names == "auto":
-            return TransformersNames.of_model(self._inner) if self._inner is not None else None
+            return None if self._inner is None else TransformersNames.of_model(self._inner, self._template.specs)
         return find_name_map(self._names, self._config) if isinstance(self._names, str) else self._names

@@ -29,8 +29,7 @@ def reload(model: nn.Module, folder: Path, names: Iterable[str]) -> bool:
     Returns:
         Whether they were filled; False if transformers converts nothing of this model, or the folder has other files.
     """
-    name_map = TransformersNames.of_model(unwrapped(model))
-    if name_map is None:
+    if TransformersNames.of_model(unwrapped(model)) is None:
         return False
     live = LiveWeights(model)
     specs = {name: spec for name, spec in live.specs.items() if name not in live.tied}
@@ -39,6 +38,8 @@ def reload(model: nn.Module, folder: Path, names: Iterable[str]) -> bool:
     except CheckpointError:
         return False
     try:
+        name_map = TransformersNames.of_model(unwrapped(model), source.specs)
+        assert name_map is not None
         restored = RestoredModel(source, name_map, specs, live.tied)
         for name in names:
             live.fill(name, restored, name)

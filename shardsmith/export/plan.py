@@ -324,7 +324,8 @@ def _choose_name_map(
         _refuse_titan_names(plan, template)
         names = {spec.name for spec in plan.specs}
         fused = any(len(spec.shape) > 2 and "experts" in spec.name for spec in plan.specs)
-        # Only where both sides have names without a partner can other names bring them together: a shape is no name.
+        # Only where both sides have names without a partner can other names bring them together. Another shape is for
+        # ``under_base_names``, which knows the names in memory.
         if not (names - template.keys() and template.keys() - names if template else fused):
             return None
     from shardsmith.name_maps.transformers import TransformersNames

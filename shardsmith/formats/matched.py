@@ -11,7 +11,9 @@ from shardsmith.name_maps.class_names import ClassNames
 from shardsmith.name_maps.maps import find_name_map
 from shardsmith.name_maps.matching import Alignment, match_names
 from shardsmith.name_maps.restored import RestoredModel
-from shardsmith.tensors.tensors import TensorSpec
+from shardsmith.name_maps.slices import Slice
+from shardsmith.name_maps.transformers import ComputedTensorsError
+from shardsmith.tensors.tensors import TensorSpec, is_turned
 
 Matched = tuple[ModelSource, Alignment]
 
@@ -38,6 +40,7 @@ def matched_source(
 
     Raises:
         CheckpointError, UsageError: a map that was asked for cannot be used.
+        ComputedTensorsError: the class computes what it writes, so that the two cannot be put side by side.
     """
     if names not in ("auto", "identity", "transformers"):
         plain = renamed(source, match_names(source.specs, {}, None, source.aliases))
@@ -48,13 +51,21 @@ def matched_source(
         return _cut(*_in_place(source, classes.specs, classes), target, classes)
     found = _in_place(source, target, classes)
     fewest = _unplaced(found[0], target)
+    if not fewest and found[1].by_class and _is_rearranged(source, found[1], target, classes):
+        return _cut(*_in_place(source, classes.specs, classes), target, classes)
+    computed: ComputedTensorsError | None = None
     for way in _other_cuts(source, target, classes) if fewest and classes.is_known else ():
         try:
             other = way()
+        except ComputedTensorsError as error:
+            computed = error
+            continue
         except (CheckpointError, UsageError):  # a model of this class is not cut up so, or lacks a part of a tensor
             continue
         if _unplaced(other[0], target) < fewest:
             found, fewest = other, _unplaced(other[0], target)
+    if computed is not None and fewest:  # nothing is known of these tensors, neither good nor bad
+        raise computed
     return found
 
 
@@ -76,9 +87,33 @@ def _in_place(
 
 
 def _unplaced(source: ModelSource, target: Mapping[str, TensorSpec]) -> int:
-    """How many tensors are on both sides that only another cut could bring together; 0 if one side has none."""
+    """How many tensors only another cut could bring together: those that are on one side, unless the other has none,
+    and those with the dimensions of their partner in another order.
+    """
     missing, extra = target.keys() - source.specs.keys(), source.specs.keys() - target.keys()
-    return len(missing) + len(extra) if missing and extra else 0
+    turned = sum(is_turned(spec, target[name]) for name, spec in source.specs.items() if name in target)
+    return turned + (len(missing) + len(extra) if missing and extra else 0)
+
+
+def _is_rearranged(
+    source: ModelSource, found: Alignment, target: Mapping[str, TensorSpec], classes: ClassNames
+) -> bool:
+    """Whether the class writes other values under a name than those of the tensor whose name becomes this one.
+
+    Only if the source has the names in memory: from the files of one generation to those of another nothing is moved.
+
+    Raises:
+        UnsupportedFormatError: the class computes what it writes.
+    """
+    in_memory, memory = _in_place(source, classes.specs, classes)
+    if memory.by_class:
+        return False
+    called = {own: name for name, own in memory.keys.items()}
+    written = classes.to_files(target).targets(in_memory.specs)
+    return any(
+        name in written and written[name] != Slice.whole(in_memory.specs[called[own]])
+        for name, own in found.keys.items()
+    )
 
 
 def _other_cuts(

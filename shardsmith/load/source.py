@@ -22,7 +22,7 @@ from shardsmith.name_maps.transformers import TransformersNames
 from shardsmith.tensors.digest import Digest
 from shardsmith.tensors.dtypes import dtype_name
 from shardsmith.tensors.fqn import matches, unwrapped
-from shardsmith.tensors.tensors import TensorSource, TensorSpec
+from shardsmith.tensors.tensors import TensorSource, TensorSpec, is_turned
 
 
 class InitialSource:
@@ -70,7 +70,7 @@ class InitialSource:
             return
         self.tensors = own
         try:
-            name_map = TransformersNames.of_model(unwrapped(live.parts[0]))
+            name_map = TransformersNames.of_model(unwrapped(live.parts[0]), own.specs)
             if name_map is not None:
                 wanted = {name: spec for name, spec in live.specs.items() if name not in self.ties}
                 aliases = {alias: kept for alias, kept in self.ties.items() if kept in wanted}
@@ -79,7 +79,8 @@ class InitialSource:
             return  # then the names are compared as they are, and every difference is said
 
     def _fits(self, live: LiveWeights) -> bool:
-        return all(name in live.specs or name in self.ties for name in self.specs)
+        turned = any(name in live.specs and is_turned(spec, live.specs[name]) for name, spec in self.specs.items())
+        return not turned and all(name in live.specs or name in self.ties for name in self.specs)
 
     def translate(
         self,

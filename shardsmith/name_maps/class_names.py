@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,13 +79,13 @@ class ClassNames:
         renamed = _renamed(self._model, names, self._state)
         return renamed if len(set(renamed.values())) == len(renamed) else {}
 
-    def to_files(self, names: Iterable[str]) -> TransformersNames:
-        """The map from memory to files with such names. Raises UnsupportedFormatError if there is no such class."""
+    def to_files(self, files: Mapping[str, TensorSpec]) -> TransformersNames:
+        """The map from memory to files with such tensors. Raises UnsupportedFormatError if there is no such class."""
         from shardsmith.name_maps.transformers import TransformersNames
 
         if self._model is None:
             raise UnsupportedFormatError(self._origin, "transformers cannot make this model")
-        return TransformersNames.of_names(self._origin, self._model, names)
+        return TransformersNames.of_files(self._origin, self._model, files)
 
     @functools.cached_property
     def _model(self) -> Any:

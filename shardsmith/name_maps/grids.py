@@ -122,10 +122,10 @@ class Grid:
         if place is None:
             yield part
             return
-        offsets, sizes = list(part.offsets), list(part.sizes)
-        sizes[place] = 1
-        for offsets[place] in range(part.offsets[place], part.offsets[place] + part.sizes[place]):
-            yield from self.boxes(Chunk(tuple(offsets), tuple(sizes)))
+        sizes = (*part.sizes[:place], 1, *part.sizes[place + 1 :])
+        for i in range(part.sizes[place]):
+            step = (*(0,) * place, i, *(0,) * (len(sizes) - place - 1))
+            yield from self.boxes(Chunk(part.offsets, sizes).moved(step))
 
     def as_box(self, values: Tensor, part: Chunk) -> Tensor:
         """Return the values of a part that is all of its ``cover``, in the cover's shape: a view, or else a copy."""

@@ -10,6 +10,7 @@ import copy
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self
 
 import torch
@@ -25,40 +26,58 @@ from shardsmith.tensors.tensors import TensorSpec
 IDENTITY_ADVICE = "To write the names as they are in memory, ask for the identity; or write a name map"
 
 
+class ComputedTensorsError(UnsupportedFormatError):
+    """A class computes tensors when it saves, so that its files cannot be made of slices of what is in memory."""
+
+
 class TransformersNames:
     """A ``NameMap``: what transformers' conversions for one model make of its tensors."""
 
-    def __init__(self, origin: str | Path, model: Any, conversions: Sequence[Any]) -> None:
-        """``model`` is on the meta device; ``conversions`` are those that ``from_pretrained`` applies when it loads."""
+    def __init__(
+        self,
+        origin: str | Path,
+        model: Any,
+        conversions: Sequence[Any],
+        files: Mapping[str, TensorSpec] = MappingProxyType({}),
+    ) -> None:
+        """``model`` is on the meta device; ``conversions`` are those that ``from_pretrained`` applies when it loads.
+
+        ``files`` are as ``of_directory`` takes them.
+        """
         self._origin = origin
         self._model = model
         self._conversions = list(conversions)
+        self._files = files
 
     @classmethod
-    def of_directory(cls, base: Path, names: Iterable[str] = ()) -> Self:
+    def of_directory(cls, base: Path, files: Mapping[str, TensorSpec] = MappingProxyType({})) -> Self:
         """For the model of a local directory. Runs no code of it.
 
         Args:
             base: The base model's directory, with config.json.
-            names: Of the tensors in the base model's files, if it has any: some conversions only apply where a
-                ``from_pretrained`` of the base would apply them.
+            files: The tensors in the base model's files, if it has any: some conversions only apply where a
+                ``from_pretrained`` of the base would apply them, and some look at shapes.
 
         Raises:
             UnsupportedFormatError: there is no transformers 5, or it does not know this model.
         """
-        return cls.of_names(base, meta_model_of(base), names)
+        return cls.of_files(base, meta_model_of(base), files)
 
     @classmethod
-    def of_names(cls, origin: str | Path, model: Any, names: Iterable[str]) -> Self:
-        """For a model on the meta device and files with these names. Raises as ``of_directory``."""
+    def of_files(cls, origin: str | Path, model: Any, files: Mapping[str, TensorSpec]) -> Self:
+        """For a model on the meta device and files with these tensors. Raises as ``of_directory``."""
         try:
-            return cls(origin, model, _conversions_of(model, names))
+            return cls(origin, model, _conversions_of(model, files), files)
         except Exception as error:  # whatever a pattern that does not fit makes it raise
             raise _unknown(origin, error) from error
 
     @classmethod
-    def of_model(cls, live: nn.Module) -> Self | None:
+    def of_model(cls, live: nn.Module, files: Mapping[str, TensorSpec] = MappingProxyType({})) -> Self | None:
         """For a live model without wrappers around it; None if transformers converts nothing of it. Only reads it.
+
+        Args:
+            live: The model.
+            files: Tensors of files whose shapes the conversions are to lead to, where they look at shapes.
 
         Raises:
             UnsupportedFormatError: the model cannot be made a second time from its config.
@@ -68,7 +87,8 @@ class TransformersNames:
             return None
         model = meta_twin_of(live)
         loaded_with: Any = getattr(live, "_weight_conversions", None)
-        return cls(own_class(live).__name__, model, _conversions_of(model, ()) if loaded_with is None else loaded_with)
+        conversions = _conversions_of(model, ()) if loaded_with is None else loaded_with
+        return cls(own_class(live).__name__, model, conversions, files)
 
     def targets(self, specs: Mapping[str, TensorSpec]) -> dict[str, Target]:
         """As ``NameMap.targets``.
@@ -76,17 +96,24 @@ class TransformersNames:
         Raises:
             UnsupportedFormatError: a conversion computes something.
         """
-        from transformers.core_model_loading import revert_weight_conversion
-
-        self._model._weight_conversions = self._conversions  # where transformers looks for them
         try:
-            found, refused = trace(lambda tensors: revert_weight_conversion(self._model, tensors), specs)
+            found, refused = self._trace(self._conversions, specs)
+            other = {n: spec for n, spec in self._files.items() if n in found and found[n].shape != spec.shape}
+            if other and any(_looks_at_shapes(conversion) for conversion in self._conversions):
+                turned, _ = self._trace([_without_a_look(c) for c in self._conversions], specs)
+                found |= {n: turned[n] for n, spec in other.items() if n in turned and turned[n].shape == spec.shape}
         except Exception as error:  # an operation that does not fit these tensors
             message = f"transformers cannot convert them ({type(error).__name__}: {error}). {IDENTITY_ADVICE}"
             raise UnsupportedFormatError(self._origin, message) from error
         if refused:
             self._refuse(refused, found, specs)
         return found
+
+    def _trace(self, conversions: list[Any], specs: Mapping[str, TensorSpec]) -> tuple[dict[str, Target], list[str]]:
+        from transformers.core_model_loading import revert_weight_conversion
+
+        self._model._weight_conversions = conversions  # where transformers looks for them
+        return trace(lambda tensors: revert_weight_conversion(self._model, tensors), specs)
 
     def _refuse(self, targets: Sequence[str], found: Mapping[str, Target], specs: Mapping[str, TensorSpec]) -> None:
         used = {source for target in found.values() for source in target.sources}
@@ -96,7 +123,7 @@ class TransformersNames:
             f"transformers saves {len(targets)} tensors, {targets[0]} for one, that are not cut out of the tensors in "
             f"memory, so they cannot be written shard by shard. They are made of\n  {lines}\n{IDENTITY_ADVICE}"
         )
-        raise UnsupportedFormatError(self._origin, message)
+        raise ComputedTensorsError(self._origin, message)
 
     def _operations(self, source: str) -> str:
         """What transformers does to a tensor when it saves."""
@@ -105,6 +132,24 @@ class TransformersNames:
             if hasattr(reverse, "operations") and reverse.rename_source_key(source)[1] is not None:
                 return ", then ".join(map(repr, reverse.operations))
         return "no conversion that is known by its name"
+
+
+def _looks_at_shapes(conversion: Any) -> bool:
+    """Whether a conversion transposes what has another shape than in memory, and only that.
+
+    When it saves, nothing has. But the files of the base model may be the transposed ones, as those of Qwen3-VL's
+    experts are, and the class loads both.
+    """
+    return any(getattr(operation, "check_dims", False) for operation in getattr(conversion, "operations", ()))
+
+
+def _without_a_look(conversion: Any) -> Any:
+    """The same, transposing in any case."""
+    changed = copy.deepcopy(conversion)
+    for operation in getattr(changed, "operations", ()):
+        if getattr(operation, "check_dims", False):
+            operation.check_dims = False
+    return changed
 
 
 def names_for(model: Any) -> TransformersNames:

@@ -81,6 +81,11 @@ class Chunk:
         return zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True)
 
 
+def is_turned(one: TensorSpec, other: TensorSpec) -> bool:
+    """Return whether two tensors have the same sizes in another order."""
+    return one.shape != other.shape and sorted(one.shape) == sorted(other.shape)
+
+
 class TensorSource(Protocol):
     """Named tensors in files, read box by box. Every format is read through this.
 
