@@ -31,21 +31,26 @@ _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt")
 _ADAPTER = ("adapter_config.json", "adapter_model*")
 """Of peft. Beside whole weights ``from_pretrained`` would load them on top."""
 _LEFTOVERS = (
-    "trainer_state.json",
-    "training_args.bin",
-    "optimizer*",
-    "optim_*",
-    "scheduler*",
-    "scaler.pt",
-    "rng_state*",
-    "random_states*",
-    "*_optim_states.pt",
-    "*_model_states.pt",
+    # transformers' Trainer, and what is built on it
+    *("trainer_state.json", "trainer_log.jsonl", "training_args.*", "training_loss.*", "running_log.txt"),
+    *("all_results.json", "train_results.json", "eval_results.json", "predict_results.json", "test_results.json"),
+    *("optimizer*", "scheduler*", "scaler.pt", "rng_state*"),
+    # accelerate
+    *("random_states*", "sampler*.bin", "dl_state_dict*.bin", "custom_checkpoint_*.pkl"),
+    # DeepSpeed
+    *("latest", "latest_universal", "zero_to_fp32.py", "*_optim_states.pt", "*_model_states.pt", "mp_rank_*.pt"),
+    # Megatron, Lightning, verl, and torch's distributed checkpoints
+    *("latest_checkpointed_iteration.txt", "latest_train_state.pt", "common.pt", "distrib_optim*", "run_config.yaml"),
+    *("hparams.yaml", "model_world_size_*", "optim_*", "extra_state_world_size_*", "fsdp_config.json", "*.distcp"),
     "events.out.tfevents*",
 )
 """Of the run that made the base. ``scheduler_config.json`` of diffusers is in a folder below, where these stay."""
-_FOLDERS = re.compile(r"\.|checkpoint-|global_step[0-9]|pytorch_model_fsdp|optimizer_|" + COMPANION + "$")
-"""Beginnings of folders that are no part of a model."""
+_FOLDERS = re.compile(
+    r"\.|checkpoint[-_][0-9]|checkpoint-|global_step_?[0-9]|step[-_][0-9]|iter_[0-9]|epoch[-_=]?[0-9]|mp_rank_"
+    r"|pytorch_model_fsdp|optimizer_|(pytorch_model|runs|wandb|mlruns|swanlog|lightning_logs|tensorboard|__pycache__)$"
+    rf"|{COMPANION}$"
+)
+"""Beginnings of folders that are no part of a model: steps of a run, and what it logged."""
 _WRAPPER = re.compile(r"^(module|_orig_mod|model|base_model)\.")
 _TORCH_MAGIC = (b"PK\3\4", b"\x80\2")
 _MOSTLY = 0.5

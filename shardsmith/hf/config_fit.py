@@ -23,6 +23,9 @@ Path = tuple[str, ...]
 QUANTIZATION = "quantization_config"
 TIE = "tie_word_embeddings"
 _AS_LIVE = "as in the config of the live model"
+_MOST_SIZES = 24
+"""How many numbers are tried one by one, a model without data each."""
+_LABELS = "id2label"
 _OF_THE_HEAD = ("num_labels", "id2label", "label2id")
 _NOT_OF_THE_MODEL = frozenset(
     {"dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache", QUANTIZATION, "architectures"}
@@ -79,7 +82,7 @@ def fit_config(
     """
     state = _Attempt.of(config, specs, separate or {})
     excused = _excused(config, base, specs, allow)
-    for change in (_unquantized, _untied, _resized, functools.partial(_as_live, live=live or {})):
+    for change in (_unquantized, _untied, _resized, functools.partial(_as_live, live=live or {}), _relabelled):
         for changed, note in change(state, excused):
             attempt = _Attempt.of(changed, specs, separate or {}, (*state.changes, note))
             if attempt.count(excused) < state.count(excused):
@@ -175,12 +178,24 @@ class _Attempt:
         assert self.fit is not None
         if self.untied:
             yield f"{TIE}: true"
-        wanted = {size for given, have in self.fit.shapes.values() for size in _differing(given, have).values()}
-        for path, value in _entries(self._effective()):
-            if isinstance(value, int) and not isinstance(value, bool) and value in wanted:
+        for path, value, new in self._sizes():
+            changed = _Attempt.of(_with(self.config, {path: new}), self.specs, self.separate)
+            if changed.fit is not None and len(changed.problems(_Excused())) < len(self.problems(_Excused())):
                 yield f"{'.'.join(path)}: {value}"
         if self.fit.missing or self.fit.unexpected:
             yield f"architectures: {self.fit.model_class.split(' of ')[0]}"
+
+    def _sizes(self) -> Iterator[tuple[Path, int, int]]:
+        """The numbers of the config that some tensor has another one for: where, which, and the other one."""
+        assert self.fit is not None
+        pairs = {pair for given, wanted in self.fit.shapes.values() for pair in _differing(wanted, given).items()}
+        found = [
+            (path, old, new)
+            for path, value in _entries(self._effective())
+            for old, new in sorted(pairs)
+            if type(value) is int and value == old
+        ]
+        yield from found[:_MOST_SIZES]
 
     def _effective(self) -> Config:
         return self.config if self.model_class is None else self.model_class.effective_config
@@ -288,6 +303,24 @@ def _as_live(state: _Attempt, excused: _Excused, live: Config) -> Iterator[tuple
     for chosen, source in ((of_head, "as the live model"), (differing, _AS_LIVE)):
         if chosen:
             yield _with(state.config, chosen), f"{_names(chosen)} {source}"
+
+
+def _relabelled(state: _Attempt, excused: _Excused) -> Iterator[tuple[Config, str]]:
+    """A head for another number of labels, whose names nobody knows: they are numbered, as transformers does it."""
+    if state.fit is None or state.model_class is None or not state.problems(excused):
+        return
+    sizes = {pair for given, wanted in state.fit.shapes.values() for pair in _differing(wanted, given).items()}
+    labels = {path[:-1]: value for path, value in _entries(state.model_class.effective_config) if path[-1] == _LABELS}
+    for place, known in labels.items():
+        for new in sorted(new for old, new in sizes if old == len(known or ())):
+            numbered = {str(i): f"LABEL_{i}" for i in range(new)}
+            values: dict[Path, Any] = {
+                (*place, _LABELS): numbered,
+                (*place, "label2id"): {name: int(i) for i, name in numbered.items()},
+            }
+            if "num_labels" in _at(copy.deepcopy(dict(state.config)), place):
+                values[*place, "num_labels"] = new
+            yield _with(state.config, values), f"{'.'.join((*place, _LABELS))}: {new} labels instead of {len(known)}"
 
 
 def _subsets(paths: Sequence[Path]) -> Iterator[Sequence[Path]]:

@@ -7,6 +7,7 @@ side, or where all names begin with it; a guess that fits only a part of the nam
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -159,11 +160,9 @@ class _Matcher:
 
     def names(self, chosen: _Try) -> dict[str, str]:
         """The source's own name -> the target's; where it has none, the own one without what wrappers put into it."""
-        ddp = f"{DDP}."
-        everywhere = all(name.startswith(ddp) for name in self._source)
-        plain = {
-            n: form.removeprefix(ddp) if everywhere else form for n, form in without_wrappers(self._source).items()
-        }
+        plain = without_wrappers(self._source)
+        if not any(DDP in name.split(".") for name in self._target):
+            plain = _without_ddp(plain, inside=bool(self._target))
         names = {
             own: chosen.placed.get(own, plain[own] if form == self._forms[own] else form)
             for own, form in chosen.forms.items()
@@ -222,6 +221,17 @@ class _Matcher:
         """Whether most tensors have the size of those whose names they would get."""
         pairs = [(self._source[own].numel, self._target[name].numel) for own, name in guess.placed.items()]
         return sum(ours == theirs for ours, theirs in pairs) * 2 > len(pairs)
+
+
+def _without_ddp(forms: Mapping[str, str], *, inside: bool) -> dict[str, str]:
+    """Names without the segments of DDP that all of them begin with; also inside what they have in common, if asked."""
+    split = {name: form.split(".") for name, form in forms.items()}
+    columns = zip(*(parts[:-1] for parts in split.values()), strict=False)
+    common = [column[0] for column in itertools.takewhile(lambda column: len(set(column)) == 1, columns)]
+    if not inside:
+        common = list(itertools.takewhile(DDP.__eq__, common))
+    kept = [part for part in common if part != DDP]
+    return {name: ".".join([*kept, *parts[len(common) :]]) for name, parts in split.items()}
 
 
 def _heads(names: Iterable[str]) -> list[str]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -72,6 +73,21 @@ def test_what_lacks_a_tensor_and_has_another_is_matched_all_the_same(wrapping: s
     found = match(names)
     assert {name: found.keys[name] for name in MODEL[1:]} == {name: wrap(name) for name in MODEL[1:]}
     assert "value_head.weight" in found.keys
+
+
+ANY_ORDER = [
+    "".join(f"{p}." for p in parts)
+    for n in (2, 3)
+    for parts in itertools.permutations(["_orig_mod", "module", "model", "_forward_module"], n)
+]
+
+
+@pytest.mark.parametrize("prefix", ANY_ORDER)
+def test_a_tied_name_loses_wrappers_in_any_order(prefix: str) -> None:
+    """The target does not list it, so nothing but the other names says what stands before it."""
+    listed = ["transformer.wte.weight", "transformer.h.0.weight", "transformer.ln_f.weight"]
+    found = match([prefix + name for name in (*listed, "lm_head.weight")], listed)
+    assert found.keys == {name: prefix + name for name in (*listed, "lm_head.weight")}
 
 
 def test_a_segment_called_module_stays_where_the_model_has_it() -> None:
