@@ -213,7 +213,7 @@ class Watcher:
     def _write(self, checkpoint: Path, output: Path) -> int:
         """Write the directories of a step that are not there yet; bytes of weights."""
         known = known_checkpoint(checkpoint)
-        stems = choose_stems(known, self.base, self.options.models, self.options.ema_as)
+        stems = choose_stems(known, self.base, self.options.models, self.options.ema_as, self.options.export.average)
         outputs = [(Path(f"{output}{suffix}"), names) for suffix, names in stems]
         plans = [
             plan_export(known, path, self.base, names, self.options.export)

@@ -59,7 +59,7 @@ def to_hf(
 
     def make_plans() -> list[ExportPlan]:
         known = known_checkpoint(checkpoint)
-        stems = choose_stems(known, base_model, export.models, export.ema_as)
+        stems = choose_stems(known, base_model, export.models, export.ema_as, export.average)
         return [plan_export(known, Path(f"{output_dir}{suffix}"), base_model, stem, options) for suffix, stem in stems]
 
     with hold(checkpoint), team_of_torchrun() as team:

@@ -234,17 +234,28 @@ def choose_stems(
     base: Path,
     models: Literal["main", "ema", "both", "all"],
     ema_as: Literal["auto", "file", "directory"],
+    average: str | None = None,
 ) -> list[tuple[str, dict[str, str]]]:
     """Return which directories to make: suffix of the output's name and, per model in it, the stem of its files.
 
     An average beside the main weights is ``ema.safetensors``. Alone it is the directory's own weights, which
     ``from_pretrained`` loads, unless the base model itself keeps its weights in ``ema.safetensors``.
 
+    Args:
+        checkpoint: The checkpoint.
+        base: The base model's directory.
+        models: Which models to write.
+        ema_as: Where the average goes.
+        average: A dict of the checkpoint that is to count as the average, whatever it is called.
+
     Raises:
         CheckpointNotFoundError: the checkpoint does not hold what was asked for.
     """
     known = known_checkpoint(checkpoint)
     present = known.models()
+    if average is not None and models != MAIN:
+        known.open(f"{EMA}:{average}").close()  # or it says which averages there are
+        present = list(dict.fromkeys([*present, EMA]))
     wanted = {"both": [MAIN, EMA], "all": present or [MAIN]}.get(models, [models])
     if missing := [model for model in wanted if model not in present]:
         kind = known.format

@@ -7,12 +7,11 @@ from dataclasses import replace
 
 from shardsmith.errors import CheckpointError, UsageError
 from shardsmith.formats.models import ModelSource, TranslatedModel
-from shardsmith.name_maps.class_names import ClassNames
+from shardsmith.name_maps.class_names import ClassNames, ComputedTensorsError
 from shardsmith.name_maps.maps import find_name_map
 from shardsmith.name_maps.matching import Alignment, match_names
 from shardsmith.name_maps.restored import RestoredModel
 from shardsmith.name_maps.slices import Slice
-from shardsmith.name_maps.transformers import ComputedTensorsError
 from shardsmith.tensors.tensors import TensorSpec, is_turned
 
 Matched = tuple[ModelSource, Alignment]

@@ -168,7 +168,8 @@ def choose_model(
     models = find_models(source.specs, paths, average or None)
     averages = find_averages(source.specs, paths)
     if average and EMA not in models:
-        found = f"it holds {', '.join(averages)}" if averages else "its average has no name"
+        named = [*averages, *find_twins(source.specs, paths)]
+        found = f"it holds {', '.join(named)}" if named else "none in it has a name"
         raise CheckpointNotFoundError(source.path, f"has no average {average!r}; {found}")
     if model not in models:
         found = ", ".join(models) or "no model at all"

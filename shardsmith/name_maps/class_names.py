@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from shardsmith.name_maps.transformers import TransformersNames
 
 
+class ComputedTensorsError(UnsupportedFormatError):
+    """A class computes tensors when it saves, so that its files cannot be made of slices of what is in memory."""
+
+
 class ClassNames:
     """A class's names (``Renames``). The model is made, without data, when something is asked for the first time.
 

@@ -18,16 +18,13 @@ from torch import nn
 
 from shardsmith.errors import UnsupportedFormatError
 from shardsmith.ground.extras import describe_failure
+from shardsmith.name_maps.class_names import ComputedTensorsError
 from shardsmith.name_maps.slices import Target
 from shardsmith.name_maps.tracing import trace
 from shardsmith.tensors.fqn import own_class
 from shardsmith.tensors.tensors import TensorSpec
 
 IDENTITY_ADVICE = "To write the names as they are in memory, ask for the identity; or write a name map"
-
-
-class ComputedTensorsError(UnsupportedFormatError):
-    """A class computes tensors when it saves, so that its files cannot be made of slices of what is in memory."""
 
 
 class TransformersNames:
