@@ -14,6 +14,7 @@ from shardsmith.diagnose.probe import Probe
 from shardsmith.diagnose.start_loss import cross_entropy, divergence
 from shardsmith.diagnose.subject import Reference
 from shardsmith.errors import UsageError
+from shardsmith.export.load_check import apart
 from shardsmith.formats.opened import OpenedCheckpoint
 
 
@@ -76,7 +77,7 @@ def verify_logits(
             loaded = [name for name in source.specs if name in reference.specs]
             filled = made.with_weights(source, loaded)
             answers.append([one.ask(filled) for one in (probe, image) if one is not None])
-        largest = max(float((one - other).abs().max()) for one, other in zip(*answers, strict=True))
+        largest = max(float(apart(one, other).abs().max()) for one, other in zip(*answers, strict=True))
         asked = probe.with_image(image, made)
         if (batch := probe.batch) is None:
             return LogitsVerification(model, asked, largest, None, None, options.tolerance)

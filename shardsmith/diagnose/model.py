@@ -35,6 +35,7 @@ from shardsmith.diagnose.tokenizers import (
 )
 from shardsmith.diagnose.training_settings import TrainingSettings
 from shardsmith.errors import CheckpointError, UsageError
+from shardsmith.export.load_check import apart
 from shardsmith.hf.blueprint import describe, model_of_directory
 from shardsmith.manifest.initial import InitialRecord
 from shardsmith.tensors.checkpoint_keys import MAIN
@@ -221,7 +222,7 @@ class _Look:
                 "logits-differ",
                 [str(self.subject.path)],
                 f"{losses[0] or 'the logits of the model '}on {probe.origin}",
-                f"{losses[1]}logits differ by up to {float((expected - found).abs().max()):.3g}{most}",
+                f"{losses[1]}logits differ by up to {float(apart(expected, found).abs().max()):.3g}{most}",
             )
 
     def _loss_with(self, place: Path, loaded: LiveModel, probe: Probe, names: list[str]) -> None:
@@ -249,7 +250,7 @@ class _Look:
 
 
 def _measured(expected: Tensor, found: Tensor, probe: Probe) -> dict[str, Any]:
-    facts: dict[str, Any] = {"largest difference of a logit": float((expected - found).abs().max())}
+    facts: dict[str, Any] = {"largest difference of a logit": float(apart(expected, found).abs().max())}
     if probe.batch is not None:
         mean, most = divergence(expected, found)
         facts |= {
@@ -262,8 +263,9 @@ def _measured(expected: Tensor, found: Tensor, probe: Probe) -> dict[str, Any]:
 
 
 def _same_logits(expected: Tensor, found: Tensor) -> bool:
-    largest = max(1.0, float(expected.abs().max()))
-    return float((expected - found).abs().max()) <= _SAME_LOGITS * largest
+    finite = expected[expected.isfinite()].abs()
+    largest = max(1.0, float(finite.max())) if finite.numel() else 1.0
+    return float(apart(expected, found).abs().max()) <= _SAME_LOGITS * largest
 
 
 def _of_one_shape(source: TensorSource, reference: TensorSource, names: list[str]) -> list[str]:
