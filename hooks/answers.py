@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from shardsmith.errors import UsageError
 from shardsmith.export.live import Check
 from shardsmith.export.load_check import compare_answers, first_tensor
+from shardsmith.export.probe_images import takes_images
 from shardsmith.export.probe_inputs import made_up_inputs
 from shardsmith.ground.layout import MAIN_WEIGHTS
 from shardsmith.name_maps.transformers import meta_twin_of
@@ -56,6 +57,7 @@ class Answers:
         self._ema = ema
         self._call = ask or self._model
         self._inputs = dict(inputs) if inputs is not None else _made_up(model)
+        self._asked = f"the given {', '.join(inputs)}" if inputs is not None else _described(model, self._inputs)
 
     def check_for(self, directory: LiveDirectory) -> Check | None:
         """A check of one directory by what the weights are now. All ranks, main thread; communicates under FSDP, DDP.
@@ -69,7 +71,8 @@ class Answers:
         with swapped, _outputs_of_layers(self._model) as computed_in:
             answer = self._ask()
         inputs = {key: value.cpu() for key, value in self._inputs.items()}
-        return partial(_compare, inputs=inputs, expected=answer.float().cpu(), computed_in=computed_in)
+        expected = answer.float().cpu()
+        return partial(_compare, inputs=inputs, expected=expected, computed_in=computed_in, asked=self._asked)
 
     def _ask(self) -> Tensor:
         device = next(self._model.parameters()).device
@@ -94,8 +97,10 @@ def _compare(
     inputs: Mapping[str, Tensor],
     expected: Tensor,
     computed_in: set[torch.dtype],
-) -> None:
+    asked: str,
+) -> str:
     compare_answers(directory, inputs, expected, written_in | computed_in)
+    return asked
 
 
 @contextlib.contextmanager
@@ -139,3 +144,11 @@ def _made_up(model: nn.Module) -> dict[str, Tensor]:
         raise UsageError(
             f'verify="load": {error}. Pass verify_inputs={{...}}, the keyword arguments of its forward'
         ) from error
+
+
+def _described(model: nn.Module, inputs: Mapping[str, Tensor]) -> str:
+    """What the made-up inputs are, and what they leave out."""
+    text = f"made-up {', '.join(inputs)}"
+    if not takes_images(_transformers_model(model)) or "pixel_values" in inputs:
+        return text
+    return f"{text} alone, for how it takes an image is not known: pass verify_inputs={{...}} with one"

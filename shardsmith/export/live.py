@@ -35,7 +35,7 @@ from shardsmith.sharding.later_copy import LaterCopy, copy_now_and_later
 from shardsmith.sharding.live_boxes import LiveBox, StagingBuffer, address_of, held_boxes
 from shardsmith.tensors.tensors import Chunk, Shape, TensorSpec
 
-Check = Callable[[Path, set[torch.dtype]], None]
+Check = Callable[[Path, set[torch.dtype]], str]
 """Looks at a complete directory before it is published: its path, and the dtypes that floating-point weights have in
 it. On rank 0, in the background."""
 
@@ -252,7 +252,7 @@ class JointExport:
         sizes = complete_directory(self.plan, directory, digests)
         self.measure = check_directory(self.plan, directory)
         if self.check is not None:
-            self.check(directory, self.plan.dtypes)
+            self.measure = replace(self.measure, answers=self.check(directory, self.plan.dtypes))
         self._attempt.commit(sizes)
 
     def __enter__(self) -> Self:

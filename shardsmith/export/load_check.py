@@ -53,7 +53,7 @@ def compare_answers(
 
 
 def apart(one: Tensor, other: Tensor) -> Tensor:
-    """Return how far apart answers are, element by element: 0 where both are the same infinity, as of what is masked."""
+    """Return how far apart answers are, element by element: 0 where both are one infinity, as masked ones are."""
     return torch.where(one == other, torch.zeros_like(one), one - other)
 
 

@@ -67,9 +67,15 @@ class Measure:
     """The base model's weights, by their file."""
     reason: str = ""
     """Why there is no class."""
+    answers: str = ""
+    """To what a loaded model answered as the live model; empty where none was loaded."""
 
     def __str__(self) -> str:
         """What an export says about it in its first line."""
+        return self._tensors + (f"; loaded, it answers as the live model to {self.answers}" if self.answers else "")
+
+    @property
+    def _tensors(self) -> str:
         if self.model_class is not None:
             return f"compared with {self.model_class}, which config.json names"
         if self.base is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,14 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from shardsmith.errors import CorruptCheckpointError, MismatchError, UsageError
 from shardsmith.hooks import EMA, HFExport, at
-from shardsmith.hooks.answers import Answers
+from shardsmith.hooks.answers import Answers, _described
 from shardsmith.hooks.live_directory import LiveDirectory
+from tests.families.tiny import all_families, make_tiny
 from tests.hooks.live_models import from_transformers
 from tests.ranks import run_on_ranks
 from tests.trained_runs import TOKENS, build
+
+FAMILIES = {family.kind: family for family in all_families()}
 
 
 class Spoiler:
@@ -118,3 +122,25 @@ def test_models_that_transformers_cannot_load_are_refused(tmp_path: Path) -> Non
         export_of(tmp_path, nn.Linear(3, 2))
     with pytest.raises(UsageError, match="verify='all'"):
         HFExport(tmp_path, model=nn.Linear(3, 2), when=at(1), verify="all")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("kind", "asked"),
+    [
+        ("LlamaForCausalLM", "input_ids, attention_mask"),
+        ("LlavaForConditionalGeneration", "input_ids, attention_mask, pixel_values"),
+    ],
+)
+def test_the_log_says_what_a_loaded_model_was_asked(
+    kind: str, asked: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = make_tiny(FAMILIES[kind])
+    with caplog.at_level(logging.INFO):
+        export = export_of(tmp_path, model)
+        export.export(1)
+        export.close()
+    said = f"; loaded, it answers as the live model to made-up {asked}"
+    assert any(record.getMessage().endswith(said) for record in caplog.records if "exported" in record.getMessage())
+    text = {name: torch.ones(1, 4) for name in ("input_ids", "attention_mask")}
+    alone = kind.startswith("Llava")
+    assert ("how it takes an image is not known" in _described(model, text)) == alone
