@@ -17,13 +17,15 @@ from shardsmith.errors import ShardsmithError
 from shardsmith.formats.adopt import adopt, disown
 from shardsmith.ground.commit import remove, sweep
 from shardsmith.ground.layout import parse_step, step_name
+from shardsmith.ground.logs import Stopwatch
 from shardsmith.ground.meeting import meet
 from shardsmith.ground.ranks import Ranks
 from shardsmith.manifest.checkpoints import committed_steps
 from shardsmith.tensors.fqn import tied_weights
 
-from .background import Background, SavesInFlight
+from .background import Background, SavesInFlight, logged
 from .ema import EMA
+from .events import Event, event_of
 from .hook import Hook
 from .retention import Retention, steps_to_remove
 from .wiring import Parts, alike
@@ -102,7 +104,9 @@ class Recorder(Hook):
             has_average: Whether the average was saved with the rest, if there is one.
         """
         facts = self._ema.facts() if self._ema is not None and has_average else None
-        self._in_flight.start(step, partial(self._record, step, path, end, facts, mesh))
+        watch = Stopwatch()
+        self._in_flight.start(step, partial(self._record, step, path, end, facts, mesh, watch))
+        watch.released()
 
     def on_step_end(self, step: int) -> None:  # noqa: ARG002
         """Announce recordings that have ended. All ranks; no communication."""
@@ -120,17 +124,26 @@ class Recorder(Hook):
             self.background.close()
 
     def _record(
-        self, step: int, path: Path, end: Future[Any] | None, ema: dict[str, Any] | None, mesh: Mapping[str, Any] | None
+        self,
+        step: int,
+        path: Path,
+        end: Future[Any] | None,
+        ema: dict[str, Any] | None,
+        mesh: Mapping[str, Any] | None,
+        watch: Stopwatch,
     ) -> Path:
         """In the background thread."""
         ranks = self._writer_ranks
         try:
             ranks.gather(f"saving {path.name}", lambda: end is not None and end.result() is None)
             adopt(path, step=step, ema=ema, tied=self._tied, mesh=dict(mesh) if mesh else None, ranks=ranks)
-        except BaseException:
+        except BaseException as error:
             log.exception("%s was not recorded: it does not count as complete", path)  # also if nobody asks
+            self.emit(event_of("save", step, path, watch, ranks.size, error))
             raise
         if ranks.is_leader:
+            with logged(f"measuring {path}"):
+                self.emit(event_of("save", step, path, watch, ranks.size))
             self._remove_old()
         return path
 
@@ -142,7 +155,9 @@ class Recorder(Hook):
             going += [step for step in self._all_steps() if step < kept[0] and step not in complete]
         for step in going:
             try:
-                if not remove(self.directory / step_name(step), nameless=True):
+                if remove(self.directory / step_name(step), nameless=True):
+                    self.emit(Event(kind="remove", step=step, path=str(self.directory / step_name(step))))
+                else:
                     log.info("%s is being read; a later save removes it", self.directory / step_name(step))
             except ShardsmithError as error:  # the new one is there all the same, and the next one tries again
                 log.warning("could not remove an old checkpoint: %s", error)

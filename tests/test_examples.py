@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -71,3 +72,27 @@ def test_an_example_goes_on_where_it_was_stopped(run_directory: Path, example: s
         assert found.returncode == 0, found.stdout + found.stderr
         assert "evaluation loss: main" in found.stdout
     assert all((run_directory / name / "tokenizer.json").is_file() for name in exports)
+
+
+_RUN_NOTEBOOK = """
+import nbclient, nbformat, sys
+notebook = nbformat.read(sys.argv[1], 4)
+nbclient.NotebookClient(notebook, timeout=200).execute()
+nbformat.write(notebook, "ran.ipynb")
+"""
+
+
+@pytest.mark.long
+def test_the_notebook_runs_from_its_first_cell_to_its_last(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", _RUN_NOTEBOOK, str(ROOT / "examples" / "notebook.ipynb")]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # where the command shardsmith is
+    ran = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    cells = json.loads((tmp_path / "ran.ipynb").read_text())["cells"]
+    printed = ["".join("".join(out.get("text", [])) for out in cell.get("outputs", [])) for cell in cells]
+    assert any("average" in text and "live weights" in text for text in printed)
+    assert any("200 export hf/step-200" in text and text.count("sound") == 5 for text in printed)
+    assert any("the same model, in every value" in text for text in printed)
+    assert "Seconds that the training waited" in (tmp_path / "run.html").read_text()

@@ -25,6 +25,7 @@ from shardsmith.hooks import (
     Hooks,
     Recorder,
     every,
+    json_lines,
     last,
     latest,
 )
@@ -105,7 +106,8 @@ class Attached:
         attached: list[Hook | None] = [self.ema, self.recorder, self._export]
         stops = saves and options.save_on_sigterm and threading.current_thread() is threading.main_thread()
         hooks = [hook for hook in attached if hook is not None]
-        self._hooks = Hooks(*hooks, stop_on=signal.SIGTERM if stops else ())
+        told = () if options.events is None else json_lines(dump_folder / options.events)
+        self._hooks = Hooks(*hooks, stop_on=signal.SIGTERM if stops else (), on_event=told)
         optimizers.register_step_post_hook(self._on_optimizer_step)
 
     def train_begin(self) -> None:

@@ -87,6 +87,9 @@ class CheckpointHooks:
     """What to do where files of the exported model have no place for the bias by which its routers balance experts, as
     Qwen3's: leave it out and say so, write it beside the weights as router_bias.json, or refuse to start."""
 
+    events: str | None = None
+    """File that gets a line of JSON for each export, each step folder that got its metadata.json, and each removal:
+    "events.jsonl" below the dump folder is read by shardsmith inspect of that folder."""
     timeout_secs: float = 1800.0
     """How long to wait for a rank before a recording or an export is given up."""
 
@@ -127,7 +130,7 @@ class CheckpointHooks:
                 problems.append(f'export_models="{self.export_models}" needs ema_decay')
         if self.export_lora == "adapter" and self.export_verify == "load":
             problems.append('export_verify="load" loads whole models: it goes with export_lora="merged"')
-        for name in ("export_folder", "export_base_model"):
+        for name in ("export_folder", "export_base_model", "events"):
             try:
                 check_value("", name, getattr(self, name), LocalPath | None)
             except UsageError as error:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from shardsmith.ground.leases import hold
-from shardsmith.hooks import EMA, Hooks, Recorder, latest
+from shardsmith.hooks import EMA, Event, Hooks, Recorder, latest
 from shardsmith.manifest.checkpoints import committed_steps, find_damage
 from shardsmith.manifest.metadata import read_metadata
 from tests import dcp_directories
@@ -45,6 +45,23 @@ def test_a_step_is_complete_when_its_save_has_ended_and_not_before(tmp_path: Pat
     assert (committed_steps(tmp_path / "run"), saved) == ([5], [(5, path)])
     assert find_damage(path) == []
     assert read_metadata(path).ema == ema.facts()
+
+
+def test_recordings_and_removals_are_events(tmp_path: Path) -> None:
+    events: list[Event] = []
+    recorder = Recorder(tmp_path / "run", model=MODEL, keep=latest(1))
+    hooks = Hooks(recorder, on_event=events.append)
+    for step in (1, 2):
+        save(recorder, step)
+        hooks.step(step)
+    end: Future[None] = Future()
+    end.set_exception(OSError("no space"))
+    save(recorder, 3, end)
+    with pytest.raises(OSError, match="no space"):
+        hooks.close()
+    told = [(event.kind, event.step, event.error) for event in events]
+    assert told == [("save", 1, None), ("save", 2, None), ("remove", 1, None), ("save", 3, "OSError: no space")]
+    assert events[1].nbytes == sum(file.stat().st_size for file in (tmp_path / "run" / "step-2").iterdir())
 
 
 def test_making_one_makes_no_directory(tmp_path: Path) -> None:

@@ -13,11 +13,18 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, GenerationConfig
 
 from shardsmith.manifest.metadata import read_json
+from shardsmith.overview import inspect_run, read_events
 from tests.titan.checkpoints import steps_in
 from tests.titan.evaluation import FLOAT32, evaluated, losses_of, transformers_loss
 from tests.titan.jobs import Assets, Job, error_of, log_of, run_jobs
 
-EXPORT = {"ema_decay": 0.5, "export_interval": 3, "export_last": True, "export_dtype": "float32"}
+EXPORT = {
+    "ema_decay": 0.5,
+    "export_interval": 3,
+    "export_last": True,
+    "export_dtype": "float32",
+    "events": "events.jsonl",
+}
 LOADED = {**EXPORT, "export_last": False, "export_verify": "load"}
 SUFFIXES = {"main": "", "ema": "-ema"}
 
@@ -73,6 +80,15 @@ def test_it_is_tensor_for_tensor_what_torchtitan_writes_at_the_end(jobs: dict[st
     expected, found = load_file(theirs), load_file(run / "hf" / "step-4" / "model.safetensors")
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_the_events_of_the_run_are_in_a_file_and_the_overview_reads_it(jobs: dict[str, Job]) -> None:
+    run = jobs["both"].run
+    told = {(event["kind"], event["step"], event["error"]) for event in read_events(run)}
+    assert told >= {("export", 3, None), ("export", 4, None)}
+    exports = [one for one in inspect_run(run).steps if one.kind == "export"]
+    assert exports
+    assert all(one.seconds_waited is not None for one in exports)
 
 
 def test_it_is_complete(jobs: dict[str, Job]) -> None:
