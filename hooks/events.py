@@ -186,7 +186,15 @@ def tensorboard(writer: ScalarWriter) -> Listener:
     return write
 
 
-def spans(tracer: Any) -> Listener:
+class SpanMaker(Protocol):
+    """What a tracer of OpenTelemetry has."""
+
+    def start_span(self, name: str, *, start_time: int) -> Any:
+        """Begin a span at a time in nanoseconds."""
+
+
+@checked
+def spans(tracer: SpanMaker) -> Listener:
     """Make a span of OpenTelemetry of each event: ``on_event=spans(opentelemetry.trace.get_tracer("training"))``.
 
     A span begins and ends when the work did, so that saves in the background lie beside the steps of the training. The

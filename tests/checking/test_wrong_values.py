@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,12 +11,15 @@ from typing import Any, Unpack, get_args, get_origin, get_type_hints
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 import shardsmith
 from shardsmith import hooks
 from shardsmith.errors import ShardsmithError, UsageError
 from shardsmith.hooks import every
+from shardsmith.integrations.accelerate import attach
+from shardsmith.integrations.transformers import CheckpointHooks
 
 
 class Hostile:
@@ -81,6 +85,11 @@ ANYTHING = {"extra_facts", "data_status", "ranks"}
 """Arguments whose values are the caller's own; ``ranks`` is not for users."""
 
 
+@functools.cache
+def accelerator() -> Accelerator:
+    return Accelerator(cpu=True)
+
+
 READERS = ("open_checkpoint", "detect_checkpoint_format", "inspect_checkpoint", "inspect_run", "list_tensors")
 READERS += ("newest_step",)
 
@@ -99,6 +108,8 @@ def valid_arguments(name: str, place: Path) -> dict[str, Any]:
         "ShardedCheckpointManager": {"directory": place, "model": model},
         "Event": {"kind": "save", "step": 1, "path": "run"},
         "best": {"metric": "loss"},
+        "CheckpointHooks": {"export": every(3), "ema_decay": 0.9},
+        "attach": {"accelerator": accelerator(), "hooks": hooks.Hooks(), "model": model} if name == "attach" else {},
         "per_rank": {"thing": torch.optim.SGD(model.parameters(), lr=0.1)},
         "poison_weights": {"model": model},
         "load_initial": {"path": place, "model": model},
@@ -137,6 +148,7 @@ def cases() -> list[Any]:
     core = ["load_initial", "verify_loaded", "poison_weights", "verify_checkpoints", "ShardedCheckpointManager"]
     core += READERS
     all_of_them = own + [(name, getattr(shardsmith, name)) for name in core]
+    all_of_them += [("CheckpointHooks", CheckpointHooks), ("attach", attach)]
     return [pytest.param(name, thing, id=name) for name, thing in all_of_them if arguments_of(thing)]
 
 
