@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint._sharded_tensor_utils import _flatten_sharded_tensors as flatten_sharded_tensors
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.placement_types import Placement
 
 from shardsmith.errors import UsageError
 from shardsmith.sharding.local_boxes import local_boxes
@@ -41,6 +43,7 @@ class Held:
     """By entry: a tensor a box, which shares memory with the state dict; or the one value that is no tensor."""
 
 
+@torch.no_grad()
 def hold(state_dict: Mapping[str, Any]) -> Held:
     """Flatten a state dict and find this rank's boxes. No communication; shares memory.
 
@@ -78,20 +81,27 @@ def _boxes(value: Any) -> tuple[tuple[Chunk, ...], list[Any]]:
 
 def _refuse_opaque(flat: Mapping[str, Any]) -> None:
     """Raise on tensors whose bytes alone are not their values, but those with scales or indices."""
-    tensors = {key: value for key, value in flat.items() if isinstance(value, Tensor) and _is_plain(value)}
+    tensors = {key: value for key, value in flat.items() if isinstance(value, Tensor)}
     opaque = [f"{key}: {kind}" for key, tensor in tensors.items() if (kind := _kind(tensor)) is not None]
     if opaque:
         advice = "Keep their parts (values, scales, indices) in the state as tensors of their own."
+        if any("Partial" in line for line in opaque):
+            advice += " Of a partial tensor save the sum: tensor.redistribute(placements=[Replicate()])."
         raise UsageError("\n  ".join(["only dense tensors can be saved; nothing was written", *opaque]) + f"\n{advice}")
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    return not isinstance(tensor, DTensor | ShardedTensor)
-
-
 def _kind(tensor: Tensor) -> str | None:
+    if isinstance(tensor, ShardedTensor):
+        return None
+    if isinstance(tensor, DTensor):
+        return _kind_of_placements(tensor.placements)
     if tensor.is_nested:
         return "a nested tensor"
     if tensor.is_quantized:
         return f"a quantized tensor ({tensor.qscheme()})"
     return None if tensor.layout is torch.strided else str(tensor.layout)
+
+
+@functools.lru_cache(maxsize=4096)
+def _kind_of_placements(placements: tuple[Placement, ...]) -> str | None:
+    return f"a DTensor of which ranks hold addends: {placements}" if any(p.is_partial() for p in placements) else None

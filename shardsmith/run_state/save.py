@@ -23,6 +23,7 @@ from shardsmith.formats.dcp.rank_file import encode, write_rank_file
 from shardsmith.formats.describe import describe
 from shardsmith.ground import layout
 from shardsmith.ground.commit import Attempt, write_file
+from shardsmith.ground.garbage import without_collection
 from shardsmith.ground.host_memory import require_memory
 from shardsmith.ground.ranks import Ranks
 from shardsmith.manifest.metadata import FileRecord
@@ -159,7 +160,8 @@ class SaveInProgress:
 
     def _collect(self, collect: Callable[[], Contents]) -> list[Any]:
         self.contents = collect()
-        self._held = hold(self.contents.state_dict)
+        with without_collection():
+            self._held = hold(self.contents.state_dict)
         return [_facts(self.contents), self._share.vote(self._held.entries)]
 
     def _decide(self, votes: Sequence[Any]) -> dict[str, Any]:
@@ -178,12 +180,13 @@ class SaveInProgress:
         return self._attempt.id
 
     def _stage(self, buffer: StagingBuffer, later: Mapping[str, Tensor], most_bytes: int | None) -> None:
-        tensors = self._tensors()
-        if most_bytes is not None and sum(tensor.nbytes for tensor in tensors) > most_bytes:
-            self._windows = WindowedCopy(tensors, (buffer, buffer.beside), most_bytes)
-            self._staged = self._windows.take(), self._objects()
-        else:
-            self._stage_whole(tensors, buffer, later)
+        with without_collection():
+            tensors = self._tensors()
+            if most_bytes is not None and sum(tensor.nbytes for tensor in tensors) > most_bytes:
+                self._windows = WindowedCopy(tensors, (buffer, buffer.beside), most_bytes)
+                self._staged = self._windows.take(), self._objects()
+            else:
+                self._stage_whole(tensors, buffer, later)
         self._held = Held(self._held.entries, [])  # the live tensors are needed no more
 
     def _growth(self, buffer: StagingBuffer, most_bytes: int | None) -> int:

@@ -145,16 +145,16 @@ def _digest_run(data: Tensor, start: int, look: Callable[[int, int], None] = _lo
 def _digest_here(data: Tensor, start: int, look: Callable[[int, int], None]) -> Digest:
     """As ``_digest_run``, on the CPU."""
     source, aligned = data.numpy(), data.data_ptr() % 8 == 0
-    result, done = Digest(), 0
+    result, done, size = Digest(), 0, source.size
     moved: npt.NDArray[np.uint8] | None = None
-    while done < len(data):
+    while done < size:
         lead = (start + done) % 8
-        stop = min(len(data), done + _HERE_BLOCK_BYTES - lead)
+        stop = min(size, done + _HERE_BLOCK_BYTES - lead)
         look(done, stop)
         block = source[done:stop]
         tail = -(lead + len(block)) % 8
         if lead or tail or not aligned or done % 8:
-            moved = np.empty(min(len(data), _HERE_BLOCK_BYTES) + 16, np.uint8) if moved is None else moved
+            moved = np.empty(min(size, _HERE_BLOCK_BYTES) + 16, np.uint8) if moved is None else moved
             end = lead + len(block)
             moved[lead:end] = block
             moved[:lead] = moved[end : end + tail] = 0
@@ -173,7 +173,7 @@ def _digest_words_here(words: Words, first: int) -> Digest:
         bases = _places(rows) * np.uint64(_ROW_WORDS) + np.uint64(first)
         result += _sum_here(words[:whole].reshape(rows, _ROW_WORDS), bases)
     if rest:
-        result += _sum_here(words[whole:].reshape(1, rest), np.array([first + whole], np.uint64))
+        result += _sum_row(words[whole:], first + whole)
     return result
 
 
@@ -256,6 +256,14 @@ def _sum_on_device(words: Tensor, bases: Tensor) -> Digest:
 def _sum_here(words: Words, bases: Words) -> Digest:
     """As ``_sum_block``, in numpy: of few words, its calls cost a third of torch's."""
     return _combined(*_sums_here(words, bases), *_sums_here(words >> _HALF, bases))
+
+
+def _sum_row(words: Words, first: int) -> Digest:
+    """As ``_sum_here``, of one row: most tensors of some models have no more, so it is to take few calls."""
+    places, high = _places(_ROW_WORDS)[: len(words)], words >> _HALF
+    sum_words, sum_high = int(np.add.reduce(words)), int(np.add.reduce(high))
+    place_words = int(np.dot(words, places)) + first * sum_words
+    return _combined(sum_words, place_words, sum_high, int(np.dot(high, places)) + first * sum_high)
 
 
 def _combined(sum_words: int, place_words: int, sum_high: int, place_high: int) -> Digest:

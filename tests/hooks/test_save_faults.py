@@ -91,6 +91,16 @@ def test_so_it_is_without_a_background_thread(tmp_path: Path) -> None:
     run_on_ranks(run_failing_ranks, 2, tmp_path, tmp_path / "run", "disabled", ("collecting", "writing"))
 
 
+@pytest.mark.parametrize(
+    ("options", "phases"),
+    [({"staging": "overlap"}, ("collecting", "staging", "writing")), ({"max_host_memory": "512KB"}, ("writing",))],
+)
+def test_so_it_is_while_the_state_is_still_being_copied(
+    tmp_path: Path, options: dict[str, Any], phases: tuple[str, ...]
+) -> None:
+    run_on_ranks(run_failing_ranks, 2, tmp_path, tmp_path / "run", "async", phases, options)
+
+
 EXPECTED = {
     "collecting": "ZeroDivisionError: no state today",
     "staging": "RuntimeError: cannot be copied",
@@ -98,11 +108,21 @@ EXPECTED = {
 }
 
 
-def run_failing_ranks(directory: Path, mode: Mode, phases: tuple[str, ...]) -> None:
+def run_failing_ranks(
+    directory: Path, mode: Mode, phases: tuple[str, ...], options: dict[str, Any] | None = None
+) -> None:
     logging.disable()  # the errors in the background thread are meant to happen
-    thing = Stateful()
+    thing, model = Stateful(), sharded_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1) if options else None
     save = ShardedSave(
-        directory, model=sharded_model(), stateful={"extra": thing}, when=every(1), keep=latest(1), async_mode=mode
+        directory,
+        model=model,
+        optimizer=optimizer,
+        stateful={"extra": thing},
+        when=every(1),
+        keep=latest(1),
+        async_mode=mode,
+        **(options or {}),
     )
     step = 1
     save.save(step)

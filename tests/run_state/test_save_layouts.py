@@ -14,10 +14,10 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from shardsmith.errors import UsageError
+from shardsmith.errors import RankFailedError, UsageError
 from shardsmith.formats.dcp import rank_file
 from shardsmith.formats.dcp.source import DcpSource
 from shardsmith.ground.ranks import Ranks
@@ -171,6 +171,23 @@ def test_tensors_that_are_more_than_their_bytes_are_refused_by_name_before_anyth
         save(state, tmp_path, Share(0), None)
     assert [line.split(":")[0].strip() for line in str(error.value).splitlines()[1:-1]] == [*state][1:]
     assert [*tmp_path.iterdir()] == []
+
+
+def test_partial_tensors_are_refused_by_name_on_all_ranks(tmp_path: Path) -> None:
+    run_on_ranks(run_partial, 2, tmp_path, tmp_path)
+
+
+def run_partial(directory: Path) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    state = {name: DTensor.from_local(torch.ones(3), mesh, [Partial()]) for name in ("loss", "norm")}
+    with pytest.raises(RankFailedError, match="only dense tensors can be saved") as error:
+        save({"good": torch.ones(2), **state}, directory / "run", Share(dist.get_rank()), None)
+    assert all(name in str(error.value) for name in ("loss: a DTensor", "norm: a DTensor", "redistribute"))
+    assert "good" not in str(error.value)
+    assert not (directory / "run").exists()
+    whole = {name: tensor.redistribute(placements=[Replicate()]) for name, tensor in state.items()}
+    path = save(whole, directory / "whole", Share(dist.get_rank()), None)
+    assert torch.equal(read_tensor(DcpSource(path), "loss"), torch.full((3,), 2.0))
 
 
 def build(kind: str) -> nn.Module:
