@@ -163,8 +163,10 @@ class _Matcher:
         plain = without_wrappers(self._source)
         if not any(DDP in name.split(".") for name in self._target):
             plain = _without_ddp(plain, inside=bool(self._target))
+        # What the target does not list, such as a tied head, is called as the class calls it, if that was asked.
+        called = self._renames.in_memory(chosen.forms.values()) if chosen.by_class and self._renames else {}
         names = {
-            own: chosen.placed.get(own, plain[own] if form == self._forms[own] else form)
+            own: chosen.placed.get(own, called.get(form, plain[own]) if form == self._forms[own] else form)
             for own, form in chosen.forms.items()
         }
         return names if len(set(names.values())) == len(names) else {name: name for name in names}

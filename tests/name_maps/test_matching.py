@@ -137,6 +137,19 @@ def test_renames_of_the_class_come_before_a_guess() -> None:
     assert match(["policy.x"], target, Renames()).keys == {"decoder.x": "policy.x"}
 
 
+def test_what_the_target_does_not_list_is_called_as_the_class_calls_it() -> None:
+    """As Whisper's head, tied and in no file, below a LightningModule whose attribute is called like the class's."""
+
+    class Renames:
+        def in_memory(self, names: Collection[str]) -> dict[str, str]:
+            own = {"model.proj_out.weight": "proj_out.weight"}
+            return {name: own.get(name, name.replace("model.model.", "model.")) for name in names}
+
+    target = ["model.encoder.x", "model.decoder.x"]
+    found = match([f"model.module.{name}" for name in (*target, "proj_out.weight")], target, Renames())
+    assert found.keys == {name: f"model.module.{name}" for name in (*target, "proj_out.weight")}
+
+
 def test_aliases_get_their_new_names_and_decide_nothing() -> None:
     found = match_names(specs(["m.model.a", "m.model.b"]), specs(["model.a", "model.b"]), None, ["m.lm_head"])
     assert found.aliases == {"lm_head": "m.lm_head"}
