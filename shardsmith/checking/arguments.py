@@ -16,7 +16,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, Unpack, cast, get_args, get_origin, get_type_hints
 
-from shardsmith.checking.types import RefusedError, convert, nearest, shown
+from shardsmith.checking.converting import RefusedError, convert, nearest, shown
 from shardsmith.errors import UsageError
 
 __all__ = ["check_options", "check_value", "checked", "checked_fields"]

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from shardsmith.checking.arguments import check_options, checked
-from shardsmith.checking.types import Count, Decay, Directory, LocalPath, convert
+from shardsmith.checking.converting import convert
+from shardsmith.checking.types import Count, Decay, Directory, LocalPath
 from shardsmith.errors import UsageError
 from shardsmith.hooks import (
     EMA,
