@@ -293,13 +293,14 @@ def test_a_run_folder_that_is_not_there_is_waited_for_but_not_once(empty: Place,
 
 
 def test_the_first_signal_is_a_wish_and_the_second_an_order() -> None:
+    before = signal.getsignal(signal.SIGTERM)
     with stopped_by_signals() as stop:
         signal.raise_signal(signal.SIGINT)
         assert stop.is_set()
         stop.wait(3600)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @contextlib.contextmanager
