@@ -16,7 +16,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
+try:
+    import torch
+except ModuleNotFoundError as error:
+    sys.exit(f"{sys.executable}: {error}; name a Python that has torch, as in: make gpu PYTHON=.venv/bin/python")
 
 from tests.gpu.devices import VARIABLE
 from tests.gpu.packages import ROOT

@@ -26,8 +26,8 @@ from shardsmith.sharding.later_copy import LaterCopy
 from tests.hooks.training import build
 from tests.ranks import run_on_ranks
 
-STEPS = 60
-SAVED = sorted(random.Random(16).sample(range(1, STEPS), 12))
+STEPS = 200
+SAVED = sorted(random.Random(16).sample(range(1, STEPS), 24))
 
 
 def train(directory: Path, sharding: str, **options: Any) -> None:
