@@ -35,18 +35,20 @@ class Host:
     def start(self, first: Host, script: Path, *arguments: str) -> None:
         """Begin this host's half of a run with one rank on each host."""
         inside = ["ip", "netns", "exec", self.namespace] if self.namespace else []
-        torchrun = [
-            *(sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--max_restarts=0"),
-            *("--rdzv_backend=c10d", f"--rdzv_endpoint={first.address}:{first.port}", "--rdzv_id=two-hosts"),
-            *(f"--rdzv_conf=is_host={int(self.is_first)}", f"--local_addr={self.address}"),
-        ]
+        # as srun starts them: torchrun ends a rank of its own when the other host is gone, at times before it has spoken
         environment = {
             **os.environ,
+            "RANK": str(int(not self.is_first)),
+            "WORLD_SIZE": "2",
+            "LOCAL_RANK": "0",
+            "LOCAL_WORLD_SIZE": "1",
+            "MASTER_ADDR": first.address,
+            "MASTER_PORT": str(first.port),
             "GLOO_SOCKET_IFNAME": self.interface,
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(ROOT),
         }
-        self.process = subprocess.Popen([*inside, *torchrun, str(script), *arguments], env=environment)
+        self.process = subprocess.Popen([*inside, sys.executable, str(script), *arguments], env=environment)
 
     def kill(self) -> None:
         """End all its processes at once, as if the power had gone."""
