@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch.distributed.checkpoint as dcp
 
 from shardsmith.cli import main
 from shardsmith.commands import COMMANDS
@@ -223,3 +224,30 @@ def test_a_missing_extra_is_named_with_the_command_that_installs_it(module: str)
     ran = python("-c", code)
     assert ran.returncode == 1
     assert f"pip install 'shardsmith[{module}]'" in ran.stderr.splitlines()[-1]
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        ("verify {checkpoint} {base} --logits", 2),
+        ("diagnose --checkpoint {checkpoint} --base-model {base}", 2),
+        ("to-dcp --base-model {base} --output-dir {output}", 0),
+    ],
+)
+def test_what_needs_a_missing_package_names_the_command_that_installs_it(
+    command: str, code: int, tmp_path: Path
+) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=16))
+    model.save_pretrained(tmp_path / "base")
+    dcp.save({"model": model.state_dict()}, checkpoint_id=tmp_path / "checkpoint", no_dist=True)
+    places = {name: tmp_path / name for name in ("checkpoint", "base", "output")}
+    words = command.format(**places).split()
+    without = "import sys; sys.modules['transformers'] = None; from shardsmith.cli import main; "
+    ran = python("-c", f"{without}sys.exit(main({words!r}))")
+    assert ran.returncode == code, ran.stderr
+    said = " ".join((ran.stdout + ran.stderr).split())
+    assert "transformers is not installed; run: pip install 'shardsmith[transformers]'" in said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -35,10 +36,22 @@ def test_the_package_installs_under_one_name(tmp_path: Path, options: list[str])
     assert module == "shardsmith.hooks.save"
     expected = source / "hooks" if "--editable" in options else python.parent.parent / "lib"
     assert Path(file).resolve().is_relative_to(expected)
+    if "--editable" not in options:
+        assert python_files(Path(file).parent.parent) == python_files(ROOT / "shardsmith")
     # In a clone, the folder shardsmith/ hides the installed package: it must be complete by itself.
     module, file = subprocess.check_output([python, "-c", code], text=True, cwd=source).split()
     assert (module, Path(file).resolve()) == ("shardsmith.hooks.save", source / "hooks" / "__init__.py")
     assert b"to-hf" in subprocess.check_output([python.parent / "shardsmith", "--help"])
+
+
+def python_files(folder: Path) -> set[str]:
+    """Also below links to folders."""
+    return {
+        os.path.relpath(os.path.join(place, name), folder)
+        for place, _, names in os.walk(folder, followlinks=True)
+        for name in names
+        if name.endswith(".py")
+    }
 
 
 def copy_of_the_source(folder: Path) -> Path:

@@ -35,7 +35,7 @@ class Host:
     def start(self, first: Host, script: Path, *arguments: str) -> None:
         """Begin this host's half of a run with one rank on each host."""
         inside = ["ip", "netns", "exec", self.namespace] if self.namespace else []
-        # as srun starts them: torchrun ends a rank of its own when the other host is gone, at times before it has spoken
+        # As srun starts them: torchrun ends its ranks when the other host is gone, at times before they have spoken.
         environment = {
             **os.environ,
             "RANK": str(int(not self.is_first)),

@@ -56,13 +56,12 @@ def count_tensors(plan: ConversionPlan, written: Mapping[str, TensorSpec]) -> li
         "tied: the same under another name": list(tied),
         "persistent buffers": list(blueprint.buffers) if blueprint else [],
         "heads": list(heads),
-        _MEASURE: [*state, *heads],
     }
     expected = {**state, **heads}
     counts = [_count(what, names, found, expected) for what, names in kinds.items()]
     unexpected = [name for name in found if name not in expected]
-    counts[-1] = _count(_MEASURE, [*expected, *unexpected], found, expected)
-    return [*counts, *([_transient(plan)] if blueprint else [])]
+    whole = _count(_MEASURE if blueprint else "in all", [*expected, *unexpected], found, expected)
+    return [*counts, whole, *([_transient(plan)] if blueprint else [])]
 
 
 def _count(

@@ -15,6 +15,7 @@ from torch import Tensor
 from shardsmith.diagnose.batches import Batch
 from shardsmith.errors import UnsupportedFormatError
 from shardsmith.export.load_check import first_tensor
+from shardsmith.ground.extras import describe_failure
 from shardsmith.tensors.fqn import non_persistent_buffers
 from shardsmith.tensors.tensors import TensorSource, read_tensor
 
@@ -225,5 +226,5 @@ def _quiet() -> Iterator[None]:
 
 
 def _unusable(path: Path, error: Exception) -> UnsupportedFormatError:
-    reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    reason = describe_failure(error).splitlines()[0]
     return UnsupportedFormatError(path, f"no model can be made of it to run ({reason})")
