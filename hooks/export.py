@@ -19,7 +19,7 @@ from shardsmith.export.adapters import ADAPTER_WEIGHTS
 from shardsmith.export.file_writer import choose_writer
 from shardsmith.export.live import Check, JointExport
 from shardsmith.ground.commit import check_writable, remove, sweep
-from shardsmith.ground.layout import PROVENANCE_FILE, step_name
+from shardsmith.ground.layout import PROVENANCE_FILE, step_name, unfinished_step
 from shardsmith.ground.logs import Stopwatch
 from shardsmith.ground.meeting import meet
 from shardsmith.ground.ranks import Ranks
@@ -158,6 +158,7 @@ class HFExport(Hook):
         if weights.checkpoints is not None:
             whole_files = writing.write_mode == "files"
             saved = CheckpointSource(weights.checkpoints, self._state, *both, when=when, whole_files=whole_files)
+        self._broken_off: set[int] = set()  # steps that a former run was writing; rank 0 knows
         self._failures: list[BaseException] = []  # not yet raised
         self._exported_step: int | None = None
         self._has_said_copied = False
@@ -177,7 +178,7 @@ class HFExport(Hook):
     def on_train_begin(self, step: int) -> None:
         """Make the export of the resumed step, if it was due and the former run died before it was made.
 
-        All ranks; communicates. Earlier steps are not made up for: their weights are gone.
+        All ranks; communicates. Earlier steps are not made up for, since their weights are gone: the log names them.
         """
         self._ranks.lead("setting aside what is half deleted", lambda: self._set_aside_unfinished(step))
         if self.when.due(step) and self._ranks.lead(
@@ -350,6 +351,9 @@ class HFExport(Hook):
     def _set_aside_unfinished(self, step: int) -> None:
         for aside in set_aside_unfinished(self.directory, step - 1, PROVENANCE_FILE):
             log.warning("%s was set aside: it has no shardsmith.json, and its step is to come (again)", aside)
+        for lost in sorted(lost for lost in self._broken_off if lost < step and self._missing(lost)):
+            words = "%s: the export of step %s was cut off with the former run, and this one goes on from step %s; "
+            log.warning(words + "`shardsmith to-hf` makes it of a checkpoint", self.directory, lost, step)
 
     def _path(self, step: int, directory: LiveDirectory) -> Path:
         return self.directory / (step_name(step) + directory.suffix)
@@ -390,4 +394,5 @@ class HFExport(Hook):
             protect(self.directory / step_name(0), self._base)
         refuse_within_step(self.directory)
         check_writable(self.directory)
-        sweep(self.directory)
+        steps = (unfinished_step(path.name) for path in sweep(self.directory))
+        self._broken_off = {step for step in steps if step is not None}

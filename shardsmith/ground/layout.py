@@ -82,6 +82,13 @@ def is_leftover(name: str) -> bool:
     return _TEMPORARY.fullmatch(name) is not None
 
 
+def unfinished_step(leftover: str) -> int | None:
+    """Return the step that an attempt which died was writing, an average apart included; None for anything else."""
+    match = _TEMPORARY.fullmatch(leftover)
+    step = _STEP.match(match["target"]) if match and match["kind"] == "tmp" else None
+    return int(step[1]) if step else None
+
+
 def shard_file_names(stem: str, count: int) -> list[str]:
     """Hub-style names of ``count`` safetensors files: one is ``model.safetensors``, several are numbered."""
     if count == 1:

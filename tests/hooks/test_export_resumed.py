@@ -61,6 +61,20 @@ def test_an_export_that_is_there_when_the_run_comes_back_is_left_alone(
     assert not caplog.text
 
 
+def test_an_export_that_a_death_cut_off_is_named_when_the_run_goes_on_after_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    leftovers = [tmp_path / f".{name}.tmp-{0:016x}" for name in ("step-2", "step-4", "step-6", "stepwise-2")]
+    for path in leftovers:
+        path.mkdir()
+    begin(tmp_path, 4)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-4"]
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        f"{tmp_path}: the export of step 2 was cut off with the former run, and this one goes on from step 4; "
+        "`shardsmith to-hf` makes it of a checkpoint"
+    ]
+
+
 DAMAGE: dict[str, Callable[[Path], object]] = {
     "a flipped bit": lambda path: path.write_bytes(bytes([*path.read_bytes()[:-1], path.read_bytes()[-1] ^ 1])),
     "a cut": lambda path: path.write_bytes(path.read_bytes()[:-1]),

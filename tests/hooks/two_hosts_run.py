@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import faulthandler
 import logging
+import os
 import sys
 import threading
 from datetime import timedelta
@@ -57,8 +58,11 @@ def train(folder: Path, steps: int) -> None:
 def main(folder: Path, steps: int, stop: list[str]) -> None:
     faulthandler.dump_traceback_later(100, exit=True)
     logging.disable()
-    dist.init_process_group("gloo", timeout=timedelta(seconds=10))
-    rank = dist.get_rank()
+    rank = int(os.environ["RANK"])
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    # the other host may take its time to start, but not to answer once it has
+    store = dist.TCPStore(address, port, 2, is_master=rank == 0, timeout=timedelta(seconds=90))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=10))
     if stop and rank == int(stop[2]):
         stop_at(folder, stop[0], int(stop[1]))
     try:
