@@ -11,7 +11,7 @@ from .export import HFExport
 from .folder_save import FolderSave
 from .hook import Hook
 from .initial_load import InitialLoad
-from .options import ExportFiles, ExportVerification, ExportWeights, ExportWriting, SaveWriting
+from .options import ExportFiles, ExportVerification, ExportWeights, ExportWriting, SaveWeights, SaveWriting
 from .record import Recorder
 from .retention import Retention, best, keep_if, latest, multiples_of, newer_than
 from .save import ShardedSave
@@ -32,6 +32,7 @@ __all__ = [
     "InitialLoad",
     "Recorder",
     "Retention",
+    "SaveWeights",
     "SaveWriting",
     "Schedule",
     "ShardedSave",

@@ -93,7 +93,7 @@ def event_of(
 
 def bytes_in(path: Path) -> int:
     """Bytes of the files right in a directory; 0 if there is none. Raises OSError."""
-    return sum(file.stat().st_size for file in path.iterdir() if file.is_file()) if path.is_dir() else 0
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) if path.is_dir() else 0
 
 
 class EventQueue:

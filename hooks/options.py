@@ -165,8 +165,35 @@ class SaveWriting:
     """How long to wait for a rank before a save is given up, in seconds."""
 
 
+@checked_fields
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SaveWeights:
+    """In which files ``ShardedSave`` writes the weights, and what it puts beside them."""
+
+    weights: Literal["dcp", "huggingface"] = "dcp"
+    """``"dcp"``: in the ``.distcp`` files, with all else. ``"huggingface"``: the step's directory is a Hugging Face
+    directory, too, and its folder ``ema`` is one of the average; ``.distcp`` files hold the rest."""
+    base_model: LocalPath | None = None
+    """As in ``ExportFiles``; so are the others."""
+    processor: HasFiles | None = None
+    extra_files: Mapping[str, LocalPath] | None = None
+    trust_remote_code: bool = False
+    names: str | NameMap = "auto"
+    """As in ``ExportWeights``."""
+    max_shard_size: Size | None = "5GB"
+    """Several files with an index if the weights are larger; None makes one file."""
+
+
 class SaveOptions(TypedDict, total=False):
-    """The fields of ``SaveWriting`` as keywords of ``ShardedSave`` itself."""
+    """The fields of ``SaveWriting`` and ``SaveWeights`` as keywords of ``ShardedSave`` itself."""
+
+    weights: Literal["dcp", "huggingface"]
+    base_model: LocalPath | None
+    processor: HasFiles | None
+    extra_files: Mapping[str, LocalPath] | None
+    trust_remote_code: bool
+    names: str | NameMap
+    max_shard_size: Size | None
 
     async_mode: Literal["async", "disabled"]
     staging: Literal["copy", "overlap"]

@@ -40,9 +40,10 @@ from .background import Background, SavesInFlight, attempted, logged
 from .ema import EMA
 from .events import Event, event_of
 from .hook import Hook
-from .options import SaveOptions, SaveWriting, merge
+from .options import SaveOptions, SaveWeights, SaveWriting, merge
 from .overlap import OpenCopy
 from .retention import Retention, steps_to_remove
+from .save_weights import HuggingFaceWeights, refuse_unused
 from .schedule import Schedule
 from .wiring import Parts, alike
 
@@ -75,6 +76,7 @@ class ShardedSave(Hook):
         keep: Retention | None = None,
         on_missing: OnMissing = "raise",
         writing: SaveWriting | None = None,
+        files: SaveWeights | None = None,
         **options: Unpack[SaveOptions],
     ) -> None:
         """Check that the directory can be written to and remove what dead attempts left there.
@@ -93,8 +95,9 @@ class ShardedSave(Hook):
             on_missing: What a resume does with a part that the checkpoint does not have, such as an average in a run
                 that had none: ``"raise"``, or ``"start"`` it anew.
             writing: How to write: in the background or not, in which layout, with which checks.
-            **options: Fields of ``writing`` as keywords of their own: ``async_mode="disabled"`` stands for
-                ``writing=SaveWriting(async_mode="disabled")``.
+            files: In which files the weights are: those of DCP, or those of a Hugging Face directory.
+            **options: Fields of ``writing`` and ``files`` as keywords of their own: ``async_mode="disabled"`` stands
+                for ``writing=SaveWriting(async_mode="disabled")``.
 
         Raises:
             UsageError: a name in ``stateful`` is taken, the optimizer's parameters are not the model's, or
@@ -102,6 +105,8 @@ class ShardedSave(Hook):
             RankFailedError, WriteError: the directory cannot be written to.
         """
         writing = merge("ShardedSave", "writing", SaveWriting, writing, options)
+        files = merge("ShardedSave", "files", SaveWeights, files, options)
+        refuse_unused(files, writing)
         self.directory = Path(directory)
         self.when = when
         self.keep = keep
@@ -112,6 +117,7 @@ class ShardedSave(Hook):
             async_mode=writing.async_mode,
             staging=writing.staging,
             layout=writing.layout,
+            weights=files.weights,
             ema=ema and ema.settings(),
         )
         self.parts = Parts(model=model, average=ema, directory=self.directory, resumes=True, facts=facts)
@@ -129,6 +135,9 @@ class ShardedSave(Hook):
             rank=self._ranks.rank,
             world_size=self._ranks.size,
         )
+        self._weights: HuggingFaceWeights | None = None
+        if files.weights == "huggingface":
+            self._weights = HuggingFaceWeights(model, ema, files, self.directory, self._ranks)
         self._copy = OpenCopy()
         self._most_bytes = parse_size(writing.max_host_memory) if writing.max_host_memory is not None else None
         if writing.staging == "overlap":
@@ -204,7 +213,8 @@ class ShardedSave(Hook):
         def collect() -> Contents:
             if error is not None:
                 raise error
-            return self._state.collect(step)
+            contents = self._state.collect(step)
+            return contents if self._weights is None else self._weights.added_to(contents, job.target)
 
         job = SaveInProgress(self.directory / step_name(step), self._ranks, self._share)
         try:
@@ -291,7 +301,7 @@ class ShardedSave(Hook):
         if step is not None:
             steps = [self._only(place, steps, step)]
         aside = place == self.directory and step is None
-        search = Resumption(self._ranks, set_damaged_aside=aside, spoiled_by=self._spoiled)
+        search = Resumption(self._ranks, set_damaged_aside=aside, spoiled_by=self._spoiled, parts=parts)
         try:
             found = search.load_newest(place, steps, partial(self._load, parts=parts), on_missing or self._on_missing)
         finally:

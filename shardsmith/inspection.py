@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,9 @@ from shardsmith.hf.export_files import find_export_damage, records_files
 from shardsmith.manifest.checkpoints import find_damage, find_foreign_files
 from shardsmith.manifest.companion import companion_of, find_folder_damage, is_complete
 from shardsmith.manifest.metadata import CheckpointMetadata, read_metadata
-from shardsmith.tensors.checkpoint_keys import find_models
+from shardsmith.tensors.checkpoint_keys import KeyPath, find_models
 from shardsmith.tensors.dtypes import dtype_name
+from shardsmith.tensors.tensors import TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +99,7 @@ def inspect_checkpoint(path: LocalPath, *, verify: bool = False) -> Inspection:
         world_size=metadata.world_size if metadata else None,
         mesh=metadata.mesh if metadata else None,
         beside=_beside(path, metadata) if found.name in (SHARDED, DCP) else {},
-        files=_files(path),
+        files=_files(path, metadata),
         created_at=metadata.created_at if metadata else None,
         libraries=metadata.libraries if metadata else {},
         verified=verify and (metadata is not None or records_files(path)),
@@ -135,12 +138,14 @@ def _summary(known: KnownCheckpoint, name: str) -> ModelSummary:
 
 def _beside(path: Path, manifest: CheckpointMetadata | None) -> dict[str, int]:
     """Bytes of tensors that belong to no model, by the first part of their path."""
-    if (path / layout.DCP_INDEX_FILE).exists():
+    specs: dict[str, TensorSpec] = {}
+    paths: Mapping[str, KeyPath] = {}
+    if has_index := (path / layout.DCP_INDEX_FILE).exists():
         index = read_index(path)
         specs, paths = {key: entry.spec for key, entry in index.tensors.items()}, index.containers
-    else:
+    if not has_index or (manifest is not None and manifest.weights is not None):
         written = (manifest or read_metadata(path)).tensors
-        specs, paths = {key: record.spec(key) for key, record in written.items()}, {}
+        specs |= {key: record.spec(key) for key, record in written.items()}
     of_models = {key for names in find_models(specs, paths).values() for key in names.values()}
     sizes: dict[str, int] = {}
     for key, spec in specs.items():
@@ -150,7 +155,10 @@ def _beside(path: Path, manifest: CheckpointMetadata | None) -> dict[str, int]:
     return sizes
 
 
-def _files(path: Path) -> dict[str, int]:
+def _files(path: Path, manifest: CheckpointMetadata | None) -> dict[str, int]:
     if path.is_file():
         return {path.name: path.stat().st_size}
-    return {file.name: file.lstat().st_size for file in sorted(path.iterdir()) if not file.is_dir()}
+    files = [file for file in sorted(path.iterdir()) if not file.is_dir()]
+    within = {} if manifest is None else {name: path / name for name in manifest.files if "/" in name}
+    there = {**{file.name: file for file in files}, **within}
+    return {name: file.lstat().st_size for name, file in there.items() if os.path.lexists(file)}

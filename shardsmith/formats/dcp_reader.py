@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from shardsmith.errors import CheckpointError, IncompleteCheckpointError, UnsupportedFormatError
+from shardsmith.formats.dcp.beside_weights import open_step
 from shardsmith.formats.dcp.index import DcpIndex, read_index
 from shardsmith.formats.detected import (
     ACCELERATE,
@@ -104,14 +105,16 @@ def _open_ours(path: Path, model: str, found: DetectedFormat) -> ModelSource:
     """From a DCP directory, or from files of single ranks."""
     manifest = found.manifest or read_metadata(path)
     if (path / layout.DCP_INDEX_FILE).exists():
-        return open_dcp_model(path, model, manifest.tied)
+        source = open_step(path, manifest)
+        return choose_model(source, source.index.containers, model, manifest.tied)
     return choose_model(RankShards(path, manifest), {}, model, manifest.tied)
 
 
 def _our_models(path: Path, found: DetectedFormat) -> list[str]:
-    if (path / layout.DCP_INDEX_FILE).exists():
+    manifest = found.manifest or read_metadata(path)
+    if (path / layout.DCP_INDEX_FILE).exists() and manifest.weights is None:
         return dcp_models(path)
-    return list((found.manifest or read_metadata(path)).models)
+    return list(manifest.models)
 
 
 OURS_READER = FormatReader(detect_ours, _our_models, _open_ours)

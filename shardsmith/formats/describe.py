@@ -9,6 +9,7 @@ from typing import Any, Self
 from shardsmith.errors import IncompleteCheckpointError
 from shardsmith.formats.dcp.index import DcpIndex
 from shardsmith.manifest.metadata import CheckpointMetadata, FileRecord, ModelRecord, TensorRecord, now
+from shardsmith.manifest.weights import WeightsRecord
 from shardsmith.tensors.checkpoint_keys import find_models
 from shardsmith.tensors.digest import Digest
 from shardsmith.tensors.dtypes import dtype_name
@@ -55,6 +56,7 @@ def describe(
     tied: dict[str, str],
     world_size: int,
     mesh: dict[str, Any] | None,
+    weights: dict[str, WeightsRecord] | None = None,
 ) -> CheckpointMetadata:
     """The manifest; the fields are those of ``CheckpointMetadata``.
 
@@ -82,6 +84,7 @@ def describe(
             )
             for key, entry in index.tensors.items()
         },
+        weights=weights,
     )
 
 

@@ -10,6 +10,7 @@ from typing import Self
 from torch import Tensor
 
 from shardsmith.errors import CheckpointNotFoundError, UnsupportedFormatError
+from shardsmith.formats.dcp.beside_weights import open_step
 from shardsmith.formats.dcp.source import DcpSource
 from shardsmith.manifest.metadata import read_metadata
 from shardsmith.name_maps.maps import NameMap, Translation
@@ -146,7 +147,7 @@ def open_dcp_model(directory: Path, model: str = MAIN, tied: Mapping[str, str] |
     Raises:
         CheckpointNotFoundError: the checkpoint has no such model.
     """
-    source = DcpSource(directory)
+    source = open_step(directory)
     return choose_model(source, source.index.containers, model, _tied(directory) if tied is None else tied)
 
 

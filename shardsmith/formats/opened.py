@@ -11,6 +11,7 @@ from shardsmith.checking.arguments import checked
 from shardsmith.checking.types import AsPath
 from shardsmith.errors import UnsupportedFormatError
 from shardsmith.formats.by_path import DCP, SHARDED, KnownCheckpoint, known_checkpoint
+from shardsmith.formats.dcp.beside_weights import open_step
 from shardsmith.formats.dcp.source import DcpSource
 from shardsmith.formats.models import ModelSource, models_of
 from shardsmith.ground import layout
@@ -76,7 +77,7 @@ def open_checkpoint(path: AsPath) -> OpenedCheckpoint:
 
 def _open_dcp(known: KnownCheckpoint) -> OpenedCheckpoint:
     manifest = known.manifest if known.is_ours else None
-    source = DcpSource(known.path)
+    source = open_step(known.path, manifest)
     models = models_of(source, {} if manifest is None else manifest.tied)
     if not models:
         raise UnsupportedFormatError(known.path, "is a DCP directory without a model that we know")

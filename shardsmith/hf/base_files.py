@@ -17,9 +17,9 @@ from pathlib import Path
 from shardsmith.errors import CheckpointError, CheckpointNotFoundError, UnsafeCheckpointError
 from shardsmith.formats.safetensors_files.source import SafetensorsSource
 from shardsmith.formats.torch_files.files import read_torch_file
-from shardsmith.ground.layout import COMPANION, PROVENANCE_FILE
+from shardsmith.ground.layout import COMPANION, METADATA_FILE, PROVENANCE_FILE
 from shardsmith.hf.model_card import is_own_card
-from shardsmith.manifest.metadata import read_json
+from shardsmith.manifest.metadata import has_manifest, read_json, read_metadata
 from shardsmith.tensors.tensors import Shape, TensorSpec
 
 _INDEXES = ("*.safetensors.index.json", "*.bin.index.json")
@@ -141,15 +141,24 @@ class _Judge:
 def _files(base: Path, *, trust_remote_code: bool) -> Iterable[str]:
     """Relative paths of what nothing speaks against but its content."""
     python = () if trust_remote_code else ("*.py",)
+    of_checkpoint = _of_checkpoint(base)
     for folder, folders, names in os.walk(base):
-        folders[:] = sorted(name for name in folders if not _FOLDERS.match(name))
+        folders[:] = sorted(name for name in folders if not _FOLDERS.match(name) and name not in of_checkpoint)
         top = Path(folder) == base
         unwanted = (PROVENANCE_FILE, ".*", *python, *_COPIES)
         if top:
-            unwanted += (*_UNREAD_WEIGHTS, *_ADAPTER, *_LEFTOVERS, "tf_model*", "flax_model*")
+            unwanted += (*_UNREAD_WEIGHTS, *_ADAPTER, *_LEFTOVERS, *of_checkpoint, "tf_model*", "flax_model*")
         for name in sorted(names):
             if not _like(name, unwanted) and not is_own_card(Path(folder, name)):
                 yield os.path.relpath(os.path.join(folder, name), base)
+
+
+def _of_checkpoint(base: Path) -> set[str]:
+    """Names of what a base has as a checkpoint of ours, if it is one: its manifest, and the folder of an average."""
+    if not has_manifest(base):
+        return set()
+    weights = read_metadata(base).weights or {}
+    return {METADATA_FILE, *(record.folder for record in weights.values() if record.folder)}
 
 
 def _tensors_of(path: Path) -> Mapping[str, TensorSpec] | None:

@@ -42,7 +42,7 @@ def complete_directory(plan: DirectoryPlan, directory: Path, digests: Digests) -
     if plan.config is not None:
         sizes[CONFIG_FILE] = write_file(directory / CONFIG_FILE, config_for(plan.config, _main_dtype(plan)))
     if plan.companions is not None:
-        sizes |= _write_companions(plan, directory, sizes)
+        sizes |= _write_companions(plan, directory)
     if plan.base is not None:
         sizes |= copy_files(plan.base, [name for name in plan.copies if name not in sizes], directory)
     if CARD_FILE not in sizes:  # the base model's, or one of the caller's, is kept
@@ -54,16 +54,19 @@ def complete_directory(plan: DirectoryPlan, directory: Path, digests: Digests) -
     return sizes
 
 
-def _write_companions(plan: DirectoryPlan, directory: Path, known: Mapping[str, int]) -> dict[str, int]:
+def _write_companions(plan: DirectoryPlan, directory: Path) -> dict[str, int]:
     assert plan.companions is not None
     with writing(directory, "writing tokenizer, processor and other files"):
+        before = _files_in(directory)
         plan.companions(directory)
-        new = [
-            path for path in directory.rglob("*") if path.is_file() and str(path.relative_to(directory)) not in known
-        ]
+        new = _files_in(directory) - before
         for path in new:
             sync(path)
     return {str(path.relative_to(directory)): path.stat().st_size for path in new}
+
+
+def _files_in(directory: Path) -> set[Path]:
+    return {path for path in directory.rglob("*") if path.is_file()}
 
 
 def _main_dtype(plan: DirectoryPlan) -> torch.dtype:

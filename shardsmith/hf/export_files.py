@@ -20,7 +20,7 @@ from shardsmith.ground import layout
 from shardsmith.ground.printable import printable
 from shardsmith.manifest.checkpoints import file_damage, hash_file, step_in_name
 from shardsmith.manifest.fields import count, digest_text, typed
-from shardsmith.manifest.metadata import FileRecord, file_record, read_json
+from shardsmith.manifest.metadata import FileRecord, file_record, has_manifest, read_json, read_metadata
 from shardsmith.sharding.source_digests import digest_source
 from shardsmith.tensors.digest import Digest
 
@@ -74,7 +74,7 @@ def _damage(directory: Path, record: Mapping[str, Any], *, contents: bool) -> It
     if step is not None and step_in_name(directory, step) != count(step):
         yield f"{layout.PROVENANCE_FILE} is of step {step}: the directory was copied or renamed"
     files = typed(record["files"], dict)
-    for name in sorted(_names_in(directory) - {*files, layout.PROVENANCE_FILE}):
+    for name in sorted(_names_in(directory) - {*files, *_of_checkpoint(directory), layout.PROVENANCE_FILE}):
         yield f"{name!r}: is not one of its files"
     sound = True
     for name, expected in sorted(files.items()):
@@ -84,6 +84,13 @@ def _damage(directory: Path, record: Mapping[str, Any], *, contents: bool) -> It
     if contents and sound:
         for model in typed(record["models"], dict).values():
             yield from _changed_tensors(directory, model)
+
+
+def _of_checkpoint(directory: Path) -> set[str]:
+    """The files of a checkpoint of ours that the directory is, too: its own metadata.json answers for them."""
+    if not has_manifest(directory):
+        return set()
+    return {layout.METADATA_FILE, *read_metadata(directory).files}
 
 
 def _names_in(directory: Path) -> set[str]:

@@ -9,7 +9,7 @@ import logging
 import os
 import stat
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import xxhash
 
@@ -52,7 +52,7 @@ def find_damage(
     checkpoint: Path,
     *,
     contents: bool = True,
-    unread: str | None = None,
+    unread: str | tuple[str, ...] = (),
     part: int = 0,
     parts: int = 1,
     manifest: CheckpointMetadata | None = None,
@@ -62,7 +62,7 @@ def find_damage(
     Args:
         checkpoint: A committed ``step-<n>``.
         contents: Also read every file and compare its XXH3-128; otherwise only presence and size.
-        unread: Files whose names end so are not read all the same.
+        unread: Files whose names end so, or in one of these ways, are not read all the same.
         part: Which share of the files to look at, so that ranks can divide them. No communication.
         parts: Into how many shares.
         manifest: Its metadata.json, if that was read already.
@@ -75,10 +75,10 @@ def find_damage(
         return [f"{layout.METADATA_FILE} is of step {metadata.step}, not of step {named}: it was copied or renamed"]
     files = metadata.files
     chosen = sorted(files)[part::parts]
-    if foreign := [name for name in chosen if Path(name).name != name]:
+    if foreign := [name for name in chosen if not _is_in(checkpoint, name)]:
         return [f"{name!r}: is not the name of a file in it" for name in foreign]
     with ThreadPoolExecutor(min(len(chosen), os.cpu_count() or 1) or 1, "shardsmith-verify") as pool:
-        is_read = {name: contents and not (unread and name.endswith(unread)) for name in chosen}
+        is_read = {name: contents and not name.endswith(unread) for name in chosen}
         problems = pool.map(lambda name: file_damage(checkpoint / name, files[name], contents=is_read[name]), chosen)
         return [f"{name}: {problem}" for name, problem in zip(chosen, problems, strict=True) if problem]
 
@@ -92,8 +92,17 @@ def step_in_name(checkpoint: Path, default: int) -> int:
 def find_foreign_files(checkpoint: Path, manifest: CheckpointMetadata) -> list[str]:
     """Return what lies in a committed checkpoint and does not belong to it, one line each."""
     known = {*manifest.files, layout.METADATA_FILE, layout.COMPANION}
-    found = sorted(path.name for path in checkpoint.iterdir() if path.name not in known)
-    return [f"{name!r}: is not one of its files" for name in found]
+    folders = sorted({str(folder) for name in known for folder in PurePosixPath(name).parents})
+    found = (str(path.relative_to(checkpoint)) for folder in folders for path in (checkpoint / folder).iterdir())
+    return [f"{name!r}: is not one of its files" for name in sorted(found) if name not in {*known, *folders}]
+
+
+def _is_in(checkpoint: Path, name: str) -> bool:
+    """Whether a name from a manifest is that of something in the checkpoint, and not reached through a link."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or str(path) != name:
+        return False
+    return not any((checkpoint / folder).is_symlink() for folder in path.parents[:-1])
 
 
 def set_aside_unfinished(directory: Path, newest: int, mark: str = layout.METADATA_FILE) -> list[Path]:

@@ -42,10 +42,13 @@ from shardsmith.manifest.fields import (
     typed_or_none,
 )
 from shardsmith.manifest.initial import InitialRecord
+from shardsmith.manifest.weights import WeightsRecord
 from shardsmith.tensors.tensors import TensorSpec
 
-SCHEMA_VERSION = 2
-"""The newest that is read. What has no ``initial`` is written, and read, as version 1."""
+SCHEMA_VERSION = 3
+"""The newest that is read. What has no ``weights`` is version 2, and what has no ``initial`` either is version 1."""
+_FIELDS_SINCE = ("", "", "initial", "weights")
+"""By schema version, the field that it has added."""
 CHECKPOINT_TYPE = "sharded"
 _MOST_BYTES = 1 << 25
 """Of a config, an index, a trainer's state and so on."""
@@ -122,17 +125,21 @@ class CheckpointMetadata:
     libraries: dict[str, str] = field(default_factory=lambda: _libraries())
     initial: InitialRecord | None = None
     """What it was made of, if training is to start from it; None for what a training saved."""
+    weights: dict[str, WeightsRecord] | None = None
+    """By model (``main``, ``ema``), the Hugging Face directory that holds its tensors; None if all are in DCP files."""
 
     @property
     def schema_version(self) -> int:
         """The oldest that can say this."""
+        if self.weights is not None:
+            return 3
         return 1 if self.initial is None else 2
 
     def to_json(self) -> bytes:
         """As the bytes of the file."""
         content = {name: getattr(self, name) for name in self.__slots__}
-        if self.initial is None:
-            del content["initial"]
+        for name in _FIELDS_SINCE[self.schema_version + 1 :]:
+            del content[name]
         content |= {"checkpoint_type": CHECKPOINT_TYPE, "schema_version": self.schema_version}
         return sealed_json(content)
 
@@ -182,7 +189,8 @@ def _plain(value: Any) -> Any:
     """Of dataclasses what JSON knows."""
     if isinstance(value, dict):
         return {name: _plain(item) for name, item in value.items()}
-    return dataclasses.asdict(value) if isinstance(value, FileRecord | ModelRecord | InitialRecord) else value
+    kinds = FileRecord | ModelRecord | InitialRecord | WeightsRecord
+    return dataclasses.asdict(value) if isinstance(value, kinds) else value
 
 
 def now() -> str:
@@ -277,7 +285,11 @@ def _read(path: Path) -> tuple[bytes, dict[str, Any]]:
 def _parse(content: Mapping[str, Any]) -> CheckpointMetadata:
     schema = content["schema_version"]
     content = {name: value for name, value in content.items() if name not in ("checkpoint_type", "schema_version")}
-    require_fields(content if schema > 1 else _as_of_version_2(content), CheckpointMetadata)
+    for name in _FIELDS_SINCE[schema + 1 :]:
+        if name in content:
+            raise ValueError(f"version {schema} has no field {name!r}")
+        content[name] = None
+    require_fields(content, CheckpointMetadata)
     models = tuple(typed(name, str) for name in typed(content["models"], list))
     if set(models) != set(typed(content["counts"], dict)):
         raise ValueError(f"counts of {sorted(content['counts'])}, but the models are {sorted(models)}")
@@ -294,7 +306,8 @@ def _parse(content: Mapping[str, Any]) -> CheckpointMetadata:
         files={name: file_record(record) for name, record in typed(content["files"], dict).items()},
         tensors={name: tensor_record(record) for name, record in typed(content["tensors"], dict).items()},
         libraries=texts(content["libraries"]),
-        initial=InitialRecord.parse(content["initial"]) if schema > 1 else None,
+        initial=None if schema != 2 and content["initial"] is None else InitialRecord.parse(content["initial"]),
+        weights=_weights(content["weights"]),
     )
 
 
@@ -306,10 +319,10 @@ def _average(facts: Any) -> dict[str, Any] | None:
     return found
 
 
-def _as_of_version_2(content: Mapping[str, Any]) -> dict[str, Any]:
-    if "initial" in content:
-        raise ValueError("version 1 has no field 'initial'")
-    return {**content, "initial": None}
+def _weights(records: Any) -> dict[str, WeightsRecord] | None:
+    if records is None:
+        return None
+    return {typed(model, str): WeightsRecord.parse(record) for model, record in typed(records, dict).items()}
 
 
 def file_record(record: Any) -> FileRecord:

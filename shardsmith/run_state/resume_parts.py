@@ -94,7 +94,7 @@ def _missing(checkpoint: Path, wanted: Sequence[str]) -> list[str]:
     is_dcp = (checkpoint / layout.DCP_INDEX_FILE).exists()
     with contextlib.closing(DcpSource(checkpoint) if is_dcp else RankShards(checkpoint)) as source:
         objects = source.index.objects if isinstance(source, DcpSource) else source.objects
-        held = {key.split(".", 1)[0] for key in (*source.specs, *objects)}
+        held = {key.split(".", 1)[0] for key in (*read_metadata(checkpoint).tensors, *source.specs, *objects)}
     return [part for part in wanted if part != "model" and _KEYS.get(part, part) not in held]
 
 

@@ -8,7 +8,7 @@ is none, what is in memory must not be trained on, and the caller has to say so.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from shardsmith.run_state.resume_parts import OnMissing
 log = logging.getLogger(__name__)
 
 _SHARDS = ".distcp"
+_WEIGHTS = ".safetensors"
 
 Load = Callable[[Path, Mapping[str, FileRecord], OnMissing], list[str]]
 """Loads a checkpoint, verifying files meanwhile; what is wrong with those. All ranks; communicates."""
@@ -34,17 +35,26 @@ class Resumption:
         spoiled_by: Name of the damaged checkpoint that tensors were filled from last; None if they hold none.
     """
 
-    def __init__(self, ranks: Ranks, *, set_damaged_aside: bool, spoiled_by: str | None = None) -> None:
+    def __init__(
+        self,
+        ranks: Ranks,
+        *,
+        set_damaged_aside: bool,
+        spoiled_by: str | None = None,
+        parts: Collection[str] | None = None,
+    ) -> None:
         """Nothing is tried yet.
 
         Args:
             ranks: Those that load.
             set_damaged_aside: Rename what is damaged, so that it counts no more.
             spoiled_by: What an earlier search has left in the tensors.
+            parts: What is loaded; None for all.
         """
         self._ranks = ranks
         self._set_damaged_aside = set_damaged_aside
         self.spoiled_by = spoiled_by
+        self._loads_weights = parts is None or {"model", "ema"} <= set(parts)
 
     def load_newest(self, directory: Path, steps: Sequence[int], load: Load, on_missing: OnMissing) -> int | None:
         """Load the newest checkpoint that is sound; return its step, or None without any. All ranks; communicates.
@@ -73,12 +83,12 @@ class Resumption:
 
     def _load(self, checkpoint: Path, load: Load, on_missing: OnMissing) -> bool:
         """Load a checkpoint, unless it is damaged; whether it is sound."""
-        if not self._is_sound(checkpoint, unread=_SHARDS):
+        if not self._is_sound(checkpoint, unread=self._unread(checkpoint)):
             return False
         try:
             damage = load(checkpoint, _shards(checkpoint), "raise" if self.spoiled_by else on_missing)
         except (CheckpointError, RankFailedError) as error:
-            if self._is_sound(checkpoint, unread=None):
+            if self._is_sound(checkpoint, unread=()):
                 if self.spoiled_by:
                     error.add_note(self._consequence().strip())
                 raise
@@ -89,6 +99,15 @@ class Resumption:
         self.spoiled_by = checkpoint.name if damage else None
         return not damage
 
+    def _unread(self, checkpoint: Path) -> tuple[str, ...]:
+        """Suffixes of files that are verified while they are loaded.
+
+        Those of weights beside a DCP index are not hashed at all: what was loaded from them is compared with the
+        digests that were recorded.
+        """
+        has_weights = self._loads_weights and (checkpoint / layout.DCP_INDEX_FILE).exists()
+        return (_SHARDS, _WEIGHTS) if has_weights else (_SHARDS,)
+
     def _consequence(self) -> str:
         """What follows for the state in memory, if nothing sound is loaded now; "" if nothing does."""
         if self.spoiled_by is None:
@@ -98,7 +117,7 @@ class Resumption:
             "do not train on them. Start the process again."
         )
 
-    def _is_sound(self, checkpoint: Path, unread: str | None) -> bool:
+    def _is_sound(self, checkpoint: Path, unread: tuple[str, ...]) -> bool:
         """Look at all files, divided among the ranks; set the checkpoint aside if any is damaged. Communicates."""
         part, parts = self._ranks.rank, self._ranks.size
         return self._ranks.agree(

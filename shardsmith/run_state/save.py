@@ -11,7 +11,8 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,17 @@ import xxhash
 from torch import Tensor
 
 from shardsmith.formats.dcp.rank_file import encode, write_rank_file
-from shardsmith.formats.describe import describe
+from shardsmith.formats.describe import Measured, describe
 from shardsmith.ground import layout
 from shardsmith.ground.commit import Attempt, write_file
 from shardsmith.ground.garbage import without_collection
 from shardsmith.ground.host_memory import require_memory
 from shardsmith.ground.ranks import Ranks
 from shardsmith.manifest.metadata import FileRecord
+from shardsmith.manifest.weights import WeightsRecord
 from shardsmith.run_state.held import Held, hold
 from shardsmith.run_state.share import Share, speakers_of
+from shardsmith.run_state.weight_files import WeightFiles
 from shardsmith.run_state.whole_directory import to_receipt
 from shardsmith.run_state.windowed_copy import WindowedCopy
 from shardsmith.sharding.later_copy import LaterCopy, copy_now_and_later
@@ -55,6 +58,8 @@ class Contents:
     """Alias FQN -> kept FQN."""
     mesh: dict[str, Any] | None = None
     """Shape and dimension names of the parameters' device mesh."""
+    weights: WeightFiles = field(default_factory=lambda: WeightFiles((), {}))
+    """Where weights go that are not for DCP files."""
 
 
 class SaveInProgress:
@@ -73,6 +78,7 @@ class SaveInProgress:
         self._share = share or Share(ranks.rank)
         self._attempt: Attempt | None = None
         self._receipts: list[dict[str, Any]] = []
+        self._weight_records: dict[str, Any] = {}
         self._problems: list[str] = []
         self._staged: tuple[Iterable[Tensor], list[bytes]] | None = None
         self._later: LaterCopy | None = None
@@ -132,7 +138,13 @@ class SaveInProgress:
             RankFailedError: on all ranks, if writing failed on any. The attempt is gone.
         """
         with self._abandoned_on_error():
-            self._receipts = self._ranks.gather(f"writing {self.target.name}", self._write, large=True)
+            phase = f"writing {self.target.name}"
+            if self.contents.weights.directories:
+                self._ranks.lead(phase, self._make_weight_files)
+            self._receipts = self._ranks.gather(phase, self._write, large=True)
+            if self.contents.weights.directories:
+                records = self._ranks.gather(phase, self._hash_weights, large=True)
+                self._weight_records = dict(chain(*(of_rank.items() for of_rank in records)))
 
     def commit(self, extra: Mapping[str, bytes] | None = None) -> Path:
         """Make the checkpoint visible and return its path. Any thread; communicates through the store.
@@ -162,7 +174,7 @@ class SaveInProgress:
         self.contents = collect()
         with without_collection():
             self._held = hold(self.contents.state_dict)
-        return [_facts(self.contents), self._share.vote(self._held.entries)]
+        return [_facts(self.contents), self._share.vote(self._held.entries, self.contents.weights.placed)]
 
     def _decide(self, votes: Sequence[Any]) -> dict[str, Any]:
         """Rank 0: the attempt, if everybody knows what to write; else who is to describe what there is."""
@@ -219,14 +231,37 @@ class SaveInProgress:
         directory = layout.temporary_path(self.target, self._attempt_id)
         if self._later is not None:
             self._later.copy()
+        values = iter(tensors)
         try:
-            receipt = to_receipt(write_rank_file(self._own.file, tensors, objects, directory))
+            weights = self.contents.weights.write(self._own.weights, values, directory)
+            receipt = to_receipt(write_rank_file(self._own.file, values, objects, directory), weights.pieces)
         finally:
             if self._windows is not None:
                 self._windows.stop()
         if self._later is not None:
             self._later.result()
-        return {**receipt, "tied": self.contents.tied}
+        return {**receipt, "stored": weights.to_plain(), "tied": self.contents.tied}
+
+    def _make_weight_files(self) -> None:
+        assert self._attempt is not None
+        self.contents.weights.make_files(self._attempt.directory)
+
+    def _hash_weights(self) -> dict[str, Any]:
+        directory = layout.temporary_path(self.target, self._attempt_id)
+        records = self.contents.weights.hash_files(directory, self._ranks.rank, self._ranks.size)
+        return {name: asdict(record) for name, record in records.items()}
+
+    def _complete_weights(self, measured: Measured) -> dict[str, WeightsRecord] | None:
+        """Rank 0: make the directories of the weights complete; what metadata.json says of them."""
+        assert self._attempt is not None
+        weights = self.contents.weights
+        if not weights.directories:
+            return None
+        measured.digests.update({alias: measured.digests[kept] for alias, kept in weights.tied.items()})
+        records = {name: FileRecord(**record) for name, record in self._weight_records.items()}
+        stored = weights.add_up([receipt["stored"] for receipt in self._receipts])
+        measured.files.update(weights.complete(self._attempt.directory, stored, records))
+        return weights.records(self._share.whole.specs)
 
     def _commit(self, extra: Mapping[str, bytes]) -> None:
         assert self._attempt is not None
@@ -236,6 +271,7 @@ class SaveInProgress:
         for name, content in {layout.DCP_INDEX_FILE: index, **extra}.items():
             size = write_file(directory / name, content)
             measured.files[name] = FileRecord(size=size, xxh3_128=xxhash.xxh3_128_hexdigest(content))
+        weights = self._complete_weights(measured)
         metadata = describe(
             whole.contents(directory),
             measured,
@@ -245,6 +281,7 @@ class SaveInProgress:
             tied={alias: kept for part in self._receipts for alias, kept in part["tied"].items()},
             world_size=self._ranks.size,
             mesh=self.contents.mesh,
+            weights=weights,
         )
         sizes = {name: record.size for name, record in measured.files.items()}
         sizes[layout.METADATA_FILE] = write_file(directory / layout.METADATA_FILE, metadata.to_json())

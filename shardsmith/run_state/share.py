@@ -18,7 +18,8 @@ import xxhash
 
 from shardsmith.errors import RanksDisagreeError
 from shardsmith.run_state.held import Entry, items
-from shardsmith.run_state.whole_directory import OwnFile, WholeDirectory
+from shardsmith.run_state.weight_files import Placed
+from shardsmith.run_state.whole_directory import NOWHERE, OwnFile, WholeDirectory
 from shardsmith.sharding.assignment import assign_boxes
 from shardsmith.tensors.dtypes import dtype_name
 from shardsmith.tensors.tensors import Chunk
@@ -41,13 +42,14 @@ class Share:
     def __init__(self, rank: int) -> None:
         self._rank = rank
         self._entries: list[Entry] | None = None
+        self._placed = NOWHERE
         self._description = ""
 
-    def vote(self, entries: list[Entry]) -> list[Any]:
-        """Return what to say before a save. No communication."""
-        is_known = entries == self._entries
+    def vote(self, entries: list[Entry], placed: Placed = NOWHERE) -> list[Any]:
+        """Return what to say before a save. No communication. ``placed`` is what goes to weight files."""
+        is_known = entries == self._entries and placed == self._placed
         if not is_known:
-            self._entries = None
+            self._entries, self._placed = None, placed
             self._description = _hash(_describe(entries, self._rank))
         return [is_known, self._description]
 
@@ -77,6 +79,7 @@ class Share:
                 [item for item, is_mine in zip(items(entries), flags, strict=True) if is_mine]
                 for entries, flags in zip(held, dealt, strict=True)
             ],
+            self._placed,
         )
         return [_text(np.packbits(np.array(flags, dtype=bool)).tobytes()) for flags in dealt]
 
@@ -84,7 +87,7 @@ class Share:
         """Take this rank's part of what ``settle`` gave."""
         flags = np.unpackbits(np.frombuffer(base64.b64decode(answer), dtype=np.uint8))
         chosen = [item for item, is_mine in zip(items(entries), flags, strict=False) if is_mine]
-        self.own = OwnFile.of(self._rank, entries, chosen)
+        self.own = OwnFile.of(self._rank, entries, chosen, self._placed)
         self._entries = entries
 
 

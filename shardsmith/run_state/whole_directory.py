@@ -18,41 +18,57 @@ from shardsmith.formats.dcp.shard_files import Place, PlannedChunk
 from shardsmith.formats.describe import Measured
 from shardsmith.manifest.metadata import FileRecord
 from shardsmith.run_state.held import Entry
+from shardsmith.run_state.weight_files import Placed
 from shardsmith.tensors.digest import Digest
 from shardsmith.tensors.tensors import Chunk, TensorSpec
+
+NOWHERE = Placed()
 
 
 @dataclass(frozen=True, slots=True)
 class OwnFile:
-    """The file of one rank, and where in what it holds the contents are."""
+    """What one rank writes, and where in what it holds the contents are."""
 
+    weights: tuple[Piece, ...]
+    """Pieces for weight files."""
     file: RankFile
     tensors: list[tuple[int, int, Chunk | None]]
-    """By piece: entry, position in its values, and which part of that; None is all of it."""
+    """By piece of weights, then of the file: entry, position in its values, and which part of that; None is all."""
     objects: list[int]
     """Entries."""
 
     @classmethod
-    def of(cls, rank: int, entries: Sequence[Entry], chosen: Sequence[tuple[int, int]]) -> Self:
-        """By what a rank holds and which of it it writes."""
-        pieces: list[Piece] = []
-        tensors: list[tuple[int, int, Chunk | None]] = []
+    def of(
+        cls, rank: int, entries: Sequence[Entry], chosen: Sequence[tuple[int, int]], placed: Placed = NOWHERE
+    ) -> Self:
+        """By what a rank holds, which of it it writes, and what of that is for weight files."""
+        found: tuple[list[Piece], list[Piece]] = [], []
+        tensors: tuple[list[tuple[int, int, Chunk | None]], list[tuple[int, int, Chunk | None]]] = [], []
         for i, position in chosen:
             entry = entries[i]
-            if entry.shape is None or entry.dtype is None:
+            if entry.shape is None or entry.dtype is None or entry.key in placed.tied:
                 continue
-            box = entry.boxes[position]
+            box, where = entry.boxes[position], entry.key not in placed.written
             for part in split(box, entry.dtype):
-                pieces.append(Piece(entry.key, entry.shape, entry.dtype, moved(part, box)))
-                tensors.append((i, position, None if part.sizes == box.sizes else part))
+                found[where].append(Piece(entry.key, entry.shape, entry.dtype, moved(part, box)))
+                tensors[where].append((i, position, None if part.sizes == box.sizes else part))
         objects = [i for i, _ in chosen if entries[i].shape is None]
         keys = tuple(entries[i].key for i in objects)
-        return cls(RankFile(f"__{rank}_0.distcp", tuple(pieces), keys), tensors, objects)
+        weights, pieces = map(tuple, found)
+        return cls(weights, RankFile(f"__{rank}_0.distcp", pieces, keys), [*tensors[0], *tensors[1]], objects)
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """All that it writes of tensors."""
+        return self.weights + self.file.pieces
 
 
-def to_receipt(written: RankFileWritten) -> dict[str, Any]:
-    """Return what a rank tells of its file, as values that survive JSON; the order of everything is known."""
-    digests = np.array([(d.total, d.weighted) for d in written.digests], dtype=np.uint64)
+def to_receipt(written: RankFileWritten, weights: Sequence[Digest] = ()) -> dict[str, Any]:
+    """Return what a rank tells of its file, as values that survive JSON; the order of everything is known.
+
+    ``weights`` are the digests of the pieces that are in weight files.
+    """
+    digests = np.array([(d.total, d.weighted) for d in (*weights, *written.digests)], dtype=np.uint64)
     lengths = np.array(written.object_lengths, dtype=np.uint32)
     packed = _text(zlib.compress(lengths.tobytes(), 1))  # most are equal
     return {"file": asdict(written.record), "digests": _text(digests.tobytes()), "object_lengths": packed}
@@ -61,11 +77,19 @@ def to_receipt(written: RankFileWritten) -> dict[str, Any]:
 class WholeDirectory:
     """All files of a save. Rank 0 keeps it from save to save; no communication."""
 
-    def __init__(self, held: Sequence[Sequence[Entry]], chosen: Sequence[Sequence[tuple[int, int]]]) -> None:
-        """What each rank holds, and which of it it writes."""
-        self.files = [
-            OwnFile.of(rank, entries, mine).file for rank, (entries, mine) in enumerate(zip(held, chosen, strict=True))
+    def __init__(
+        self,
+        held: Sequence[Sequence[Entry]],
+        chosen: Sequence[Sequence[tuple[int, int]]],
+        placed: Placed = NOWHERE,
+    ) -> None:
+        """What each rank holds, which of it it writes, and what of that is in weight files."""
+        own = [
+            OwnFile.of(rank, entries, mine, placed)
+            for rank, (entries, mine) in enumerate(zip(held, chosen, strict=True))
         ]
+        self.files = [one.file for one in own]
+        self._placed = placed.written | placed.tied
         ordered: dict[str, Entry] = {}
         for rank_entries in held:
             for entry in rank_entries:
@@ -77,7 +101,7 @@ class WholeDirectory:
             if entry.shape is not None and entry.dtype is not None
         }
         numbers = {key: i for i, key in enumerate(self._specs)}
-        self._numbers = [np.array([numbers[piece.key] for piece in file.pieces], dtype=np.int64) for file in self.files]
+        self._numbers = [np.array([numbers[piece.key] for piece in one.pieces], dtype=np.int64) for one in own]
         self._last: tuple[list[str], str, bytes] | None = None
         self._chunks = [PlannedChunk(p.key, 0, p.box, 0) for file in self.files for p in file.pieces]
 
@@ -112,14 +136,19 @@ class WholeDirectory:
             places += found[: len(file.pieces)]
             objects |= dict(zip(file.objects, found[len(file.pieces) :], strict=True))
         return write_index(
-            self._specs,
+            {key: spec for key, spec in self._specs.items() if key not in self._placed},
             self._chunks,
             dict(enumerate(places)),
             aliases={},
-            containers=self._containers,
+            containers={key: path for key, path in self._containers.items() if key not in self._placed},
             attempt=attempt,
             objects=objects,
         )
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """All tensors, by key."""
+        return self._specs
 
     def contents(self, directory: Path) -> DcpIndex:
         """Return what a reader of the index finds in it, but for where it lies."""

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.planner_helpers import _init_state_dict
 from torch.distributed.checkpoint.stateful import Stateful
 
 from shardsmith.errors import CheckpointError, MismatchError
+from shardsmith.formats.dcp.beside_weights import BesideWeights, Box, open_step
 from shardsmith.formats.dcp.index import DcpIndex
 from shardsmith.formats.dcp.single_read import Wanted, find_wanted, read_files
 from shardsmith.formats.dcp.source import DcpSource
@@ -96,7 +97,7 @@ class LocalLoad:
         Raises:
             MismatchError, CheckpointError: as ``load_into``.
         """
-        self._source = DcpSource(self.directory, follow_links=self._follow_links)
+        self._source = open_step(self.directory, follow_links=self._follow_links)
         owners = sorted(self._state_dict.items())
         self._state = {key: value.state_dict() if isinstance(value, Stateful) else value for key, value in owners}
         _materialize(self._state)
@@ -126,7 +127,10 @@ class LocalLoad:
             What is wrong with those, a line each. If anything is, what was filled must not be used.
         """
         assert self._source is not None, "compare comes first"
-        return read_files(self._source, self._wanted_chunks, verified, follow_links=self._follow_links)
+        damage = read_files(self._source, self._wanted_chunks, verified, follow_links=self._follow_links)
+        if isinstance(self._source, BesideWeights) and not damage:
+            self._source.fill(box for box in self._wanted_boxes if self._source.is_elsewhere(box[0]))
+        return damage
 
     def fill_objects(self) -> None:
         """Read what is no tensor, and hand all back to its owners. After ``fill_tensors``."""
@@ -134,10 +138,14 @@ class LocalLoad:
 
     @functools.cached_property
     def _wanted_chunks(self) -> dict[str, list[Wanted]]:
-        assert self._source is not None, "compare comes first"
+        source = self._source
+        assert source is not None, "compare comes first"
+        return find_wanted(source, (box for box in self._wanted_boxes if not source.is_elsewhere(box[0])))
+
+    @functools.cached_property
+    def _wanted_boxes(self) -> list[Box]:
         tensors = ((key, value) for key, value in self._wanted.items() if isinstance(value, Tensor))
-        boxes = ((key, box, values.detach()) for key, value in tensors for box, values in local_boxes(value))
-        return find_wanted(self._source, boxes)
+        return [(key, box, values.detach()) for key, value in tensors for box, values in local_boxes(value)]
 
     def _read_objects(self) -> dict[str, Any]:
         assert self._source is not None, "compare comes first"

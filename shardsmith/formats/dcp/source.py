@@ -62,6 +62,10 @@ class DcpSource:
         for i, stored, part in self.stored(name, box):
             yield part, self._chunk(name, i)[part.within(stored.chunk)]
 
+    def is_elsewhere(self, name: str) -> bool:  # noqa: ARG002
+        """Return whether a tensor is in no file that the index names, and ``stored`` knows nothing of it."""
+        return False
+
     def stored(self, name: str, box: Chunk) -> Iterator[tuple[int, StoredChunk, Chunk]]:
         """Yield the chunks that share something with ``box``: number, place, and the part that they share.
 

@@ -97,6 +97,19 @@ class SafetensorsFileWriter:
             for first, _, block in _contiguous_blocks(values):
                 _write_at(self._descriptor, memory_of(block), begin + first * block.itemsize)
 
+    def write_bytes(self, name: str, first_byte: int, memory: memoryview) -> None:
+        """Write consecutive bytes of a tensor, from one of its bytes on.
+
+        Raises:
+            UsageError: they do not fit the plan; nothing was written.
+            WriteError: the write failed; some of them may have been written.
+        """
+        placement = self.plan.tensors[name]
+        if not 0 <= first_byte <= placement.spec.nbytes - len(memory):
+            raise UsageError(f"{name}: {len(memory)} bytes from {first_byte} on do not fit {placement.spec}")
+        with writing(self.path, f"writing {name}"):
+            _write_at(self._descriptor, memory, placement.begin + first_byte)
+
     def write_box(self, name: str, box: Chunk, values: Tensor, shape: Shape | None = None) -> None:
         """Write a box of a tensor, with one system call for each run of elements that is contiguous in the file.
 

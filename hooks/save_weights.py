@@ -1,0 +1,121 @@
+"""The weights of a checkpoint as Hugging Face directories, for ``ShardedSave(weights="huggingface")``."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from shardsmith.conversion.model_directory import find_model
+from shardsmith.errors import UsageError
+from shardsmith.export.live import LiveModel
+from shardsmith.ground.layout import EMA_PREFIX
+from shardsmith.ground.ranks import Ranks
+from shardsmith.hf.hf_directory import protect
+from shardsmith.run_state.save import Contents
+from shardsmith.run_state.weight_files import WeightFiles, WeightsDirectory
+from shardsmith.tensors.checkpoint_keys import EMA as AVERAGE
+from shardsmith.tensors.checkpoint_keys import MAIN
+
+from .adapters import view_of
+from .ema import EMA
+from .held import HeldView
+from .live_directory import LiveDirectory, ModelFiles
+from .live_state import LiveState
+from .options import ExportFiles, SaveWeights, SaveWriting
+from .view import View
+
+log = logging.getLogger(__name__)
+
+AVERAGE_FOLDER = "ema"
+"""In a checkpoint: the directory of the average's weights."""
+
+
+class HuggingFaceWeights:
+    """Plans, for each save, the directories that its weights go to."""
+
+    def __init__(self, model: nn.Module, ema: EMA | None, options: SaveWeights, directory: Path, ranks: Ranks) -> None:
+        """Read the base model, and compare it with the model that trains. All ranks; communicates.
+
+        Raises:
+            UsageError: the model cannot be written so.
+            RankFailedError, CheckpointError: the base model cannot be read, or does not fit.
+        """
+        base: list[Path] = []
+        if options.base_model is not None:
+            name = str(options.base_model)
+            ranks.gather("finding the base model", lambda: base.append(find_model(name, fetch=False)))
+            protect(directory / "step-0", base[0])
+        self._view = _view_of(model)
+        self._state = LiveState(
+            model,
+            ema,
+            ModelFiles.of(_as_export_files(options), base[0] if base else None),
+            dtype="original",
+            max_shard_size=options.max_shard_size,
+            names=options.names,
+            view=self._view,
+        )
+        ranks.gather("reading the base model", self._state.read_files)
+        stem = self._state.stem if self._view is None else self._view.stem
+        self._directories = [LiveDirectory("", {MAIN: stem})]
+        if ema is not None:
+            self._directories.append(LiveDirectory(AVERAGE_FOLDER, {AVERAGE: stem}))
+        ranks.gather("looking at the base model", lambda: self._state.check(compare=ranks.is_leader))
+
+    def added_to(self, contents: Contents, target: Path) -> Contents:
+        """Return what is saved, with the plan of its weights. All ranks; communicates under FSDP1."""
+        directories = [self._directory(directory, contents, target) for directory in self._directories]
+        return replace(contents, weights=WeightFiles(directories, contents.tied))
+
+    def _directory(self, directory: LiveDirectory, contents: Contents, target: Path) -> WeightsDirectory:
+        (live,) = self._state.models(directory)
+        names = dict(self._names(directory, live, contents.state_dict))
+        plan = self._state.plan(target, contents.step, directory, [live.plan])
+        return WeightsDirectory.of(directory.suffix, plan, live.translation, names)
+
+    def _names(self, directory: LiveDirectory, live: LiveModel, state: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        """Key in the state -> name that the model's plan starts from, of all that the files hold."""
+        average = state.get("ema_model", {}) if AVERAGE in directory.stems else {}
+        left_out = live.translation.left_out if live.translation is not None else {}
+        own = [key for key, value in {**state, **average}.items() if isinstance(value, Tensor)]
+        named = {key: key for key in own} if self._view is None else self._view.names(own)
+        for fqn, name in named.items():
+            if name in live.tensors and name not in left_out:
+                yield EMA_PREFIX + fqn if fqn in average else fqn, name
+
+
+def refuse_unused(files: SaveWeights, writing: SaveWriting) -> None:
+    """Raise UsageError if options of ``ShardedSave`` do not go together."""
+    changed = [f.name for f in fields(files) if f.name != "weights" and getattr(files, f.name) != f.default]
+    if files.weights == "dcp" and changed:
+        names = ", ".join(f"{name}=" for name in changed)
+        raise UsageError(f'ShardedSave: {names} is for weights="huggingface"; pass that, too, or leave it out')
+    if files.weights == "huggingface" and writing.layout == "nested":
+        raise UsageError(
+            'ShardedSave: layout="nested" is about keys in DCP files, and weights="huggingface" puts none there; '
+            "leave one of the two out"
+        )
+
+
+def _view_of(model: nn.Module) -> View | None:
+    """Raises UsageError for what is written in another form than it is trained in."""
+    view = view_of(model, "adapter", held=True)
+    if view is not None and not isinstance(view, HeldView):
+        raise UsageError(
+            'weights="huggingface": a model of peft is saved as DCP; export its adapter beside that with HFExport'
+        )
+    return view
+
+
+def _as_export_files(options: SaveWeights) -> ExportFiles:
+    return ExportFiles(
+        base_model=options.base_model,
+        processor=options.processor,
+        extra_files=options.extra_files,
+        trust_remote_code=options.trust_remote_code,
+    )

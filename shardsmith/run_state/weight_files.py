@@ -1,0 +1,269 @@
+"""The weights of a save that go to Hugging Face files: a directory for the model, one for the average.
+
+Every rank writes its boxes to their places in the final files, whose names, headers and sizes are known before. Names
+and layout are those of the model's library; the bytes are those that training holds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple, Self
+
+from torch import Tensor
+
+from shardsmith.formats.dcp.rank_file import Piece
+from shardsmith.formats.safetensors_files.writer import SafetensorsFileWriter
+from shardsmith.ground.commit import writing
+from shardsmith.ground.memory import memory_of
+from shardsmith.hf.completion import complete_directory
+from shardsmith.hf.directory import DirectoryPlan, ModelPlan
+from shardsmith.hf.directory_check import check_directory
+from shardsmith.manifest.checkpoints import hash_file
+from shardsmith.manifest.metadata import FileRecord
+from shardsmith.manifest.weights import WeightsRecord
+from shardsmith.name_maps.maps import Translation
+from shardsmith.name_maps.recorded import slices_to_plain
+from shardsmith.name_maps.slices import Slice, Target
+from shardsmith.sharding.shares import add_up_ranks
+from shardsmith.tensors.digest import Digest, digest_box, digest_run, first_of_run
+from shardsmith.tensors.tensors import TensorSpec
+
+
+class Placed(NamedTuple):
+    """Keys of a state dict that are in weight files."""
+
+    written: frozenset[str] = frozenset()
+    tied: frozenset[str] = frozenset()
+    """Names of tensors that are written under another one."""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsDirectory:
+    """One model on its way into a Hugging Face directory within a checkpoint."""
+
+    folder: str
+    """Its name in the checkpoint; ``""`` for the checkpoint's directory itself."""
+    plan: DirectoryPlan
+    """Of one model."""
+    translation: Translation | None
+    """From the model's names to those of the files; None where they are the same."""
+    names: dict[str, str]
+    """Key in the state dict -> name that ``translation`` takes."""
+    plain: frozenset[str]
+    """Of these names, those of tensors that are in the files as they are in memory."""
+
+    @classmethod
+    def of(cls, folder: str, plan: DirectoryPlan, translation: Translation | None, names: dict[str, str]) -> Self:
+        """``plain`` is found out."""
+        specs = {spec.name: spec for spec in plan.models[0].specs}
+        targets = {} if translation is None else translation.targets
+        plain = (
+            name
+            for name in names.values()
+            if translation is None or (name in specs and targets[name] == Slice.whole(specs[name]))
+        )
+        return cls(folder, plan, translation, names, frozenset(plain))
+
+    @property
+    def model(self) -> ModelPlan:
+        """The plan of its model."""
+        return self.plan.models[0]
+
+    def place(self, checkpoint: Path) -> Path:
+        """Return the directory in that of a checkpoint."""
+        return checkpoint / self.folder if self.folder else checkpoint
+
+    def record(self, specs: Mapping[str, TensorSpec]) -> WeightsRecord:
+        """Return what metadata.json says of it. ``specs``: by the model's own names."""
+        own = {name: _fqn(key) for key, name in self.names.items()}
+        targets: dict[str, Target] = {name: Slice.whole(specs[fqn]) for name, fqn in own.items()}
+        if self.translation is not None:
+            targets = {n: t.of(own) for n, t in self.translation.targets.items() if own.keys() >= set(t.sources)}
+        return WeightsRecord(folder=self.folder, stem=self.model.stem, slices=slices_to_plain(targets, specs))
+
+
+@dataclass(slots=True)
+class Written:
+    """What one rank finds out by writing its pieces."""
+
+    pieces: list[Digest] = field(default_factory=list)
+    """Its part in the digest of the tensor in memory, by piece."""
+    stored: dict[str, dict[str, Digest]] = field(default_factory=dict)
+    """Its part in the digests of the tensors in the files, by folder and name."""
+
+    def to_plain(self) -> dict[str, dict[str, str]]:
+        """Return ``stored`` as values that survive JSON."""
+        return {folder: {name: str(one) for name, one in found.items()} for folder, found in self.stored.items()}
+
+
+class WeightFiles:
+    """The weight files of one save. Every rank has the same."""
+
+    def __init__(self, directories: Sequence[WeightsDirectory], tied: Mapping[str, str]) -> None:
+        """``tied``: keys of tensors that are others, alias -> kept."""
+        self.directories = tuple(directories)
+        written = frozenset(key for directory in directories for key in directory.names)
+        self.tied = {alias: kept for alias, kept in tied.items() if kept in written and alias not in written}
+        self.placed = Placed(written, frozenset(self.tied))
+
+    def make_files(self, checkpoint: Path) -> None:
+        """Make folders and files, each at its full size with its header. Rank 0. Raises WriteError."""
+        for directory in self.directories:
+            place = directory.place(checkpoint)
+            with writing(place, "making the directory"):
+                place.mkdir(exist_ok=True)
+            for file in directory.model.weights.files:
+                with contextlib.closing(SafetensorsFileWriter.create(place, file)) as writer:
+                    writer.sync()
+
+    def write(self, pieces: Sequence[Piece], values: Iterator[Tensor], checkpoint: Path) -> Written:
+        """Write and fsync this rank's pieces. Any thread; no communication.
+
+        Args:
+            pieces: What they are.
+            values: Gives those of each piece first, on any device, and then what is not for these files.
+            checkpoint: The directory of the attempt.
+
+        Raises:
+            WriteError: it could not be written.
+        """
+        found = Written(stored={directory.folder: {} for directory in self.directories})
+        with _OpenFiles(checkpoint, self.directories) as files:
+            for piece in pieces:
+                held = next(values).detach().resolve_conj().resolve_neg().cpu()
+                found.pieces.append(self._write_piece(files, piece, held, found.stored))
+            files.sync()
+        return found
+
+    def _write_piece(
+        self, files: _OpenFiles, piece: Piece, held: Tensor, stored: Mapping[str, dict[str, Digest]]
+    ) -> Digest:
+        digest: Digest | None = None
+        for directory in self.directories:
+            name = directory.names.get(piece.key)
+            if name is None:
+                continue
+            found = stored[directory.folder]
+            if name in directory.plain:
+                digest = files.write_whole(directory, name, piece, held)
+                found[name] = found.get(name, Digest()) + digest
+                continue
+            for target, share in files.write_parts(directory, name, piece, held):
+                found[target] = found.get(target, Digest()) + share
+        return digest if digest is not None else digest_box(held, piece.box, piece.shape)
+
+    def hash_files(self, checkpoint: Path, part: int, parts: int) -> dict[str, FileRecord]:
+        """Return records of a share of the weight files, when all ranks have written. Raises WriteError."""
+        names = [
+            str(directory.place(Path()) / file.name)
+            for directory in self.directories
+            for file in directory.model.weights.files
+        ]
+        return {name: _record(checkpoint, name) for name in names[part::parts]}
+
+    def add_up(self, parts: Sequence[Mapping[str, Mapping[str, str]]]) -> dict[str, dict[str, Digest]]:
+        """Return the digests of the tensors in the files from what ``Written.to_plain`` gave on each rank."""
+        return {
+            directory.folder: add_up_ranks(
+                [part[directory.folder] for part in parts], [spec.name for spec in directory.model.specs]
+            )
+            for directory in self.directories
+        }
+
+    def complete(
+        self, checkpoint: Path, digests: Mapping[str, Mapping[str, Digest]], weights: Mapping[str, FileRecord]
+    ) -> dict[str, FileRecord]:
+        """Write what makes the directories complete, and check them. Rank 0; records of all their files.
+
+        Args:
+            checkpoint: The directory of the attempt.
+            digests: By folder and name, of the tensors in the files.
+            weights: Records of the weight files.
+
+        Raises:
+            MismatchError, CorruptCheckpointError: a directory is not what the class that its config names expects.
+            WriteError: a write failed.
+        """
+        records = dict(weights)
+        for directory in self.directories:
+            place = directory.place(checkpoint)
+            sizes = complete_directory(directory.plan, place, {directory.model.model: digests[directory.folder]})
+            check_directory(directory.plan, place)
+            names = (str(directory.place(Path()) / name) for name in sizes)
+            records |= {name: _record(checkpoint, name) for name in names if name not in weights}
+        return records
+
+    def records(self, specs: Mapping[str, TensorSpec]) -> dict[str, WeightsRecord]:
+        """Return what metadata.json says of them, by model. ``specs``: all tensors of the checkpoint, by key."""
+        own = {_fqn(key): TensorSpec(_fqn(key), spec.shape, spec.dtype) for key, spec in specs.items()}
+        return {directory.model.model: directory.record(own) for directory in self.directories}
+
+
+class _OpenFiles:
+    """The files that a rank writes to."""
+
+    def __init__(self, checkpoint: Path, directories: Iterable[WeightsDirectory]) -> None:
+        self._checkpoint = checkpoint
+        self._files = {
+            (directory.folder, name): file
+            for directory in directories
+            for file in directory.model.weights.files
+            for name in file.tensors
+        }
+        self._writers: dict[tuple[str, str], SafetensorsFileWriter] = {}
+        self._opened = contextlib.ExitStack()
+
+    def write_whole(self, directory: WeightsDirectory, name: str, piece: Piece, held: Tensor) -> Digest:
+        """Write a piece of a tensor that is in the file as it is in memory; its share in the digest."""
+        writer = self._writer(directory, name)
+        first = first_of_run(piece.box, piece.shape)
+        if first is None or not piece.box.numel:
+            writer.write_box(name, piece.box, held)
+            return digest_box(held, piece.box, piece.shape)
+        values = held.contiguous()
+        memory, at = memory_of(values), first * values.element_size()
+        return digest_run(values, first, lambda begin, end: writer.write_bytes(name, at + begin, memory[begin:end]))
+
+    def write_parts(
+        self, directory: WeightsDirectory, name: str, piece: Piece, held: Tensor
+    ) -> Iterator[tuple[str, Digest]]:
+        """Write what a piece is in the files; each tensor there with the share in its digest."""
+        assert directory.translation is not None, "else all are plain"
+        shapes = directory.translation.shapes
+        for target, box, values in directory.translation.to_targets(name, piece.box, held):
+            writer = self._writer(directory, target)
+            stored = values.to(writer.plan.tensors[target].spec.dtype)
+            writer.write_box(target, box, stored, shapes[target])
+            yield target, digest_box(stored, box, shapes[target])
+
+    def sync(self) -> None:
+        """Return when all that was written is on the disk. Raises WriteError."""
+        for writer in self._writers.values():
+            writer.sync()
+
+    def _writer(self, directory: WeightsDirectory, name: str) -> SafetensorsFileWriter:
+        file = self._files[directory.folder, name]
+        key = directory.folder, file.name
+        if key not in self._writers:
+            writer = SafetensorsFileWriter.open_existing(directory.place(self._checkpoint), file)
+            self._writers[key] = self._opened.enter_context(contextlib.closing(writer))
+        return self._writers[key]
+
+    def __enter__(self) -> _OpenFiles:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._opened.close()
+
+
+def _fqn(key: str) -> str:
+    """The model's own name of a tensor of model or average."""
+    return key.removeprefix("ema_model.")
+
+
+def _record(checkpoint: Path, name: str) -> FileRecord:
+    with writing(checkpoint / name, "hashing it"):
+        return FileRecord(size=(checkpoint / name).stat().st_size, xxh3_128=hash_file(checkpoint / name))

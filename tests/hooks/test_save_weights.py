@@ -1,0 +1,178 @@
+"""A checkpoint whose directory is a Hugging Face directory: written once, loaded by everybody, resumed from exactly."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.multiprocessing import ProcessExitedException
+from transformers import AutoModelForCausalLM
+
+from shardsmith.commands.options import ExportArguments
+from shardsmith.commands.to_hf import to_hf
+from shardsmith.formats.by_path import open_source
+from shardsmith.hooks import EMA, Hooks, ShardedSave, at, every, last
+from shardsmith.manifest.checkpoints import find_damage, find_foreign_files
+from shardsmith.manifest.metadata import read_metadata
+from shardsmith.tensors.tensors import read_tensor
+from tests.hooks.live_models import STEP, Case, build, change, keep_truth, shard
+from tests.ranks import run_on_ranks
+from tests.trained_runs import TOKENS
+
+CASES = [
+    Case(kind="llama", sharding="none", ranks=0),
+    Case(kind="odd", sharding="none", ranks=0, live_dtype=torch.bfloat16),
+    Case(kind="qwen3_moe", sharding="fsdp2", ranks=2, max_shard_size="30KB"),
+    Case(kind="gemma", sharding="fsdp1", ranks=2),
+    Case(kind="qwen2", sharding="wrapped-fsdp2", ranks=2),
+    Case(kind="olmo2", sharding="ddp", ranks=2, live_dtype=torch.bfloat16),
+    Case(kind="odd", sharding="fsdp2", ranks=2),
+    Case(kind="odd", sharding="tp", ranks=2),
+    Case(kind="vit", sharding="tp", ranks=2, max_shard_size="20KB"),
+    Case(kind="llama", sharding="hsdp", ranks=4),
+]
+
+
+def run_saves(cases: list[Case], directory: Path, mode: str) -> None:
+    for case in cases:
+        model = shard(build(case), case.sharding)
+        ema = EMA(model, decay=0.5)
+        save = ShardedSave(
+            directory / str(case),
+            model=model,
+            ema=ema,
+            when=at(STEP),
+            weights="huggingface",
+            max_shard_size=case.max_shard_size,
+            async_mode=mode,
+        )
+        hooks = Hooks(ema, save)
+        change(model, hooks)
+        hooks.close()
+        if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+            twin = build(case)
+            change(twin, Hooks(EMA(twin, decay=0.5)))
+            keep_truth(case, twin.state_dict(), directory / str(case))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("saved")
+    for ranks in sorted({case.ranks for case in CASES}):
+        chosen = [case for case in CASES if case.ranks == ranks]
+        if ranks:
+            run_on_ranks(run_saves, ranks, directory, chosen, directory, "async")
+        else:
+            run_saves(chosen, directory, "disabled")
+    return directory
+
+
+def files_of(directory: Path) -> dict[str, Tensor]:
+    """All tensors of the weight files, by another library."""
+    return {k: v for path in sorted(directory.glob("model*.safetensors")) for k, v in load_file(path).items()}
+
+
+def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    assert set(found) == set(wanted)
+    for name, tensor in wanted.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_files_are_those_of_save_pretrained_with_the_values_that_train(saved: Path, case: Case) -> None:
+    step = saved / str(case) / f"step-{STEP}"
+    truth = torch.load(saved / str(case) / "truth.pt", weights_only=True)["files"]
+    assert_same(files_of(step), truth["main"])
+    ema = files_of(step / "ema")
+    assert set(ema) == set(truth["ema"])
+    assert all(torch.equal(ema[name], tensor) for name, tensor in truth["ema"].items())
+    assert find_damage(step) == []
+    assert find_foreign_files(step, read_metadata(step)) == []
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_it_reads_as_a_checkpoint_with_the_names_in_memory(saved: Path, case: Case) -> None:
+    step = saved / str(case) / f"step-{STEP}"
+    truth = torch.load(saved / str(case) / "truth.pt", weights_only=True)["main"]
+    source = open_source(step)
+    for name, tensor in truth.items():
+        if name not in source.aliases:
+            assert torch.equal(read_tensor(source, name), tensor), name
+    assert set(truth) == {*source.specs, *source.aliases}
+    source.close()
+
+
+KINDS = ["llama", "qwen2", "qwen3_moe", "odd"]
+"""Untied and tied embeddings, fused experts, and a plain module."""
+
+
+def run_training_of(kind: str, directory: Path, steps: int, kill_after: int | None) -> None:
+    """All ranks see the same tokens, so that the mean of their gradients is the gradient, bit for bit."""
+    case = Case(kind=kind, sharding="fsdp2" if torch.distributed.is_initialized() else "none", ranks=0)
+    model = shard(build(case), case.sharding)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    ema = EMA(model, decay=0.9)
+    save = ShardedSave(
+        directory, model=model, optimizer=optimizer, ema=ema, when=every(10) | last(), weights="huggingface"
+    )
+    hooks = Hooks(ema, save)
+    step = hooks.resume()
+    while step < steps:
+        tokens = torch.randint(96, (2, 8), generator=torch.Generator().manual_seed(step))
+        output = model(input_ids=tokens)
+        (output if isinstance(output, Tensor) else output.logits).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        hooks.step(step)
+        if step == kill_after:
+            save.saving(10).result()
+            os.kill(os.getpid(), signal.SIGKILL)
+    hooks.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_killed_run_that_is_resumed_on_other_ranks_equals_a_straight_one(tmp_path: Path, kind: str) -> None:
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    run_training_of(kind, straight, 20, None)
+    with pytest.raises(ProcessExitedException, match="SIGKILL"):
+        run_on_ranks(run_training_of, 2, tmp_path, kind, killed, 20, 13)
+    assert read_metadata(killed / "step-10").world_size == 2
+    run_training_of(kind, killed, 20, None)
+    wanted, found = (digests(path / "step-20") for path in (straight, killed))
+    assert wanted == found
+    assert_same(files_of(killed / "step-20"), files_of(straight / "step-20"))
+    assert_same(files_of(killed / "step-20/ema"), files_of(straight / "step-20/ema"))
+
+
+def digests(checkpoint: Path) -> dict[str, str]:
+    return {k: r.digest for k, r in read_metadata(checkpoint).tensors.items() if not k.startswith("rng.")}
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])
+def test_transformers_loads_each_step_and_its_average_with_the_live_logits(saved: Path, kind: str) -> None:
+    (case,) = [case for case in CASES if case.kind == kind and case.ranks in (0, 2)]
+    step = saved / str(case) / f"step-{STEP}"
+    truth = torch.load(saved / str(case) / "truth.pt", weights_only=True)
+    twin = build(case)
+    for place, model in ((step, "main"), (step / "ema", "ema")):
+        twin.load_state_dict(truth[model])
+        loaded = AutoModelForCausalLM.from_pretrained(place, dtype="auto")
+        assert torch.equal(loaded(TOKENS).logits, twin(TOKENS).logits)
+
+
+def test_it_is_the_base_of_a_cast_that_copies_nothing_of_the_checkpoint(saved: Path, tmp_path: Path) -> None:
+    step = saved / str(CASES[0]) / f"step-{STEP}"
+    cast = ExportArguments(dtype="bfloat16")
+    assert to_hf(step, step, cast, tmp_path / "cast", quiet=True) == 0
+    assert sorted(path.name for path in (tmp_path / "cast").iterdir()) == [
+        *("README.md", "config.json", "ema.safetensors", "generation_config.json", "model.safetensors"),
+        "shardsmith.json",
+    ]
+    assert_same(files_of(tmp_path / "cast"), {name: tensor.bfloat16() for name, tensor in files_of(step).items()})
