@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from shardsmith.compare.codes import CODES
 from shardsmith.hooks import HFExport, every
@@ -101,6 +102,22 @@ def test_the_program_of_a_document_runs_as_it_is(document: str, tmp_path: Path) 
         report = (tmp_path / "report.html").read_text()
         assert "Seconds that the training waited for each save" in report
         assert report.count("<circle") >= 2 * 3  # of three saves: sizes of those that are kept, seconds of all
+
+
+def test_the_page_by_task_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=16)).save_pretrained("assets/base")
+    names: dict[str, Any] = {}
+    for language, code in re.findall(r"```(python|bash)\n(.*?)```", (DOCS / "howto.md").read_text(), re.DOTALL):
+        if language == "python":
+            exec(code, names)
+        for command in code.splitlines() if language == "bash" else ():
+            done = subprocess.run([sys.executable, "-m", *command.split()], capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stdout + done.stderr
+    assert names["step"] == 40
+    assert sorted(os.listdir("run/exports")) == [f"step-{step}" for step in (10, 20, 30, 40)]
+    assert [step for step, values in names["numbers"] if "checkpoint/save/seconds" in values] == [50]
 
 
 def _without_times(lines: list[str]) -> list[str]:
