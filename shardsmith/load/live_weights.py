@@ -23,7 +23,7 @@ from shardsmith.load.faults import NOTHING, Look
 from shardsmith.sharding.gathered import forget_gathered
 from shardsmith.sharding.local_boxes import local_boxes
 from shardsmith.tensors.digest import Digest, digest_box
-from shardsmith.tensors.fqn import clean_fqn, non_persistent_buffers, tied_weights
+from shardsmith.tensors.fqn import clean_fqn, inside_fabric, non_persistent_buffers, tied_weights
 from shardsmith.tensors.tensors import Chunk, TensorSource, TensorSpec, read_into, row_major_blocks
 
 POISON_INTEGER = 0x5A
@@ -47,7 +47,7 @@ class LiveWeights:
         Raises:
             UsageError: a tensor is on the meta device, or two parts have one under the same name.
         """
-        self.parts = [_in_fabric(part) for part in ([model] if isinstance(model, nn.Module) else model)]
+        self.parts = [inside_fabric(part) for part in ([model] if isinstance(model, nn.Module) else model)]
         self._is_fsdp1 = [any(isinstance(m, FullyShardedDataParallel) for m in part.modules()) for part in self.parts]
         self._forget_gathered()
         self._states = [_state(part) for part in self.parts]
@@ -170,12 +170,6 @@ class LiveWeights:
         """Drop the weights that FSDP keeps gathered from a forward: they are old once the shards are filled."""
         for part in self.parts:
             forget_gathered(part)
-
-
-def _in_fabric(part: nn.Module) -> nn.Module:
-    """What Fabric's wrapper runs: it has that twice, also as the original, and a state dict without its own names."""
-    held = part._modules.get("_forward_module")
-    return part if held is None or "_original_module" not in part._modules else held
 
 
 def model_state_dict(model: nn.Module) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from shardsmith.run_state.rng import rng_state, set_rng_state
 from shardsmith.run_state.save import RNG, Contents
 from shardsmith.run_state.saved_structure import INT_KEYS, with_text_keys
 from shardsmith.tensors.checkpoint_keys import NOT_A_MODEL
-from shardsmith.tensors.fqn import clean_fqn, refuse_without_values
+from shardsmith.tensors.fqn import clean_fqn, inside_fabric, refuse_without_values
 
 _OURS = frozenset({"model", "optimizer", "lr_scheduler", "ema_model", "ema_state", "train_state", RNG})
 
@@ -54,7 +54,7 @@ class TrainState:
     ) -> None:
         """``nested`` puts the model's keys under ``model.``. Raises UsageError if a name in ``stateful`` is taken."""
         self.ema = ema
-        self._model = model
+        self._model = model = inside_fabric(model)
         self._optimizers = optimizer_list(optimizer)
         self._scheduler = scheduler
         self._stateful = dict(stateful or {})

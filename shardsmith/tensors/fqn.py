@@ -45,6 +45,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
+def inside_fabric(model: nn.Module) -> nn.Module:
+    """What the wrapper of Lightning's Fabric runs, or the model itself. The wrapper has it twice, under two names."""
+    held = model._modules.get("_forward_module")
+    return model if held is None or "_original_module" not in model._modules else held
+
+
 def own_class(model: nn.Module) -> type[nn.Module]:
     """The class that a model was made as. FSDP2 and ``replicate`` put one in its place that they derive from it."""
     return next(kind for kind in type(model).__mro__ if not kind.__module__.startswith("torch.distributed."))
