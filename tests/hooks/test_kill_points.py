@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from shardsmith.formats.dcp.source import DcpSource
+from shardsmith.formats.dcp.beside_weights import open_step
 from shardsmith.ground.layout import is_leftover, parse_step
 from shardsmith.hooks import EMA, Hooks, ShardedSave, every, latest
 from shardsmith.manifest.checkpoints import find_damage
@@ -29,6 +29,7 @@ from tests.hooks.killed_runs import RANKS, KilledRun, Server
 pytestmark = pytest.mark.long
 
 Mode = Literal["async", "disabled"]
+Weights = Literal["dcp", "huggingface"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,7 @@ class Run(KilledRun):
     file_limit: int | None = None
     """The victim dies when it makes a file longer than this."""
     width: int = 8
+    weights: Weights = "dcp"
 
     def train(self) -> None:
         train(self)
@@ -61,6 +63,7 @@ def train(run: Run) -> None:
         when=every(1),
         keep=latest(1),
         async_mode=run.mode,
+        weights=run.weights,
         timeout_secs=1 if run.spare_others else 30,
     )
     hooks = Hooks(ema, save)
@@ -88,7 +91,7 @@ def visible_steps(directory: Path) -> list[int]:
     names = [path.name for path in directory.iterdir() if not is_leftover(path.name)] if directory.exists() else []
     for name in names:
         assert find_damage(directory / name) == []
-        source = DcpSource(directory / name)
+        source = open_step(directory / name)
         assert {key: str(digest_tensor(read_tensor(source, key))) for key in source.specs} == digests(directory / name)
         source.close()
     return sorted(int(str(parse_step(name))) for name in names)
@@ -104,7 +107,7 @@ def goes_on_and_ends_like(server: Server, killed: Run, straight: Path) -> None:
     """A new run takes up the newest checkpoint that can be seen and ends as the uninterrupted one did."""
     seen = visible_steps(killed.directory)
     last = int(straight.name.removeprefix("step-"))
-    again = Run(directory=killed.directory, steps=last, mode=killed.mode, width=killed.width)
+    again = replace(killed, steps=last, victim=None, point=None, file_limit=None, spare_others=False)
     assert server.run(again) == [0, 0], again.beside("rank-0.log").read_text()
     assert int(again.beside("resumed").read_text()) == max(seen, default=0)
     assert [path.name for path in killed.directory.iterdir()] == [straight.name]
@@ -124,9 +127,9 @@ def straight(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return uninterrupted(server, tmp_path_factory.mktemp("uninterrupted"))
 
 
-def points(server: Server, tmp_path: Path, mode: Mode, victim: int) -> list[str]:
+def points(server: Server, tmp_path: Path, mode: Mode, victim: int, weights: Weights = "dcp") -> list[str]:
     """Everything that the victim does to the disk in a run that saves two steps and removes the first."""
-    run = Run(directory=tmp_path / "count", steps=2, mode=mode, victim=victim)
+    run = Run(directory=tmp_path / "count", steps=2, mode=mode, victim=victim, weights=weights)
     assert server.run(run) == [0, 0], run.beside("rank-0.log").read_text()
     return run.events()
 
@@ -145,16 +148,17 @@ def test_the_points_are_those_of_probe_write_commit_and_retention(server: Server
     assert re.search("(?s:.*)".join(order), events)
 
 
-@pytest.mark.parametrize("mode", ["disabled", "async"])
+# the digests of a step do not depend on the files that its weights are in, so all end like the same straight run
+@pytest.mark.parametrize(("mode", "weights"), [("disabled", "dcp"), ("async", "dcp"), ("async", "huggingface")])
 @pytest.mark.parametrize("victim", range(RANKS))
 def test_a_kill_at_any_point_leaves_whole_checkpoints_and_a_run_that_goes_on(
-    server: Server, straight: Path, tmp_path: Path, mode: Mode, victim: int
+    server: Server, straight: Path, tmp_path: Path, mode: Mode, weights: Weights, victim: int
 ) -> None:
-    events = points(server, tmp_path, mode, victim)
+    events = points(server, tmp_path, mode, victim, weights)
     # the background thread runs the same code: there, from the second save on
     first = 0 if mode == "disabled" else next(i for i, line in enumerate(events) if "/.step-2.tmp" in line)
     for point in range(first, len(events)):
-        run = Run(directory=tmp_path / f"run-{point}", steps=2, mode=mode, victim=victim, point=point)
+        run = Run(directory=tmp_path / f"run-{point}", steps=2, mode=mode, victim=victim, point=point, weights=weights)
         assert server.run(run)[victim] == -signal.SIGKILL
         if victim == 0:
             assert max(visible_steps(run.directory), default=0) == max(committed_in(run.events()), default=0)
