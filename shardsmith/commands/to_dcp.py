@@ -26,6 +26,7 @@ def to_dcp(
     extra_module: tuple[str, ...] = (),
     imports: Imports = (),
     seed: int = 0,
+    whole: bool = False,
     dry_run: bool = False,
     quiet: bool = False,
     json: bool = False,
@@ -57,6 +58,8 @@ def to_dcp(
         imports: Modules that bring model classes to transformers when they are imported, such as fla.
         extra_module: Add the state dict of another module, as 'pkg.mod:factory={"json": "kwargs"}'. Runs that function.
         seed: Of the random values.
+        whole: The model is a step of ShardedSave(weights="huggingface"): write all of it, optimizer and average too, as
+            the plain DCP directory that it would have been. Nothing is renamed or cast.
         dry_run: Print what would be done, and write nothing.
         quiet: No progress bar and no summary.
         json: Print the plan or the counts as JSON on one line.
@@ -68,6 +71,8 @@ def to_dcp(
     from shardsmith.ground import console
     from shardsmith.tensors.dtypes import parse_dtypes
 
+    if whole:
+        return _whole(Path(base_model), output_dir, quiet=quiet)
     import_modules(imports)
     choice = parse_dtypes(dtype)
     assert choice is None or not hasattr(choice, "items"), "one dtype for all"
@@ -104,6 +109,15 @@ def to_dcp(
     if not quiet:
         _report(plan, counts, json)
     return 0 if all(count.is_right for count in counts) else 1
+
+
+def _whole(checkpoint: Path, output_dir: Path, *, quiet: bool) -> int:
+    from shardsmith.run_state.plain_dcp import write_plain_dcp
+
+    count = write_plain_dcp(checkpoint, output_dir)
+    if not quiet:
+        print(f"wrote {output_dir} from {checkpoint}: {count} tensors, compared with the digests that it records")
+    return 0
 
 
 def _report(plan: WritePlan, counts: list[Count] | None, as_json: bool) -> None:

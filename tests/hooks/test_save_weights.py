@@ -8,18 +8,26 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.multiprocessing import ProcessExitedException
 from transformers import AutoModelForCausalLM
 
+from shardsmith import load_initial
 from shardsmith.commands.options import ExportArguments
+from shardsmith.commands.to_dcp import to_dcp
 from shardsmith.commands.to_hf import to_hf
+from shardsmith.export.plan import ExportOptions
 from shardsmith.formats.by_path import open_source
+from shardsmith.formats.dcp.beside_weights import open_step
+from shardsmith.formats.dcp.source import DcpSource
 from shardsmith.hooks import EMA, Hooks, ShardedSave, at, every, last
 from shardsmith.manifest.checkpoints import find_damage, find_foreign_files
 from shardsmith.manifest.metadata import read_metadata
 from shardsmith.tensors.tensors import read_tensor
+from shardsmith.watch import Stop, Watcher, WatchOptions
 from tests.hooks.live_models import STEP, Case, build, change, keep_truth, shard
 from tests.ranks import run_on_ranks
 from tests.trained_runs import TOKENS
@@ -112,15 +120,15 @@ KINDS = ["llama", "qwen2", "qwen3_moe", "odd"]
 """Untied and tied embeddings, fused experts, and a plain module."""
 
 
-def run_training_of(kind: str, directory: Path, steps: int, kill_after: int | None) -> None:
+def run_training_of(
+    kind: str, directory: Path, steps: int, kill_after: int | None, weights: str = "huggingface"
+) -> None:
     """All ranks see the same tokens, so that the mean of their gradients is the gradient, bit for bit."""
     case = Case(kind=kind, sharding="fsdp2" if torch.distributed.is_initialized() else "none", ranks=0)
     model = shard(build(case), case.sharding)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     ema = EMA(model, decay=0.9)
-    save = ShardedSave(
-        directory, model=model, optimizer=optimizer, ema=ema, when=every(10) | last(), weights="huggingface"
-    )
+    save = ShardedSave(directory, model=model, optimizer=optimizer, ema=ema, when=every(10) | last(), weights=weights)
     hooks = Hooks(ema, save)
     step = hooks.resume()
     while step < steps:
@@ -176,3 +184,60 @@ def test_it_is_the_base_of_a_cast_that_copies_nothing_of_the_checkpoint(saved: P
         "shardsmith.json",
     ]
     assert_same(files_of(tmp_path / "cast"), {name: tensor.bfloat16() for name, tensor in files_of(step).items()})
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+def test_the_way_back_is_the_step_that_dcp_would_have_been(tmp_path: Path) -> None:
+    run_training_of("qwen3_moe", tmp_path / "one", 10, None)
+    assert to_dcp(str(tmp_path / "one/step-10"), tmp_path / "plain/step-10", whole=True, quiet=True) == 0
+    run_training_of("qwen3_moe", tmp_path / "dcp", 10, None, weights="dcp")
+    plain, direct = (read_metadata(tmp_path / name / "step-10") for name in ("plain", "dcp"))
+    assert list(plain.tensors) == list(direct.tensors)
+    assert digests(tmp_path / "plain/step-10") == digests(tmp_path / "dcp/step-10")
+    assert (plain.counts, plain.tied, plain.ema, plain.weights) == (direct.counts, direct.tied, direct.ema, None)
+    assert find_damage(tmp_path / "plain/step-10") == []
+    wanted = {key: torch.empty(record.shape) for key, record in direct.tensors.items() if "layers.0" in key}
+    dcp.load(wanted, checkpoint_id=tmp_path / "plain/step-10", no_dist=True)
+    source = open_step(tmp_path / "one/step-10")
+    assert all(torch.equal(read_tensor(source, key), tensor) for key, tensor in wanted.items())
+    objects = [DcpSource(tmp_path / name / "step-10").index.objects.keys() for name in ("plain", "dcp", "one")]
+    assert objects[0] == objects[1] == objects[2]
+    run_training_of("qwen3_moe", tmp_path / "plain", 20, None, weights="dcp")
+    run_training_of("qwen3_moe", tmp_path / "one", 20, None)
+    assert digests(tmp_path / "plain/step-20") == digests(tmp_path / "one/step-20")
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+def test_torch_reads_the_weights_as_a_hugging_face_directory(saved: Path) -> None:
+    step = saved / str(CASES[2]) / f"step-{STEP}"
+    wanted = files_of(step)
+    found = {name: torch.zeros_like(tensor) for name, tensor in wanted.items()}
+    dcp.load(found, storage_reader=HuggingFaceStorageReader(str(step)), no_dist=True)
+    assert_same(found, wanted)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3_moe", "odd"])
+def test_it_is_where_another_run_starts(saved: Path, kind: str) -> None:
+    case = next(case for case in CASES if case.kind == kind)
+    step = saved / str(case) / f"step-{STEP}"
+    model = build(case)
+    for parameter in model.parameters():
+        torch.nn.init.zeros_(parameter)
+    fresh = None if kind != "odd" else dict(model.named_buffers())
+    report = load_initial(step, model=model, fresh=fresh)
+    truth = torch.load(saved / str(case) / "truth.pt", weights_only=True)["main"]
+    assert_same(model.state_dict(), truth)
+    assert report.tensors >= len(truth) - 1
+    average = load_initial(step, model=model, fresh=fresh, weights="ema")
+    assert average is not None
+
+
+def test_a_watcher_exports_it_as_any_other_step(saved: Path, tmp_path: Path) -> None:
+    run = saved / str(CASES[0])
+    watcher = Watcher(
+        run, tmp_path / "hf", run / "hub", WatchOptions(export=ExportOptions(dtype=torch.bfloat16), models="main")
+    )
+    (outcome,) = watcher.catch_up(Stop())
+    assert (outcome.status, outcome.error) == ("exported", None)
+    found, stored = files_of(tmp_path / "hf" / f"step-{STEP}"), files_of(run / f"step-{STEP}")
+    assert_same(found, {name: tensor.bfloat16() for name, tensor in stored.items()})

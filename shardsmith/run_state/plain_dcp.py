@@ -1,0 +1,121 @@
+"""The way back from one write: a checkpoint whose weights are Hugging Face files, all of it as a plain DCP directory.
+
+The keys, shapes and values are those that the run would have saved without ``weights="huggingface"``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import xxhash
+from torch import Tensor
+
+from shardsmith.errors import CorruptCheckpointError, UsageError
+from shardsmith.formats.dcp.beside_weights import open_step
+from shardsmith.formats.dcp.rank_file import write_rank_file
+from shardsmith.formats.dcp.source import DcpSource
+from shardsmith.ground import layout
+from shardsmith.ground.commit import Attempt, require_space, write_file
+from shardsmith.ground.threads import useful_threads
+from shardsmith.hf.hf_directory import protect
+from shardsmith.manifest.checkpoints import find_damage
+from shardsmith.manifest.metadata import CheckpointMetadata, FileRecord, now, read_metadata
+from shardsmith.run_state.held import Entry, items
+from shardsmith.run_state.whole_directory import OwnFile, WholeDirectory, to_receipt
+from shardsmith.tensors.tensors import Chunk, read_into
+
+_BYTES_OF_A_FILE = 1 << 30
+
+
+def write_plain_dcp(checkpoint: Path, output: Path) -> int:
+    """Write all that a checkpoint of ours holds as a DCP directory; the number of its tensors. One process.
+
+    Its values are compared with the digests that the checkpoint recorded. Tied tensors are there under each name.
+
+    Args:
+        checkpoint: A committed checkpoint with an index of DCP, which is only read.
+        output: The directory to make.
+
+    Raises:
+        UsageError: it is in files of single ranks.
+        CorruptCheckpointError: it does not hold what was saved. Nothing was written.
+        TargetExistsError, WriteError: the output cannot be written.
+    """
+    protect(output, checkpoint)
+    metadata = read_metadata(checkpoint)
+    if not (checkpoint / layout.DCP_INDEX_FILE).exists():
+        raise UsageError(f"{checkpoint} has no {layout.DCP_INDEX_FILE}: files of single ranks are not converted")
+    if damage := find_damage(checkpoint, unread=".safetensors", manifest=metadata):
+        raise CorruptCheckpointError(checkpoint, "\n  ".join(["is damaged; nothing was written", *damage]))
+    with contextlib.closing(open_step(checkpoint, metadata)) as source, Attempt(output) as attempt:
+        require_space(attempt.directory, sum(spec.nbytes for spec in source.specs.values()))
+        _commit(source, metadata, attempt)
+    return len(metadata.tensors)
+
+
+def _commit(source: DcpSource, metadata: CheckpointMetadata, attempt: Attempt) -> None:
+    entries = [*_entries(source)]
+    chosen = _shared_out(entries)
+    own = [OwnFile.of(rank, entries, mine) for rank, mine in enumerate(chosen)]
+
+    def write(one: OwnFile) -> dict[str, object]:
+        written = write_rank_file(one.file, _values(source, one), _objects(source, one), attempt.directory)
+        return to_receipt(written)
+
+    with ThreadPoolExecutor(useful_threads(_BYTES_OF_A_FILE * len(own), len(own)), "shardsmith-write") as pool:
+        receipts = [*pool.map(write, own)]
+    whole = WholeDirectory([entries] * len(own), chosen)
+    measured = whole.measured(receipts)
+    wrong = [key for key, record in metadata.tensors.items() if str(measured.digests.get(key)) != record.digest]
+    if wrong:
+        raise CorruptCheckpointError(source.path, f"other values than were saved: {', '.join(wrong)}; nothing written")
+    index = whole.index(receipts, attempt.id)
+    measured.files[layout.DCP_INDEX_FILE] = FileRecord(size=len(index), xxh3_128=xxhash.xxh3_128_hexdigest(index))
+    again = replace(metadata, attempt=attempt.id, created_at=now(), files=measured.files, weights=None)
+    sizes = {name: record.size for name, record in measured.files.items()}
+    write_file(attempt.directory / layout.DCP_INDEX_FILE, index)
+    sizes[layout.METADATA_FILE] = write_file(attempt.directory / layout.METADATA_FILE, again.to_json())
+    attempt.commit(sizes)
+
+
+def _entries(source: DcpSource) -> Iterator[Entry]:
+    paths = source.index.containers
+    for key, spec in source.specs.items():
+        yield Entry(key, tuple(paths[key]), spec.shape, spec.dtype, (Chunk.whole(spec.shape),))
+    for key in source.index.objects:
+        yield Entry(key, tuple(paths[key]), None, None, ())
+
+
+def _shared_out(entries: Sequence[Entry]) -> list[list[tuple[int, int]]]:
+    """What each file holds: neighbours, about equally many bytes."""
+    sizes = [0 if e.dtype is None else e.boxes[0].numel * e.dtype.itemsize for e in entries]
+    files: list[list[tuple[int, int]]] = [[]]
+    held = 0
+    for i, position in items(entries):
+        if held >= _BYTES_OF_A_FILE:
+            files.append([])
+            held = 0
+        files[-1].append((i, position))
+        held += sizes[i]
+    return files
+
+
+def _values(source: DcpSource, own: OwnFile) -> Iterator[Tensor]:
+    """One after the other, so that little is in memory."""
+    for piece in own.pieces:
+        out = torch.empty(piece.box.sizes, dtype=piece.dtype, device="cpu")
+        yield read_into(source, piece.key, piece.box, out)
+
+
+def _objects(source: DcpSource, own: OwnFile) -> Iterator[bytes]:
+    """The archives as they are; nothing is unpickled."""
+    for key in own.file.objects:
+        place = source.index.objects[key]
+        with (source.path / place.file).open("rb") as file:
+            file.seek(place.offset)
+            yield file.read(place.length)
