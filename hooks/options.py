@@ -158,6 +158,9 @@ class SaveWriting:
     at most) is copied whole. None: no bound."""
     layout: Literal["flat", "nested"] = "flat"
     """``"nested"`` puts the model's keys under ``model.``, as TorchTitan before 0.2 wants them."""
+    latest_link: bool = False
+    """Keep a link ``latest`` in the directory that leads to the newest step: for servers that follow the run. It is
+    replaced in one go after each save, and before an older step is removed."""
     compare_replicas: Literal["first", "never"] | Count = "first"
     """When to compare, across the ranks, the tensors that several of them hold, such as all of them under DDP: at the
     ``"first"`` save, at the first and every so many saves, or ``"never"``."""
@@ -199,6 +202,7 @@ class SaveOptions(TypedDict, total=False):
     staging: Literal["copy", "overlap"]
     max_host_memory: Size | None
     layout: Literal["flat", "nested"]
+    latest_link: bool
     compare_replicas: Literal["first", "never"] | Count
     timeout_secs: Seconds
 

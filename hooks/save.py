@@ -17,8 +17,8 @@ from torch.optim import Optimizer
 from shardsmith.checking.arguments import checked
 from shardsmith.checking.types import Directory, LocalPath, Scheduler, StepNumber
 from shardsmith.errors import CheckpointNotFoundError, RankFailedError, UsageError
-from shardsmith.ground.commit import check_writable, remove, sweep
-from shardsmith.ground.layout import step_name
+from shardsmith.ground.commit import check_writable, place_link, remove, sweep
+from shardsmith.ground.layout import LATEST_LINK, step_name
 from shardsmith.ground.logs import Stopwatch
 from shardsmith.ground.meeting import meet
 from shardsmith.ground.ranks import Ranks
@@ -143,6 +143,7 @@ class ShardedSave(Hook):
         if writing.staging == "overlap":
             self._copy.guard(optimizers, ema, in_background=writing.async_mode == "async")
         self._on_missing = on_missing
+        self._latest_link = self.directory / LATEST_LINK if writing.latest_link else None
         self._replicas = ReplicaCheck(self._ranks, writing.compare_replicas)
         self.background = Background("shardsmith-save") if writing.async_mode == "async" else None
         self._share = Share(self._ranks.rank)
@@ -312,6 +313,7 @@ class ShardedSave(Hook):
                 if step is not None:
                     self._ranks.lead("setting later steps aside", partial(set_later_aside, place, step))
                 self._ranks.lead("setting aside what is half deleted", partial(self._set_aside_unfinished, found))
+                self._ranks.lead("pointing to the newest step", partial(self._point_to, found))
             return found
         if directory is not None:
             raise CheckpointNotFoundError(place, "holds no checkpoint; name the directory that has the step-<n>")
@@ -367,8 +369,15 @@ class ShardedSave(Hook):
                 event = event_of("save", step, path, watch, self._ranks.size)
                 log.info("saved %s", event.line)
                 self.emit(event)
+            self._point_to(step)
             self._remove_old()
         return path
+
+    def _point_to(self, step: int) -> None:
+        """Rank 0. Never raises: the checkpoint is saved all the same."""
+        if self._latest_link is not None:
+            with logged(f"making {self._latest_link}"):
+                place_link(self._latest_link, step_name(step))
 
     def _remove_old(self) -> None:
         """Never raises: the checkpoint is saved all the same, and the next save tries again."""

@@ -151,6 +151,27 @@ def place_file(path: Path, data: bytes) -> None:
         on_error.pop_all()
 
 
+def place_link(path: Path, target: str) -> None:
+    """Make a link lead to a target, whatever it led to before; it is there all the time. Rank 0.
+
+    Args:
+        path: The link; what is there and is no link is left alone.
+        target: Relative to the link's directory.
+
+    Raises:
+        TargetExistsError: there is something else of that name.
+        WriteError: it could not be made.
+    """
+    if not path.is_symlink():
+        refuse_existing(path)
+    temporary = layout.temporary_path(path, layout.new_attempt_id())
+    with writing(path, "making the link"), contextlib.ExitStack() as on_error:
+        on_error.callback(temporary.unlink, missing_ok=True)
+        temporary.symlink_to(target)
+        temporary.replace(path)
+        sync(path.parent.resolve())
+
+
 def withdraw_file(path: Path) -> bool:
     """Delete a file durably; False if there is none. Raises WriteError."""
     with writing(path, "deletion"):
@@ -202,7 +223,9 @@ def sweep(parent: Path) -> list[Path]:
     """
     swept = []
     for path in sorted(parent.iterdir()) if parent.is_dir() else []:
-        if not layout.is_leftover(path.name) or not path.is_dir() or path.is_symlink():
+        if not layout.is_leftover(path.name) or path.is_symlink() or not path.is_dir():
+            if layout.is_leftover_link(path.name) and path.is_symlink():
+                path.unlink(missing_ok=True)
             continue
         with _claim(path) as dead:
             if dead:

@@ -6,6 +6,7 @@
     run/checkpoints/.removed.trash-<attempt>/    the same, among a trainer's own directories
     run/checkpoints/.step-500.damaged-<attempt>/ found damaged at a resume and set aside
     run/checkpoints/.step-500.superseded-<attempt>/ set aside by a run that went back to an earlier step
+    run/checkpoints/latest                       a link to the newest step, where that is wanted
 
 Names are matched whole, never searched for: ``old-step-500.bak`` is not step 500.
 """
@@ -29,6 +30,8 @@ DCP_INDEX_FILE = ".metadata"
 EMA_PREFIX = "ema_model."
 """FQN prefix of the averaged weights in a DCP directory. Not ``ema.``: TorchTitan keeps its own there."""
 
+LATEST_LINK = "latest"
+"""In a run directory: a link to the newest step, if that is wanted."""
 REMOVED = "removed"
 """Stands for the name of a directory in that of its trash, where the name must not be seen."""
 
@@ -87,6 +90,12 @@ def unfinished_step(leftover: str) -> int | None:
     match = _TEMPORARY.fullmatch(leftover)
     step = _STEP.match(match["target"]) if match and match["kind"] == "tmp" else None
     return int(step[1]) if step else None
+
+
+def is_leftover_link(name: str) -> bool:
+    """Return whether a name is that of a ``latest`` which was not put in its place."""
+    match = _TEMPORARY.fullmatch(name)
+    return match is not None and match["target"] == LATEST_LINK
 
 
 def shard_file_names(stem: str, count: int) -> list[str]:

@@ -23,7 +23,7 @@ from shardsmith.export.plan import ExportOptions
 from shardsmith.formats.by_path import open_source
 from shardsmith.formats.dcp.beside_weights import open_step
 from shardsmith.formats.dcp.source import DcpSource
-from shardsmith.hooks import EMA, Hooks, ShardedSave, at, every, last
+from shardsmith.hooks import EMA, Hooks, ShardedSave, at, every, last, latest
 from shardsmith.manifest.checkpoints import find_damage, find_foreign_files
 from shardsmith.manifest.metadata import read_metadata
 from shardsmith.tensors.tensors import read_tensor
@@ -241,3 +241,53 @@ def test_a_watcher_exports_it_as_any_other_step(saved: Path, tmp_path: Path) -> 
     assert (outcome.status, outcome.error) == ("exported", None)
     found, stored = files_of(tmp_path / "hf" / f"step-{STEP}"), files_of(run / f"step-{STEP}")
     assert_same(found, {name: tensor.bfloat16() for name, tensor in stored.items()})
+
+
+def test_a_link_leads_to_the_newest_step_all_the_time(tmp_path: Path) -> None:
+    run, model = tmp_path / "run", torch.nn.Linear(2, 2)
+    save = ShardedSave(run, model=model, when=every(1), keep=latest(1), async_mode="disabled", latest_link=True)
+    for step in (1, 2, 3):
+        save.save(step)
+        assert os.readlink(run / "latest") == f"step-{step}"
+        assert sorted(path.name for path in run.iterdir()) == ["latest", f"step-{step}"]
+        assert find_damage(run / "latest") == []
+    save.close()
+    (run / "latest").unlink()
+    (run / f".latest.tmp-{'0' * 16}").symlink_to("step-2")
+    again = ShardedSave(run, model=model, when=every(1), latest_link=True)
+    assert again.resume() == 3
+    assert sorted(path.name for path in run.iterdir()) == ["latest", "step-3"]
+
+
+def test_what_is_no_link_is_left_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "latest").mkdir()
+    save = ShardedSave(tmp_path, model=torch.nn.Linear(2, 2), when=every(1), async_mode="disabled", latest_link=True)
+    save.save(1)
+    assert not (tmp_path / "latest").is_symlink()
+    assert "latest: exists already" in caplog.text
+
+
+class Holder(torch.nn.Module):
+    """What a framework wraps around a model."""
+
+    def __init__(self, net: torch.nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.net(input_ids).logits
+
+
+def test_a_model_that_a_module_holds_is_written_under_its_own_names(tmp_path: Path) -> None:
+    case = Case(kind="qwen3_moe", sharding="none", ranks=0)
+    holder = Holder(build(case))
+    ema = EMA(holder, decay=0.5)
+    save = ShardedSave(tmp_path, model=holder, ema=ema, when=at(1), async_mode="disabled", weights="huggingface")
+    save.save(1)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "step-1", dtype="auto")
+    assert torch.equal(loaded(TOKENS).logits, holder(TOKENS))
+    other = Holder(build(case))
+    for parameter in other.parameters():
+        torch.nn.init.zeros_(parameter)
+    assert ShardedSave(tmp_path, model=other, ema=EMA(other, decay=0.5), when=at(1)).resume() == 1
+    assert_same(other.state_dict(), holder.state_dict())
