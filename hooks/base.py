@@ -18,6 +18,7 @@ from shardsmith.ground.layout import step_name
 from shardsmith.ground.logs import Stopwatch, show_progress
 from shardsmith.ground.process_end import meet
 from shardsmith.ground.ranks import own_name, rank_and_size
+from shardsmith.ground.remote_path import as_path
 from shardsmith.ground.step_agreement import StepAgreement
 
 from .background import attempted
@@ -158,7 +159,7 @@ class Hooks:
         watch = Stopwatch()
         step = resume(**options) if hook.parts.resumes else resume()
         if step is not None and (place := options.get("directory") or hook.parts.directory) is not None:
-            hook.emit(event_of("resume", step, Path(place) / step_name(step), watch, self._size))
+            hook.emit(event_of("resume", step, as_path(place) / step_name(step), watch, self._size))
         return step
 
     def step(self, step: int) -> None:

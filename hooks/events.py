@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol
 from shardsmith.checking.arguments import checked, checked_fields
 from shardsmith.checking.types import LocalPath
 from shardsmith.ground.logs import Stopwatch
+from shardsmith.ground.remote_path import RemotePath
 from shardsmith.ground.sizes import size_text
 
 log = logging.getLogger(__name__)
@@ -93,6 +94,8 @@ def event_of(
 
 def bytes_in(path: Path) -> int:
     """Bytes of the files right in a directory; 0 if there is none. Raises OSError."""
+    if isinstance(path, RemotePath):
+        return sum(path.sizes().values())
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) if path.is_dir() else 0
 
 

@@ -17,7 +17,8 @@ from shardsmith.checking.arguments import checked, checked_fields
 from shardsmith.checking.types import Count, NotNegative, Positive, StepNumber
 from shardsmith.errors import UsageError
 from shardsmith.ground.bounded import lines_of
-from shardsmith.ground.layout import step_name
+from shardsmith.ground.layout import METADATA_FILE, step_name
+from shardsmith.ground.remote_path import RemotePath
 
 METRICS_FILE = "metrics.jsonl"
 """Beside the step directories: what ``Hooks.metric`` was told, a line each."""
@@ -179,7 +180,11 @@ def steps_to_remove(
 def add_metrics(directory: Path, step: int, values: Mapping[str, float]) -> None:
     """Append the metrics of a step to the file beside the step directories. Raises OSError."""
     line = json.dumps({"step": step, **values}) + "\n"
-    descriptor = os.open(directory / METRICS_FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+    place = directory / METRICS_FILE
+    if isinstance(place, RemotePath):  # where nothing can be appended to
+        place.store.put(place.key, "".join([*lines_of(place), line]).encode())
+        return
+    descriptor = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
     with os.fdopen(descriptor, "wb") as file:
         file.write(line.encode())
         file.flush()
@@ -201,6 +206,10 @@ def read_metrics(directory: Path | None) -> dict[int, dict[str, float]]:
 def _age(directory: Path | None, step: int) -> float:
     """Seconds since the step's directory was written; 0 if it cannot be told, so that it stays."""
     try:
-        return 0.0 if directory is None else time.time() - (directory / step_name(step)).stat().st_mtime
+        if directory is None:
+            return 0.0
+        place = directory / step_name(step)  # in a store only objects have times
+        written = place / METADATA_FILE if isinstance(place, RemotePath) else place
+        return time.time() - written.stat().st_mtime
     except OSError:
         return 0.0

@@ -15,13 +15,14 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim import Optimizer
 
 from shardsmith.checking.arguments import checked
-from shardsmith.checking.types import Directory, LocalPath, Scheduler, StepNumber
+from shardsmith.checking.types import Place, Scheduler, StepNumber
 from shardsmith.errors import CheckpointNotFoundError, RankFailedError, UsageError
 from shardsmith.ground.commit import check_writable, place_link, remove, sweep
 from shardsmith.ground.layout import LATEST_LINK, step_name
 from shardsmith.ground.logs import Stopwatch
 from shardsmith.ground.meeting import meet
 from shardsmith.ground.ranks import Ranks
+from shardsmith.ground.remote_path import RemotePath, as_path
 from shardsmith.ground.sizes import parse_size
 from shardsmith.manifest.checkpoints import committed_steps, refuse_within_step, set_aside_unfinished, set_later_aside
 from shardsmith.manifest.metadata import FileRecord, read_metadata
@@ -65,7 +66,7 @@ class ShardedSave(Hook):
     @checked
     def __init__(
         self,
-        directory: Directory,
+        directory: Place,
         *,
         model: nn.Module,
         when: Schedule,
@@ -82,7 +83,8 @@ class ShardedSave(Hook):
         """Check that the directory can be written to and remove what dead attempts left there.
 
         Args:
-            directory: Made if missing; on a file system that all ranks share.
+            directory: Made if missing; on a file system that all ranks share, or in an object store:
+                ``s3://bucket/run``, see docs/storage.md.
             model: The model that trains, wrapped and sharded.
             when: At which steps to save.
             optimizer: One, or all of the model's.
@@ -107,7 +109,9 @@ class ShardedSave(Hook):
         writing = merge("ShardedSave", "writing", SaveWriting, writing, options)
         files = merge("ShardedSave", "files", SaveWeights, files, options)
         refuse_unused(files, writing)
-        self.directory = Path(directory)
+        self.directory = as_path(directory)
+        if files.weights == "huggingface" and isinstance(self.directory, RemotePath):
+            raise UsageError(f'{self.directory}: weights="huggingface" writes to local disks only; leave it out')
         self.when = when
         self.keep = keep
         facts = alike(
@@ -273,7 +277,7 @@ class ShardedSave(Hook):
         *,
         step: StepNumber | None = None,
         parts: Sequence[str] | None = None,
-        directory: Directory | None = None,
+        directory: Place | None = None,
         on_missing: OnMissing | None = None,
     ) -> int | None:
         """Load the newest checkpoint that is sound; return its step, or None without any. All ranks; communicates.
@@ -297,7 +301,7 @@ class ShardedSave(Hook):
             UsageError: this run has no such part.
         """
         self._report()  # a save in flight is the newest
-        place = self.directory if directory is None else Path(directory)
+        place = self.directory if directory is None else as_path(directory)
         steps = self._ranks.lead("looking for checkpoints", lambda: committed_steps(place))
         if step is not None:
             steps = [self._only(place, steps, step)]
@@ -321,7 +325,7 @@ class ShardedSave(Hook):
 
     @checked
     def load(
-        self, checkpoint: LocalPath, *, parts: Sequence[str] | None = None, on_missing: OnMissing | None = None
+        self, checkpoint: Place, *, parts: Sequence[str] | None = None, on_missing: OnMissing | None = None
     ) -> None:
         """Load everything, or some parts, from one checkpoint directory. All ranks; communicates.
 
@@ -337,7 +341,7 @@ class ShardedSave(Hook):
             UsageError: the average in it has another decay than ours. Nothing was loaded.
             MismatchError: it does not hold what is needed. Nothing was loaded.
         """
-        self._load(Path(checkpoint), {}, on_missing or self._on_missing, parts=parts)
+        self._load(as_path(checkpoint), {}, on_missing or self._on_missing, parts=parts)
         self._spoiled = None
 
     def _load(

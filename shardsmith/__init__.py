@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         RanksDisagreeError,
         RankTimeoutError,
         ShardsmithError,
+        StorageError,
         TargetError,
         TargetExistsError,
         UnsafeCheckpointError,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from shardsmith.formats.detected import DetectedFormat
     from shardsmith.formats.opened import OpenedCheckpoint, open_checkpoint
     from shardsmith.ground.commit import remove as remove_checkpoint
+    from shardsmith.ground.object_store import use_client
     from shardsmith.hf.layout_rules import LayoutRule
     from shardsmith.inspection import Inspection, inspect_checkpoint
     from shardsmith.load.load import load_initial, poison_weights, verify_loaded
@@ -81,6 +83,7 @@ __all__ = [
     "ShardedCheckpointManager",
     "ShardsmithError",
     "Slice",
+    "StorageError",
     "TargetError",
     "TargetExistsError",
     "UnsafeCheckpointError",
@@ -102,6 +105,7 @@ __all__ = [
     "poison_weights",
     "remove_checkpoint",
     "trace",
+    "use_client",
     "verify_checkpoints",
     "verify_loaded",
 ]
@@ -138,6 +142,7 @@ _HOMES = {
     "poison_weights": "load.load",
     "remove_checkpoint": "ground.commit:remove",
     "trace": "name_maps.tracing",
+    "use_client": "ground.object_store",
     "verify_checkpoints": "compare.verification:verify",
     "verify_loaded": "load.load:verify_loaded",
 }

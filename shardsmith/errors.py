@@ -13,6 +13,7 @@ ShardsmithError
 ├── TargetError                             the place to write to cannot be used
 │   ├── TargetExistsError (FileExistsError)
 │   └── ProtectedPathError                  it is, holds, or lies in something that must not be written
+├── StorageError                            an object store was not reached, or it refused a request
 ├── WriteError (OSError)                    a write failed; nothing was published
 ├── NotEnoughMemoryError (MemoryError)      a host has too little memory for a copy; nothing was copied
 └── RankError (RuntimeError)
@@ -56,7 +57,7 @@ class CheckpointError(ShardsmithError):
 
     def __init__(self, path: str | Path, message: str) -> None:
         super().__init__(f"{path}: {message}")
-        self.path = Path(path)
+        self.path = path if isinstance(path, Path) else Path(path)
 
 
 class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
@@ -114,7 +115,7 @@ class TargetError(ShardsmithError):
 
     def __init__(self, path: str | Path, message: str) -> None:
         super().__init__(f"{path}: {message}")
-        self.path = Path(path)
+        self.path = path if isinstance(path, Path) else Path(path)
 
 
 class TargetExistsError(TargetError, FileExistsError):
@@ -123,6 +124,20 @@ class TargetExistsError(TargetError, FileExistsError):
 
 class ProtectedPathError(TargetError):
     """The target is the same as, inside, around, or linked to something that must not be written."""
+
+
+class StorageError(ShardsmithError):
+    """A request to an object store failed, after all repetitions. It says nothing about what is stored there.
+
+    Attributes:
+        url: What was asked for.
+        transient: Whether the same request may succeed later.
+    """
+
+    def __init__(self, url: str, message: str, *, transient: bool = False) -> None:
+        super().__init__(f"{url}: {message}")
+        self.url = url
+        self.transient = transient
 
 
 class WriteError(ShardsmithError, OSError):

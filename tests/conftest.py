@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
 from tests.diagnosed_models import FAMILIES, Specimen, make_specimen
+from tests.object_server import ObjectServer, running_server
 from tests.ranks import run_on_ranks
 from tests.trained_runs import FROM_TRANSFORMERS, Trained, make_base, read_run, run_training
 
@@ -49,6 +51,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], T
 def odd(trained: dict[tuple[str, int], Trained]) -> Trained:
     """A checkpoint of 2 ranks with everything that is hard: uneven shards, frozen weights, other dtypes. Read only."""
     return trained["odd", 2]
+
+
+@pytest.fixture(scope="session")
+def object_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectServer]:
+    """A real S3 server, empty but for what other tests put below names of their own."""
+    with running_server(tmp_path_factory.mktemp("objects")) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

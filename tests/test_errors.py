@@ -18,6 +18,7 @@ from shardsmith.errors import (
     RankFailedError,
     RankTimeoutError,
     ShardsmithError,
+    StorageError,
     TargetError,
     WriteError,
 )
@@ -41,6 +42,8 @@ def example(kind: type[ShardsmithError]) -> ShardsmithError:
         return kind("writing step-5", [2, 3], 1.5)
     if issubclass(kind, NotEnoughMemoryError):
         return kind("staging step-5: too little memory", ["one: 4 ranks need 2 GB more, and 1 GB are left"])
+    if issubclass(kind, StorageError):
+        return kind("s3://bucket/run", "was refused", transient=True)
     return kind("something went wrong")
 
 

@@ -45,6 +45,7 @@ OPTIONAL = {
     "accelerate",
     "diffusers",
     "lightning",
+    "obstore",
     "opentelemetry",
     "peft",
     "torch_checkpointing",

@@ -6,6 +6,7 @@ import difflib
 import math
 import operator
 import os
+import re
 import reprlib
 import signal
 import types
@@ -15,6 +16,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import torch
 
+_SECRET = re.compile(r"(:/+)[^/@\s]*@")
+"""Of a URL, where it may hold credentials."""
 MOST = (1 << 63) - 1
 """The largest number that torch, JSON readers and names of files can hold."""
 
@@ -82,7 +85,7 @@ def shown(value: object) -> str:
     if isinstance(value, str | int | float | bool | Path | type(None)) or type(value).__module__.startswith(
         ("shardsmith", "numpy")
     ):
-        text = repr(value)
+        text = _SECRET.sub(r"\1...@", repr(value))
         return text if len(text) <= 80 else f"{text[:77]}..."
     if isinstance(value, torch.dtype):
         return str(value)

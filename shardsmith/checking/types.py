@@ -11,6 +11,7 @@ from typing import Annotated, Any, Protocol
 import torch
 
 from shardsmith.errors import UsageError
+from shardsmith.ground.remote_path import RemotePath, as_path
 from shardsmith.ground.sizes import parse_size
 from shardsmith.tensors.dtypes import parse_dtypes
 
@@ -31,7 +32,7 @@ def _number(expected: str, fits: Callable[[Any], bool]) -> Callable[[Any], Any]:
 
 
 def _local(value: str | Path) -> Path:
-    text = os.fspath(value)
+    text = str(value)
     if not text:
         raise RefusedError(value, 'a path is expected; "." is the current directory', has_cure=True)
     if remote := _REMOTE.match(text):
@@ -44,6 +45,16 @@ def _local(value: str | Path) -> Path:
         names = f"names without NUL, of {_LONGEST_NAME} bytes at most"
         raise RefusedError(value, f"a path is expected, which consists of {names}", has_cure=True)
     return Path(value)
+
+
+def _place(value: str | Path) -> Path:
+    path = as_path(value)
+    if not isinstance(path, RemotePath):
+        return _directory(value)
+    if ".." in path.parts or any(sign in str(path) for sign in "\0?@#"):
+        expected = "a URL of scheme, bucket and names is expected, such as s3://bucket/run, without credentials"
+        raise RefusedError(value, expected, has_cure=True)
+    return path
 
 
 def _directory(value: str | Path) -> Path:
@@ -79,6 +90,8 @@ AsPath = Annotated[Path, _local]
 """As ``LocalPath``, for code that goes on with a ``Path``; strings are taken all the same."""
 Directory = Annotated[str | Path, _directory]
 """A directory of this machine, there or to be made."""
+Place = Annotated[str | Path, _place]
+"""A directory of this machine, or a place in an object store such as ``s3://bucket/run``."""
 Count = Annotated[int, _number("a whole number from 1 on", lambda number: 1 <= number <= MOST)]
 """1, 2, ..."""
 StepNumber = Annotated[int, _number("a whole number from 0 on", lambda number: 0 <= number <= MOST)]

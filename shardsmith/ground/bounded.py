@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+
+from shardsmith.ground.remote_path import RemotePath
 
 _LONGEST_LINE = 1 << 16
 
@@ -16,7 +19,10 @@ def read_bounded(path: Path, most_bytes: int) -> bytes:
     Raises:
         ValueError: it is no regular file, begins with NUL, or has more than ``most_bytes``, also if it grows meanwhile.
         OSError: it cannot be read, or is not there.
+        StorageError: its store cannot be reached.
     """
+    if isinstance(path, RemotePath):
+        return _checked(path.read_all(), most_bytes)
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would wait for its writer
     with os.fdopen(descriptor, "rb") as file:
         status = os.fstat(descriptor)
@@ -30,9 +36,18 @@ def read_bounded(path: Path, most_bytes: int) -> bytes:
     return data
 
 
+def _checked(data: bytes, most_bytes: int) -> bytes:
+    if len(data) > most_bytes or data[:1] == b"\0":
+        raise ValueError(f"{len(data)} bytes; {most_bytes} of text at most are read")
+    return data
+
+
 def lines_of(file: Path) -> Iterator[str]:
     """The lines of a log, without those that are too long to be of ours; nothing if there is none. Raises OSError."""
-    if file.is_file():
+    if isinstance(file, RemotePath):
+        with contextlib.suppress(FileNotFoundError):
+            yield from (line for line in file.read_all().decode(errors="replace").splitlines(keepends=True))
+    elif file.is_file():
         with file.open("rb") as lines:
             while line := lines.readline(_LONGEST_LINE):
                 yield line.decode(errors="replace")

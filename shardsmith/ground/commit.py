@@ -4,7 +4,8 @@ An attempt writes into ``.<name>.tmp-<id>`` beside its target. Its files are fsy
 checks that the directory holds exactly what was meant to be there, fsyncs the directories, renames, and fsyncs the
 parent. So a name without the temporary mark is complete, also after a power loss, and nothing is written in place.
 
-This is the only module that makes anything visible or deletes it. Nothing here communicates: rank 0 calls it.
+This is the only module that makes anything visible or deletes it; in an object store ``remote_commit`` does it, by the
+same functions. Nothing here communicates: rank 0 calls it.
 """
 
 from __future__ import annotations
@@ -21,13 +22,35 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Self
 
-from shardsmith.errors import IncompleteCheckpointError, TargetError, TargetExistsError, WriteError
-from shardsmith.ground import layout
+from shardsmith.errors import (
+    IncompleteCheckpointError,
+    StorageError,
+    TargetError,
+    TargetExistsError,
+    UsageError,
+    WriteError,
+)
+from shardsmith.ground import layout, remote_commit
 from shardsmith.ground.leases import unheld
+from shardsmith.ground.remote_commit import RemoteAttempt
+from shardsmith.ground.remote_path import RemotePath
 
 log = logging.getLogger(__name__)
 
 _alive: weakref.WeakSet[Attempt] = weakref.WeakSet()
+
+
+def begin_attempt(target: Path) -> Attempt | RemoteAttempt:
+    """Begin to make a directory, on a disk or in an object store. Raises TargetExistsError, WriteError."""
+    if not isinstance(target, RemotePath):
+        return Attempt(target)
+    with writing(target, "beginning"):
+        return RemoteAttempt(target)
+
+
+def attempt_directory(target: Path, attempt_id: str) -> Path:
+    """Return where every rank writes the files of an attempt that rank 0 has begun."""
+    return target / attempt_id if isinstance(target, RemotePath) else layout.temporary_path(target, attempt_id)
 
 
 class Attempt:
@@ -48,6 +71,8 @@ class Attempt:
             TargetExistsError: there is something at the target already.
             WriteError: the directory cannot be made.
         """
+        if isinstance(target, RemotePath):
+            raise UsageError(f"{target} is in an object store, and this is written to local disks only")
         self.id = attempt_id or layout.new_attempt_id()
         self.target = target
         self.directory = layout.temporary_path(target, self.id)
@@ -59,6 +84,10 @@ class Attempt:
                 self.directory.mkdir()
                 self._lock = _lock(self.directory)
         _alive.add(self)
+
+    def write(self, name: str, content: bytes) -> int:
+        """Make a file in it, durable in itself; its size in bytes. Raises WriteError."""
+        return write_file(self.directory / name, content)
 
     def commit(self, files: Mapping[str, int]) -> Path:
         """Make the directory visible under its final name and return that.
@@ -205,6 +234,9 @@ def remove(directory: Path, *, nameless: bool = False) -> bool:
     Raises:
         WriteError: it could not be renamed, or not wholly deleted; then ``sweep`` finishes the job later.
     """
+    if isinstance(directory, RemotePath):
+        with writing(directory, "deletion"):
+            return remote_commit.remove(directory)
     named = directory.with_name(layout.REMOVED) if nameless else directory
     trash = layout.trash_path(named, layout.new_attempt_id())
     with writing(directory, "deletion"), _claim(directory):  # a sweep leaves it alone meanwhile
@@ -221,6 +253,8 @@ def sweep(parent: Path) -> list[Path]:
 
     Attempts whose process is alive hold a lock and are left alone, as is everything that is not named by us.
     """
+    if isinstance(parent, RemotePath):
+        return [*remote_commit.sweep(parent)]
     swept = []
     for path in sorted(parent.iterdir()) if parent.is_dir() else []:
         if not layout.is_leftover(path.name) or path.is_symlink() or not path.is_dir():
@@ -242,6 +276,10 @@ def check_writable(directory: Path) -> None:
     Raises:
         WriteError: one of them fails there.
     """
+    if isinstance(directory, RemotePath):
+        with writing(directory, "a first object"):
+            remote_commit.check_writable(directory)
+        return
     with Attempt(directory / f"probe-{layout.new_attempt_id()}") as attempt:  # never visible, and swept if we die here
         write_file(attempt.directory / "probe", b"probe")
         with writing(attempt.directory, "fsync of the directory"):
@@ -271,6 +309,8 @@ def writing(path: Path, phase: str) -> Iterator[None]:
     """Turn an OSError of the body into a WriteError that says what was being done, where, and the free space."""
     try:
         yield
+    except StorageError as error:
+        raise WriteError(errno.EIO, f"{path}: {phase} failed: {error}") from error
     except (TargetError, WriteError):
         raise
     except OSError as error:
@@ -280,7 +320,7 @@ def writing(path: Path, phase: str) -> Iterator[None]:
 
 
 def _space(path: Path, error: OSError) -> str:
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if isinstance(path, RemotePath) or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return ""
     existing = next(p for p in (path, *path.parents) if p.exists())
     return f" ({shutil.disk_usage(existing).free / 1e9:.2f} GB free on {existing})"

@@ -8,6 +8,7 @@ EXTRAS = {
     "accelerate": "accelerate",
     "lightning": "lightning",
     "torchtitan": "torchtitan",
+    "obstore": "remote",
 }
 """Name of an importable package -> the extra of ours that installs it."""
 

@@ -27,6 +27,8 @@ from shardsmith.errors import (
 )
 from shardsmith.ground.maps import reads_by_maps
 from shardsmith.ground.memory import writable_memory_of
+from shardsmith.ground.open_file import OpenFile, open_file
+from shardsmith.ground.remote_path import RemotePath, as_path
 
 # Without O_NONBLOCK the open of a FIFO waits for a writer, for ever.
 _FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
@@ -63,16 +65,20 @@ class MappedFile:
             UnsafeCheckpointError: for a link, a FIFO, a device or a directory.
             CheckpointError: when it cannot be opened.
         """
-        self.path = Path(path)
+        self.path = as_path(path)
+        self._source: mmap.mmap | _Bytes | _Descriptor | OpenFile | None
+        if isinstance(self.path, RemotePath):
+            self.is_mapped = False
+            self._source = _open_remote(self.path)
+            self.size = self._source.size
+            return
         self.is_mapped = reads_by_maps()
         descriptor = _Descriptor(_open(self.path, follow_links))
         status = os.fstat(descriptor.number)
         if not stat.S_ISREG(status.st_mode):
             raise UnsafeCheckpointError(self.path, "is not a regular file; it was not read")
         self.size = status.st_size
-        self._source: mmap.mmap | _Bytes | _Descriptor | None = (
-            _map(self.path, descriptor.number, self.size) if self.is_mapped else descriptor
-        )
+        self._source = _map(self.path, descriptor.number, self.size) if self.is_mapped else descriptor
 
     def tensor(self, offset: int, nbytes: int) -> Tensor:
         """Return a uint8 tensor (``nbytes``,) of a byte range, as ``view`` gives it.
@@ -94,7 +100,7 @@ class MappedFile:
         source = self._checked(offset, numel * dtype.itemsize)
         if numel == 0:
             return torch.empty(0, dtype=dtype, device="cpu")
-        if isinstance(source, _Descriptor):
+        if not isinstance(source, mmap.mmap | _Bytes):
             values = torch.empty(numel, dtype=dtype, device="cpu")
             self._fill(source, offset, writable_memory_of(values))
             return values
@@ -106,7 +112,7 @@ class MappedFile:
     def bytes(self, offset: int, length: int) -> _Bytes:
         """Return a copy of a byte range. Raises as ``view``."""
         source = self._checked(offset, length)
-        if not isinstance(source, _Descriptor):
+        if isinstance(source, mmap.mmap | _Bytes):
             return source[offset : offset + length]
         data = bytearray(length)
         self._fill(source, offset, memoryview(data))
@@ -115,19 +121,19 @@ class MappedFile:
     def read_into(self, offset: int, memory: memoryview) -> None:
         """Copy a byte range into memory of the same length. Raises as ``view``."""
         source = self._checked(offset, len(memory))
-        if isinstance(source, _Descriptor):
-            self._fill(source, offset, memory)
-        else:
+        if isinstance(source, mmap.mmap | _Bytes):
             memory[:] = source[offset : offset + len(memory)]
+        else:
+            self._fill(source, offset, memory)
 
     def close(self) -> None:
         """Let go of the file. Tensors stay valid: a map goes away with the last of them. Any number of calls."""
         self._source = None
 
-    def _fill(self, descriptor: _Descriptor, offset: int, memory: memoryview) -> None:
+    def _fill(self, file: _Descriptor | OpenFile, offset: int, memory: memoryview) -> None:
         while memory:
             try:
-                count = os.preadv(descriptor.number, [memory], offset)
+                count = file.read_at(memory, offset)
             except OSError as error:
                 raise CheckpointError(self.path, f"cannot be read at byte {offset}: {error.strerror}") from error
             if count == 0:
@@ -136,7 +142,7 @@ class MappedFile:
                 )
             memory, offset = memory[count:], offset + count
 
-    def _checked(self, offset: int, length: int) -> mmap.mmap | _Bytes | _Descriptor:
+    def _checked(self, offset: int, length: int) -> mmap.mmap | _Bytes | _Descriptor | OpenFile:
         """What to read from, once the range is known to lie inside it."""
         source = self._source
         if source is None:
@@ -153,8 +159,19 @@ class _Descriptor:
     def __init__(self, number: int) -> None:
         self.number = number
 
+    def read_at(self, memory: memoryview, offset: int) -> int:
+        """Fill the beginning of ``memory``; how much."""
+        return os.preadv(self.number, [memory], offset)
+
     def __del__(self, close: Callable[[int], None] = os.close) -> None:
         close(self.number)
+
+
+def _open_remote(path: RemotePath) -> OpenFile:
+    try:
+        return open_file(path)
+    except FileNotFoundError as error:
+        raise CheckpointNotFoundError(path, "no such file") from error
 
 
 def _open(path: Path, follow_links: bool) -> int:

@@ -5,6 +5,7 @@ Only committed checkpoints of ours count: a directory named ``step-<n>`` that ho
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import stat
@@ -14,8 +15,10 @@ from pathlib import Path, PurePosixPath
 import xxhash
 
 from shardsmith.errors import CheckpointError, UsageError
-from shardsmith.ground import layout
+from shardsmith.ground import layout, remote_commit
+from shardsmith.ground.open_file import open_file
 from shardsmith.ground.progress import advance
+from shardsmith.ground.remote_path import RemotePath
 from shardsmith.manifest.metadata import CheckpointMetadata, FileRecord, read_metadata
 
 log = logging.getLogger(__name__)
@@ -30,6 +33,8 @@ def committed_steps(directory: Path, mark: str = layout.METADATA_FILE) -> list[i
         directory: The run directory.
         mark: The file that makes a ``step-<n>`` one of ours.
     """
+    if isinstance(directory, RemotePath):
+        return remote_commit.committed_steps(directory, mark)
     if not directory.is_dir():
         return []
     steps = (layout.parse_step(path.name) for path in directory.iterdir() if (path / mark).is_file())
@@ -38,6 +43,11 @@ def committed_steps(directory: Path, mark: str = layout.METADATA_FILE) -> list[i
 
 def refuse_within_step(directory: Path) -> None:
     """Raise UsageError if a directory for steps is itself one of a committed step, or lies in one."""
+    if isinstance(directory, RemotePath):
+        inside = any(layout.parse_step(name) is not None for name in directory.parts)
+        if inside:
+            raise UsageError(f"{directory} is in the directory of one step: give the one that the steps are in")
+        return
     for place in (directory.absolute(), *directory.absolute().parents):
         marks = (layout.METADATA_FILE, layout.PROVENANCE_FILE)
         if layout.parse_step(place.name) is not None and any((place / mark).is_file() for mark in marks):
@@ -114,6 +124,8 @@ def set_aside_unfinished(directory: Path, newest: int, mark: str = layout.METADA
     Returns:
         Where they are now.
     """
+    if isinstance(directory, RemotePath):
+        return []  # there a step without a manifest is none, and nothing stands in the way of the next
     complete = committed_steps(directory, mark)
     steps = {path: layout.parse_step(path.name) for path in directory.iterdir()} if complete else {}
     return [
@@ -125,6 +137,8 @@ def set_aside_unfinished(directory: Path, newest: int, mark: str = layout.METADA
 
 def set_aside(checkpoint: Path) -> Path:
     """Rename a damaged checkpoint so that it counts no more and its step can be saved again; the new path."""
+    if isinstance(checkpoint, RemotePath):
+        return remote_commit.set_aside(checkpoint, "damaged")
     aside = layout.damaged_path(checkpoint, layout.new_attempt_id())
     checkpoint.rename(aside)
     return aside
@@ -136,8 +150,11 @@ def set_later_aside(directory: Path, step: int) -> list[str]:
     for later in committed_steps(directory):
         if later > step:
             path = directory / layout.step_name(later)
-            aside = layout.superseded_path(path, layout.new_attempt_id())
-            path.rename(aside)
+            if isinstance(path, RemotePath):
+                aside: Path = remote_commit.set_aside(path, "superseded")
+            else:
+                aside = layout.superseded_path(path, layout.new_attempt_id())
+                path.rename(aside)
             log.warning(
                 "%s is later than step %d, from which the run goes on: it was set aside as %s", path, step, aside
             )
@@ -148,12 +165,13 @@ def set_later_aside(directory: Path, step: int) -> list[str]:
 def hash_file(path: Path) -> str:
     """XXH3-128 of a file's bytes, 32 hexadecimal digits. Raises OSError."""
     digest = xxhash.xxh3_128()
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    with os.fdopen(descriptor, "rb", buffering=0) as file:
-        buffer = memoryview(bytearray(_READ_BYTES))
-        while count := file.readinto(buffer):
+    with contextlib.closing(open_file(path)) as file:
+        file.expect([(0, file.size)])
+        buffer, read = memoryview(bytearray(_READ_BYTES)), 0
+        while count := file.read_at(buffer, read):
             digest.update(buffer[:count])
             advance(count)
+            read += count
     return digest.hexdigest()
 
 

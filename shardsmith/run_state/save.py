@@ -23,10 +23,11 @@ from torch import Tensor
 from shardsmith.formats.dcp.rank_file import encode, write_rank_file
 from shardsmith.formats.describe import Measured, describe
 from shardsmith.ground import layout
-from shardsmith.ground.commit import Attempt, write_file
+from shardsmith.ground.commit import Attempt, attempt_directory, begin_attempt
 from shardsmith.ground.garbage import without_collection
 from shardsmith.ground.host_memory import require_memory
 from shardsmith.ground.ranks import Ranks
+from shardsmith.ground.remote_commit import RemoteAttempt
 from shardsmith.manifest.metadata import FileRecord
 from shardsmith.manifest.weights import WeightsRecord
 from shardsmith.run_state.held import Held, hold
@@ -76,7 +77,7 @@ class SaveInProgress:
         self.target = target
         self._ranks = ranks
         self._share = share or Share(ranks.rank)
-        self._attempt: Attempt | None = None
+        self._attempt: Attempt | RemoteAttempt | None = None
         self._receipts: list[dict[str, Any]] = []
         self._weight_records: dict[str, Any] = {}
         self._problems: list[str] = []
@@ -188,7 +189,7 @@ class SaveInProgress:
         return {"attempt": self._make_directory(), "shares": shares}
 
     def _make_directory(self) -> str:
-        self._attempt = Attempt(self.target)
+        self._attempt = begin_attempt(self.target)
         return self._attempt.id
 
     def _stage(self, buffer: StagingBuffer, later: Mapping[str, Tensor], most_bytes: int | None) -> None:
@@ -228,7 +229,7 @@ class SaveInProgress:
 
     def _write(self) -> dict[str, Any]:
         tensors, objects = self._staged or (self._tensors(), self._objects())
-        directory = layout.temporary_path(self.target, self._attempt_id)
+        directory = attempt_directory(self.target, self._attempt_id)
         if self._later is not None:
             self._later.copy()
         values = iter(tensors)
@@ -247,7 +248,7 @@ class SaveInProgress:
         self.contents.weights.make_files(self._attempt.directory)
 
     def _hash_weights(self) -> dict[str, Any]:
-        directory = layout.temporary_path(self.target, self._attempt_id)
+        directory = attempt_directory(self.target, self._attempt_id)
         records = self.contents.weights.hash_files(directory, self._ranks.rank, self._ranks.size)
         return {name: asdict(record) for name, record in records.items()}
 
@@ -265,15 +266,15 @@ class SaveInProgress:
 
     def _commit(self, extra: Mapping[str, bytes]) -> None:
         assert self._attempt is not None
-        directory, whole = self._attempt.directory, self._share.whole
+        whole = self._share.whole
         measured = whole.measured(self._receipts)
         index = whole.index(self._receipts, self._attempt_id)
         for name, content in {layout.DCP_INDEX_FILE: index, **extra}.items():
-            size = write_file(directory / name, content)
+            size = self._attempt.write(name, content)
             measured.files[name] = FileRecord(size=size, xxh3_128=xxhash.xxh3_128_hexdigest(content))
         weights = self._complete_weights(measured)
         metadata = describe(
-            whole.contents(directory),
+            whole.contents(self._attempt.directory),
             measured,
             attempt=self._attempt_id,
             step=self.contents.step,
@@ -284,7 +285,7 @@ class SaveInProgress:
             weights=weights,
         )
         sizes = {name: record.size for name, record in measured.files.items()}
-        sizes[layout.METADATA_FILE] = write_file(directory / layout.METADATA_FILE, metadata.to_json())
+        sizes[layout.METADATA_FILE] = self._attempt.write(layout.METADATA_FILE, metadata.to_json())
         self._attempt.commit(sizes)
 
 

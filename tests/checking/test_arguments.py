@@ -76,8 +76,11 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
     "True for a mode": (save(async_mode=True), 'async_mode=True: "async" or "disabled" is expected'),
     "no time to wait": (save(timeout_secs=0), "timeout_secs=0: a number of seconds above 0 is expected"),
     "a string for seconds": (save(timeout_secs="60"), "timeout_secs='60': a number is expected"),
-    "a remote directory": (save(directory="s3://bucket/run"), "directory='s3://bucket/run': s3:// is not supported"),
-    "a remote path": (save(directory=Path("gs://bucket/run")), "gs:// is not supported"),
+    "a remote directory": (
+        save(directory="hdfs://bucket/run"),
+        "directory='hdfs://bucket/run': hdfs:// is not supported",
+    ),
+    "a remote path": (save(directory=Path("hdfs://bucket/run")), "hdfs:// is not supported"),
     "a home directory": (save(directory="~/run"), f"write {str(Path.home() / 'run')!r}"),
     "no directory": (save(directory=""), "a path is expected"),
     "remote exports": (export(directory="hf://me/model"), "hf:// is not supported"),

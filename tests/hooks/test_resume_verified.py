@@ -6,6 +6,7 @@ import json
 import shutil
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -85,9 +86,9 @@ def run_counted(directory: Path) -> None:
     read: list[tuple[str, bool]] = []
     begin = file_stream.FileStream.__init__
 
-    def counted(self: file_stream.FileStream, path: Path, *, hashed: bool, follow_links: bool = False) -> None:
+    def counted(self: file_stream.FileStream, path: Path, *, hashed: bool, **options: Any) -> None:
         read.append((path.name, hashed))
-        begin(self, path, hashed=hashed, follow_links=follow_links)
+        begin(self, path, hashed=hashed, **options)
 
     file_stream.FileStream.__init__ = counted  # type: ignore[method-assign]
     assert run_training(directory, 5) == 5

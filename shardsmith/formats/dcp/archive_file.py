@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Self
@@ -10,6 +9,7 @@ from typing import Self
 import xxhash
 
 from shardsmith.formats.torch_files.archive_writer import ALIGNMENT, ArchiveLayout
+from shardsmith.ground.new_file import new_file
 from shardsmith.manifest.metadata import FileRecord
 from shardsmith.tensors.checksums import crc32
 
@@ -23,9 +23,9 @@ _SYNCED_BYTES = 32 << 20
 class ArchiveFile:
     """A new file; an archive in it is one tensor, or any value that torch has saved."""
 
-    def __init__(self, path: Path, syncing: ThreadPoolExecutor) -> None:
-        """Make the file. ``syncing`` runs fsyncs meanwhile."""
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    def __init__(self, path: Path, syncing: ThreadPoolExecutor, expected_bytes: int = 0) -> None:
+        """Make the file. ``syncing`` runs fsyncs meanwhile; ``expected_bytes`` is about how long it will be."""
+        self._file = new_file(path, expected_bytes)
         self._hash = xxhash.xxh3_128()
         self._size = 0
         self._crc = 0
@@ -63,14 +63,14 @@ class ArchiveFile:
         """Make the file durable; what it is."""
         self._flush()
         self._wait()  # an error of the disk is told once only
-        os.fsync(self._descriptor)
+        self._file.finish()
         return FileRecord(size=self._size, xxh3_128=self._hash.hexdigest())
 
     def _start_sync(self) -> None:
         is_due = self._size - self._synced_size >= _SYNCED_BYTES
         if is_due and (self._synced is None or self._synced.done()):
             self._wait()
-            self._synced = self._syncing.submit(os.fsync, self._descriptor)
+            self._synced = self._syncing.submit(self._file.sync)
             self._synced_size = self._size
 
     def _wait(self) -> None:
@@ -94,8 +94,7 @@ class ArchiveFile:
 
     def _write_out(self, memory: memoryview) -> None:
         self._hash.update(memory)
-        while memory:
-            memory = memory[os.write(self._descriptor, memory) :]
+        self._file.write(memory)
 
     def __enter__(self) -> Self:
         return self
@@ -103,4 +102,4 @@ class ArchiveFile:
     def __exit__(self, *exc: object) -> None:
         if self._synced is not None:
             wait([self._synced])
-        os.close(self._descriptor)
+        self._file.close()

@@ -5,8 +5,7 @@ It is read and not mapped, because a disk that cannot read a mapped page ends th
 
 from __future__ import annotations
 
-import os
-import stat
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
@@ -14,9 +13,10 @@ import torch
 import xxhash
 from torch import Tensor
 
+from shardsmith.ground.open_file import open_file
+
 BLOCK_BYTES = 1 << 20
 """The most that can be taken at once: small enough to stay in cache from the read to the hash and the copy."""
-_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
 
 
 class FileStream:
@@ -27,15 +27,25 @@ class FileStream:
         size: Its size in bytes when it was opened.
     """
 
-    def __init__(self, path: Path, *, hashed: bool, follow_links: bool = False) -> None:
-        """Open it. ``hashed``: read all of it, also what lies between the ranges, and hash it. Raises OSError."""
+    def __init__(
+        self, path: Path, *, hashed: bool, follow_links: bool = False, ranges: Sequence[tuple[int, int]] = ()
+    ) -> None:
+        """Open it.
+
+        Args:
+            path: The file.
+            hashed: Read all of it, also what lies between the ranges, and hash it.
+            follow_links: Accept a symbolic link.
+            ranges: What will be taken, if it is not hashed, so that it can be fetched ahead.
+
+        Raises:
+            OSError: there is none, or no regular one.
+            StorageError: its store cannot be reached.
+        """
         self.path = path
-        self._descriptor = os.open(path, _FLAGS if follow_links else _FLAGS | os.O_NOFOLLOW)
-        status = os.fstat(self._descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            os.close(self._descriptor)
-            raise OSError(0, "is not a regular file")
-        self.size = status.st_size
+        self._file = open_file(path, follow_links=follow_links)
+        self.size = self._file.size
+        self._file.expect([(0, self.size)] if hashed else ranges)
         self._hash = xxhash.xxh3_128() if hashed else None
         self._block = memoryview(bytearray(BLOCK_BYTES))
         self._begin = self._end = 0  # of what is in the block
@@ -80,7 +90,7 @@ class FileStream:
         """Read on, to a place in the block. Stops where the file ends."""
         while nbytes > 0:
             memory = self._block[at : at + nbytes]
-            count = os.preadv(self._descriptor, [memory], self._end)
+            count = self._file.read_at(memory, self._end)
             if count == 0:
                 raise OSError(0, f"ends at byte {self._end}")
             if self._hash is not None:
@@ -91,4 +101,4 @@ class FileStream:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        os.close(self._descriptor)
+        self._file.close()

@@ -7,7 +7,6 @@ cover it. torch itself loads a tensor with missing chunks without a word and lea
 from __future__ import annotations
 
 import functools
-import os
 import re
 import stat
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from shardsmith.errors import (
 from shardsmith.formats.dcp.index_pickle import MAX_INDEX_BYTES, SavedBytes, SavedIndex, SavedTensor, load_dcp_index
 from shardsmith.ground.layout import DCP_INDEX_FILE
 from shardsmith.ground.mapped import MappedFile
+from shardsmith.ground.remote_path import as_path
 from shardsmith.sharding.boxes import IrregularBoxesError, find_overlap
 from shardsmith.tensors.tensors import Chunk, Shape, TensorSpec
 
@@ -87,7 +87,7 @@ def read_index(directory: str | Path, *, follow_links: bool = False) -> DcpIndex
         UnsupportedFormatError: when chunks were compressed or transformed by an extension, or are sparse.
         CorruptCheckpointError: when it is no index, or contradicts itself.
     """
-    path = Path(directory)
+    path = as_path(directory)
     data = _read_bytes(path / DCP_INDEX_FILE, follow_links)
     known = _known_index(path, data, follow_links)
     if not known or any(_file_size(path / name, follow_links) != n for name, n in known[0].files.items()):
@@ -224,7 +224,7 @@ def _called(name: str, offsets: Shape | None) -> str:
 
 def _file_size(path: Path, follow_links: bool) -> int | None:
     try:
-        status = os.stat(path, follow_symlinks=follow_links)
+        status = path.stat(follow_symlinks=follow_links)
     except FileNotFoundError:
         return None
     except OSError as error:

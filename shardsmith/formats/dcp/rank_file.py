@@ -109,10 +109,11 @@ def write_rank_file(
         WriteError: it could not be written.
     """
     path = directory / file.name
+    expected = sum(archive_layout(piece.box.sizes, piece.dtype).length for piece in file.pieces)
     with (
         ThreadPoolExecutor(1, "shardsmith-sync") as syncing,
         writing(path, "write"),
-        ArchiveFile(path, syncing) as out,
+        ArchiveFile(path, syncing, expected) as out,
     ):
         digests = [_write_piece(out, piece, held) for piece, held in zip(file.pieces, values, strict=True)]
         lengths = []

@@ -6,7 +6,7 @@ known at its end: until then what was filled must not be used.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -37,12 +37,32 @@ class Wanted:
     """That ``out`` holds."""
     out: Tensor
 
+    def spans(self) -> Iterator[tuple[int, int]]:
+        """Yield the bytes of the file that are read for it: the head of the archive, and the blocks between its ends.
+
+        A guess where the archive is not as we write them.
+        """
+        size, chunk = self.dtype.itemsize, self.stored.chunk
+        head = self.stored.offset + len(archive_layout(chunk.sizes, self.dtype).head)
+        yield self.stored.offset, head
+        block = max(1, BLOCK_BYTES // size)
+        first, last = (_position(self.part, chunk, end) // block for end in (0, 1))
+        yield head + first * block * size, head + min((last + 1) * block, chunk.numel) * size
+
     def copy(self, values: Tensor, block: Chunk) -> None:
         """Take what is wanted of a block of the global tensor."""
         if block == self.box:
             self.out.copy_(values)
         elif (common := self.part.intersect(block)) is not None:
             self.out[common.within(self.box)].copy_(values[common.within(block)])
+
+
+def _position(part: Chunk, outer: Chunk, end: int) -> int:
+    """Number of the first element of a box in an outer one, or with ``end=1`` of the last, in row-major order."""
+    position = 0
+    for a, n, b, whole in zip(part.offsets, part.sizes, outer.offsets, outer.sizes, strict=True):
+        position = position * whole + a - b + end * (n - 1)
+    return position
 
 
 def find_wanted(source: DcpSource, tensors: Iterable[tuple[str, Chunk, Tensor]]) -> dict[str, list[Wanted]]:
@@ -98,7 +118,9 @@ def _read(
 ) -> str | None:
     """What is wrong with a file, if it is verified."""
     try:
-        with FileStream(source.path / name, hashed=record is not None, follow_links=follow_links) as file:
+        hashed = record is not None
+        ranges = [] if hashed else [span for one in wanted for span in one.spans()]
+        with FileStream(source.path / name, hashed=hashed, follow_links=follow_links, ranges=ranges) as file:
             are_ours = _fill(file, wanted)
             found = file.finish()
             size = file.size

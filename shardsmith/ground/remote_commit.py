@@ -1,0 +1,311 @@
+"""The rule of ``commit`` on an object store, which renames nothing: files first, the manifest last, and that once only.
+
+``remote_path`` says what lies where. Beside it, while an attempt is under way and after one that died:
+
+    run/step-500/.3f0c....owner                    which process makes it
+    run/step-500/metadata.damaged-3f0c....json     the manifest of a step that was set aside
+
+Nothing here communicates: rank 0 calls it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Literal, Self
+
+from shardsmith.errors import IncompleteCheckpointError, StorageError, TargetExistsError
+from shardsmith.ground import layout
+from shardsmith.ground.object_store import StoredObject
+from shardsmith.ground.remote_path import RemotePath
+
+log = logging.getLogger(__name__)
+
+ABANDONED_AFTER = timedelta(hours=24)
+"""Of an attempt on another host, about which nothing else can be known: so long after its last file it is dead."""
+_OWNER = re.compile(r"\.(?P<attempt>[0-9a-f]{16})\.owner")
+_ASIDE = re.compile(r"metadata\.(damaged|superseded)-(?P<attempt>[0-9a-f]{16})\.json")
+_ATTEMPT = re.compile(r"[0-9a-f]{16}")
+_alive: set[str] = set()
+
+
+class RemoteAttempt:
+    """A step being put into an object store. It exists once ``commit`` has put its manifest.
+
+    Attributes:
+        id: Random id of 16 hexadecimal digits.
+        target: The step.
+        directory: Below which its files are put.
+    """
+
+    def __init__(self, target: RemotePath, attempt_id: str | None = None) -> None:
+        """Say in the store which process makes it.
+
+        Raises:
+            TargetExistsError: the step is there already.
+            StorageError: the store cannot be written to.
+        """
+        self.id = attempt_id or layout.new_attempt_id()
+        self.target = target
+        self.directory = target / self.id
+        self._manifest: bytes | None = None
+        refuse_existing(target)
+        owner = self._owner
+        owner.store.put(owner.key, json.dumps(_this_process()).encode())
+        _alive.add(self.id)
+
+    def write(self, name: str, content: bytes) -> int:
+        """Put a file; its size in bytes. The manifest waits for ``commit``. Raises StorageError."""
+        if name == layout.METADATA_FILE:
+            self._manifest = content
+        else:
+            file = self.directory / name
+            file.store.put(file.key, content)
+        return len(content)
+
+    def commit(self, files: Mapping[str, int]) -> Path:
+        """Put the manifest, with which the step exists; return that.
+
+        Args:
+            files: Every file it must hold, by name, with its size in bytes.
+
+        Raises:
+            IncompleteCheckpointError: it holds something else. There is no such step.
+            TargetExistsError: another process has made the step meanwhile.
+            StorageError: the store did not take the manifest.
+        """
+        assert self._manifest is not None, "the manifest is written before"
+        self._check_listing(files)
+        manifest = self.target / layout.METADATA_FILE
+        try:
+            manifest.store.put_new(manifest.key, self._manifest)
+        except FileExistsError as error:
+            raise TargetExistsError(self.target, "was made by another process meanwhile") from error
+        self.target.forget()
+        self._release()
+        with contextlib.suppress(StorageError):  # a sweep does it
+            self._owner.store.delete([self._owner.key])
+        return self.target
+
+    def abandon(self) -> None:
+        """Delete what was put so far. Never raises. What another rank is still putting goes at the next sweep."""
+        with contextlib.suppress(StorageError):
+            _delete(self.directory.store.objects(self.directory.key), self.directory)
+        self._release()
+
+    def _release(self) -> None:
+        _alive.discard(self.id)
+
+    @property
+    def _owner(self) -> RemotePath:
+        return self.target / f".{self.id}.owner"
+
+    def _check_listing(self, files: Mapping[str, int]) -> None:
+        wanted = {name: size for name, size in files.items() if name != layout.METADATA_FILE}
+        found = self.directory.sizes()
+        if found != wanted:
+            problems = [
+                f"{name}: {_size(found.get(name))}, expected {_size(wanted.get(name))}"
+                for name in sorted(found.keys() | wanted.keys())
+                if found.get(name) != wanted.get(name)
+            ]
+            lines = "\n  ".join(problems)
+            message = f"does not hold what was written to it; not committed\n  {lines}"
+            raise IncompleteCheckpointError(self.directory, message)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Abandon the attempt unless it was committed."""
+        if self.id in _alive:
+            self.abandon()
+
+
+def refuse_existing(target: RemotePath) -> None:
+    """Raise TargetExistsError if there is such a step. Raises StorageError."""
+    if (target / layout.METADATA_FILE).is_file():
+        raise TargetExistsError(target, "exists already and was left as it is; remove it or choose another name")
+
+
+def remove(step: RemotePath) -> bool:
+    """Delete a step: its manifest first, so that it is never seen half deleted. False if there is none.
+
+    Raises:
+        StorageError: the manifest is there still, or files are left, which a sweep deletes later.
+    """
+    manifest = step / layout.METADATA_FILE
+    try:
+        attempt = attempt_of(step)
+    except FileNotFoundError:
+        return False
+    manifest.store.delete([manifest.key])
+    step.forget()
+    if attempt is not None:
+        _delete(step.store.objects((step / attempt).key), step)
+    return True
+
+
+def set_aside(step: RemotePath, kind: Literal["damaged", "superseded"]) -> RemotePath:
+    """Give the manifest of a step another name, so that it counts no more and can be saved again; where it is now.
+
+    Its files stay, and no sweep deletes them.
+
+    Raises:
+        FileNotFoundError, StorageError: it is as it was.
+    """
+    manifest = step / layout.METADATA_FILE
+    data, attempt = manifest.read_all(), attempt_of(step) or layout.new_attempt_id()
+    aside = step / f"metadata.{kind}-{attempt}.json"
+    manifest.store.put(f"{step.key}/{aside.name}", data)
+    manifest.store.delete([manifest.key])
+    step.forget()
+    return aside
+
+
+def sweep(parent: RemotePath) -> list[RemotePath]:
+    """Delete what dead attempts left below a run's directory; what was deleted. Raises StorageError.
+
+    An attempt of this host is dead when its process is; of another host, when its last file is a day old.
+    """
+    swept = []
+    for step, found in _steps_in(parent).items():
+        for attempt in found.suspects():
+            place = parent / step / attempt
+            if _is_dead(place, found) and attempt_of_any(parent / step) != attempt:
+                log.info("removing %s, left by an attempt that did not finish", place)
+                owner = [found.owners[attempt]] if attempt in found.owners else []
+                _delete([*found.attempts.get(attempt, ()), *owner], place)
+                swept.append(place)
+    return swept
+
+
+def check_writable(directory: RemotePath) -> None:
+    """Put an object below a place and delete it: better now than at a save. Raises StorageError."""
+    probe = directory / f".probe-{layout.new_attempt_id()}"
+    probe.store.put_new(probe.key, probe.name.encode())
+    probe.store.delete([probe.key])
+
+
+def committed_steps(directory: RemotePath, mark: str) -> list[int]:
+    """Steps below a place that have such a file, ascending. Raises StorageError."""
+    prefix = f"{directory.key}/" if directory.key else ""
+    names = (one.key.removeprefix(prefix).split("/") for one in directory.store.objects(directory.key))
+    found = (layout.parse_step(name[0]) for name in names if name[1:] == [mark])
+    return sorted(step for step in found if step is not None)
+
+
+def attempt_of(step: RemotePath) -> str | None:
+    """Return the attempt that a manifest names, read anew; None if it names none. Raises FileNotFoundError."""
+    step.forget()
+    (step / layout.METADATA_FILE).read_all()
+    place = (step / "any").located.parent
+    return place.name if place != step else None
+
+
+def attempt_of_any(step: RemotePath) -> str | None:
+    """As ``attempt_of``; None without a manifest, too."""
+    try:
+        return attempt_of(step)
+    except FileNotFoundError:
+        return None
+
+
+@dataclass
+class _Found:
+    """What a listing shows of one step."""
+
+    attempts: dict[str, list[StoredObject]] = field(default_factory=lambda: defaultdict(list))
+    owners: dict[str, StoredObject] = field(default_factory=dict)
+    aside: set[str] = field(default_factory=set)
+    has_manifest: bool = False
+
+    def add(self, names: list[str], one: StoredObject) -> None:
+        if _ATTEMPT.fullmatch(names[0]):
+            self.attempts[names[0]].append(one)
+        elif owner := _OWNER.fullmatch(names[0]):
+            self.owners[owner["attempt"]] = one
+        elif aside := _ASIDE.fullmatch(names[0]):
+            self.aside.add(aside["attempt"])
+        self.has_manifest |= names == [layout.METADATA_FILE]
+
+    def suspects(self) -> list[str]:
+        """The attempts of which one listing cannot tell that they are committed, or were."""
+        all_of_them = {*self.attempts, *self.owners} - self.aside
+        if self.has_manifest and len(all_of_them) == 1 and not self.owners:
+            return []
+        return sorted(all_of_them)
+
+
+def _steps_in(parent: RemotePath) -> dict[str, _Found]:
+    steps: dict[str, _Found] = defaultdict(_Found)
+    prefix = f"{parent.key}/" if parent.key else ""
+    for one in parent.store.objects(parent.key):
+        step, *names = one.key.removeprefix(prefix).split("/")
+        if names and layout.parse_step(step) is not None:
+            steps[step].add(names, one)
+    return steps
+
+
+def _is_dead(place: RemotePath, found: _Found) -> bool:
+    if place.name in _alive:
+        return False
+    objects: list[StoredObject] = [*found.attempts.get(place.name, ())]
+    if (owner := found.owners.get(place.name)) is not None:
+        if (alive := _owner_lives(place.parent / f".{place.name}.owner")) is not None:
+            return not alive
+        objects.append(owner)
+    newest = max(one.modified for one in objects)
+    return datetime.now(UTC) - newest > ABANDONED_AFTER
+
+
+def _owner_lives(owner: RemotePath) -> bool | None:
+    """Whether the process that makes an attempt is alive; None if it is not one of this host."""
+    try:
+        said = json.loads(owner.read_all())
+        host, pid, started = said["host"], int(said["pid"]), said["started"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+    mine = _this_process()
+    if not mine["host"] or host != mine["host"]:
+        return None
+    if pid == mine["pid"]:
+        return False  # it would be in _alive
+    return _start_of(pid) == str(started)
+
+
+def _this_process() -> dict[str, str | int]:
+    return {"host": _host(), "pid": os.getpid(), "started": _start_of(os.getpid())}
+
+
+def _host() -> str:
+    """This boot of this machine, and which numbers of processes are meant; "" if that cannot be told."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:
+        return ""
+
+
+def _start_of(pid: int) -> str:
+    """When a process was started, in ticks since the boot; "" if there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
+def _delete(objects: Iterable[StoredObject], place: RemotePath) -> None:
+    place.store.delete([one.key for one in objects])
+
+
+def _size(nbytes: int | None) -> str:
+    return "nothing" if nbytes is None else f"{nbytes} bytes"
