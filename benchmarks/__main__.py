@@ -20,6 +20,7 @@ from benchmarks.diagnosis import measure_diagnosis
 from benchmarks.initial import compare_initial
 from benchmarks.live import compare_live
 from benchmarks.offline import compare_offline
+from benchmarks.one_write import compare_one_write
 from benchmarks.room import why_not, working_directory
 from benchmarks.save import compare_saves, room_needed
 from shardsmith.ground.sizes import parse_size
@@ -34,14 +35,14 @@ class Section:
     memory_bytes: float
 
 
-Name = Literal["save", "offline", "live", "initial", "diagnose", "bagel", "device"]
+Name = Literal["save", "one-write", "offline", "live", "initial", "diagnose", "bagel", "device"]
 
 
 def main(
     parameters: str = "700M",
     shards: int = 4,
     runs: int = 3,
-    only: Literal["all", "save", "offline", "live", "initial", "diagnose", "bagel", "device"] = "all",
+    only: Literal["all", "save", "one-write", "offline", "live", "initial", "diagnose", "bagel", "device"] = "all",
     bagel_parameters: str | None = None,
     device: str | None = None,
     small_tensors: int | None = None,
@@ -52,11 +53,13 @@ def main(
     """Compare ways to save a run and to resume it, to a Hugging Face directory, and from one.
 
     save: a run on sharded ranks, a quarter of the size, with optimizer and average; and its resume.
+    one-write: the same run, with weights that others load, too: a save with an export beside it, and one write.
     offline: from a sharded checkpoint. live: from live sharded weights. initial: to a checkpoint to start from.
     device: one rank that trains on a GPU; part of all where there is one.
     diagnose: what a diagnosis costs. bagel: a model like BAGEL with its average, in one process, two and four.
 
-    Needs at the default sizes, at the peak of each section: save 3 GB of disk and 20 GB of memory, offline 8 and 8,
+    Needs at the default sizes, at the peak of each section: save 3 GB of disk and 20 GB of memory, one-write 5 and
+    17, offline 8 and 8,
     live 3 and 11, initial 5 and 4, diagnose 3 and 1, bagel 17 and 17: all of it fits a machine with 24 GB of memory
     and 40 GB of disk.
     On tmpfs the disk is memory, too. A section for which there is no room is not run, and that is said; of bagel only
@@ -85,6 +88,9 @@ def main(
                 console, work, size // 4, shards, runs, small_tensors=small_tensors, timeline=timeline
             ),
             *room_needed(size // 4, shards),
+        ),
+        "one-write": Section(
+            lambda work: compare_one_write(console, work, size // 4, shards, runs), 26 * size // 4, 90 * size // 4
         ),
         "offline": Section(lambda work: compare_offline(console, work, size, shards, runs), 11 * size, 11 * size),
         "live": Section(lambda work: compare_live(console, work, size, shards, runs), 4 * size, 15 * size),

@@ -42,6 +42,7 @@ def test_the_benchmark_runs_every_tool(tmp_path: Path) -> None:
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert len(figures["save"]) == 9
     assert len(figures["save"]["pauses"]) == 3
+    assert len(figures["one-write"]) == 5
     assert len(figures["offline"]) == 4
     assert len(figures["initial"]) == 7
     assert len(figures["bagel"]) == 5
