@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -13,6 +14,7 @@ from torch.optim import Optimizer
 
 from shardsmith.live.recognition import Recognition, is_same_memory, own_tensors
 from shardsmith.run_state.fsdp1_hybrid import hybrid_groups_have_a_source
+from shardsmith.run_state.optimizers import optimizer_refused
 from shardsmith.tensors.fqn import clean_fqn, tied_weights
 
 FLAT_OPTIMIZER = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -56,9 +58,18 @@ def ask_torch(model: nn.Module, optimizers: Sequence[Optimizer]) -> StateDicts:
     main = get_model_state_dict(model)
     optimizer: Mapping[str, Any] = {}
     if optimizers:
-        with hybrid_groups_have_a_source(model):
+        with hybrid_groups_have_a_source(model), _refused_by_torch(optimizers):
             optimizer = get_optimizer_state_dict(model, list(optimizers), options=FLAT_OPTIMIZER)
     return StateDicts(dict(main), dict(optimizer), tied_weights(model))
+
+
+@contextlib.contextmanager
+def _refused_by_torch(optimizers: Sequence[Optimizer]) -> Iterator[None]:
+    """For an optimizer of others that has no state by parameter, or does not bear the step that torch tries."""
+    try:
+        yield
+    except (NotImplementedError, RuntimeError) as error:
+        raise optimizer_refused(optimizers, error) from error
 
 
 @dataclass(frozen=True, slots=True)

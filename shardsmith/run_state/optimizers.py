@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -18,8 +20,11 @@ def check_optimizers(owner: str, model: nn.Module, optimizers: Sequence[Optimize
     """Raise UsageError unless every parameter of the optimizers is one of the model's. No communication.
 
     An optimizer that was made before the model was sharded holds parameters that nobody trains any more: its steps
-    change nothing, and a save finds no names for them. Parameters that no optimizer holds are named in a warning.
+    change nothing, and a save finds no names for them. Parameters that no optimizer holds are named in a warning. An
+    optimizer of torch whose state torch cannot give by parameter is refused, too.
     """
+    for optimizer in optimizers:
+        _check_kind(optimizer)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     held = [(one, parameter) for one in optimizers for group in one.param_groups for parameter in group["params"]]
     foreign = [(one, parameter) for one, parameter in held if id(parameter) not in names]
@@ -41,6 +46,29 @@ def check_optimizers(owner: str, model: nn.Module, optimizers: Sequence[Optimize
         )
     if optimizers:
         _warn_of_missing(owner, model, {id(parameter) for _, parameter in held})
+
+
+def optimizer_refused(optimizers: Sequence[Optimizer], error: Exception) -> UsageError:
+    """What to do about optimizers that torch's state-dict functions do not take."""
+    kinds = ", ".join(sorted({type(one).__name__ for one in optimizers}))
+    return UsageError(
+        f"torch cannot give the state of the optimizer ({kinds}) by the names of parameters: {error}\n"
+        "If no parameter is sharded, leave it out of optimizer= and pass stateful={'own_optimizer': optimizer}, "
+        "which saves and loads the state as the optimizer gives it"
+    )
+
+
+def _check_kind(optimizer: Optimizer) -> None:
+    """Do what torch does before it loads a state: a step on zeros. Of classes of others it is not known how to try."""
+    if not type(optimizer).__module__.startswith("torch.optim."):
+        return
+    parameter = nn.Parameter(torch.zeros(2, 2))
+    parameter.grad = torch.zeros(2, 2)
+    kind: Any = type(optimizer)  # each has its own defaults
+    try:
+        kind([parameter]).step(closure=None)
+    except (TypeError, RuntimeError) as error:  # LBFGS wants the loss again, SparseAdam gradients of its own kind
+        raise optimizer_refused([optimizer], error) from error
 
 
 def _advice(model: nn.Module, shapes: Sequence[tuple[int, ...]]) -> str:

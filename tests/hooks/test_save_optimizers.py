@@ -1,0 +1,71 @@
+"""Every optimizer of torch: a run in parts ends as the uninterrupted one, or the save says what to write instead."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from shardsmith.errors import UsageError
+from shardsmith.hooks import Hooks, ShardedSave, last
+
+OPTIMIZERS = sorted(
+    name
+    for name, kind in vars(torch.optim).items()
+    if inspect.isclass(kind) and issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer
+)
+REFUSED = {"LBFGS", "SparseAdam"}
+"""One has no state by parameter, the other no step with the gradients that torch makes up."""
+
+
+def train(name: str, run: Path, until: int, *, apart: bool) -> list[Tensor]:
+    torch.manual_seed(0)
+    model: nn.Module = nn.Sequential(nn.Linear(6, 8, bias=False), nn.GELU(), nn.Linear(8, 4, bias=False))
+    if name == "SparseAdam":
+        model = nn.EmbeddingBag(10, 4, sparse=True)
+    optimizer = getattr(torch.optim, name)(model.parameters(), lr=0.01)
+    save = ShardedSave(
+        run,
+        model=model,
+        when=last(),
+        **({"stateful": {"own_optimizer": optimizer}} if apart else {"optimizer": optimizer}),
+    )
+    with Hooks(save) as hooks:
+        step = hooks.resume()
+        while step < until:
+            seed = torch.Generator().manual_seed(step)
+            inputs = (
+                torch.randint(10, (5, 3), generator=seed) if name == "SparseAdam" else torch.randn(5, 6, generator=seed)
+            )
+
+            def closure(inputs: Tensor = inputs) -> Tensor:
+                optimizer.zero_grad()
+                loss: Tensor = model(inputs).square().mean()
+                loss.backward()
+                return loss
+
+            if name != "LBFGS":
+                closure()
+            optimizer.step(closure if name == "LBFGS" else None)
+            step += 1
+            hooks.step(step)
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_run_in_parts_ends_as_the_uninterrupted_one(name: str, tmp_path: Path) -> None:
+    apart = name in REFUSED
+    expected = train(name, tmp_path / "straight", 6, apart=apart)
+    train(name, tmp_path / "parts", 3, apart=apart)
+    found = train(name, tmp_path / "parts", 6, apart=apart)
+    assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_an_optimizer_that_torch_cannot_take_apart_is_refused_with_what_to_write(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"pass stateful=\{'own_optimizer': optimizer\}"):
+        train(name, tmp_path, 1, apart=False)
+    assert not list(tmp_path.iterdir())
