@@ -105,7 +105,7 @@ class LiveSource:
         phase = f"collecting {path.name}"
         plans, boxes = self._exporter.begin(phase, directory.suffix, collect)
         if is_to_compare:
-            compare_replicas(self._ranks, phase, self._state.replicated(models), "exported")
+            compare_replicas(self._ranks, phase, lambda: self._state.replicated(models), "exported")
         job = JointExport(self._state.plan(path, step, directory, plans), self._writer_ranks, self._writer)
         later = self._state.changed_by_steps(models) if self._copy.is_wanted else None
         job.stage(boxes, buffer, self._ranks, later)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
@@ -26,7 +27,7 @@ from shardsmith.ground.remote_path import RemotePath, as_path
 from shardsmith.ground.sizes import parse_size
 from shardsmith.manifest.checkpoints import committed_steps, refuse_within_step, set_aside_unfinished, set_later_aside
 from shardsmith.manifest.metadata import FileRecord, read_metadata
-from shardsmith.run_state.alike import ReplicaCheck, collect_alike
+from shardsmith.run_state.alike import ReplicaCheck
 from shardsmith.run_state.optimizers import check_optimizers
 from shardsmith.run_state.rank_states import PerRank
 from shardsmith.run_state.resume_parts import OnMissing, load_parts
@@ -215,6 +216,7 @@ class ShardedSave(Hook):
         watch = Stopwatch()
         error = attempted(self._report)[1] or error
 
+        @functools.cache  # what is compared is what is saved
         def collect() -> Contents:
             if error is not None:
                 raise error
@@ -237,22 +239,17 @@ class ShardedSave(Hook):
         """Collect the state, agree on who writes what, and copy it if it is written in the background."""
         with self._state.ema.staging() if self._state.ema else contextlib.nullcontext():
             try:
-                contents = self._compared(collect, f"collecting {job.target.name}")
-                job.begin(lambda: contents)
+                phase = f"collecting {job.target.name}"
+                self._replicas.look(phase, lambda: self._state.replicated(collect().state_dict))
+                job.begin(collect, self._state.shared_keys)
             except RankFailedError:
                 if error is not None:
                     raise error from None
                 raise
             if self._buffer:
-                later = self._state.changed_by_steps(contents.state_dict) if self._copy.is_wanted else None
+                later = self._state.changed_by_steps(job.contents.state_dict) if self._copy.is_wanted else None
                 job.stage(self._buffer, later, self._most_bytes)
                 self._copy.begin(job)
-
-    def _compared(self, collect: Callable[[], Contents], phase: str) -> Contents:
-        """What ``collect`` gives, if the ranks hold alike what is saved once. All ranks; communicates."""
-        contents = collect_alike(self._ranks, phase, collect, self._state.shared_keys)
-        self._replicas.look(phase, self._state.replicated(contents.state_dict))
-        return contents
 
     @checked
     def saving(self, step: StepNumber) -> Future[Path]:

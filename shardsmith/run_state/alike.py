@@ -14,9 +14,8 @@ from torch import Tensor
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 
-from shardsmith.errors import RanksDisagreeError
+from shardsmith.errors import RankFailedError, RanksDisagreeError
 from shardsmith.ground.ranks import Ranks
-from shardsmith.run_state.save import Contents
 from shardsmith.sharding.local_boxes import local_boxes
 from shardsmith.tensors.digest import digest_box, digest_tensor
 
@@ -32,28 +31,31 @@ _REPLICAS = (
 )
 
 
-def collect_alike(ranks: Ranks, phase: str, collect: Callable[[], Contents], keys: Collection[str]) -> Contents:
-    """Return this rank's contents of a checkpoint if all ranks hold the same under each of some top-level keys.
+def shared_values(state: Mapping[str, Any], keys: Collection[str]) -> dict[str, str]:
+    """Return the digest of each value under some top-level keys of a state, by path. No communication.
 
-    All ranks call it. Communicates through the store. What only some of the ranks have under a key is not compared;
-    neither are sharded tensors.
+    Sharded tensors are left out.
+    """
+    return {path: digest for key in keys if key in state for path, digest in _values(state[key], key)}
+
+
+def signature(shares: Mapping[str, str]) -> str:
+    """Return one digest for many by name."""
+    return xxhash.xxh3_128_hexdigest(repr(sorted(shares.items())).encode())
+
+
+def refuse_different_values(ranks: Ranks, phase: str, shares: Mapping[str, str]) -> None:
+    """Raise if ranks hold different values under one name, of those that several have. All ranks; by the store.
 
     Raises:
         RanksDisagreeError: on all ranks, naming every value that differs.
-        RankFailedError: on all ranks, if ``collect`` raised on any.
     """
-    collected: list[Contents] = []
-
-    def look() -> _Shares:
-        collected.append(collect())
-        state = collected[0].state_dict
-        return {path: digest for key in keys if key in state for path, digest in _values(state[key], key)}
-
-    _refuse(ranks, phase, look, "ranks hold different values under one key; nothing was written", _PER_RANK)
-    return collected[0]
+    _refuse(ranks, phase, dict(shares), "ranks hold different values under one key; nothing was written", _PER_RANK)
 
 
-def compare_replicas(ranks: Ranks, phase: str, tensors: Mapping[str, Tensor], verb: str = "saved") -> None:
+def compare_replicas(
+    ranks: Ranks, phase: str, tensors: Callable[[], Mapping[str, Tensor]], verb: str = "saved"
+) -> None:
     """Raise if ranks that hold the same part of a tensor hold different values. All ranks; communicates by store.
 
     Costs a digest of everything that this rank holds as one of several.
@@ -61,15 +63,22 @@ def compare_replicas(ranks: Ranks, phase: str, tensors: Mapping[str, Tensor], ve
     Args:
         ranks: The ranks that call.
         phase: The moment, for the errors.
-        tensors: By name, the tensors that several ranks may hold.
+        tensors: Returns the tensors that several ranks may hold, by name.
         verb: What has not been done then.
 
     Raises:
         RanksDisagreeError: on all ranks, naming every tensor and the ranks that differ.
+        RankFailedError: on all ranks, if ``tensors`` raised on any.
     """
     if ranks.size > 1:
-        summary = f"ranks hold different replicas of tensors; nothing was {verb}"
-        _refuse(ranks, phase, lambda: dict(_replicas(tensors)), summary, _REPLICAS)
+        shares: _Shares = {}
+
+        def short() -> str:
+            shares.update(_replicas(tensors()))
+            return signature(shares)
+
+        if not ranks.agree(phase, short, are_equal):
+            _refuse(ranks, phase, shares, f"ranks hold different replicas of tensors; nothing was {verb}", _REPLICAS)
 
 
 class ReplicaCheck:
@@ -80,10 +89,14 @@ class ReplicaCheck:
         self._when = when
         self._done = 0
 
-    def look(self, phase: str, tensors: Mapping[str, Tensor]) -> None:
+    def look(self, phase: str, tensors: Callable[[], Mapping[str, Tensor]]) -> None:
         """A save begins. All ranks; communicates through the store if it is time."""
         if self.is_due():
-            compare_replicas(self._ranks, phase, tensors)
+            try:
+                compare_replicas(self._ranks, phase, tensors)
+            except RankFailedError:  # nothing was compared
+                self._done -= 1
+                raise
 
     def is_due(self) -> bool:
         """A save or an export begins: whether it is one at which replicas are compared. No communication."""
@@ -104,17 +117,14 @@ def tensors_of(state: Mapping[str, Any], without: Collection[str] = (), prefix: 
     return found
 
 
-def _refuse(ranks: Ranks, phase: str, look: Callable[[], _Shares], summary: str, advice: str) -> None:
-    """Compare digests by name: those of all names at once first, and one by one if that is not the same everywhere."""
-    shares: _Shares = {}
+def are_equal(found: Sequence[Any]) -> bool:
+    """Return whether all ranks say the same."""
+    return len(set(found)) == 1
 
-    def short() -> str:
-        shares.update(look())
-        return xxhash.xxh3_128_hexdigest(repr(sorted(shares.items())).encode())
 
-    if ranks.agree(phase, short, lambda found: len(set(found)) == 1):
-        return
-    if problems := ranks.agree(phase, lambda: shares, _differences):
+def _refuse(ranks: Ranks, phase: str, shares: _Shares, summary: str, advice: str) -> None:
+    """Compare digests one by one."""
+    if problems := ranks.agree(phase, lambda: shares, _differences, large=True):
         lines = "\n  ".join(problems)
         raise RanksDisagreeError(f"{phase}: {summary}\n  {lines}\n{advice}")
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint._sharded_tensor_utils import _flatten_sharded_tensors as flatten_sharded_tensors
@@ -19,6 +19,9 @@ from shardsmith.errors import UsageError
 from shardsmith.sharding.local_boxes import local_boxes
 from shardsmith.tensors.checkpoint_keys import KeyPath
 from shardsmith.tensors.tensors import Chunk, Shape
+
+_PLAIN = frozenset({int, float, bool, str, bytes, complex, tuple, type(None)})
+_LEAVES = _PLAIN | {Tensor, nn.Parameter, DTensor}
 
 
 class Entry(NamedTuple):
@@ -50,17 +53,43 @@ def hold(state_dict: Mapping[str, Any]) -> Held:
     Raises:
         UsageError: naming all tensors that are not dense.
     """
-    flat, paths = flatten_state_dict(dict(state_dict))
+    flat, paths = _flatten(state_dict)
     if any(isinstance(value, ShardedTensor) for value in flat.values()):
         flat = flatten_sharded_tensors(flat)  # of FSDP1 with tensor parallelism the shards are sharded themselves
     _refuse_opaque(flat)
     held = Held([], [])
     for key, value in flat.items():
-        boxes, values = _boxes(value)
-        shape, dtype = (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else (None, None)
-        held.entries.append(Entry(key, tuple(paths[key]), shape, dtype, boxes))
-        held.values.append(values)
+        if type(value) in _PLAIN or not isinstance(value, Tensor):  # of an optimizer's options there are thousands
+            held.entries.append(Entry(key, tuple(paths[key]), None, None, ()))
+            held.values.append([value])
+        else:
+            boxes, values = _boxes(value)
+            held.entries.append(Entry(key, tuple(paths[key]), tuple(value.shape), value.dtype, boxes))
+            held.values.append(values)
     return held
+
+
+def _flatten(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Sequence[Any]]]:
+    """Values by flat key, and the path of each, as ``flatten_state_dict`` of torch: it does what is nested deeper."""
+    flat: dict[str, Any] = {}
+    paths: dict[str, Sequence[Any]] = {}
+
+    def add(key: str, path: Sequence[Any], value: Any) -> None:
+        if key in flat:
+            raise ValueError(f"duplicated flatten key {key}")
+        flat[key], paths[key] = value, path
+
+    for name, part in state_dict.items():
+        is_flat = isinstance(part, Mapping) and all(isinstance(inner, str) for inner in part)
+        for inner, value in part.items() if is_flat else (("", part),):
+            if type(value) in _LEAVES:
+                path = (str(name), inner) if is_flat else (str(name),)
+                add(".".join(path), path, value)
+                continue
+            nested, where = flatten_state_dict({name: {inner: value} if is_flat else value})
+            for key, one in nested.items():
+                add(key, where[key], one)
+    return flat, paths
 
 
 def items(entries: Sequence[Entry]) -> Iterator[tuple[int, int]]:
@@ -70,9 +99,7 @@ def items(entries: Sequence[Entry]) -> Iterator[tuple[int, int]]:
             yield i, position
 
 
-def _boxes(value: Any) -> tuple[tuple[Chunk, ...], list[Any]]:
-    if not isinstance(value, Tensor):
-        return (), [value]
+def _boxes(value: Tensor) -> tuple[tuple[Chunk, ...], list[Any]]:
     if 0 in value.shape:
         return (Chunk.whole(tuple(value.shape)),), [torch.empty(tuple(value.shape), dtype=value.dtype, device="cpu")]
     found = local_boxes(value)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -30,6 +30,7 @@ from shardsmith.ground.ranks import Ranks
 from shardsmith.ground.remote_commit import RemoteAttempt
 from shardsmith.manifest.metadata import FileRecord
 from shardsmith.manifest.weights import WeightsRecord
+from shardsmith.run_state.alike import are_equal, refuse_different_values, shared_values, signature
 from shardsmith.run_state.held import Held, hold
 from shardsmith.run_state.share import Share, speakers_of
 from shardsmith.run_state.weight_files import WeightFiles
@@ -85,14 +86,22 @@ class SaveInProgress:
         self._later: LaterCopy | None = None
         self._windows: WindowedCopy | None = None
 
-    def begin(self, collect: Callable[[], Contents]) -> None:
+    def begin(self, collect: Callable[[], Contents], shared_keys: Collection[str] = ()) -> None:
         """Collect what is to be saved, agree on who writes what, and make the directory. Main thread; communicates.
+
+        Args:
+            collect: Returns what this rank saves.
+            shared_keys: Top-level keys of plain values, which must be the same on all ranks that have them.
 
         Raises:
             RankFailedError: on all ranks, if collecting failed on any, the ranks disagree, or the target exists.
+            RanksDisagreeError: on all ranks, naming the values under ``shared_keys`` that are different.
         """
         phase = f"collecting {self.target.name}"
-        answer = self._ranks.agree(phase, lambda: self._collect(collect), self._decide)
+        answer = self._ranks.agree(phase, lambda: self._collect(collect, shared_keys), self._decide)
+        if answer is None:  # not the same on all ranks; or not all of them have all
+            refuse_different_values(self._ranks, phase, self._shared)
+            answer = self._ranks.agree(phase, lambda: ["", *self._says[1:]], self._decide)
         self._is_dealt_anew = answer["attempt"] is None
         if self._is_dealt_anew:
             entries, speakers = self._held.entries, answer["speakers"]
@@ -171,18 +180,27 @@ class SaveInProgress:
                 self._attempt.abandon()
             raise
 
-    def _collect(self, collect: Callable[[], Contents]) -> list[Any]:
+    def _collect(self, collect: Callable[[], Contents], shared_keys: Collection[str]) -> list[Any]:
         self.contents = collect()
+        self._shared = shared_values(self.contents.state_dict, shared_keys)
         with without_collection():
             self._held = hold(self.contents.state_dict)
-        return [_facts(self.contents), self._share.vote(self._held.entries, self.contents.weights.placed)]
+        vote = self._share.vote(self._held.entries, self.contents.weights.placed)
+        self._says = [signature(self._shared), _facts(self.contents), vote]
+        return self._says
 
-    def _decide(self, votes: Sequence[Any]) -> dict[str, Any]:
-        """Rank 0: the attempt, if everybody knows what to write; else who is to describe what there is."""
-        self._problems = _different_facts([facts for facts, _ in votes])
-        if not self._problems and all(is_known for _, (is_known, _) in votes):
+    def _decide(self, said: Sequence[Any]) -> Any:
+        """Rank 0: the attempt, if everybody knows what to write; else who is to describe what there is.
+
+        None if shared values are to be compared one by one before that.
+        """
+        signatures, facts, votes = zip(*said, strict=True)
+        if not are_equal(signatures):
+            return None
+        self._problems = _different_facts(facts)
+        if not self._problems and all(is_known for is_known, _ in votes):
             return {"attempt": self._make_directory()}
-        return {"attempt": None, "speakers": speakers_of([vote for _, vote in votes])}
+        return {"attempt": None, "speakers": speakers_of(votes)}
 
     def _settle(self, reports: Sequence[Any]) -> dict[str, Any]:
         shares = self._share.settle(reports, self._problems)

@@ -52,6 +52,8 @@ class StagingBuffer:
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8, device="cpu")
         self.has_room = False
+        self._wanted: list[tuple[bool, torch.Size, torch.dtype]] = []  # of the last call, as are the places
+        self._places: list[Tensor] = []
 
     def growth(self, tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> int:
         """How many more bytes of memory a ``copy`` of these would take."""
@@ -77,16 +79,24 @@ class StagingBuffer:
 
     def places(self, tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
         """Return where the copies are to go, valid as those of ``copy``. Nothing is copied."""
-        ends = _ends(tensors, dtypes)
-        self._reserve(ends[-1], pinned=any(tensor.device.type != "cpu" for tensor in tensors))
-        return [
-            self._memory[begin : begin + tensor.numel() * dtype.itemsize].view(dtype).view(tensor.shape)
-            for tensor, dtype, begin in zip(tensors, dtypes, ends, strict=False)
-        ]
+        pinned = any(tensor.device.type != "cpu" for tensor in tensors)
+        wanted = [(pinned, tensor.shape, dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)]
+        if wanted != self._wanted:
+            ends = _ends(tensors, dtypes)
+            self._reserve(ends[-1], pinned)
+            self._wanted, self._places = (
+                wanted,
+                [
+                    self._memory[begin : begin + tensor.numel() * dtype.itemsize].view(dtype).view(tensor.shape)
+                    for tensor, dtype, begin in zip(tensors, dtypes, ends, strict=False)
+                ],
+            )
+        return [*self._places]
 
     def _reserve(self, nbytes: int, pinned: bool) -> None:
         """Pinned only for copies from an accelerator: a run on the CPU would take a context there by it."""
         if len(self._memory) < nbytes:
+            self._wanted, self._places = [], []
             self._memory = torch.empty(0, dtype=torch.uint8, device="cpu")  # let go of the old one first
             self._memory = torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned, device="cpu")
 
