@@ -310,7 +310,8 @@ def writing(path: Path, phase: str) -> Iterator[None]:
     try:
         yield
     except StorageError as error:
-        raise WriteError(errno.EIO, f"{path}: {phase} failed: {error}") from error
+        told = str(error).removeprefix(f"{path}: ")
+        raise WriteError(errno.EIO, f"{path}: {phase} failed: {told}") from error
     except (TargetError, WriteError):
         raise
     except OSError as error:

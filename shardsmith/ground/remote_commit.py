@@ -270,7 +270,7 @@ def _is_dead(place: RemotePath, found: _Found) -> bool:
 def _owner_lives(owner: RemotePath) -> bool | None:
     """Whether the process that makes an attempt is alive; None if it is not one of this host."""
     try:
-        said = json.loads(owner.read_all())
+        said = json.loads(owner.store.get(owner.key))  # which is no file of the step
         host, pid, started = said["host"], int(said["pid"]), said["started"]
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None

@@ -16,12 +16,14 @@ import torch.distributed.checkpoint as dcp
 from torch.multiprocessing import ProcessExitedException
 
 from shardsmith import RankFailedError, StorageError, UsageError, WriteError
+from shardsmith.ground import object_store
 from shardsmith.ground.remote_path import RemotePath, as_path
-from shardsmith.hooks import latest, multiples_of
+from shardsmith.hooks import Hooks, ShardedSave, every, latest, multiples_of
 from shardsmith.manifest.checkpoints import committed_steps
 from shardsmith.manifest.metadata import read_metadata
+from tests.faulty_proxy import proxied
 from tests.hooks.test_save import digests
-from tests.hooks.training import Tiny, run_resave, run_training
+from tests.hooks.training import Tiny, build, run_resave, run_training
 from tests.object_server import ObjectServer
 from tests.ranks import run_on_ranks
 
@@ -210,3 +212,56 @@ def test_what_asks_the_system_for_a_remote_path_fails() -> None:
     for act in (lambda: os.mkdir(path), lambda: path.open("wb"), lambda: path.mkdir(), lambda: path.write_bytes(b"")):
         with pytest.raises(TypeError, match="object store"):
             act()
+
+
+def test_requests_and_bytes_of_a_save_and_a_resume_are_what_they_must_be(
+    object_server: ObjectServer, tmp_path: Path
+) -> None:
+    with proxied(object_server) as proxy:
+        run_on_ranks(run_saves, 2, tmp_path, proxy.server, proxy.server.url("counted"), 5)
+        first = proxy.counted()
+        proxy.requests.clear()
+        run_on_ranks(run_saves, 2, tmp_path, proxy.server, proxy.server.url("counted-twice"), 10)
+        second = {kind: count - first.get(kind, 0) for kind, count in proxy.counted().items()}
+        assert second == {"PUT": 5, "HEAD": 1, "LIST": 4, "POST": 1, "GET": 1}
+        proxy.requests.clear()
+        proxy.sent = 0
+        run_on_ranks(run_resumes, 2, tmp_path, proxy.server, proxy.server.url("counted-twice"))
+        files = [one for one in proxy.requests if one.method == "GET" and one.key.endswith(".distcp")]
+        stored = object_server.keys("counted-twice/step-10")
+        shards = sum(size for name, size in stored.items() if name.endswith(".distcp"))
+        assert len(files) <= 8, "each rank reads its own file once, and what is no tensor of either in one range"
+        assert proxy.sent < 3 * shards + 12 * stored["metadata.json"] + 12 * 2**16
+
+
+def run_saves(server: ObjectServer, place: str, steps: int) -> None:
+    server.use()
+    run_training(place, steps)  # type: ignore[arg-type]
+
+
+def run_resumes(server: ObjectServer, place: str) -> None:
+    server.use()
+    assert run_training(place, 10) == 10  # type: ignore[arg-type]
+
+
+def test_a_save_that_fails_is_one_error_and_the_next_one_works(object_server: ObjectServer, tmp_path: Path) -> None:
+    """The store answers nothing but errors while step 5 is written."""
+    with proxied(object_server) as proxy:
+        proxy.fault = lambda request, seen: "503" if "step-5/" in request.key and "distcp" in request.key else None  # noqa: ARG005
+        run_on_ranks(run_failing, 2, tmp_path, proxy.server, proxy.server.url("failing"))
+    assert committed(object_server, object_server.url("failing")) == [10]
+    assert {key.split("/")[0] for key in object_server.keys("failing")} == {"step-10"}
+
+
+def run_failing(server: ObjectServer, place: str) -> None:
+    server.use()
+    object_store._RETRIES["max_retries"] = 1
+    model = build("fsdp2")
+    hooks = Hooks(ShardedSave(place, model=model, when=every(5), async_mode="disabled"))
+    for step in range(1, 5):
+        hooks.step(step)
+    with pytest.raises(RankFailedError, match=r"writing step-5 failed on 2 of 2 ranks(.|\n)*503"):
+        hooks.step(5)
+    for step in range(6, 11):
+        hooks.step(step)
+    hooks.close()

@@ -1,0 +1,206 @@
+"""Attempts in an object store: who wins, what stays of one that died, and what a bad line to the store does."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+
+import obstore
+import pytest
+from torch.multiprocessing import ProcessExitedException
+
+from shardsmith import StorageError, TargetExistsError, WriteError
+from shardsmith.errors import IncompleteCheckpointError
+from shardsmith.ground import object_store, remote_commit
+from shardsmith.ground.commit import begin_attempt, remove, sweep
+from shardsmith.ground.layout import METADATA_FILE
+from shardsmith.ground.object_store import ObjectStore
+from shardsmith.ground.remote_commit import RemoteAttempt, committed_steps
+from shardsmith.ground.remote_path import RemotePath, as_path
+from tests.faulty_proxy import Fault, Request, proxied
+from tests.object_server import ObjectServer
+from tests.ranks import run_on_ranks
+
+
+@pytest.fixture
+def place(object_server: ObjectServer, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> RemotePath:
+    """A run's place of its own."""
+    monkeypatch.setattr(object_store, "_clients", {})
+    object_server.use()
+    path = as_path(object_server.url(f"commit/{request.node.name}".replace("[", "-").replace("]", "")))
+    assert isinstance(path, RemotePath)
+    return path
+
+
+def write(attempt: RemoteAttempt, content: bytes = b"shard") -> dict[str, int]:
+    """Its files, without the last step."""
+    manifest = f'{{"attempt": "{attempt.id}"}}'.encode()
+    return {name: attempt.write(name, data) for name, data in (("a.bin", content), (METADATA_FILE, manifest))}
+
+
+def test_a_step_exists_once_its_manifest_does(place: RemotePath) -> None:
+    attempt = RemoteAttempt(place / "step-5")
+    files = write(attempt)
+    assert committed_steps(place, METADATA_FILE) == []
+    attempt.commit(files)
+    assert committed_steps(place, METADATA_FILE) == [5]
+    assert (place / "step-5" / "a.bin").read_bytes() == b"shard"
+    assert (place / "step-5").sizes() == {"a.bin": 5, METADATA_FILE: files[METADATA_FILE]}
+    with pytest.raises(TargetExistsError, match="exists already"):
+        begin_attempt(place / "step-5")
+
+
+def test_of_many_that_race_one_wins_and_its_files_are_there(place: RemotePath) -> None:
+    attempts = [RemoteAttempt(place / "step-5") for _ in range(8)]
+    files = [write(attempt, attempt.id.encode()) for attempt in attempts]
+    at_once = threading.Barrier(len(attempts))
+
+    def commit(i: int) -> bool:
+        at_once.wait()
+        try:
+            attempts[i].commit(files[i])
+        except TargetExistsError:
+            attempts[i].abandon()
+            return False
+        return True
+
+    with ThreadPoolExecutor(len(attempts)) as pool:
+        wins = [*pool.map(commit, range(len(attempts)))]
+    won = [attempt.id for attempt, is_first in zip(attempts, wins, strict=True) if is_first]
+    assert len(won) == 1
+    assert (place / "step-5" / "a.bin").read_bytes() == won[0].encode()
+    sweep(place)
+    keys = {one.key.removeprefix(f"{place.key}/step-5/") for one in place.store.objects(place.key)}
+    assert keys == {f"{won[0]}/a.bin", METADATA_FILE}
+
+
+@pytest.mark.parametrize("fault", ["missing", "longer", "foreign"])
+def test_a_listing_that_differs_from_what_was_written_is_not_committed(place: RemotePath, fault: str) -> None:
+    attempt = RemoteAttempt(place / "step-5")
+    files = write(attempt)
+    if fault == "missing":
+        files["b.bin"] = 3
+    elif fault == "longer":
+        attempt.write("a.bin", b"something else")
+    else:
+        attempt.write("c.bin", b"")
+    with pytest.raises(IncompleteCheckpointError, match=r"not committed\n  [abc]\.bin"):
+        attempt.commit(files)
+    assert committed_steps(place, METADATA_FILE) == []
+
+
+def test_what_is_removed_is_wholly_gone_and_another_attempt_stays(place: RemotePath) -> None:
+    first = RemoteAttempt(place / "step-5")
+    second = RemoteAttempt(place / "step-5")
+    files = write(second)
+    first.commit(write(first))
+    assert remove(place / "step-5")
+    assert committed_steps(place, METADATA_FILE) == []
+    second.commit(files)
+    assert (place / "step-5" / "a.bin").read_bytes() == b"shard"
+    assert not remove(place / "step-6")
+
+
+def run_killed(server: ObjectServer, url: str) -> None:
+    server.use()
+    attempt = RemoteAttempt(as_path(url) / "step-5")  # type: ignore[arg-type]
+    write(attempt)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_what_a_killed_process_left_goes_at_once_and_what_lives_stays(
+    object_server: ObjectServer, place: RemotePath, tmp_path: Path
+) -> None:
+    with pytest.raises(ProcessExitedException):
+        run_on_ranks(run_killed, 1, tmp_path, object_server, str(place))
+    alive = RemoteAttempt(place / "step-10")
+    write(alive)
+    left = {one.key for one in place.store.objects(f"{place.key}/step-5")}
+    assert len(left) == 2, "the file, and whose it is"
+    assert [path.parent.name for path in sweep(place)] == ["step-5"]
+    assert not place.store.objects(f"{place.key}/step-5")
+    assert len(place.store.objects(f"{place.key}/step-10")) == 2
+
+
+def test_an_attempt_of_another_host_goes_by_its_age(place: RemotePath, monkeypatch: pytest.MonkeyPatch) -> None:
+    attempt = RemoteAttempt(place / "step-5")
+    write(attempt)
+    attempt._release()
+    monkeypatch.setattr(remote_commit, "_host", lambda: "another boot")
+    assert sweep(place) == []
+    monkeypatch.setattr(remote_commit, "ABANDONED_AFTER", timedelta(seconds=-60))
+    assert sweep(place) == [attempt.directory]
+
+
+def test_what_was_set_aside_is_never_swept(place: RemotePath, monkeypatch: pytest.MonkeyPatch) -> None:
+    attempt = RemoteAttempt(place / "step-5")
+    attempt.commit(write(attempt))
+    aside = remote_commit.set_aside(place / "step-5", "damaged")
+    monkeypatch.setattr(remote_commit, "ABANDONED_AFTER", timedelta(seconds=-60))
+    assert sweep(place) == []
+    assert aside.name == f"metadata.damaged-{attempt.id}.json"
+    assert (attempt.directory / "a.bin").read_bytes() == b"shard"
+
+
+@pytest.mark.parametrize("fault", ["503", "drop", "lost", "cut"])
+@pytest.mark.parametrize("method", ["PUT", "GET", "HEAD", "DELETE"])
+def test_one_bad_answer_to_each_request_does_no_harm(
+    object_server: ObjectServer, place: RemotePath, monkeypatch: pytest.MonkeyPatch, method: str, fault: Fault
+) -> None:
+    monkeypatch.setattr(object_store, "_clients", {})
+
+    def once(request: Request, seen: int) -> Fault | None:
+        return fault if request.method == method and seen == 0 else None
+
+    with proxied(object_server) as proxy:
+        proxy.server.use()
+        proxy.fault = once
+        attempt = RemoteAttempt(place / "step-5")
+        attempt.commit(write(attempt))
+        assert (place / "step-5" / "a.bin").read_bytes() == b"shard"
+        assert committed_steps(place, METADATA_FILE) == [5]
+        assert remove(place / "step-5")
+        assert not place.store.objects(place.key)
+
+
+def test_a_store_that_stays_bad_is_one_error_and_works_again_later(
+    object_server: ObjectServer, place: RemotePath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(object_store, "_clients", {})
+    monkeypatch.setattr(object_store, "_RETRIES", {**object_store._RETRIES, "max_retries": 1})
+    with proxied(object_server) as proxy:
+        proxy.server.use()
+        proxy.fault = lambda request, seen: "503"  # noqa: ARG005
+        with pytest.raises(WriteError, match="503") as failed:
+            begin_attempt(place / "step-5")
+        assert isinstance(failed.value.__cause__, StorageError)
+        assert len(proxy.requests) <= 8
+        proxy.fault = lambda request, seen: None  # noqa: ARG005
+        attempt = RemoteAttempt(place / "step-5")
+        attempt.commit(write(attempt))
+
+
+def test_an_upload_that_is_given_up_leaves_nothing(place: RemotePath) -> None:
+    from shardsmith.ground.new_file import new_file
+
+    file = new_file(place / "x")
+    file.write(memoryview(bytes(20 << 20)))
+    file.close()
+    assert not place.store.objects(place.key)
+    done = new_file(place / "x")
+    done.write(memoryview(bytes(20 << 20)))
+    done.finish()
+    done.close()
+    assert [one.size for one in place.store.objects(place.key)] == [20 << 20]
+
+
+def test_clients_of_ones_own_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(object_store, "_clients", {})
+    mine = obstore.store.MemoryStore()
+    object_store.use_client("s3://mine/", mine)
+    ObjectStore("s3://mine").put("a", b"1")
+    assert bytes(obstore.get(mine, "a").bytes()) == b"1"
