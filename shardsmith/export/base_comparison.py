@@ -88,7 +88,21 @@ def compare_with_base(
     lines = differences(plan, template, allow) if template else []
     if lines:
         summary = f"{len(lines)} tensors are not as in the base model"
-        raise MismatchError(path, summary, lines, _advice(lines, fitted))
+        raise MismatchError(path, summary, lines, _rivals(plan, template) or _advice(lines, fitted))
+
+
+def _rivals(plan: ModelPlan, template: Mapping[str, TensorSpec]) -> str | None:
+    """What to do where several dicts of the checkpoint hold the whole model, such as a student and its teacher."""
+    names = [spec.name for spec in plan.specs]
+    roots = dict.fromkeys(name.split(".", 1)[0] for name in names)
+    whole = [root for root in roots if all(f"{root}.{name}" in names for name in template)]
+    if len(whole) < 2:
+        return None
+    rest = [f"'{root}.*'" if root not in names else f"'{root}'" for root in roots if root != whole[0]]
+    return (
+        f"Nothing was written. Each of {', '.join(whole)} holds all tensors of the base model. Leave out all but the "
+        f"one to export; for {whole[0]}: --drop {' '.join(rest)}"
+    )
 
 
 def _advice(lines: Sequence[str], fitted: ConfigFit | None) -> str:

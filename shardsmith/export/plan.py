@@ -32,6 +32,7 @@ from shardsmith.name_maps.maps import NameMap, find_name_map
 from shardsmith.name_maps.matching import match_names
 from shardsmith.tensors.checkpoint_keys import EMA, MAIN
 from shardsmith.tensors.dtypes import DtypeChoice
+from shardsmith.tensors.fqn import matches
 from shardsmith.tensors.tensors import TensorSpec
 
 
@@ -127,17 +128,20 @@ def plan_directory(
     name_map: NameMap | None = None
     dropped: dict[str, None] = {}
     for model, stem in stems.items():
-        named = f"{model}:{options.average}" if options.average and model == EMA else model
-        opened = open_merged(known.open(named), known.path, base)
+        which = f"{model}:{options.average}" if options.average and model == EMA else model
+        opened = open_merged(known.open(which), known.path, base)
         heads = recorded_heads(known, opened, specs)
         dropped |= dict.fromkeys(heads)
         opened = opened.without(heads)
         if model_class is not None and not opened.aliases:  # the names in memory, before any map has changed them
             opened = opened.without(n for n in model_class.unsaved if n in opened.specs and n not in specs)
             opened = opened.tied(_ties(opened, model_class, specs, known.open, sizes))
+        named = _like(opened, options.drop)  # before names are matched: what stays may fit in one way only then
+        opened = opened.without(named)
         placed = under_base_names(opened, specs, base, options.names)
-        unwanted = _dropped(opened, placed, options.drop)
-        dropped |= dict.fromkeys(unwanted)
+        unwanted = _like(placed, options.drop)
+        _refuse_idle(known.path, options.drop, [*named, *unwanted])
+        dropped |= dict.fromkeys([*named, *unwanted])
         opened = placed.without(unwanted)
         source = sources[model] = in_base_layout(opened, layouts)
         as_stored = _plan_model(
@@ -203,22 +207,15 @@ def under_base_names(
     return renamed(source, replace(found, keys=found.stripped))
 
 
-def _dropped(source: ModelSource, placed: ModelSource, patterns: Sequence[str]) -> list[str]:
-    """What is to be left out, by its new name. A pattern may be of the checkpoint's own names, too.
+def _like(source: ModelSource, patterns: Sequence[str]) -> list[str]:
+    """Tensors and aliases whose names are like one of the patterns."""
+    return [name for name in (*source.specs, *source.aliases) if matches(name, patterns)]
 
-    Raises:
-        UsageError: a pattern fits nothing. Then something is not as was thought.
-    """
-    own = {new: name for new, name in placed.keys.items() if name in source.specs}
-    names = {new: {new, own.get(new, new)} for new in [*placed.specs, *placed.aliases]}
-    fitting = {
-        p: [new for new, known in names.items() if any(fnmatchcase(name, p) for name in known)] for p in patterns
-    }
-    if idle := [pattern for pattern, found in fitting.items() if not found]:
-        raise UsageError(
-            f"drop: {', '.join(map(repr, idle))} fits no tensor of {source.path}. Correct it, or leave it out"
-        )
-    return [new for new in names if any(new in found for found in fitting.values())]
+
+def _refuse_idle(path: Path, patterns: Sequence[str], dropped: Sequence[str]) -> None:
+    """Raise UsageError if a pattern fits nothing. Then something is not as was thought."""
+    if idle := [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in dropped)]:
+        raise UsageError(f"drop: {', '.join(map(repr, idle))} fits no tensor of {path}. Correct it, or leave it out")
 
 
 def recorded_heads(checkpoint: KnownCheckpoint, source: ModelSource, base: Collection[str]) -> list[str]:

@@ -160,6 +160,7 @@ def test_a_base_model_with_such_a_config_is_refused(kind: str, tmp_path: Path) -
     refused_cheaply(lambda: read_config(tmp_path))
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # of torch 2.11
 def test_what_torch_saves_is_within_the_budget(tmp_path: Path) -> None:
     state = {f"layers.{i}.weight": torch.ones(1).to_sparse() for i in range(500)}  # which is left to torch
     torch.save({"state": state, "numbers": list(range(100_000)), "large": 1 << 100}, tmp_path / "x.pt")
