@@ -32,7 +32,6 @@ from shardsmith.name_maps.maps import NameMap, find_name_map
 from shardsmith.name_maps.matching import match_names
 from shardsmith.tensors.checkpoint_keys import EMA, MAIN
 from shardsmith.tensors.dtypes import DtypeChoice
-from shardsmith.tensors.fqn import matches
 from shardsmith.tensors.tensors import TensorSpec
 
 
@@ -209,7 +208,8 @@ def under_base_names(
 
 def _like(source: ModelSource, patterns: Sequence[str]) -> list[str]:
     """Tensors and aliases whose names are like one of the patterns."""
-    return [name for name in (*source.specs, *source.aliases) if matches(name, patterns)]
+    names = (*source.specs, *source.aliases)
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
 def _refuse_idle(path: Path, patterns: Sequence[str], dropped: Sequence[str]) -> None:
