@@ -93,6 +93,7 @@ class Recorder(Hook):
         mesh: Mapping[str, Any] | None = None,
         *,
         has_average: bool = True,
+        has_manifest: bool = False,
     ) -> None:
         """Add the manifest when the save that began has ended. All ranks; returns at once.
 
@@ -102,10 +103,11 @@ class Recorder(Hook):
             end: The save in flight; None once it has ended.
             mesh: As ``metadata.json`` has it.
             has_average: Whether the average was saved with the rest, if there is one.
+            has_manifest: Whether the save itself adds the manifest; then nothing is read back.
         """
         facts = self._ema.facts() if self._ema is not None and has_average else None
         watch = Stopwatch()
-        self._in_flight.start(step, partial(self._record, step, path, end, facts, mesh, watch))
+        self._in_flight.start(step, partial(self._record, step, path, end, facts, mesh, watch, has_manifest))
         watch.released()
 
     def on_step_end(self, step: int) -> None:  # noqa: ARG002
@@ -131,12 +133,14 @@ class Recorder(Hook):
         ema: dict[str, Any] | None,
         mesh: Mapping[str, Any] | None,
         watch: Stopwatch,
+        has_manifest: bool,
     ) -> Path:
         """In the background thread."""
         ranks = self._writer_ranks
         try:
             ranks.gather(f"saving {path.name}", lambda: end is not None and end.result() is None)
-            adopt(path, step=step, ema=ema, tied=self._tied, mesh=dict(mesh) if mesh else None, ranks=ranks)
+            if not has_manifest:
+                adopt(path, step=step, ema=ema, tied=self._tied, mesh=dict(mesh) if mesh else None, ranks=ranks)
         except BaseException as error:
             log.exception("%s was not recorded: it does not count as complete", path)  # also if nobody asks
             self.emit(event_of("save", step, path, watch, ranks.size, error))

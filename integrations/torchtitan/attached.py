@@ -39,6 +39,7 @@ from .answers import TitanAnswers, made_up_tokens
 from .assets import find_base_model
 from .average import MODEL as AVERAGES
 from .average import average_states
+from .engine import Engine
 from .inner import InnerNames, find_held, refuse_replaced
 from .load import stored_keys
 from .lora import LoraAlone, MergedLora, find_lora
@@ -53,7 +54,7 @@ class Attached:
     """EMA, recorder and exporter, as far as they are wanted, and the moments at which they act.
 
     Attributes:
-        ema, recorder: None if not wanted.
+        ema, recorder, engine: None if not wanted.
         states: What is to be saved beside TorchTitan's own states, by key.
     """
 
@@ -89,8 +90,10 @@ class Attached:
                 weights is not there.
         """
         options.check()
-        if not saves and (options.metadata or (options.ema_decay is not None and not options.exports)):
-            option = "metadata" if options.metadata else "ema_decay"
+        wanted = {"metadata": options.metadata, "engine": options.engine}
+        wanted["ema_decay"] = options.ema_decay is not None and not options.exports
+        if not saves and any(wanted.values()):
+            option = next(name for name, is_set in wanted.items() if is_set)
             raise UsageError(
                 f"checkpoint_hooks: {option} has no effect, since TorchTitan saves no checkpoints in this run: set "
                 "checkpoint.enable and leave checkpoint.load_only off, or leave the option out"
@@ -98,6 +101,7 @@ class Attached:
         self._trainer = states["train_state"]
         self.ema: EMA | None = None
         self.recorder: Recorder | None = None
+        self.engine: Engine | None = None
         self._export: HFExport | None = None
         self._attach(options, united(model_parts), sd_adapter, dump_folder, folder, keep_latest_k, saves)
         self.states: dict[str, Stateful] = (
@@ -136,7 +140,11 @@ class Attached:
 
     def close(self) -> None:
         """Wait for what is under way, and raise what failed in it."""
-        self._hooks.close(broken_off=True)  # what is due at the last step has been done at that
+        try:
+            self._hooks.close(broken_off=True)  # what is due at the last step has been done at that
+        finally:
+            if self.engine is not None:
+                self.engine.close()
 
     def _on_optimizer_step(self, *_: Any) -> None:
         """Once a step of TorchTitan's, however many microbatches it accumulates; it has counted it already."""
@@ -164,6 +172,8 @@ class Attached:
         if options.records and saves:
             keep = latest(keep_latest_k) if keep_latest_k else None
             self.recorder = Recorder(folder, model=model, ema=self.ema, keep=keep, timeout_secs=options.timeout_secs)
+            if options.engine:
+                self.engine = Engine(model, self.ema, options.timeout_secs)
         if options.exports:
             ranks = Ranks(options.timeout_secs)
             base = find_base_model(options, sd_adapter)

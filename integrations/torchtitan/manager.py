@@ -143,16 +143,21 @@ class HookedManager(CheckpointManager):
                 attached.close()
 
     def dcp_save(self, state_dict: dict[str, Any], checkpoint_id: str, *args: Any, **kwargs: Any) -> Any:
-        """As TorchTitan's. The average goes with the weights, also where only these are saved, at the last step."""
+        """As TorchTitan's, or with our writer. The average goes with the weights, also where they are saved alone."""
         attached, path = self._attached, Path(checkpoint_id)
         step = parse_step(path.name)
         if attached is None or step is None or path.parent != Path(self.folder) or kwargs.get("to_hf"):
             return super().dcp_save(state_dict, checkpoint_id, *args, **kwargs)
         if attached.recorder is not None:
             attached.recorder.begin(path)
-        result = super().dcp_save({**state_dict, **attached.states}, checkpoint_id, *args, **kwargs)
+        state, engine = {**state_dict, **attached.states}, attached.engine
+        if engine is not None:
+            result = engine.save(step, path, state, (kwargs["async_mode"] if "async_mode" in kwargs else args[0]).value)
+        else:
+            result = super().dcp_save(state, checkpoint_id, *args, **kwargs)
         if attached.recorder is not None:
-            attached.recorder.saved(step, path, _end_of(result), mesh_of(state_dict))
+            has_manifest = engine is not None
+            attached.recorder.saved(step, path, _end_of(result), mesh_of(state_dict), has_manifest=has_manifest)
         return result
 
     def dcp_load(self, state_dict: dict[str, Any], checkpoint_id: str, *args: Any, **kwargs: Any) -> None:

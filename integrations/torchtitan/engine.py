@@ -1,0 +1,101 @@
+"""Saves into TorchTitan's step folders that do not go through ``torch.distributed.checkpoint``."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
+from torch.distributed.checkpoint.stateful import Stateful
+
+from shardsmith.ground.commit import remove
+from shardsmith.ground.ranks import Ranks
+from shardsmith.hooks import EMA
+from shardsmith.run_state.save import Contents, SaveInProgress
+from shardsmith.run_state.share import Share
+from shardsmith.run_state.train_state import mesh_of
+from shardsmith.sharding.live_boxes import StagingBuffer
+from shardsmith.tensors.device_copy import release_pinned
+from shardsmith.tensors.fqn import tied_weights
+
+from .average import MODEL as AVERAGES
+
+
+class Engine:
+    """Writes what TorchTitan's ``dcp_save`` is given, in its three modes, with what ``dcp.load`` reads.
+
+    Make it on all ranks at the same point.
+    """
+
+    def __init__(self, model: nn.Module, ema: EMA | None, timeout_secs: float) -> None:
+        """``ema``: whose facts are recorded, where it is saved with the rest."""
+        self._tied = tied_weights(model)
+        self._ema = ema
+        self._ranks = Ranks(timeout_secs)
+        self._share = Share(self._ranks.rank)
+        self._buffer = StagingBuffer()
+        self._thread = ThreadPoolExecutor(1, "shardsmith-save")
+        self._last: Future[None] | None = None
+
+    @torch.no_grad()
+    def save(self, step: int, path: Path, state: Mapping[str, Any], mode: str) -> Any:
+        """Save a step; what is at ``path`` is replaced. All ranks; communicates. The folder appears when it is whole.
+
+        Args:
+            step: Number of the step.
+            path: Its folder.
+            state: Values, and things that have a state, by key.
+            mode: The value of TorchTitan's ``AsyncMode``.
+
+        Returns:
+            As TorchTitan expects of each mode: None; a future; or a response with one of the copy and one of the save.
+
+        Raises:
+            RankFailedError: on all ranks, if any failed. What fails in the background is raised by the future.
+        """
+        if self._last is not None:
+            wait([self._last])  # TorchTitan raises what failed in it
+        self._ranks.lead(f"preparing {path.name}", partial(_make_way, path))
+        job = SaveInProgress(path, self._ranks, self._share)
+        job.begin(lambda: self._contents(step, state))
+        if mode == "disabled":
+            _finish(job)
+            gc.collect(1)  # as TorchTitan does, which has switched Python's own collections off
+            return None
+        job.stage(self._buffer)
+        self._last = self._thread.submit(_finish, job)
+        if mode == "async":
+            return self._last
+        copied: Future[None] = Future()
+        copied.set_result(None)
+        return AsyncSaveResponse(copied, self._last)
+
+    def close(self) -> None:
+        """Wait for the save under way; what failed in it is raised by its future."""
+        self._thread.shutdown()
+        self._buffer = StagingBuffer()
+        release_pinned()
+
+    def _contents(self, step: int, state: Mapping[str, Any]) -> Contents:
+        values = {key: value.state_dict() if isinstance(value, Stateful) else value for key, value in state.items()}
+        facts = self._ema.facts() if self._ema is not None and AVERAGES in values else None
+        return Contents(step=step, state_dict=values, ema=facts, tied=self._tied, mesh=mesh_of(values))
+
+
+def _finish(job: SaveInProgress) -> None:
+    job.write()
+    job.commit()
+
+
+def _make_way(path: Path) -> None:
+    """Remove a step that is saved once more: after a resume from an earlier one, or one that is torn."""
+    if path.is_symlink():
+        path.unlink()
+    elif path.exists():
+        remove(path, nameless=True)

@@ -1,0 +1,124 @@
+"""TorchTitan's steps as ShardedSave's writer makes them: what its own has, and what it resumes from by itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from shardsmith.formats.adopt import adopt
+from shardsmith.formats.dcp.source import DcpSource
+from shardsmith.manifest.checkpoints import committed_steps
+from shardsmith.manifest.metadata import read_metadata
+from tests.titan.checkpoints import digests_of, steps_in
+from tests.titan.jobs import Assets, Job, error_of, log_of, run_jobs
+
+EMA = {"ema_decay": 0.75}
+ENGINE = {**EMA, "engine": True}
+MODES = ("disabled", "async", "async_with_pinned_mem")
+SCHEDULE = "--lr_scheduler.total_steps=6"
+
+
+@pytest.fixture(scope="module")
+def runs(assets: Assets, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
+    """Jobs of two ranks, done one after the other. Read only."""
+    root = tmp_path_factory.mktemp("engine")
+    jobs = {
+        mode: Job(
+            run=root / mode,
+            hooks=ENGINE,
+            options=[f"--checkpoint.async_mode={mode}", "--checkpoint.keep_latest_k=2", SCHEDULE, "--training.steps=6"],
+        )
+        for mode in MODES
+    }
+    jobs["torch's"] = Job(run=root / "torch", hooks=EMA, options=["--training.steps=6", SCHEDULE])
+    jobs["alone"] = Job(run=root / "alone", hooks={"engine": True}, options=["--checkpoint.last-save-model-only"])
+    run_jobs(assets, 2, root, *jobs.values())
+    assert {name: error_of(job) for name, job in jobs.items()} == dict.fromkeys(jobs, "")
+    return jobs
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_step_holds_what_torchs_writer_saves(runs: dict[str, Job], mode: str) -> None:
+    ours, theirs = (runs[name].run / "checkpoint" for name in (mode, "torch's"))
+    assert steps_in(ours) == ["step-4", "step-6"]
+    assert committed_steps(ours) == [4, 6]
+    for step in steps_in(ours):
+        assert steps_in(ours / step) == steps_in(theirs / step)
+        assert digests_of(ours / step) == digests_of(theirs / step)
+        assert read_metadata(ours / step).ema == read_metadata(theirs / step).ema
+        one, other = DcpSource(ours / step), DcpSource(theirs / step)
+        assert one.index.objects.keys() == other.index.objects.keys()
+        assert {key: one.read_object(key) for key in one.index.objects} == {
+            key: other.read_object(key) for key in other.index.objects
+        }
+        one.close()
+        other.close()
+
+
+def test_a_last_step_of_weights_alone_is_written_in_its_dtype(runs: dict[str, Job]) -> None:
+    metadata = read_metadata(runs["alone"].run / "checkpoint" / "step-4")
+    assert not any(key.startswith("optimizer.") for key in metadata.tensors)
+    assert metadata.tensors["norm.weight"].dtype == "float32"
+
+
+def linked(runs: dict[str, Job], run: Path, step: str) -> Path:
+    """A run that has one step of another, which it can go on from."""
+    (run / "checkpoint").mkdir(parents=True)
+    (run / "checkpoint" / step).symlink_to(runs["async"].run / "checkpoint" / step)
+    return run
+
+
+def test_a_run_goes_on_from_it_without_the_hooks_as_if_nothing_had_been(
+    assets: Assets, runs: dict[str, Job], tmp_path: Path
+) -> None:
+    plain = Job(run=linked(runs, tmp_path / "plain", "step-4"), options=["--training.steps=6", SCHEDULE])
+    hooked = Job(run=linked(runs, tmp_path / "hooked", "step-4"), options=plain.options, hooks=ENGINE)
+    run_jobs(assets, 2, tmp_path, plain, hooked)
+    assert (error_of(plain), error_of(hooked)) == ("", "")
+    assert "Training starts at step 5" in log_of(plain)
+    straight = digests_of(runs["torch's"].run / "checkpoint" / "step-6")
+    adopt(plain.run / "checkpoint" / "step-6", step=6)
+    assert digests_of(plain.run / "checkpoint" / "step-6") == {
+        key: digest for key, digest in straight.items() if not key.startswith("ema_")
+    }
+    assert digests_of(hooked.run / "checkpoint" / "step-6") == straight
+
+
+def save_what_was_loaded(trainer: Any, run: Path) -> None:
+    states = trainer.checkpointer.states
+    dcp.save({**states["model"].state_dict(), "optimizer": states["optimizer"]}, checkpoint_id=run / "loaded")
+    (run / "step.json").write_text(json.dumps(trainer.step))
+
+
+def test_it_is_loaded_by_another_number_of_ranks_without_the_hooks(
+    assets: Assets, runs: dict[str, Job], tmp_path: Path
+) -> None:
+    resumed = Job(
+        run=linked(runs, tmp_path / "run", "step-4"),
+        options=["--checkpoint.exclude_from_loading=dataloader"],  # TorchTitan does not divide it anew
+        observe=save_what_was_loaded,
+    )
+    run_jobs(assets, 1, tmp_path, resumed)
+    assert error_of(resumed) == ""
+    assert json.loads((resumed.run / "step.json").read_text()) == 4
+    adopt(resumed.run / "loaded", step=4)
+    loaded, saved = digests_of(resumed.run / "loaded"), digests_of(runs["async"].run / "checkpoint" / "step-4")
+    assert loaded == {key: saved[key] for key in loaded}
+    assert {"tok_embeddings.weight", "optimizer.state.norm.weight.exp_avg"} <= loaded.keys()
+
+
+def test_a_step_that_is_saved_once_more_is_replaced(assets: Assets, runs: dict[str, Job], tmp_path: Path) -> None:
+    run = linked(runs, tmp_path / "run", "step-4")
+    torn = run / "checkpoint" / "step-5"
+    torn.mkdir()
+    torch.save(1, torn / "__0_0.distcp")
+    job = Job(run=run, hooks=ENGINE, options=["--training.steps=5", SCHEDULE])
+    run_jobs(assets, 2, tmp_path, job)
+    assert error_of(job) == ""
+    assert committed_steps(run / "checkpoint") == [4, 5]
+    assert digests_of(torn)
