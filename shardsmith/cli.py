@@ -56,6 +56,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
+_READS_STORES = ("inspect", "to-hf", "verify")
+"""Commands that read checkpoints in object stores, too."""
+_BEFORE_A_CHECKPOINT = ("--checkpoint", "--digests", "--json", "--rounding", "--statistics", "--verify")
+"""Options of which a checkpoint is the value, or that take no value, so that one may follow."""
+
+
 def _abandon_attempts() -> None:
     if commit := sys.modules.get("shardsmith.ground.commit"):  # else nothing was written
         commit.abandon_all()
@@ -69,7 +75,7 @@ def _run_command(arguments: list[str]) -> int:
     code: int
     if name in COMMANDS:
         options = with_present_names(name, options)
-        _refuse_urls(options)
+        _refuse_urls(name, options)
         code = tyro.cli(COMMANDS[name], prog=f"shardsmith {name}", args=options, use_underscores=False, config=_CONFIG)
     else:  # help, completion of a shell, or a mistake
         code = tyro.cli(
@@ -83,17 +89,19 @@ def _run_command(arguments: list[str]) -> int:
     return code
 
 
-def _refuse_urls(options: Sequence[str]) -> None:
-    """Raise UsageError if a path is on no file system of this machine, such as ``s3://bucket/run``. By its name."""
+def _refuse_urls(command: str, options: Sequence[str]) -> None:
+    """Raise UsageError if a path is where the command cannot reach it, such as ``hdfs://bucket/run``. By its name."""
     if not any("://" in option for option in options):
         return
     from shardsmith.checking.arguments import check_value
-    from shardsmith.checking.types import LocalPath
+    from shardsmith.checking.types import AnyPath, LocalPath
 
     for before, option in zip(["", *options], options, strict=False):
         name, _, value = option.partition("=") if option.startswith("-") else (before, "", option)
         if re.match(r"(?:[A-Za-z0-9+.-]+::)*[A-Za-z][A-Za-z0-9+.-]*://", value):
-            check_value("shardsmith", name if name.startswith("-") else "path", value, LocalPath)
+            is_read = command in _READS_STORES and (name in _BEFORE_A_CHECKPOINT or not name.startswith("-"))
+            hint = AnyPath if is_read else LocalPath
+            check_value("shardsmith", name if name.startswith("-") else "path", value, hint)
 
 
 def _all_commands() -> Any:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from shardsmith.checking.arguments import checked
-from shardsmith.checking.types import LocalPath
+from shardsmith.checking.types import AnyPath
 from shardsmith.errors import CheckpointError
 from shardsmith.formats.by_path import DCP, SHARDED, UNKNOWN, KnownCheckpoint, known_checkpoint
 from shardsmith.formats.dcp.index import read_index
 from shardsmith.ground import layout
+from shardsmith.ground.remote_path import RemotePath, as_path
 from shardsmith.hf.export_files import find_export_damage, records_files
 from shardsmith.manifest.checkpoints import find_damage, find_foreign_files
 from shardsmith.manifest.companion import companion_of, find_folder_damage, is_complete
@@ -68,7 +68,7 @@ class Inspection:
 
 
 @checked
-def inspect_checkpoint(path: LocalPath, *, verify: bool = False) -> Inspection:
+def inspect_checkpoint(path: AnyPath, *, verify: bool = False) -> Inspection:
     """Look into a checkpoint of any format. Reads indexes and headers; with ``verify`` every byte, against its hashes.
 
     Only our own checkpoints, and a trainer's folders with ours in them, have hashes of their files.
@@ -76,7 +76,7 @@ def inspect_checkpoint(path: LocalPath, *, verify: bool = False) -> Inspection:
     Raises:
         CheckpointNotFoundError: there is nothing at the path.
     """
-    path = Path(path)
+    path = as_path(path)
     known = known_checkpoint(path)
     found, in_folder = known.format, is_complete(path)
     metadata = known.manifest
@@ -87,7 +87,7 @@ def inspect_checkpoint(path: LocalPath, *, verify: bool = False) -> Inspection:
         damage += find_folder_damage(path, manifest=metadata) if in_folder else find_damage(path, manifest=metadata)
     if metadata is not None and not in_folder:
         damage += find_foreign_files(path, metadata)
-    if metadata is None and path.is_dir():
+    if metadata is None and not isinstance(path, RemotePath) and path.is_dir():
         damage += find_export_damage(path, contents=verify)
     return Inspection(
         path=str(path),
@@ -161,4 +161,4 @@ def _files(path: Path, manifest: CheckpointMetadata | None) -> dict[str, int]:
     files = [file for file in sorted(path.iterdir()) if not file.is_dir()]
     within = {} if manifest is None else {name: path / name for name in manifest.files if "/" in name}
     there = {**{file.name: file for file in files}, **within}
-    return {name: file.lstat().st_size for name, file in there.items() if os.path.lexists(file)}
+    return {name: file.lstat().st_size for name, file in there.items() if file.is_symlink() or file.exists()}

@@ -19,6 +19,7 @@ from shardsmith.formats.by_path import HUGGINGFACE, UNKNOWN, detect_checkpoint_f
 from shardsmith.ground import layout
 from shardsmith.ground.bounded import lines_of
 from shardsmith.ground.commit import remove, sweep
+from shardsmith.ground.remote_path import RemotePath
 from shardsmith.hf.export_files import find_export_damage
 from shardsmith.manifest.checkpoints import find_damage
 from shardsmith.manifest.companion import companion_of, find_folder_damage, is_complete
@@ -91,7 +92,12 @@ class RunOverview:
 
 def is_run(path: Path) -> bool:
     """Return whether a directory is no checkpoint itself, and has steps in it or one level below."""
-    return path.is_dir() and any(_steps_of(path)) and detect_checkpoint_format(path).name == UNKNOWN
+    return (
+        not isinstance(path, RemotePath)
+        and path.is_dir()
+        and any(_steps_of(path))
+        and detect_checkpoint_format(path).name == UNKNOWN
+    )
 
 
 @checked

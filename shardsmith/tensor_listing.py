@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from shardsmith.checking.arguments import checked
-from shardsmith.checking.types import LocalPath
+from shardsmith.checking.types import AnyPath
 from shardsmith.errors import CheckpointNotFoundError
 from shardsmith.formats.by_path import model_names, open_source
 from shardsmith.ground.progress import advance
+from shardsmith.ground.remote_path import as_path
 from shardsmith.tensors.dtypes import dtype_name
 from shardsmith.tensors.tensors import Chunk, TensorSource
 
@@ -54,7 +55,7 @@ class ListedTensor:
 
 
 @checked
-def list_tensors(path: LocalPath, patterns: Sequence[str] = (), *, statistics: bool = False) -> list[ListedTensor]:
+def list_tensors(path: AnyPath, patterns: Sequence[str] = (), *, statistics: bool = False) -> list[ListedTensor]:
     """List the tensors of all models in a checkpoint, in file order. No communication.
 
     Args:
@@ -66,10 +67,9 @@ def list_tensors(path: LocalPath, patterns: Sequence[str] = (), *, statistics: b
         CheckpointNotFoundError: there is no checkpoint, or no name matches.
         CheckpointError: it is half-written or damaged.
     """
+    path = as_path(path)
     found = [
-        tensor
-        for model in model_names(path)
-        for tensor in _of_model(Path(path), model, patterns, statistics=statistics)
+        tensor for model in model_names(path) for tensor in _of_model(path, model, patterns, statistics=statistics)
     ]
     if not found:
         raise CheckpointNotFoundError(path, f"holds no tensor whose name matches {' or '.join(patterns) or '*'}")

@@ -48,9 +48,17 @@ def _local(value: str | Path) -> Path:
 
 
 def _place(value: str | Path) -> Path:
+    return _remote(value) or _directory(value)
+
+
+def _any(value: str | Path) -> Path:
+    return _remote(value) or _local(value)
+
+
+def _remote(value: str | Path) -> RemotePath | None:
     path = as_path(value)
     if not isinstance(path, RemotePath):
-        return _directory(value)
+        return None
     if ".." in path.parts or any(sign in str(path) for sign in "\0?@#"):
         expected = "a URL of scheme, bucket and names is expected, such as s3://bucket/run, without credentials"
         raise RefusedError(value, expected, has_cure=True)
@@ -92,6 +100,10 @@ Directory = Annotated[str | Path, _directory]
 """A directory of this machine, there or to be made."""
 Place = Annotated[str | Path, _place]
 """A directory of this machine, or a place in an object store such as ``s3://bucket/run``."""
+AnyPath = Annotated[str | Path, _any]
+"""A path of this machine, or a place in an object store such as ``s3://bucket/run/step-500``."""
+AsAnyPath = Annotated[Path, _any]
+"""As ``AnyPath``, for code that goes on with a ``Path``; strings are taken all the same."""
 Count = Annotated[int, _number("a whole number from 1 on", lambda number: 1 <= number <= MOST)]
 """1, 2, ..."""
 StepNumber = Annotated[int, _number("a whole number from 0 on", lambda number: 0 <= number <= MOST)]

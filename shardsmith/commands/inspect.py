@@ -42,6 +42,7 @@ def inspect(
     from shardsmith.commands.listing import print_overview, print_tensors
     from shardsmith.errors import UsageError
     from shardsmith.ground import console
+    from shardsmith.ground.remote_path import as_path
     from shardsmith.hf.hf_directory import protect
     from shardsmith.inspection import inspect_checkpoint
     from shardsmith.overview import EVENTS_FILE, inspect_run, is_run, newest_step, read_events
@@ -49,6 +50,7 @@ def inspect(
     from shardsmith.reports.run import run_page
     from shardsmith.tensor_listing import list_tensors
 
+    checkpoint = as_path(checkpoint)
     if statistics and tensors is None and html is None:
         raise UsageError("--statistics needs --tensors or --html")
     if html is not None and not is_run(checkpoint):

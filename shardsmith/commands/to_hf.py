@@ -51,10 +51,11 @@ def to_hf(
     from shardsmith.export.write import write_directories
     from shardsmith.formats.by_path import known_checkpoint
     from shardsmith.ground.leases import hold
+    from shardsmith.ground.remote_path import as_path
     from shardsmith.ground.threads import threads_per_process
 
     options = export.options()
-    checkpoint = checkpoint_of(checkpoint, step)
+    checkpoint = checkpoint_of(as_path(checkpoint), step)
     output_dir = output_dir or default_output(checkpoint)
 
     def make_plans() -> list[ExportPlan]:
@@ -83,7 +84,10 @@ def default_output(checkpoint: Path) -> Path:
         UsageError: the checkpoint lies right below the root of the file system, so that there is no folder of a run.
     """
     from shardsmith.errors import UsageError
+    from shardsmith.ground.remote_path import RemotePath
 
+    if isinstance(checkpoint, RemotePath):
+        raise UsageError(f"{checkpoint} is in an object store; name the directory to make here with --output-dir")
     place = Path(os.path.abspath(checkpoint))
     if not place.parent.name:
         raise UsageError(f"{checkpoint} lies in no folder of a run; name the directory to make with --output-dir")

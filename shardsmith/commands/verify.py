@@ -54,8 +54,10 @@ def verify(
     from shardsmith.compare.verification import verify as compare
     from shardsmith.errors import UsageError
     from shardsmith.ground import console
+    from shardsmith.ground.remote_path import as_path
     from shardsmith.hf.hf_directory import protect
 
+    a, b = as_path(a), b and as_path(b)
     if html is not None:
         if b is None or logits:
             raise UsageError("--html shows two checkpoints, compared by their values or digests")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from shardsmith.checking.arguments import checked
-from shardsmith.checking.types import AsPath
+from shardsmith.checking.types import AsAnyPath
 from shardsmith.compare.alignment import aligned_source
 from shardsmith.compare.class_ties import class_ties
 from shardsmith.compare.values import TensorComparison, compare_sources, same_as, scan_source
@@ -110,7 +110,7 @@ class VerifyOptions:
 
 
 @checked
-def verify(left: AsPath, right: AsPath, options: VerifyOptions | None = None) -> Verification:
+def verify(left: AsAnyPath, right: AsAnyPath, options: VerifyOptions | None = None) -> Verification:
     """Compare two checkpoints.
 
     Raises:

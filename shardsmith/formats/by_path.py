@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shardsmith.checking.arguments import checked
-from shardsmith.checking.types import LocalPath
+from shardsmith.checking.types import AnyPath
 from shardsmith.errors import CheckpointNotFoundError, IncompleteCheckpointError, UnsupportedFormatError
 from shardsmith.formats.bagel import BAGEL_READER, FORK_READER
 from shardsmith.formats.dcp.index import read_index
@@ -34,6 +34,8 @@ from shardsmith.formats.rank_files import RANK_FILES_READER
 from shardsmith.formats.torch_checkpointing import TORCH_CHECKPOINTING_READER
 from shardsmith.formats.trainer import trainer_reader
 from shardsmith.ground import layout
+from shardsmith.ground.remote_path import RemotePath, as_path
+from shardsmith.manifest.checkpoints import committed_steps
 from shardsmith.manifest.metadata import CheckpointMetadata
 from shardsmith.tensors.checkpoint_keys import MAIN
 
@@ -120,17 +122,20 @@ def known_checkpoint(path: str | Path | KnownCheckpoint) -> KnownCheckpoint:
     Raises:
         CheckpointNotFoundError: there is nothing at the path.
     """
-    return path if isinstance(path, KnownCheckpoint) else KnownCheckpoint(Path(path), *_detect(Path(path)))
+    if isinstance(path, KnownCheckpoint):
+        return path
+    place = as_path(path)
+    return KnownCheckpoint(place, *_detect(place))
 
 
 @checked
-def detect_checkpoint_format(path: LocalPath) -> DetectedFormat:
+def detect_checkpoint_format(path: AnyPath) -> DetectedFormat:
     """Find out what a file or directory holds. Reads names, headers and indexes, no weights; runs no code of it.
 
     Raises:
         CheckpointNotFoundError: there is nothing at the path.
     """
-    return _detect(Path(path))[0]
+    return _detect(as_path(path))[0]
 
 
 def open_source(path: str | Path | KnownCheckpoint, model: str = MAIN) -> ModelSource:
@@ -161,6 +166,8 @@ def model_names(path: str | Path | KnownCheckpoint) -> list[str]:
 
 def _detect(path: Path) -> tuple[DetectedFormat, FormatReader | None]:
     """The format, and what reads it: None where nothing does."""
+    if isinstance(path, RemotePath):
+        return _detect_remote(path)
     if path.is_dir():
         if layout.is_leftover(path.name):
             return DetectedFormat(INCOMPLETE, "its name says that it was being written or deleted"), None
@@ -173,6 +180,21 @@ def _detect(path: Path) -> tuple[DetectedFormat, FormatReader | None]:
         assert found is not None, "a file is always something"
         return found, FILE_READER
     raise CheckpointNotFoundError(path, "there is no such file or directory")
+
+
+def _detect_remote(path: RemotePath) -> tuple[DetectedFormat, FormatReader | None]:
+    """Of what is in an object store only steps of ours are read."""
+    if (found := OURS_READER.detect(path)) is not None:
+        return found, OURS_READER
+    steps = committed_steps(path)
+    if steps:
+        newest = path / layout.step_name(steps[-1])
+        reason = f"the place of {len(steps)} checkpoints; name one of them, such as {newest}"
+        return DetectedFormat(UNKNOWN, reason), None
+    if not path.exists():
+        raise CheckpointNotFoundError(path, "there is nothing of that name")
+    reason = "in an object store only the steps that ShardedSave has put there are read; copy it to a disk"
+    return DetectedFormat(UNKNOWN, reason), None
 
 
 def _what_else(path: Path) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from shardsmith.checking.arguments import checked
-from shardsmith.checking.types import AsPath
+from shardsmith.checking.types import AsAnyPath
 from shardsmith.errors import UnsupportedFormatError
 from shardsmith.formats.by_path import DCP, SHARDED, KnownCheckpoint, known_checkpoint
 from shardsmith.formats.dcp.beside_weights import open_step
@@ -57,7 +57,7 @@ class OpenedCheckpoint:
 
 
 @checked
-def open_checkpoint(path: AsPath) -> OpenedCheckpoint:
+def open_checkpoint(path: AsAnyPath) -> OpenedCheckpoint:
     """Open all models of a checkpoint. Reads names, headers and indexes; no weights.
 
     Raises:

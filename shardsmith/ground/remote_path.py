@@ -34,8 +34,10 @@ class RemotePath(PosixPath):
     """
 
     def __str__(self) -> str:
-        """Return the URL."""
-        scheme, _, rest = super().__str__().partition(":/")
+        """Return the URL; of a path that is relative to another, the names alone."""
+        scheme, separator, rest = super().__str__().partition(":/")
+        if not separator:
+            return scheme
         return f"{scheme}://{rest}"
 
     def __fspath__(self) -> str:

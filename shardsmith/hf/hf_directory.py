@@ -19,6 +19,7 @@ import torch
 from shardsmith.errors import CheckpointNotFoundError, ProtectedPathError
 from shardsmith.ground.commit import sync, writing
 from shardsmith.ground.layout import COMPONENT_WEIGHTS, MAIN_WEIGHTS
+from shardsmith.ground.remote_path import RemotePath
 from shardsmith.manifest.metadata import read_json
 from shardsmith.tensors.dtypes import dtype_name
 
@@ -96,6 +97,8 @@ def protect(output: Path, *inputs: Path) -> None:
     itself = _identities([place])
     around_it = itself | _identities(place.parents)
     for given in inputs:
+        if isinstance(given, RemotePath):
+            continue  # which nothing here can be
         source = Path(os.path.realpath(given))
         if source in (place, *place.parents) or around_it & _identities(_everything_in(source)):
             raise ProtectedPathError(output, f"lies in or is {given}, which is only read; choose another output")

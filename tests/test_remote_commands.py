@@ -1,0 +1,98 @@
+"""Commands that read steps in an object store give what they give of the same files on a disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import obstore
+import pytest
+
+from shardsmith import inspect_checkpoint
+from shardsmith.cli import main
+from shardsmith.ground import object_store
+from shardsmith.manifest.metadata import read_metadata
+from tests.object_server import ObjectServer
+from tests.trained_runs import Trained
+
+Runs = dict[tuple[str, int], Trained]
+
+
+@pytest.fixture
+def step(object_server: ObjectServer, trained: Runs, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The URL of a step that lies there as ``ShardedSave`` puts it."""
+    monkeypatch.setattr(object_store, "_clients", {})
+    object_server.use()
+    local = trained["qwen2", 2].checkpoint
+    metadata = read_metadata(local)
+    prefix = f"commands/step-{metadata.step}"
+    for name in metadata.files:
+        obstore.put(object_server.client(), f"{prefix}/{metadata.attempt}/{name}", (local / name).read_bytes())
+    obstore.put(object_server.client(), f"{prefix}/metadata.json", (local / "metadata.json").read_bytes())
+    return object_server.url(prefix)
+
+
+def test_to_hf_writes_the_same_bytes(step: str, trained: Runs, tmp_path: Path) -> None:
+    run = trained["qwen2", 2]
+    for name, checkpoint in (("remote", step), ("local", str(run.checkpoint))):
+        options = ["--checkpoint", checkpoint, "--base-model", str(run.base), "--output-dir", str(tmp_path / name)]
+        assert main(["to-hf", *options, "--quiet"]) == 0
+    for path in (tmp_path / "local").rglob("*.safetensors"):
+        other = tmp_path / "remote" / path.relative_to(tmp_path / "local")
+        assert hashlib.sha256(other.read_bytes()).digest() == hashlib.sha256(path.read_bytes()).digest()
+    assert len([*(tmp_path / "local").rglob("*")]) == len([*(tmp_path / "remote").rglob("*")])
+
+
+def test_inspect_and_verify_say_the_same(step: str, trained: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+    local = str(trained["qwen2", 2].checkpoint)
+    told = {}
+    for place in (step, local):
+        assert main(["inspect", place, "--verify", "--json"]) == 0
+        told[place] = {**json.loads(capsys.readouterr().out), "path": ""}
+    assert told[step] == told[local]
+    assert main(["verify", step, local]) == 0
+    assert main(["verify", "--json", step]) == 0
+
+
+def test_a_flipped_bit_is_found(object_server: ObjectServer, step: str) -> None:
+    metadata = read_metadata_of(step)
+    key = f"{step.removeprefix(object_server.url(''))}/{metadata}/__0_0.distcp"
+    data = bytearray(bytes(obstore.get(object_server.client(), key).bytes()))
+    data[len(data) // 2] ^= 1
+    obstore.put(object_server.client(), key, bytes(data))
+    assert main(["verify", step]) == 1
+    assert "has changed since it was written" in inspect_checkpoint(step, verify=True).damage[0]
+
+
+def read_metadata_of(step: str) -> str:
+    from shardsmith.ground.remote_path import as_path
+
+    return read_metadata(as_path(step)).attempt
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["to-dcp", "--model", "s3://bucket/x", "--output-dir", "out"],
+        ["to-hf", "--checkpoint", "x", "--base-model", "b", "--output-dir", "s3://bucket/x"],
+        ["watch", "s3://bucket/x"],
+        ["inspect", "hdfs://bucket/x"],
+        ["inspect", "x", "--html", "s3://bucket/x"],
+    ],
+)
+def test_what_a_command_cannot_reach_is_refused_by_name(
+    options: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(options) == 2
+    assert "is not supported" in capsys.readouterr().err
+    assert not [*tmp_path.iterdir()]
+
+
+def test_what_is_no_step_of_ours_says_what_to_name(step: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run = step.rpartition("/")[0]
+    assert main(["inspect", run]) == 1
+    assert f"such as {step}" in capsys.readouterr().out.replace("\n", "")
+    assert main(["inspect", f"{run}/nothing"]) == 2
+    assert "there is nothing of that name" in capsys.readouterr().err
