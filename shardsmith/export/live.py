@@ -128,13 +128,12 @@ class LiveExporter:
 
     def _settle(self, phase: str, model: LiveModel, held: Sequence[LiveBox]) -> list[int]:
         """Let rank 0 deal out the boxes of one model; the positions of those that this rank is to write."""
-        dealt = self._ranks.agree(
+        return self._ranks.deal(
             phase,
             lambda: [(box.name, box.box.offsets, box.box.sizes) for box in held],
             lambda said: _deal(model, said),
             large=True,
         )
-        return dealt[self._ranks.rank]
 
 
 class JointExport:

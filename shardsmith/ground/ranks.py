@@ -107,7 +107,18 @@ class Ranks:
 
         As ``gather`` followed by ``lead``, in one exchange. All ranks call it; raises what those raise.
         """
-        return self._exchange(phase, body, decide, large)[1]
+        decision: D = self._exchange(phase, body, decide, large)[1]
+        return decision
+
+    def deal(
+        self, phase: str, body: Callable[[], T], decide: Callable[[list[T]], Sequence[D]], *, large: bool = False
+    ) -> D:
+        """Run ``body`` on every rank, ``decide`` on rank 0 with all values; each rank gets its own answer.
+
+        As ``agree``, for what would grow with the square of the ranks if every rank were told all of it.
+        """
+        own: D = self._exchange(phase, body, decide, large, is_dealt=True)[1]
+        return own
 
     def lead(self, phase: str, body: Callable[[], T]) -> T:
         """Run ``body`` on rank 0 alone and return its value on every rank.
@@ -124,8 +135,7 @@ class Ranks:
         key = f"{self._name}/{next(self._phases)}"
         outcome, cause = _attempt(phase, body, large=True) if self.is_leader else (None, None)
         if outcome is not None:
-            self._put(key, outcome)
-            self._answered.append(key)
+            self._answered += self._put(key, outcome)
         else:
             outcome = self._get(key, phase, self.timeout_secs)
         if outcome.phase != phase:
@@ -151,17 +161,17 @@ class Ranks:
         return {rank: was_heard_of(rank, store) for rank in missing}
 
     def _exchange(
-        self, phase: str, body: Callable[[], T], decide: Callable[[list[T]], D], large: bool
-    ) -> tuple[list[T], D]:
-        """The values of all ranks, on rank 0 alone, and what rank 0 decided on them."""
+        self, phase: str, body: Callable[[], T], decide: Callable[[list[T]], Any], large: bool, is_dealt: bool = False
+    ) -> tuple[list[T], Any]:
+        """The values of all ranks, on rank 0 alone, and what rank 0 decided on them, for all or for this rank."""
         if self.size == 1:
             values = [body()]
-            return values, decide(values)
+            return values, decide(values)[0] if is_dealt else decide(values)
         mine, cause = _attempt(phase, body, large=large)
         key = self._key = f"{self._name}/{next(self._phases)}"
         try:
             if self.is_leader:
-                values, verdict, decided = self._judge(key, phase, mine, decide)
+                values, verdict, decided = self._judge(key, phase, mine, decide, is_dealt)
                 cause = cause or decided
             else:
                 self._put(f"{key}/{self.rank}", mine)
@@ -171,10 +181,12 @@ class Ranks:
         if verdict["failures"]:
             failures = {int(rank): text for rank, text in verdict["failures"].items()}
             raise RankFailedError(phase, failures, self.size) from cause
+        if is_dealt and not self.is_leader:  # it was put before the verdict
+            return values, self._get(f"{key}/own/{self.rank}", phase, self.timeout_secs).value
         return values, verdict["decision"]
 
     def _judge(
-        self, key: str, phase: str, mine: _Outcome, decide: Callable[[list[T]], D]
+        self, key: str, phase: str, mine: _Outcome, decide: Callable[[list[T]], Any], is_dealt: bool
     ) -> tuple[list[T], dict[str, Any], BaseException | None]:
         """Rank 0: hear all ranks, decide, and tell them. The values, the verdict, and what ``decide`` raised."""
         outcomes = [mine, *self._hear(key, phase)]
@@ -183,11 +195,15 @@ class Ranks:
         decision, cause = (_Outcome(phase), None) if failures else _attempt(phase, lambda: decide(values), large=True)
         if decision.error is not None:
             failures[0] = decision.error
-        verdict = {"failures": failures, "decision": decision.value}
-        self._put(f"{key}/verdict", _Outcome(phase, verdict))
+        verdict, put = {"failures": failures, "decision": decision.value}, list[str]()
+        if is_dealt and not failures:
+            verdict["decision"], *others = decision.value
+            for rank, own in enumerate(others, 1):
+                put += self._put(f"{key}/own/{rank}", _Outcome(phase, own))
+        put += self._put(f"{key}/verdict", _Outcome(phase, {**verdict, "decision": None} if is_dealt else verdict))
         # every rank has spoken in this phase, so it has read what was put for the phases before
         self._forget([*self._answered, *self._keys(key)])
-        self._answered = [f"{key}/verdict"]
+        self._answered = put
         return values, verdict, cause
 
     def _hear(self, key: str, phase: str) -> list[_Outcome]:
@@ -222,16 +238,18 @@ class Ranks:
     def _keys(self, key: str) -> list[str]:
         return [f"{key}/{rank}" for rank in range(1, self.size)]
 
-    def _put(self, key: str, outcome: _Outcome) -> None:
-        """Tell the others; what is long in several values, the first of which comes last and says how many."""
+    def _put(self, key: str, outcome: _Outcome) -> list[str]:
+        """Tell the others, and return the keys: what is long has several, of which the first is put last."""
         data = outcome.encode()
         parts = [data[at : at + _PART_BYTES] for at in range(0, len(data), _PART_BYTES)]
+        names = [f"{key}/part-{number}" for number in range(1, len(parts))]
         try:
-            for number, part in enumerate(parts[1:], 1):
-                self._store.set(f"{key}/part-{number}", part)
+            for name, part in zip(names, parts[1:], strict=True):
+                self._store.set(name, part)
             self._store.set(key, b"%d:" % len(parts) + parts[0])
         except RuntimeError as error:
             raise RankTimeoutError(outcome.phase, [0], self.timeout_secs, LOST) from error
+        return [key, *names]
 
     def _whole(self, key: str, data: bytes) -> bytes:
         """The value that was put, of which the first part is there already."""

@@ -105,8 +105,8 @@ class SaveInProgress:
         self._is_dealt_anew = answer["attempt"] is None
         if self._is_dealt_anew:
             entries, speakers = self._held.entries, answer["speakers"]
-            answer = self._ranks.agree(phase, lambda: self._share.report(entries, speakers), self._settle, large=True)
-            self._share.accept(entries, answer["shares"][self._ranks.rank])
+            answer = self._ranks.deal(phase, lambda: self._share.report(entries, speakers), self._settle, large=True)
+            self._share.accept(entries, answer["share"])
         self._attempt_id = answer["attempt"]
         self._own = self._share.own
 
@@ -202,9 +202,11 @@ class SaveInProgress:
             return {"attempt": self._make_directory()}
         return {"attempt": None, "speakers": speakers_of(votes)}
 
-    def _settle(self, reports: Sequence[Any]) -> dict[str, Any]:
+    def _settle(self, reports: Sequence[Any]) -> list[dict[str, Any]]:
+        """Rank 0: what each rank is to know."""
         shares = self._share.settle(reports, self._problems)
-        return {"attempt": self._make_directory(), "shares": shares}
+        attempt = self._make_directory()
+        return [{"attempt": attempt, "share": share} for share in shares]
 
     def _make_directory(self) -> str:
         self._attempt = begin_attempt(self.target)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -292,6 +293,33 @@ def run_large_values() -> None:
     assert ranks.agree("telling", lambda: long, lambda values: values[1], large=True) == long
     error = caught(lambda: ranks.gather("telling", lambda: long if ranks.rank else ""))
     assert "too many to tell the other ranks" in error.failures[1]
+    assert_in_step(ranks)
+
+
+def test_each_rank_is_dealt_its_own_and_told_nothing_of_the_others(tmp_path: Path) -> None:
+    run_on_ranks(run_dealt, 3, tmp_path)
+
+
+def run_dealt() -> None:
+    ranks = Ranks()
+    told = dict[str, int]()
+    put = ranks._put
+
+    def measured(key: str, outcome: Any) -> list[str]:
+        told[key] = len(outcome.encode())
+        return put(key, outcome)
+
+    ranks._put = measured  # type: ignore[method-assign]
+    long = "x" * (3 << 20)  # three parts
+    for _ in range(2):
+        own = ranks.deal("dealing", lambda: ranks.rank, lambda values: [f"{value}{long}" for value in values])
+        assert own == f"{ranks.rank}{long}"
+    if ranks.is_leader:
+        assert sum(told.values()) < 2 * 2 * len(long) + 1000
+    error = caught(lambda: ranks.deal("dealing", lambda: 1 // ranks.rank, lambda values: values))
+    assert list(error.failures) == [0]
+    error = caught(lambda: ranks.deal("dealing", lambda: 1, lambda values: [values[9]]))
+    assert "IndexError" in error.failures[0]
     assert_in_step(ranks)
 
 

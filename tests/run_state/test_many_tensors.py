@@ -40,9 +40,10 @@ def run_many(directory: Path) -> None:
     told: list[int] = []
     put = Ranks._put
 
-    def measured(self: Ranks, key: str, outcome: ground_ranks._Outcome) -> None:
-        put(self, key, outcome)
+    def measured(self: Ranks, key: str, outcome: ground_ranks._Outcome) -> list[str]:
+        keys = put(self, key, outcome)
         told.append(len(self._store.get(key)))
+        return keys
 
     Ranks._put = measured  # type: ignore[method-assign]
     rank, mesh = dist.get_rank(), init_device_mesh("cpu", (2,))
