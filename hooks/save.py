@@ -18,12 +18,12 @@ from torch.optim import Optimizer
 from shardsmith.checking.arguments import checked
 from shardsmith.checking.types import Place, Scheduler, StepNumber
 from shardsmith.errors import CheckpointNotFoundError, RankFailedError, UsageError
-from shardsmith.ground.commit import check_writable, place_link, remove, sweep
-from shardsmith.ground.layout import LATEST_LINK, step_name
+from shardsmith.ground.commit import check_writable, sweep
+from shardsmith.ground.layout import step_name
 from shardsmith.ground.logs import Stopwatch
 from shardsmith.ground.meeting import meet
 from shardsmith.ground.ranks import Ranks
-from shardsmith.ground.remote_path import RemotePath, as_path
+from shardsmith.ground.remote_path import as_path
 from shardsmith.ground.sizes import parse_size
 from shardsmith.manifest.checkpoints import committed_steps, refuse_within_step, set_aside_unfinished, set_later_aside
 from shardsmith.manifest.metadata import FileRecord, read_metadata
@@ -40,13 +40,14 @@ from shardsmith.tensors.device_copy import release_pinned
 
 from .background import Background, SavesInFlight, attempted, logged
 from .ema import EMA
-from .events import Event, event_of
+from .events import event_of
 from .hook import Hook
 from .options import SaveOptions, SaveWeights, SaveWriting, merge
 from .overlap import OpenCopy
-from .retention import Retention, steps_to_remove
-from .save_weights import HuggingFaceWeights, refuse_unused
+from .retention import Retention
+from .save_weights import HuggingFaceWeights, refuse_together
 from .schedule import Schedule
+from .step_folder import StepFolder
 from .wiring import Parts, alike
 
 log = logging.getLogger(__name__)
@@ -109,10 +110,8 @@ class ShardedSave(Hook):
         """
         writing = merge("ShardedSave", "writing", SaveWriting, writing, options)
         files = merge("ShardedSave", "files", SaveWeights, files, options)
-        refuse_unused(files, writing)
         self.directory = as_path(directory)
-        if files.weights == "huggingface" and isinstance(self.directory, RemotePath):
-            raise UsageError(f'{self.directory}: weights="huggingface" writes to local disks only; leave it out')
+        refuse_together(files, writing, self.directory)
         self.when = when
         self.keep = keep
         facts = alike(
@@ -148,7 +147,7 @@ class ShardedSave(Hook):
         if writing.staging == "overlap":
             self._copy.guard(optimizers, ema, in_background=writing.async_mode == "async")
         self._on_missing = on_missing
-        self._latest_link = self.directory / LATEST_LINK if writing.latest_link else None
+        self._steps = StepFolder(self.directory, keep, latest_link=writing.latest_link)
         self._replicas = ReplicaCheck(self._ranks, writing.compare_replicas)
         self.background = Background("shardsmith-save") if writing.async_mode == "async" else None
         self._share = Share(self._ranks.rank)
@@ -314,7 +313,7 @@ class ShardedSave(Hook):
                 if step is not None:
                     self._ranks.lead("setting later steps aside", partial(set_later_aside, place, step))
                 self._ranks.lead("setting aside what is half deleted", partial(self._set_aside_unfinished, found))
-                self._ranks.lead("pointing to the newest step", partial(self._point_to, found))
+                self._ranks.lead("pointing to the newest step", partial(self._steps.point_to, found))
             return found
         if directory is not None:
             raise CheckpointNotFoundError(place, "holds no checkpoint; name the directory that has the step-<n>")
@@ -370,27 +369,9 @@ class ShardedSave(Hook):
                 event = event_of("save", step, path, watch, self._ranks.size)
                 log.info("saved %s", event.line)
                 self.emit(event)
-            self._point_to(step)
-            self._remove_old()
+            self._steps.point_to(step)
+            self._steps.remove_old(self.emit)
         return path
-
-    def _point_to(self, step: int) -> None:
-        """Rank 0. Never raises: the checkpoint is saved all the same."""
-        if self._latest_link is not None:
-            with logged(f"making {self._latest_link}"):
-                place_link(self._latest_link, step_name(step))
-
-    def _remove_old(self) -> None:
-        """Never raises: the checkpoint is saved all the same, and the next save tries again."""
-        with logged(f"{self.directory}: looking for old checkpoints to remove"):
-            sweep(self.directory)
-            for step in steps_to_remove(self.keep, committed_steps(self.directory), directory=self.directory):
-                path = self.directory / step_name(step)
-                with logged(f"removing {path.name}"):
-                    if remove(path):
-                        self.emit(Event(kind="remove", step=step, path=str(path)))
-                    else:
-                        log.info("%s is being read; a later save removes it", path)
 
     def _report(self) -> None:
         """Wait for the save in flight, if there is one: announce it, or raise what failed in it."""

@@ -15,6 +15,7 @@ from shardsmith.errors import UsageError
 from shardsmith.export.live import LiveModel
 from shardsmith.ground.layout import EMA_PREFIX
 from shardsmith.ground.ranks import Ranks
+from shardsmith.ground.remote_path import RemotePath
 from shardsmith.hf.hf_directory import protect
 from shardsmith.run_state.save import Contents
 from shardsmith.run_state.weight_files import WeightFiles, WeightsDirectory
@@ -89,8 +90,12 @@ class HuggingFaceWeights:
                 yield EMA_PREFIX + fqn if fqn in average else fqn, name
 
 
-def refuse_unused(files: SaveWeights, writing: SaveWriting) -> None:
-    """Raise UsageError if options of ``ShardedSave`` do not go together."""
+def refuse_together(files: SaveWeights, writing: SaveWriting, directory: Path) -> None:
+    """Raise UsageError if options of ``ShardedSave`` do not go together, or not with its directory."""
+    if isinstance(directory, RemotePath):
+        given = {'weights="huggingface"': files.weights == "huggingface", "latest_link=True": writing.latest_link}
+        if refused := [name for name, is_given in given.items() if is_given]:
+            raise UsageError(f"{directory}: {' and '.join(refused)} is for local disks only; leave it out")
     changed = [f.name for f in fields(files) if f.name != "weights" and getattr(files, f.name) != f.default]
     if files.weights == "dcp" and changed:
         names = ", ".join(f"{name}=" for name in changed)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
 
 from tests.diagnosed_models import FAMILIES, Specimen, make_specimen
-from tests.object_server import ObjectServer, running_server
 from tests.ranks import run_on_ranks
 from tests.trained_runs import FROM_TRANSFORMERS, Trained, make_base, read_run, run_training
+
+if TYPE_CHECKING:
+    from tests.object_server import ObjectServer
 
 settings.register_profile("untimed", deadline=None)  # other work on the machine must not fail a test
 settings.load_profile("untimed")
@@ -56,6 +59,8 @@ def odd(trained: dict[tuple[str, int], Trained]) -> Trained:
 @pytest.fixture(scope="session")
 def object_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectServer]:
     """A real S3 server, empty but for what other tests put below names of their own."""
+    from tests.object_server import running_server  # its client is not in TorchTitan's environments
+
     with running_server(tmp_path_factory.mktemp("objects")) as server:
         yield server
 

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 from torch.optim import Optimizer
 
 from shardsmith.live.recognition import Recognition, is_same_memory, own_tensors
 from shardsmith.run_state.fsdp1_hybrid import hybrid_groups_have_a_source
 from shardsmith.run_state.optimizers import optimizer_refused
+from shardsmith.run_state.renamed_model import read_model
 from shardsmith.tensors.fqn import clean_fqn, tied_weights
 
 FLAT_OPTIMIZER = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -55,12 +56,12 @@ class KnownState:
 
 def ask_torch(model: nn.Module, optimizers: Sequence[Optimizer]) -> StateDicts:
     """The state by torch's own functions, to be read or loaded into. All ranks; communicates only under FSDP1."""
-    main = get_model_state_dict(model)
+    main = read_model(model)
     optimizer: Mapping[str, Any] = {}
     if optimizers:
         with hybrid_groups_have_a_source(model), _refused_by_torch(optimizers):
             optimizer = get_optimizer_state_dict(model, list(optimizers), options=FLAT_OPTIMIZER)
-    return StateDicts(dict(main), dict(optimizer), tied_weights(model))
+    return StateDicts(main, dict(optimizer), tied_weights(model))
 
 
 @contextlib.contextmanager

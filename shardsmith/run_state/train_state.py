@@ -8,10 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -24,6 +21,7 @@ from shardsmith.run_state.known_state import FLAT_OPTIMIZER, KnownState, StateDi
 from shardsmith.run_state.optimizers import check_optimizers
 from shardsmith.run_state.rank_states import PerRank
 from shardsmith.run_state.readable import made_readable
+from shardsmith.run_state.renamed_model import write_model
 from shardsmith.run_state.rng import rng_state, set_rng_state
 from shardsmith.run_state.save import RNG, Contents
 from shardsmith.run_state.saved_structure import INT_KEYS, with_text_keys
@@ -163,7 +161,7 @@ class TrainState:
         flat = {name: value for name, value in state.items() if name not in aside}
         main = state.get("model", {}) if self._nested else flat
         if main:
-            set_model_state_dict(self._model, main)
+            write_model(self._model, main)
         if self._optimizers:
             with hybrid_groups_have_a_source(self._model):
                 set_optimizer_state_dict(self._model, self._optimizers, state["optimizer"], options=FLAT_OPTIMIZER)
