@@ -15,7 +15,14 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.multiprocessing import ProcessExitedException
 from transformers import AutoModelForCausalLM
 
-from shardsmith import load_initial
+from shardsmith import (
+    Questions,
+    ShardedCheckpointManager,
+    diagnose_checkpoint,
+    inspect_checkpoint,
+    load_initial,
+    verify_checkpoints,
+)
 from shardsmith.commands.options import ExportArguments
 from shardsmith.commands.to_dcp import to_dcp
 from shardsmith.commands.to_hf import to_hf
@@ -29,6 +36,7 @@ from shardsmith.manifest.metadata import read_metadata
 from shardsmith.tensors.tensors import read_tensor
 from shardsmith.watch import Stop, Watcher, WatchOptions
 from tests.hooks.live_models import STEP, Case, build, change, keep_truth, shard
+from tests.hooks.test_save_faults import flip_a_bit
 from tests.ranks import run_on_ranks
 from tests.trained_runs import TOKENS
 
@@ -291,3 +299,25 @@ def test_a_model_that_a_module_holds_is_written_under_its_own_names(tmp_path: Pa
         torch.nn.init.zeros_(parameter)
     assert ShardedSave(tmp_path, model=other, ema=EMA(other, decay=0.5), when=at(1)).resume() == 1
     assert_same(other.state_dict(), holder.state_dict())
+
+
+def test_the_manager_and_the_commands_take_it(tmp_path: Path) -> None:
+    run_training_of("qwen3_moe", tmp_path / "run", 10, None)
+    step = tmp_path / "run/step-10"
+    model = build(Case(kind="qwen3_moe", sharding="none", ranks=0))
+    optimizer, ema = torch.optim.AdamW(model.parameters(), lr=1e-2), EMA(model, decay=0.9)
+    manager = ShardedCheckpointManager(tmp_path / "run", model=model, optimizer=optimizer, ema=ema)
+    assert manager.load_sharded_checkpoint().step == 10
+    manager.save_sharded_checkpoint(11)
+    before, after = read_metadata(step).tensors, read_metadata(tmp_path / "run/step-11").tensors
+    weights = [key for key in before if not key.startswith(("rng.", "train_state."))]
+    assert {key: before[key].digest for key in weights} == {key: after[key].digest for key in weights}
+    inspection = inspect_checkpoint(step, verify=True)
+    assert (inspection.format, inspection.models[1].name, inspection.damage) == ("sharded", "ema", ())
+    assert inspection.files["ema/model.safetensors"] == (step / "ema/model.safetensors").stat().st_size
+    assert verify_checkpoints(step, tmp_path / "run/step-11").same
+    assert [found.code for found in diagnose_checkpoint(step, step, Questions(level="model")).faults] == []
+    assert inspect_checkpoint(step / "ema", verify=True).damage == ()
+    flip_a_bit(step / "ema/model.safetensors")
+    assert inspect_checkpoint(step, verify=True).damage
+    assert inspect_checkpoint(step / "ema", verify=True).damage
