@@ -83,3 +83,18 @@ def test_events_are_passed_on(tmp_path: Path) -> None:
 def test_options_are_checked_when_it_is_made(options: dict[str, object], tmp_path: Path) -> None:
     with pytest.raises(UsageError):
         CheckpointHooks(tmp_path, **options)  # type: ignore[arg-type]
+
+
+def run_with_one_write(run: Path) -> None:
+    for epochs in (1, 2):
+        run_fit("fsdp2", run, epochs, "end.pt", save_options={"weights": "huggingface", "latest_link": True})
+
+
+def test_its_steps_can_be_hugging_face_directories(tmp_path: Path) -> None:
+    run_on_ranks(run_with_one_write, 2, tmp_path, tmp_path)
+    found = torch.load(tmp_path / "end.pt")
+    assert (found["step"], len(found["history"])) == (2 * BATCHES, BATCHES)  # the second run went on
+    for folder, model in ((".", "main"), ("ema", "ema")):
+        held = load_file(tmp_path / "checkpoints/latest" / folder / "model.safetensors")
+        assert held.keys() == {f"net.{name}" for name in found[model]}
+        assert all(torch.equal(held[f"net.{name}"], value) for name, value in found[model].items())
