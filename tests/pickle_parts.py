@@ -58,11 +58,12 @@ def properties(
     layout: bytes | None = None,
     memory_format: bytes | None = None,
     module: str = CHECKPOINT,
+    *more: bytes,
 ) -> bytes:
     dtype = dtype or name("torch", "float32")
     layout = layout or call(name("torch.serialization", "_get_layout"), text("torch.strided"))
     memory_format = memory_format or call(name(CHECKPOINT, "_MEM_FORMAT_ENCODING"), number(0))
-    state = sequence(dtype, layout, pickle.NEWFALSE, memory_format, pickle.NEWFALSE)
+    state = sequence(dtype, layout, pickle.NEWFALSE, memory_format, pickle.NEWFALSE, *more)
     return name(module, "TensorProperties") + pickle.EMPTY_TUPLE + pickle.NEWOBJ + state + pickle.BUILD
 
 

@@ -241,6 +241,13 @@ def test_properties_as_older_versions_pickled_them_are_read() -> None:
     assert found.entries["w"] == SavedTensor((4,), torch.bfloat16, (Chunk((0,), (4,)),))
 
 
+@pytest.mark.parametrize("strides", [pickle.NONE, sequence(number(1))])
+def test_the_strides_that_torch_2_15_adds_to_properties_are_passed_over(strides: bytes) -> None:
+    newer = tensor({"properties": properties(None, None, None, CHECKPOINT, strides)})
+    found = load_dcp_index(whole(index({"state_dict_metadata": mapping({W: newer})})), PATH)
+    assert found.entries["w"] == SavedTensor((4,), torch.float32, (Chunk((0,), (4,)),))
+
+
 def test_a_field_of_a_newer_torch_is_passed_over() -> None:
     newer = whole(index({"flavour": text("new"), "planner_data": pickle.NONE}), 5)
     assert load_dcp_index(newer, PATH).containers == {}

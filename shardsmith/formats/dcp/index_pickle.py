@@ -131,10 +131,10 @@ class _IndexDecoder:
         )
 
     def dtype(self, value: object) -> torch.dtype:
-        """Of a tensor's properties only this still means something; the other fields are deprecated."""
+        """Of a tensor's properties only this means something here; the sixth, from torch 2.15 on, are its strides."""
         if type(value) is not Made or value.of not in _PROPERTIES or type(value.state) is not tuple:
             self.fail("tensor properties", value)
-        dtype, layout = value.state[:2] if len(value.state) == 5 else (None, None)
+        dtype, layout = value.state[:2] if len(value.state) in (5, 6) else (None, None)
         if type(layout) is not Made or layout.of != _LAYOUT or type(dtype) is not Name or dtype not in DTYPES:
             self.fail("dtype and layout", value.state)
         if layout.args != ("torch.strided",):

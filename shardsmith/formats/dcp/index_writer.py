@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copyreg
 import io
 import pickle
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -66,5 +68,13 @@ def write_index(
         metadata.planner_data[key] = containers.get(key, (key,))
         metadata.storage_data[MetadataIndex(key)] = _StorageInfo(place.file, place.offset, place.length)
     out = io.BytesIO()
-    pickle.dump(metadata, out)
+    pickler = pickle.Pickler(out)
+    pickler.dispatch_table = copyreg.dispatch_table | {TensorProperties: _reduced}
+    pickler.dump(metadata)
     return out.getvalue()
+
+
+def _reduced(properties: Any) -> tuple[Any, ...]:
+    """As torch up to 2.14 writes them, and all versions read them: from 2.15 on there are strides, too."""
+    made_by, arguments, state = properties.__reduce_ex__(pickle.DEFAULT_PROTOCOL)
+    return made_by, arguments, state[:5]
