@@ -76,5 +76,5 @@ def write_index(
 
 def _reduced(properties: Any) -> tuple[Any, ...]:
     """As torch up to 2.14 writes them, and all versions read them: from 2.15 on there are strides, too."""
-    made_by, arguments, state = properties.__reduce_ex__(pickle.DEFAULT_PROTOCOL)
+    made_by, arguments, state, *_ = properties.__reduce_ex__(pickle.DEFAULT_PROTOCOL)
     return made_by, arguments, state[:5]
