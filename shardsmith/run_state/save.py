@@ -204,7 +204,8 @@ class SaveInProgress:
 
     def _settle(self, reports: Sequence[Any]) -> list[dict[str, Any]]:
         """Rank 0: what each rank is to know."""
-        shares = self._share.settle(reports, self._problems)
+        with without_collection():  # of boxes there are ranks times tensors
+            shares = self._share.settle(reports, self._problems)
         attempt = self._make_directory()
         return [{"attempt": attempt, "share": share} for share in shares]
 

@@ -68,7 +68,7 @@ class Share:
         Raises:
             RanksDisagreeError: they hold different things under one key, or not whole tensors; naming all of them.
         """
-        descriptions = {name: _unpacked(text) for name, text, _ in reports if text is not None}
+        descriptions = {name: json.loads(_unpacked(text)) for name, text, _ in reports if text is not None}
         held = [_entries(descriptions[name], boxes, rank) for rank, (name, _, boxes) in enumerate(reports)]
         speakers = [rank for rank, (_, text, _) in enumerate(reports) if text is not None]
         _refuse([*problems, *_differences({rank: held[rank] for rank in speakers})])
@@ -110,11 +110,10 @@ def _describe(entries: Sequence[Entry], rank: int) -> bytes:
     return json.dumps(rows, separators=(",", ":")).encode()
 
 
-def _entries(description: bytes, boxes: str, rank: int) -> list[Entry]:
-    """The inverse of ``_describe`` and ``_pack_boxes``."""
+def _entries(rows: Sequence[Any], boxes: str, rank: int) -> list[Entry]:
+    """The inverse of ``_describe``, decoded once for all ranks of a kind, and ``_pack_boxes``."""
     entries = []
     numbers = np.frombuffer(_unpacked(boxes), dtype=np.int64).tolist()
-    rows = json.loads(description)
     counts, at = numbers[: len(rows)], len(rows)
     for (steps, shape, dtype), count in zip(rows, counts, strict=True):
         path = tuple(f"rank-{rank}" if step == _OWN else step for step in steps)
