@@ -14,7 +14,7 @@ TITANS = 0.2 0.3
 TITAN ?= torchtitan
 TITAN_READY = $(TITANS:%=.venv-titan-%/.ready)
 
-.PHONY: demo test test-oldest test-titan canary families soak check coverage docs bench gpu gpu-wheels clean
+.PHONY: demo test test-oldest test-titan canary families soak check coverage docs bench bench-scale gpu gpu-wheels clean
 .DELETE_ON_ERROR:
 
 $(READY): pyproject.toml setup.cfg
@@ -88,6 +88,9 @@ docs: $(READY)  ## the documentation as a site in site/; every link and every na
 
 bench: $(READY)  ## us and what a user would pick instead, side by side (BENCH_ARGS="--parameters 700M --shards 4")
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+bench-scale: $(READY)  ## what ranks tell each other in saves of models too large for this machine, with made-up shards
+	$(BIN)/python -m benchmarks.scale
 
 gpu:  ## tests and figures on this machine's GPU, with the torch that $(PYTHON) has (GPU_ARGS="--device cpu" without one)
 	$(PYTHON) -m tests.gpu $(GPU_ARGS)

@@ -62,7 +62,7 @@ def separate_experts() -> dict[str, Shape]:
     return shapes
 
 
-MODELS = {"Llama 405B": (llama_405b, (8, 16, 64)), "48 x 128 separate experts": (separate_experts, (2, 4))}
+MODELS = {"Llama 405B": (llama_405b, (8, 32, 128)), "48 x 128 separate experts": (separate_experts, (2, 4))}
 """What makes the shapes of each, and the numbers of ranks that are measured."""
 
 
