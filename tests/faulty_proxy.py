@@ -17,7 +17,7 @@ Fault = Literal["503", "drop", "lost", "cut"]
 """An error of the server; no answer; done, but no answer; half an answer."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Request:
     """One request, as it came."""
 
@@ -39,6 +39,8 @@ class Proxy:
     requests: list[Request] = field(default_factory=list)
     fault: Callable[[Request, int], Fault | None] = lambda request, seen: None  # noqa: ARG005
     """Given a request, and how many of its method and key there were before it."""
+    done: Callable[[Request], None] = lambda request: None  # noqa: ARG005
+    """Called when the store has done a request, before its answer goes on."""
     sent: int = 0
     """Bytes of answers to GET."""
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -65,7 +67,8 @@ def proxied(server: ObjectServer) -> Iterator[Proxy]:
 
         def handle_any(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            fault = proxy.note(Request(self.command, self.path, len(body)))
+            request = Request(self.command, self.path, len(body))
+            fault = proxy.note(request)
             if fault == "503":
                 self.answer(503, {}, b"<Error><Code>SlowDown</Code></Error>")
                 return
@@ -77,6 +80,7 @@ def proxied(server: ObjectServer) -> Iterator[Proxy]:
             reply = upstream.getresponse()
             data = reply.read()
             upstream.close()
+            proxy.done(request)
             if fault == "lost":
                 self.hang_up()
                 return

@@ -33,6 +33,7 @@ ABANDONED_AFTER = timedelta(hours=24)
 """Of an attempt on another host, about which nothing else can be known: so long after its last file it is dead."""
 _OWNER = re.compile(r"\.(?P<attempt>[0-9a-f]{16})\.owner")
 _ASIDE = re.compile(r"metadata\.(damaged|superseded)-(?P<attempt>[0-9a-f]{16})\.json")
+_PROBE = re.compile(r"\.probe-[0-9a-f]{16}")
 _ATTEMPT = re.compile(r"[0-9a-f]{16}")
 _alive: set[str] = set()
 
@@ -58,8 +59,7 @@ class RemoteAttempt:
         self.directory = target / self.id
         self._manifest: bytes | None = None
         refuse_existing(target)
-        owner = self._owner
-        owner.store.put(owner.key, json.dumps(_this_process()).encode())
+        _put_owner(self._owner)
         _alive.add(self.id)
 
     def write(self, name: str, content: bytes) -> int:
@@ -147,10 +147,13 @@ def remove(step: RemotePath) -> bool:
         attempt = attempt_of(step)
     except FileNotFoundError:
         return False
+    if attempt is not None:
+        _put_owner(step / f".{attempt}.owner")  # by which a sweep tells that the deletion did not finish
     manifest.store.delete([manifest.key])
     step.forget()
     if attempt is not None:
-        _delete(step.store.objects((step / attempt).key), step)
+        files = [one.key for one in step.store.objects((step / attempt).key)]
+        step.store.delete([*files, f"{step.key}/.{attempt}.owner"])
     return True
 
 
@@ -177,12 +180,19 @@ def sweep(parent: RemotePath) -> list[RemotePath]:
     An attempt of this host is dead when its process is; of another host, when its last file is a day old.
     """
     swept = []
-    for step, found in _steps_in(parent).items():
+    listed = parent.store.objects(parent.key)
+    probes = [one for one in listed if _PROBE.fullmatch(one.key.rpartition("/")[2])]
+    _delete(probes, parent)  # whoever made one has seen what it wanted
+    for step, found in _steps_in(parent, listed).items():
         for attempt in found.suspects():
             place = parent / step / attempt
-            if _is_dead(place, found) and attempt_of_any(parent / step) != attempt:
+            owner = [found.owners[attempt]] if attempt in found.owners else []
+            if not _is_dead(place, found):
+                continue
+            if attempt_of_any(parent / step) == attempt:
+                _delete(owner, place)  # of one that died after its commit
+            else:
                 log.info("removing %s, left by an attempt that did not finish", place)
-                owner = [found.owners[attempt]] if attempt in found.owners else []
                 _delete([*found.attempts.get(attempt, ()), *owner], place)
                 swept.append(place)
     return swept
@@ -245,10 +255,10 @@ class _Found:
         return sorted(all_of_them)
 
 
-def _steps_in(parent: RemotePath) -> dict[str, _Found]:
+def _steps_in(parent: RemotePath, listed: Iterable[StoredObject]) -> dict[str, _Found]:
     steps: dict[str, _Found] = defaultdict(_Found)
     prefix = f"{parent.key}/" if parent.key else ""
-    for one in parent.store.objects(parent.key):
+    for one in listed:
         step, *names = one.key.removeprefix(prefix).split("/")
         if names and layout.parse_step(step) is not None:
             steps[step].add(names, one)
@@ -265,6 +275,10 @@ def _is_dead(place: RemotePath, found: _Found) -> bool:
         objects.append(owner)
     newest = max(one.modified for one in objects)
     return datetime.now(UTC) - newest > ABANDONED_AFTER
+
+
+def _put_owner(owner: RemotePath) -> None:
+    owner.store.put(owner.key, json.dumps(_this_process()).encode())
 
 
 def _owner_lives(owner: RemotePath) -> bool | None:
