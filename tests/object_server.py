@@ -22,7 +22,7 @@ from obstore.store import S3Store
 _READY_SECS = 60.0
 _PR_SET_PDEATHSIG = 1
 _PORTS = ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc")
-_S3_PORTS = ("s3.port", "s3.port.grpc", "s3.port.iceberg")
+_S3_PORTS = ("s3.port", "s3.port.grpc")
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,8 @@ def running_server(folder: Path) -> Iterator[ObjectServer]:
         "-volume.max=64",
         "-master.electionTimeout=1s",
         "-master.telemetry=false",
+        "-s3.port.iceberg=0",  # off: those two have ports of their own, on which a second server would fail
+        "-s3.port.lance=0",
         *(f"-{name}={port}" for name, port in ports.items()),
     ]
     with (folder / "log").open("wb") as log:
