@@ -37,7 +37,7 @@ class CheckpointHooks:
     average. A resume is verified with it, and keep_latest_k counts no step without it. Set by ema_decay too."""
     engine: bool = False
     """Write TorchTitan's step folders with the writer of ShardedSave instead of torch's: the same keys, modes and
-    names, in less time. TorchTitan reads them with and without these hooks. A folder appears when it is complete, and
+    names. TorchTitan reads them with and without these hooks. A folder appears when it is complete, and
     has its metadata.json then. What checkpoint.last_save_in_hf asks for is still written by TorchTitan."""
     save_on_sigterm: bool = True
     """On SIGTERM, which announces the end of a machine, save the step that all ranks are at and end the run with exit
