@@ -183,6 +183,27 @@ def test_transformers_loads_each_step_and_its_average_with_the_live_logits(saved
         assert torch.equal(loaded(TOKENS).logits, twin(TOKENS).logits)
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3_moe"])
+def test_each_step_of_a_run_answers_as_the_live_model_did(tmp_path: Path, kind: str) -> None:
+    model = build(Case(kind=kind, sharding="none", ranks=0))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    ema = EMA(model, decay=0.5)
+    save = ShardedSave(tmp_path, model=model, optimizer=optimizer, ema=ema, when=every(1), weights="huggingface")
+    live = {}
+    with Hooks(ema, save) as hooks:
+        for step in range(1, 6):
+            model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            hooks.step(step)
+            with torch.no_grad():
+                live[f"step-{step}"] = model(TOKENS).logits
+                with ema.swapped_in():
+                    live[f"step-{step}/ema"] = model(TOKENS).logits
+    for place, logits in live.items():
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / place, dtype="auto")(TOKENS).logits, logits)
+
+
 def test_it_is_the_base_of_a_cast_that_copies_nothing_of_the_checkpoint(saved: Path, tmp_path: Path) -> None:
     step = saved / str(CASES[0]) / f"step-{STEP}"
     cast = ExportArguments(dtype="bfloat16")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,9 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
+from torch.multiprocessing import ProcessExitedException
 
-from shardsmith.hooks import EMA, Hooks, ShardedSave, at
+from shardsmith.hooks import EMA, Hooks, ShardedSave, at, every
 from shardsmith.integrations.torchtitan.models import TitanModel, build_titan_model
 from shardsmith.manifest.metadata import read_metadata
 from shardsmith.tensors.fqn import tied_weights
@@ -36,7 +39,7 @@ def on_cpu(titan: TitanModel) -> nn.Module:
     return model
 
 
-def run_training(title: str, directory: Path, steps: int) -> None:
+def run_training(title: str, directory: Path, steps: int, kill_after: int | None = None) -> None:
     """Nothing of the model but its weights is needed: each step is the same however they are sharded."""
     titan = build_titan_model(title)
     model = on_cpu(titan)
@@ -46,16 +49,19 @@ def run_training(title: str, directory: Path, steps: int) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     ema = EMA(model, decay=0.5)
     save = ShardedSave(
-        directory, model=model, optimizer=optimizer, ema=ema, when=at(2, 4), weights="huggingface", names=names
+        directory, model=model, optimizer=optimizer, ema=ema, when=every(10), weights="huggingface", names=names
     )
     hooks = Hooks(ema, save)
     step = hooks.resume()
     while step < steps:
         for parameter in model.parameters():
-            parameter.grad = parameter.detach() * (step + 1)
+            parameter.grad = parameter.detach() * (step % 5 - 2)
         optimizer.step()
         step += 1
         hooks.step(step)
+        if step == kill_after:
+            save.saving(10).result()
+            os.kill(os.getpid(), signal.SIGKILL)
     hooks.close()
 
 
@@ -63,17 +69,19 @@ def run_training(title: str, directory: Path, steps: int) -> None:
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 @pytest.mark.parametrize("title", TITLES)
 def test_its_files_are_the_adapters_and_a_resume_on_other_ranks_goes_on(tmp_path: Path, title: str) -> None:
-    run_training(title, tmp_path / "straight", 4)
-    run_on_ranks(run_training, 2, tmp_path, title, tmp_path / "resumed", 2, preload=[])
-    run_training(title, tmp_path / "resumed", 4)
-    wanted, found = (read_metadata(tmp_path / run / "step-4").tensors for run in ("straight", "resumed"))
+    run_training(title, tmp_path / "straight", 20)
+    with pytest.raises(ProcessExitedException, match="SIGKILL"):
+        run_on_ranks(run_training, 2, tmp_path, title, tmp_path / "resumed", 20, 13, preload=[])
+    assert read_metadata(tmp_path / "resumed" / "step-10").world_size == 2
+    run_training(title, tmp_path / "resumed", 20)
+    wanted, found = (read_metadata(tmp_path / run / "step-20").tensors for run in ("straight", "resumed"))
     assert {key: wanted[key] for key in wanted if not key.startswith("rng.")} == {
         key: found[key] for key in found if not key.startswith("rng.")
     }
     titan, live = build_titan_model(title), build_titan_model(title)
     model, twin = on_cpu(live), on_cpu(titan)
-    assert ShardedSave(tmp_path / "resumed", model=model, when=at(4)).resume(parts=["model"]) == 4
-    step = tmp_path / "resumed" / "step-4"
+    assert ShardedSave(tmp_path / "resumed", model=model, when=at(20)).resume(parts=["model"]) == 20
+    step = tmp_path / "resumed" / "step-20"
     state = model.state_dict()
     expected = titan.adapter.to_hf(dict(state))
     files = {name: value for path in step.glob("model*.safetensors") for name, value in load_file(path).items()}
