@@ -10,7 +10,7 @@ from typing import Any, Literal, TypedDict, TypeVar
 from torch import Tensor
 
 from shardsmith.checking.arguments import checked_fields
-from shardsmith.checking.types import Count, HasFiles, LocalPath, Seconds, Size
+from shardsmith.checking.types import Count, Dtype, HasFiles, LocalPath, Seconds, Size
 from shardsmith.errors import UsageError
 from shardsmith.name_maps.maps import NameMap
 
@@ -185,6 +185,9 @@ class SaveWeights:
     """As in ``ExportWeights``."""
     max_shard_size: Size | None = "5GB"
     """Several files with an index if the weights are larger; None makes one file."""
+    weights_dtype: Dtype | None = None
+    """The dtype that the parameters are expected to train in, which is that of the files. Another is refused, since
+    rounded weights would not resume exactly. The average is written in its own dtype."""
 
 
 class SaveOptions(TypedDict, total=False):
@@ -197,6 +200,7 @@ class SaveOptions(TypedDict, total=False):
     trust_remote_code: bool
     names: str | NameMap
     max_shard_size: Size | None
+    weights_dtype: Dtype | None
 
     async_mode: Literal["async", "disabled"]
     staging: Literal["copy", "overlap"]

@@ -21,6 +21,8 @@ from shardsmith.run_state.save import Contents
 from shardsmith.run_state.weight_files import WeightFiles, WeightsDirectory
 from shardsmith.tensors.checkpoint_keys import EMA as AVERAGE
 from shardsmith.tensors.checkpoint_keys import MAIN
+from shardsmith.tensors.dtypes import cast_specs, parse_dtypes
+from shardsmith.tensors.tensors import TensorSpec
 
 from .adapters import view_of
 from .ema import EMA
@@ -46,6 +48,7 @@ class HuggingFaceWeights:
             UsageError: the model cannot be written so.
             RankFailedError, CheckpointError: the base model cannot be read, or does not fit.
         """
+        _refuse_rounding(model, options)
         base: list[Path] = []
         if options.base_model is not None:
             name = str(options.base_model)
@@ -104,6 +107,22 @@ def refuse_together(files: SaveWeights, writing: SaveWriting, directory: Path) -
         raise UsageError(
             'ShardedSave: layout="nested" is about keys in DCP files, and weights="huggingface" puts none there; '
             "leave one of the two out"
+        )
+
+
+def _refuse_rounding(model: nn.Module, options: SaveWeights) -> None:
+    """Raise UsageError if parameters train in another dtype than the files are to have."""
+    if options.weights_dtype is None:
+        return
+    specs = [TensorSpec(name, tuple(value.shape), value.dtype) for name, value in model.named_parameters()]
+    pairs = zip(specs, cast_specs(specs, parse_dtypes(options.weights_dtype)), strict=True)
+    if changed := [(spec, cast) for spec, cast in pairs if spec.dtype != cast.dtype]:
+        spec, cast = changed[0]
+        raise UsageError(
+            f"ShardedSave: weights_dtype={options.weights_dtype!r}: {len(changed)} of {len(specs)} parameters train in "
+            f"another dtype, such as {spec.name} ({str(spec.dtype)[6:]} for {str(cast.dtype)[6:]}); rounded weights "
+            "would not resume exactly. Leave it out, and cast a step where it is served: shardsmith to-hf --checkpoint "
+            "STEP --base-model STEP --output-dir SERVED; or let HFExport write in that dtype beside the saves"
         )
 
 

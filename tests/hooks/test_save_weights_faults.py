@@ -8,6 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
 
 from shardsmith.errors import IncompleteCheckpointError, MismatchError, UsageError
 from shardsmith.hooks import EMA, ShardedSave, every
@@ -126,6 +129,8 @@ def test_another_model_is_refused_and_nothing_is_loaded(run: Path) -> None:
         ({"max_shard_size": "1GB", "names": "identity"}, "names=, max_shard_size= is for"),
         ({"weights": "huggingface", "layout": "nested"}, 'layout="nested" is about keys in DCP files'),
         ({"weights": "hugging_face"}, "huggingface"),
+        ({"weights_dtype": "bf16"}, "weights_dtype= is for"),
+        ({"weights": "huggingface", "weights_dtype": "bf16"}, "parameters train in another dtype, such as .* to-hf"),
         ({"weights": "huggingface", "base_model": "no-such-directory"}, "no-such-directory"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
@@ -136,3 +141,12 @@ def test_arguments_that_do_not_fit_are_refused_when_it_is_made(
     with pytest.raises(Exception, match=text) as error:
         ShardedSave(tmp_path / "run", model=filled(1), when=every(1), **options)
     assert type(error.value).__module__ == "shardsmith.errors"
+
+
+def test_the_dtype_that_trains_may_be_said(tmp_path: Path) -> None:
+    model = nn.Linear(3, 3, dtype=torch.bfloat16)
+    options = {"weights": "huggingface", "weights_dtype": torch.bfloat16}
+    save = ShardedSave(tmp_path, model=model, when=every(1), async_mode="disabled", **options)
+    save.save(1)
+    files = load_file(tmp_path / "step-1" / "model.safetensors")
+    assert {name: value.dtype for name, value in files.items()} == dict.fromkeys(["bias", "weight"], torch.bfloat16)
