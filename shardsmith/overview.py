@@ -183,8 +183,10 @@ def remove_leftovers(run: Path, leftovers: Iterable[Leftover]) -> list[Leftover]
 
 def _summary(run: Path, step: int, folder: Path, waited: Mapping[str, float], *, verify: bool) -> StepSummary:
     found = detect_checkpoint_format(folder)
-    is_export = (folder / layout.PROVENANCE_FILE).is_file() or (
-        found.name == HUGGINGFACE and not is_complete(folder) and not (folder / _OF_TRAINERS).is_file()
+    is_checkpoint = (folder / layout.METADATA_FILE).is_file()  # which may be a Hugging Face directory, too
+    is_export = not is_checkpoint and (
+        (folder / layout.PROVENANCE_FILE).is_file()
+        or (found.name == HUGGINGFACE and not is_complete(folder) and not (folder / _OF_TRAINERS).is_file())
     )
     problems = [f"is no checkpoint that we know: {found.reason}"] if found.name == UNKNOWN else []
     models: tuple[str, ...] = ()

@@ -68,6 +68,17 @@ def test_every_step_is_listed_with_its_exports(run: Path) -> None:
     assert all(one.is_recorded for one in found.steps)
 
 
+def test_a_step_that_is_a_hugging_face_directory_is_a_checkpoint_of_the_run(run: Path) -> None:
+    save = ShardedSave(run / "checkpoints", model=nn.Linear(4, 3), when=every(2), weights="huggingface")
+    save.save(8)
+    save.close()
+    found = [one for one in inspect_run(run).steps if one.step == 8]
+    assert [(one.path, one.kind, one.models, one.problems) for one in found] == [
+        ("checkpoints/step-8", "checkpoint", ("main",), ())
+    ]
+    assert newest_step(run) == run / "checkpoints/step-8"
+
+
 def test_the_folder_of_the_steps_is_a_run_too(run: Path) -> None:
     assert [one.path for one in inspect_run(run / "checkpoints").steps] == ["step-2", "step-4", "step-6"]
 
