@@ -20,6 +20,7 @@ from shardsmith.integrations.torchtitan.models import TitanModel, build_titan_mo
 from shardsmith.manifest.metadata import read_metadata
 from shardsmith.tensors.fqn import tied_weights
 from tests.ranks import run_on_ranks
+from tests.titan.jobs import PRELOADED
 from tests.titan.small_models import TIED_DENSE
 from tests.titan.test_names import names_of
 
@@ -71,7 +72,7 @@ def run_training(title: str, directory: Path, steps: int, kill_after: int | None
 def test_its_files_are_the_adapters_and_a_resume_on_other_ranks_goes_on(tmp_path: Path, title: str) -> None:
     run_training(title, tmp_path / "straight", 20)
     with pytest.raises(ProcessExitedException, match="SIGKILL"):
-        run_on_ranks(run_training, 2, tmp_path, title, tmp_path / "resumed", 20, 13, preload=[])
+        run_on_ranks(run_training, 2, tmp_path, title, tmp_path / "resumed", 20, 13, preload=PRELOADED)
     assert read_metadata(tmp_path / "resumed" / "step-10").world_size == 2
     run_training(title, tmp_path / "resumed", 20)
     wanted, found = (read_metadata(tmp_path / run / "step-20").tensors for run in ("straight", "resumed"))
