@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -23,10 +22,10 @@ def spawn_ranks(
     """Run on ranks of their own; what rank 0 returns."""
     result = folder.parent / f"{folder.name}-{body.__name__}.json"
     folder.mkdir(parents=True)
-    with socket.socket() as probe:  # a TCP store, as torchrun has it; a file store would be slower than any export
-        probe.bind(("127.0.0.1", 0))
-        store = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
-    mp.start_processes(_rank, (body, ranks, store, backend, folder, result, arguments), ranks, start_method="spawn")
+    # A TCP store in this process, as torchrun has it; a file store would be slower than any export.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    given = (body, ranks, store.port, backend, folder, result, arguments)
+    mp.start_processes(_rank, given, ranks, start_method="spawn")
     shutil.rmtree(folder)
     content: dict[str, Any] = json.loads(result.read_text())
     return content
@@ -36,7 +35,7 @@ def _rank(
     rank: int,
     body: Callable[..., Any],
     ranks: int,
-    store: str,
+    port: int,
     backend: str,
     folder: Path,
     result: Path,
@@ -44,7 +43,8 @@ def _rank(
 ) -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    dist.init_process_group(backend, init_method=store, rank=rank, world_size=ranks)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks)
     found = body(rank, folder, *arguments)
     if rank == 0:
         result.write_text(json.dumps(found))

@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 from rich.tree import Tree
+from torch.distributed import TCPStore
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 LOOP = Path(__file__).with_name("fsdp2_loop.py")
@@ -119,10 +119,15 @@ def load(directory: Path, test: torch.Tensor) -> tuple[float, str]:
 
 def train(run: Path, steps: int, kill_at: int | None = None) -> list[str]:
     """Run the training loop on two ranks and return what rank 0 printed; kill both at a step, if one is given."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = {"WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # here, as torchrun holds it for its ranks
+    common = {
+        "WORLD_SIZE": str(RANKS),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, str(LOOP), "--directory", str(run), "--steps", str(steps)]
     processes = [
         subprocess.Popen(

@@ -7,7 +7,6 @@ import ctypes
 import json
 import os
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -19,10 +18,12 @@ from typing import Any
 import obstore
 from obstore.store import S3Store
 
+from tests.ports import free_ports
+
 _READY_SECS = 60.0
 _PR_SET_PDEATHSIG = 1
-_PORTS = ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc")
-_S3_PORTS = ("s3.port", "s3.port.grpc")
+_ATTEMPTS = 5
+_PORTS = tuple(f"{part}.port{kind}" for part in ("master", "volume", "filer", "s3") for kind in ("", ".grpc"))
 
 
 @dataclass(frozen=True)
@@ -68,16 +69,41 @@ class ObjectServer:
 @contextlib.contextmanager
 def running_server(folder: Path) -> Iterator[ObjectServer]:
     """Within it the server runs; it is killed at the end, also if this process is."""
-    ports = dict(zip((*_PORTS, *_S3_PORTS), _free_ports(len(_PORTS) + len(_S3_PORTS)), strict=True))
+    with contextlib.ExitStack() as running:
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                server = running.enter_context(_started(folder / str(attempt)))
+                break
+            except RuntimeError:  # somebody has taken one of its ports in the meantime
+                if attempt == _ATTEMPTS:
+                    raise
+        yield server
+
+
+@contextlib.contextmanager
+def _started(folder: Path) -> Iterator[ObjectServer]:
+    ports = dict(zip(_PORTS, free_ports(len(_PORTS)), strict=True))
     server = ObjectServer(f"http://127.0.0.1:{ports['s3.port']}")
     identity: dict[str, Any] = {
         "name": "tests",
         "credentials": [{"accessKey": server.access_key, "secretKey": server.secret_key}],
         "actions": ["Admin", "Read", "Write", "List", "Tagging"],
     }
+    (folder / "data").mkdir(parents=True)
     (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
-    (folder / "data").mkdir()
-    command = [
+    with (folder / "log").open("wb") as log:
+        command = _command(folder, ports)
+        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, preexec_fn=_die_with_parent)
+    try:
+        _await(server, process, folder / "log")
+        yield server
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _command(folder: Path, ports: dict[str, int]) -> list[str]:
+    return [
         _executable(),
         "server",
         f"-dir={folder / 'data'}",
@@ -94,14 +120,6 @@ def running_server(folder: Path) -> Iterator[ObjectServer]:
         "-s3.port.lance=0",
         *(f"-{name}={port}" for name, port in ports.items()),
     ]
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, preexec_fn=_die_with_parent)
-    try:
-        _await(server, process, folder / "log")
-        yield server
-    finally:
-        process.kill()
-        process.wait()
 
 
 def _executable() -> str:
@@ -119,16 +137,6 @@ def _await(server: ObjectServer, process: subprocess.Popen[bytes], log: Path) ->
         except Exception as error:
             if process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"the server does not answer:\n{log.read_text(errors='replace')[-4000:]}") from error
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 def _die_with_parent() -> None:

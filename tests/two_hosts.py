@@ -10,13 +10,14 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from tests.ports import free_ports
 
 ROOT = Path(__file__).parent.parent
 
@@ -106,9 +107,7 @@ def _namespaces(undo: contextlib.ExitStack) -> tuple[Host, Host] | None:
 
 
 def _loopback() -> tuple[Host, Host]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    (port,) = free_ports(1)
     return Host("127.0.0.1", "lo", None, port, True), Host("127.0.0.2", "lo", None, port, False)
 
 
