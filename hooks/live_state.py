@@ -124,7 +124,7 @@ class LiveState:
         """What the files of the main weights are called. After ``read_files``."""
         return main_stem(self._config)
 
-    def unite(self, ranks: Ranks) -> None:
+    def unite(self, ranks: Ranks) -> Stages:
         """From now on the files hold what all ranks together have: each has a stage of a pipeline.
 
         After ``read_files``. All ranks, main thread; communicates.
@@ -133,6 +133,7 @@ class LiveState:
             RankFailedError: on all ranks, if two of them have tensors of one name that are not alike.
         """
         self._stages = Stages.of(ranks, self._model, self._ema)
+        return self._stages
 
     @contextlib.contextmanager
     def staging(self) -> Iterator[None]:

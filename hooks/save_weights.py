@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -41,8 +41,27 @@ AVERAGE_FOLDER = "ema"
 class HuggingFaceWeights:
     """Plans, for each save, the directories that its weights go to."""
 
-    def __init__(self, model: nn.Module, ema: EMA | None, options: SaveWeights, directory: Path, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        ema: EMA | None,
+        options: SaveWeights,
+        directory: Path,
+        ranks: Ranks,
+        *,
+        stages: bool = False,
+        facts: Mapping[str, Callable[[], Any]] | None = None,
+    ) -> None:
         """Read the base model, and compare it with the model that trains. All ranks; communicates.
+
+        Args:
+            model: The model that trains.
+            ema: The average to save, too.
+            options: What lies in the directories.
+            directory: Where the checkpoints are.
+            ranks: All ranks of the run.
+            stages: The model is a stage of a pipeline, and other ranks have the others.
+            facts: As ``extra_facts`` of ``ExportFiles``.
 
         Raises:
             UsageError: the model cannot be written so.
@@ -54,17 +73,18 @@ class HuggingFaceWeights:
             name = str(options.base_model)
             ranks.gather("finding the base model", lambda: base.append(find_model(name, fetch=False)))
             protect(directory / "step-0", base[0])
-        self._view = _view_of(model)
+        self._view = _view_of(model, options)
         self._state = LiveState(
             model,
             ema,
-            ModelFiles.of(_as_export_files(options), base[0] if base else None),
+            ModelFiles.of(_as_export_files(options, facts), base[0] if base else None),
             dtype="original",
             max_shard_size=options.max_shard_size,
             names=options.names,
             view=self._view,
         )
         ranks.gather("reading the base model", self._state.read_files)
+        self._stages = self._state.unite(ranks) if stages else None
         stem = self._state.stem if self._view is None else self._view.stem
         self._directories = [LiveDirectory("", {MAIN: stem})]
         if ema is not None:
@@ -74,7 +94,8 @@ class HuggingFaceWeights:
     def added_to(self, contents: Contents, target: Path) -> Contents:
         """Return what is saved, with the plan of its weights. All ranks; communicates under FSDP1."""
         directories = [self._directory(directory, contents, target) for directory in self._directories]
-        return replace(contents, weights=WeightFiles(directories, contents.tied))
+        tied = contents.tied if self._stages is None else self._stages.aliases  # every rank has the same plan
+        return replace(contents, weights=WeightFiles(directories, tied))
 
     def _directory(self, directory: LiveDirectory, contents: Contents, target: Path) -> WeightsDirectory:
         (live,) = self._state.models(directory)
@@ -84,12 +105,19 @@ class HuggingFaceWeights:
 
     def _names(self, directory: LiveDirectory, live: LiveModel, state: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         """Key in the state -> name that the model's plan starts from, of all that the files hold."""
-        average = state.get("ema_model", {}) if AVERAGE in directory.stems else {}
         left_out = live.translation.left_out if live.translation is not None else {}
-        own = [key for key, value in {**state, **average}.items() if isinstance(value, Tensor)]
+        if self._stages is None:
+            average = frozenset(state.get("ema_model", {}))
+            own = [key for key, value in state.items() if isinstance(value, Tensor)]
+            there: Collection[str] = live.tensors
+        else:
+            average, own, there = self._stages.averaged, list(self._stages.specs), self._stages.specs
+        if AVERAGE not in directory.stems:
+            average = frozenset()
+        own = [*dict.fromkeys([*own, *average])]
         named = {key: key for key in own} if self._view is None else self._view.names(own)
         for fqn, name in named.items():
-            if name in live.tensors and name not in left_out:
+            if name in there and name not in left_out:
                 yield EMA_PREFIX + fqn if fqn in average else fqn, name
 
 
@@ -126,9 +154,9 @@ def _refuse_rounding(model: nn.Module, options: SaveWeights) -> None:
         )
 
 
-def _view_of(model: nn.Module) -> View | None:
+def _view_of(model: nn.Module, options: SaveWeights) -> View | None:
     """Raises UsageError for what is written in another form than it is trained in."""
-    view = view_of(model, "adapter", held=True)
+    view = view_of(model, "adapter", held=options.names == "auto")
     if view is not None and not isinstance(view, HeldView):
         raise UsageError(
             'weights="huggingface": a model of peft is saved as DCP; export its adapter beside that with HFExport'
@@ -136,10 +164,11 @@ def _view_of(model: nn.Module) -> View | None:
     return view
 
 
-def _as_export_files(options: SaveWeights) -> ExportFiles:
+def _as_export_files(options: SaveWeights, facts: Mapping[str, Callable[[], Any]] | None) -> ExportFiles:
     return ExportFiles(
         base_model=options.base_model,
         processor=options.processor,
         extra_files=options.extra_files,
+        extra_facts=facts,
         trust_remote_code=options.trust_remote_code,
     )

@@ -29,6 +29,7 @@ from shardsmith.hooks import (
     last,
     latest,
 )
+from shardsmith.hooks.save_weights import HuggingFaceWeights
 from shardsmith.hooks.schedule import Schedule
 from shardsmith.hooks.stages import are_stages, names_on_all
 from shardsmith.name_maps.maps import NameMap
@@ -44,6 +45,7 @@ from .inner import InnerNames, find_held, refuse_replaced
 from .load import stored_keys
 from .lora import LoraAlone, MergedLora, find_lora
 from .names import TorchTitanNames
+from .one_write import files_of, refuse_unfit
 from .options import CheckpointHooks
 from .router_bias import ROUTER_BIAS_FILE, RouterBias
 from .settings import refuse_other_settings
@@ -70,6 +72,7 @@ class Attached:
         folder: Path,
         keep_latest_k: int,
         saves: bool,
+        last_dtype: str | None = None,
     ) -> None:
         """All ranks, when the model is initialized; communicates where anything is wanted.
 
@@ -83,6 +86,7 @@ class Attached:
             folder: TorchTitan's checkpoint folder.
             keep_latest_k: Number of steps that TorchTitan keeps; 0 keeps all.
             saves: Whether TorchTitan saves checkpoints at all.
+            last_dtype: Dtype of the last step where that has weights alone; None where it has all.
 
         Raises:
             UsageError: an option does not fit this run.
@@ -103,6 +107,7 @@ class Attached:
         self.recorder: Recorder | None = None
         self.engine: Engine | None = None
         self._export: HFExport | None = None
+        refuse_unfit(united(model_parts), options, last_dtype)
         self._attach(options, united(model_parts), sd_adapter, dump_folder, folder, keep_latest_k, saves)
         self.states: dict[str, Stateful] = (
             average_states(self.ema, allow_other_decay=options.ema_allow_other_decay) if self.ema is not None else {}
@@ -173,7 +178,8 @@ class Attached:
             keep = latest(keep_latest_k) if keep_latest_k else None
             self.recorder = Recorder(folder, model=model, ema=self.ema, keep=keep, timeout_secs=options.timeout_secs)
             if options.engine:
-                self.engine = Engine(model, self.ema, options.timeout_secs)
+                weights = _weights(options, model, self.ema, sd_adapter, folder) if options.one_write else None
+                self.engine = Engine(model, self.ema, options.timeout_secs, weights)
         if options.exports:
             ranks = Ranks(options.timeout_secs)
             base = find_base_model(options, sd_adapter)
@@ -205,6 +211,19 @@ class Attached:
                 ),
                 verification=_verification(options, model, config, is_cut=stages),
             )
+
+
+def _weights(
+    options: CheckpointHooks, model: nn.Module, ema: EMA | None, sd_adapter: Any, folder: Path
+) -> HuggingFaceWeights:
+    """What writes the weights of the steps. All ranks; communicates. Raises as ``Attached``."""
+    ranks = Ranks(options.timeout_secs)
+    base = find_base_model(options, sd_adapter)
+    config = read_config(base)
+    refuse_other_settings(ranks, base, model, sd_adapter, options.allow_config)
+    names, facts = _names(sd_adapter, model, ranks, options, config)
+    files = files_of(options, base, names)
+    return HuggingFaceWeights(model, ema, files, folder, ranks, stages=are_stages(ranks, model), facts=facts)
 
 
 def _schedule(options: CheckpointHooks) -> Schedule:

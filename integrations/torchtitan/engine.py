@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 from shardsmith.ground.commit import remove
 from shardsmith.ground.ranks import Ranks
 from shardsmith.hooks import EMA
+from shardsmith.hooks.save_weights import HuggingFaceWeights
 from shardsmith.run_state.save import Contents, SaveInProgress
 from shardsmith.run_state.share import Share
 from shardsmith.run_state.train_state import mesh_of
@@ -33,8 +34,18 @@ class Engine:
     Make it on all ranks at the same point.
     """
 
-    def __init__(self, model: nn.Module, ema: EMA | None, timeout_secs: float) -> None:
-        """``ema``: whose facts are recorded, where it is saved with the rest."""
+    def __init__(
+        self, model: nn.Module, ema: EMA | None, timeout_secs: float, weights: HuggingFaceWeights | None = None
+    ) -> None:
+        """Nothing is written yet.
+
+        Args:
+            model: The model that trains.
+            ema: Whose facts are recorded, where it is saved with the rest.
+            timeout_secs: How long to wait for a rank.
+            weights: Plans the Hugging Face files of the weights; None where they go to DCP files.
+        """
+        self._weights = weights
         self._tied = tied_weights(model)
         self._ema = ema
         self._ranks = Ranks(timeout_secs)
@@ -63,7 +74,7 @@ class Engine:
             wait([self._last])  # TorchTitan raises what failed in it
         self._ranks.lead(f"preparing {path.name}", partial(_make_way, path))
         job = SaveInProgress(path, self._ranks, self._share)
-        job.begin(lambda: self._contents(step, state))
+        job.begin(lambda: self._contents(step, path, state))
         if mode == "disabled":
             _finish(job)
             gc.collect(1)  # as TorchTitan does, which has switched Python's own collections off
@@ -82,10 +93,11 @@ class Engine:
         self._buffer = StagingBuffer()
         release_pinned()
 
-    def _contents(self, step: int, state: Mapping[str, Any]) -> Contents:
+    def _contents(self, step: int, path: Path, state: Mapping[str, Any]) -> Contents:
         values = {key: value.state_dict() if isinstance(value, Stateful) else value for key, value in state.items()}
         facts = self._ema.facts() if self._ema is not None and AVERAGES in values else None
-        return Contents(step=step, state_dict=values, ema=facts, tied=self._tied, mesh=mesh_of(values))
+        contents = Contents(step=step, state_dict=values, ema=facts, tied=self._tied, mesh=mesh_of(values))
+        return contents if self._weights is None else self._weights.added_to(contents, path)
 
 
 def _finish(job: SaveInProgress) -> None:

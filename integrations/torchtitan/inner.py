@@ -11,7 +11,7 @@ from typing import Any, Self
 from torch import nn
 
 from shardsmith.errors import UsageError
-from shardsmith.formats.dcp.index import read_index
+from shardsmith.formats.dcp.beside_weights import index_of
 from shardsmith.hf.blueprint import twin_of
 from shardsmith.load.source import read_record
 from shardsmith.name_maps.maps import NameMap
@@ -38,7 +38,7 @@ def held_alone(parts: Sequence[nn.Module], checkpoint: Path) -> list[nn.Module]:
     So it does if to-dcp made it with ``--layout nested``, where TorchTitan finds its own names.
     """
     held = [one[1] for part in parts if (one := find_held(part)) is not None]
-    index = read_index(checkpoint)
+    index = index_of(checkpoint)
     names = find_models(index.tensors, index.containers).get(MAIN, {}).keys()
     as_held = all(name in names for part in parts for name in part.state_dict())
     return held if len(held) == len(parts) and not as_held else []

@@ -25,7 +25,7 @@ from shardsmith.errors import (
     RankFailedError,
     UsageError,
 )
-from shardsmith.formats.dcp.index import read_index
+from shardsmith.formats.dcp.beside_weights import index_of
 from shardsmith.formats.dcp.load import compare
 from shardsmith.ground.layout import METADATA_FILE, step_name
 from shardsmith.ground.ranks import Ranks
@@ -237,7 +237,7 @@ class LoadWatch:
                 )
             self._refuse_dropped(state_dict, checkpoint)
             return []
-        index = read_index(checkpoint)
+        index = index_of(checkpoint)
         asked = flatten_state_dict(dict(_values(state_dict)))[0]
         absent = [n for n in asked if n not in index.tensors and matches(n, self._allowed["allow_missing"])]
         compare({name: value for name, value in asked.items() if name not in absent}, index, allow_cast=True)
@@ -313,7 +313,7 @@ def is_remote(*paths: str) -> bool:
 
 def stored_keys(checkpoint: Path) -> set[str]:
     """Return the first parts of the keys that a step has."""
-    return {key.split(".", 1)[0] for key in read_index(checkpoint).tensors}
+    return {key.split(".", 1)[0] for key in index_of(checkpoint).tensors}
 
 
 def without_absent(state_dict: dict[str, Any], checkpoint: Path, keys: Sequence[str]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from shardsmith.ground.layout import parse_step
 from shardsmith.ground.ranks import Ranks
 from shardsmith.run_state.train_state import mesh_of
 
+from . import one_write
 from .attached import Attached
 from .average import MODEL as AVERAGES
 from .average import STATE as COUNTERS
@@ -79,6 +80,7 @@ class HookedManager(CheckpointManager):
             folder=folder,
             keep_latest_k=config.keep_latest_k,
             saves=enabled and not config.load_only,
+            last_dtype=config.export_dtype if config.last_save_model_only and not config.last_save_in_hf else None,
         )
         if options.ema_decay is not None and (
             other := sorted(_AVERAGES_OF_TORCHTITAN & getattr(self, "states", {}).keys())
@@ -170,17 +172,24 @@ class HookedManager(CheckpointManager):
             log.warning("%s is remote: loads from there are not verified", checkpoint_id)
             watch = None
         if watch is None:
-            super().dcp_load(state_dict, checkpoint_id, *args, **kwargs)
+            self._read(state_dict, path, form, *args, **kwargs)
             return
         state_dict = watch.before(state_dict, path, form)
         keys = [key for key in state_dict if key != COUNTERS or not self._other_decay]  # which are ours by now
         try:
-            super().dcp_load(state_dict, checkpoint_id, *args, **kwargs)
+            self._read(state_dict, path, form, *args, **kwargs)
         except (Exception, CheckpointException) as error:
             if watch.resumes(path) and (damage := watch.find_damage(path)):
                 raise DamagedStepError(path, damage) from error
             raise
         watch.after(path, form, lambda: live_state(self, keys))
+
+    def _read(self, state_dict: dict[str, Any], checkpoint: Path, form: Form, *args: Any, **kwargs: Any) -> None:
+        """As TorchTitan's ``dcp_load``; from weights of Hugging Face files beside the rest, too."""
+        if form is Form.DCP and one_write.is_one_write(checkpoint):
+            one_write.load(state_dict, checkpoint, self.states)
+        else:
+            super().dcp_load(state_dict, str(checkpoint), *args, **kwargs)
 
     def _find_load_step(self, folder: str = "", max_step: int | None = None) -> int:
         """As TorchTitan's, but of the steps that are whole. All ranks; communicates."""

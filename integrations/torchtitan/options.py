@@ -13,6 +13,9 @@ from shardsmith.checking.arguments import check_value
 from shardsmith.checking.types import LocalPath
 from shardsmith.errors import UsageError
 
+_OF_ONE_WRITE = ("export_base_model", "export_max_shard_size", "export_router_bias")
+"""What of the exports' options holds for steps that are Hugging Face directories."""
+
 
 @dataclass(kw_only=True, slots=True)
 class CheckpointHooks:
@@ -39,6 +42,10 @@ class CheckpointHooks:
     """Write TorchTitan's step folders with the writer of ShardedSave instead of torch's: the same keys, modes and
     names. TorchTitan reads them with and without these hooks. A folder appears when it is complete, and
     has its metadata.json then. What checkpoint.last_save_in_hf asks for is still written by TorchTitan."""
+    weights: Literal["dcp", "huggingface"] = "dcp"
+    """"huggingface" makes each step folder a Hugging Face directory too, and its folder ema one of the average: the
+    weights are in safetensors files alone, in the dtype that trains, and all else in .distcp files. Needs engine. Only
+    a run with these hooks resumes from it."""
     save_on_sigterm: bool = True
     """On SIGTERM, which announces the end of a machine, save the step that all ranks are at and end the run with exit
     status 0. False: SIGTERM ends it at once. It has an effect where TorchTitan saves checkpoints and anything of ours
@@ -71,11 +78,12 @@ class CheckpointHooks:
     export_dtype: str = "bfloat16"
     """Of all floating-point tensors; "original" keeps each tensor's."""
     export_max_shard_size: str | None = "5GB"
-    """Write several files with an index if the weights are larger than this."""
+    """Write several files with an index if the weights are larger than this. Of weights="huggingface", too."""
     export_keep: int | None = None
     """How many of the newest exports to keep. None: all."""
     export_base_model: str | None = None
-    """Directory with config.json, generation config and tokenizer. None: TorchTitan's hf_assets_path."""
+    """Directory with config.json, generation config and tokenizer, for weights="huggingface", too. None: TorchTitan's
+    hf_assets_path."""
     export_when_busy: Literal["wait", "skip", "raise"] = "wait"
     """What to do if two exports are still under way."""
     export_on_error: Literal["raise", "warn"] = "raise"
@@ -89,7 +97,8 @@ class CheckpointHooks:
     the adapter alone as peft has it, main and average each in a directory."""
     export_router_bias: Literal["leave_out", "file", "refuse"] = "leave_out"
     """What to do where files of the exported model have no place for the bias by which its routers balance experts, as
-    Qwen3's: leave it out and say so, write it beside the weights as router_bias.json, or refuse to start."""
+    Qwen3's: leave it out and say so, write it beside the weights as router_bias.json, or refuse to start. The same for
+    weights="huggingface", whose .distcp files have it for a resume."""
 
     events: str | None = None
     """File that gets a line of JSON for each export, each step folder that got its metadata.json, and each removal:
@@ -101,6 +110,11 @@ class CheckpointHooks:
     def exports(self) -> bool:
         """Whether anything is to be exported."""
         return self.export_interval is not None or self.export_last
+
+    @property
+    def one_write(self) -> bool:
+        """Whether step folders are Hugging Face directories."""
+        return self.weights == "huggingface"
 
     @property
     def records(self) -> bool:
@@ -132,6 +146,8 @@ class CheckpointHooks:
             problems += [f"{name} needs ema_decay" for name in ours if name.startswith("ema_") and ours[name]]
             if self.export_models in ("ema", "both"):
                 problems.append(f'export_models="{self.export_models}" needs ema_decay')
+        if self.one_write and not self.engine:
+            problems.append('weights="huggingface" needs engine: torch\'s writer puts weights into .distcp files')
         if self.export_lora == "adapter" and self.export_verify == "load":
             problems.append('export_verify="load" loads whole models: it goes with export_lora="merged"')
         for name in ("export_folder", "export_base_model", "events"):
@@ -142,7 +158,8 @@ class CheckpointHooks:
         if self.timeout_secs <= 0:
             problems.append(f"timeout_secs={self.timeout_secs}: a positive number of seconds is expected")
         if not self.exports:
-            named = [name for name in ours if name.startswith("export_") and ours[name]]
+            also = _OF_ONE_WRITE if self.one_write else ()
+            named = [name for name in ours if name.startswith("export_") and ours[name] and name not in also]
             problems += [f"{name} needs export_interval or export_last" for name in named]
         if not self.prove_load:
             named = [name for name in ours if name.startswith(("allow_", "repair_")) and ours[name]]

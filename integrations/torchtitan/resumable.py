@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from shardsmith.errors import MismatchError
-from shardsmith.formats.dcp.index import read_index
+from shardsmith.formats.dcp.beside_weights import index_of
 
 _LEAVE_OUT = "--checkpoint.exclude_from_loading="
 
@@ -19,7 +19,7 @@ def refuse_unlike(state_dict: Mapping[str, Any], checkpoint: Path) -> None:
 
     Reads the index; no communication but what the state dict of the optimizer needs.
     """
-    index = read_index(checkpoint)
+    index = index_of(checkpoint)
     stored = {*index.tensors, *index.objects}
     _refuse_absent(state_dict, {key.split(".", 1)[0] for key in stored}, checkpoint)
     _refuse_other_optimizer(state_dict.get("optimizer"), stored, checkpoint)

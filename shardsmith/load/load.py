@@ -209,7 +209,7 @@ def _opened(
         made: list[_Load] = []
 
         def open_source() -> None:
-            source = InitialSource(path, weights)
+            source = InitialSource(path, weights, as_files=names is not None)
             stack.callback(source.close)
             reference = find_reference(live, path, source.record, config, fresh)
             ties = {**reference.tied, **live.tied}

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import torch
 
-from shardsmith.errors import CheckpointError, MismatchError, UnsupportedFormatError
-from shardsmith.formats.by_path import SHARDED, detect_checkpoint_format, open_source
+from shardsmith.errors import CheckpointError, CheckpointNotFoundError, MismatchError, UnsupportedFormatError
+from shardsmith.formats.by_path import HUGGINGFACE, SHARDED, known_checkpoint
 from shardsmith.formats.matched import renamed
 from shardsmith.formats.models import ModelSource
+from shardsmith.formats.safetensors_files.source import open_safetensors_directory
 from shardsmith.load.live_weights import LiveWeights
 from shardsmith.manifest.initial import InitialRecord
 from shardsmith.manifest.metadata import CheckpointMetadata, read_metadata
+from shardsmith.manifest.weights import WeightsRecord
 from shardsmith.name_maps.class_names import ClassNames
 from shardsmith.name_maps.maps import LeavesOut, MakesBuffers, NameMap
 from shardsmith.name_maps.matching import match_names
@@ -35,11 +37,22 @@ class InitialSource:
         record: What its metadata.json says of where it came from, if anything.
     """
 
-    def __init__(self, path: Path, weights: str) -> None:
-        """Open it. Raises CheckpointError."""
+    def __init__(self, path: Path, weights: str, *, as_files: bool = False) -> None:
+        """Open it.
+
+        Args:
+            path: The checkpoint.
+            weights: Which model.
+            as_files: Of a checkpoint whose weights are Hugging Face files, read these under their own names.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
         self.path = path
-        self.format = detect_checkpoint_format(path).name
-        opened = open_source(path, weights)
+        known = known_checkpoint(path)
+        record = known.manifest.weights if as_files and known.is_ours and known.manifest is not None else None
+        self.format = known.format.name if record is None else HUGGINGFACE
+        opened = known.open(weights) if record is None else _files_of(path, record, weights)
         self._keys = opened.keys
         self._files = opened.specs
         self.tensors: TensorSource = opened
@@ -135,6 +148,12 @@ class InitialSource:
     def close(self) -> None:
         """Close the files."""
         self.tensors.close()
+
+
+def _files_of(path: Path, record: Mapping[str, WeightsRecord], weights: str) -> ModelSource:
+    if weights not in record:
+        raise CheckpointNotFoundError(path, f"has no {weights!r} weights; it holds {', '.join(record)}")
+    return ModelSource.whole(open_safetensors_directory(path / record[weights].folder, record[weights].stem))
 
 
 def _lacking(names: NameMap, specs: Mapping[str, TensorSpec], files: TensorSource) -> set[str]:

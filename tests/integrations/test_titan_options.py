@@ -23,6 +23,7 @@ def test_without_options_nothing_is_attached() -> None:
         ({"ema_decay": 0.999}, False, True),  # an average that nobody can tell to be whole is of no use
         ({"ema_decay": 0}, False, True),  # a whole number does for a float
         ({"export_interval": 1000}, True, False),
+        ({"engine": True, "weights": "huggingface", "export_base_model": "base"}, False, True),
         ({"export_last": True, "export_keep": 2, "export_max_shard_size": None}, True, False),
     ],
 )
@@ -48,6 +49,12 @@ def test_an_unknown_option_is_refused_with_a_list_of_those_there_are() -> None:
             {"export_last": True, "export_lora": "adapter", "export_verify": "load"},
             ['export_verify="load" loads whole models'],
         ),
+        ({"weights": "huggingface"}, ['weights="huggingface" needs engine']),
+        (
+            {"weights": "huggingface", "engine": True, "export_base_model": "base", "export_keep": 2},
+            ["export_keep needs"],
+        ),
+        ({"export_base_model": "base"}, ["export_base_model needs export_interval"]),
         ({"export_keep": 2}, ["export_keep needs export_interval or export_last"]),
         ({"export_interval": 2, "export_models": "both"}, ['export_models="both" needs ema_decay']),
         ({"allow_extra": "head.*"}, ["allow_extra='head.*': list of str is expected"]),

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from shardsmith.errors import CheckpointError, CorruptCheckpointError, MismatchError, UsageError
-from shardsmith.formats.dcp.index import DcpEntry
+from shardsmith.formats.dcp.index import DcpEntry, DcpIndex
 from shardsmith.formats.dcp.source import DcpSource
 from shardsmith.formats.safetensors_files.source import open_safetensors_directory
 from shardsmith.ground import layout
@@ -135,6 +135,12 @@ def open_step(path: Path, metadata: CheckpointMetadata | None = None, *, follow_
     if metadata is None or metadata.weights is None:
         return DcpSource(path, follow_links=follow_links)
     return BesideWeights(path, metadata, follow_links=follow_links)
+
+
+def index_of(path: Path) -> DcpIndex:
+    """Return what a directory with an index of DCP holds, wherever its weights are. Raises CheckpointError."""
+    with contextlib.closing(open_step(path)) as source:
+        return source.index
 
 
 def _metadata_of(path: Path) -> CheckpointMetadata | None:
