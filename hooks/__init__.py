@@ -5,6 +5,7 @@ from shardsmith.run_state.rank_states import per_rank
 
 from .background import Background
 from .base import Hooks
+from .disk_space import low_disk
 from .ema import EMA
 from .events import Event, json_lines, metrics_to, spans, tensorboard
 from .export import HFExport
@@ -46,6 +47,7 @@ __all__ = [
     "keep_if",
     "last",
     "latest",
+    "low_disk",
     "metrics_to",
     "minutes",
     "multiples_of",

@@ -105,10 +105,12 @@ class Hooks:
         if any(hook is other for other in self.hooks):
             raise UsageError(f"this {type(hook).__name__} is attached already: name each hook once")
         hook.announce_saved = self._on_saved
+        hook.request_stop = self.request_stop
         if self._events.listeners and self._rank == 0:
             hook.emit = self._events.put
-        if hook.background is not None:
+        if hook.background is not None or _may_stop(hook):
             self._agreement = self._agreement or StepAgreement()
+        if hook.background is not None:
             hook.background.tell = partial(self._tell_failure, len(self.hooks))
         self.hooks = (*self.hooks, hook)
         if _occasions_of(hook):
@@ -146,19 +148,27 @@ class Hooks:
         options = {name: value for name, value in given.items() if value is not None}
         if options and not any(hook.parts.resumes for hook in self.hooks):
             raise UsageError(f"resume({', '.join(options)}=...) needs a hook that saves, such as ShardedSave")
-        steps = [self._resume(hook, options) for hook in self.hooks]
-        self._step = max((step for step in steps if step is not None), default=0)
-        for hook in sorted(self.hooks, key=lambda hook: not hook.loads_weights):
-            hook.on_train_begin(self._step)
-        self._events.deliver(self._step)
+        try:
+            steps = [self._resume(hook, options) for hook in self.hooks]
+            self._step = max((step for step in steps if step is not None), default=0)
+            for hook in sorted(self.hooks, key=lambda hook: not hook.loads_weights):
+                hook.on_train_begin(self._step)
+        finally:  # what failed is told, too
+            self._events.deliver(self._step)
         return self._step
 
     def _resume(self, hook: Hook, options: dict[str, Any]) -> int | None:
         """Only a hook with ``parts.resumes`` takes options."""
         resume: Callable[..., int | None] = hook.resume
         watch = Stopwatch()
-        step = resume(**options) if hook.parts.resumes else resume()
-        if step is not None and (place := options.get("directory") or hook.parts.directory) is not None:
+        place = options.get("directory") or hook.parts.directory
+        try:
+            step = resume(**options) if hook.parts.resumes else resume()
+        except BaseException as error:
+            if place is not None:
+                hook.emit(event_of("resume", options.get("step") or 0, as_path(place), watch, self._size, error))
+            raise
+        if step is not None and place is not None:
             hook.emit(event_of("resume", step, as_path(place) / step_name(step), watch, self._size))
         return step
 
@@ -362,3 +372,9 @@ def _step_number(owner: str, step: int) -> int:
 def _occasions_of(hook: Hook) -> frozenset[Occasion]:
     """A user's own hook may mean something else by ``when``."""
     return hook.when.occasions if isinstance(hook.when, Schedule) else frozenset()
+
+
+def _may_stop(hook: Hook) -> bool:
+    """Whether a ``low_disk`` of the hook's policy may ask for the end of the run."""
+    keep = getattr(hook, "keep", None)
+    return isinstance(keep, Retention) and any(rule.then == "stop" for rule in keep.low_disks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -18,6 +19,9 @@ from shardsmith.errors import UsageError
 from .hook import Hook
 from .local_weights import LocalWeights, local
 from .wiring import Parts
+
+_SAMPLED = 65_536
+"""So many elements of a tensor are enough to say how far its average is."""
 
 
 class EMA(Hook):
@@ -112,6 +116,21 @@ class EMA(Hook):
         self._refuse_while_in_use("reset the average")
         torch._foreach_copy_(self._averages(), self._weights.tensors())
         self.updates = 0
+
+    @torch.no_grad()
+    def distance(self) -> float:
+        """Estimate how far the average is from the weights: the length of the difference over that of the weights.
+
+        From at most 65,536 elements of each tensor, as far as this rank holds them. Any rank; no communication; waits
+        for the device. Not while the average is swapped in.
+        """
+        if not self._has_started:
+            return 0.0
+        squares = [
+            _squares(*pair) for pair in zip(self._averages(), self._weights.tensors(), strict=True) if pair[0].numel()
+        ]
+        apart, whole = torch.stack(squares).sum(0).tolist() if squares else (0.0, 0.0)
+        return math.sqrt(apart / whole) if whole else 0.0
 
     def facts(self) -> dict[str, float | int | bool]:
         """Return what a checkpoint records of the average in it."""
@@ -281,6 +300,14 @@ def lerp_(averages: list[Tensor], weights: list[Tensor], fraction: float) -> Non
     for average, weight, is_ready in zip(averages, weights, ready, strict=True):
         if not is_ready:
             average.lerp_(weight.to(average), fraction)
+
+
+def _squares(average: Tensor, weight: Tensor) -> Tensor:
+    """Sums of squares of the difference and of the weight, on the CPU, estimated from every so many-th element."""
+    apart = average.numel() // _SAMPLED | 1  # odd: not the same columns of every row
+    one, other = average.reshape(-1)[::apart].double(), weight.reshape(-1)[::apart]
+    other = other.to(one.device).double()
+    return torch.stack([(one - other).square().sum(), other.square().sum()]).cpu() * apart
 
 
 def _check_alike(ours: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -27,8 +28,9 @@ log = logging.getLogger(__name__)
 class Event:
     """Something that has ended, well or not. Rank 0 makes it, for all ranks."""
 
-    kind: Literal["resume", "save", "export", "remove"]
-    """``remove``: retention has deleted a checkpoint or an export."""
+    kind: Literal["resume", "verify", "save", "export", "remove", "low_disk"]
+    """``verify``: ``InitialLoad`` has loaded and verified the weights, or the buffers of a resumed run. ``remove``:
+    retention has deleted a checkpoint or an export. ``low_disk``: less is free than ``keep=low_disk(...)`` says."""
     step: int
     """The step that was saved, exported, resumed at or removed; not the one at which it was over."""
     path: str
@@ -38,11 +40,15 @@ class Event:
     seconds_waited: float = 0.0
     """Of these, how long the training waited."""
     nbytes: int = 0
-    """Bytes of all files in the directory."""
+    """Bytes of all files in the directory; of ``low_disk``: what is free on its disk."""
     ranks: int = 1
     """How many took part."""
     error: str | None = None
     """Type and message of what it failed with. None: it succeeded."""
+    phase: str | None = None
+    """Of a failure on some ranks: what all ranks were doing, such as ``"collecting step-500"``."""
+    ema_distance: float | None = None
+    """Of a save with an average: ``EMA.distance()`` of rank 0, at that step. None: not known, or not finite."""
     time: float = field(default_factory=time.time)
     """When it was over, seconds since 1970."""
     told_at: int = 0
@@ -60,9 +66,12 @@ class Event:
         """Return the numbers under names for a tracker, such as ``checkpoint/save/seconds_waited``."""
         name = f"checkpoint/{self.kind}"
         found: dict[str, float] = {f"{name}/step": self.step, f"{name}/failed": float(self.error is not None)}
-        if self.kind != "remove" and self.error is None:
-            found |= {f"{name}/seconds": self.seconds, f"{name}/seconds_waited": self.seconds_waited}
+        if self.kind == "low_disk" or (self.kind != "remove" and self.error is None):
             found |= {f"{name}/gigabytes": self.nbytes / 1e9}
+        if self.kind not in ("remove", "low_disk") and self.error is None:
+            found |= {f"{name}/seconds": self.seconds, f"{name}/seconds_waited": self.seconds_waited}
+        if self.ema_distance is not None:
+            found |= {f"{name}/ema_distance": self.ema_distance}
         return found
 
 
@@ -71,12 +80,13 @@ Listener = Callable[[Event], object]
 
 
 def event_of(
-    kind: Literal["resume", "save", "export"],
+    kind: Literal["resume", "verify", "save", "export"],
     step: int,
     path: Path,
     watch: Stopwatch,
     ranks: int,
     error: BaseException | None = None,
+    ema_distance: float | None = None,
 ) -> Event:
     """Measure what has ended. Reads the sizes of the directory's files, unless it failed. Raises OSError."""
     seconds, waited = watch.times()
@@ -89,6 +99,8 @@ def event_of(
         nbytes=bytes_in(path) if error is None else 0,
         ranks=ranks,
         error=None if error is None else f"{type(error).__name__}: {error}",
+        phase=getattr(error, "phase", None),
+        ema_distance=ema_distance if ema_distance is not None and math.isfinite(ema_distance) else None,
     )
 
 

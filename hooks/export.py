@@ -18,20 +18,20 @@ from shardsmith.errors import UsageError
 from shardsmith.export.adapters import ADAPTER_WEIGHTS
 from shardsmith.export.file_writer import choose_writer
 from shardsmith.export.live import Check, JointExport
-from shardsmith.ground.commit import check_writable, remove, sweep
+from shardsmith.ground.commit import check_writable, sweep
 from shardsmith.ground.layout import PROVENANCE_FILE, step_name, unfinished_step
 from shardsmith.ground.logs import Stopwatch
 from shardsmith.ground.meeting import meet
 from shardsmith.ground.ranks import Ranks
 from shardsmith.hf.hf_directory import protect
-from shardsmith.manifest.checkpoints import committed_steps, refuse_within_step, set_aside_unfinished
+from shardsmith.manifest.checkpoints import refuse_within_step, set_aside_unfinished
 
 from .adapters import view_of
 from .answers import Answers
 from .background import attempted, logged
 from .checkpoint_source import CheckpointSource, check_source
 from .ema import EMA
-from .events import Event, event_of
+from .events import event_of
 from .held import HeldView
 from .hook import Hook
 from .in_flight import SLOTS, InFlight, Running
@@ -40,8 +40,9 @@ from .live_source import Begin, LiveSource
 from .live_state import LiveState
 from .options import ExportFiles, ExportOptions, ExportVerification, ExportWeights, ExportWriting, merge
 from .overlap import OpenCopy
-from .retention import Retention, steps_to_remove
+from .retention import Retention
 from .schedule import Schedule
+from .step_folder import StepFolder
 from .wiring import Parts, alike
 
 log = logging.getLogger(__name__)
@@ -165,6 +166,8 @@ class HFExport(Hook):
         self._ranks.lead(f"preparing {self.directory}", self._prepare_directory)
         self._ranks.gather("reading the base model", self._state.read_files)
         self._directories = LiveDirectory.choose(chosen, weights.ema_as, view, self._state.stem)
+        suffixes = [directory.suffix for directory in self._directories]
+        self._steps = StepFolder(self.directory, keep, marker=PROVENANCE_FILE, suffixes=suffixes)
         self._in_flight = InFlight(len(self._directories))
         if writing.on_error == "raise":
             self.background = self._in_flight.background
@@ -317,7 +320,7 @@ class HFExport(Hook):
         if self._writer_ranks.is_leader:
             with logged(f"measuring {paths[0]}"):
                 self._say(step, jobs, watch)
-            self._remove_old()
+            self._steps.remove_old(self)
         return paths
 
     def _say(self, step: int, jobs: Sequence[JointExport], watch: Stopwatch) -> None:
@@ -332,17 +335,6 @@ class HFExport(Hook):
             more = f" and {len(copied) - 5} more" if len(copied) > 5 else ""
             advice = "EMA(buffers=True) averages buffers, too"
             log.info("not averaged, as in the main weights: %s%s (%s)", ", ".join(copied[:5]), more, advice)
-
-    def _remove_old(self) -> None:
-        """Never raises: the export is there all the same, and the next one tries again."""
-        with logged(f"{self.directory}: looking for old exports to remove"):
-            sweep(self.directory)
-            there = committed_steps(self.directory, PROVENANCE_FILE)
-            for step in steps_to_remove(self.keep, there, directory=self.directory):
-                for path in [self._path(step, directory) for directory in self._directories]:
-                    with logged(f"removing {path.name}"):
-                        if path.is_dir() and remove(path):
-                            self.emit(Event(kind="remove", step=step, path=str(path)))
 
     def _missing(self, step: int) -> list[int]:
         """The directories of the step, by number, that no earlier run of this training has left sound."""

@@ -156,7 +156,8 @@ class FolderSave(Hook):
             job.begin(lambda: self._collect(step))
             if self._buffer:
                 job.stage(self._buffer)
-        self._in_flight.start(step, partial(self._finish, job, folder, step, live, watch))
+        distance = self._ema.distance() if self._ema and self.is_heard else None
+        self._in_flight.start(step, partial(self._finish, job, folder, step, live, watch, distance))
         if self.background:
             watch.released()
 
@@ -183,6 +184,7 @@ class FolderSave(Hook):
             MismatchError: the live model is not the one that was saved, or no such average. Nothing of ours was loaded.
             UsageError: the average there has another decay than ours. Nothing was loaded.
         """
+        watch = Stopwatch()
         if not self.has(folder):
             raise CheckpointNotFoundError(folder, f"has no complete {COMPANION}/ directory. {_START}")
         self._refuse_damage(folder)
@@ -190,8 +192,9 @@ class FolderSave(Hook):
             self._verify(folder)
         if self._ema is not None:
             self._load_average(companion_of(folder), on_missing)
-        self._loaded_step = read_folder_record(folder).step
-        return self._loaded_step
+        self._loaded_step = step = read_folder_record(folder).step
+        self.emit(event_of("resume", step, folder, watch, self._ranks.size))
+        return step
 
     def _withdraw(self, folder: Path) -> None:
         if not folder.is_dir():
@@ -217,7 +220,15 @@ class FolderSave(Hook):
         state, aliases = get_model_state_dict(self._model), tied_weights(self._model)
         return {name: value for name, value in state.items() if isinstance(value, Tensor) and name not in aliases}
 
-    def _finish(self, job: SaveInProgress, folder: Path, step: int, live: LiveModel, watch: Stopwatch) -> Path | None:
+    def _finish(
+        self,
+        job: SaveInProgress,
+        folder: Path,
+        step: int,
+        live: LiveModel,
+        watch: Stopwatch,
+        distance: float | None,
+    ) -> Path | None:
         """Write ours, read theirs, commit. In the background thread, if there is one. None if the folder is gone."""
         try:
             with self._same_time(folder):
@@ -232,7 +243,8 @@ class FolderSave(Hook):
         if not is_deserted(folder):
             if self._ranks.is_leader:
                 with logged(f"measuring {companion_of(folder)}"):
-                    event = event_of("save", step, companion_of(folder), watch, self._ranks.size)
+                    place, size = companion_of(folder), self._ranks.size
+                    event = event_of("save", step, place, watch, size, ema_distance=distance)
                     log.info("completed %s", event.line)
                     self.emit(event)
             return folder

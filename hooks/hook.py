@@ -15,6 +15,10 @@ def _nobody(_: Event) -> None:
     """Who listens where nobody does."""
 
 
+def _nothing() -> None:
+    """What a request for the end does without ``Hooks``."""
+
+
 class Hook:
     """Base of all hooks. Override the moments that a hook needs.
 
@@ -28,6 +32,9 @@ class Hook:
     emit: Callable[[Event], None] = staticmethod(_nobody)
     """Set by ``Hooks`` if somebody listens. A hook calls it, on any rank and thread, when something has ended."""
 
+    request_stop: Callable[[], None] = staticmethod(_nothing)
+    """Set by ``Hooks``. A hook calls it, on any rank and thread, when the run is to be saved and to end."""
+
     when: Schedule = Schedule()
     """Whose occasions ``Hooks`` watches for."""
 
@@ -39,6 +46,11 @@ class Hook:
 
     background: Background | None = None
     """What this hook does in the background. ``Hooks`` lets all ranks raise a failure in it after the same step."""
+
+    @property
+    def is_heard(self) -> bool:
+        """Whether somebody listens to what this hook emits."""
+        return self.emit is not Hook.emit
 
     @staticmethod
     def suggestion(value: object) -> str | None:

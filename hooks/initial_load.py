@@ -9,12 +9,14 @@ from typing import Any
 
 from shardsmith.checking.arguments import checked
 from shardsmith.checking.types import LocalPath, ModelConfig, Models, Seconds
+from shardsmith.ground.logs import Stopwatch
 from shardsmith.ground.ranks import Ranks
 from shardsmith.load.buffer_reference import Fresh
 from shardsmith.load.load import load_initial, verify_buffers
 from shardsmith.load.report import InitialLoadReport
 from shardsmith.tensors.checkpoint_keys import MAIN
 
+from .events import event_of
 from .hook import Hook
 
 log = logging.getLogger(__name__)
@@ -77,12 +79,22 @@ class InitialLoad(Hook):
             InitialLoadError: on all ranks, naming every tensor and buffer at fault.
             CheckpointError, RankFailedError: the checkpoint cannot be read.
         """
-        if step == 0:
-            self.report = load_initial(self.path, model=self._model, ranks=self._ranks, **self._buffers, **self._load)
-            return
-        repaired = verify_buffers(self._model, self.path, ranks=self._ranks, **self._buffers)
-        if self._ranks.is_leader:
+        watch = Stopwatch()
+        try:
+            repaired = self._verify(step)
+        except BaseException as error:
+            self.emit(event_of("verify", step, self.path, watch, self._ranks.size, error))
+            raise
+        self.emit(event_of("verify", step, self.path, watch, self._ranks.size))
+        if step > 0 and self._ranks.is_leader:
             mended = f"; repaired {', '.join(repaired)}" if repaired else ""
             log.info(
                 "resumed at step %d: %s is not loaded, non-persistent buffers are right%s", step, self.path, mended
             )
+
+    def _verify(self, step: int) -> Sequence[str]:
+        """The buffers that were repaired in a run that resumed."""
+        if step == 0:
+            self.report = load_initial(self.path, model=self._model, ranks=self._ranks, **self._buffers, **self._load)
+            return ()
+        return verify_buffers(self._model, self.path, ranks=self._ranks, **self._buffers)

@@ -24,6 +24,7 @@ from shardsmith.manifest.checkpoints import committed_steps
 from shardsmith.tensors.fqn import tied_weights
 
 from .background import Background, SavesInFlight, logged
+from .disk_space import mind_disk
 from .ema import EMA
 from .events import Event, event_of
 from .hook import Hook
@@ -107,7 +108,8 @@ class Recorder(Hook):
         """
         facts = self._ema.facts() if self._ema is not None and has_average else None
         watch = Stopwatch()
-        self._in_flight.start(step, partial(self._record, step, path, end, facts, mesh, watch, has_manifest))
+        distance = self._ema.distance() if self._ema and facts and self.is_heard else None
+        self._in_flight.start(step, partial(self._record, step, path, end, facts, mesh, watch, has_manifest, distance))
         watch.released()
 
     def on_step_end(self, step: int) -> None:  # noqa: ARG002
@@ -134,6 +136,7 @@ class Recorder(Hook):
         mesh: Mapping[str, Any] | None,
         watch: Stopwatch,
         has_manifest: bool,
+        distance: float | None,
     ) -> Path:
         """In the background thread."""
         ranks = self._writer_ranks
@@ -147,7 +150,7 @@ class Recorder(Hook):
             raise
         if ranks.is_leader:
             with logged(f"measuring {path}"):
-                self.emit(event_of("save", step, path, watch, ranks.size))
+                self.emit(event_of("save", step, path, watch, ranks.size, ema_distance=distance))
             self._remove_old()
         return path
 
@@ -158,13 +161,18 @@ class Recorder(Hook):
         if self.keep is not None and len(kept) >= self.keep.newest:
             going += [step for step in self._all_steps() if step < kept[0] and step not in complete]
         for step in going:
-            try:
-                if remove(self.directory / step_name(step), nameless=True):
-                    self.emit(Event(kind="remove", step=step, path=str(self.directory / step_name(step))))
-                else:
-                    log.info("%s is being read; a later save removes it", self.directory / step_name(step))
-            except ShardsmithError as error:  # the new one is there all the same, and the next one tries again
-                log.warning("could not remove an old checkpoint: %s", error)
+            self._remove(step)
+        mind_disk(self, self.keep, self.directory, committed_steps(self.directory), self._remove)
+
+    def _remove(self, step: int) -> None:
+        path = self.directory / step_name(step)
+        try:
+            if remove(path, nameless=True):
+                self.emit(Event(kind="remove", step=step, path=str(path)))
+            else:
+                log.info("%s is being read; a later save removes it", path)
+        except ShardsmithError as error:  # the new one is there all the same, and the next one tries again
+            log.warning("could not remove an old checkpoint: %s", error)
 
     def _all_steps(self) -> list[int]:
         """Those of all step directories, complete or not."""

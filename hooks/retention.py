@@ -40,12 +40,20 @@ class Best:
         return {*ranked[: self.count], *(step for step in steps if step > max(known, default=-1))}
 
 
+@dataclass(frozen=True, slots=True)
+class LowDisk:
+    """What to do when fewer bytes than these are free."""
+
+    below: int
+    then: Literal["warn", "thin_out", "stop"]
+
+
 @checked_fields
 @dataclass(frozen=True, slots=True, repr=False)
 class Retention:
     """The steps that are kept, joined by ``|``.
 
-    Made by ``latest``, ``multiples_of``, ``best``, ``newer_than`` and ``keep_if``.
+    Made by ``latest``, ``multiples_of``, ``best``, ``newer_than``, ``keep_if`` and ``low_disk``.
 
     Attributes:
         newest: This many of the newest steps are kept.
@@ -53,6 +61,7 @@ class Retention:
         bests: The best steps by each of these metrics are kept.
         newer_secs: What was saved within so many seconds is kept.
         conditions: A step for which any of these is true is kept.
+        low_disks: What is done when little is free. With nothing else, all steps are kept.
     """
 
     newest: StepNumber = 0
@@ -60,6 +69,7 @@ class Retention:
     bests: frozenset[Best] = frozenset()
     newer_secs: NotNegative = 0.0
     conditions: frozenset[Callable[[int], bool]] = frozenset()
+    low_disks: frozenset[LowDisk] = frozenset()
 
     def keep(self, steps: Sequence[int], directory: Path | None = None) -> set[int]:
         """Return the steps to keep among ``steps``, all committed, in any order.
@@ -68,14 +78,20 @@ class Retention:
             steps: The steps to choose among.
             directory: Where they are: their metrics and times are looked up there, if they matter.
         """
-        kept = set(sorted(set(steps), reverse=True)[: self.newest])
-        kept |= {step for step in steps if any(step % n == 0 for n in self.multiples)}
+        if self == Retention(low_disks=self.low_disks) and self.low_disks:
+            return set(steps)
+        kept = self.milestones(steps, directory) | set(sorted(set(steps), reverse=True)[: self.newest])
+        if self.newer_secs:
+            kept |= {step for step in steps if _age(directory, step) < self.newer_secs}
+        return kept
+
+    def milestones(self, steps: Sequence[int], directory: Path | None = None) -> set[int]:
+        """Return the steps that are kept for what they are, not for how new they are. Arguments as in ``keep``."""
+        kept = {step for step in steps if any(step % n == 0 for n in self.multiples)}
         kept |= {step for step in steps if any(condition(step) for condition in self.conditions)}
         if self.bests:
             metrics = read_metrics(directory)
             kept |= {step for one in self.bests for step in one.keep(steps, metrics)}
-        if self.newer_secs:
-            kept |= {step for step in steps if _age(directory, step) < self.newer_secs}
         return kept
 
     @staticmethod
@@ -96,6 +112,7 @@ class Retention:
             self.bests | other.bests,
             max(self.newer_secs, other.newer_secs),
             self.conditions | other.conditions,
+            self.low_disks | other.low_disks,
         )
 
     def __bool__(self) -> bool:
@@ -112,6 +129,7 @@ class Retention:
         terms += sorted(f"best({one.metric!r}, keep={one.count}, mode={one.mode!r})" for one in self.bests)
         terms += [f"newer_than(hours={self.newer_secs / 3600:g})"] if self.newer_secs else []
         terms += sorted(f"keep_if({getattr(one, '__qualname__', one)})" for one in self.conditions)
+        terms += sorted(f'low_disk("{one.below}", "{one.then}")' for one in self.low_disks)
         return " | ".join(terms) or "Retention()"
 
 

@@ -139,6 +139,7 @@ class ShardedSave(Hook):
             rank=self._ranks.rank,
             world_size=self._ranks.size,
         )
+        self._ema = ema
         self._weights: HuggingFaceWeights | None = None
         if files.weights == "huggingface":
             self._weights = HuggingFaceWeights(model, ema, files, self.directory, self._ranks)
@@ -229,7 +230,8 @@ class ShardedSave(Hook):
             self.emit(event_of("save", step, job.target, watch, self._ranks.size, failure))
             raise
         self._saved_step = step
-        self._in_flight.start(step, partial(self._finish, step, job, watch))
+        distance = self._ema.distance() if self._ema and self.is_heard else None
+        self._in_flight.start(step, partial(self._finish, step, job, watch, distance))
         if self.background:
             job.feed()
             watch.released()
@@ -355,7 +357,7 @@ class ShardedSave(Hook):
             raise CheckpointNotFoundError(directory / step_name(step), f"is not a committed checkpoint; there: {there}")
         return step
 
-    def _finish(self, step: int, job: SaveInProgress, watch: Stopwatch) -> Path:
+    def _finish(self, step: int, job: SaveInProgress, watch: Stopwatch, distance: float | None) -> Path:
         """Write, commit, then retention. In the background thread, if there is one."""
         try:
             job.write()
@@ -366,11 +368,11 @@ class ShardedSave(Hook):
             raise
         if self._ranks.is_leader:
             with logged(f"measuring {path}"):
-                event = event_of("save", step, path, watch, self._ranks.size)
+                event = event_of("save", step, path, watch, self._ranks.size, ema_distance=distance)
                 log.info("saved %s", event.line)
                 self.emit(event)
             self._steps.point_to(step)
-            self._steps.remove_old(self.emit)
+            self._steps.remove_old(self)
         return path
 
     def _report(self) -> None:

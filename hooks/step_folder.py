@@ -1,29 +1,54 @@
-"""What becomes of the steps of a run directory after one was saved: the link to the newest, and retention."""
+"""What becomes of the steps of a folder after one was saved or exported: the link to the newest, and retention."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from shardsmith.ground.commit import place_link, remove, sweep
-from shardsmith.ground.layout import LATEST_LINK, step_name
+from shardsmith.ground.layout import LATEST_LINK, METADATA_FILE, step_name
 from shardsmith.manifest.checkpoints import committed_steps
 
 from .background import logged
+from .disk_space import mind_disk, refuse_without_disk
 from .events import Event
+from .hook import Hook
 from .retention import Retention, steps_to_remove
 
 log = logging.getLogger(__name__)
 
 
 class StepFolder:
-    """The steps of one run. Rank 0 calls it; nothing here raises, for the checkpoint is saved all the same."""
+    """The steps of one folder. Rank 0 calls it; nothing here raises, for the step is there all the same."""
 
-    def __init__(self, directory: Path, keep: Retention | None, *, latest_link: bool) -> None:
-        """``latest_link``: keep a link to the newest step."""
+    def __init__(
+        self,
+        directory: Path,
+        keep: Retention | None,
+        *,
+        latest_link: bool = False,
+        marker: str = METADATA_FILE,
+        suffixes: Sequence[str] = ("",),
+    ) -> None:
+        """Remember what is to be done.
+
+        Args:
+            directory: The folder.
+            keep: Which steps stay; None keeps all.
+            latest_link: Keep a link to the newest step.
+            marker: The file that every complete step has.
+            suffixes: A step consists of these directories: its name with each of them.
+
+        Raises:
+            UsageError: the policy looks at a disk, and there is none.
+        """
+        refuse_without_disk(keep, directory)
         self._directory = directory
         self._keep = keep
+        self._marker = marker
+        self._suffixes = tuple(suffixes)
         self._link = directory / LATEST_LINK if latest_link else None
 
     def point_to(self, step: int) -> None:
@@ -32,14 +57,26 @@ class StepFolder:
             with logged(f"making {self._link}"):
                 place_link(self._link, step_name(step))
 
-    def remove_old(self, emit: Callable[[Event], None]) -> None:
-        """Remove what dead attempts left, and what is not retained. What fails now, the next save tries again."""
-        with logged(f"{self._directory}: looking for old checkpoints to remove"):
+    def remove_old(self, hook: Hook) -> None:
+        """Remove what dead attempts left, and what is not retained. What fails now, the next save tries again.
+
+        Args:
+            hook: Whose steps these are.
+        """
+        with logged(f"{self._directory}: looking for old steps to remove"):
             sweep(self._directory)
-            for step in steps_to_remove(self._keep, committed_steps(self._directory), directory=self._directory):
-                path = self._directory / step_name(step)
-                with logged(f"removing {path.name}"):
-                    if remove(path):
-                        emit(Event(kind="remove", step=step, path=str(path)))
-                    else:
-                        log.info("%s is being read; a later save removes it", path)
+            for step in steps_to_remove(self._keep, self._there(), directory=self._directory):
+                self._remove(hook, step)
+            mind_disk(hook, self._keep, self._directory, self._there(), partial(self._remove, hook))
+
+    def _there(self) -> list[int]:
+        return committed_steps(self._directory, self._marker)
+
+    def _remove(self, hook: Hook, step: int) -> None:
+        paths = [self._directory / (step_name(step) + suffix) for suffix in self._suffixes]
+        for path in [path for path in paths if path.is_dir()]:
+            with logged(f"removing {path.name}"):
+                if remove(path):
+                    hook.emit(Event(kind="remove", step=step, path=str(path)))
+                else:
+                    log.info("%s is being read; it is removed later", path)

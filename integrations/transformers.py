@@ -21,7 +21,7 @@ from shardsmith.checking.types import Decay, Directory, LocalPath
 from shardsmith.errors import UsageError
 from shardsmith.ground.extras import missing_package
 from shardsmith.hooks import EMA, FolderSave, HFExport, Hooks, Schedule
-from shardsmith.hooks.events import Listener
+from shardsmith.hooks.events import Listener, metrics_to
 from shardsmith.manifest.trainer_folders import last_checkpoint
 
 try:
@@ -95,7 +95,7 @@ class CheckpointHooks(TrainerCallback):
         self._resume_from = resume_from
         self._on_missing = on_missing
         self._verify = prove
-        self._on_event = on_event
+        self._listeners: list[Listener] = [on_event] if callable(on_event) else list(on_event)
         self._stop_on = stop_on
         self._export_options = export_options
         self._ended = False
@@ -111,6 +111,23 @@ class CheckpointHooks(TrainerCallback):
         swapped: AbstractContextManager[None] = self.ema.swapped_in()
         return swapped
 
+    def log_to(self, trainer: Any) -> None:
+        """Log the numbers of events as Trainer logs its own: in ``log_history``, and where ``report_to`` says.
+
+            trainer = Trainer(..., callbacks=[hooks])
+            hooks.log_to(trainer)
+
+        Args:
+            trainer: Whose training has not begun.
+        """
+
+        def log_numbers(numbers: dict[str, float], step: int) -> None:  # noqa: ARG001  Trainer knows its step
+            is_due = trainer.control.should_log
+            trainer.log(dict(numbers))
+            trainer.control.should_log = is_due  # or Trainer would leave its own log of this step out
+
+        self._listeners.append(metrics_to(log_numbers))
+
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, processing_class: Any = None, **_: Any
     ) -> None:
@@ -123,7 +140,7 @@ class CheckpointHooks(TrainerCallback):
         self._folder_save = FolderSave(model, ema=self.ema)
         attached = [self.ema, self._folder_save, self._make_export(args, model, processing_class)]
         hooks = [hook for hook in attached if hook is not None]
-        self.hooks = Hooks(*hooks, stop_on=self._stop_on, on_event=self._on_event)
+        self.hooks = Hooks(*hooks, stop_on=self._stop_on, on_event=self._listeners)
         self._ended = False
         if state.global_step > 0:
             self._load(args, state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -46,6 +47,7 @@ def _charts(found: RunOverview, events: Events) -> Iterator[str]:
         of_kind = [event for event in events if event["kind"] == kind]
         yield chart(f"Seconds that the training waited for each {kind}", _points(of_kind, "seconds_waited"), "s")
         yield chart(f"Seconds from the beginning to the end of each {kind}", _points(of_kind, "seconds"), "s")
+    yield chart("Distance of the average from the weights, relative to the weights", _distances(events), "")
 
 
 def _points(events: Events, field: str) -> list[Point]:
@@ -57,6 +59,15 @@ def _points(events: Events, field: str) -> list[Point]:
             failed=event["error"] is not None,
         )
         for event in events
+    ]
+
+
+def _distances(events: Events) -> list[Point]:
+    """Of the saves whose events have it: those of runs with an average, and of no older version."""
+    return [
+        Point(event["step"], distance, f"step {event['step']}: {distance:.3g}")
+        for event in events
+        if isinstance(distance := event.get("ema_distance"), float) and math.isfinite(distance)
     ]
 
 

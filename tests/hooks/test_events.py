@@ -10,16 +10,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.tensorboard import SummaryWriter
 
-from shardsmith.errors import TargetExistsError, UsageError, WriteError
+from shardsmith.errors import (
+    InitialLoadError,
+    MismatchError,
+    RankFailedError,
+    TargetExistsError,
+    UsageError,
+    WriteError,
+)
 from shardsmith.hooks import (
+    EMA,
     Event,
     HFExport,
     Hooks,
+    InitialLoad,
     ShardedSave,
     every,
     json_lines,
@@ -90,6 +101,64 @@ def test_what_fails_in_the_background_is_told_too(kind: str, tmp_path: Path) -> 
         with pytest.raises(WriteError):
             hooks.close()
     assert [(event.kind, event.step, event.error is None) for event in events] == [(kind, 1, False)]
+
+
+def test_an_initial_load_is_told_well_or_not(tmp_path: Path) -> None:
+    save_file(nn.Linear(4, 4).state_dict(), tmp_path / "model.safetensors")
+    events: list[Event] = []
+    with Hooks(InitialLoad(tmp_path, model=nn.Linear(4, 4)), on_event=events.append) as hooks:
+        hooks.resume()
+    with pytest.raises(InitialLoadError):
+        Hooks(InitialLoad(tmp_path, model=nn.Linear(5, 4)), on_event=events.append).resume()
+    well, failed = events
+    assert (well.kind, well.step, well.path, well.error) == ("verify", 0, str(tmp_path), None)
+    assert well.nbytes == (tmp_path / "model.safetensors").stat().st_size
+    assert (failed.kind, (failed.error or "").split(":")[0]) == ("verify", "InitialLoadError")
+
+
+def test_a_resume_that_fails_is_told_too(tmp_path: Path) -> None:
+    train(tmp_path, (), 1)
+    events: list[Event] = []
+    save = ShardedSave(tmp_path / "checkpoints", model=nn.Linear(5, 4), when=every(1))
+    hooks = Hooks(save, on_event=events.append)
+    with pytest.raises(MismatchError):
+        hooks.resume()
+    hooks.close(broken_off=True)
+    assert [(event.kind, event.path) for event in events] == [("resume", str(tmp_path / "checkpoints"))]
+    assert (events[0].error or "").startswith("MismatchError: ")
+
+
+def run_failing(directory: Path) -> None:
+    events: list[Event] = []
+    save = ShardedSave(directory, model=nn.Linear(8, 8), when=every(1))
+    hooks = Hooks(save, on_event=events.append)
+    if dist.get_rank() == 0:
+        (directory / "step-1").write_text("in the way")
+    with pytest.raises(RankFailedError):
+        hooks.step(1)
+    hooks.close(broken_off=True)
+    assert [event.phase for event in events] == ["collecting step-1"] * (dist.get_rank() == 0)
+
+
+def test_of_a_failure_on_some_ranks_the_phase_is_told(tmp_path: Path) -> None:
+    run_on_ranks(run_failing, 2, tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize("sizes", [(1000, 1000), (3, 5)], ids=str)
+def test_the_distance_of_the_average_is_that_of_the_formula(sizes: tuple[int, int], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(*sizes).bfloat16()
+    before = [weight.detach().double() for weight in model.parameters()]
+    ema = EMA(model, decay=0.9)
+    save, events = ShardedSave(tmp_path, model=model, ema=ema, when=every(1)), []
+    with Hooks(ema, save, on_event=events.append) as hooks:
+        for weight in model.parameters():
+            weight.data.add_(torch.randn_like(weight), alpha=0.1)
+        hooks.step(1)
+    now = [weight.detach().double() for weight in model.parameters()]
+    apart = sum((0.9 * (one - other)).square().sum() for one, other in zip(before, now, strict=True))
+    expected = float((apart / sum(one.square().sum() for one in now)).sqrt())
+    assert events[0].ema_distance == pytest.approx(expected, rel=0.01 if sizes[0] > 3 else 1e-4)
 
 
 def run_listening(directory: Path) -> None:

@@ -124,6 +124,7 @@ def test_the_page_of_a_run_shows_what_its_events_say(tmp_path: Path) -> None:
     event = {"kind": "export", "step": 3, "path": str(run / "hf" / "step-3"), "seconds": 2.5, "seconds_waited": 0.125}
     events = [
         {**event, "nbytes": 5, "ranks": 2, "error": None},
+        {**event, "kind": "save", "nbytes": 5, "ranks": 2, "error": None, "ema_distance": 0.0625},
         {**event, "step": 4, "nbytes": 0, "ranks": 2, "error": "OSError: <disk> full"},
     ]
     lines = [*map(json.dumps, events), '{"kind": "export", "st']  # the last one was cut off by a kill
@@ -132,7 +133,8 @@ def test_the_page_of_a_run_shows_what_its_events_say(tmp_path: Path) -> None:
     page = Page(run / "page.html")
     assert "OSError: <disk> full" in page.words
     assert "step 3: 0.125 s" in page.words
-    assert page.rows == {"s0", "e0", "e1"}
+    assert "step 3: 0.0625" in page.words
+    assert page.rows == {"s0", "e0", "e1", "e2"}
 
 
 def test_a_page_never_takes_the_place_of_what_it_is_about(pair: tuple[Path, Path]) -> None:
