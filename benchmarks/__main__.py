@@ -17,6 +17,7 @@ from rich.console import Console
 from benchmarks.bagel import compare_bagel, disk_needed, memory_needed
 from benchmarks.device import measure_device
 from benchmarks.diagnosis import measure_diagnosis
+from benchmarks.events import measure_events
 from benchmarks.initial import compare_initial
 from benchmarks.live import compare_live
 from benchmarks.offline import compare_offline
@@ -35,14 +36,14 @@ class Section:
     memory_bytes: float
 
 
-Name = Literal["save", "one-write", "offline", "live", "initial", "diagnose", "bagel", "device"]
+Name = Literal["save", "one-write", "offline", "live", "initial", "diagnose", "events", "bagel", "device"]
 
 
 def main(
     parameters: str = "700M",
     shards: int = 4,
     runs: int = 3,
-    only: Literal["all", "save", "one-write", "offline", "live", "initial", "diagnose", "bagel", "device"] = "all",
+    only: Literal["all"] | Name = "all",
     bagel_parameters: str | None = None,
     device: str | None = None,
     small_tensors: int | None = None,
@@ -56,7 +57,8 @@ def main(
     one-write: the same run, with weights that others load, too: a save with an export beside it, and one write.
     offline: from a sharded checkpoint. live: from live sharded weights. initial: to a checkpoint to start from.
     device: one rank that trains on a GPU; part of all where there is one.
-    diagnose: what a diagnosis costs. bagel: a model like BAGEL with its average, in one process, two and four.
+    diagnose: what a diagnosis costs. events: what hooks cost in a step at which they do nothing.
+    bagel: a model like BAGEL with its average, in one process, two and four.
 
     Needs at the default sizes, at the peak of each section: save 3 GB of disk and 20 GB of memory, one-write 5 and
     17, offline 8 and 8,
@@ -96,6 +98,7 @@ def main(
         "live": Section(lambda work: compare_live(console, work, size, shards, runs), 4 * size, 15 * size),
         "initial": Section(lambda work: compare_initial(console, work, size, shards, runs), 6 * size, 5 * size),
         "diagnose": Section(lambda work: measure_diagnosis(console, work, compared, runs), 3 * compared, 1e9),
+        "events": Section(lambda work: measure_events(console, work, runs), 1e6, 1e9),
         "bagel": Section(
             lambda work: compare_bagel(console, work, bagel, runs), disk_needed(bagel), memory_needed(bagel)
         ),

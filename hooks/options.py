@@ -161,6 +161,10 @@ class SaveWriting:
     latest_link: bool = False
     """Keep a link ``latest`` in the directory that leads to the newest step: for servers that follow the run. It is
     replaced in one go after each save, and before an older step is removed."""
+    on_saved: Callable[[int, Path], None] | None = None
+    """Called with step and directory when a checkpoint is committed: on all ranks, on the main thread, by ``Hooks``;
+    ranks may get there during different steps. What it raises fails no save; all ranks raise it after the same
+    step."""
     compare_replicas: Literal["first", "never"] | Count = "first"
     """When to compare, across the ranks, the tensors that several of them hold, such as all of them under DDP: at the
     ``"first"`` save, at the first and every so many saves, or ``"never"``."""
@@ -207,6 +211,7 @@ class SaveOptions(TypedDict, total=False):
     max_host_memory: Size | None
     layout: Literal["flat", "nested"]
     latest_link: bool
+    on_saved: Callable[[int, Path], None] | None
     compare_replicas: Literal["first", "never"] | Count
     timeout_secs: Seconds
 

@@ -140,6 +140,7 @@ class ShardedSave(Hook):
             world_size=self._ranks.size,
         )
         self._ema = ema
+        self._on_saved = writing.on_saved
         self._weights: HuggingFaceWeights | None = None
         if files.weights == "huggingface":
             self._weights = HuggingFaceWeights(model, ema, files, self.directory, self._ranks)
@@ -175,6 +176,11 @@ class ShardedSave(Hook):
         """Save the step, if that was not done. All ranks; communicates."""
         if step != self._saved_step:
             self.save(step)
+
+    def on_saved(self, step: int, path: Path) -> None:
+        """Pass a save of this hook on to its own ``on_saved``. No communication."""
+        if self._on_saved is not None and path.parent == self.directory:
+            self._on_saved(step, path)
 
     def report_background(self) -> None:
         """Announce the save in flight, or raise what failed in it, if it has ended."""

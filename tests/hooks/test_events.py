@@ -269,3 +269,31 @@ NO_LISTENERS: dict[str, Callable[[], object]] = {
 def test_what_cannot_be_called_is_refused(what: str) -> None:
     with pytest.raises(UsageError, match="on_event"):
         NO_LISTENERS[what]()
+
+
+def test_on_saved_is_called_after_each_save_of_its_own_hook(tmp_path: Path) -> None:
+    saved: list[tuple[int, Path, bool]] = []
+    model = nn.Linear(4, 4)
+    one = ShardedSave(
+        tmp_path / "one",
+        model=model,
+        when=every(1),
+        on_saved=lambda step, path: saved.append((step, path, (path / "metadata.json").exists())),
+    )
+    other = ShardedSave(tmp_path / "other", model=model, when=every(1))
+    with Hooks(one, other) as hooks:
+        for step in (1, 2):
+            hooks.step(step)
+    assert saved == [(step, tmp_path / "one" / f"step-{step}", True) for step in (1, 2)]
+
+
+def test_what_on_saved_raises_fails_no_save_and_is_raised(tmp_path: Path) -> None:
+    def broken(step: int, path: Path) -> None:  # noqa: ARG001
+        raise RuntimeError("no network")
+
+    save = ShardedSave(tmp_path, model=nn.Linear(4, 4), when=every(1), on_saved=broken)
+    hooks = Hooks(save)
+    hooks.step(1)
+    with pytest.raises(RuntimeError, match="no network"):
+        hooks.close()
+    assert (tmp_path / "step-1" / "metadata.json").exists()
