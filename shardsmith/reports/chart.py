@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from shardsmith.reports.page import safe
 
-_WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 560, 170, 64, 22, 24
+_WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 512, 170, 64, 22, 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ def chart(title: str, points: Sequence[Point], unit: str) -> str:
     bottom = _HEIGHT - _BOTTOM
     return "".join(
         [
-            f'<div class="wide"><svg width="{_WIDTH}" height="{_HEIGHT}" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img"',
+            f'<svg class="chart" width="{_WIDTH}" height="{_HEIGHT}" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img"',
             f' aria-label="{safe(title)}"><text x="0" y="12" font-weight="bold">{safe(title)}</text>',
             f'<path d="M{_LEFT} {_TOP}V{bottom}H{_WIDTH - 12}" fill="none" stroke="var(--quiet)"/>',
             _label(_LEFT - 6, _TOP + 4, f"{top:.3g} {unit}", "end"),
@@ -53,7 +53,7 @@ def chart(title: str, points: Sequence[Point], unit: str) -> str:
             _label(_WIDTH - 12, _HEIGHT - 8, f"step {high:g}", "end") if high > low else "",
             f'<polyline points="{line}" fill="none" stroke="var(--note)" stroke-width="1.5"/>',
             *(_dot(*place(point), point) for point in points),
-            "</svg></div>",
+            "</svg>",
         ]
     )
 

@@ -12,7 +12,7 @@ from shardsmith.ground.printable import printable
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --good: #2e7d32; --error: #c62828; --warning: #b26a00;
-  --note: #1565c0; --quiet: #8888 }
+  --note: light-dark(#1565c0, #64b5f6); --quiet: #8888 }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 1.5rem auto; padding: 0 1rem }
 h1 { font-size: 1.3rem; overflow-wrap: anywhere } h2 { font-size: 1.1rem; margin-top: 2rem }
 code { font: 13px/1.4 ui-monospace, monospace; overflow-wrap: anywhere }
@@ -27,6 +27,7 @@ table { border-collapse: collapse } td, th { padding: .2rem .8rem .2rem 0; text-
 .listing td { padding-left: .5rem; border-top: 1px solid var(--line) } tr:target { outline: 2px solid var(--note) }
 input[type=search] { font: inherit; width: min(100%, 24rem); margin: .5rem 0; padding: .2rem .4rem }
 svg text { font: 11px system-ui, sans-serif; fill: currentColor } svg { max-width: none; display: block }
+.charts { display: flex; flex-wrap: wrap; gap: 1rem 2rem } svg.chart { max-width: 100%; height: auto }
 footer { margin-top: 3rem; border-top: 1px solid var(--line); color: var(--quiet); overflow-wrap: anywhere }
 @media (max-width: 40rem) { body { margin: .5rem auto } .finding th { display: block; padding-bottom: 0 } }
 """

@@ -30,7 +30,8 @@ def run_page(found: RunOverview, events: Events, command: Sequence[str]) -> str:
     verdict += f"; {damaged} damaged" if damaged else "; none is damaged"
     parts = [f'<p class="verdict{" bad" if damaged else ""}">{safe(verdict)}</p>']
     parts += section("Problems", [f'<p class="bad-text">{safe(problem)}</p>' for problem in found.problems])
-    parts += section("Over the steps", list(_charts(found, events)))
+    charts = "".join(_charts(found, events))
+    parts += section("Over the steps", [f'<div class="charts">{charts}</div>'] if charts else [])
     parts += section("Steps", sortable_table(_STEPS, _rows("s", [_step(one, found) for one in found.steps]), "steps"))
     parts += section("Events", _events(events))
     left = [f"<p><code>{safe(one.path)}</code>: {one.kind}, {size_text(one.nbytes)}</p>" for one in found.leftovers]
