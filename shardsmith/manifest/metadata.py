@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import json
 import platform
 import re
@@ -29,6 +30,7 @@ from shardsmith.errors import (
 )
 from shardsmith.ground import layout
 from shardsmith.ground.bounded import read_bounded
+from shardsmith.ground.garbage import without_collection
 from shardsmith.ground.json_budget import require_json_budget
 from shardsmith.manifest.fields import (
     count,
@@ -226,7 +228,20 @@ def read_metadata(directory: Path) -> CheckpointMetadata:
 def find_metadata(directory: Path) -> CheckpointMetadata | None:
     """Return what ``read_metadata`` does; None for a ``metadata.json`` of another project. Raises the same."""
     path = directory / layout.METADATA_FILE
-    data, content = _read(path)
+    found = _known_metadata(path, _read_bytes(path))
+    if found is None:
+        return None
+    return dataclasses.replace(found, files=dict(found.files), tensors=dict(found.tensors), tied=dict(found.tied))
+
+
+@functools.lru_cache(maxsize=1)  # a resume reads it six times, and each takes seconds where there are 100,000 tensors
+def _known_metadata(path: Path, data: bytes) -> CheckpointMetadata | None:
+    with without_collection():
+        return _metadata_of(path, data)
+
+
+def _metadata_of(path: Path, data: bytes) -> CheckpointMetadata | None:
+    content = _object(path, data)
     if not _is_ours(content):
         return None
     found = content["schema_version"]
@@ -255,23 +270,27 @@ def read_json(path: Path, *, sealed: bool = False) -> dict[str, Any]:
         CorruptCheckpointError: not a regular file, larger than 32 MiB (manifests: 512 MiB), no JSON object, or changed
             since it was written.
     """
-    data, content = _read(path)
+    data = _read_bytes(path)
+    content = _object(path, data)
     if sealed:
         require_seal(path, data, content)
     return content
 
 
-def _read(path: Path) -> tuple[bytes, dict[str, Any]]:
-    """The bytes and the object of a JSON file."""
+def _read_bytes(path: Path) -> bytes:
+    """What is in a JSON file."""
     is_ours = path.name in (layout.METADATA_FILE, layout.PROVENANCE_FILE)
     try:
-        data = read_bounded(path, _MOST_BYTES_OF_OURS if is_ours else _MOST_BYTES)
+        return read_bounded(path, _MOST_BYTES_OF_OURS if is_ours else _MOST_BYTES)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointNotFoundError(path, "does not exist") from error
     except ValueError as error:
         raise CorruptCheckpointError(path, f"is not a JSON file: {error}") from error
     except OSError as error:
         raise CheckpointError(path, f"cannot be read: {error.strerror}") from error
+
+
+def _object(path: Path, data: bytes) -> dict[str, Any]:
     try:
         require_json_budget(data)
         content = json.loads(data)
@@ -279,7 +298,7 @@ def _read(path: Path) -> tuple[bytes, dict[str, Any]]:
         raise CorruptCheckpointError(path, f"is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise CorruptCheckpointError(path, f"holds a JSON {type(content).__name__}, expected an object")
-    return data, content
+    return content
 
 
 def _parse(content: Mapping[str, Any]) -> CheckpointMetadata:

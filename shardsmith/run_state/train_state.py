@@ -18,7 +18,7 @@ from shardsmith.run_state.alike import tensors_of
 from shardsmith.run_state.average import Average
 from shardsmith.run_state.fsdp1_hybrid import hybrid_groups_have_a_source
 from shardsmith.run_state.known_state import FLAT_OPTIMIZER, KnownState, StateDicts, ask_torch
-from shardsmith.run_state.optimizers import check_optimizers
+from shardsmith.run_state.optimizers import check_optimizers, finding_parameters_fast
 from shardsmith.run_state.rank_states import PerRank
 from shardsmith.run_state.readable import made_readable
 from shardsmith.run_state.renamed_model import write_model
@@ -163,7 +163,7 @@ class TrainState:
         if main:
             write_model(self._model, main)
         if self._optimizers:
-            with hybrid_groups_have_a_source(self._model):
+            with hybrid_groups_have_a_source(self._model), finding_parameters_fast(self._optimizers):
                 set_optimizer_state_dict(self._model, self._optimizers, state["optimizer"], options=FLAT_OPTIMIZER)
         if self._scheduler is not None:
             self._scheduler.load_state_dict(state["lr_scheduler"])

@@ -441,3 +441,11 @@ def digested_tensors() -> dict[str, torch.Tensor]:
     shapes = [(1,), (3,), (7, 5), (2, 3, 4), (1000,)]
     named = {f"{dtype} {list(shape)}": patterned(shape, dtype, 5) for dtype in DTYPES for shape in shapes}
     return {**named, "empty": torch.empty(0, 3), "scalar": torch.tensor(1.5), "large": torch.arange(300_000)}
+
+
+def test_what_a_caller_does_to_what_it_read_is_not_what_the_next_one_reads(tmp_path: Path) -> None:
+    put(tmp_path, FULL.to_json())
+    found = read_metadata(tmp_path)
+    found.tensors.clear()
+    found.files.clear()
+    assert read_metadata(tmp_path) == FULL

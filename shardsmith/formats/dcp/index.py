@@ -20,10 +20,20 @@ from shardsmith.errors import (
     UnsafeCheckpointError,
     UnsupportedFormatError,
 )
-from shardsmith.formats.dcp.index_pickle import MAX_INDEX_BYTES, SavedBytes, SavedIndex, SavedTensor, load_dcp_index
+from shardsmith.formats.dcp.index_pickle import (
+    MAX_INDEX_BYTES,
+    MAX_KNOWN_INDEX_BYTES,
+    SavedBytes,
+    SavedIndex,
+    SavedTensor,
+    load_dcp_index,
+)
+from shardsmith.ground.garbage import without_collection
 from shardsmith.ground.layout import DCP_INDEX_FILE
 from shardsmith.ground.mapped import MappedFile
 from shardsmith.ground.remote_path import as_path
+from shardsmith.manifest.checkpoints import hash_file
+from shardsmith.manifest.metadata import has_manifest, read_metadata
 from shardsmith.sharding.boxes import IrregularBoxesError, find_overlap
 from shardsmith.tensors.tensors import Chunk, Shape, TensorSpec
 
@@ -88,10 +98,12 @@ def read_index(directory: str | Path, *, follow_links: bool = False) -> DcpIndex
         CorruptCheckpointError: when it is no index, or contradicts itself.
     """
     path = as_path(directory)
-    data = _read_bytes(path / DCP_INDEX_FILE, follow_links)
+    most = _most_bytes(path)
+    data = _read_bytes(path / DCP_INDEX_FILE, follow_links, most)
     known = _known_index(path, data, follow_links)
     if not known or any(_file_size(path / name, follow_links) != n for name, n in known[0].files.items()):
-        known[:] = [_Checker(path, load_dcp_index(data, path / DCP_INDEX_FILE), follow_links).index()]
+        with without_collection():  # which would look at millions of parts again and again
+            known[:] = [_Checker(path, load_dcp_index(data, path / DCP_INDEX_FILE, most), follow_links).index()]
     return known[0]
 
 
@@ -101,7 +113,19 @@ def _known_index(path: Path, data: bytes, follow_links: bool) -> list[DcpIndex]:
     return []
 
 
-def _read_bytes(path: Path, follow_links: bool) -> bytes:
+def _most_bytes(directory: Path) -> int:
+    """Of an index. A larger one is read if a manifest beside it has it: whoever saved it had it in memory, too."""
+    path = directory / DCP_INDEX_FILE
+    size = _file_size(path, follow_links=True)
+    if size is None or size <= MAX_INDEX_BYTES or not has_manifest(directory):
+        return MAX_INDEX_BYTES
+    record = read_metadata(directory).files.get(DCP_INDEX_FILE)
+    if record is None or size > MAX_KNOWN_INDEX_BYTES or hash_file(path) != record.xxh3_128:
+        return MAX_INDEX_BYTES
+    return size
+
+
+def _read_bytes(path: Path, follow_links: bool, most: int) -> bytes:
     try:
         file = MappedFile(path, follow_links=follow_links)
     except CheckpointNotFoundError:
@@ -112,8 +136,12 @@ def _read_bytes(path: Path, follow_links: bool) -> bytes:
         raise CheckpointNotFoundError(path.parent, f"is no DCP directory: there is no {path.name} in it") from None
     if file.size == 0:
         raise IncompleteCheckpointError(path, "is empty: it was lost in a crash after the save")
-    if file.size > MAX_INDEX_BYTES:
-        raise UnsupportedFormatError(path, f"has {file.size} bytes; an index may have up to {MAX_INDEX_BYTES}")
+    if file.size > most:
+        raise UnsupportedFormatError(
+            path,
+            f"has {file.size} bytes; an index may have up to {MAX_INDEX_BYTES}, and up to {MAX_KNOWN_INDEX_BYTES} "
+            "beside a metadata.json that has its hash",
+        )
     return file.bytes(0, file.size)
 
 

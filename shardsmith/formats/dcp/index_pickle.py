@@ -13,6 +13,8 @@ from shardsmith.formats.torch_files.pickle_machine import Made, Name, read_pickl
 from shardsmith.tensors.tensors import Chunk, Shape
 
 MAX_INDEX_BYTES = 1 << 30
+MAX_KNOWN_INDEX_BYTES = 1 << 34
+"""Of an index whose hash a manifest has."""
 MAX_DIMS = 64
 
 DTYPES = {Name("torch", n): v for n, v in vars(torch).items() if isinstance(v, torch.dtype)}
@@ -78,7 +80,7 @@ class SavedIndex:
     """By key and offsets of the chunk, None where the value is no tensor."""
 
 
-def load_dcp_index(data: bytes, path: Path) -> SavedIndex:
+def load_dcp_index(data: bytes, path: Path, most_bytes: int = MAX_INDEX_BYTES) -> SavedIndex:
     """Return what ``.metadata`` of a DCP directory says.
 
     Every field has its exact type and every number lies in 0..2**63-1; whether they make sense together is left to
@@ -87,14 +89,15 @@ def load_dcp_index(data: bytes, path: Path) -> SavedIndex:
     Args:
         data: The bytes of the file.
         path: The file, for the errors.
+        most_bytes: That it may have.
 
     Raises:
         UnsafeCheckpointError: when it names a class that no index needs, or asks for code to be run.
         CorruptCheckpointError: when it is no pickle, or not one of an index.
-        UnsupportedFormatError: when it is larger than 1 GiB or holds sparse tensors.
+        UnsupportedFormatError: when it is larger than that or holds sparse tensors.
     """
-    if len(data) > MAX_INDEX_BYTES:
-        raise UnsupportedFormatError(path, f"has {len(data)} bytes; an index may have up to {MAX_INDEX_BYTES}")
+    if len(data) > most_bytes:
+        raise UnsupportedFormatError(path, f"has {len(data)} bytes; an index may have up to {most_bytes}")
     return _IndexDecoder(path, len(data)).index(read_pickle(data, path, _INDEX_NAMES))
 
 

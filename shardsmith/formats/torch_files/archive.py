@@ -6,12 +6,13 @@ import copy
 import functools
 import io
 import pickle
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from shardsmith.errors import CorruptCheckpointError, UnsafeCheckpointError
+from shardsmith.errors import CheckpointError, CorruptCheckpointError, UnsafeCheckpointError
 from shardsmith.formats.torch_files.budget import require_budget
 from shardsmith.formats.torch_files.tensor_pickle import MAX_TENSOR_PICKLE_BYTES, read_tensor_pickle
 from shardsmith.formats.torch_files.zip import TorchZip, UnusualArchiveError
@@ -69,12 +70,14 @@ def read_archived_object(file: MappedFile, offset: int, length: int, *, allow_pi
     """
     data = file.bytes(offset, length)
     where = f"bytes {offset} to {offset + length}"
-    if not allow_pickle:
-        require_budget(file.path, data)
     try:
         if length <= _SMALL_BYTES and not allow_pickle:
-            return copy.deepcopy(_load_small(data))
+            return copy.deepcopy(_load_small(file.path, data))
+        if not allow_pickle:
+            require_budget(file.path, data)
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=not allow_pickle)
+    except CheckpointError:
+        raise
     except pickle.UnpicklingError as error:
         raise UnsafeCheckpointError(file.path, f"{where} are of a type that was not read: {error}") from error
     except Exception as error:  # a dozen types, RuntimeError and EOFError among them
@@ -83,8 +86,9 @@ def read_archived_object(file: MappedFile, offset: int, length: int, *, allow_pi
 
 
 @functools.lru_cache(maxsize=1024)
-def _load_small(data: bytes) -> Any:
+def _load_small(path: Path, data: bytes) -> Any:
     """Of the options of an optimizer's groups a checkpoint has one for each tensor, and few different ones."""
+    require_budget(path, data)
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 

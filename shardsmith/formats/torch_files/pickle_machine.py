@@ -34,7 +34,8 @@ class Made:
     def __init__(self, of: Name, args: tuple[object, ...]) -> None:
         self.of = of
         self.args = args
-        self.items: dict[str | int | Made, object] | None = {} if of == ORDERED_DICT and not args else None
+        is_dict = of.name == "OrderedDict" and of == ORDERED_DICT and not args
+        self.items: dict[str | int | Made, object] | None = {} if is_dict else None
         self.state: object = None
 
 
@@ -128,6 +129,31 @@ class _Machine:
                     stack.append(())
                 elif code == _EMPTY_DICT:
                     stack.append({})
+                elif code == _BININT2:
+                    stack.append(data[position] | data[position + 1] << 8)
+                    position += 2
+                elif code == _BININT:
+                    stack.append(_INT32(data, position)[0])
+                    position += 4
+                elif code == _MARK:
+                    self.outer.append(stack)
+                    stack = self.stack = []
+                elif code in (_NEWOBJ, _REDUCE):
+                    args, of = stack.pop(), stack[-1]
+                    if type(args) is not tuple or type(of) is not Name or of.name == "getattr":
+                        stack.append(args)
+                        return code
+                    stack[-1] = Made(of, args)
+                elif code == _BUILD:
+                    state, target = stack.pop(), stack[-1]
+                    if type(target) is not Made or target.state is not None:
+                        stack.append(state)
+                        return code
+                    target.state = state
+                elif code == _SETITEMS:
+                    self.position = position
+                    self.update_dict(self.pop_mark())
+                    stack = self.stack
                 else:
                     return code
         finally:
@@ -264,7 +290,15 @@ _TUPLE1 = pickle.TUPLE1[0]
 _TUPLE2 = pickle.TUPLE2[0]
 _EMPTY_TUPLE = pickle.EMPTY_TUPLE[0]
 _EMPTY_DICT = pickle.EMPTY_DICT[0]
+_BININT = pickle.BININT[0]
+_BININT2 = pickle.BININT2[0]
+_MARK = pickle.MARK[0]
+_NEWOBJ = pickle.NEWOBJ[0]
+_REDUCE = pickle.REDUCE[0]
+_BUILD = pickle.BUILD[0]
+_SETITEMS = pickle.SETITEMS[0]
 _UINT32 = struct.Struct("<I").unpack_from
+_INT32 = struct.Struct("<i").unpack_from
 _RUN_CODE = {
     pickle.PERSID: "PERSID",
     pickle.INST: "INST",
