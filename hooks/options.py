@@ -190,8 +190,9 @@ class SaveWeights:
     max_shard_size: Size | None = "5GB"
     """Several files with an index if the weights are larger; None makes one file."""
     weights_dtype: Dtype | None = None
-    """The dtype that the parameters are expected to train in, which is that of the files. Another is refused, since
-    rounded weights would not resume exactly. The average is written in its own dtype."""
+    """The dtype of the files; None is that which trains. ``"bfloat16"`` beside float32 parameters writes what the files
+    lack in a folder ``float32-rest``, two bytes an element, so that a resume has every bit of them; so for the average.
+    Any other dtype than that which trains is refused: it would not come back bit for bit."""
 
 
 class SaveOptions(TypedDict, total=False):

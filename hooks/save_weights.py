@@ -8,6 +8,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from shardsmith.conversion.model_directory import find_model
@@ -67,7 +68,7 @@ class HuggingFaceWeights:
             UsageError: the model cannot be written so.
             RankFailedError, CheckpointError: the base model cannot be read, or does not fit.
         """
-        _refuse_rounding(model, options)
+        _refuse_loss(model, options)
         base: list[Path] = []
         if options.base_model is not None:
             name = str(options.base_model)
@@ -78,7 +79,7 @@ class HuggingFaceWeights:
             model,
             ema,
             ModelFiles.of(_as_export_files(options, facts), base[0] if base else None),
-            dtype="original",
+            dtype=options.weights_dtype or "original",
             max_shard_size=options.max_shard_size,
             names=options.names,
             view=self._view,
@@ -101,7 +102,11 @@ class HuggingFaceWeights:
         (live,) = self._state.models(directory)
         names = dict(self._names(directory, live, contents.state_dict))
         plan = self._state.plan(target, contents.step, directory, [live.plan])
-        return WeightsDirectory.of(directory.suffix, plan, live.translation, names)
+        own = live.tensors if self._stages is None else self._stages.specs
+        dtypes = {name: tensor.dtype for name, tensor in own.items()}
+        if self._stages is not None and AVERAGE in directory.stems:
+            dtypes |= dict.fromkeys(self._stages.averaged, torch.float32)
+        return WeightsDirectory.of(directory.suffix, plan, live.translation, names, dtypes)
 
     def _names(self, directory: LiveDirectory, live: LiveModel, state: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         """Key in the state -> name that the model's plan starts from, of all that the files hold."""
@@ -138,19 +143,23 @@ def refuse_together(files: SaveWeights, writing: SaveWriting, directory: Path) -
         )
 
 
-def _refuse_rounding(model: nn.Module, options: SaveWeights) -> None:
-    """Raise UsageError if parameters train in another dtype than the files are to have."""
+def _refuse_loss(model: nn.Module, options: SaveWeights) -> None:
+    """Raise UsageError unless the files, with what lies beside them, can hold what the model has, bit for bit."""
     if options.weights_dtype is None:
         return
-    specs = [TensorSpec(name, tuple(value.shape), value.dtype) for name, value in model.named_parameters()]
+    own = [*model.named_parameters(), *model.named_buffers()]
+    specs = [TensorSpec(name, tuple(value.shape), value.dtype) for name, value in own]
     pairs = zip(specs, cast_specs(specs, parse_dtypes(options.weights_dtype)), strict=True)
-    if changed := [(spec, cast) for spec, cast in pairs if spec.dtype != cast.dtype]:
-        spec, cast = changed[0]
+    exact = (torch.float32, torch.bfloat16)
+    lost = [(spec, cast) for spec, cast in pairs if spec.dtype != cast.dtype and (spec.dtype, cast.dtype) != exact]
+    if lost:
+        spec, cast = lost[0]
         raise UsageError(
-            f"ShardedSave: weights_dtype={options.weights_dtype!r}: {len(changed)} of {len(specs)} parameters train in "
-            f"another dtype, such as {spec.name} ({str(spec.dtype)[6:]} for {str(cast.dtype)[6:]}); rounded weights "
-            "would not resume exactly. Leave it out, and cast a step where it is served: shardsmith to-hf --checkpoint "
-            "STEP --base-model STEP --output-dir SERVED; or let HFExport write in that dtype beside the saves"
+            f"ShardedSave: weights_dtype={options.weights_dtype!r}: {len(lost)} of {len(specs)} tensors are "
+            f"of another dtype, such as {spec.name} ({str(spec.dtype)[6:]} for {str(cast.dtype)[6:]}), and would not "
+            'come back bit for bit; only float32 beside "bfloat16" does. Leave it out, and cast a step where it is '
+            "served: shardsmith to-hf --checkpoint STEP --base-model STEP --output-dir SERVED; or let HFExport write "
+            "in that dtype beside the saves"
         )
 
 

@@ -49,7 +49,11 @@ def refuse_unfit(model: nn.Module, options: CheckpointHooks, last_dtype: str | N
 def files_of(options: CheckpointHooks, base: Path, names: str | NameMap) -> SaveWeights:
     """Return what the step folders have of a Hugging Face directory."""
     return SaveWeights(
-        weights="huggingface", base_model=base, names=names, max_shard_size=options.export_max_shard_size
+        weights="huggingface",
+        base_model=base,
+        names=names,
+        max_shard_size=options.export_max_shard_size,
+        weights_dtype=None if options.weights_dtype == "original" else options.weights_dtype,
     )
 
 

@@ -46,6 +46,9 @@ class CheckpointHooks:
     """"huggingface" makes each step folder a Hugging Face directory too, and its folder ema one of the average: the
     weights are in safetensors files alone, in the dtype that trains, and all else in .distcp files. Needs engine. Only
     a run with these hooks resumes from it."""
+    weights_dtype: Literal["original", "bfloat16"] = "original"
+    """Of weights="huggingface": "original" is the dtype that trains; "bfloat16" writes bfloat16 files, and what these
+    lack to float32 masters in a folder float32-rest beside them, so that a resume has every bit."""
     save_on_sigterm: bool = True
     """On SIGTERM, which announces the end of a machine, save the step that all ranks are at and end the run with exit
     status 0. False: SIGTERM ends it at once. It has an effect where TorchTitan saves checkpoints and anything of ours
@@ -148,6 +151,8 @@ class CheckpointHooks:
                 problems.append(f'export_models="{self.export_models}" needs ema_decay')
         if self.one_write and not self.engine:
             problems.append('weights="huggingface" needs engine: torch\'s writer puts weights into .distcp files')
+        if ours["weights_dtype"] and not self.one_write:
+            problems.append('weights_dtype is for weights="huggingface"')
         if self.export_lora == "adapter" and self.export_verify == "load":
             problems.append('export_verify="load" loads whole models: it goes with export_lora="merged"')
         for name in ("export_folder", "export_base_model", "events"):

@@ -29,6 +29,8 @@ DCP_INDEX_FILE = ".metadata"
 """torch.distributed.checkpoint's own index (a pickle)."""
 EMA_PREFIX = "ema_model."
 """FQN prefix of the averaged weights in a DCP directory. Not ``ema.``: TorchTitan keeps its own there."""
+REST_FOLDER = "float32-rest"
+"""In a directory of bfloat16 weights: what is missing to the float32 ones that train, under the same names."""
 
 LATEST_LINK = "latest"
 """In a run directory: a link to the newest step, if that is wanted."""

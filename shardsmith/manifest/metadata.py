@@ -47,10 +47,11 @@ from shardsmith.manifest.initial import InitialRecord
 from shardsmith.manifest.weights import WeightsRecord
 from shardsmith.tensors.tensors import TensorSpec
 
-SCHEMA_VERSION = 3
-"""The newest that is read. What has no ``weights`` is version 2, and what has no ``initial`` either is version 1."""
-_FIELDS_SINCE = ("", "", "initial", "weights")
-"""By schema version, the field that it has added."""
+SCHEMA_VERSION = 4
+"""The newest that is read. What has no ``weights`` is version 2, and what has no ``initial`` either is version 1; where
+the files of weights are all that there is of them, it is 3."""
+_ADDED = {"initial": 2, "weights": 3}
+"""Field -> the schema version that has added it. Version 4 has one more in each record of ``weights``."""
 CHECKPOINT_TYPE = "sharded"
 _MOST_BYTES = 1 << 25
 """Of a config, an index, a trainer's state and so on."""
@@ -134,14 +135,16 @@ class CheckpointMetadata:
     def schema_version(self) -> int:
         """The oldest that can say this."""
         if self.weights is not None:
-            return 3
+            return 4 if any(record.rest for record in self.weights.values()) else 3
         return 1 if self.initial is None else 2
 
     def to_json(self) -> bytes:
         """As the bytes of the file."""
         content = {name: getattr(self, name) for name in self.__slots__}
-        for name in _FIELDS_SINCE[self.schema_version + 1 :]:
+        for name in _fields_after(self.schema_version):
             del content[name]
+        if self.schema_version == 3:
+            content["weights"] = {model: _without_rest(record) for model, record in (self.weights or {}).items()}
         content |= {"checkpoint_type": CHECKPOINT_TYPE, "schema_version": self.schema_version}
         return sealed_json(content)
 
@@ -304,7 +307,7 @@ def _object(path: Path, data: bytes) -> dict[str, Any]:
 def _parse(content: Mapping[str, Any]) -> CheckpointMetadata:
     schema = content["schema_version"]
     content = {name: value for name, value in content.items() if name not in ("checkpoint_type", "schema_version")}
-    for name in _FIELDS_SINCE[schema + 1 :]:
+    for name in _fields_after(schema):
         if name in content:
             raise ValueError(f"version {schema} has no field {name!r}")
         content[name] = None
@@ -326,7 +329,7 @@ def _parse(content: Mapping[str, Any]) -> CheckpointMetadata:
         tensors={name: tensor_record(record) for name, record in typed(content["tensors"], dict).items()},
         libraries=texts(content["libraries"]),
         initial=None if schema != 2 and content["initial"] is None else InitialRecord.parse(content["initial"]),
-        weights=_weights(content["weights"]),
+        weights=_weights(content["weights"], schema),
     )
 
 
@@ -338,9 +341,23 @@ def _average(facts: Any) -> dict[str, Any] | None:
     return found
 
 
-def _weights(records: Any) -> dict[str, WeightsRecord] | None:
+def _fields_after(version: int) -> list[str]:
+    """Those that a schema version does not have."""
+    return [name for name, since in _ADDED.items() if since > version]
+
+
+def _without_rest(record: WeightsRecord) -> dict[str, Any]:
+    """As version 3 has it."""
+    return {"folder": record.folder, "stem": record.stem, "slices": record.slices}
+
+
+def _weights(records: Any, schema: int) -> dict[str, WeightsRecord] | None:
     if records is None:
         return None
+    if schema == 3:
+        if wrong := [model for model, record in typed(records, dict).items() if "rest" in typed(record, dict)]:
+            raise ValueError(f"version 3 has no field 'rest', as {wrong[0]} has")
+        records = {model: {**record, "rest": False} for model, record in records.items()}
     return {typed(model, str): WeightsRecord.parse(record) for model, record in typed(records, dict).items()}
 
 

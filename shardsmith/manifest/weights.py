@@ -20,6 +20,8 @@ class WeightsRecord:
     slices: dict[str, Any]
     """By name in the files, which elements of which tensors of the model they are, as ``name_maps.recorded`` writes it.
     A name that is not there is all of the model's tensor of the same name."""
+    rest: bool = False
+    """Whether a folder beside the files has what they lack to the float32 tensors that train."""
 
     @classmethod
     def parse(cls, record: Any) -> Self:
@@ -28,7 +30,7 @@ class WeightsRecord:
         folder, stem = typed(record["folder"], str), typed(record["stem"], str)
         if (folder and not _is_name(folder)) or not _is_name(stem):
             raise ValueError(f"weights are in {folder!r} as {stem!r}, which are no names of a folder and of files")
-        return cls(folder=folder, stem=stem, slices=typed(record["slices"], dict))
+        return cls(folder=folder, stem=stem, slices=typed(record["slices"], dict), rest=typed(record["rest"], bool))
 
 
 def _is_name(text: str) -> bool:

@@ -255,7 +255,7 @@ class SaveInProgress:
             self._later.copy()
         values = iter(tensors)
         try:
-            weights = self.contents.weights.write(self._own.weights, values, directory)
+            weights = self.contents.weights.write(self._own.weights, values, directory, self._ranks.rank)
             receipt = to_receipt(write_rank_file(self._own.file, values, objects, directory), weights.pieces)
         finally:
             if self._windows is not None:

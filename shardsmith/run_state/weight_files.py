@@ -12,10 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Self
 
+import torch
 from torch import Tensor
 
 from shardsmith.formats.dcp.rank_file import Piece
+from shardsmith.formats.rounded_files import Exceptions, exceptions_file
+from shardsmith.formats.safetensors_files.plan import FilePlan, plan_files
 from shardsmith.formats.safetensors_files.writer import SafetensorsFileWriter
+from shardsmith.ground import layout
 from shardsmith.ground.commit import writing
 from shardsmith.ground.memory import memory_of
 from shardsmith.hf.completion import complete_directory
@@ -29,7 +33,8 @@ from shardsmith.name_maps.recorded import slices_to_plain
 from shardsmith.name_maps.slices import Slice, Target
 from shardsmith.sharding.shares import add_up_ranks
 from shardsmith.tensors.digest import Digest, digest_box, digest_run, first_of_run
-from shardsmith.tensors.tensors import TensorSpec
+from shardsmith.tensors.rounded import round_off
+from shardsmith.tensors.tensors import Chunk, Shape, TensorSpec
 
 
 class Placed(NamedTuple):
@@ -54,18 +59,35 @@ class WeightsDirectory:
     """Key in the state dict -> name that ``translation`` takes."""
     plain: frozenset[str]
     """Of these names, those of tensors that are in the files as they are in memory."""
+    rest: tuple[FilePlan, ...] = ()
+    """Files of what the others lack to what trains, of those tensors that are rounded; see ``tensors.rounded``."""
 
     @classmethod
-    def of(cls, folder: str, plan: DirectoryPlan, translation: Translation | None, names: dict[str, str]) -> Self:
-        """``plain`` is found out."""
+    def of(
+        cls,
+        folder: str,
+        plan: DirectoryPlan,
+        translation: Translation | None,
+        names: dict[str, str],
+        dtypes: Mapping[str, torch.dtype],
+    ) -> Self:
+        """``plain`` and ``rest`` are found out. ``dtypes``: of the tensors in memory, by the model's names."""
         specs = {spec.name: spec for spec in plan.models[0].specs}
         targets = {} if translation is None else translation.targets
         plain = (
             name
             for name in names.values()
-            if translation is None or (name in specs and targets[name] == Slice.whole(specs[name]))
+            if (translation is None or (name in specs and targets[name] == Slice.whole(specs[name])))
+            and specs[name].dtype == dtypes[name]
         )
-        return cls(folder, plan, translation, names, frozenset(plain))
+        rounded = [
+            TensorSpec(name, spec.shape, torch.int16)
+            for name, spec in specs.items()
+            if spec.dtype == torch.bfloat16
+            and all(dtypes[source] == torch.float32 for source in (targets[name].sources if targets else (name,)))
+        ]
+        rest = plan_files(rounded, plan.models[0].stem).files if rounded else ()
+        return cls(folder, plan, translation, names, frozenset(plain), rest)
 
     @property
     def model(self) -> ModelPlan:
@@ -76,13 +98,21 @@ class WeightsDirectory:
         """Return the directory in that of a checkpoint."""
         return checkpoint / self.folder if self.folder else checkpoint
 
+    def files(self) -> Iterator[tuple[Path, FilePlan]]:
+        """Yield the folder, in that of a checkpoint, and the plan of each file."""
+        place = self.place(Path())
+        yield from ((place, file) for file in self.model.weights.files)
+        yield from ((place / layout.REST_FOLDER, file) for file in self.rest)
+
     def record(self, specs: Mapping[str, TensorSpec]) -> WeightsRecord:
         """Return what metadata.json says of it. ``specs``: by the model's own names."""
         own = {name: _fqn(key) for key, name in self.names.items()}
         targets: dict[str, Target] = {name: Slice.whole(specs[fqn]) for name, fqn in own.items()}
         if self.translation is not None:
             targets = {n: t.of(own) for n, t in self.translation.targets.items() if own.keys() >= set(t.sources)}
-        return WeightsRecord(folder=self.folder, stem=self.model.stem, slices=slices_to_plain(targets, specs))
+        return WeightsRecord(
+            folder=self.folder, stem=self.model.stem, slices=slices_to_plain(targets, specs), rest=bool(self.rest)
+        )
 
 
 @dataclass(slots=True)
@@ -112,26 +142,27 @@ class WeightFiles:
     def make_files(self, checkpoint: Path) -> None:
         """Make folders and files, each at its full size with its header. Rank 0. Raises WriteError."""
         for directory in self.directories:
-            place = directory.place(checkpoint)
-            with writing(place, "making the directory"):
-                place.mkdir(exist_ok=True)
-            for file in directory.model.weights.files:
+            for folder, file in directory.files():
+                place = checkpoint / folder
+                with writing(place, "making the directory"):
+                    place.mkdir(exist_ok=True)
                 with contextlib.closing(SafetensorsFileWriter.create(place, file)) as writer:
                     writer.sync()
 
-    def write(self, pieces: Sequence[Piece], values: Iterator[Tensor], checkpoint: Path) -> Written:
+    def write(self, pieces: Sequence[Piece], values: Iterator[Tensor], checkpoint: Path, rank: int) -> Written:
         """Write and fsync this rank's pieces. Any thread; no communication.
 
         Args:
             pieces: What they are.
             values: Gives those of each piece first, on any device, and then what is not for these files.
             checkpoint: The directory of the attempt.
+            rank: Of this process.
 
         Raises:
             WriteError: it could not be written.
         """
         found = Written(stored={directory.folder: {} for directory in self.directories})
-        with _OpenFiles(checkpoint, self.directories) as files:
+        with _OpenFiles(checkpoint, self.directories, rank) as files:
             for piece in pieces:
                 held = next(values).detach().resolve_conj().resolve_neg().cpu()
                 found.pieces.append(self._write_piece(files, piece, held, found.stored))
@@ -156,13 +187,14 @@ class WeightFiles:
         return digest if digest is not None else digest_box(held, piece.box, piece.shape)
 
     def hash_files(self, checkpoint: Path, part: int, parts: int) -> dict[str, FileRecord]:
-        """Return records of a share of the weight files, when all ranks have written. Raises WriteError."""
-        names = [
-            str(directory.place(Path()) / file.name)
-            for directory in self.directories
-            for file in directory.model.weights.files
-        ]
-        return {name: _record(checkpoint, name) for name in names[part::parts]}
+        """Return records of a share of the weight files, when all ranks have written. Raises WriteError.
+
+        ``part`` is this rank, ``parts`` the number of ranks.
+        """
+        names = [str(folder / file.name) for directory in self.directories for folder, file in directory.files()]
+        own = [str(d.place(Path()) / layout.REST_FOLDER / exceptions_file(part)) for d in self.directories]
+        mine = [*names[part::parts], *(name for name in own if (checkpoint / name).is_file())]
+        return {name: _record(checkpoint, name) for name in mine}
 
     def add_up(self, parts: Sequence[Mapping[str, Mapping[str, str]]]) -> dict[str, dict[str, Digest]]:
         """Return the digests of the tensors in the files from what ``Written.to_plain`` gave on each rank."""
@@ -205,20 +237,22 @@ class WeightFiles:
 class _OpenFiles:
     """The files that a rank writes to."""
 
-    def __init__(self, checkpoint: Path, directories: Iterable[WeightsDirectory]) -> None:
+    def __init__(self, checkpoint: Path, directories: Iterable[WeightsDirectory], rank: int) -> None:
         self._checkpoint = checkpoint
+        self._rank = rank
         self._files = {
-            (directory.folder, name): file
+            (folder, name): file
             for directory in directories
-            for file in directory.model.weights.files
+            for folder, file in directory.files()
             for name in file.tensors
         }
-        self._writers: dict[tuple[str, str], SafetensorsFileWriter] = {}
+        self._writers: dict[tuple[Path, str], SafetensorsFileWriter] = {}
+        self._exceptions: dict[Path, Exceptions] = {}
         self._opened = contextlib.ExitStack()
 
     def write_whole(self, directory: WeightsDirectory, name: str, piece: Piece, held: Tensor) -> Digest:
         """Write a piece of a tensor that is in the file as it is in memory; its share in the digest."""
-        writer = self._writer(directory, name)
+        writer = self._writer(directory.place(Path()), name)
         first = first_of_run(piece.box, piece.shape)
         if first is None or not piece.box.numel:
             writer.write_box(name, piece.box, held)
@@ -231,24 +265,37 @@ class _OpenFiles:
         self, directory: WeightsDirectory, name: str, piece: Piece, held: Tensor
     ) -> Iterator[tuple[str, Digest]]:
         """Write what a piece is in the files; each tensor there with the share in its digest."""
-        assert directory.translation is not None, "else all are plain"
-        shapes = directory.translation.shapes
-        for target, box, values in directory.translation.to_targets(name, piece.box, held):
-            writer = self._writer(directory, target)
-            stored = values.to(writer.plan.tensors[target].spec.dtype)
-            writer.write_box(target, box, stored, shapes[target])
-            yield target, digest_box(stored, box, shapes[target])
+        translation, place = directory.translation, directory.place(Path())
+        if translation is None:
+            yield name, self._write_box(place, name, piece.box, held, piece.shape)
+            return
+        for target, box, values in translation.to_targets(name, piece.box, held):
+            yield target, self._write_box(place, target, box, values, translation.shapes[target])
+
+    def _write_box(self, place: Path, name: str, box: Chunk, values: Tensor, shape: Shape) -> Digest:
+        writer, rest = self._writer(place, name), place / layout.REST_FOLDER
+        if (rest, name) not in self._files:
+            stored = values.to(writer.plan.tensors[name].spec.dtype)
+        else:
+            parts = round_off(values)
+            stored = parts.values
+            self._writer(rest, name).write_box(name, box, parts.rest, shape)
+            self._exceptions.setdefault(rest, Exceptions()).add(name, box, shape, parts)
+        writer.write_box(name, box, stored, shape)
+        return digest_box(stored, box, shape)
 
     def sync(self) -> None:
         """Return when all that was written is on the disk. Raises WriteError."""
+        for folder, exceptions in self._exceptions.items():
+            exceptions.write(self._checkpoint / folder, self._rank)
         for writer in self._writers.values():
             writer.sync()
 
-    def _writer(self, directory: WeightsDirectory, name: str) -> SafetensorsFileWriter:
-        file = self._files[directory.folder, name]
-        key = directory.folder, file.name
+    def _writer(self, folder: Path, name: str) -> SafetensorsFileWriter:
+        file = self._files[folder, name]
+        key = folder, file.name
         if key not in self._writers:
-            writer = SafetensorsFileWriter.open_existing(directory.place(self._checkpoint), file)
+            writer = SafetensorsFileWriter.open_existing(self._checkpoint / folder, file)
             self._writers[key] = self._opened.enter_context(contextlib.closing(writer))
         return self._writers[key]
 

@@ -29,7 +29,7 @@ from tests.hooks.killed_runs import RANKS, KilledRun, Server
 pytestmark = pytest.mark.long
 
 Mode = Literal["async", "disabled"]
-Weights = Literal["dcp", "huggingface"]
+Weights = Literal["dcp", "huggingface", "rounded"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,8 @@ def train(run: Run) -> None:
         when=every(1),
         keep=latest(1),
         async_mode=run.mode,
-        weights=run.weights,
+        weights="dcp" if run.weights == "dcp" else "huggingface",
+        weights_dtype="bfloat16" if run.weights == "rounded" else None,
         timeout_secs=1 if run.spare_others else 30,
     )
     hooks = Hooks(ema, save)
@@ -149,7 +150,9 @@ def test_the_points_are_those_of_probe_write_commit_and_retention(server: Server
 
 
 # the digests of a step do not depend on the files that its weights are in, so all end like the same straight run
-@pytest.mark.parametrize(("mode", "weights"), [("disabled", "dcp"), ("async", "dcp"), ("async", "huggingface")])
+@pytest.mark.parametrize(
+    ("mode", "weights"), [("disabled", "dcp"), ("async", "dcp"), ("async", "huggingface"), ("async", "rounded")]
+)
 @pytest.mark.parametrize("victim", range(RANKS))
 def test_a_kill_at_any_point_leaves_whole_checkpoints_and_a_run_that_goes_on(
     server: Server, straight: Path, tmp_path: Path, mode: Mode, weights: Weights, victim: int
@@ -157,7 +160,7 @@ def test_a_kill_at_any_point_leaves_whole_checkpoints_and_a_run_that_goes_on(
     events = points(server, tmp_path, mode, victim, weights)
     # the background thread runs the same code: there, from the second save on
     first = 0 if mode == "disabled" else next(i for i, line in enumerate(events) if "/.step-2.tmp" in line)
-    few = 1 if weights == "dcp" else 3  # there are three times as many
+    few = {"dcp": 1, "huggingface": 3, "rounded": 9}[weights]  # there are three times as many, and more
     for point in range(first, len(events), few):
         run = Run(directory=tmp_path / f"run-{point}", steps=2, mode=mode, victim=victim, point=point, weights=weights)
         assert server.run(run)[victim] == -signal.SIGKILL

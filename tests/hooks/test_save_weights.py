@@ -129,14 +129,20 @@ KINDS = ["llama", "qwen2", "qwen3_moe", "odd"]
 
 
 def run_training_of(
-    kind: str, directory: Path, steps: int, kill_after: int | None, weights: str = "huggingface"
+    kind: str,
+    directory: Path,
+    steps: int,
+    kill_after: int | None,
+    weights: str = "huggingface",
+    dtype: str | None = None,
 ) -> None:
     """All ranks see the same tokens, so that the mean of their gradients is the gradient, bit for bit."""
     case = Case(kind=kind, sharding="fsdp2" if torch.distributed.is_initialized() else "none", ranks=0)
     model = shard(build(case), case.sharding)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     ema = EMA(model, decay=0.9)
-    save = ShardedSave(directory, model=model, optimizer=optimizer, ema=ema, when=every(10) | last(), weights=weights)
+    how = {"weights": weights, "weights_dtype": dtype}
+    save = ShardedSave(directory, model=model, optimizer=optimizer, ema=ema, when=every(10) | last(), **how)
     hooks = Hooks(ema, save)
     step = hooks.resume()
     while step < steps:

@@ -130,7 +130,7 @@ def test_another_model_is_refused_and_nothing_is_loaded(run: Path) -> None:
         ({"weights": "huggingface", "layout": "nested"}, 'layout="nested" is about keys in DCP files'),
         ({"weights": "hugging_face"}, "huggingface"),
         ({"weights_dtype": "bf16"}, "weights_dtype= is for"),
-        ({"weights": "huggingface", "weights_dtype": "bf16"}, "parameters train in another dtype, such as .* to-hf"),
+        ({"weights": "huggingface", "weights_dtype": "fp16"}, "such as .* would not come back bit for bit; .* to-hf"),
         ({"weights": "huggingface", "base_model": "no-such-directory"}, "no-such-directory"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",

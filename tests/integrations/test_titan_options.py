@@ -54,6 +54,7 @@ def test_an_unknown_option_is_refused_with_a_list_of_those_there_are() -> None:
             {"weights": "huggingface", "engine": True, "export_base_model": "base", "export_keep": 2},
             ["export_keep needs"],
         ),
+        ({"weights_dtype": "bfloat16"}, ['weights_dtype is for weights="huggingface"']),
         ({"export_base_model": "base"}, ["export_base_model needs export_interval"]),
         ({"export_keep": 2}, ["export_keep needs export_interval or export_last"]),
         ({"export_interval": 2, "export_models": "both"}, ['export_models="both" needs ema_decay']),

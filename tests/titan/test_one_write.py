@@ -48,7 +48,8 @@ STAGES = ["--parallelism.pipeline_parallel_degree=2", "--parallelism.pipeline_pa
 STAGES += ["--parallelism.pipeline_parallel_microbatch_size=2"]
 """Each step is one microbatch."""
 TITLES = ["llama3", "qwen3", "stages"] if IS_0_3 else ["llama3", "qwen3"]
-"""In 0.3 Qwen3's embeddings are tied. Stages are those of llama3; 0.2 trains them with gradients of another scale."""
+"""Qwen3's files are bfloat16 beside float32 masters, and in 0.3 its embeddings are tied. Stages are those of llama3: 0.2
+trains these with gradients of another scale."""
 FOLDERS = {"main": "", "ema": "ema"}
 
 
@@ -127,6 +128,7 @@ def train(title: str, assets: Assets, root: Path) -> dict[str, Job]:
     straight = Job(run=root / "straight", hooks={**EMA, **EXPORTED, **hooks}, options=[*options, in_hf], **during())
     stages = STAGES if title == "stages" else []
     run = root / "resumed"
+    ours = {**ours, "weights_dtype": "bfloat16"} if title == "qwen3" else ours
     killed = Job(run=run, hooks=ours, options=[*options, *stages], **during(functools.partial(killed_in, 13)))
     run_jobs(assets, 1, root, start, straight)
     with pytest.raises(ProcessExitedException, match="SIGKILL"):
@@ -169,7 +171,8 @@ def test_its_files_are_those_of_an_export_of_the_same_step(
         found = load_file(step(runs[title]["resumed"], number) / folder / "model.safetensors")
         wanted = load_file(exported / f"step-{number}{suffix}" / "model.safetensors")
         assert found.keys() == wanted.keys()
-        assert [name for name, value in wanted.items() if not torch.equal(found[name], value)] == []
+        dtype = torch.bfloat16 if title == "qwen3" else torch.float32
+        assert [name for name, value in wanted.items() if not torch.equal(found[name], value.to(dtype))] == []
 
 
 @pytest.mark.parametrize("title", TITLES)
@@ -178,7 +181,8 @@ def test_from_pretrained_of_a_step_has_the_loss_of_the_run(
     runs: dict[str, dict[str, Job]], title: str, model: str, folder: str
 ) -> None:
     job = runs[title]["resumed"]
-    assert transformers_loss(step(job, 20) / folder) == pytest.approx(losses_of(job.run)[model], abs=1e-4)
+    most = 0.05 if title == "qwen3" else 1e-4  # its files are rounded
+    assert transformers_loss(step(job, 20) / folder) == pytest.approx(losses_of(job.run)[model], abs=most)
 
 
 @pytest.mark.parametrize("title", TITLES)

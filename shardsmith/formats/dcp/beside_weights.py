@@ -22,6 +22,7 @@ from torch import Tensor
 from shardsmith.errors import CheckpointError, CorruptCheckpointError, MismatchError, UsageError
 from shardsmith.formats.dcp.index import DcpEntry, DcpIndex
 from shardsmith.formats.dcp.source import DcpSource
+from shardsmith.formats.rounded_files import RoundedSource
 from shardsmith.formats.safetensors_files.source import open_safetensors_directory
 from shardsmith.ground import layout
 from shardsmith.ground.threads import useful_threads
@@ -30,7 +31,7 @@ from shardsmith.manifest.weights import WeightsRecord
 from shardsmith.name_maps.recorded import RecordedNames, read_slices
 from shardsmith.name_maps.restored import RestoredModel
 from shardsmith.tensors.checkpoint_keys import EMA, MAIN
-from shardsmith.tensors.tensors import Chunk, TensorSpec, read_into
+from shardsmith.tensors.tensors import Chunk, TensorSource, TensorSpec, read_into
 
 Box = tuple[str, Chunk, Tensor]
 """A key, a box of that tensor, and the CPU tensor of the box's shape to fill."""
@@ -101,7 +102,11 @@ class BesideWeights(DcpSource):
         specs = {
             name: TensorSpec(name, own[key].shape, own[key].dtype) for name, key in keys.items() if name not in aliases
         }
-        files = open_safetensors_directory(self.path / record.folder, record.stem)
+        files: TensorSource = (
+            RoundedSource(self.path / record.folder, record.stem)
+            if record.rest
+            else open_safetensors_directory(self.path / record.folder, record.stem)
+        )
         try:
             names = RecordedNames(read_slices(record.slices), files.specs)
             restored = RestoredModel(files, names, specs, aliases)
