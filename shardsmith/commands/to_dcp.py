@@ -72,7 +72,7 @@ def to_dcp(
     from shardsmith.tensors.dtypes import parse_dtypes
 
     if whole:
-        return _whole(Path(base_model), output_dir, quiet=quiet)
+        return _whole(Path(base_model), output_dir, dry_run=dry_run, quiet=quiet, as_json=json)
     import_modules(imports)
     choice = parse_dtypes(dtype)
     assert choice is None or not hasattr(choice, "items"), "one dtype for all"
@@ -111,12 +111,20 @@ def to_dcp(
     return 0 if all(count.is_right for count in counts) else 1
 
 
-def _whole(checkpoint: Path, output_dir: Path, *, quiet: bool) -> int:
+def _whole(checkpoint: Path, output_dir: Path, *, dry_run: bool, quiet: bool, as_json: bool) -> int:
+    import json
+
+    from shardsmith.ground.sizes import size_text
     from shardsmith.run_state.plain_dcp import write_plain_dcp
 
-    count = write_plain_dcp(checkpoint, output_dir)
-    if not quiet:
-        print(f"wrote {output_dir} from {checkpoint}: {count} tensors, compared with the digests that it records")
+    found = write_plain_dcp(checkpoint, output_dir, dry_run=dry_run)
+    if as_json:
+        about = {"dry_run": dry_run, "output": str(output_dir), "source": str(checkpoint), "step": found.step}
+        print(json.dumps({**about, "tensors": found.tensors, "bytes": found.nbytes}))
+    elif not quiet:
+        what = f"{output_dir} from {checkpoint}: {found.tensors} tensors, {size_text(found.nbytes)}"
+        done = f"wrote {what}, compared with the digests that it records"
+        print(f"would write {what}\ndry run: nothing was written" if dry_run else done)
     return 0
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from shardsmith.formats.dcp.beside_weights import open_step
 from shardsmith.formats.dcp.rank_file import write_rank_file
 from shardsmith.formats.dcp.source import DcpSource
 from shardsmith.ground import layout
-from shardsmith.ground.commit import Attempt, require_space, write_file
+from shardsmith.ground.commit import Attempt, refuse_existing, require_space, write_file
 from shardsmith.ground.threads import useful_threads
 from shardsmith.hf.hf_directory import protect
 from shardsmith.manifest.checkpoints import find_damage
@@ -32,14 +32,25 @@ from shardsmith.tensors.tensors import Chunk, read_into
 _BYTES_OF_A_FILE = 1 << 30
 
 
-def write_plain_dcp(checkpoint: Path, output: Path) -> int:
-    """Write all that a checkpoint of ours holds as a DCP directory; the number of its tensors. One process.
+@dataclass(frozen=True, slots=True)
+class WholeCounts:
+    """What such a directory holds, or is to hold."""
+
+    step: int
+    tensors: int
+    nbytes: int
+    """Of the tensors."""
+
+
+def write_plain_dcp(checkpoint: Path, output: Path, *, dry_run: bool = False) -> WholeCounts:
+    """Write all that a checkpoint of ours holds as a DCP directory; what that is. One process.
 
     Its values are compared with the digests that the checkpoint recorded. Tied tensors are there under each name.
 
     Args:
         checkpoint: A committed checkpoint with an index of DCP, which is only read.
         output: The directory to make.
+        dry_run: Write nothing; the files of the checkpoint are looked at all the same.
 
     Raises:
         UsageError: it is in files of single ranks.
@@ -52,10 +63,15 @@ def write_plain_dcp(checkpoint: Path, output: Path) -> int:
         raise UsageError(f"{checkpoint} has no {layout.DCP_INDEX_FILE}: files of single ranks are not converted")
     if damage := find_damage(checkpoint, unread=".safetensors", manifest=metadata):
         raise CorruptCheckpointError(checkpoint, "\n  ".join(["is damaged; nothing was written", *damage]))
-    with contextlib.closing(open_step(checkpoint, metadata)) as source, Attempt(output) as attempt:
-        require_space(attempt.directory, sum(spec.nbytes for spec in source.specs.values()))
-        _commit(source, metadata, attempt)
-    return len(metadata.tensors)
+    with contextlib.closing(open_step(checkpoint, metadata)) as source:
+        nbytes = sum(spec.nbytes for spec in source.specs.values())
+        if dry_run:
+            refuse_existing(output)
+        else:
+            with Attempt(output) as attempt:
+                require_space(attempt.directory, nbytes)
+                _commit(source, metadata, attempt)
+    return WholeCounts(metadata.step, len(metadata.tensors), nbytes)
 
 
 def _commit(source: DcpSource, metadata: CheckpointMetadata, attempt: Attempt) -> None:

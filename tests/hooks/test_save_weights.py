@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -26,6 +27,7 @@ from shardsmith import (
 from shardsmith.commands.options import ExportArguments
 from shardsmith.commands.to_dcp import to_dcp
 from shardsmith.commands.to_hf import to_hf
+from shardsmith.errors import TargetExistsError
 from shardsmith.export.plan import ExportOptions
 from shardsmith.formats.by_path import open_source
 from shardsmith.formats.dcp.beside_weights import open_step
@@ -240,6 +242,20 @@ def test_the_way_back_is_the_step_that_dcp_would_have_been(tmp_path: Path) -> No
     run_training_of("qwen3_moe", tmp_path / "plain", 20, None, weights="dcp")
     run_training_of("qwen3_moe", tmp_path / "one", 20, None)
     assert digests(tmp_path / "plain/step-20") == digests(tmp_path / "one/step-20")
+
+
+def test_the_way_back_says_first_what_it_would_write(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step, output = saved / str(CASES[0]) / f"step-{STEP}", tmp_path / "plain"
+    assert to_dcp(str(step), output, whole=True, dry_run=True, json=True) == 0
+    assert not output.exists()
+    planned = json.loads(capsys.readouterr().out)
+    assert planned["tensors"] == len(read_metadata(step).tensors)
+    assert to_dcp(str(step), output, whole=True, quiet=True, json=True) == 0
+    assert json.loads(capsys.readouterr().out) == {**planned, "dry_run": False}
+    with pytest.raises(TargetExistsError):
+        to_dcp(str(step), output, whole=True, dry_run=True)
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")

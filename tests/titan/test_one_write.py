@@ -48,8 +48,8 @@ STAGES = ["--parallelism.pipeline_parallel_degree=2", "--parallelism.pipeline_pa
 STAGES += ["--parallelism.pipeline_parallel_microbatch_size=2"]
 """Each step is one microbatch."""
 TITLES = ["llama3", "qwen3", "stages"] if IS_0_3 else ["llama3", "qwen3"]
-"""Qwen3's files are bfloat16 beside float32 masters, and in 0.3 its embeddings are tied. Stages are those of llama3: 0.2
-trains these with gradients of another scale."""
+"""Qwen3's files are bfloat16 beside float32 masters; in 0.3 its embeddings are tied. Stages, which 0.2 trains with
+gradients of another scale, are those of llama3."""
 FOLDERS = {"main": "", "ema": "ema"}
 
 
