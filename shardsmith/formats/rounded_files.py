@@ -15,13 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import safetensors.numpy
 import torch
 from torch import Tensor
 
 from shardsmith.errors import CorruptCheckpointError
+from shardsmith.formats.safetensors_files.plan import plan_files
 from shardsmith.formats.safetensors_files.source import SafetensorsSource, open_safetensors_directory
-from shardsmith.ground.commit import write_file
+from shardsmith.formats.safetensors_files.writer import SafetensorsFileWriter
 from shardsmith.ground.layout import REST_FOLDER
 from shardsmith.tensors.rounded import Rounded, put_together
 from shardsmith.tensors.tensors import Chunk, Shape, TensorSource, TensorSpec, read_into, read_tensor
@@ -52,14 +52,18 @@ class Exceptions:
 
     def write(self, directory: Path, rank: int) -> None:
         """Write and fsync them, if there are any. Raises WriteError."""
-        packed: dict[str, npt.NDArray[np.uint8]] = {}
+        packed: dict[str, Tensor] = {}
         for name, found in self._found.items():
             indices, corrections = (np.concatenate(part) for part in zip(*found, strict=True))
             order = np.argsort(indices, kind="stable")
             steps = np.diff(indices[order], prepend=0)
             packed[name + _AT], packed[name + _BY] = _pack(steps), _pack(corrections[order])
-        if packed:
-            write_file(directory / exceptions_file(rank), safetensors.numpy.save(packed))
+        specs = [TensorSpec(name, tuple(data.shape), data.dtype) for name, data in packed.items()]
+        for plan in plan_files(specs, exceptions_file(rank).removesuffix(".safetensors")).files if specs else ():
+            with contextlib.closing(SafetensorsFileWriter.create(directory, plan)) as file:
+                for name, data in packed.items():
+                    file.write_run(name, 0, data)
+                file.sync()
 
 
 class RoundedSource:
@@ -163,8 +167,8 @@ def _joined(parts: list[tuple[_Indices, _Corrections]]) -> tuple[_Indices, _Corr
     return indices[order], corrections[order]
 
 
-def _pack(values: npt.NDArray[np.int64] | npt.NDArray[np.uint16]) -> npt.NDArray[np.uint8]:
-    return np.frombuffer(zlib.compress(values.tobytes(), 1), np.uint8)
+def _pack(values: npt.NDArray[np.int64] | npt.NDArray[np.uint16]) -> Tensor:
+    return torch.frombuffer(bytearray(zlib.compress(values.tobytes(), 1)), dtype=torch.uint8)
 
 
 def _unpack(source: SafetensorsSource, name: str, most: int) -> bytes:
