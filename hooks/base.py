@@ -139,7 +139,8 @@ class Hooks:
 
         Raises:
             UsageError: a step was reported already, or the hooks do not fit together, or none takes such arguments.
-            RanksDisagreeError, RankTimeoutError: other ranks have other hooks, or none.
+            RanksDisagreeError, RankTimeoutError: other ranks have other hooks or arguments, or none.
+            RankFailedError: a hook of the user's own has failed on another rank.
         """
         if not self._open:
             self._refuse_closed("resume()")
@@ -149,10 +150,12 @@ class Hooks:
         if options and not any(hook.parts.resumes for hook in self.hooks):
             raise UsageError(f"resume({', '.join(options)}=...) needs a hook that saves, such as ShardedSave")
         try:
+            self._start.compare_options(given)
             steps = [self._resume(hook, options) for hook in self.hooks]
             self._step = max((step for step in steps if step is not None), default=0)
             for hook in sorted(self.hooks, key=lambda hook: not hook.loads_weights):
-                hook.on_train_begin(self._step)
+                name = f"{type(hook).__name__}.on_train_begin"
+                self._start.on_all_ranks(name, partial(hook.on_train_begin, self._step), by=hook)
         finally:  # what failed is told, too
             self._events.deliver(self._step)
         return self._step
@@ -163,7 +166,8 @@ class Hooks:
         watch = Stopwatch()
         place = options.get("directory") or hook.parts.directory
         try:
-            step = resume(**options) if hook.parts.resumes else resume()
+            act = partial(resume, **options) if hook.parts.resumes else resume
+            step = self._start.on_all_ranks(f"{type(hook).__name__}.resume", act, by=hook)
         except BaseException as error:
             if place is not None:
                 hook.emit(event_of("resume", options.get("step") or 0, as_path(place), watch, self._size, error))

@@ -114,6 +114,7 @@ class ShardedSave(Hook):
         refuse_together(files, writing, self.directory)
         self.when = when
         self.keep = keep
+        optimizers = optimizer_list(optimizer)
         facts = alike(
             directory=self.directory.absolute(),
             when=when,
@@ -123,11 +124,13 @@ class ShardedSave(Hook):
             layout=writing.layout,
             weights=files.weights,
             ema=ema and ema.settings(),
+            optimizer=sorted({type(one).__name__ for one in optimizers}),
+            scheduler=scheduler and type(scheduler).__name__,
+            stateful=sorted(stateful or {}),
         )
         self.parts = Parts(model=model, average=ema, directory=self.directory, resumes=True, facts=facts)
         self._ranks = Ranks(writing.timeout_secs)
         meet(self._ranks, "making ShardedSave", facts)
-        optimizers = optimizer_list(optimizer)
         check_optimizers("ShardedSave", model, optimizers)
         self._state = TrainState(
             model,

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 
-from shardsmith.errors import RanksDisagreeError, UsageError
+from shardsmith.errors import RankFailedError, RanksDisagreeError, UsageError
 from shardsmith.ground.layout import parse_step, step_name
 from shardsmith.ground.meeting import meet
 from shardsmith.ground.ranks import Ranks, rank_and_size
@@ -18,6 +18,8 @@ from shardsmith.tensors.fqn import refuse_without_values
 
 if TYPE_CHECKING:
     from .hook import Hook
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,6 +71,38 @@ class Start:
             )
         self._check(hooks)
         self._has_resumed = True
+
+    def compare_options(self, options: Mapping[str, object]) -> None:
+        """Raise RanksDisagreeError unless ``resume`` has the same arguments on all ranks. Communicates."""
+        if self._ranks is not None:
+            meet(self._ranks, "resume()", alike(**options))
+
+    def on_all_ranks(self, what: str, act: Callable[[], T], *, by: Hook) -> T:
+        """Do what a hook does at the start, and return its value on this rank; communicates if it is a user's own.
+
+        Raises:
+            What the hook raises here. What a user's hook raises on another rank alone: RankFailedError. Our hooks see
+            to that themselves.
+        """
+        if self._ranks is None or type(by).__module__.startswith("shardsmith."):
+            return act()
+        done: list[T] = []
+        errors: list[Exception] = []
+
+        def attempt() -> None:
+            try:
+                done.append(act())
+            except Exception as error:
+                errors.append(error)
+                raise
+
+        try:
+            self._ranks.gather(what, attempt)
+        except RankFailedError:
+            if errors:
+                raise errors[0] from None
+            raise
+        return done[0]
 
     def begin(self, hooks: Sequence[Hook], step: int) -> None:
         """The first step of all is reported, which is where all ranks must be. As ``resume``."""

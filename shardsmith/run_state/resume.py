@@ -68,12 +68,15 @@ def load_ours(path: Path, state: TrainState, wanted: Wanted, ranks: Ranks) -> tu
     with_rng = wanted.rng and ranks.rank < metadata.world_size
     target = state.collect(metadata.step, with_rng=with_rng, with_main=wanted.model, to_load=True).state_dict
     target, numbered = with_saved_structure(target, path, state.growing_keys)
+    unused = state.without_unused(target, path)
     fill(target, path, ranks)
     refuse_other_step(path, metadata.step, target)
     for key in state.growing_keys:
         with_number_keys(target[key], key, numbered)
     status = _read_status(path, ranks.rank) if wanted.data_status else None
+    unused.put_back(target)
     state.restore(target)
+    unused.forget()
     live = state.collect(metadata.step, with_rng=False, with_main=wanted.model).state_dict
     return metadata.step, verify_state(ranks, live, path, metadata), status
 

@@ -6,7 +6,7 @@ import contextlib
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from shardsmith.errors import MismatchError, UsageError
 from shardsmith.formats.dcp.source import DcpSource
@@ -72,6 +72,7 @@ def load_parts(
     with_rng = "rng" in chosen and ranks.rank < metadata.world_size
     target = reduced.collect(metadata.step, with_rng=with_rng, with_main="model" in chosen, to_load=True).state_dict
     target, numbered = with_saved_structure(target, checkpoint, reduced.growing_keys)
+    unused = reduced.without_unused(target, checkpoint)
     try:
         damage = fill(target, checkpoint, ranks, verified)
     except MismatchError as error:
@@ -82,7 +83,9 @@ def load_parts(
     verify_state(ranks, target, checkpoint, metadata)
     for key in reduced.growing_keys:
         with_number_keys(target[key], key, numbered)
-    reduced.restore(target)
+    unused.put_back(target)
+    ranks.gather(f"handing back {checkpoint.name}", lambda: _restore(reduced, target))
+    unused.forget()
     if ranks.is_leader:
         left = [part for part in state.parts if part not in chosen]
         rest = f", without {', '.join(left)}" if left else ""
@@ -96,6 +99,16 @@ def _missing(checkpoint: Path, wanted: Sequence[str]) -> list[str]:
         objects = source.index.objects if isinstance(source, DcpSource) else source.objects
         held = {key.split(".", 1)[0] for key in (*read_metadata(checkpoint).tensors, *source.specs, *objects)}
     return [part for part in wanted if part != "model" and _KEYS.get(part, part) not in held]
+
+
+def _restore(state: TrainState, target: Mapping[str, Any]) -> None:
+    try:
+        state.restore(target)
+    except Exception as error:  # of a user's load_state_dict, on this rank perhaps alone
+        error.add_note(
+            "Some of the run's state is loaded now and some is not: do not train on it, start the job again."
+        )
+        raise
 
 
 def _missing_error(checkpoint: Path, missing: Sequence[str], wanted: Sequence[str]) -> MismatchError:

@@ -25,6 +25,7 @@ from shardsmith.run_state.renamed_model import write_model
 from shardsmith.run_state.rng import rng_state, set_rng_state
 from shardsmith.run_state.save import RNG, Contents
 from shardsmith.run_state.saved_structure import INT_KEYS, with_text_keys
+from shardsmith.run_state.unused_parameters import UnusedParameters
 from shardsmith.tensors.checkpoint_keys import NOT_A_MODEL
 from shardsmith.tensors.fqn import clean_fqn, inside_fabric, refuse_without_values
 
@@ -176,6 +177,10 @@ class TrainState:
                 thing.load_state_dict(self._rank_states[name])
         if RNG in state:
             set_rng_state(state[RNG][self._rng_key])
+
+    def without_unused(self, state: dict[str, Any], checkpoint: Path) -> UnusedParameters:
+        """Remove what a checkpoint need not have from a state that is to be filled. No communication."""
+        return UnusedParameters.taken_out(state, checkpoint, self._model, self._optimizers)
 
     def read_rank_states(self, checkpoint: Path) -> None:
         """Read what this rank has for itself, for ``restore`` to hand back. Every rank; no communication.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Shard, _StridedShard
 
+from shardsmith.errors import UsageError
 from shardsmith.tensors.tensors import Chunk
 
 Part = tuple[Chunk, tuple[slice, ...]]
@@ -39,10 +40,20 @@ def local_boxes(tensor: Tensor) -> list[tuple[Chunk, Tensor]]:
     elif isinstance(tensor, DTensor):
         values = _local_without_grad(tensor)
         parts = _parts(tensor)
+        if len(parts) == 1 and parts[0][0].numel and tuple(values.shape) != parts[0][0].sizes:
+            _refuse_uneven(tensor, values, parts[0][0])
         pairs = [(box, values if len(parts) == 1 else values[where]) for box, where in parts]
     else:
         pairs = [(Chunk.whole(tuple(tensor.shape)), tensor.detach())]
     return [(box, values) for box, values in pairs if box.numel]
+
+
+def _refuse_uneven(tensor: DTensor, values: Tensor, box: Chunk) -> NoReturn:
+    raise UsageError(
+        f"this rank holds values of shape {tuple(values.shape)} of a DTensor of shape {tuple(tensor.shape)} with "
+        f"{tensor.placements} on a mesh of {tuple(tensor.device_mesh.mesh.shape)}, by which it would be {box.sizes}: "
+        "torch does not know such uneven shards. Make it with distribute_tensor, or with equal parts"
+    )
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -8,9 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 from shardsmith.errors import UsageError
 from shardsmith.hooks import Hooks, ShardedSave, last
+from shardsmith.sharding.local_boxes import local
+from tests.ranks import run_on_ranks
 
 OPTIMIZERS = sorted(
     name
@@ -69,3 +73,55 @@ def test_an_optimizer_that_torch_cannot_take_apart_is_refused_with_what_to_write
     with pytest.raises(UsageError, match=r"pass stateful=\{'own_optimizer': optimizer\}"):
         train(name, tmp_path, 1, apart=False)
     assert not list(tmp_path.iterdir())
+
+
+class PartlyUsed(nn.Module):
+    """One of its layers never gets a gradient, as the pooler of a BERT that is trained on tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used = nn.Linear(6, 4)
+        self.pooler = nn.Linear(4, 4)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden: Tensor = self.used(inputs)
+        return hidden
+
+
+def train_partly(run: Path, until: int, sharding: str) -> tuple[list[Tensor], set[str]]:
+    torch.manual_seed(0)
+    model: nn.Module = PartlyUsed()
+    if sharding == "fsdp2":
+        fully_shard(model)
+    elif sharding == "fsdp1":
+        model = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    elif sharding == "ddp":
+        model = DistributedDataParallel(model, find_unused_parameters=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+    with Hooks(ShardedSave(run, model=model, optimizer=optimizer, when=last())) as hooks:
+        step = hooks.resume()
+        while step < until:
+            model(torch.randn(5, 6, generator=torch.Generator().manual_seed(step))).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+            hooks.step(step)
+    stateful = {name for name, parameter in model.named_parameters() if parameter in optimizer.state}
+    return [local(parameter).detach().clone() for parameter in model.parameters()], stateful
+
+
+def run_partly(directory: Path, sharding: str) -> None:
+    expected, stateful = train_partly(directory / "straight", 6, sharding)
+    train_partly(directory / "parts", 3, sharding)
+    found, stateful_now = train_partly(directory / "parts", 6, sharding)
+    assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
+    assert stateful_now == stateful
+
+
+def test_a_parameter_without_a_gradient_has_no_state_after_a_resume_either(tmp_path: Path) -> None:
+    run_partly(tmp_path, "none")
+
+
+@pytest.mark.parametrize("sharding", ["fsdp2", "fsdp1", "ddp"])
+def test_so_it_is_on_several_ranks(sharding: str, tmp_path: Path) -> None:
+    run_on_ranks(run_partly, 2, tmp_path, tmp_path, sharding)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -53,6 +54,17 @@ def test_torchrun_that_is_told_to_end_leaves_a_checkpoint_of_its_last_step(tmp_p
     step = committed_steps(tmp_path)[-1]
     assert said == [f"stopped after step {step}"] * 2  # by both ranks
     assert find_damage(tmp_path / f"step-{step}") == []
+
+
+def test_a_forked_process_can_be_terminated_and_that_is_no_signal_to_the_run() -> None:
+    with Hooks(stop_on=signal.SIGTERM) as hooks:
+        child = multiprocessing.get_context("fork").Process(target=signal.pause, daemon=True)
+        child.start()
+        child.terminate()
+        child.join(timeout=60)
+        assert child.exitcode == -signal.SIGTERM
+        hooks.step(1)
+        assert not hooks.should_stop
 
 
 def test_a_stop_is_no_end_of_the_training_and_the_handler_is_put_back(tmp_path: Path) -> None:

@@ -13,7 +13,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor, Shard
 
 from shardsmith.errors import RankError, RanksDisagreeError, RankTimeoutError, UsageError
 from shardsmith.ground.meeting import START_SECS
@@ -359,6 +361,100 @@ def first_rank_steps(directory: Path) -> None:
     raise RanksDisagreeError("this rank reports no step")
 
 
+def other_stateful(directory: Path) -> None:
+    names = ["loader", "sampler"]
+    ShardedSave(directory, model=sharded(), when=every(5), stateful={names[dist.get_rank()]: nn.Linear(2, 2)})
+
+
+def scheduler_on_one_rank(directory: Path) -> None:
+    model = sharded()
+    optimizer = torch.optim.SGD(model.parameters())
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3) if dist.get_rank() else None
+    ShardedSave(directory, model=model, when=every(5), optimizer=optimizer, scheduler=scheduler)
+
+
+def saved_hooks(directory: Path, *others: Hook, thing: Any = None) -> Hooks:
+    """Hooks of a run that has saved step 1."""
+    for _ in range(2):
+        save = ShardedSave(directory, model=sharded(), when=every(1), stateful={"thing": thing or nn.Linear(2, 2)})
+        hooks = Hooks(save, *others)
+        if not (directory / "step-1").exists():
+            save.save(1)
+            save.close()
+    return hooks
+
+
+def uneven_shards(directory: Path) -> None:
+    rows = 3 - 2 * dist.get_rank()
+    mesh = init_device_mesh("cpu", (2,))
+    model = nn.Module()
+    weight = DTensor.from_local(torch.ones(rows, 2), mesh, [Shard(0)], shape=torch.Size([4, 2]), stride=(2, 1))
+    model.weight = nn.Parameter(weight)
+    save = ShardedSave(directory, model=model, when=every(5))
+    try:
+        save.save(1)
+    finally:
+        save.close()
+        assert not [*directory.glob("*")]
+
+
+def other_parts(directory: Path) -> None:
+    saved_hooks(directory).resume(parts=["model"] if dist.get_rank() else None)
+
+
+def other_places(directory: Path) -> None:
+    saved_hooks(directory).resume(directory=directory if dist.get_rank() else None)
+
+
+def resume_on_one_rank(directory: Path) -> None:
+    hooks = saved_hooks(directory)
+    if dist.get_rank() == 0:
+        hooks.resume()
+    else:
+        hooks.step(2)
+
+
+class Fails(Hook, nn.Linear):
+    """A user's own code, that fails on the last rank alone."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__(2, 2)
+        self.where = where
+
+    def fail(self, where: str) -> None:
+        if dist.get_rank() == 1 and where == self.where:
+            raise ValueError(f"{where} does not work here")
+
+    def resume(self) -> int | None:
+        return self.fail("resume")  # type: ignore[func-returns-value]
+
+    def on_train_begin(self, step: int) -> None:  # noqa: ARG002
+        self.fail("begin")
+
+    def load_state_dict(self, *args: Any, **options: Any) -> Any:  # noqa: ARG002
+        self.fail("load")
+
+
+def user_resume_fails(directory: Path) -> None:
+    fail_together(lambda: saved_hooks(directory, Fails("resume")).resume())
+
+
+def user_begin_fails(directory: Path) -> None:
+    fail_together(lambda: saved_hooks(directory, Fails("begin")).resume())
+
+
+def user_load_fails(directory: Path) -> None:
+    fail_together(lambda: saved_hooks(directory, thing=Fails("load")).resume())
+
+
+def fail_together(act: Callable[[], Any]) -> None:
+    """The rank itself raises what its own code raised."""
+    try:
+        act()
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
 RANKS: list[tuple[Callable[[Path], None], str, str]] = [
     (other_schedules, "when: every(5) on rank 0; every(6) on rank 1", "the same"),
     (other_directories, "directory:", "the same"),
@@ -368,6 +464,15 @@ RANKS: list[tuple[Callable[[Path], None], str, str]] = [
     (other_order, "hooks: EMA, ShardedSave on rank 0; ShardedSave, EMA on rank 1", "the same"),
     (other_steps, "step: 1 on rank 0; 2 on rank 1", "the same"),
     (unfit_on_one_rank, "the ranks do not do the same", "not attached"),
+    (other_stateful, "stateful: ['loader'] on rank 0; ['sampler'] on rank 1", "the same"),
+    (scheduler_on_one_rank, "scheduler: None on rank 0; StepLR on rank 1", "the same"),
+    (uneven_shards, "this rank holds values of shape (3, 2) of a DTensor of shape (4, 2)", "would be (2, 2)"),
+    (other_parts, "parts: None on rank 0; ['model'] on rank 1", "the same"),
+    (other_places, "directory: None on rank 0", "the same"),
+    (resume_on_one_rank, "is at 'reporting the first step' instead", "instead"),
+    (user_resume_fails, "Fails.resume failed on 1 of 2 ranks", "resume does not work here"),
+    (user_begin_fails, "Fails.on_train_begin failed on 1 of 2 ranks", "begin does not work here"),
+    (user_load_fails, "handing back step-1 failed on 1 of 2 ranks", "load does not work here"),
     (first_rank_only, "making ShardedSave: no word from rank 1", "makes no hooks"),
     (last_rank_only, "makes no hooks", "making HFExport: no word from rank 0"),
     (first_rank_steps, "reporting the first step: no word from rank 1", "reports no step"),
