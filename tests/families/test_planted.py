@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,12 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+import transformers
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from shardsmith.compare.verification import VerifyOptions, verify
 from shardsmith.diagnose import Questions, diagnose
 from shardsmith.diagnose.logits import verify_logits
+from shardsmith.errors import InitialLoadError
+from shardsmith.load.load import verify_loaded
 
 from .tiny import all_families, make_tiny
 
@@ -68,6 +72,12 @@ def with_element(value: float) -> Callable[[Tensor], Tensor]:
     return change
 
 
+def with_last_bit(matrix: Tensor) -> Tensor:
+    """One element is the next float."""
+    matrix[1, 2] = torch.nextafter(matrix[1, 2], torch.tensor(torch.inf))
+    return matrix
+
+
 BOTH = ("structure", "values")
 FAULTS = {
     "missing": Fault(
@@ -84,7 +94,9 @@ FAULTS = {
     ),
     "scaled": Fault(frozenset({"values-scaled"}), changed(lambda matrix: matrix * 1.5)),
     "not a number": Fault(frozenset({"not-finite"}), changed(with_element(torch.nan))),
+    "scaled a little": Fault(frozenset({"values-scaled"}), changed(lambda matrix: matrix * 1.001)),
     "one element": Fault(frozenset({"values-differ"}), changed(with_element(0.5))),
+    "the last bit of one element": Fault(frozenset({"values-differ"}), changed(lambda matrix: with_last_bit(matrix))),
     "a copy of another": Fault(frozenset({"tensors-swapped"}), lambda g: g.state | {g.one: g.state[g.other].clone()}),
 }
 
@@ -109,6 +121,13 @@ def good(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     alias = next((name for name in model.all_tied_weights_keys if name not in files and state[name].dim() == 2), None)
     assert request.param in IMAGES or (alias is not None) == (request.param in TIED)
     return Specimen(state, base, one, in_files[_contents(state[one])], other, alias)
+
+
+def loaded(good: Specimen) -> nn.Module:
+    """The model as the library builds it, with the good values."""
+    config = json.loads((good.base / "config.json").read_text())
+    model: nn.Module = getattr(transformers, config["architectures"][0]).from_pretrained(good.base)
+    return model
 
 
 def is_heard(name: str) -> bool:
@@ -141,11 +160,30 @@ def test_a_fault_is_found_and_named(kind: str, good: Specimen, tmp_path: Path) -
     assert not verify(checkpoint, good.base, VerifyOptions()).same
 
 
+IN_PLACE = [kind for kind in FAULTS if kind not in ("missing", "extra", "other shape")]
+"""What names and shapes do not show."""
+
+
+@pytest.mark.parametrize("kind", [*IN_PLACE, "nothing"])
+def test_a_fault_in_the_live_model_is_found_by_its_digests(kind: str, good: Specimen) -> None:
+    model = loaded(good)
+    if kind == "nothing":
+        assert verify_loaded(model, good.base).tensors
+        return
+    planted = FAULTS[kind].plant(good)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            tensor.copy_(planted[name])
+    with pytest.raises(InitialLoadError, match=re.escape(good.one)):
+        verify_loaded(model, good.base)
+
+
 SEEN_BY_LOGITS = frozenset({"swapped", "permuted", "scaled", "not a number", "one element", "a copy of another"})
 LOUD = {"one element": changed(with_element(30.0))}
 """In the place of what such a small model hardly hears."""
-PAIRS = list(zip(itertools.cycle(FAULTS), (*UNTIED, *TIED), strict=False))
-"""Each kind of fault and each family at least once."""
+HEARD = [kind for kind in FAULTS if kind not in ("scaled a little", "the last bit of one element")]
+PAIRS = list(zip(itertools.cycle(HEARD), (*UNTIED, *TIED), strict=False))
+"""Each kind of fault that a model can be heard to have, and each family, at least once."""
 
 
 @pytest.mark.parametrize(("kind", "good"), PAIRS, indirect=["good"])
