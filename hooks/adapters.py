@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,8 @@ from shardsmith.export.adapters import ADAPTER_WEIGHTS, without_adapter
 from shardsmith.ground.layout import MAIN_WEIGHTS
 from shardsmith.tensors.fqn import clean_fqn, unwrapped
 
-from .held import held_model
+from .ema import EMA
+from .held import HeldView, held_model
 from .view import MergedWeights, View
 
 
@@ -101,6 +103,36 @@ class MergedView(MergedWeights):
         return without_adapter(fqn, self._tuned, self._replaced, self._model.active_adapter)
 
 
+class HeldAdapter(View):
+    """A model of peft that a module of somebody else's holds: its view, under the names that the module has."""
+
+    def __init__(self, held: HeldView, view: AdapterView | MergedView) -> None:
+        self._held, self._view = held, view
+        self.stem, self.inner = view.stem, view.inner
+
+    def names(self, fqns: Collection[str]) -> dict[str, str]:
+        """As ``AdapterView.names``; of the module's other tensors none is written."""
+        own = self._held.names(fqns)
+        names = self._view.names(list(own.values()))
+        return {fqn: names[name] for fqn, name in own.items() if name in names}
+
+    def ties(self) -> dict[str, str]:
+        """As ``HeldView.ties``."""
+        return self._held.ties()
+
+    def values(self, model: str) -> Mapping[str, Tensor]:
+        """As ``MergedWeights.values``."""
+        return {self._held.prefix + name: value for name, value in self._view.values(model).items()}
+
+    def ready(self, ema: EMA | None) -> contextlib.AbstractContextManager[None]:
+        """As ``MergedWeights.ready``."""
+        return self._view.ready(ema)
+
+    def write(self, directory: Path) -> None:
+        """As ``AdapterView.write``."""
+        self._view.write(directory)
+
+
 def view_of(model: nn.Module, adapters: Literal["adapter", "merged"] | View, *, held: bool = True) -> View | None:
     """How to write a model of peft, or one that another module holds; None where it is written as it is.
 
@@ -116,6 +148,10 @@ def view_of(model: nn.Module, adapters: Literal["adapter", "merged"] | View, *, 
         return adapters
     peft = sys.modules.get("peft")
     bare = unwrapped(model)
-    if peft is None or not isinstance(bare, peft.PeftModel):
-        return held_model(model) if held else None
-    return AdapterView(bare) if adapters == "adapter" else MergedView(bare)
+    view = AdapterView if adapters == "adapter" else MergedView
+    if peft is not None and isinstance(bare, peft.PeftModel):
+        return view(bare)
+    found = held_model(model) if held else None
+    if found is not None and peft is not None and isinstance(found.inner, peft.PeftModel):
+        return HeldAdapter(found, view(found.inner))
+    return found

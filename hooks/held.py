@@ -20,6 +20,7 @@ class HeldView(View):
     Attributes:
         stem: Of the weight files, as the model's library wants it.
         inner: The model.
+        prefix: Of the names in the module, where it is held.
     """
 
     def __init__(self, path: str, inner: Any) -> None:
@@ -27,15 +28,15 @@ class HeldView(View):
         self.stem = main_stem(json.loads(inner.to_json_string()) if hasattr(inner, "to_json_string") else None)
         self.inner: nn.Module | None = inner
         self._held = inner
-        self._prefix = f"{path}."
+        self.prefix = f"{path}."
 
     def names(self, fqns: Iterable[str]) -> dict[str, str]:
         """FQN -> name in the files, of what is to be written."""
-        return {fqn: fqn.removeprefix(self._prefix) for fqn in fqns if fqn.startswith(self._prefix)}
+        return {fqn: fqn.removeprefix(self.prefix) for fqn in fqns if fqn.startswith(self.prefix)}
 
     def ties(self) -> dict[str, str]:
         """As ``tied_weights``, of the model alone: Fabric's wrapper has it under two names."""
-        return {self._prefix + alias: self._prefix + kept for alias, kept in tied_weights(self._held).items()}
+        return {self.prefix + alias: self.prefix + kept for alias, kept in tied_weights(self._held).items()}
 
 
 def held_model(model: nn.Module) -> HeldView | None:

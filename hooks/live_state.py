@@ -49,6 +49,7 @@ from shardsmith.tensors.fqn import (
 )
 from shardsmith.tensors.tensors import Shape, TensorSpec
 
+from .adapters import HeldAdapter
 from .ema import EMA
 from .held import HeldView
 from .known_plan import KnownPlan
@@ -155,7 +156,7 @@ class LiveState:
         if known is not None and (models := known.models(self._model, average)) is not None:
             return models
         refuse_without_values(self._model)
-        aliases = self._view.ties() if isinstance(self._view, HeldView) else tied_weights(self._model)
+        aliases = self._view.ties() if isinstance(self._view, HeldView | HeldAdapter) else tied_weights(self._model)
         main = {name: value for name, value in model_state_dict(self._model).items() if isinstance(value, Tensor)}
         own = own_tensors(self._model, main) if self._view is None else None
         models = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -126,3 +127,41 @@ def test_what_a_module_has_besides_is_not_left_out(tmp_path: Path) -> None:
         hooks.step(1)
     names = load_file(tmp_path / "step-1" / "model.safetensors").keys()
     assert {"head.weight", "head.bias", "backbone.lm_head.weight"} <= names
+
+
+def with_adapter() -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], modules_to_save=["norm"], init_lora_weights=False)
+    tuned: nn.Module = get_peft_model(tiny(tied=False), config)  # type: ignore[arg-type]
+    return tuned
+
+
+def export_adapted(directory: Path, model: nn.Module, adapters: str) -> None:
+    ema = EMA(model, decay=0.5)
+    export = HFExport(
+        directory, model=model, ema=ema, when=every(1), adapters=adapters, ema_as="directory", dtype="float32"
+    )
+    with Hooks(ema, export) as hooks, torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.25
+        hooks.step(1)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")  # peft asks for it
+@pytest.mark.parametrize("adapters", ["adapter", "merged"])
+@pytest.mark.parametrize("how", ["model", "compiled and held", "held and compiled", "held twice", "Fabric"])
+def test_a_model_of_peft_that_is_held_is_exported_as_it_is_alone(how: str, adapters: str, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    tuned = with_adapter()
+    twin = copy.deepcopy(tuned)
+    export_adapted(tmp_path / "alone", tuned, adapters)
+    export_adapted(tmp_path / "held", HELD[how](twin), adapters)
+    for step in ("step-1", "step-1-ema"):
+        alone, held = ({path.name: path for path in (tmp_path / place / step).iterdir()} for place in ("alone", "held"))
+        assert alone.keys() == held.keys()
+        name = "adapter_model.safetensors" if adapters == "adapter" else "model.safetensors"
+        expected, found = load_file(alone[name]), load_file(held[name])
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(expected[key], found[key]) for key in expected)
