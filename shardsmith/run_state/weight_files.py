@@ -15,7 +15,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from shardsmith.formats.dcp.rank_file import Piece
+from shardsmith.formats.dcp.rank_file import Piece, moved
 from shardsmith.formats.rounded_files import Exceptions, exceptions_file
 from shardsmith.formats.safetensors_files.plan import FilePlan, plan_files
 from shardsmith.formats.safetensors_files.writer import SafetensorsFileWriter
@@ -34,7 +34,10 @@ from shardsmith.name_maps.slices import Slice, Target
 from shardsmith.sharding.shares import add_up_ranks
 from shardsmith.tensors.digest import Digest, digest_box, digest_run, first_of_run
 from shardsmith.tensors.rounded import round_off
-from shardsmith.tensors.tensors import Chunk, Shape, TensorSpec
+from shardsmith.tensors.tensors import Chunk, Shape, TensorSpec, row_major_blocks
+
+_ROUNDED_ELEMENTS = 1 << 20
+"""Of a tensor that is rounded at a time."""
 
 
 class Placed(NamedTuple):
@@ -273,16 +276,26 @@ class _OpenFiles:
             yield target, self._write_box(place, target, box, values, translation.shapes[target])
 
     def _write_box(self, place: Path, name: str, box: Chunk, values: Tensor, shape: Shape) -> Digest:
-        writer, rest = self._writer(place, name), place / layout.REST_FOLDER
-        if (rest, name) not in self._files:
-            stored = values.to(writer.plan.tensors[name].spec.dtype)
-        else:
-            parts = round_off(values)
-            stored = parts.values
-            self._writer(rest, name).write_box(name, box, parts.rest, shape)
-            self._exceptions.setdefault(rest, Exceptions()).add(name, box, shape, parts)
+        if (place / layout.REST_FOLDER, name) in self._files:
+            return self._write_rounded(place, name, box, values, shape)
+        writer = self._writer(place, name)
+        stored = values.to(writer.plan.tensors[name].spec.dtype)
         writer.write_box(name, box, stored, shape)
         return digest_box(stored, box, shape)
+
+    def _write_rounded(self, place: Path, name: str, box: Chunk, values: Tensor, shape: Shape) -> Digest:
+        """Write both parts, block by block, since they take memory; the share in the digest of the bfloat16 one."""
+        folder = place / layout.REST_FOLDER
+        writer, rest = self._writer(place, name), self._writer(folder, name)
+        exceptions = self._exceptions.setdefault(folder, Exceptions())
+        digest = Digest()
+        for _, inner in row_major_blocks(box.sizes, _ROUNDED_ELEMENTS):
+            block, parts = moved(inner, box), round_off(values[inner.within(Chunk.whole(box.sizes))])
+            writer.write_box(name, block, parts.values, shape)
+            rest.write_box(name, block, parts.rest, shape)
+            exceptions.add(name, block, shape, parts)
+            digest += digest_box(parts.values, block, shape)
+        return digest
 
     def sync(self) -> None:
         """Return when all that was written is on the disk. Raises WriteError."""

@@ -111,7 +111,9 @@ def first_of_run(box: Chunk, shape: Shape) -> int | None:
 
 def _plain(values: Tensor) -> Tensor:
     """The values as they would stand in a file: contiguous, no conjugation or negation put off."""
-    return values.detach().resolve_conj().resolve_neg().contiguous()
+    plain = values.detach().resolve_conj().resolve_neg().contiguous()
+    # of one element any strides are contiguous, but not for a view of another size
+    return plain.as_strided(plain.shape, (1,) * plain.ndim) if plain.numel() == 1 else plain
 
 
 def _run_dimension(box: Chunk, shape: Shape) -> int:

@@ -36,15 +36,16 @@ class Rounded:
 
 def round_off(tensor: Tensor) -> Rounded:
     """Return the parts of a float32 tensor on the CPU, of any strides. Shares no memory with it."""
-    held = tensor.detach().contiguous()
-    halves = held.reshape(-1).view(torch.int16).numpy().view(np.uint16)
+    # of one element any strides are contiguous, but not for a view of another size
+    held = tensor.detach().contiguous().as_strided((tensor.numel(),), (1,))
+    halves = held.view(torch.int16).numpy().view(np.uint16)
     lower, upper = np.ascontiguousarray(halves[0::2]), halves[1::2]  # memory is little-endian here
     values = held.to(torch.bfloat16)
-    made = upper_half(values.reshape(-1), lower)
+    made = upper_half(values, lower)
     exceptions = np.flatnonzero(made != upper)
     corrections = upper[exceptions] - made[exceptions]
-    rest = torch.from_numpy(lower.view(np.int16)).reshape(held.shape)
-    return Rounded(values, rest, exceptions, corrections)
+    rest = torch.from_numpy(lower.view(np.int16))
+    return Rounded(values.reshape(tensor.shape), rest.reshape(tensor.shape), exceptions, corrections)
 
 
 def put_together(

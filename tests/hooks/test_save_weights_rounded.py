@@ -19,6 +19,7 @@ from shardsmith.ground.layout import REST_FOLDER
 from shardsmith.hooks import EMA, Hooks, ShardedSave, at
 from shardsmith.manifest.checkpoints import find_damage, find_foreign_files
 from shardsmith.manifest.metadata import read_metadata
+from shardsmith.run_state import weight_files
 from shardsmith.tensors.tensors import Chunk, Shape, read_into, read_tensor
 from tests.hooks.live_models import STEP, Case, build, shard
 from tests.hooks.test_save_faults import flip_a_bit
@@ -145,6 +146,29 @@ def rounded(value: Tensor) -> Tensor:
 
 def bytes_of(directory: Path) -> int:
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+
+
+def test_blocks_of_any_size_make_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(1.01171875))
+            self.turned = nn.Parameter(torch.randn(7, 5).half().float().t())
+            self.nothing = nn.Parameter(torch.empty(0, 3))
+
+    model = Model()
+    kept = {name: value.clone() for name, value in model.state_dict().items()}
+    for step, elements in ((1, 1 << 20), (2, 3), (3, 1)):
+        monkeypatch.setattr(weight_files, "_ROUNDED_ELEMENTS", elements)
+        save = ShardedSave(tmp_path, model=model, when=at(1), async_mode="disabled", **BFLOAT16)
+        save.save(step)
+        assert find_damage(tmp_path / f"step-{step}") == []
+        for name in ("model.safetensors", f"{REST_FOLDER}/model.safetensors"):
+            assert (tmp_path / f"step-{step}" / name).read_bytes() == (tmp_path / "step-1" / name).read_bytes()
+        for value in model.parameters():
+            nn.init.zeros_(value)
+        assert save.resume(step=step) == step
+        assert_same(model.state_dict(), kept)
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "float32-rest/model.safetensors"])

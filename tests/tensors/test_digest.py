@@ -139,3 +139,9 @@ def test_rows_that_begin_at_any_byte_have_the_digest_of_a_copy(begin: int) -> No
     flat = random_tensor((100,), torch.bfloat16, seed=3)
     box, values = Chunk((0, 0), (4, 4)), flat[begin : begin + 16].view(4, 4)
     assert digest_box(values, box, (4, 8)) == digest_box(values.clone(), box, (4, 8))
+
+
+def test_one_element_of_a_turned_tensor_has_the_digest_of_its_copy() -> None:
+    element = torch.randn(7, 5).t()[1:2, 3:4]
+    box = Chunk((1, 3), (1, 1))
+    assert digest_box(element, box, (5, 7)) == digest_box(element.clone(), box, (5, 7))

@@ -59,3 +59,8 @@ def test_shapes_and_strides(shape: tuple[int, ...]) -> None:
     tensor = torch.randn(shape)
     for one in (tensor, tensor.mT if tensor.ndim > 1 else tensor, tensor.expand(2, *shape)):
         assert_bits_equal(together(round_off(one)), one)
+
+
+def test_one_element_of_a_turned_tensor() -> None:
+    element = torch.randn(7, 5).t()[1:2, 3:4]
+    assert_bits_equal(together(round_off(element)), element)
