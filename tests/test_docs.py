@@ -78,6 +78,13 @@ def test_every_planted_fault_is_in_the_published_table() -> None:
     assert {planted.code for planted in PLANTED} - {"not-finite"} <= set(table)
 
 
+def test_every_planted_fault_has_an_example_of_what_is_printed() -> None:
+    sections = re.split(r"^## ", (DOCS / "diagnose_examples.md").read_text(), flags=re.MULTILINE)[1:]
+    shown = {match[1]: section for section in sections if (match := re.match(r"`(.+?)`", section))}
+    assert {planted.code for planted in PLANTED} <= shown.keys()
+    assert all(re.search(rf"^(error|warning) +{code}$", section, re.MULTILINE) for code, section in shown.items())
+
+
 @pytest.mark.parametrize("document", ["README.md", "docs/tutorial.md"])
 def test_the_program_of_a_document_runs_as_it_is(document: str, tmp_path: Path) -> None:
     text = (DOCS.parent / document).read_text()
