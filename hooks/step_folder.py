@@ -65,12 +65,11 @@ class StepFolder:
         """
         with logged(f"{self._directory}: looking for old steps to remove"):
             sweep(self._directory)
-            for step in steps_to_remove(self._keep, self._there(), directory=self._directory):
+            there = committed_steps(self._directory, self._marker)
+            going = steps_to_remove(self._keep, there, directory=self._directory)
+            for step in going:
                 self._remove(hook, step)
-            mind_disk(hook, self._keep, self._directory, self._there(), partial(self._remove, hook))
-
-    def _there(self) -> list[int]:
-        return committed_steps(self._directory, self._marker)
+            mind_disk(hook, self._keep, self._directory, sorted({*there}.difference(going)), partial(self._remove, hook))
 
     def _remove(self, hook: Hook, step: int) -> None:
         paths = [self._directory / (step_name(step) + suffix) for suffix in self._suffixes]

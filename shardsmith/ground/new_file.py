@@ -69,7 +69,7 @@ class _LocalFile:
 
 
 class _Upload:
-    """An upload in parts, several at the same time. Parts are copied once, into buffers of the client."""
+    """An upload in parts, several at the same time."""
 
     def __init__(self, path: RemotePath, expected_bytes: int) -> None:
         located = path.located
@@ -80,7 +80,8 @@ class _Upload:
     def write(self, memory: memoryview) -> None:
         with self._store.writing(self._key):
             for at in range(0, len(memory), PART_BYTES):
-                self._writer.write(memory[at : at + PART_BYTES])
+                # A copy: the client refers to what it is given until it is sent, long after this returns.
+                self._writer.write(bytes(memory[at : at + PART_BYTES]))
 
     def sync(self) -> None:
         """Parts go off by themselves."""

@@ -18,6 +18,7 @@ from shardsmith.errors import IncompleteCheckpointError
 from shardsmith.ground import object_store, remote_commit
 from shardsmith.ground.commit import begin_attempt, remove, sweep
 from shardsmith.ground.layout import METADATA_FILE
+from shardsmith.ground.new_file import new_file
 from shardsmith.ground.object_store import ObjectStore
 from shardsmith.ground.remote_commit import RemoteAttempt, committed_steps
 from shardsmith.ground.remote_path import RemotePath, as_path
@@ -40,6 +41,19 @@ def write(attempt: RemoteAttempt, content: bytes = b"shard") -> dict[str, int]:
     """Its files, without the last step."""
     manifest = f'{{"attempt": "{attempt.id}"}}'.encode()
     return {name: attempt.write(name, data) for name, data in (("a.bin", content), (METADATA_FILE, manifest))}
+
+
+@pytest.mark.parametrize("nbytes", [1000, 20 << 20], ids=["below a part", "several parts"])
+def test_what_was_written_may_change_before_it_is_sent(object_server: ObjectServer, nbytes: int) -> None:
+    object_server.use()
+    path, data = as_path(object_server.url(f"buffers/{nbytes}")), bytearray(b"a" * nbytes)
+    file = new_file(path, nbytes)
+    file.write(memoryview(data))
+    data[:] = b"b" * nbytes
+    file.write(memoryview(data))
+    data[:] = b"c" * nbytes
+    file.finish()
+    assert path.read_bytes() == b"a" * nbytes + b"b" * nbytes
 
 
 def test_a_step_exists_once_its_manifest_does(place: RemotePath) -> None:
