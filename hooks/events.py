@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol
 from shardsmith.checking.arguments import checked, checked_fields
 from shardsmith.checking.types import LocalPath
 from shardsmith.ground.logs import Stopwatch
+from shardsmith.ground.printable import shown
 from shardsmith.ground.remote_path import RemotePath
 from shardsmith.ground.sizes import size_text
 
@@ -58,9 +59,9 @@ class Event:
     def line(self) -> str:
         """What was written, for the log."""
         if self.error is not None:
-            return f"{self.path}: {self.error}"
+            return f"{shown(self.path)}: {self.error}"
         waited = f"of which the training waited {self.seconds_waited:.2f} s"
-        return f"{self.path}: {size_text(self.nbytes)} in {self.seconds:.1f} s, {waited}"
+        return f"{shown(self.path)}: {size_text(self.nbytes)} in {self.seconds:.1f} s, {waited}"
 
     def metrics(self) -> dict[str, float]:
         """Return the numbers under names for a tracker, such as ``checkpoint/save/seconds_waited``."""

@@ -58,7 +58,7 @@ class HFExport(Hook):
     renames the directory. Make it on all ranks at the same point, after ``fully_shard`` / FSDP / DDP.
 
     Attributes:
-        directory: Where the step directories are.
+        directory: Where the step directories are; absolute, so that a later ``os.chdir`` changes nothing.
     """
 
     @checked
@@ -108,13 +108,13 @@ class HFExport(Hook):
         verification = merge("HFExport", "verification", ExportVerification, verification, options)
         if models in ("ema", "both") and ema is None:
             raise UsageError(f'HFExport(models="{models}") needs ema=: attach EMA(model) and pass it')
-        self.directory = Path(directory)
+        self.directory = Path(directory).absolute()
         self.when = when
         self.keep = keep
         self._writing = writing
         chosen = models if models != "all" else "both" if ema is not None else "main"
         facts = alike(
-            directory=self.directory.absolute(),
+            directory=self.directory,
             when=when,
             keep=keep,
             models=chosen,

@@ -42,7 +42,7 @@ class Recorder(Hook):
     does not make the directory, since trainers take its being there for a run to go on with.
 
     Attributes:
-        directory: Where the step directories are.
+        directory: Where the step directories are; absolute, so that a later ``os.chdir`` changes nothing.
     """
 
     @checked
@@ -65,11 +65,11 @@ class Recorder(Hook):
                 are kept goes, once there are as many as that; the newest complete one never does.
             timeout_secs: How long to wait for a rank, its save included, before a recording is given up.
         """
-        self.directory = Path(directory)
+        self.directory = Path(directory).absolute()
         self.keep = keep
         self._ema = ema
         self._tied = tied_weights(model)
-        facts = alike(directory=self.directory.absolute(), keep=keep, ema=ema and ema.settings())
+        facts = alike(directory=self.directory, keep=keep, ema=ema and ema.settings())
         self.parts = Parts(model=model, average=ema, directory=self.directory, facts=facts)
         self._ranks, self._writer_ranks = Ranks(timeout_secs), Ranks(timeout_secs)  # one for each thread
         meet(self._ranks, "making Recorder", facts)

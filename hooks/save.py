@@ -62,7 +62,7 @@ class ShardedSave(Hook):
     on all ranks at the same point, after ``fully_shard`` / FSDP / DDP: it communicates.
 
     Attributes:
-        directory: Where the step directories are.
+        directory: Where the step directories are; absolute, so that a later ``os.chdir`` changes nothing.
     """
 
     @checked
@@ -110,13 +110,13 @@ class ShardedSave(Hook):
         """
         writing = merge("ShardedSave", "writing", SaveWriting, writing, options)
         files = merge("ShardedSave", "files", SaveWeights, files, options)
-        self.directory = as_path(directory)
+        self.directory = as_path(directory).absolute()
         refuse_together(files, writing, self.directory)
         self.when = when
         self.keep = keep
         optimizers = optimizer_list(optimizer)
         facts = alike(
-            directory=self.directory.absolute(),
+            directory=self.directory,
             when=when,
             keep=keep,
             async_mode=writing.async_mode,
@@ -308,7 +308,7 @@ class ShardedSave(Hook):
             UsageError: this run has no such part.
         """
         self._report()  # a save in flight is the newest
-        place = self.directory if directory is None else as_path(directory)
+        place = self.directory if directory is None else as_path(directory).absolute()
         steps = self._ranks.lead("looking for checkpoints", lambda: committed_steps(place))
         if step is not None:
             steps = [self._only(place, steps, step)]

@@ -12,6 +12,7 @@ from shardsmith.errors import MismatchError, UsageError
 from shardsmith.formats.dcp.source import DcpSource
 from shardsmith.formats.rank_shards import RankShards
 from shardsmith.ground import layout
+from shardsmith.ground.printable import shown
 from shardsmith.ground.ranks import Ranks
 from shardsmith.manifest.metadata import FileRecord, read_metadata
 from shardsmith.run_state.average import refuse_other_decay
@@ -84,12 +85,12 @@ def load_parts(
     for key in reduced.growing_keys:
         with_number_keys(target[key], key, numbered)
     unused.put_back(target)
-    ranks.gather(f"handing back {checkpoint.name}", lambda: _restore(reduced, target))
+    ranks.gather(f"handing back {checkpoint.name}", lambda: _restore(reduced, target, ranks.is_leader))
     unused.forget()
     if ranks.is_leader:
         left = [part for part in state.parts if part not in chosen]
         rest = f", without {', '.join(left)}" if left else ""
-        log.info("resumed from %s: %s%s", checkpoint, ", ".join(chosen) or "nothing", rest)
+        log.info("resumed from %s: %s%s", shown(checkpoint), ", ".join(chosen) or "nothing", rest)
     return []
 
 
@@ -101,9 +102,10 @@ def _missing(checkpoint: Path, wanted: Sequence[str]) -> list[str]:
     return [part for part in wanted if part != "model" and _KEYS.get(part, part) not in held]
 
 
-def _restore(state: TrainState, target: Mapping[str, Any]) -> None:
+def _restore(state: TrainState, target: Mapping[str, Any], is_leader: bool) -> None:
     try:
-        state.restore(target)
+        with state.replacements_told() if is_leader else contextlib.nullcontext():
+            state.restore(target)
     except Exception as error:  # of a user's load_state_dict, on this rank perhaps alone
         error.add_note(
             "Some of the run's state is loaded now and some is not: do not train on it, start the job again."
@@ -127,7 +129,12 @@ def _explained(checkpoint: Path, error: MismatchError, wanted: Sequence[str]) ->
     at_fault = [keys.get(line.split(".", 1)[0].split(":", 1)[0], "model") for line in error.problems]
     parts = [part for part in wanted if part in at_fault]
     if "model" in parts:
-        return error
+        advice = (
+            "Nothing was loaded. A resume needs the model that was saved: the same names, shapes and dtypes. To start "
+            "a new run from these weights, give ShardedSave another directory, and load them with InitialLoad"
+        )
+        summary = f"the model of this run is not the one that was saved ({len(error.problems)} entries)"
+        return MismatchError(checkpoint, summary, error.problems, advice)
     rest = tuple(part for part in wanted if part not in parts)
     summary = f"the {' and '.join(parts)} of this run is not the one that was saved ({len(error.problems)} entries)"
     advice = f"Nothing was loaded. hooks.resume(parts={rest}) goes on without what is in the checkpoint of it."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from shardsmith.run_state.optimizers import check_optimizers, finding_parameters
 from shardsmith.run_state.rank_states import PerRank
 from shardsmith.run_state.readable import made_readable
 from shardsmith.run_state.renamed_model import write_model
+from shardsmith.run_state.replaced_settings import replacements_told
 from shardsmith.run_state.rng import rng_state, set_rng_state
 from shardsmith.run_state.save import RNG, Contents
 from shardsmith.run_state.saved_structure import INT_KEYS, with_text_keys
@@ -177,6 +179,10 @@ class TrainState:
                 thing.load_state_dict(self._rank_states[name])
         if RNG in state:
             set_rng_state(state[RNG][self._rng_key])
+
+    def replacements_told(self) -> AbstractContextManager[None]:
+        """Within it the state is restored; what becomes of settings of this run is logged. No communication."""
+        return replacements_told(self._optimizers, self._scheduler)
 
     def without_unused(self, state: dict[str, Any], checkpoint: Path) -> UnusedParameters:
         """Remove what a checkpoint need not have from a state that is to be filled. No communication."""

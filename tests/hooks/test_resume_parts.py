@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -145,3 +146,42 @@ def test_a_run_can_begin_where_another_one_was(saved: tuple[Path, Run], tmp_path
     assert committed_steps(directory) == [1, 2, 3]
     with pytest.raises(CheckpointNotFoundError, match="holds no checkpoint"):
         Run(tmp_path / "newer").hooks.resume(directory=tmp_path / "empty")
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"lr": 1e-2, "weight_decay": 0.1}, None),
+        ({"lr": 1e-2, "weight_decay": 0.3}, "optimizer: weight_decay 0.1 (here 0.3)"),
+        ({"lr": 7e-5, "weight_decay": 0.1}, "optimizer: initial_lr 0.01 (here 7e-05)"),
+        ({"lr": 1e-2, "weight_decay": 0.1, "period": 1000}, "scheduler: T_max 10 (here 1000)"),
+    ],
+)
+def test_settings_of_the_script_that_the_checkpoint_replaces_are_told(
+    settings: dict[str, Any], told: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+
+    def hooks_of(lr: float, weight_decay: float, period: int = 10) -> Hooks:
+        model = nn.Linear(2, 2)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, period)
+        optimizer.step()
+        scheduler.step()
+        return Hooks(ShardedSave(tmp_path, model=model, optimizer=optimizer, scheduler=scheduler, when=every(1)))
+
+    with hooks_of(1e-2, 0.1) as hooks:
+        hooks.step(1)
+    assert hooks_of(**settings).resume() == 1
+    lines = [line for line in caplog.messages if line.startswith("settings of the checkpoint replace")]
+    assert len(lines) == (told is not None)
+    assert told is None or told in lines[0]
+
+
+@pytest.mark.parametrize("changed", [lambda: nn.Linear(2, 3), lambda: nn.Linear(2, 2).bfloat16()])
+def test_another_model_is_told_how_to_begin_from_the_weights(changed: Callable[[], nn.Module], tmp_path: Path) -> None:
+    with Hooks(ShardedSave(tmp_path, model=nn.Linear(2, 2), when=every(1))) as hooks:
+        hooks.step(1)
+    hooks = Hooks(ShardedSave(tmp_path, model=changed(), when=every(1)))
+    with pytest.raises(MismatchError, match=r"(?s)the model of this run is not the one .*load them with InitialLoad"):
+        hooks.resume()
