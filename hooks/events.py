@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol
 
 from shardsmith.checking.arguments import checked, checked_fields
 from shardsmith.checking.types import LocalPath
+from shardsmith.ground.layout import METADATA_FILE
 from shardsmith.ground.logs import Stopwatch
 from shardsmith.ground.printable import shown
 from shardsmith.ground.remote_path import RemotePath
@@ -108,7 +109,8 @@ def event_of(
 def bytes_in(path: Path) -> int:
     """Bytes of the files right in a directory; 0 if there is none. Raises OSError."""
     if isinstance(path, RemotePath):
-        return sum(path.sizes().values())
+        is_checkpoint = (path / METADATA_FILE).is_file()
+        return sum((path.sizes() if is_checkpoint else path.objects_below()).values())
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) if path.is_dir() else 0
 
 

@@ -12,7 +12,7 @@ from typing import Literal, Unpack
 from torch import nn
 
 from shardsmith.checking.arguments import checked
-from shardsmith.checking.types import Directory, Dtype, StepNumber
+from shardsmith.checking.types import Dtype, Place, StepNumber
 from shardsmith.conversion.model_directory import find_model
 from shardsmith.errors import UsageError
 from shardsmith.export.adapters import ADAPTER_WEIGHTS
@@ -23,6 +23,7 @@ from shardsmith.ground.layout import PROVENANCE_FILE, step_name, unfinished_step
 from shardsmith.ground.logs import Stopwatch
 from shardsmith.ground.meeting import meet
 from shardsmith.ground.ranks import Ranks
+from shardsmith.ground.remote_path import RemotePath, as_path
 from shardsmith.hf.hf_directory import protect
 from shardsmith.manifest.checkpoints import refuse_within_step, set_aside_unfinished
 
@@ -64,7 +65,7 @@ class HFExport(Hook):
     @checked
     def __init__(
         self,
-        directory: Directory,
+        directory: Place,
         *,
         model: nn.Module,
         when: Schedule,
@@ -82,6 +83,7 @@ class HFExport(Hook):
 
         Args:
             directory: Made if missing; on a file system that all ranks share, and where no trainer looks for its own.
+                Or a place in an object store, such as ``s3://bucket/run/hf``.
             model: The model that trains, wrapped and sharded.
             when: At which steps to export; independent of any checkpoint.
             ema: The average to export, too.
@@ -108,7 +110,9 @@ class HFExport(Hook):
         verification = merge("HFExport", "verification", ExportVerification, verification, options)
         if models in ("ema", "both") and ema is None:
             raise UsageError(f'HFExport(models="{models}") needs ema=: attach EMA(model) and pass it')
-        self.directory = Path(directory).absolute()
+        self.directory = as_path(directory).absolute()
+        # A store does not write in the middle of a file: there each is written by one rank, whatever was asked for.
+        write_mode = "files" if isinstance(self.directory, RemotePath) else writing.write_mode
         self.when = when
         self.keep = keep
         self._writing = writing
@@ -120,7 +124,7 @@ class HFExport(Hook):
             models=chosen,
             source=weights.source,
             dtype=dtype,
-            write_mode=writing.write_mode,
+            write_mode=write_mode,
             staging=writing.staging,
             ema=ema and ema.settings(),
         )
@@ -150,14 +154,14 @@ class HFExport(Hook):
             names=weights.names,
             view=view,
         )
-        writer, both = choose_writer(writing.write_mode, self._ranks), (self._ranks, self._writer_ranks)
+        writer, both = choose_writer(write_mode, self._ranks), (self._ranks, self._writer_ranks)
         self._copy = OpenCopy()
         if writing.staging == "overlap":
             self._copy.guard_all(ema)
         live = LiveSource(self._state, *both, writer, copy=self._copy, compare_replicas=verification.compare_replicas)
         saved: CheckpointSource | None = None
         if weights.checkpoints is not None:
-            whole_files = writing.write_mode == "files"
+            whole_files = write_mode == "files"
             saved = CheckpointSource(weights.checkpoints, self._state, *both, when=when, whole_files=whole_files)
         self._broken_off: set[int] = set()  # steps that a former run was writing; rank 0 knows
         self._failures: list[BaseException] = []  # not yet raised

@@ -69,7 +69,8 @@ class StepFolder:
             going = steps_to_remove(self._keep, there, directory=self._directory)
             for step in going:
                 self._remove(hook, step)
-            mind_disk(hook, self._keep, self._directory, sorted({*there}.difference(going)), partial(self._remove, hook))
+            left = sorted(set(there).difference(going))
+            mind_disk(hook, self._keep, self._directory, left, partial(self._remove, hook))
 
     def _remove(self, hook: Hook, step: int) -> None:
         paths = [self._directory / (step_name(step) + suffix) for suffix in self._suffixes]

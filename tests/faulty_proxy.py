@@ -13,8 +13,9 @@ from typing import Literal
 
 from tests.object_server import ObjectServer
 
-Fault = Literal["503", "drop", "lost", "cut"]
-"""An error of the server; no answer; done, but no answer; half an answer."""
+Fault = Literal["503", "expired", "full", "drop", "lost", "cut"]
+"""An error of the server; refused for old credentials, or a full quota; no answer; done, but no answer; half one."""
+_ANSWERS = {"503": (503, "SlowDown"), "expired": (400, "ExpiredToken"), "full": (403, "QuotaExceeded")}
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,8 +70,9 @@ def proxied(server: ObjectServer) -> Iterator[Proxy]:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             request = Request(self.command, self.path, len(body))
             fault = proxy.note(request)
-            if fault == "503":
-                self.answer(503, {}, b"<Error><Code>SlowDown</Code></Error>")
+            if fault in _ANSWERS:
+                status, code = _ANSWERS[fault]
+                self.answer(status, {}, f"<Error><Code>{code}</Code></Error>".encode())
                 return
             if fault == "drop":
                 self.hang_up()

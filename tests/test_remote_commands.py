@@ -44,6 +44,24 @@ def test_to_hf_writes_the_same_bytes(step: str, trained: Runs, tmp_path: Path) -
     assert len([*(tmp_path / "local").rglob("*")]) == len([*(tmp_path / "remote").rglob("*")])
 
 
+def test_to_hf_writes_into_a_store_what_it_writes_on_a_disk(
+    object_server: ObjectServer, step: str, trained: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = str(trained["qwen2", 2].base)
+    for output in (object_server.url("exported/final"), str(tmp_path / "final")):
+        options = ["--checkpoint", step, "--base-model", base, "--output-dir", output, "--max-shard-size", "30KB"]
+        assert main(["to-hf", *options, "--quiet"]) == 0
+    found = object_server.keys("exported/final")
+    expected = {str(path.relative_to(tmp_path / "final")): path for path in (tmp_path / "final").rglob("*")}
+    assert found.keys() == expected.keys()
+    for name in found.keys() - {"shardsmith.json"}:
+        data = bytes(obstore.get(object_server.client(), f"exported/final/{name}").bytes())
+        assert data == expected[name].read_bytes(), name
+    assert main(["to-hf", "--checkpoint", step, "--base-model", base, "--output-dir", f"{step}/hf"]) == 1
+    assert "is only read" in capsys.readouterr().err
+    assert main(["to-hf", "--checkpoint", step, "--base-model", base, "--output-dir", step.rpartition("/")[0]]) == 1
+
+
 def test_inspect_and_verify_say_the_same(step: str, trained: Runs, capsys: pytest.CaptureFixture[str]) -> None:
     local = str(trained["qwen2", 2].checkpoint)
     told = {}

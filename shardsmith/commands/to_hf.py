@@ -36,7 +36,7 @@ def to_hf(
         base_model: Local directory with config.json, tokenizer and so on.
             If it has weights, the written ones must have the same names and shapes.
         export: How to write the directory.
-        output_dir: The directory to make. It must not exist.
+        output_dir: The directory to make, here or in an object store (s3://bucket/hf/step-500). It must not exist.
             Default: for out/checkpoint-500 it is out-hf/checkpoint-500, where no trainer looks for its own checkpoints.
         step: Of a run's folder: this step.
         dry_run: Print what would be done, and write nothing.
@@ -56,12 +56,14 @@ def to_hf(
 
     options = export.options()
     checkpoint = checkpoint_of(as_path(checkpoint), step)
-    output_dir = output_dir or default_output(checkpoint)
+    output_dir = as_path(output_dir) if output_dir else default_output(checkpoint)
 
     def make_plans() -> list[ExportPlan]:
         known = known_checkpoint(checkpoint)
         stems = choose_stems(known, base_model, export.models, export.ema_as, export.average)
-        return [plan_export(known, Path(f"{output_dir}{suffix}"), base_model, stem, options) for suffix, stem in stems]
+        return [
+            plan_export(known, as_path(f"{output_dir}{suffix}"), base_model, stem, options) for suffix, stem in stems
+        ]
 
     with hold(checkpoint), team_of_torchrun() as team:
         plans = plan_together(team, make_plans)
@@ -87,7 +89,7 @@ def default_output(checkpoint: Path) -> Path:
     from shardsmith.ground.remote_path import RemotePath
 
     if isinstance(checkpoint, RemotePath):
-        raise UsageError(f"{checkpoint} is in an object store; name the directory to make here with --output-dir")
+        raise UsageError(f"{checkpoint} is in an object store; name the directory to make with --output-dir")
     place = Path(os.path.abspath(checkpoint))
     if not place.parent.name:
         raise UsageError(f"{checkpoint} lies in no folder of a run; name the directory to make with --output-dir")

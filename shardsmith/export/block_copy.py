@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from shardsmith.formats.safetensors_files.upload import SafetensorsUpload
 from shardsmith.formats.safetensors_files.writer import SafetensorsFileWriter
 from shardsmith.ground.threads import one_thread_per_operator, useful_threads
 from shardsmith.tensors.digest import Digest, digest_run
@@ -17,12 +18,14 @@ from shardsmith.tensors.tensors import Chunk, TensorSource, TensorSpec, read_int
 _BLOCK_BYTES = 2 << 20
 """Of output: large enough that Python costs little, small enough to stay in cache from the cast to the write."""
 
-Block = tuple[SafetensorsFileWriter, TensorSpec, int, Chunk]
+BlockWriter = SafetensorsFileWriter | SafetensorsUpload
+"""The latter takes blocks of one thread only."""
+Block = tuple[BlockWriter, TensorSpec, int, Chunk]
 
 
 def copy_blocks(
     source: TensorSource,
-    writers: Sequence[SafetensorsFileWriter],
+    writers: Sequence[BlockWriter],
     progress: Callable[[int], None] | None = None,
     *,
     part: int = 0,
@@ -68,7 +71,7 @@ class _Copier:
     def __init__(
         self,
         source: TensorSource,
-        writers: Sequence[SafetensorsFileWriter],
+        writers: Sequence[BlockWriter],
         progress: Callable[[int], None] | None,
         part: int,
         parts: int,
@@ -101,7 +104,7 @@ class _Copier:
         with self._lock:
             return None if self._stopped else next(self._blocks, None)
 
-    def _copy(self, writer: SafetensorsFileWriter, spec: TensorSpec, first: int, box: Chunk, scratch: Tensor) -> None:
+    def _copy(self, writer: BlockWriter, spec: TensorSpec, first: int, box: Chunk, scratch: Tensor) -> None:
         values = _read(self._source, spec, box, scratch)
         share = digest_run(values, first)
         writer.write_run(spec.name, first, values)
@@ -111,7 +114,7 @@ class _Copier:
             self._progress(values.nbytes)
 
 
-def _blocks(writers: Sequence[SafetensorsFileWriter]) -> Iterator[Block]:
+def _blocks(writers: Sequence[BlockWriter]) -> Iterator[Block]:
     """Every block of every file, in file order, so that reads and writes go forward."""
     for writer in writers:
         for placement in writer.plan.tensors.values():

@@ -14,6 +14,7 @@ from typing import Any
 from shardsmith.export.block_copy import copy_blocks
 from shardsmith.export.file_writer import deal_files
 from shardsmith.export.live_writers import Digests, SliceWriter, Staged, add_up, encode
+from shardsmith.export.place import create_file
 from shardsmith.export.write import refuse_damage
 from shardsmith.formats.safetensors_files.writer import SafetensorsFileWriter
 from shardsmith.hf.directory import DirectoryPlan
@@ -70,7 +71,7 @@ class CheckpointWriter:
         """Some of the files, all of each."""
         digests: Digests = {model.model: {} for model in plan.models}
         for model, file in deal_files(plan, self._size)[self._rank]:
-            with SafetensorsFileWriter.create(directory, file) as writer:
+            with create_file(directory, file) as writer:
                 digests[model] |= copy_blocks(self._sources[model], [writer], threads=1)
                 writer.sync()
         return digests

@@ -25,10 +25,14 @@ import torch.distributed as dist
 from shardsmith.errors import CorruptCheckpointError, UsageError
 from shardsmith.export.live_writers import Digests, SliceWriter, Staged, WeightsWriter, add_up, encode, shares
 from shardsmith.export.peers import Peers
+from shardsmith.export.place import create_file
 from shardsmith.formats.safetensors_files.plan import FilePlan
 from shardsmith.formats.safetensors_files.source import SafetensorsSource
+from shardsmith.formats.safetensors_files.upload import SafetensorsUpload
 from shardsmith.formats.safetensors_files.writer import SafetensorsFileWriter
+from shardsmith.ground.object_store import PART_BYTES
 from shardsmith.ground.ranks import Ranks
+from shardsmith.ground.remote_path import RemotePath
 from shardsmith.hf.directory import DirectoryPlan
 from shardsmith.sharding.live_boxes import LiveBox
 from shardsmith.tensors.digest import Digest, digest_run
@@ -115,12 +119,22 @@ class _Delivery:
             for box in boxes:
                 self._staged.setdefault((model, box.name), []).append(box)
         self._directory = directory
-        self._open: SafetensorsFileWriter | None = None
+        self._open: SafetensorsFileWriter | SafetensorsUpload | None = None
+        self._unopened = [*self._files]
         self._error: Exception | None = None
 
     def run(self) -> None:
         """Deliver everything. Raises the first error that there was, in the end."""
-        self._try(self._make_files)
+        try:
+            self._deliver()
+        finally:
+            if self._open is not None:
+                self._open.close()
+        for error in [self._error, *self._peers.lost.values()]:
+            if error is not None:
+                raise error
+
+    def _deliver(self) -> None:
         coming = self._exchange_boxes()
         for tasks in itertools.zip_longest(*self._tasks):
             for rank in self._peers.others:
@@ -130,10 +144,7 @@ class _Delivery:
                 for box in itertools.chain(self._boxes_for(task), self._receive(task, coming)):
                     self._try(partial(self._write, task.file, box))
             self._peers.flush()
-        self._try(self._close)
-        for error in [self._error, *self._peers.lost.values()]:
-            if error is not None:
-                raise error
+        self._try(self._finish)
 
     def _exchange_boxes(self) -> dict[int, dict[Key, list[Coming]]]:
         """Say what this rank will send; hear what the others will, by rank."""
@@ -164,15 +175,22 @@ class _Delivery:
                 if self._peers.receive(values, rank):
                     yield LiveBox(name, shape, box, values)
 
-    def _make_files(self) -> None:
-        for file in self._files:
-            SafetensorsFileWriter.create(self._directory, file).close()
-
     def _write(self, file: FilePlan, box: LiveBox) -> None:
         if self._open is None or self._open.plan is not file:
-            self._close()
-            self._open = SafetensorsFileWriter.open_existing(self._directory, file)
+            self._open_next(file)
+        assert self._open is not None
         self._open.write_box(box.name, box.box, box.values, box.shape)
+
+    def _open_next(self, file: FilePlan) -> None:
+        self._close()
+        self._open = create_file(self._directory, file)
+        self._unopened.remove(file)
+
+    def _finish(self) -> None:
+        """Make files, too, that nothing was written to: all their tensors are empty."""
+        for file in [*self._unopened]:
+            self._open_next(file)
+        self._close()
 
     def _close(self) -> None:
         """Make the file durable that was written last."""
@@ -201,10 +219,11 @@ def deal_files(plan: DirectoryPlan, size: int) -> list[list[tuple[str, FilePlan]
 
 def _digests_of(path: Path) -> dict[str, Digest]:
     """Of every tensor that a file holds. Raises CheckpointError."""
+    nbytes = PART_BYTES if isinstance(path, RemotePath) else _READ_BYTES
     with contextlib.closing(SafetensorsSource(path)) as source:
         digests = {name: Digest() for name in source.specs}
         for name, spec in source.specs.items():
-            for first, block in row_major_blocks(spec.shape, _READ_BYTES // spec.dtype.itemsize):
+            for first, block in row_major_blocks(spec.shape, nbytes // spec.dtype.itemsize):
                 for _, values in source.pieces(name, block):
                     digests[name] += digest_run(values, first)
         return digests

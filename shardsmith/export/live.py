@@ -22,10 +22,11 @@ from torch import Tensor
 
 from shardsmith.errors import RanksDisagreeError
 from shardsmith.export.live_writers import WeightsWriter
-from shardsmith.ground import layout
-from shardsmith.ground.commit import Attempt, require_space, sweep
+from shardsmith.export.place import begin_export, fetch_weights
+from shardsmith.ground.commit import Attempt, place_of_files, sweep
 from shardsmith.ground.host_memory import require_memory
 from shardsmith.ground.ranks import Ranks
+from shardsmith.ground.remote_export import RemoteDirectory
 from shardsmith.hf.completion import complete_directory
 from shardsmith.hf.directory import DirectoryPlan, Measure, ModelPlan
 from shardsmith.hf.directory_check import check_directory
@@ -154,7 +155,7 @@ class JointExport:
         self.plan = plan
         self._ranks = ranks
         self._staged: dict[str, list[LiveBox]] = {}
-        self._attempt: Attempt | None = None
+        self._attempt: Attempt | RemoteDirectory | None = None
         self._writer = writer
         self._receipts: list[Any] = []
         self._later: LaterCopy | None = None
@@ -200,7 +201,7 @@ class JointExport:
         """
         name = self.plan.output.name
         attempt = self._ranks.lead(f"making the files of {name}", self._make_files)
-        directory = layout.temporary_path(self.plan.output, attempt)
+        directory = place_of_files(self.plan.output, attempt)
         self._receipts = self._ranks.gather(f"writing {name}", lambda: self._write(directory), large=True)
 
     def commit(self) -> Path:
@@ -239,9 +240,9 @@ class JointExport:
 
     def _make_files(self) -> str:
         sweep(self.plan.output.parent)
-        self._attempt = Attempt(self.plan.output)
-        require_space(self._attempt.directory, self.plan.nbytes)
-        self._writer.make_files(self.plan, self._attempt.directory)
+        self._attempt = begin_export(self.plan, self.plan.nbytes)
+        if isinstance(self._attempt, Attempt):
+            self._writer.make_files(self.plan, self._attempt.directory)
         return self._attempt.id
 
     def _commit(self) -> None:
@@ -251,6 +252,8 @@ class JointExport:
         sizes = complete_directory(self.plan, directory, digests)
         self.measure = check_directory(self.plan, directory)
         if self.check is not None:
+            if isinstance(self._attempt, RemoteDirectory):
+                fetch_weights(self.plan, self._attempt)
             self.measure = replace(self.measure, answers=self.check(directory, self.plan.dtypes))
         self._attempt.commit(sizes)
 

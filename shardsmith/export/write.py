@@ -15,11 +15,13 @@ from pathlib import Path
 from shardsmith.errors import CorruptCheckpointError
 from shardsmith.export.block_copy import copy_blocks
 from shardsmith.export.check import ExportCheck, check_export, compare_read_back, read_back
+from shardsmith.export.file_writer import deal_files
+from shardsmith.export.place import begin_export, create_file, weight_files
 from shardsmith.export.plan import ExportPlan
 from shardsmith.formats.by_path import KnownCheckpoint
 from shardsmith.formats.safetensors_files.writer import SafetensorsFileWriter
-from shardsmith.ground import layout
-from shardsmith.ground.commit import Attempt, require_space, sweep
+from shardsmith.ground.commit import Attempt, place_of_files, sweep
+from shardsmith.ground.remote_export import ClaimedDirectory, RemoteDirectory
 from shardsmith.ground.torchrun.team import Alone, Team
 from shardsmith.hf.completion import complete_directory
 from shardsmith.hf.directory import DirectoryPlan
@@ -110,14 +112,14 @@ class _Job:
         self._progress = progress
         self._threads = threads
         self._unfinished = unfinished
-        self._attempts: list[Attempt] = []
+        self._attempts: list[Attempt | RemoteDirectory] = []
         self._directories: list[Path] = []
 
     def make_files(self) -> None:
         """Rank 0 makes all files, at their full size, in directories that are not visible yet."""
         attempts = self.team.lead("making the files", self._make_files)
         outputs = [plan.directory.output for plan in self.plans]
-        self._directories = [layout.temporary_path(path, id_) for path, id_ in zip(outputs, attempts, strict=True)]
+        self._directories = [place_of_files(path, id_) for path, id_ in zip(outputs, attempts, strict=True)]
 
     def write(self) -> list[Texts]:
         """Each rank verifies and copies its share; on rank 0, for each plan, the digests of whole tensors."""
@@ -138,12 +140,12 @@ class _Job:
         for parent in {plan.directory.output.parent for plan in self.plans}:
             sweep(parent)
         for plan in self.plans:
-            attempt = self._unfinished.enter_context(Attempt(plan.directory.output))
+            nbytes = sum(plan.directory.nbytes for plan in self.plans)
+            attempt = begin_export(plan.directory, nbytes)
+            self._unfinished.push(attempt)
             self._attempts.append(attempt)
-            require_space(attempt.directory, sum(plan.directory.nbytes for plan in self.plans))
-            for model in plan.directory.models:
-                for file in model.weights.files:
-                    SafetensorsFileWriter.create(attempt.directory, file).close()
+            for file in weight_files(plan.directory) if isinstance(attempt, Attempt) else ():
+                SafetensorsFileWriter.create(attempt.directory, file).close()
         return [attempt.id for attempt in self._attempts]
 
     def _write(self) -> list[Texts]:
@@ -160,6 +162,9 @@ class _Job:
 
     def _copy(self, plan: ExportPlan, directory: Path) -> Iterator[tuple[str, Mapping[str, Digest]]]:
         """Write and fsync this rank's share of each model in turn."""
+        if isinstance(directory, ClaimedDirectory):
+            yield from self._put(plan, directory).items()
+            return
         for model in plan.directory.models:
             with contextlib.ExitStack() as files:
                 writers = [
@@ -177,6 +182,15 @@ class _Job:
                 for writer in writers:
                     writer.sync()
             yield model.model, digests
+
+    def _put(self, plan: ExportPlan, directory: ClaimedDirectory) -> dict[str, dict[str, Digest]]:
+        """Upload some of the files, all of each, by the models that they belong to."""
+        digests: dict[str, dict[str, Digest]] = {model.model: {} for model in plan.directory.models}
+        for model, file in deal_files(plan.directory, self.team.size)[self.team.rank]:
+            with create_file(directory, file) as writer:
+                digests[model] |= copy_blocks(plan.sources[model], [writer], self._progress, threads=1)
+                writer.sync()
+        return digests
 
     def _read_back(self) -> list[Texts]:
         return [

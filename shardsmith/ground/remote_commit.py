@@ -11,26 +11,23 @@ Nothing here communicates: rank 0 calls it.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, Self
 
 from shardsmith.errors import IncompleteCheckpointError, StorageError, TargetExistsError
-from shardsmith.ground import layout
+from shardsmith.ground import layout, remote_export
 from shardsmith.ground.object_store import StoredObject
+from shardsmith.ground.remote_owner import ABANDONED_AFTER, owner_lives, put_owner
 from shardsmith.ground.remote_path import RemotePath
 
 log = logging.getLogger(__name__)
 
-ABANDONED_AFTER = timedelta(hours=24)
-"""Of an attempt on another host, about which nothing else can be known: so long after its last file it is dead."""
 _OWNER = re.compile(r"\.(?P<attempt>[0-9a-f]{16})\.owner")
 _ASIDE = re.compile(r"metadata\.(damaged|superseded)-(?P<attempt>[0-9a-f]{16})\.json")
 _PROBE = re.compile(r"\.probe-[0-9a-f]{16}")
@@ -59,7 +56,7 @@ class RemoteAttempt:
         self.directory = target / self.id
         self._manifest: bytes | None = None
         refuse_existing(target)
-        _put_owner(self._owner)
+        put_owner(self._owner)
         _alive.add(self.id)
 
     def write(self, name: str, content: bytes) -> int:
@@ -146,9 +143,9 @@ def remove(step: RemotePath) -> bool:
     try:
         attempt = attempt_of(step)
     except FileNotFoundError:
-        return False
+        return remote_export.remove(step)
     if attempt is not None:
-        _put_owner(step / f".{attempt}.owner")  # by which a sweep tells that the deletion did not finish
+        put_owner(step / f".{attempt}.owner")  # by which a sweep tells that the deletion did not finish
     manifest.store.delete([manifest.key])
     step.forget()
     if attempt is not None:
@@ -166,6 +163,8 @@ def set_aside(step: RemotePath, kind: Literal["damaged", "superseded"]) -> Remot
         FileNotFoundError, StorageError: it is as it was.
     """
     manifest = step / layout.METADATA_FILE
+    if not manifest.is_file():
+        return remote_export.set_aside(step)
     data, attempt = manifest.read_all(), attempt_of(step) or layout.new_attempt_id()
     aside = step / f"metadata.{kind}-{attempt}.json"
     manifest.store.put(f"{step.key}/{aside.name}", data)
@@ -195,7 +194,7 @@ def sweep(parent: RemotePath) -> list[RemotePath]:
                 log.info("removing %s, left by an attempt that did not finish", place)
                 _delete([*found.attempts.get(attempt, ()), *owner], place)
                 swept.append(place)
-    return swept
+    return [*swept, *remote_export.sweep(parent, listed)]
 
 
 def check_writable(directory: RemotePath) -> None:
@@ -270,51 +269,11 @@ def _is_dead(place: RemotePath, found: _Found) -> bool:
         return False
     objects: list[StoredObject] = [*found.attempts.get(place.name, ())]
     if (owner := found.owners.get(place.name)) is not None:
-        if (alive := _owner_lives(place.parent / f".{place.name}.owner")) is not None:
+        if (alive := owner_lives(place.parent / f".{place.name}.owner")) is not None:
             return not alive
         objects.append(owner)
     newest = max(one.modified for one in objects)
     return datetime.now(UTC) - newest > ABANDONED_AFTER
-
-
-def _put_owner(owner: RemotePath) -> None:
-    owner.store.put(owner.key, json.dumps(_this_process()).encode())
-
-
-def _owner_lives(owner: RemotePath) -> bool | None:
-    """Whether the process that makes an attempt is alive; None if it is not one of this host."""
-    try:
-        said = json.loads(owner.store.get(owner.key))  # which is no file of the step
-        host, pid, started = said["host"], int(said["pid"]), said["started"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return None
-    mine = _this_process()
-    if not mine["host"] or host != mine["host"]:
-        return None
-    if pid == mine["pid"]:
-        return False  # it would be in _alive
-    return _start_of(pid) == str(started)
-
-
-def _this_process() -> dict[str, str | int]:
-    return {"host": _host(), "pid": os.getpid(), "started": _start_of(os.getpid())}
-
-
-def _host() -> str:
-    """This boot of this machine, and which numbers of processes are meant; "" if that cannot be told."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
-    except OSError:
-        return ""
-
-
-def _start_of(pid: int) -> str:
-    """When a process was started, in ticks since the boot; "" if there is none."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return ""
 
 
 def _delete(objects: Iterable[StoredObject], place: RemotePath) -> None:

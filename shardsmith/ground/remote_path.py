@@ -81,8 +81,12 @@ class RemotePath(PosixPath):
         if parse_step(self.name) is not None:
             manifest = (self / METADATA_FILE).read_all()
             return {**(self / _attempts[str(self)]).sizes(), METADATA_FILE: len(manifest)}
-        prefix = self.key
-        return {one.key.removeprefix(f"{prefix}/"): one.size for one in self.store.objects(prefix)}
+        return self.objects_below()
+
+    def objects_below(self) -> dict[str, int]:
+        """Return the sizes in bytes of all objects whose keys begin with this path, by the rest of their keys."""
+        prefix = f"{self.key}/" if self.key else ""
+        return {one.key.removeprefix(prefix): one.size for one in self.store.objects(self.key)}
 
     @staticmethod
     def _ask(step: Path) -> str | None:

@@ -6,6 +6,7 @@ are recorded already, so no rank has to read what all have written. Every other 
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -17,7 +18,9 @@ import xxhash
 from shardsmith.errors import CheckpointError, CorruptCheckpointError
 from shardsmith.formats.safetensors_files.source import SafetensorsSource
 from shardsmith.ground import layout
+from shardsmith.ground.open_file import OpenFile, open_file
 from shardsmith.ground.printable import printable
+from shardsmith.ground.remote_path import RemotePath
 from shardsmith.manifest.checkpoints import file_damage, hash_file, step_in_name
 from shardsmith.manifest.fields import count, digest_text, typed
 from shardsmith.manifest.metadata import FileRecord, file_record, has_manifest, read_json, read_metadata
@@ -66,7 +69,8 @@ def records_files(directory: Path) -> bool:
 
 
 def _is_ours(directory: Path) -> bool:
-    return os.path.lexists(directory / layout.PROVENANCE_FILE)
+    mark = directory / layout.PROVENANCE_FILE
+    return mark.is_file() if isinstance(mark, RemotePath) else os.path.lexists(mark)
 
 
 def _damage(directory: Path, record: Mapping[str, Any], *, contents: bool) -> Iterator[str]:
@@ -94,6 +98,8 @@ def _of_checkpoint(directory: Path) -> set[str]:
 
 
 def _names_in(directory: Path) -> set[str]:
+    if isinstance(directory, RemotePath):
+        return {*directory.objects_below()}
     return {str(path.relative_to(directory)) for path in directory.rglob("*") if not path.is_dir() or path.is_symlink()}
 
 
@@ -111,9 +117,17 @@ def _file_problem(directory: Path, name: str, expected: Any, *, contents: bool) 
 
 def _hash_header(path: Path) -> str:
     """Of the bytes of a safetensors file before its tensors."""
-    with path.open("rb") as file:
-        length = file.read(8)
-        return xxhash.xxh3_128_hexdigest(length + file.read(min(int.from_bytes(length, "little"), 100 << 20)))
+    with contextlib.closing(open_file(path)) as file:
+        length = _first_bytes(file, 8)
+        return xxhash.xxh3_128_hexdigest(_first_bytes(file, 8 + min(int.from_bytes(length, "little"), 100 << 20)))
+
+
+def _first_bytes(file: OpenFile, count: int) -> bytearray:
+    """The beginning of a file, or all of one that is shorter."""
+    data, done = bytearray(min(count, file.size)), 0
+    while read := file.read_at(memoryview(data)[done:], done):
+        done += read
+    return data[:done]
 
 
 def _changed_tensors(directory: Path, model: Mapping[str, Any]) -> Iterator[str]:

@@ -93,6 +93,12 @@ def protect(output: Path, *inputs: Path) -> None:
     What exists is told by what it is, not by what it is called: through a bind mount, a hard link or a file system that
     does not mind case, one thing has many names. An input's own folders and files count as the input.
     """
+    if isinstance(output, RemotePath):
+        if near := [one for one in inputs if one == output or one in output.parents or output in one.parents]:
+            raise ProtectedPathError(
+                output, f"lies in, is or holds {near[0]}, which is only read; choose another output"
+            )
+        return
     place = Path(os.path.realpath(output))
     itself = _identities([place])
     around_it = itself | _identities(place.parents)

@@ -15,7 +15,7 @@ from torch.multiprocessing import ProcessExitedException
 
 from shardsmith import StorageError, TargetExistsError, WriteError
 from shardsmith.errors import IncompleteCheckpointError
-from shardsmith.ground import object_store, remote_commit
+from shardsmith.ground import object_store, remote_commit, remote_owner
 from shardsmith.ground.commit import begin_attempt, remove, sweep
 from shardsmith.ground.layout import METADATA_FILE
 from shardsmith.ground.new_file import new_file
@@ -144,7 +144,7 @@ def test_an_attempt_of_another_host_goes_by_its_age(place: RemotePath, monkeypat
     attempt = RemoteAttempt(place / "step-5")
     write(attempt)
     attempt._release()
-    monkeypatch.setattr(remote_commit, "_host", lambda: "another boot")
+    monkeypatch.setattr(remote_owner, "_host", lambda: "another boot")
     assert sweep(place) == []
     monkeypatch.setattr(remote_commit, "ABANDONED_AFTER", timedelta(seconds=-60))
     assert sweep(place) == [attempt.directory]

@@ -15,6 +15,7 @@ from shardsmith.formats.safetensors_files.index import check_weight_map, read_we
 from shardsmith.ground.file_tensor import FileTensor
 from shardsmith.ground.layout import MAIN_WEIGHTS, index_file_name
 from shardsmith.ground.mapped import MappedFile
+from shardsmith.ground.remote_path import as_path
 from shardsmith.tensors.tensors import Chunk, Shape, TensorSpec
 
 _WEIGHTS_NAME = re.compile(r"(?P<stem>.+?)(-[0-9]{5}-of-(?P<count>[0-9]{5}))?\.safetensors(\.index\.json)?")
@@ -42,9 +43,9 @@ class SafetensorsSource:
             UnsupportedFormatError: torch cannot represent a tensor.
             UnsafeCheckpointError: a file is not a regular file.
         """
-        self._path = Path(path)
+        self._path = as_path(path)
         if files is None:
-            self._files = {self._path.name: MappedFile(path, follow_links=True)}
+            self._files = {self._path.name: MappedFile(self._path, follow_links=True)}
         else:
             self._files = {name: MappedFile(file) for name, file in files.items()}
         self.headers: dict[str, Header] = {}

@@ -1,0 +1,70 @@
+"""Where an export is written: a directory of this machine, or one in an object store, which files enter whole."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+from shardsmith.formats.safetensors_files.plan import FilePlan
+from shardsmith.formats.safetensors_files.upload import SafetensorsUpload
+from shardsmith.formats.safetensors_files.writer import SafetensorsFileWriter
+from shardsmith.ground.commit import Attempt, begin_directory, require_space, writing
+from shardsmith.ground.object_store import PART_BYTES
+from shardsmith.ground.open_file import open_file
+from shardsmith.ground.remote_export import ClaimedDirectory, RemoteDirectory
+from shardsmith.hf.directory import DirectoryPlan
+
+
+def begin_export(plan: DirectoryPlan, nbytes: int) -> Attempt | RemoteDirectory:
+    """Begin to make a directory. For a store, its folder here holds the weight files, sparse but for their headers.
+
+    Args:
+        plan: The directory.
+        nbytes: Of all that will be written on its file system.
+
+    Raises:
+        TargetExistsError, WriteError: it cannot be made.
+    """
+    attempt = begin_directory(plan.output)
+    try:
+        if isinstance(attempt, RemoteDirectory):
+            for file in weight_files(plan):
+                SafetensorsFileWriter.create(attempt.directory, file).close()
+                attempt.put.add(file.name)
+        else:
+            require_space(attempt.directory, nbytes)
+    except BaseException:
+        attempt.abandon()
+        raise
+    return attempt
+
+
+def create_file(directory: Path, file: FilePlan) -> SafetensorsFileWriter | SafetensorsUpload:
+    """Begin a file that one rank writes alone, in the order of its tensors. Raises TargetExistsError, WriteError."""
+    if isinstance(directory, ClaimedDirectory):
+        return SafetensorsUpload(directory, file)
+    return SafetensorsFileWriter.create(directory, file)
+
+
+def fetch_weights(plan: DirectoryPlan, attempt: RemoteDirectory) -> None:
+    """Fill the sparse weight files with what is in the store, so that the directory can be loaded here.
+
+    Raises:
+        WriteError, StorageError: there is no room here, or the store cannot be read.
+    """
+    require_space(attempt.directory, plan.nbytes)
+    buffer = memoryview(bytearray(PART_BYTES))
+    for file in weight_files(plan):
+        with (
+            writing(attempt.directory / file.name, "fetching"),
+            contextlib.closing(open_file(attempt.target / file.name)) as source,
+            (attempt.directory / file.name).open("r+b") as copy,
+        ):
+            source.expect([(0, source.size)])
+            while count := source.read_at(buffer, copy.tell()):
+                copy.write(buffer[:count])
+
+
+def weight_files(plan: DirectoryPlan) -> list[FilePlan]:
+    """Return the files of weights of a directory."""
+    return [file for model in plan.models for file in model.weights.files]
