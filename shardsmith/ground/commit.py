@@ -315,8 +315,15 @@ def require_space(directory: Path, nbytes: int) -> None:
 
 
 def refuse_existing(target: Path) -> None:
-    """Raise TargetExistsError if there is anything at ``target``, a dangling link included."""
-    if os.path.lexists(target):
+    """Raise TargetExistsError if there is anything at ``target``, a dangling link included.
+
+    In a store only what is complete counts: who claims the place there looks for the rest.
+    """
+    if isinstance(target, RemotePath):
+        there = (target / layout.PROVENANCE_FILE).is_file() or (target / layout.METADATA_FILE).is_file()
+    else:
+        there = os.path.lexists(target)
+    if there:
         raise TargetExistsError(target, "exists already and was left as it is; remove it or choose another name")
 
 
