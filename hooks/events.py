@@ -16,7 +16,6 @@ from typing import Any, Literal, Protocol
 
 from shardsmith.checking.arguments import checked, checked_fields
 from shardsmith.checking.types import LocalPath
-from shardsmith.ground.layout import METADATA_FILE
 from shardsmith.ground.logs import Stopwatch
 from shardsmith.ground.printable import shown
 from shardsmith.ground.remote_path import RemotePath
@@ -98,7 +97,7 @@ def event_of(
         path=str(path),
         seconds=seconds,
         seconds_waited=waited,
-        nbytes=bytes_in(path) if error is None else 0,
+        nbytes=_bytes_in(path, is_export=kind == "export") if error is None else 0,
         ranks=ranks,
         error=None if error is None else f"{type(error).__name__}: {error}",
         phase=getattr(error, "phase", None),
@@ -106,11 +105,10 @@ def event_of(
     )
 
 
-def bytes_in(path: Path) -> int:
-    """Bytes of the files right in a directory; 0 if there is none. Raises OSError."""
-    if isinstance(path, RemotePath):
-        is_checkpoint = (path / METADATA_FILE).is_file()
-        return sum((path.sizes() if is_checkpoint else path.objects_below()).values())
+def _bytes_in(path: Path, *, is_export: bool) -> int:
+    """Bytes of the files in a directory; 0 if there is none. Raises OSError."""
+    if isinstance(path, RemotePath):  # an export has a step's name, too, but no manifest that lists its files
+        return sum((path.objects_below() if is_export else path.sizes()).values())
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) if path.is_dir() else 0
 
 

@@ -58,9 +58,9 @@ def test_to_hf_writes_into_a_store_what_it_writes_on_a_disk(
     for name in found.keys() - {"shardsmith.json"}:
         data = bytes(obstore.get(object_server.client(), f"exported/final/{name}").bytes())
         assert data == expected[name].read_bytes(), name
-    assert main(["to-hf", "--checkpoint", step, "--base-model", base, "--output-dir", f"{step}/hf"]) == 1
+    assert main(["to-hf", "--checkpoint", step, "--base-model", base, "--output-dir", f"{step}/hf"]) == 2
     assert "is only read" in capsys.readouterr().err
-    assert main(["to-hf", "--checkpoint", step, "--base-model", base, "--output-dir", step.rpartition("/")[0]]) == 1
+    assert main(["to-hf", "--checkpoint", step, "--base-model", base, "--output-dir", step.rpartition("/")[0]]) == 2
 
 
 def test_inspect_and_verify_say_the_same(step: str, trained: Runs, capsys: pytest.CaptureFixture[str]) -> None:
@@ -94,7 +94,7 @@ def read_metadata_of(step: str) -> str:
     "options",
     [
         ["to-dcp", "--model", "s3://bucket/x", "--output-dir", "out"],
-        ["to-hf", "--checkpoint", "x", "--base-model", "b", "--output-dir", "s3://bucket/x"],
+        ["to-hf", "--checkpoint", "x", "--base-model", "b", "--output-dir", "hdfs://bucket/x"],
         ["watch", "s3://bucket/x"],
         ["inspect", "hdfs://bucket/x"],
         ["inspect", "x", "--html", "s3://bucket/x"],
