@@ -14,7 +14,6 @@ from torch.distributed.fsdp import fully_shard
 from shardsmith.errors import UsageError
 from shardsmith.hooks import Event, HFExport, Hooks, ShardedSave, best, every, keep_if, latest, low_disk, multiples_of
 from shardsmith.hooks.disk_space import refuse_without_disk
-from shardsmith.hooks.events import bytes_in
 from shardsmith.hooks.retention import Retention
 from shardsmith.manifest.checkpoints import committed_steps
 from tests.ranks import run_on_ranks
@@ -24,7 +23,11 @@ SIZE = 400_000
 
 
 def small_disk(patch: pytest.MonkeyPatch, directory: Path, capacity: int) -> None:
-    patch.setattr("shardsmith.hooks.disk_space.free_bytes", lambda _: max(0, capacity - bytes_in(directory)))
+    patch.setattr("shardsmith.hooks.disk_space.free_bytes", lambda _: max(0, capacity - taken(directory)))
+
+
+def taken(directory: Path) -> int:
+    return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
 
 
 def train(directory: Path, keep: Retention | None, steps: int = 6, **options: object) -> tuple[list[int], list[Event]]:
