@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copyreg
-import io
 import pickle
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -67,11 +66,26 @@ def write_index(
         metadata.state_dict_metadata[key] = BytesStorageMetadata()
         metadata.planner_data[key] = containers.get(key, (key,))
         metadata.storage_data[MetadataIndex(key)] = _StorageInfo(place.file, place.offset, place.length)
-    out = io.BytesIO()
+    out = _Pieces()
     pickler = pickle.Pickler(out)
     pickler.dispatch_table = copyreg.dispatch_table | {TensorProperties: _reduced}
     pickler.dump(metadata)
-    return out.getvalue()
+    return b"".join(out.pieces)
+
+
+class _Pieces:
+    """Takes a pickle in pieces of some 64 KiB, in Python code, so that other threads get their turn at each.
+
+    Into a file of C's the pickler writes for as long as a large index takes, which may be seconds, without giving up
+    the interpreter's lock (GIL): the other ranks would hold this one dead, since it answers nobody.
+    """
+
+    def __init__(self) -> None:
+        self.pieces: list[bytes] = []
+
+    def write(self, piece: bytes) -> int:
+        self.pieces.append(bytes(piece))
+        return len(piece)
 
 
 def _reduced(properties: Any) -> tuple[Any, ...]:
