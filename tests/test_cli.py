@@ -184,7 +184,7 @@ def test_a_checkpoint_in_no_folder_needs_an_output(checkpoint: str, capsys: pyte
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-@pytest.mark.parametrize("options", [["hdfs://bucket/x"], ["--output-dir", "gs://bucket/x"], ["--model=hf://me/x"]])
+@pytest.mark.parametrize("options", [["hdfs://bucket/x"], ["--output-dir", "hdfs://bucket/x"], ["--model=hf://me/x"]])
 def test_a_url_is_refused_by_name_and_no_folder_is_made_of_it(
     command: str,
     options: list[str],

@@ -108,6 +108,7 @@ def valid_arguments(name: str, place: Path) -> dict[str, Any]:
         "ShardedCheckpointManager": {"directory": place, "model": model},
         "Event": {"kind": "save", "step": 1, "path": "run"},
         "best": {"metric": "loss"},
+        "low_disk": {"below": "1GB"},
         "CheckpointHooks": {"export": every(3), "ema_decay": 0.9},
         "attach": {"accelerator": accelerator(), "hooks": hooks.Hooks(), "model": model} if name == "attach" else {},
         "per_rank": {"thing": torch.optim.SGD(model.parameters(), lr=0.1)},
