@@ -25,7 +25,7 @@ import torch.distributed as dist
 from shardsmith.errors import CorruptCheckpointError, UsageError
 from shardsmith.export.live_writers import Digests, SliceWriter, Staged, WeightsWriter, add_up, encode, shares
 from shardsmith.export.peers import Peers
-from shardsmith.export.place import create_file
+from shardsmith.export.place import create_file, deal_files
 from shardsmith.formats.safetensors_files.plan import FilePlan
 from shardsmith.formats.safetensors_files.source import SafetensorsSource
 from shardsmith.formats.safetensors_files.upload import SafetensorsUpload
@@ -206,15 +206,6 @@ class _Delivery:
                 act()
             except Exception as error:
                 self._error = error
-
-
-def deal_files(plan: DirectoryPlan, size: int) -> list[list[tuple[str, FilePlan]]]:
-    """For each rank the models and files that it writes. The same on every rank."""
-    files = [(model.model, file) for model in plan.models for file in model.weights.files]
-    owned: list[list[tuple[str, FilePlan]]] = [[] for _ in range(size)]
-    for i, file in enumerate(files):
-        owned[i * size // len(files)].append(file)
-    return owned
 
 
 def _digests_of(path: Path) -> dict[str, Digest]:

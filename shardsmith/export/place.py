@@ -68,3 +68,12 @@ def fetch_weights(plan: DirectoryPlan, attempt: RemoteDirectory) -> None:
 def weight_files(plan: DirectoryPlan) -> list[FilePlan]:
     """Return the files of weights of a directory."""
     return [file for model in plan.models for file in model.weights.files]
+
+
+def deal_files(plan: DirectoryPlan, size: int) -> list[list[tuple[str, FilePlan]]]:
+    """For each rank the models and files that it writes. The same on every rank."""
+    files = [(model.model, file) for model in plan.models for file in model.weights.files]
+    owned: list[list[tuple[str, FilePlan]]] = [[] for _ in range(size)]
+    for i, file in enumerate(files):
+        owned[i * size // len(files)].append(file)
+    return owned

@@ -15,8 +15,7 @@ from pathlib import Path
 from shardsmith.errors import CorruptCheckpointError
 from shardsmith.export.block_copy import copy_blocks
 from shardsmith.export.check import ExportCheck, check_export, compare_read_back, read_back
-from shardsmith.export.file_writer import deal_files
-from shardsmith.export.place import begin_export, create_file, weight_files
+from shardsmith.export.place import begin_export, create_file, deal_files, weight_files
 from shardsmith.export.plan import ExportPlan
 from shardsmith.formats.by_path import KnownCheckpoint
 from shardsmith.formats.safetensors_files.writer import SafetensorsFileWriter

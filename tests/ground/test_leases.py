@@ -181,6 +181,6 @@ def test_retention_spares_what_is_held_and_a_later_save_removes_it(
             hooks.step(3)
             assert committed_steps(tmp_path) == [1, 3]
             assert find_damage(tmp_path / "step-1") == []
-        assert caplog.text.count("step-1 is being read; a later save removes it") == 2
+        assert caplog.text.count("step-1 is being read; it is removed later") == 2
         hooks.step(4)
     assert os.listdir(tmp_path) == ["step-4"]
