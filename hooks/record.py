@@ -170,7 +170,7 @@ class Recorder(Hook):
             if remove(path, nameless=True):
                 self.emit(Event(kind="remove", step=step, path=str(path)))
             else:
-                log.info("%s is being read; a later save removes it", path)
+                log.info("%s is being read; it is removed later", path)
         except ShardsmithError as error:  # the new one is there all the same, and the next one tries again
             log.warning("could not remove an old checkpoint: %s", error)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -30,9 +29,11 @@ def aliases_of(
     return found
 
 
-@functools.lru_cache(maxsize=4)
 def tied_in_class(base: Path) -> Mapping[str, str] | None:
-    """By names in memory and in files; None where no class is known."""
+    """By names in memory and in files; None where no class is known.
+
+    Classes are remembered by the content of the config: another base may lie at the same path later.
+    """
     model_class, _ = model_class_of(read_config(base))
     if model_class is not None:
         return model_class.tied

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from shardsmith.errors import RanksDisagreeError
 from shardsmith.export.live_writers import WeightsWriter
-from shardsmith.export.place import begin_export, fetch_weights
-from shardsmith.ground.commit import Attempt, place_of_files, sweep
+from shardsmith.export.place import begin_export, fetch_weights, place_of_files
+from shardsmith.ground.commit import Attempt, sweep
 from shardsmith.ground.host_memory import require_memory
 from shardsmith.ground.ranks import Ranks
 from shardsmith.ground.remote_export import RemoteDirectory

@@ -8,11 +8,28 @@ from pathlib import Path
 from shardsmith.formats.safetensors_files.plan import FilePlan
 from shardsmith.formats.safetensors_files.upload import SafetensorsUpload
 from shardsmith.formats.safetensors_files.writer import SafetensorsFileWriter
-from shardsmith.ground.commit import Attempt, begin_directory, require_space, writing
+from shardsmith.ground.commit import Attempt, require_space, writing
+from shardsmith.ground.layout import temporary_path
 from shardsmith.ground.object_store import PART_BYTES
 from shardsmith.ground.open_file import open_file
 from shardsmith.ground.remote_export import ClaimedDirectory, RemoteDirectory
+from shardsmith.ground.remote_path import RemotePath
 from shardsmith.hf.directory import DirectoryPlan
+
+
+def begin_directory(target: Path) -> Attempt | RemoteDirectory:
+    """Begin to make it, on a disk or in an object store. Raises TargetExistsError, WriteError."""
+    if not isinstance(target, RemotePath):
+        return Attempt(target)
+    with writing(target, "beginning"):
+        return RemoteDirectory(target)
+
+
+def place_of_files(target: Path, attempt_id: str) -> Path:
+    """Return where every rank writes its files of what ``begin_directory`` has begun on rank 0."""
+    if isinstance(target, RemotePath):
+        return ClaimedDirectory.of(target, attempt_id)
+    return temporary_path(target, attempt_id)
 
 
 def begin_export(plan: DirectoryPlan, nbytes: int) -> Attempt | RemoteDirectory:

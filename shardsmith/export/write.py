@@ -15,11 +15,11 @@ from pathlib import Path
 from shardsmith.errors import CorruptCheckpointError
 from shardsmith.export.block_copy import copy_blocks
 from shardsmith.export.check import ExportCheck, check_export, compare_read_back, read_back
-from shardsmith.export.place import begin_export, create_file, deal_files, weight_files
+from shardsmith.export.place import begin_export, create_file, deal_files, place_of_files, weight_files
 from shardsmith.export.plan import ExportPlan
 from shardsmith.formats.by_path import KnownCheckpoint
 from shardsmith.formats.safetensors_files.writer import SafetensorsFileWriter
-from shardsmith.ground.commit import Attempt, place_of_files, sweep
+from shardsmith.ground.commit import Attempt, sweep
 from shardsmith.ground.remote_export import ClaimedDirectory, RemoteDirectory
 from shardsmith.ground.torchrun.team import Alone, Team
 from shardsmith.hf.completion import complete_directory

@@ -33,7 +33,6 @@ from shardsmith.errors import (
 from shardsmith.ground import layout, remote_commit
 from shardsmith.ground.leases import unheld
 from shardsmith.ground.remote_commit import RemoteAttempt
-from shardsmith.ground.remote_export import ClaimedDirectory, RemoteDirectory
 from shardsmith.ground.remote_path import RemotePath
 
 log = logging.getLogger(__name__)
@@ -52,21 +51,6 @@ def begin_attempt(target: Path) -> Attempt | RemoteAttempt:
 def attempt_directory(target: Path, attempt_id: str) -> Path:
     """Return where every rank writes the files of an attempt that rank 0 has begun."""
     return target / attempt_id if isinstance(target, RemotePath) else layout.temporary_path(target, attempt_id)
-
-
-def begin_directory(target: Path) -> Attempt | RemoteDirectory:
-    """As ``begin_attempt``, of a directory of plain files such as an export. Raises TargetExistsError, WriteError."""
-    if not isinstance(target, RemotePath):
-        return Attempt(target)
-    with writing(target, "beginning"):
-        return RemoteDirectory(target)
-
-
-def place_of_files(target: Path, attempt_id: str) -> Path:
-    """Return where every rank writes its files of what ``begin_directory`` has begun on rank 0."""
-    if isinstance(target, RemotePath):
-        return ClaimedDirectory.of(target, attempt_id)
-    return layout.temporary_path(target, attempt_id)
 
 
 class Attempt:

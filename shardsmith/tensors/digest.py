@@ -79,7 +79,7 @@ def digest_box(values: Tensor, box: Chunk, shape: Shape) -> Digest:
         return Digest()
     depth = _run_dimension(box, shape)
     starts = _run_starts(box, shape, depth)
-    rows = _plain(values).reshape(len(starts), -1).view(torch.uint8)
+    rows = plain_values(values).reshape(len(starts), -1).view(torch.uint8)
     starts = starts.to(rows.device) * values.element_size()
     if len(starts) == 1:
         return _digest_run(rows[0], int(starts[0]))
@@ -95,7 +95,7 @@ def digest_run(values: Tensor, first_element: int, look: Callable[[int, int], No
         look: What else is to be done with the values while they are in cache: called with the first byte and the end of
             each block of them before it is digested.
     """
-    data = _plain(values).reshape(-1).view(torch.uint8)
+    data = plain_values(values).reshape(-1).view(torch.uint8)
     return _digest_run(data, first_element * values.element_size(), look or _look_away)
 
 
@@ -109,8 +109,8 @@ def first_of_run(box: Chunk, shape: Shape) -> int | None:
     return first
 
 
-def _plain(values: Tensor) -> Tensor:
-    """The values as they would stand in a file: contiguous, no conjugation or negation put off."""
+def plain_values(values: Tensor) -> Tensor:
+    """Return the values as they would stand in a file: contiguous, no conjugation or negation put off."""
     plain = values.detach().resolve_conj().resolve_neg().contiguous()
     # of one element any strides are contiguous, but not for a view of another size
     return plain.as_strided(plain.shape, (1,) * plain.ndim) if plain.numel() == 1 else plain

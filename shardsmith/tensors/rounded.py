@@ -15,6 +15,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from shardsmith.tensors.digest import plain_values
+
 Halves = npt.NDArray[np.uint16]
 
 _TIE = np.uint16(0x8000)
@@ -36,8 +38,7 @@ class Rounded:
 
 def round_off(tensor: Tensor) -> Rounded:
     """Return the parts of a float32 tensor on the CPU, of any strides. Shares no memory with it."""
-    # of one element any strides are contiguous, but not for a view of another size
-    held = tensor.detach().contiguous().as_strided((tensor.numel(),), (1,))
+    held = plain_values(tensor).view(-1)
     halves = held.view(torch.int16).numpy().view(np.uint16)
     lower, upper = np.ascontiguousarray(halves[0::2]), halves[1::2]  # memory is little-endian here
     values = held.to(torch.bfloat16)

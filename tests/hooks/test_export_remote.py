@@ -14,8 +14,9 @@ from torch.multiprocessing import ProcessExitedException
 from transformers import AutoModelForCausalLM
 
 from shardsmith import RankFailedError
+from shardsmith.export.place import begin_directory
 from shardsmith.ground import object_store
-from shardsmith.ground.commit import begin_directory, remove, sweep
+from shardsmith.ground.commit import remove, sweep
 from shardsmith.ground.remote_export import RemoteDirectory
 from shardsmith.ground.remote_path import as_path
 from shardsmith.hf.export_files import find_export_damage

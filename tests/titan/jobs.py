@@ -7,9 +7,11 @@ one group of ranks does several jobs one after the other.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -180,6 +182,24 @@ def _run_job(assets: Assets, job: Job) -> None:
         _train(arguments, job)
     finally:
         dist.destroy_process_group, trainer.Trainer.close = destroy, close
+
+
+@contextlib.contextmanager
+def signalled_in(step: int, which: signal.Signals, rank: int | None = None) -> Iterator[None]:
+    """A rank, or each one, sends itself a signal while that step is trained."""
+    original = trainer.Trainer.train_step
+
+    @functools.wraps(original)
+    def train_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.step == step and rank in (None, dist.get_rank()):
+            os.kill(os.getpid(), which)
+        return original(self, *args, **kwargs)
+
+    trainer.Trainer.train_step = train_step
+    try:
+        yield
+    finally:
+        trainer.Trainer.train_step = original
 
 
 def _train(arguments: list[str], job: Job) -> None:

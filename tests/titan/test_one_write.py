@@ -28,9 +28,9 @@ from shardsmith.cli import main
 from shardsmith.formats.adopt import adopt
 from shardsmith.manifest.metadata import read_metadata
 from tests.titan.checkpoints import digests_of
-from tests.titan.cpu import IS_0_3, trainer
+from tests.titan.cpu import IS_0_3
 from tests.titan.evaluation import FLOAT32, evaluated, losses_of, transformers_loss
-from tests.titan.jobs import Assets, Job, error_of, log_of, run_jobs
+from tests.titan.jobs import Assets, Job, error_of, log_of, run_jobs, signalled_in
 from tests.titan.small_models import DENSE, TIED
 from tests.titan.test_start_loss import QWEN
 
@@ -51,24 +51,6 @@ TITLES = ["llama3", "qwen3", "stages"] if IS_0_3 else ["llama3", "qwen3"]
 """Qwen3's files are bfloat16 beside float32 masters; in 0.3 its embeddings are tied. Stages, which 0.2 trains with
 gradients of another scale, are those of llama3."""
 FOLDERS = {"main": "", "ema": "ema"}
-
-
-@contextlib.contextmanager
-def killed_in(step: int) -> Iterator[None]:
-    """All ranks end by SIGKILL while that step is trained."""
-    original = trainer.Trainer.train_step
-
-    @functools.wraps(original)
-    def train_step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.step == step:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(self, *args, **kwargs)
-
-    trainer.Trainer.train_step = train_step
-    try:
-        yield
-    finally:
-        trainer.Trainer.train_step = original
 
 
 @contextlib.contextmanager
@@ -129,7 +111,9 @@ def train(title: str, assets: Assets, root: Path) -> dict[str, Job]:
     stages = STAGES if title == "stages" else []
     run = root / "resumed"
     ours = {**ours, "weights_dtype": "bfloat16"} if title == "qwen3" else ours
-    killed = Job(run=run, hooks=ours, options=[*options, *stages], **during(functools.partial(killed_in, 13)))
+    killed = Job(
+        run=run, hooks=ours, options=[*options, *stages], **during(functools.partial(signalled_in, 13, signal.SIGKILL))
+    )
     run_jobs(assets, 1, root, start, straight)
     with pytest.raises(ProcessExitedException, match="SIGKILL"):
         run_jobs(assets, 2, root, killed)

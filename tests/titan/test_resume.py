@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from shardsmith.manifest.checkpoints import committed_steps, find_damage
 from tests.titan.checkpoints import digests_of
-from tests.titan.cpu import trainer
-from tests.titan.jobs import Assets, Job, error_of, log_of, run_jobs
+from tests.titan.jobs import Assets, Job, error_of, log_of, run_jobs, signalled_in
 
 EMA = {"ema_decay": 0.5}
 SCHEDULE = "--lr_scheduler.total_steps=6"
@@ -35,24 +31,6 @@ def flip(file: Path, share: float) -> None:
 
 def cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-4096])
-
-
-@contextlib.contextmanager
-def terminated_in(step: int, rank: int) -> Iterator[None]:
-    """One rank gets SIGTERM while that step is trained."""
-    original = trainer.Trainer.train_step
-
-    @functools.wraps(original)
-    def train_step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.step == step and dist.get_rank() == rank:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, *args, **kwargs)
-
-    trainer.Trainer.train_step = train_step
-    try:
-        yield
-    finally:
-        trainer.Trainer.train_step = original
 
 
 @contextlib.contextmanager
@@ -76,13 +54,13 @@ def jobs(assets: Assets, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         run=root / "stopped",
         hooks=EMA,
         options=[SCHEDULE, "--training.steps=6", "--checkpoint.interval=100"],
-        within=functools.partial(terminated_in, 2, 1),
+        within=functools.partial(signalled_in, 2, signal.SIGTERM, 1),
     )
     kept = Job(
         run=root / "kept",
         hooks={**EMA, "save_on_sigterm": True},
         options=[SCHEDULE, "--training.steps=6", "--checkpoint.async_mode=async", "--checkpoint.last_save_model_only"],
-        within=functools.partial(terminated_in, 3, 0),
+        within=functools.partial(signalled_in, 3, signal.SIGTERM, 0),
     )
     run_jobs(assets, 2, root, straight, first, stopped, kept)
     for name in ("flipped", "torn", "cut", "overwritten", "all damaged", "unmarked", "named"):
