@@ -56,10 +56,20 @@ def test_torchrun_that_is_told_to_end_leaves_a_checkpoint_of_its_last_step(tmp_p
     assert find_damage(tmp_path / f"step-{step}") == []
 
 
+def work(begun: Any) -> None:
+    """In short pieces, between which Python looks for signals."""
+    begun.set()
+    while True:
+        time.sleep(0.01)
+
+
 def test_a_forked_process_can_be_terminated_and_that_is_no_signal_to_the_run() -> None:
+    forked = multiprocessing.get_context("fork")
     with Hooks(stop_on=signal.SIGTERM) as hooks:
-        child = multiprocessing.get_context("fork").Process(target=signal.pause, daemon=True)
+        begun = forked.Event()
+        child = forked.Process(target=work, args=[begun], daemon=True)
         child.start()
+        assert begun.wait(timeout=60)  # Python forgets in the child what came while it was being forked
         child.terminate()
         child.join(timeout=60)
         assert child.exitcode == -signal.SIGTERM
