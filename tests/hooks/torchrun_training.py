@@ -15,5 +15,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     step = run_training(Path(sys.argv[1]), 10**6)
-    print(f"stopped after step {step}", flush=True)
+    sys.stdout.write(f"stopped after step {step}\n")  # at once: unbuffered, print writes the end of a line apart
+    sys.stdout.flush()
     finish()
