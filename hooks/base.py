@@ -367,7 +367,7 @@ def _each(calls: Iterable[Callable[[], None]]) -> None:
 
 def _step_number(owner: str, step: int) -> int:
     """The number of a step, checked. Fast for what a training loop gives."""
-    if type(step) is int and 0 <= step < 1 << 63:
+    if type(step) is int and 0 <= step < 10**18:
         return step
     checked_step: int = check_value(owner, "step", step, StepNumber)
     return checked_step

@@ -21,7 +21,7 @@ from shardsmith.export.live import Check, JointExport
 from shardsmith.ground.commit import check_writable, sweep
 from shardsmith.ground.layout import PROVENANCE_FILE, step_name, unfinished_step
 from shardsmith.ground.logs import Stopwatch
-from shardsmith.ground.meeting import meet
+from shardsmith.ground.meeting import made_together, meet
 from shardsmith.ground.ranks import Ranks
 from shardsmith.ground.remote_path import RemotePath, as_path
 from shardsmith.hf.hf_directory import protect
@@ -62,6 +62,7 @@ class HFExport(Hook):
         directory: Where the step directories are; absolute, so that a later ``os.chdir`` changes nothing.
     """
 
+    @made_together
     @checked
     def __init__(
         self,
@@ -129,9 +130,9 @@ class HFExport(Hook):
             ema=ema and ema.settings(),
         )
         self.parts = Parts(model=model, average=ema, directory=self.directory, facts=facts)
-        # one for each thread
-        self._ranks, self._writer_ranks = Ranks(writing.timeout_secs), Ranks(writing.timeout_secs)
+        self._ranks = Ranks(writing.timeout_secs)
         meet(self._ranks, "making HFExport", facts)
+        self._writer_ranks = Ranks(writing.timeout_secs)  # for the thread that writes
         self._base: Path | None = None
         if files.base_model is not None:
             self._ranks.gather("finding the base model", lambda: self._find_base(str(files.base_model)))
@@ -167,7 +168,7 @@ class HFExport(Hook):
         self._failures: list[BaseException] = []  # not yet raised
         self._exported_step: int | None = None
         self._has_said_copied = False
-        self._ranks.lead(f"preparing {self.directory}", self._prepare_directory)
+        self._ranks.gather(f"preparing {self.directory}", self._prepare_directory if self._ranks.is_leader else bool)
         self._ranks.gather("reading the base model", self._state.read_files)
         self._directories = LiveDirectory.choose(chosen, weights.ema_as, view, self._state.stem)
         suffixes = [directory.suffix for directory in self._directories]

@@ -25,7 +25,7 @@ from shardsmith.formats.folder import SHARDED_MODEL, LiveModel, record_folder
 from shardsmith.ground.commit import remove, sweep
 from shardsmith.ground.layout import COMPANION, FOLDER_FILE
 from shardsmith.ground.logs import Stopwatch
-from shardsmith.ground.meeting import meet
+from shardsmith.ground.meeting import made_together, meet
 from shardsmith.ground.ranks import Ranks
 from shardsmith.manifest.checkpoints import find_damage
 from shardsmith.manifest.companion import companion_of, is_complete, is_deserted, read_folder_record
@@ -65,6 +65,7 @@ class FolderSave(Hook):
     Make it on all ranks at the same point, after ``fully_shard`` / FSDP / DDP: it communicates.
     """
 
+    @made_together
     @checked
     def __init__(
         self,

@@ -18,7 +18,7 @@ from shardsmith.formats.adopt import adopt, disown
 from shardsmith.ground.commit import remove, sweep
 from shardsmith.ground.layout import parse_step, step_name
 from shardsmith.ground.logs import Stopwatch
-from shardsmith.ground.meeting import meet
+from shardsmith.ground.meeting import made_together, meet
 from shardsmith.ground.ranks import Ranks
 from shardsmith.manifest.checkpoints import committed_steps
 from shardsmith.tensors.fqn import tied_weights
@@ -45,6 +45,7 @@ class Recorder(Hook):
         directory: Where the step directories are; absolute, so that a later ``os.chdir`` changes nothing.
     """
 
+    @made_together
     @checked
     def __init__(
         self,
@@ -71,8 +72,9 @@ class Recorder(Hook):
         self._tied = tied_weights(model)
         facts = alike(directory=self.directory, keep=keep, ema=ema and ema.settings())
         self.parts = Parts(model=model, average=ema, directory=self.directory, facts=facts)
-        self._ranks, self._writer_ranks = Ranks(timeout_secs), Ranks(timeout_secs)  # one for each thread
+        self._ranks = Ranks(timeout_secs)
         meet(self._ranks, "making Recorder", facts)
+        self._writer_ranks = Ranks(timeout_secs)  # for the thread that writes
         self.background: Background = Background("shardsmith-record")
         self._in_flight = SavesInFlight(self.background, self._announce_save)
         self._ranks.lead(f"preparing {self.directory}", lambda: len(sweep(self.directory)))

@@ -21,7 +21,7 @@ from shardsmith.errors import CheckpointNotFoundError, RankFailedError, UsageErr
 from shardsmith.ground.commit import check_writable, sweep
 from shardsmith.ground.layout import step_name
 from shardsmith.ground.logs import Stopwatch
-from shardsmith.ground.meeting import meet
+from shardsmith.ground.meeting import made_together, meet
 from shardsmith.ground.ranks import Ranks
 from shardsmith.ground.remote_path import as_path
 from shardsmith.ground.sizes import parse_size
@@ -65,6 +65,7 @@ class ShardedSave(Hook):
         directory: Where the step directories are; absolute, so that a later ``os.chdir`` changes nothing.
     """
 
+    @made_together
     @checked
     def __init__(
         self,
@@ -131,7 +132,7 @@ class ShardedSave(Hook):
         self.parts = Parts(model=model, average=ema, directory=self.directory, resumes=True, facts=facts)
         self._ranks = Ranks(writing.timeout_secs)
         meet(self._ranks, "making ShardedSave", facts)
-        check_optimizers("ShardedSave", model, optimizers)
+        check_optimizers("ShardedSave", model, optimizers, scheduler)
         self._state = TrainState(
             model,
             optimizer=optimizers,
@@ -160,7 +161,7 @@ class ShardedSave(Hook):
         self._in_flight = SavesInFlight(self.background, self._announce_save)
         self._saved_step: int | None = None
         self._spoiled: str | None = None  # the damaged step that was loaded last, if nothing sound was loaded over it
-        self._ranks.lead(f"preparing {self.directory}", self._prepare_directory)
+        self._ranks.gather(f"preparing {self.directory}", self._prepare_directory if self._ranks.is_leader else bool)
 
     def on_step_end(self, step: int) -> None:
         """Announce a save that has ended, and save if it is time. All ranks; communicates when it saves."""

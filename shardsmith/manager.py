@@ -34,7 +34,7 @@ from shardsmith.formats.detected import (
 )
 from shardsmith.ground import layout
 from shardsmith.ground.commit import check_writable, sweep
-from shardsmith.ground.meeting import meet
+from shardsmith.ground.meeting import made_together, meet
 from shardsmith.ground.ranks import Ranks
 from shardsmith.load.buffer_reference import Fresh
 from shardsmith.manifest.checkpoints import committed_steps, find_damage
@@ -68,6 +68,7 @@ class ShardedCheckpointManager:
         average: The average, or None.
     """
 
+    @made_together
     @checked
     def __init__(
         self,
@@ -106,7 +107,7 @@ class ShardedCheckpointManager:
         self.average = _average(ema, ema_decay, ema_start_step)
         self._model = model
         self._optimizers = optimizer_list(optimizer)
-        check_optimizers("ShardedCheckpointManager", model, self._optimizers)
+        check_optimizers("ShardedCheckpointManager", model, self._optimizers, scheduler)
         self._scheduler = scheduler
         self._backend = backend
         self._fresh = fresh

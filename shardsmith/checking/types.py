@@ -106,7 +106,7 @@ AsAnyPath = Annotated[Path, _any]
 """As ``AnyPath``, for code that goes on with a ``Path``; strings are taken all the same."""
 Count = Annotated[int, _number("a whole number from 1 on", lambda number: 1 <= number <= MOST)]
 """1, 2, ..."""
-StepNumber = Annotated[int, _number("a whole number from 0 on", lambda number: 0 <= number <= MOST)]
+StepNumber = Annotated[int, _number("a whole number from 0 on (at most 18 digits)", lambda n: 0 <= n < 10**18)]
 """0, 1, ..."""
 Positive = Annotated[float, _number("a number above 0", lambda number: number > 0)]
 """A number above 0."""

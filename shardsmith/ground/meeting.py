@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
-from shardsmith.errors import RanksDisagreeError, RankTimeoutError, UsageError
+from shardsmith.errors import RankError, RanksDisagreeError, RankTimeoutError, UsageError
 from shardsmith.ground.ranks import Ranks
 
 log = logging.getLogger(__name__)
+
+F = TypeVar("F", bound=Callable[..., None])
 
 START_SECS = "SHARDSMITH_START_SECS"
 """Environment variable: how long the ranks of a job may be apart when they make the same object, in seconds."""
@@ -54,6 +57,28 @@ def meet(ranks: Ranks, what: str, facts: Mapping[str, Any]) -> None:
     if differences:
         lines = "\n  ".join(differences)
         raise RanksDisagreeError(f"{what}: the ranks do not do the same\n  {lines}\nNothing was done.")
+
+
+def made_together(constructor: F) -> F:
+    """Tell the other ranks what a constructor that all of them call raises on this one alone, for its arguments, say.
+
+    They wait for it in ``meet``, and raise at once. The object must keep its first ``Ranks`` as ``_ranks``, and make no
+    second one before ``meet``.
+    """
+
+    @functools.wraps(constructor)
+    def make(self: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            constructor(self, *args, **kwargs)
+        except RankError:  # they know
+            raise
+        except Exception as error:
+            with suppress(RuntimeError):
+                ranks = vars(self).get("_ranks") or Ranks()
+                ranks.refuse(f"making {type(self).__name__}", error)
+            raise
+
+    return cast(F, make)
 
 
 @contextmanager

@@ -97,7 +97,8 @@ class Ranks:
 
         Raises:
             RankFailedError: on every rank, if ``body`` raised on any, a value is too large, or a rank is in another
-                phase. With one rank, the original error.
+                phase. With one rank, the original error. So it is on a rank whose ``body`` was to end the process
+                (``KeyboardInterrupt``, ``SystemExit``).
             RankTimeoutError: on every rank, if one was not heard of in time or has died, which takes some 10 seconds.
         """
         return self._exchange(phase, body, len, large)[0]
@@ -135,15 +136,26 @@ class Ranks:
         key = f"{self._name}/{next(self._phases)}"
         outcome, cause = _attempt(phase, body, large=True) if self.is_leader else (None, None)
         if outcome is not None:
+            self._go_if_ending(key, outcome, cause)
             self._answered += self._put(key, outcome)
         else:
             outcome = self._get(key, phase, self.timeout_secs)
-        if outcome.phase != phase:
-            raise RanksDisagreeError(f"rank {self.rank} is at {phase!r}, rank 0 at {outcome.phase!r}")
         if outcome.error is not None:
             raise RankFailedError(phase, {0: outcome.error}, self.size) from cause
+        if outcome.phase != phase:
+            raise RanksDisagreeError(f"rank {self.rank} is at {phase!r}, rank 0 at {outcome.phase!r}")
         value: T = outcome.value
         return value
+
+    def refuse(self, phase: str, error: BaseException) -> None:
+        """Answer the exchange that comes next with an error, and do not wait: this rank does not take part in it.
+
+        For a rank that raises by itself, so that the others raise at once, too. One rank; communicates through the
+        store, as far as it is there.
+        """
+        if self.size > 1:
+            with contextlib.suppress(RuntimeError):
+                self._answer(f"{self._name}/{next(self._phases)}", _failed(phase, error))
 
     def missing(self) -> dict[int, bool]:
         """Return the ranks that have not come to the exchange this rank waits in, and whether each was heard of before.
@@ -169,6 +181,7 @@ class Ranks:
             return values, decide(values)[0] if is_dealt else decide(values)
         mine, cause = _attempt(phase, body, large=large)
         key = self._key = f"{self._name}/{next(self._phases)}"
+        self._go_if_ending(key, mine, cause)
         try:
             if self.is_leader:
                 values, verdict, decided = self._judge(key, phase, mine, decide, is_dealt)
@@ -220,7 +233,7 @@ class Ranks:
             raise RankTimeoutError(phase, missing, self.timeout_secs, silence.reason) from silence.__cause__
         return [
             outcome
-            if outcome.phase == phase  # else it gave up an earlier phase that we still waited in
+            if outcome.phase == phase or outcome.error  # else it gave up an earlier phase that we still waited in
             else _Outcome(phase, error=f"RanksDisagreeError: is at {outcome.phase!r} instead")
             for outcome in heard
         ]
@@ -234,6 +247,21 @@ class Ranks:
             raise RankTimeoutError(phase, missing, self.timeout_secs, reason)
         verdict: dict[str, Any] = outcome.value
         return verdict
+
+    def _go_if_ending(self, key: str, mine: _Outcome, cause: BaseException | None) -> None:
+        """If this process is to end (Ctrl-C, ``sys.exit``), tell the others so, who would wait for it, and let it."""
+        if cause is not None and not isinstance(cause, _failures()):
+            with contextlib.suppress(RuntimeError):
+                self._answer(key, mine)
+            raise cause
+
+    def _answer(self, key: str, failed: _Outcome) -> None:
+        """Let an exchange of any kind fail on all ranks, without waiting for them."""
+        if self.is_leader:
+            self._put(key, failed)
+            self._put(f"{key}/verdict", _Outcome(failed.phase, {"failures": {0: failed.error}, "decision": None}))
+        else:
+            self._put(f"{key}/{self.rank}", failed)
 
     def _keys(self, key: str) -> list[str]:
         return [f"{key}/{rank}" for rank in range(1, self.size)]
@@ -315,9 +343,13 @@ def _attempt(phase: str, body: Callable[[], T], *, large: bool) -> tuple[_Outcom
                 "where that is meant to be"
             )
         return outcome, None
-    except _failures() as error:
+    except BaseException as error:
         log.debug("failed", exc_info=True)
-        return _Outcome(phase, error=f"{type(error).__name__}: {error}"), error
+        return _failed(phase, error), error
+
+
+def _failed(phase: str, error: BaseException) -> _Outcome:
+    return _Outcome(phase, error=f"{type(error).__name__}: {error}")
 
 
 def _failures() -> tuple[type[BaseException], ...]:

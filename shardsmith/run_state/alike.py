@@ -22,6 +22,9 @@ from shardsmith.tensors.digest import digest_box, digest_tensor
 _Shares = dict[str, str]
 """Digest by name: of a value under a key, or of a box of a tensor."""
 
+OPTIONS = "optimizer.param_groups"
+"""Path of the options of an optimizer's groups."""
+_ONE_FOR_ALL = "The options of an optimizer, such as lr, are one for all ranks: set the same on each."
 _PER_RANK = (
     'State that each rank has for itself is saved apart: stateful={"data": per_rank(loader)}, from shardsmith.hooks.'
 )
@@ -50,7 +53,7 @@ def refuse_different_values(ranks: Ranks, phase: str, shares: Mapping[str, str])
     Raises:
         RanksDisagreeError: on all ranks, naming every value that differs.
     """
-    _refuse(ranks, phase, dict(shares), "ranks hold different values under one key; nothing was written", _PER_RANK)
+    _refuse(ranks, phase, dict(shares), "ranks hold different values under one key; nothing was written")
 
 
 def compare_replicas(
@@ -122,10 +125,11 @@ def are_equal(found: Sequence[Any]) -> bool:
     return len(set(found)) == 1
 
 
-def _refuse(ranks: Ranks, phase: str, shares: _Shares, summary: str, advice: str) -> None:
+def _refuse(ranks: Ranks, phase: str, shares: _Shares, summary: str, advice: str = "") -> None:
     """Compare digests one by one."""
     if problems := ranks.agree(phase, lambda: shares, _differences, large=True):
         lines = "\n  ".join(problems)
+        advice = advice or (_ONE_FOR_ALL if problems[0].startswith(OPTIONS) else _PER_RANK)
         raise RanksDisagreeError(f"{phase}: {summary}\n  {lines}\n{advice}")
 
 

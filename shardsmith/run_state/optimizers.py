@@ -13,12 +13,17 @@ from torch import nn
 from torch.optim import Optimizer
 
 from shardsmith.errors import UsageError
+from shardsmith.tensors.fqn import clean_fqn
 
 log = logging.getLogger(__name__)
 
 
-def check_optimizers(owner: str, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+def check_optimizers(
+    owner: str, model: nn.Module, optimizers: Sequence[Optimizer], scheduler: object | None = None
+) -> None:
     """Raise UsageError unless every parameter of the optimizers is one of the model's. No communication.
+
+    Nor may the schedule be that of another optimizer: it would go on without the learning rate that trains.
 
     An optimizer that was made before the model was sharded holds parameters that nobody trains any more: its steps
     change nothing, and a save finds no names for them. Parameters that no optimizer holds are named in a warning. An
@@ -46,7 +51,21 @@ def check_optimizers(owner: str, model: nn.Module, optimizers: Sequence[Optimize
             f"{_advice(model, [tuple(parameter.shape) for _, parameter in foreign])}Nothing was done."
         )
     if optimizers:
+        _check_scheduler(owner, optimizers, scheduler)
         _warn_of_missing(owner, model, {id(parameter) for _, parameter in held})
+
+
+def group_settings(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, dict[str, Any]]:
+    """Return the options of each group of parameters, such as ``lr``, by the FQN of its first one. No communication.
+
+    Ranks that have the same group must have the same options for it.
+    """
+    first = {id(group["params"][0]): group for one in optimizers for group in one.param_groups if group["params"]}
+    return {
+        clean_fqn(name, model): {option: value for option, value in first[id(parameter)].items() if option != "params"}
+        for name, parameter in model.named_parameters()
+        if id(parameter) in first
+    }
 
 
 def optimizer_refused(optimizers: Sequence[Optimizer], error: Exception) -> UsageError:
@@ -100,6 +119,17 @@ def _check_kind(optimizer: Optimizer) -> None:
         kind([parameter]).step(closure=None)
     except (TypeError, RuntimeError) as error:  # LBFGS wants the loss again, SparseAdam gradients of its own kind
         raise optimizer_refused([optimizer], error) from error
+
+
+def _check_scheduler(owner: str, optimizers: Sequence[Optimizer], scheduler: object) -> None:
+    """By the groups, which an optimizer that wraps another one shares with it."""
+    groups = {id(group) for one in optimizers for group in one.param_groups}
+    scheduled = getattr(getattr(scheduler, "optimizer", None), "param_groups", [])
+    if scheduled and not any(id(group) in groups for group in scheduled):
+        raise UsageError(
+            f"{owner}: {type(scheduler).__name__} sets the learning rate of an optimizer that is not the one given: "
+            f"make it with {type(scheduler).__name__}(optimizer, ...). Nothing was done."
+        )
 
 
 def _advice(model: nn.Module, shapes: Sequence[tuple[int, ...]]) -> str:

@@ -13,6 +13,7 @@ from shardsmith.errors import (
     CheckpointError,
     CheckpointNotFoundError,
     CorruptCheckpointError,
+    MismatchError,
     RankFailedError,
 )
 from shardsmith.formats.dcp.load import LocalLoad
@@ -66,8 +67,9 @@ def load_ours(path: Path, state: TrainState, wanted: Wanted, ranks: Ranks) -> tu
     if state.ema is not None:
         _compare_averages(path, state.ema, metadata)
     with_rng = wanted.rng and ranks.rank < metadata.world_size
-    target = state.collect(metadata.step, with_rng=with_rng, with_main=wanted.model, to_load=True).state_dict
-    target, numbered = with_saved_structure(target, path, state.growing_keys)
+    contents = state.collect(metadata.step, with_rng=with_rng, with_main=wanted.model, to_load=True)
+    refuse_separate(path, contents.tied, metadata)
+    target, numbered = with_saved_structure(contents.state_dict, path, state.growing_keys)
     unused = state.without_unused(target, path)
     fill(target, path, ranks)
     refuse_other_step(path, metadata.step, target)
@@ -144,6 +146,25 @@ def refuse_other_step(path: Path, step: int, state: Mapping[str, Any]) -> None:
     found = state.get("train_state", {}).get("step")
     if found is not None and int(found) != step:
         raise CorruptCheckpointError(path, f"holds the state of step {int(found)}, but metadata.json is of step {step}")
+
+
+def refuse_separate(path: Path, tied: Mapping[str, str], metadata: CheckpointMetadata) -> None:
+    """Raise MismatchError if tensors that are one in this model, alias -> kept FQN, are different ones in a checkpoint.
+
+    Both would be loaded into the same memory. No communication.
+    """
+    problems = []
+    for alias, kept in tied.items():
+        for prefix in ("", "model.", layout.EMA_PREFIX):
+            one, other = (metadata.tensors.get(prefix + name) for name in (alias, kept))
+            if one is not None and other is not None and one.digest != other.digest:
+                problems.append(f"{prefix}{alias}: one with {prefix}{kept} in this model, another in the checkpoint")
+    if problems:
+        advice = (
+            "Nothing was loaded. A run with tied weights cannot take up a model whose weights are not: make the model "
+            "without ties (in transformers: tie_word_embeddings=False)"
+        )
+        raise MismatchError(path, "holds weights apart that are tied in this model", problems, advice)
 
 
 def _is_dcp(path: Path) -> bool:

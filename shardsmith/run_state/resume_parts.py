@@ -16,7 +16,7 @@ from shardsmith.ground.printable import shown
 from shardsmith.ground.ranks import Ranks
 from shardsmith.manifest.metadata import FileRecord, read_metadata
 from shardsmith.run_state.average import refuse_other_decay
-from shardsmith.run_state.resume import fill, refuse_other_step
+from shardsmith.run_state.resume import fill, refuse_other_step, refuse_separate
 from shardsmith.run_state.saved_structure import with_number_keys, with_saved_structure
 from shardsmith.run_state.train_state import TrainState
 from shardsmith.run_state.verification import verify_state
@@ -71,8 +71,10 @@ def load_parts(
     reduced = state.reduced(chosen)
     ranks.gather(f"reading {checkpoint.name}", lambda: reduced.read_rank_states(checkpoint))
     with_rng = "rng" in chosen and ranks.rank < metadata.world_size
-    target = reduced.collect(metadata.step, with_rng=with_rng, with_main="model" in chosen, to_load=True).state_dict
-    target, numbered = with_saved_structure(target, checkpoint, reduced.growing_keys)
+    contents = reduced.collect(metadata.step, with_rng=with_rng, with_main="model" in chosen, to_load=True)
+    if "model" in chosen or "ema" in chosen:
+        refuse_separate(checkpoint, contents.tied, metadata)
+    target, numbered = with_saved_structure(contents.state_dict, checkpoint, reduced.growing_keys)
     unused = reduced.without_unused(target, checkpoint)
     try:
         damage = fill(target, checkpoint, ranks, verified)

@@ -30,7 +30,7 @@ from shardsmith.ground.ranks import Ranks
 from shardsmith.ground.remote_commit import RemoteAttempt
 from shardsmith.manifest.metadata import FileRecord
 from shardsmith.manifest.weights import WeightsRecord
-from shardsmith.run_state.alike import are_equal, refuse_different_values, shared_values, signature
+from shardsmith.run_state.alike import OPTIONS, are_equal, refuse_different_values, shared_values, signature
 from shardsmith.run_state.held import Held, hold
 from shardsmith.run_state.share import Share, speakers_of
 from shardsmith.run_state.weight_files import WeightFiles
@@ -60,6 +60,8 @@ class Contents:
     """Alias FQN -> kept FQN."""
     mesh: dict[str, Any] | None = None
     """Shape and dimension names of the parameters' device mesh."""
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Of the optimizers' groups, by the FQN of the first parameter: compared between the ranks that have the group."""
     weights: WeightFiles = field(default_factory=lambda: WeightFiles((), {}))
     """Where weights go that are not for DCP files."""
 
@@ -183,6 +185,7 @@ class SaveInProgress:
     def _collect(self, collect: Callable[[], Contents], shared_keys: Collection[str]) -> list[Any]:
         self.contents = collect()
         self._shared = shared_values(self.contents.state_dict, shared_keys)
+        self._shared |= shared_values({OPTIONS: self.contents.options}, [OPTIONS])
         with without_collection():
             self._held = hold(self.contents.state_dict)
         vote = self._share.vote(self._held.entries, self.contents.weights.placed)

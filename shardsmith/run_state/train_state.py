@@ -19,7 +19,7 @@ from shardsmith.run_state.alike import tensors_of
 from shardsmith.run_state.average import Average
 from shardsmith.run_state.fsdp1_hybrid import hybrid_groups_have_a_source
 from shardsmith.run_state.known_state import FLAT_OPTIMIZER, KnownState, StateDicts, ask_torch
-from shardsmith.run_state.optimizers import check_optimizers, finding_parameters_fast
+from shardsmith.run_state.optimizers import check_optimizers, finding_parameters_fast, group_settings
 from shardsmith.run_state.rank_states import PerRank
 from shardsmith.run_state.readable import made_readable
 from shardsmith.run_state.renamed_model import write_model
@@ -156,7 +156,8 @@ class TrainState:
         if not to_load:
             state = self._as_saved(made_readable(state))
         facts = self.ema.facts() if self.ema is not None else None
-        return Contents(step=step, state_dict=state, ema=facts, tied=found.tied, mesh=mesh_of(main))
+        options = {} if to_load else group_settings(self._model, self._optimizers)
+        return Contents(step=step, state_dict=state, ema=facts, tied=found.tied, mesh=mesh_of(main), options=options)
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Hand loaded state, in the form that ``collect`` gave, back to its owners. All ranks; communicates (FSDP1)."""

@@ -140,7 +140,11 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
     "a model for a folder": (lambda: FolderSave("run"), "FolderSave: model='run'"),  # type: ignore[arg-type]
     "a file for a directory": (lambda: Recorder(__file__, model=MODEL), "a directory is expected, but"),
     "a step that is none": (lambda: Hooks().step(1.5), "Hooks.step: step=1.5: a whole number is expected"),  # type: ignore[arg-type]
-    "a step before the first": (lambda: Hooks().step(np.int64(-1)), "a whole number from 0 on is expected"),  # type: ignore[arg-type]
+    "a step that no name has room for": (lambda: Hooks().step(2**62), r"4611686018427387904: a whole number from 0 on"),
+    "a step before the first": (
+        lambda: Hooks().step(np.int64(-1)),
+        "a whole number from 0 on (at most 18 digits) is expected",
+    ),  # type: ignore[arg-type]
 }
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import threading
@@ -57,6 +58,8 @@ def run_agreement() -> None:
     check_an_error_on_any_rank_is_raised_on_all_with_its_rank_phase_and_type()
     check_errors_on_several_ranks_are_all_named()
     check_torchs_checkpoint_exception_is_carried_too()
+    check_a_rank_that_is_to_end_tells_the_others_and_ends()
+    check_a_rank_that_does_not_take_part_says_so_and_goes_on()
     check_the_cause_is_kept_on_the_rank_that_raised()
     check_a_rank_in_another_phase_is_an_error_and_not_an_answer()
     check_a_background_thread_may_use_it_while_the_main_thread_trains()
@@ -113,6 +116,51 @@ def check_torchs_checkpoint_exception_is_carried_too() -> None:
     raised = CheckpointException("upload", {2: (OSError("full"), None)})
     error = caught(lambda: ranks.gather("writing", lambda: ranks.rank == 1 and fail(raised)))
     assert error.failures[1].startswith("CheckpointException: ")
+    assert_in_step(ranks)
+
+
+ACTS: dict[str, Callable[[Ranks, Callable[[], Any]], Any]] = {
+    "gather": lambda ranks, body: ranks.gather("working", body),
+    "agree": lambda ranks, body: ranks.agree("working", body, len),
+    "lead": lambda ranks, body: ranks.lead("working", body),
+}
+
+
+def ranks_of(act: str) -> range:
+    """Those on which it runs something."""
+    return range(1 if act == "lead" else dist.get_world_size())
+
+
+def check_a_rank_that_is_to_end_tells_the_others_and_ends() -> None:
+    for kind, act in itertools.product((KeyboardInterrupt, SystemExit), ACTS):
+        for ending in ranks_of(act):
+            end_on(ending, kind("enough"), act)
+
+
+def end_on(ending: int, error: BaseException, act: str) -> None:
+    ranks, started = Ranks(), time.monotonic()
+    with pytest.raises(type(error) if ranks.rank == ending else RankFailedError) as failed:
+        ACTS[act](ranks, lambda: fail(error) if ranks.rank == ending else None)
+    if isinstance(failed.value, RankFailedError):
+        assert failed.value.failures == {ending: f"{type(error).__name__}: enough"}
+    assert time.monotonic() - started < PROMPT_SECS
+    assert_in_step(ranks)
+
+
+def check_a_rank_that_does_not_take_part_says_so_and_goes_on() -> None:
+    for act in ACTS:
+        for absent in ranks_of(act):
+            refuse_on(absent, act)
+
+
+def refuse_on(absent: int, act: str) -> None:
+    ranks = Ranks()
+    if ranks.rank == absent:
+        ranks.refuse("not working", ValueError("not with me"))
+    else:
+        failed = caught(lambda: ACTS[act](ranks, lambda: None))
+        assert isinstance(failed, RankFailedError)
+        assert failed.failures == {absent: "ValueError: not with me"}
     assert_in_step(ranks)
 
 

@@ -185,3 +185,45 @@ def test_another_model_is_told_how_to_begin_from_the_weights(changed: Callable[[
     hooks = Hooks(ShardedSave(tmp_path, model=changed(), when=every(1)))
     with pytest.raises(MismatchError, match=r"(?s)the model of this run is not the one .*load them with InitialLoad"):
         hooks.resume()
+
+
+class Tied(nn.Module):
+    """With an output that is the embedding, or is not."""
+
+    def __init__(self, is_tied: bool) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(5, 3)
+        self.head = nn.Linear(3, 5, bias=False)
+        if is_tied:
+            self.head.weight = self.embed.weight
+
+
+@pytest.mark.parametrize("layout", ["flat", "nested"])
+@pytest.mark.parametrize("parts", [None, ["model"], ["ema"]])
+def test_weights_that_were_apart_are_not_loaded_over_each_other(
+    parts: list[str] | None, layout: Any, tmp_path: Path
+) -> None:
+    def hooks(is_tied: bool) -> tuple[Tied, Hooks]:
+        model = Tied(is_tied)
+        ema = EMA(model, decay=0.5)
+        return model, Hooks(ema, ShardedSave(tmp_path, model=model, ema=ema, when=every(1), layout=layout))
+
+    with hooks(is_tied=False)[1] as apart:
+        apart.step(1)
+    model, tied = hooks(is_tied=True)
+    before = model.embed.weight.detach().clone()
+    with pytest.raises(MismatchError, match=r"head\.weight: one with .*embed\.weight in this model, another in the"):
+        tied.resume(parts=parts)
+    assert torch.equal(model.embed.weight, before)
+    tied.close(broken_off=True)
+
+
+def test_weights_that_were_apart_and_equal_are_taken_as_tied(tmp_path: Path) -> None:
+    apart = Tied(is_tied=False)
+    apart.head.load_state_dict({"weight": apart.embed.weight})
+    with Hooks(ShardedSave(tmp_path, model=apart, when=every(1))) as hooks:
+        hooks.step(1)
+    model = Tied(is_tied=True)
+    with Hooks(ShardedSave(tmp_path, model=model, when=every(1))) as hooks:
+        assert hooks.resume() == 1
+    assert torch.equal(model.embed.weight, apart.embed.weight)

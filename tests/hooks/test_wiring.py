@@ -16,10 +16,14 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Shard
+from torch.optim.lr_scheduler import ChainedScheduler, CosineAnnealingLR, StepLR
 
-from shardsmith.errors import RankError, RanksDisagreeError, RankTimeoutError, UsageError
+from shardsmith.errors import RankError, RankFailedError, RanksDisagreeError, RankTimeoutError, UsageError
 from shardsmith.ground.meeting import START_SECS
 from shardsmith.hooks import EMA, HFExport, Hook, Hooks, ShardedSave, every, last, latest
+from shardsmith.hooks.folder_save import FolderSave
+from shardsmith.hooks.record import Recorder
+from shardsmith.manager import ShardedCheckpointManager
 from shardsmith.manifest.checkpoints import committed_steps
 from tests.ranks import run_on_ranks
 
@@ -517,6 +521,95 @@ def run_mistake(body: Callable[[Path], None], messages: tuple[str, ...], directo
 def test_ranks_that_do_not_do_the_same_are_found_on_all_of_them(case: Any, tmp_path: Path) -> None:
     body, *messages = case
     run_on_ranks(run_mistake, 2, tmp_path, body, tuple(messages), tmp_path / "run")
+
+
+def with_optimizer(directory: Path, model: nn.Module, other: nn.Module | None) -> ShardedSave:
+    """``other``: the model whose parameters the optimizer has instead."""
+    optimizer = torch.optim.SGD((other or model).parameters())
+    return ShardedSave(directory, model=model, optimizer=optimizer, when=every(1))
+
+
+WRONG: dict[str, Callable[[Path, Any], Any]] = {
+    "keep": lambda directory, wrong: ShardedSave(directory, model=sharded(), when=every(1), keep=3 if wrong else None),
+    "option": lambda directory, wrong: ShardedSave(
+        directory, model=sharded(), when=every(1), async_mode="yes" if wrong else "async"
+    ),
+    "optimizer": lambda directory, wrong: with_optimizer(directory, sharded(), linear() if wrong else None),
+    "dtype": lambda directory, wrong: HFExport(
+        directory, model=sharded(), when=every(1), dtype="float17" if wrong else "original"
+    ),
+    "models": lambda directory, wrong: HFExport(
+        directory, model=sharded(), when=every(1), models="ema" if wrong else "main"
+    ),
+    "folder": lambda directory, wrong: FolderSave(directory if wrong else sharded()),
+    "recorder": lambda directory, wrong: Recorder(directory, model=sharded(), keep=7 if wrong else None),
+    "manager": lambda directory, wrong: ShardedCheckpointManager(
+        directory, model=sharded(), backend="tar" if wrong else "dcp"
+    ),
+}
+
+
+def run_wrong(directory: Path, make: str, rank: int) -> None:
+    """One rank has a wrong argument: it says so itself, and the others say that it has, at once; then all go on."""
+    (directory / "run").mkdir(parents=True, exist_ok=True)
+    with pytest.raises(UsageError if dist.get_rank() == rank else RankFailedError) as caught:
+        WRONG[make](directory / "run", dist.get_rank() == rank)
+    if isinstance(caught.value, RankFailedError):
+        assert list(caught.value.failures) == [rank]
+        assert "UsageError" in caught.value.failures[rank]
+    thing = WRONG[make](directory / "run", False)
+    if isinstance(thing, Hook):
+        with Hooks(thing) as hooks:
+            hooks.resume()
+    dist.barrier()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("make", WRONG)
+def test_a_wrong_argument_of_one_rank_is_told_to_the_others_at_once(make: str, rank: int, tmp_path: Path) -> None:
+    run_on_ranks(run_wrong, 2, tmp_path, tmp_path, make, rank, timeout_secs=20)
+
+
+def run_other_rates(directory: Path) -> None:
+    model = sharded()
+    groups = [{"params": [model.bias], "weight_decay": 0.1}, {"params": [model.weight]}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3)
+    save = ShardedSave(directory, model=model, optimizer=optimizer, when=every(1))
+    optimizer.param_groups[1]["lr"] *= 1 + dist.get_rank()
+    with pytest.raises(RanksDisagreeError) as caught:
+        save.save(1)
+    assert "optimizer.param_groups.weight.lr: rank 0 and rank 1 hold different values" in str(caught.value)
+    assert "bias" not in str(caught.value)
+    assert "one for all ranks: set the same on each" in str(caught.value)
+    optimizer.param_groups[1]["lr"] = 1e-3
+    save.save(2)
+    save.close()
+
+
+def test_options_of_an_optimizer_that_differ_between_ranks_are_refused_before_they_are_saved(tmp_path: Path) -> None:
+    run_on_ranks(run_other_rates, 2, tmp_path, tmp_path / "run")
+    assert committed_steps(tmp_path / "run") == [2]
+
+
+class Wraps:
+    """An optimizer in another one, as accelerate and others hand it out."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self.param_groups = optimizer.param_groups
+
+
+def test_a_schedule_of_another_optimizer_is_refused(tmp_path: Path) -> None:
+    model = linear()
+    mine, other = torch.optim.SGD(model.parameters()), torch.optim.SGD(model.parameters())
+    make = partial(ShardedSave, tmp_path, model=model, optimizer=mine, when=every(1))
+    for kind in (StepLR, lambda one, _: CosineAnnealingLR(one, 3), lambda one, _: ChainedScheduler([StepLR(one, 3)])):
+        with pytest.raises(UsageError, match="sets the learning rate of an optimizer that is not the one given"):
+            make(scheduler=kind(other, 3))
+        make(scheduler=kind(mine, 3)).close()
+    wrapped = StepLR(mine, 3)
+    wrapped.optimizer = Wraps(mine)  # type: ignore[assignment]
+    make(scheduler=wrapped).close()
 
 
 def run_late_rank(directory: Path) -> None:
