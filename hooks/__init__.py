@@ -12,7 +12,7 @@ from .export import HFExport
 from .folder_save import FolderSave
 from .hook import Hook
 from .initial_load import InitialLoad
-from .options import ExportFiles, ExportVerification, ExportWeights, ExportWriting, SaveWeights, SaveWriting
+from .options import ExportFiles, ExportPush, ExportVerification, ExportWeights, ExportWriting, SaveWeights, SaveWriting
 from .record import Recorder
 from .retention import Retention, best, keep_if, latest, multiples_of, newer_than
 from .save import ShardedSave
@@ -23,6 +23,7 @@ __all__ = [
     "Background",
     "Event",
     "ExportFiles",
+    "ExportPush",
     "ExportVerification",
     "ExportWeights",
     "ExportWriting",

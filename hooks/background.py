@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _REMEMBERED = 64
+_NO_JOB = -1
 
 
 def attempted(act: Callable[[], T]) -> tuple[T | None, Exception | None]:
@@ -76,13 +77,20 @@ class Background:
 
     def failed_here(self, number: int) -> bool:
         """Wait for a job; whether it failed on this rank."""
+        if number == _NO_JOB:
+            return False
         future = self._jobs.get(number)
         return future is None or future.exception() is not None
 
-    def report(self, future: Future[Any], error: str) -> None:
-        """Let all ranks raise, though the job has succeeded: something that depends on it failed on this rank."""
+    def report(self, future: Future[Any] | None, error: str) -> None:
+        """Let all ranks raise, though no job has failed: something that depends on one failed on this rank.
+
+        Args:
+            future: The job; None if it is none that all ranks have in common.
+            error: What failed.
+        """
         if self.tell is not None:
-            self.tell(next(number for number, job in self._jobs.items() if job is future), error)
+            self.tell(next((number for number, job in self._jobs.items() if job is future), _NO_JOB), error)
 
     def close(self) -> None:
         """Wait for all jobs."""

@@ -39,8 +39,9 @@ from .in_flight import SLOTS, InFlight, Running
 from .live_directory import LiveDirectory, ModelFiles, is_sound
 from .live_source import Begin, LiveSource
 from .live_state import LiveState
-from .options import ExportFiles, ExportOptions, ExportVerification, ExportWeights, ExportWriting, merge
+from .options import ExportFiles, ExportOptions, ExportPush, ExportVerification, ExportWeights, ExportWriting, merge
 from .overlap import OpenCopy
+from .push import Pushes
 from .retention import Retention
 from .schedule import Schedule
 from .step_folder import StepFolder
@@ -78,6 +79,7 @@ class HFExport(Hook):
         weights: ExportWeights | None = None,
         writing: ExportWriting | None = None,
         verification: ExportVerification | None = None,
+        push: ExportPush | None = None,
         **options: Unpack[ExportOptions],
     ) -> None:
         """Check that the directory can be written to, and that model and base model fit each other.
@@ -97,7 +99,8 @@ class HFExport(Hook):
             weights: Where the weights come from, and how their files name and divide them.
             writing: How to write in the background; what to do if that is late or fails.
             verification: How to verify an export before it is published.
-            **options: Fields of these four objects as keywords of their own: ``base_model="assets/base"`` stands for
+            push: Where on the Hugging Face Hub it goes then.
+            **options: Fields of these five objects as keywords of their own: ``base_model="assets/base"`` stands for
                 ``files=ExportFiles(base_model="assets/base")``.
 
         Raises:
@@ -109,11 +112,15 @@ class HFExport(Hook):
         weights = merge("HFExport", "weights", ExportWeights, weights, options)
         writing = merge("HFExport", "writing", ExportWriting, writing, options)
         verification = merge("HFExport", "verification", ExportVerification, verification, options)
+        push = merge("HFExport", "push", ExportPush, push, options)
         if models in ("ema", "both") and ema is None:
             raise UsageError(f'HFExport(models="{models}") needs ema=: attach EMA(model) and pass it')
         self.directory = as_path(directory).absolute()
         # A store does not write in the middle of a file: there each is written by one rank, whatever was asked for.
         write_mode = "files" if isinstance(self.directory, RemotePath) else writing.write_mode
+        if push.on_push_error == "raise" and writing.on_error == "warn":
+            raise UsageError('HFExport(on_push_error="raise") needs on_error="raise", too')
+        self._pushes, self._push = Pushes(push, self.directory), push
         self.when = when
         self.keep = keep
         self._writing = writing
@@ -189,6 +196,8 @@ class HFExport(Hook):
         All ranks; communicates. Earlier steps are not made up for, since their weights are gone: the log names them.
         """
         self._ranks.lead("setting aside what is half deleted", lambda: self._set_aside_unfinished(step))
+        if self._ranks.is_leader:
+            self._resume_pushes(step)
         if self.when.due(step) and self._ranks.lead(
             f"looking for the export of step {step}", lambda: self._missing(step)
         ):
@@ -235,10 +244,13 @@ class HFExport(Hook):
         self._raise_failure()
 
     def close(self) -> None:
-        """Wait for the exports in flight; raise what failed in them."""
+        """Wait for the exports in flight and for pushes to the Hub; raise what failed in them."""
         try:
             self.wait()
+            self._wait_for_pushes()
+            self._raise_failure()
         finally:
+            self._pushes.close()
             self._copy.close()
             self._in_flight.close()
 
@@ -325,7 +337,8 @@ class HFExport(Hook):
         if self._writer_ranks.is_leader:
             with logged(f"measuring {paths[0]}"):
                 self._say(step, jobs, watch)
-            self._steps.remove_old(self)
+            self._pushes.start(step, paths, partial(self._note_push_error, step))
+            self._steps.remove_old(self, spare=self._pushes.pending)
         return paths
 
     def _say(self, step: int, jobs: Sequence[JointExport], watch: Stopwatch) -> None:
@@ -371,6 +384,21 @@ class HFExport(Hook):
             log.error("on_exported of step %s failed; the export is there", one.step, exc_info=error)
             self._failures.append(error)
             self._in_flight.background.report(one.future, f"on_exported of step {one.step}: {error}")
+
+    def _note_push_error(self, step: int, error: Exception) -> None:
+        """A push has failed, as the log says: the export stands. Any thread of rank 0."""
+        if self._push.on_push_error == "raise":
+            self._failures.append(error)
+            self._in_flight.background.report(None, f"push of step {step}: {error}")
+
+    def _resume_pushes(self, step: int) -> None:
+        with logged(f"{self.directory}: looking for exports that are still to be pushed"):
+            self._pushes.resume(partial(self._note_push_error, step))
+
+    def _wait_for_pushes(self) -> None:
+        """What was spared for a push may go then. Does something on rank 0 alone."""
+        if self._pushes.wait():
+            self._steps.remove_old(self)
 
     def _raise_failure(self) -> None:
         """The first one, if that is wanted; those after it are in the log, as all are."""

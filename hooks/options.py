@@ -113,8 +113,25 @@ class ExportVerification:
     the ``"first"`` export, at the first and every so many exports, or ``"never"``."""
 
 
+@checked_fields
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportPush:
+    """Where on the Hugging Face Hub exports go, once they are published on disk."""
+
+    push_to_hub: str | None = None
+    """A repository, such as ``"org/name"``, made if missing. Rank 0 uploads each export as one commit, in a thread of
+    its own, with the token of ``hf auth login`` or ``HF_TOKEN``; the training does not wait, its end does."""
+    revision: str = "step-{step}"
+    """The branch, made if missing: one for each step, or one for all, such as ``"main"``. What it held is replaced."""
+    push_private: bool = True
+    """Whether a repository that is made is private."""
+    on_push_error: Literal["warn", "raise"] = "warn"
+    """What a push does that fails after all its attempts: ``"warn"`` in the log, with the command that pushes the
+    export later, or ``"raise"`` on all ranks after the same step."""
+
+
 class ExportOptions(TypedDict, total=False):
-    """The fields of the four objects above as keywords of ``HFExport`` itself."""
+    """The fields of the five objects above as keywords of ``HFExport`` itself."""
 
     base_model: LocalPath | None
     processor: HasFiles | None
@@ -138,6 +155,10 @@ class ExportOptions(TypedDict, total=False):
     verify_inputs: Mapping[str, Tensor] | None
     verify_with: Callable[..., Any] | None
     compare_replicas: Literal["first", "never"] | Count
+    push_to_hub: str | None
+    revision: str
+    push_private: bool
+    on_push_error: Literal["warn", "raise"]
 
 
 @checked_fields

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -57,19 +57,20 @@ class StepFolder:
             with logged(f"making {self._link}"):
                 place_link(self._link, step_name(step))
 
-    def remove_old(self, hook: Hook) -> None:
+    def remove_old(self, hook: Hook, spare: Collection[int] = ()) -> None:
         """Remove what dead attempts left, and what is not retained. What fails now, the next save tries again.
 
         Args:
             hook: Whose steps these are.
+            spare: Steps that something still reads.
         """
         with logged(f"{self._directory}: looking for old steps to remove"):
             sweep(self._directory)
             there = committed_steps(self._directory, self._marker)
-            going = steps_to_remove(self._keep, there, directory=self._directory)
+            going = steps_to_remove(self._keep, there, spare, self._directory)
             for step in going:
                 self._remove(hook, step)
-            left = sorted(set(there).difference(going))
+            left = sorted(set(there).difference(going, spare))
             mind_disk(hook, self._keep, self._directory, left, partial(self._remove, hook))
 
     def _remove(self, hook: Hook, step: int) -> None:

@@ -8,6 +8,7 @@ from shardsmith.commands.clean import clean
 from shardsmith.commands.detect import detect
 from shardsmith.commands.diagnose import diagnose
 from shardsmith.commands.inspect import inspect
+from shardsmith.commands.push import push
 from shardsmith.commands.to_dcp import to_dcp
 from shardsmith.commands.to_hf import to_hf
 from shardsmith.commands.verify import verify
@@ -22,4 +23,5 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "diagnose": diagnose,
     "verify": verify,
     "clean": clean,
+    "push": push,
 }

@@ -7,6 +7,7 @@
     run/checkpoints/.step-500.damaged-<attempt>/ found damaged at a resume and set aside
     run/checkpoints/.step-500.superseded-<attempt>/ set aside by a run that went back to an earlier step
     run/checkpoints/latest                       a link to the newest step, where that is wanted
+    run/hf/.step-500.push                        an export that is to be on the Hub and is not yet
 
 Names are matched whole, never searched for: ``old-step-500.bak`` is not step 500.
 """
@@ -43,6 +44,7 @@ EMA_WEIGHTS = "ema"
 """Stems of the weight files in a Hugging Face directory."""
 
 _STEP = re.compile(r"step-(0|[1-9][0-9]{0,17})")
+_PUSH = re.compile(r"\.step-(0|[1-9][0-9]{0,17})(?:-ema)?\.push")
 _TEMPORARY = re.compile(r"\.(?P<target>.+)\.(?P<kind>tmp|trash)-(?P<attempt>[0-9a-f]{16})")
 
 
@@ -80,6 +82,17 @@ def damaged_path(target: Path, attempt: str) -> Path:
 def superseded_path(target: Path, attempt: str) -> Path:
     """Where a checkpoint is set aside that is newer than the one a run went back to; nothing of ours reads it there."""
     return target.with_name(f".{target.name}.superseded-{attempt}")
+
+
+def push_mark(export: Path) -> Path:
+    """Return the file which says that an export is still to be pushed to the Hub."""
+    return export.with_name(f".{export.name}.push")
+
+
+def pushed_step(mark: str) -> int | None:
+    """Return the step whose export is still to be pushed, by the name of such a file; None for any other."""
+    match = _PUSH.fullmatch(mark)
+    return int(match[1]) if match else None
 
 
 def is_leftover(name: str) -> bool:

@@ -1,8 +1,9 @@
 """Holding a checkpoint against retention while something reads it.
 
-A reader has a shared ``flock`` on the checkpoint's ``metadata.json``, and whoever removes the checkpoint an exclusive
-one. The kernel drops a lock with its process, so a reader that was killed holds nothing up. It is on the file, not on
-the directory: NFS and Lustre show locks of files to other hosts, those of directories only to the same one.
+A reader has a shared ``flock`` on the checkpoint's ``metadata.json`` (of an export, on its ``shardsmith.json``), and
+whoever removes it an exclusive one. The kernel drops a lock with its process, so a reader that was killed holds nothing
+up. It is on the file, not on the directory: NFS and Lustre show locks of files to other hosts, those of directories
+only to the same one.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from shardsmith.errors import CheckpointNotFoundError
-from shardsmith.ground.layout import METADATA_FILE
+from shardsmith.ground.layout import METADATA_FILE, PROVENANCE_FILE
 from shardsmith.ground.remote_path import RemotePath
 
 
@@ -33,7 +34,7 @@ def hold(checkpoint: Path) -> Iterator[bool]:
         yield False  # stores have no locks
         return
     with contextlib.ExitStack() as locks:
-        held = _lock_shared(checkpoint / METADATA_FILE, locks)
+        held = _lock_shared(_mark_of(checkpoint), locks)
         if not checkpoint.exists():
             raise CheckpointNotFoundError(checkpoint, "there is no such file or directory")
         yield held
@@ -46,7 +47,7 @@ def unheld(checkpoint: Path) -> Iterator[bool]:
         yield True
         return
     with contextlib.ExitStack() as locks:
-        descriptor = _open(checkpoint / METADATA_FILE, os.O_RDWR, locks)  # NFS gives exclusive locks to writers only
+        descriptor = _open(_mark_of(checkpoint), os.O_RDWR, locks)  # NFS gives exclusive locks to writers only
         free = True
         if descriptor is not None:
             try:
@@ -56,6 +57,12 @@ def unheld(checkpoint: Path) -> Iterator[bool]:
             except OSError:  # a file system without locks
                 pass
         yield free
+
+
+def _mark_of(checkpoint: Path) -> Path:
+    """The file to lock."""
+    manifest, provenance = checkpoint / METADATA_FILE, checkpoint / PROVENANCE_FILE
+    return provenance if provenance.is_file() and not manifest.is_file() else manifest
 
 
 def _lock_shared(manifest: Path, locks: contextlib.ExitStack) -> bool:
