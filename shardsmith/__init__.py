@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         UsageError,
         WriteError,
     )
+    from shardsmith.export.hub import push_export
     from shardsmith.formats.adopt import adopt
     from shardsmith.formats.by_path import detect_checkpoint_format
     from shardsmith.formats.detected import DetectedFormat
