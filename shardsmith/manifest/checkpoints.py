@@ -131,7 +131,7 @@ def set_aside_unfinished(directory: Path, newest: int, mark: str = layout.METADA
     return [
         set_aside(path)
         for path, step in sorted(steps.items())
-        if step is not None and step > newest and path.is_dir() and not (path / mark).exists()
+        if step is not None and step > newest and path.is_dir() and not (path / mark).is_file()
     ]
 
 

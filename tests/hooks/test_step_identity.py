@@ -37,11 +37,19 @@ def replace_by_copy(checkpoint: Path) -> None:
     shutil.copytree(checkpoint.with_name("step-4"), checkpoint)
 
 
+def replace_by_folder(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
 WRONG: dict[str, Callable[[Path], object]] = {
     "a copy of another step": replace_by_copy,
     "renamed": lambda path: path.rename(path.with_name("step-900")),
     "manifest of another step": say_another_step,
     "half deleted": lambda path: (path / "metadata.json").unlink(),
+    "a folder for a manifest": lambda path: replace_by_folder(path / "metadata.json"),
+    "a folder for the index": lambda path: replace_by_folder(path / ".metadata"),
+    "a folder for a file": lambda path: replace_by_folder(path / "__0_0.distcp"),
     "without its index": lambda path: (path / ".metadata").unlink(),
     "cut off": lambda path: (path / "__0_0.distcp").write_bytes(b""),
 }
