@@ -1,6 +1,7 @@
 """The hooks that a training loop attaches, and what is needed to write one."""
 
 from shardsmith.ground.process_end import finish
+from shardsmith.manifest.retention import Retention
 from shardsmith.run_state.rank_states import per_rank
 
 from .background import Background
@@ -14,7 +15,7 @@ from .hook import Hook
 from .initial_load import InitialLoad
 from .options import ExportFiles, ExportPush, ExportVerification, ExportWeights, ExportWriting, SaveWeights, SaveWriting
 from .record import Recorder
-from .retention import Retention, best, keep_if, latest, multiples_of, newer_than
+from .retention import best, keep_if, latest, multiples_of, newer_than
 from .save import ShardedSave
 from .schedule import Schedule, at, at_file, at_signal, every, last, minutes
 

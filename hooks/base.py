@@ -14,18 +14,19 @@ from shardsmith.checking.arguments import check_value, checked
 from shardsmith.checking.types import Number, StepNumber
 from shardsmith.errors import RankFailedError, UsageError
 from shardsmith.ground.commit import writing
-from shardsmith.ground.layout import step_name
+from shardsmith.ground.layout import METRICS_FILE, step_name
 from shardsmith.ground.logs import Stopwatch, show_progress
 from shardsmith.ground.process_end import meet
 from shardsmith.ground.ranks import own_name, rank_and_size
 from shardsmith.ground.remote_path import as_path
 from shardsmith.ground.step_agreement import StepAgreement
+from shardsmith.manifest.retention import Retention
 
 from .background import attempted
 from .events import EventQueue, Listener, event_of
 from .hook import Hook
 from .occasions import Occasion, OccasionWatch
-from .retention import METRICS_FILE, Retention, add_metrics
+from .retention import add_metrics
 from .schedule import Schedule
 from .stop_signals import StopSignals
 from .wiring import Start

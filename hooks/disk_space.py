@@ -13,9 +13,9 @@ from shardsmith.checking.types import Size
 from shardsmith.errors import UsageError
 from shardsmith.ground.remote_path import RemotePath
 from shardsmith.ground.sizes import parse_size, size_text
+from shardsmith.manifest.retention import LowDisk, Retention
 
 from .events import Event
-from .retention import LowDisk, Retention
 
 if TYPE_CHECKING:
     from .hook import Hook

@@ -26,6 +26,7 @@ from shardsmith.ground.ranks import Ranks
 from shardsmith.ground.remote_path import RemotePath, as_path
 from shardsmith.hf.hf_directory import protect
 from shardsmith.manifest.checkpoints import refuse_within_step, set_aside_unfinished
+from shardsmith.manifest.retention import Retention
 
 from .adapters import view_of
 from .answers import Answers
@@ -42,7 +43,6 @@ from .live_state import LiveState
 from .options import ExportFiles, ExportOptions, ExportPush, ExportVerification, ExportWeights, ExportWriting, merge
 from .overlap import OpenCopy
 from .push import Pushes
-from .retention import Retention
 from .schedule import Schedule
 from .step_folder import StepFolder
 from .wiring import Parts, alike
@@ -198,6 +198,7 @@ class HFExport(Hook):
         self._ranks.lead("setting aside what is half deleted", lambda: self._set_aside_unfinished(step))
         if self._ranks.is_leader:
             self._resume_pushes(step)
+            self._steps.note_policy()
         if self.when.due(step) and self._ranks.lead(
             f"looking for the export of step {step}", lambda: self._missing(step)
         ):

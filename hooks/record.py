@@ -16,11 +16,13 @@ from shardsmith.checking.types import AsPath, Directory, Seconds, StepNumber
 from shardsmith.errors import ShardsmithError
 from shardsmith.formats.adopt import adopt, disown
 from shardsmith.ground.commit import remove, sweep
-from shardsmith.ground.layout import parse_step, step_name
+from shardsmith.ground.layout import METADATA_FILE, parse_step, step_name
 from shardsmith.ground.logs import Stopwatch
 from shardsmith.ground.meeting import made_together, meet
 from shardsmith.ground.ranks import Ranks
 from shardsmith.manifest.checkpoints import committed_steps
+from shardsmith.manifest.retention import Retention, steps_to_remove
+from shardsmith.manifest.retention_note import note_policy
 from shardsmith.tensors.fqn import tied_weights
 
 from .background import Background, SavesInFlight, logged
@@ -28,7 +30,6 @@ from .disk_space import mind_disk
 from .ema import EMA
 from .events import Event, event_of
 from .hook import Hook
-from .retention import Retention, steps_to_remove
 from .wiring import Parts, alike
 
 log = logging.getLogger(__name__)
@@ -114,6 +115,11 @@ class Recorder(Hook):
         self._in_flight.start(step, partial(self._record, step, path, end, facts, mesh, watch, has_manifest, distance))
         watch.released()
 
+    def on_train_begin(self, step: int) -> None:  # noqa: ARG002
+        """Write down what is kept, on rank 0. No communication."""
+        if self._ranks.is_leader:
+            self._note_policy()
+
     def on_step_end(self, step: int) -> None:  # noqa: ARG002
         """Announce recordings that have ended. All ranks; no communication."""
         self._in_flight.announce_ended()
@@ -156,7 +162,12 @@ class Recorder(Hook):
             self._remove_old()
         return path
 
+    def _note_policy(self) -> None:
+        with logged(f"writing down what is kept in {self.directory}"):
+            note_policy(self.directory, self.keep, METADATA_FILE)
+
     def _remove_old(self) -> None:
+        self._note_policy()
         complete = committed_steps(self.directory)
         going = steps_to_remove(self.keep, complete, directory=self.directory)
         kept = sorted(set(complete).difference(going))

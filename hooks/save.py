@@ -25,8 +25,9 @@ from shardsmith.ground.meeting import made_together, meet
 from shardsmith.ground.ranks import Ranks
 from shardsmith.ground.remote_path import as_path
 from shardsmith.ground.sizes import parse_size
-from shardsmith.manifest.checkpoints import committed_steps, refuse_within_step, set_aside_unfinished, set_later_aside
+from shardsmith.manifest import checkpoints
 from shardsmith.manifest.metadata import FileRecord, read_metadata
+from shardsmith.manifest.retention import Retention
 from shardsmith.run_state.alike import ReplicaCheck
 from shardsmith.run_state.optimizers import check_optimizers
 from shardsmith.run_state.rank_states import PerRank
@@ -44,7 +45,6 @@ from .events import event_of
 from .hook import Hook
 from .options import SaveOptions, SaveWeights, SaveWriting, merge
 from .overlap import OpenCopy
-from .retention import Retention
 from .save_weights import HuggingFaceWeights, refuse_together
 from .schedule import Schedule
 from .step_folder import StepFolder
@@ -163,6 +163,11 @@ class ShardedSave(Hook):
         self._spoiled: str | None = None  # the damaged step that was loaded last, if nothing sound was loaded over it
         self._ranks.gather(f"preparing {self.directory}", self._prepare_directory if self._ranks.is_leader else bool)
 
+    def on_train_begin(self, step: int) -> None:  # noqa: ARG002
+        """Write down what is kept, on rank 0. No communication."""
+        if self._ranks.is_leader:
+            self._steps.note_policy()
+
     def on_step_end(self, step: int) -> None:
         """Announce a save that has ended, and save if it is time. All ranks; communicates when it saves."""
         self._in_flight.announce_ended()
@@ -273,7 +278,7 @@ class ShardedSave(Hook):
         if (save := self._in_flight.of_step(step)) is not None:
             return save
         path = self.directory / step_name(step)
-        if step not in committed_steps(self.directory):
+        if step not in checkpoints.committed_steps(self.directory):
             raise UsageError(f"{path} is not there and not being saved; ShardedSave saves at {self.when}")
         done: Future[Path] = Future()
         done.set_result(path)
@@ -310,9 +315,9 @@ class ShardedSave(Hook):
         """
         self._report()  # a save in flight is the newest
         place = self.directory if directory is None else as_path(directory).absolute()
-        steps = self._ranks.lead("looking for checkpoints", lambda: committed_steps(place))
+        steps = self._ranks.lead("looking for checkpoints", lambda: checkpoints.committed_steps(place))
         if step is not None:
-            steps = [self._only(place, steps, step)]
+            steps = [checkpoints.only_step(place, steps, step)]
         aside = place == self.directory and step is None
         search = Resumption(self._ranks, set_damaged_aside=aside, spoiled_by=self._spoiled, parts=parts)
         try:
@@ -323,7 +328,7 @@ class ShardedSave(Hook):
             if place == self.directory:
                 self._saved_step = found
                 if step is not None:
-                    self._ranks.lead("setting later steps aside", partial(set_later_aside, place, step))
+                    self._ranks.lead("setting later steps aside", partial(checkpoints.set_later_aside, place, step))
                 self._ranks.lead("setting aside what is half deleted", partial(self._set_aside_unfinished, found))
                 self._ranks.lead("pointing to the newest step", partial(self._steps.point_to, found))
             return found
@@ -361,12 +366,6 @@ class ShardedSave(Hook):
             log.warning("%s holds an EMA, but no EMA is attached: it is not loaded", path)
         return load_parts(path, self._state, self._ranks, parts=parts, on_missing=on_missing, verified=verified)
 
-    def _only(self, directory: Path, steps: Sequence[int], step: int) -> int:
-        if step not in steps:
-            there = ", ".join(map(step_name, steps)) or "none"
-            raise CheckpointNotFoundError(directory / step_name(step), f"is not a committed checkpoint; there: {there}")
-        return step
-
     def _finish(self, step: int, job: SaveInProgress, watch: Stopwatch, distance: float | None) -> Path:
         """Write, commit, then retention. In the background thread, if there is one."""
         try:
@@ -391,10 +390,10 @@ class ShardedSave(Hook):
         self._in_flight.wait()
 
     def _set_aside_unfinished(self, resumed: int) -> None:
-        for aside in set_aside_unfinished(self.directory, resumed):
+        for aside in checkpoints.set_aside_unfinished(self.directory, resumed):
             log.warning("%s was set aside: its step is after the one resumed, and it has no metadata.json", aside)
 
     def _prepare_directory(self) -> None:
-        refuse_within_step(self.directory)
+        checkpoints.refuse_within_step(self.directory)
         check_writable(self.directory)
         sweep(self.directory)

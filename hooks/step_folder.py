@@ -10,12 +10,13 @@ from pathlib import Path
 from shardsmith.ground.commit import place_link, remove, sweep
 from shardsmith.ground.layout import LATEST_LINK, METADATA_FILE, step_name
 from shardsmith.manifest.checkpoints import committed_steps
+from shardsmith.manifest.retention import Retention, steps_to_remove
+from shardsmith.manifest.retention_note import note_policy
 
 from .background import logged
 from .disk_space import mind_disk, refuse_without_disk
 from .events import Event
 from .hook import Hook
-from .retention import Retention, steps_to_remove
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +58,11 @@ class StepFolder:
             with logged(f"making {self._link}"):
                 place_link(self._link, step_name(step))
 
+    def note_policy(self) -> None:
+        """Write down in the folder which steps are kept, for those who want to know what goes next."""
+        with logged(f"writing down what is kept in {self._directory}"):
+            note_policy(self._directory, self._keep, self._marker)
+
     def remove_old(self, hook: Hook, spare: Collection[int] = ()) -> None:
         """Remove what dead attempts left, and what is not retained. What fails now, the next save tries again.
 
@@ -64,6 +70,7 @@ class StepFolder:
             hook: Whose steps these are.
             spare: Steps that something still reads.
         """
+        self.note_policy()
         with logged(f"{self._directory}: looking for old steps to remove"):
             sweep(self._directory)
             there = committed_steps(self._directory, self._marker)

@@ -21,9 +21,10 @@ from shardsmith.ground.bounded import lines_of
 from shardsmith.ground.commit import remove, sweep
 from shardsmith.ground.remote_path import RemotePath
 from shardsmith.hf.export_files import find_export_damage
-from shardsmith.manifest.checkpoints import find_damage
+from shardsmith.manifest.checkpoints import committed_steps, find_damage
 from shardsmith.manifest.companion import companion_of, find_folder_damage, is_complete
 from shardsmith.manifest.metadata import read_metadata
+from shardsmith.manifest.retention_note import expected_removals, read_policy
 
 _STEP = re.compile(r"(?P<word>step[-_]|checkpoint[-_]|global_step_?|epoch[-_])?(?P<step>[0-9]{1,18})(?:-ema)?")
 """Names of steps: ours, TorchTitan's, Trainer's, accelerate's, verl's, BAGEL's."""
@@ -72,6 +73,24 @@ class Leftover:
 
 
 @dataclass(frozen=True, slots=True)
+class RetentionOutlook:
+    """What becomes of the steps in one folder when the run saves, or exports, the next one there.
+
+    As things are now: a metric that comes or is corrected before that, or another ``keep=``, changes it. A step that
+    somebody reads goes later.
+    """
+
+    path: str
+    """Of the folder, relative to the run."""
+    policy: str
+    """``keep=`` of the run that saved there last."""
+    removes: tuple[int, ...]
+    """Steps that go, ascending."""
+    undecided: dict[int, str]
+    """Steps of which it cannot be told yet, with what decides: such as a metric, the clock, a ``keep_if``."""
+
+
+@dataclass(frozen=True, slots=True)
 class RunOverview:
     """Result of ``inspect_run``: the steps of a run."""
 
@@ -83,11 +102,22 @@ class RunOverview:
     """Whether every byte was read and compared with a recorded hash."""
     free: int
     """Bytes that are free on the file system."""
+    retention: tuple[RetentionOutlook, ...]
+    """Of each folder whose run has written down what it keeps. Of others nothing is known."""
 
     @property
     def problems(self) -> list[str]:
         """One line for each problem of each step."""
         return [f"{step.path}: {problem}" for step in self.steps for problem in step.problems]
+
+    def next_save(self, step: StepSummary) -> str:
+        """Return what becomes of a step at the next save or export of its folder; "" where that is not known."""
+        for folder in self.retention:
+            if folder.path == str(Path(step.path).parent):
+                if step.step in folder.removes:
+                    return "removed"
+                return f"open: {folder.undecided[step.step]}" if step.step in folder.undecided else "kept"
+        return ""
 
 
 def is_run(path: Path) -> bool:
@@ -116,12 +146,14 @@ def inspect_run(path: LocalPath, *, verify: bool = False) -> RunOverview:
     steps = [_summary(run, step, folder, waited, verify=verify) for step, folder in _steps_of(run)]
     if not steps:
         raise CheckpointNotFoundError(run, "has no steps, such as step-500 or checkpoint-500, in it or one level below")
+    free = shutil.disk_usage(run).free
     return RunOverview(
         path=str(run),
         steps=tuple(sorted(steps, key=lambda one: (one.step, one.kind, one.path))),
         leftovers=tuple(find_leftovers(run)),
         verified=verify,
-        free=shutil.disk_usage(run).free,
+        free=free,
+        retention=tuple(_outlooks(run, free)),
     )
 
 
@@ -215,6 +247,15 @@ def _summary(run: Path, step: int, folder: Path, waited: Mapping[str, float], *,
         is_recorded=metadata is not None or (folder / layout.PROVENANCE_FILE).is_file(),
         problems=tuple(problems),
     )
+
+
+def _outlooks(run: Path, free: int) -> Iterator[RetentionOutlook]:
+    for folder in _parents(run):
+        if (noted := read_policy(folder)) is not None:
+            steps = committed_steps(folder, noted.marker)
+            next_bytes = _bytes_in(folder / layout.step_name(steps[-1])) if steps else 0
+            found = expected_removals(noted, steps, folder, free - next_bytes)
+            yield RetentionOutlook(str(folder.relative_to(run)), noted.text, found.removed, found.undecided)
 
 
 def read_events(run: Path) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ import dataclasses
 import datetime
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,9 +41,25 @@ def print_overview(overview: RunOverview, *, as_json: bool) -> None:
     for leftover in overview.leftovers:
         text = {"unfinished": "left over", "damaged": "set aside as damaged", "superseded": "set aside"}
         console.print(f"{text[leftover.kind]}: {printable(leftover.path)}, {size_text(leftover.nbytes)}")
+    for line in _outlook(overview):
+        console.print(line)
     if overview.leftovers:
         console.print(f"shardsmith clean {overview.path} shows what can be deleted")
     console.print(_sum(overview))
+
+
+def _outlook(overview: RunOverview) -> Iterator[str]:
+    """What retention will do next, folder by folder."""
+    for folder in overview.retention:
+        yield f"{printable(folder.path)} keeps {printable(folder.policy)}"
+        sizes: Counter[int] = Counter()
+        for one in overview.steps:
+            sizes[one.step] += one.nbytes if str(Path(one.path).parent) == folder.path else 0
+        listed = ", ".join(map(str, folder.removes))
+        size = size_text(sum(sizes[step] for step in folder.removes))
+        yield f"  the next one there removes {f'{listed}: {size}' if listed else 'nothing'}"
+        for reason, group in groupby(sorted(folder.undecided, key=folder.undecided.__getitem__), folder.undecided.get):
+            yield f"  open: {', '.join(map(str, sorted(group)))}, by {printable(str(reason))}"
 
 
 def _row(found: Sequence[StepSummary], *, verified: bool) -> list[str | Text]:

@@ -258,7 +258,7 @@ def sweep(parent: Path) -> list[Path]:
     swept = []
     for path in sorted(parent.iterdir()) if parent.is_dir() else []:
         if not layout.is_leftover(path.name) or path.is_symlink() or not path.is_dir():
-            if layout.is_leftover_link(path.name) and path.is_symlink():
+            if layout.is_leftover_file(path.name) and not path.is_dir():
                 path.unlink(missing_ok=True)
             continue
         with _claim(path) as dead:

@@ -8,6 +8,8 @@
     run/checkpoints/.step-500.superseded-<attempt>/ set aside by a run that went back to an earlier step
     run/checkpoints/latest                       a link to the newest step, where that is wanted
     run/hf/.step-500.push                        an export that is to be on the Hub and is not yet
+    run/checkpoints/metrics.jsonl                metrics of steps, by which the best are kept
+    run/checkpoints/retention.json               which steps the run keeps
 
 Names are matched whole, never searched for: ``old-step-500.bak`` is not step 500.
 """
@@ -35,6 +37,10 @@ REST_FOLDER = "float32-rest"
 
 LATEST_LINK = "latest"
 """In a run directory: a link to the newest step, if that is wanted."""
+METRICS_FILE = "metrics.jsonl"
+"""Beside the step directories: what ``Hooks.metric`` was told, a line each."""
+RETENTION_FILE = "retention.json"
+"""Beside the step directories: the policy of the run."""
 REMOVED = "removed"
 """Stands for the name of a directory in that of its trash, where the name must not be seen."""
 
@@ -107,10 +113,10 @@ def unfinished_step(leftover: str) -> int | None:
     return int(step[1]) if step else None
 
 
-def is_leftover_link(name: str) -> bool:
-    """Return whether a name is that of a ``latest`` which was not put in its place."""
+def is_leftover_file(name: str) -> bool:
+    """Return whether a name is that of a link or a file beside the steps which was not put in its place."""
     match = _TEMPORARY.fullmatch(name)
-    return match is not None and match["target"] == LATEST_LINK
+    return match is not None and match["target"] in (LATEST_LINK, RETENTION_FILE)
 
 
 def shard_file_names(stem: str, count: int) -> list[str]:

@@ -9,12 +9,13 @@ import contextlib
 import logging
 import os
 import stat
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
 import xxhash
 
-from shardsmith.errors import CheckpointError, UsageError
+from shardsmith.errors import CheckpointError, CheckpointNotFoundError, UsageError
 from shardsmith.ground import layout, remote_commit
 from shardsmith.ground.open_file import open_file
 from shardsmith.ground.progress import advance
@@ -39,6 +40,15 @@ def committed_steps(directory: Path, mark: str = layout.METADATA_FILE) -> list[i
         return []
     steps = (layout.parse_step(path.name) for path in directory.iterdir() if (path / mark).is_file())
     return sorted(step for step in steps if step is not None)
+
+
+def only_step(directory: Path, steps: Sequence[int], step: int) -> int:
+    """Return a step if it is one of the committed ones. Raises CheckpointNotFoundError."""
+    if step not in steps:
+        there = ", ".join(map(layout.step_name, steps)) or "none"
+        message = f"is not a committed checkpoint; there: {there}"
+        raise CheckpointNotFoundError(directory / layout.step_name(step), message)
+    return step
 
 
 def refuse_within_step(directory: Path) -> None:

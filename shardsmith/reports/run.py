@@ -13,7 +13,18 @@ from shardsmith.reports.page import make_page, safe, section
 from shardsmith.reports.tensor_table import Value, sortable_table
 
 Events = Sequence[Mapping[str, Any]]
-_STEPS = ("step", "directory", "kind", "format", "models", "bytes", "ranks", "seconds waited", "health")
+_STEPS = (
+    "step",
+    "directory",
+    "kind",
+    "format",
+    "models",
+    "bytes",
+    "ranks",
+    "seconds waited",
+    "health",
+    "at the next save",
+)
 _EVENTS = ("step", "kind", "directory", "seconds", "seconds waited", "bytes", "ranks", "result")
 
 
@@ -33,6 +44,7 @@ def run_page(found: RunOverview, events: Events, command: Sequence[str]) -> str:
     charts = "".join(_charts(found, events))
     parts += section("Over the steps", [f'<div class="charts">{charts}</div>'] if charts else [])
     parts += section("Steps", sortable_table(_STEPS, _rows("s", [_step(one, found) for one in found.steps]), "steps"))
+    parts += section("What is kept", _kept(found))
     parts += section("Events", _events(events))
     left = [f"<p><code>{safe(one.path)}</code>: {one.kind}, {size_text(one.nbytes)}</p>" for one in found.leftovers]
     parts += section("What shardsmith clean can delete", left)
@@ -76,7 +88,17 @@ def _step(one: StepSummary, run: RunOverview) -> list[Value]:
     sound = "complete" if one.is_recorded else "nothing recorded to compare with"
     health = "damaged" if one.problems else "every byte verified" if run.verified and one.is_recorded else sound
     models = " ".join(one.models)
-    return [one.step, one.path, one.kind, one.format, models, one.nbytes, one.world_size, one.seconds_waited, health]
+    known: list[Value] = [one.step, one.path, one.kind, one.format, models, one.nbytes, one.world_size]
+    return [*known, one.seconds_waited, health, run.next_save(one)]
+
+
+def _kept(found: RunOverview) -> list[str]:
+    going = {folder.path: ", ".join(map(str, folder.removes)) or "nothing" for folder in found.retention}
+    return [
+        f"<p><code>{safe(folder.path)}</code> keeps <code>{safe(folder.policy)}</code>; the next step there removes "
+        f"{safe(going[folder.path])}</p>"
+        for folder in found.retention
+    ]
 
 
 def _events(events: Events) -> list[str]:

@@ -12,17 +12,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from shardsmith.errors import UsageError
-from shardsmith.hooks import Hooks, ShardedSave, best, every, keep_if, newer_than
-from shardsmith.hooks.retention import (
-    METRICS_FILE,
-    Retention,
-    add_metrics,
-    latest,
-    multiples_of,
-    read_metrics,
-    steps_to_remove,
-)
+from shardsmith.ground.layout import METRICS_FILE
+from shardsmith.hooks import Hooks, Retention, ShardedSave, best, every, keep_if, latest, multiples_of, newer_than
+from shardsmith.hooks.retention import add_metrics
 from shardsmith.manifest.checkpoints import committed_steps
+from shardsmith.manifest.retention import read_metrics, steps_to_remove
 
 STEPS = st.lists(st.integers(0, 200))
 POLICIES = st.builds(Retention, st.integers(0, 5), st.frozensets(st.integers(1, 60), max_size=3))

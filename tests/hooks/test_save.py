@@ -97,7 +97,13 @@ def test_metadata_says_what_the_checkpoint_holds(tmp_path: Path) -> None:
 def test_a_checkpoint_appears_whole_and_stays_whole(tmp_path: Path) -> None:
     run_training(tmp_path, 20, sharding="none", when=every(3) | at(7) | last(), keep=latest(2) | multiples_of(6))
     assert committed_steps(tmp_path) == [6, 12, 18, 20]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-12", "step-18", "step-20", "step-6"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "retention.json",
+        "step-12",
+        "step-18",
+        "step-20",
+        "step-6",
+    ]
     assert not any(find_damage(tmp_path / f"step-{step}") for step in (6, 12, 18, 20))
 
 
