@@ -56,9 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-_READS_STORES = ("inspect", "to-hf", "verify")
+_READS_STORES = ("clean", "detect", "diagnose", "inspect", "to-hf", "verify", "watch")
 """Commands that read checkpoints in object stores, too."""
-_WRITES_STORES = {"to-hf": ("--output-dir",)}
+_WRITES_STORES = {"to-hf": ("--output-dir",), "watch": ("--output-dir",)}
 """Options of commands whose value may be a place in a store that is written to."""
 _BEFORE_A_CHECKPOINT = ("--checkpoint", "--digests", "--json", "--rounding", "--statistics", "--verify")
 """Options of which a checkpoint is the value, or that take no value, so that one may follow."""

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from shardsmith.checking.arguments import checked
-from shardsmith.checking.types import AsPath, LocalPath
+from shardsmith.checking.types import AnyPath, AsAnyPath
 from shardsmith.errors import CheckpointError, CheckpointNotFoundError
 from shardsmith.formats.by_path import HUGGINGFACE, UNKNOWN, detect_checkpoint_format, model_names
-from shardsmith.ground import layout
+from shardsmith.ground import layout, remote_commit
 from shardsmith.ground.bounded import lines_of
 from shardsmith.ground.commit import remove, sweep
-from shardsmith.ground.remote_path import RemotePath
+from shardsmith.ground.remote_path import RemotePath, as_path
 from shardsmith.hf.export_files import find_export_damage
 from shardsmith.manifest.checkpoints import committed_steps, find_damage
 from shardsmith.manifest.companion import companion_of, find_folder_damage, is_complete
@@ -100,8 +100,8 @@ class RunOverview:
     leftovers: tuple[Leftover, ...]
     verified: bool
     """Whether every byte was read and compared with a recorded hash."""
-    free: int
-    """Bytes that are free on the file system."""
+    free: int | None
+    """Bytes that are free on the file system; None in an object store, which does not say."""
     retention: tuple[RetentionOutlook, ...]
     """Of each folder whose run has written down what it keeps. Of others nothing is known."""
 
@@ -122,16 +122,11 @@ class RunOverview:
 
 def is_run(path: Path) -> bool:
     """Return whether a directory is no checkpoint itself, and has steps in it or one level below."""
-    return (
-        not isinstance(path, RemotePath)
-        and path.is_dir()
-        and any(_steps_of(path))
-        and detect_checkpoint_format(path).name == UNKNOWN
-    )
+    return path.is_dir() and any(_steps_of(path)) and detect_checkpoint_format(path).name == UNKNOWN
 
 
 @checked
-def inspect_run(path: LocalPath, *, verify: bool = False) -> RunOverview:
+def inspect_run(path: AnyPath, *, verify: bool = False) -> RunOverview:
     """Summarise every step in a run's folder, or one level below it, as in ``run/checkpoints`` and ``run/hf``.
 
     Args:
@@ -141,12 +136,12 @@ def inspect_run(path: LocalPath, *, verify: bool = False) -> RunOverview:
     Raises:
         CheckpointNotFoundError: there are no steps.
     """
-    run = Path(path)
+    run = as_path(path)
     waited = _waits(run)
     steps = [_summary(run, step, folder, waited, verify=verify) for step, folder in _steps_of(run)]
     if not steps:
         raise CheckpointNotFoundError(run, "has no steps, such as step-500 or checkpoint-500, in it or one level below")
-    free = shutil.disk_usage(run).free
+    free = None if isinstance(run, RemotePath) else shutil.disk_usage(run).free
     return RunOverview(
         path=str(run),
         steps=tuple(sorted(steps, key=lambda one: (one.step, one.kind, one.path))),
@@ -158,7 +153,7 @@ def inspect_run(path: LocalPath, *, verify: bool = False) -> RunOverview:
 
 
 @checked
-def newest_step(path: AsPath, step: int | None = None) -> Path:
+def newest_step(path: AsAnyPath, step: int | None = None) -> Path:
     """Return the checkpoint of a step in a run's folder: the newest that is complete, or the one that is asked for.
 
     Sizes are compared with what is recorded, contents are not. What is half-written is passed over. Exports are taken
@@ -187,12 +182,16 @@ def newest_step(path: AsPath, step: int | None = None) -> Path:
 def find_leftovers(run: Path) -> Iterator[Leftover]:
     """Yield what may be deleted of a run without loss of a step. Reads names and sizes only."""
     for parent in _parents(run):
+        if isinstance(parent, RemotePath):
+            for place, kind, nbytes in remote_commit.find_remains(parent):
+                yield Leftover(str(place.relative_to(run)), kind, nbytes)
+            continue
         for entry in sorted(parent.iterdir()):
             aside = _ASIDE.fullmatch(entry.name)
             if entry.is_symlink() or not entry.is_dir() or not (aside or layout.is_leftover(entry.name)):
                 continue
-            kind = aside["kind"] if aside else "unfinished"
-            yield Leftover(str(entry.relative_to(run)), kind, _bytes_in(entry))  # type: ignore[arg-type]
+            named = aside["kind"] if aside else "unfinished"
+            yield Leftover(str(entry.relative_to(run)), named, _bytes_in(entry))  # type: ignore[arg-type]
 
 
 def remove_leftovers(run: Path, leftovers: Iterable[Leftover]) -> list[Leftover]:
@@ -205,12 +204,18 @@ def remove_leftovers(run: Path, leftovers: Iterable[Leftover]) -> list[Leftover]
     for leftover in leftovers:
         path = run / leftover.path
         if leftover.kind == "unfinished":
-            sweep(path.parent)
+            sweep(_parent_of(path))
         else:
             remove(path)
         if not path.exists():
             gone.append(leftover)
     return gone
+
+
+def _parent_of(unfinished: Path) -> Path:
+    """The folder of the steps: in a store the files of an attempt lie below its step."""
+    is_within = isinstance(unfinished, RemotePath) and _STEP.fullmatch(unfinished.name) is None
+    return unfinished.parents[1 if is_within else 0]
 
 
 def _summary(run: Path, step: int, folder: Path, waited: Mapping[str, float], *, verify: bool) -> StepSummary:
@@ -241,7 +246,7 @@ def _summary(run: Path, step: int, folder: Path, waited: Mapping[str, float], *,
         format=found.name,
         models=models,
         nbytes=_bytes_in(folder),
-        saved_at=folder.stat().st_mtime,
+        saved_at=_time_of(folder),
         world_size=metadata.world_size if metadata else None,
         seconds_waited=waited.get(folder.name + ("/" if is_export else "")),
         is_recorded=metadata is not None or (folder / layout.PROVENANCE_FILE).is_file(),
@@ -249,12 +254,13 @@ def _summary(run: Path, step: int, folder: Path, waited: Mapping[str, float], *,
     )
 
 
-def _outlooks(run: Path, free: int) -> Iterator[RetentionOutlook]:
+def _outlooks(run: Path, free: int | None) -> Iterator[RetentionOutlook]:
     for folder in _parents(run):
         if (noted := read_policy(folder)) is not None:
             steps = committed_steps(folder, noted.marker)
             next_bytes = _bytes_in(folder / layout.step_name(steps[-1])) if steps else 0
-            found = expected_removals(noted, steps, folder, free - next_bytes)
+            room = None if free is None else free - next_bytes
+            found = expected_removals(noted, steps, folder, room)
             yield RetentionOutlook(str(folder.relative_to(run)), noted.text, found.removed, found.undecided)
 
 
@@ -289,6 +295,8 @@ def _steps_of(run: Path) -> Iterator[tuple[int, Path]]:
             match = _STEP.fullmatch(entry.name)
             if match is None or entry.is_symlink() or not entry.is_dir():
                 continue
+            if isinstance(entry, RemotePath) and not _has_mark(entry):
+                continue  # there a step exists once its last object does
             if match["word"] or detect_checkpoint_format(entry).name != UNKNOWN:  # a number may be of anything
                 yield int(match["step"]), entry
 
@@ -301,8 +309,23 @@ def _parents(run: Path) -> list[Path]:
     return [run, *(entry for entry in below if not _STEP.fullmatch(entry.name) and not entry.name.startswith("."))]
 
 
+def _has_mark(folder: Path) -> bool:
+    return (folder / layout.METADATA_FILE).is_file() or (folder / layout.PROVENANCE_FILE).is_file()
+
+
+def _time_of(folder: Path) -> float:
+    """When it was written, in seconds since 1970; in a store only objects have times."""
+    if not isinstance(folder, RemotePath):
+        return folder.stat().st_mtime
+    manifest = folder / layout.METADATA_FILE
+    return (manifest if manifest.is_file() else folder / layout.PROVENANCE_FILE).stat().st_mtime
+
+
 def _bytes_in(folder: Path) -> int:
     """Sizes of the files in a folder, as they are listed; what goes meanwhile counts as nothing."""
+    if isinstance(folder, RemotePath):
+        is_step = (folder / layout.METADATA_FILE).is_file()
+        return sum((folder.sizes() if is_step else folder.objects_below()).values())
     total = 0
     for parent, _, names in os.walk(folder):
         for name in names:

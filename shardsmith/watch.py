@@ -18,7 +18,7 @@ from types import FrameType
 from typing import Literal
 
 from shardsmith.checking.arguments import check_value
-from shardsmith.checking.types import LocalPath
+from shardsmith.checking.types import AnyPath, LocalPath
 from shardsmith.errors import CheckpointNotFoundError, ShardsmithError, TargetExistsError, UsageError, WriteError
 from shardsmith.export.adapter_plan import plan_export
 from shardsmith.export.plan import ExportOptions, choose_stems
@@ -27,6 +27,7 @@ from shardsmith.formats.by_path import known_checkpoint
 from shardsmith.ground.commit import check_writable, remove, sweep
 from shardsmith.ground.layout import PROVENANCE_FILE, parse_step, step_name
 from shardsmith.ground.leases import hold
+from shardsmith.ground.remote_path import as_path
 from shardsmith.ground.sizes import parse_size
 from shardsmith.hf.base_files import choose_files
 from shardsmith.hf.hf_directory import protect, read_config
@@ -141,13 +142,14 @@ class Watcher:
         """Verify that the output can be written to, and remove what dead watchers left there.
 
         Raises:
-            UsageError: ``checkpoints`` is itself a checkpoint; a path is a URL.
+            UsageError: ``checkpoints`` is itself a checkpoint; a path is a URL that is not supported.
             ProtectedPathError: the output is no place to write to.
             CheckpointError: the base cannot be used.
             WriteError: the output cannot be written to.
         """
-        for name, path in (("checkpoints", checkpoints), ("output", output), ("base", base)):
-            check_value("Watcher", name, path, LocalPath)
+        checkpoints = as_path(check_value("Watcher", "checkpoints", checkpoints, AnyPath))
+        output = as_path(check_value("Watcher", "output", output, AnyPath))
+        check_value("Watcher", "base", base, LocalPath)
         if parse_step(checkpoints.name) is not None and has_manifest(checkpoints):
             raise UsageError(f"{checkpoints} is one checkpoint: give the folder that it is in, or use to-hf")
         self.checkpoints = checkpoints
@@ -214,7 +216,7 @@ class Watcher:
         """Write the directories of a step that are not there yet; bytes of weights."""
         known = known_checkpoint(checkpoint)
         stems = choose_stems(known, self.base, self.options.models, self.options.ema_as, self.options.export.average)
-        outputs = [(Path(f"{output}{suffix}"), names) for suffix, names in stems]
+        outputs = [(as_path(f"{output}{suffix}"), names) for suffix, names in stems]
         plans = [
             plan_export(known, path, self.base, names, self.options.export)
             for path, names in outputs

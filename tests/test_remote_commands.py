@@ -95,7 +95,10 @@ def read_metadata_of(step: str) -> str:
     [
         ["to-dcp", "--model", "s3://bucket/x", "--output-dir", "out"],
         ["to-hf", "--checkpoint", "x", "--base-model", "b", "--output-dir", "hdfs://bucket/x"],
-        ["watch", "s3://bucket/x"],
+        ["to-dcp", "--base-model", "x", "--output-dir", "s3://bucket/x"],
+        ["watch", "x", "--output-dir", "y", "--base-model", "s3://bucket/x"],
+        ["diagnose", "--checkpoint", "x", "--base-model", "s3://bucket/x"],
+        ["push", "s3://bucket/x", "org/name"],
         ["inspect", "hdfs://bucket/x"],
         ["inspect", "x", "--html", "s3://bucket/x"],
     ],
@@ -109,9 +112,69 @@ def test_what_a_command_cannot_reach_is_refused_by_name(
     assert not [*tmp_path.iterdir()]
 
 
+def test_a_runs_place_is_taken_for_its_newest_step(step: str, trained: Runs, tmp_path: Path) -> None:
+    run, base = step.rpartition("/")[0], str(trained["qwen2", 2].base)
+    for name, checkpoint in (("run", run), ("step", step)):
+        options = ["--checkpoint", checkpoint, "--base-model", base, "--output-dir", str(tmp_path / name), "--quiet"]
+        assert main(["to-hf", *options]) == 0
+    for path in (tmp_path / "run").rglob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "step" / path.relative_to(tmp_path / "run")).read_bytes()
+    exported = str(tmp_path / "run")
+    for checkpoint in (run, step, str(trained["qwen2", 2].checkpoint)):
+        options = ["--base-model", exported, "--level", "structure", "--trained"]
+        assert main(["diagnose", "--checkpoint", checkpoint, *options]) == 0
+    assert main(["detect", step]) == 0
+
+
+def test_watch_exports_what_is_in_a_store_to_a_store(
+    object_server: ObjectServer, step: str, trained: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = str(trained["qwen2", 2].base)
+    run, number = step.rpartition("/step-")[::2]
+    for output in (object_server.url("watched"), str(tmp_path / "watched")):
+        arguments = ["watch", run, "--output-dir", output, "--base-model", base, "--once", "--json"]
+        assert main(arguments) == 0
+        assert json.loads(capsys.readouterr().out)["status"] == "exported"
+        assert main(arguments) == 0
+        assert capsys.readouterr().out == "", "each step once"
+    found = object_server.keys(f"watched/step-{number}")
+    local = tmp_path / "watched" / f"step-{number}"
+    assert found.keys() == {str(path.relative_to(local)) for path in local.rglob("*") if path.is_file()}
+    assert main(["verify", object_server.url(f"watched/step-{number}"), str(local)]) == 0
+    assert main(["detect", object_server.url(f"watched/step-{number}")]) == 0
+    assert main(["inspect", object_server.url("watched"), "--verify", "--json"]) == 0
+    (shown,) = json.loads(capsys.readouterr().out.splitlines()[-1])["steps"]
+    assert (shown["kind"], shown["problems"]) == ("export", [])
+
+
+def test_the_place_of_a_run_is_inspected_and_cleaned(
+    object_server: ObjectServer, step: str, trained: Runs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, number = step.rpartition("/step-")[::2]
+    client, dead, aside = object_server.client(), "0123456789abcdef", "fedcba9876543210"
+    dead_owner = {"host": "", "pid": 1, "started": ""}
+    obstore.put(client, f"commands/step-9000/{dead}/__0_0.distcp", b"some")
+    obstore.put(client, f"commands/step-9000/.{dead}.owner", json.dumps(dead_owner).encode())
+    obstore.put(client, f"commands/step-8000/{aside}/__0_0.distcp", b"more")
+    obstore.put(client, f"commands/step-8000/metadata.damaged-{aside}.json", b"{}")
+    assert main(["inspect", run, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [(one["step"], one["problems"]) for one in told["steps"]] == [(int(number), [])]
+    local = inspect_checkpoint(trained["qwen2", 2].checkpoint)
+    assert told["steps"][0]["world_size"] == local.world_size
+    kinds = {one["path"]: one["kind"] for one in told["leftovers"]}
+    damaged = f"step-8000/metadata.damaged-{aside}.json"
+    assert kinds == {f"step-9000/{dead}": "unfinished", damaged: "damaged"}
+    assert main(["clean", run, "--delete", "--set-aside", "--json"]) == 0
+    gone = {one["path"]: one["deleted"] for one in json.loads(capsys.readouterr().out)["leftovers"]}
+    assert gone == {f"step-9000/{dead}": False, damaged: True}, "another host may still write the first"
+    assert not object_server.keys("commands/step-8000")
+    assert main(["verify", step]) == 0
+
+
 def test_what_is_no_step_of_ours_says_what_to_name(step: str, capsys: pytest.CaptureFixture[str]) -> None:
     run = step.rpartition("/")[0]
-    assert main(["inspect", run]) == 1
+    assert main(["verify", run]) == 1
     assert f"such as {step}" in capsys.readouterr().out.replace("\n", "")
     assert main(["inspect", f"{run}/nothing"]) == 2
     assert "there is nothing of that name" in capsys.readouterr().err

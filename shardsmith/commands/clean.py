@@ -19,16 +19,18 @@ def clean(run: tyro.conf.Positional[Path], delete: bool = False, set_aside: bool
     Example: shardsmith clean run --delete --set-aside
 
     Args:
-        run: The folder with the steps, or the one above it.
+        run: The folder with the steps, or the one above it; or a place in an object store.
         delete: Delete what is shown.
         set_aside: Also what a resume has set aside as damaged or superseded.
         json: Print JSON on one line.
     """
     from json import dumps
 
+    from shardsmith.ground.remote_path import as_path
     from shardsmith.ground.sizes import size_text
     from shardsmith.overview import find_leftovers, remove_leftovers
 
+    run = as_path(run)
     found = [one for one in find_leftovers(run) if set_aside or one.kind == "unfinished"]
     gone = remove_leftovers(run, found) if delete else []
     kept = [one for one in found if one not in gone]

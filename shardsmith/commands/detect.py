@@ -15,13 +15,15 @@ def detect(path: tyro.conf.Positional[Path], json: bool = False) -> int:
     Example: shardsmith detect out/checkpoint-500
 
     Args:
-        path: Any file or directory.
+        path: Any file or directory, or a place in an object store such as s3://bucket/run/step-500.
         json: Print JSON on one line.
     """
     from json import dumps
 
     from shardsmith.formats.by_path import UNKNOWN, detect_checkpoint_format
+    from shardsmith.ground.remote_path import as_path
 
+    path = as_path(path)
     found = detect_checkpoint_format(path)
     as_json = {"path": str(path), "format": found.name, "reason": found.reason}
     print(dumps(as_json) if json else f"{found.name}: {found.reason}")

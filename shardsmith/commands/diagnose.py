@@ -41,7 +41,7 @@ def diagnose(
 
     Args:
         checkpoint: DCP directory (ours, TorchTitan's, plain dcp.save), Hugging Face directory or safetensors file. Of a
-            run's folder, its newest complete step.
+            run's folder, its newest complete step. Also in an object store, as in s3://bucket/run/step-500.
         base_model: Local directory of the model that it should hold, or the name of one in the Hugging Face cache.
         naming: How tensors correspond.
         level: "structure": names, shapes, counts, from the indexes alone; part of every level. "values": every tensor,
@@ -70,10 +70,11 @@ def diagnose(
     from shardsmith.diagnose.html import html_of
     from shardsmith.diagnose.text import print_diagnosis
     from shardsmith.ground import console
+    from shardsmith.ground.remote_path import as_path
     from shardsmith.hf.hf_directory import protect
 
     import_modules(imports)
-    checkpoint = checkpoint_of(checkpoint, step)
+    checkpoint = checkpoint_of(as_path(checkpoint), step)
     questions = Questions(
         level=level,
         names=naming.name_map,

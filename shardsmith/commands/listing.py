@@ -108,7 +108,8 @@ def _sum(overview: RunOverview) -> str:
     counted = [f"{kinds[kind]} {kind}{'s' * (kinds[kind] > 1)}, {size_text(sizes[kind])}" for kind in sorted(kinds)]
     left = sum(one.nbytes for one in overview.leftovers)
     counted += [f"left over, {size_text(left)}"] if left else []
-    return f"{'; '.join(counted)}; {size_text(overview.free)} are free"
+    free = "" if overview.free is None else f"; {size_text(overview.free)} are free"
+    return "; ".join(counted) + free
 
 
 def print_tensors(checkpoint: Path, tensors: Sequence[ListedTensor], *, as_json: bool) -> None:

@@ -31,8 +31,8 @@ def watch(
     Example: shardsmith watch run/checkpoints --output-dir run/hf --base-model base
 
     Args:
-        checkpoints: The run's folder with its step directories.
-        output_dir: Directory of the exports. Made if missing; not inside CHECKPOINTS.
+        checkpoints: The run's folder with its step directories, or its place in an object store.
+        output_dir: Directory of the exports, also in an object store. Made if missing; not inside CHECKPOINTS.
         base_model: Local directory with config.json, tokenizer and so on.
             If it has weights, the written ones must have the same names and shapes.
         export: How to write the directories.
@@ -44,11 +44,13 @@ def watch(
         json: Print one line of JSON for each step.
     """
     from shardsmith.commands import report
+    from shardsmith.ground.remote_path import as_path
     from shardsmith.watch import Watcher, WatchOptions, stopped_by_signals
 
     what = WatchOptions(
         export=export.options(), models=export.models, ema_as=export.ema_as, every=every, keep_latest=keep_latest
     )
+    checkpoints, output_dir = as_path(checkpoints), as_path(output_dir)
     with stopped_by_signals() as stop:
         watcher = Watcher(checkpoints, output_dir, base_model, what)
         if not once and not quiet and not json:

@@ -183,9 +183,14 @@ def _detect(path: Path) -> tuple[DetectedFormat, FormatReader | None]:
 
 
 def _detect_remote(path: RemotePath) -> tuple[DetectedFormat, FormatReader | None]:
-    """Of what is in an object store only steps of ours are read."""
-    if (found := OURS_READER.detect(path)) is not None:
-        return found, OURS_READER
+    """Of what is in an object store our steps and exports are read, and other directories of safetensors files."""
+    for reader in (OURS_READER, HUGGINGFACE_READER):
+        if (found := reader.detect(path)) is not None:
+            return found, reader
+    if path.suffix == ".safetensors" and path.is_file():
+        found = FILE_READER.detect(path)
+        assert found is not None, "a file is always something"
+        return found, FILE_READER
     steps = committed_steps(path)
     if steps:
         newest = path / layout.step_name(steps[-1])
@@ -193,7 +198,7 @@ def _detect_remote(path: RemotePath) -> tuple[DetectedFormat, FormatReader | Non
         return DetectedFormat(UNKNOWN, reason), None
     if not path.exists():
         raise CheckpointNotFoundError(path, "there is nothing of that name")
-    reason = "in an object store only the steps that ShardedSave has put there are read; copy it to a disk"
+    reason = "in an object store only steps of ShardedSave and safetensors files are read; copy it to a disk"
     return DetectedFormat(UNKNOWN, reason), None
 
 

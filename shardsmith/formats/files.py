@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from shardsmith.errors import CheckpointError, CheckpointNotFoundError, UnsafeCheckpointError, UnsupportedFormatError
@@ -35,7 +36,9 @@ def has_safetensors(path: Path, stem: str) -> bool:
     if (path / f"{stem}.safetensors").is_file():
         return True
     is_alone = not any((path / f"{other}.safetensors").is_file() for other in STEMS.values())
-    return (path / layout.index_file_name(stem)).is_file() and (is_alone or any(path.glob(f"{stem}-*.safetensors")))
+    if not (path / layout.index_file_name(stem)).is_file():
+        return False
+    return is_alone or any(fnmatchcase(one.name, f"{stem}-*.safetensors") for one in path.iterdir())
 
 
 def detect_huggingface(path: Path) -> DetectedFormat | None:

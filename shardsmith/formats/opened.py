@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -46,7 +45,7 @@ class OpenedCheckpoint:
     def has_optimizer(self) -> bool:
         """Whether an optimizer's state lies beside the model, so that it was trained."""
         if self.dcp is None:
-            return self.path.is_dir() and any(name.startswith("optim") for name in os.listdir(self.path))
+            return self.path.is_dir() and any(one.name.startswith("optim") for one in self.path.iterdir())
         keys = (*self.dcp.index.tensors, *self.dcp.index.objects)
         return any(key.split(".", 1)[0] in ("optimizer", "optim") for key in keys)
 

@@ -14,7 +14,7 @@ import contextlib
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,10 +29,13 @@ from shardsmith.ground.remote_path import RemotePath
 log = logging.getLogger(__name__)
 
 _OWNER = re.compile(r"\.(?P<attempt>[0-9a-f]{16})\.owner")
-_ASIDE = re.compile(r"metadata\.(damaged|superseded)-(?P<attempt>[0-9a-f]{16})\.json")
+_ASIDE = re.compile(r"metadata\.(?P<kind>damaged|superseded)-(?P<attempt>[0-9a-f]{16})\.json")
 _PROBE = re.compile(r"\.probe-[0-9a-f]{16}")
 _ATTEMPT = re.compile(r"[0-9a-f]{16}")
 _alive: set[str] = set()
+
+RemainsKind = Literal["unfinished", "damaged", "superseded"]
+"""What was left of an attempt, or set aside by a resume."""
 
 
 class RemoteAttempt:
@@ -139,6 +142,8 @@ def remove(step: RemotePath) -> bool:
     Raises:
         StorageError: the manifest is there still, or files are left, which a sweep deletes later.
     """
+    if remove_set_aside(step):
+        return True
     manifest = step / layout.METADATA_FILE
     try:
         attempt = attempt_of(step)
@@ -185,16 +190,47 @@ def sweep(parent: RemotePath) -> list[RemotePath]:
     for step, found in _steps_in(parent, listed).items():
         for attempt in found.suspects():
             place = parent / step / attempt
-            owner = [found.owners[attempt]] if attempt in found.owners else []
             if not _is_dead(place, found):
                 continue
             if attempt_of_any(parent / step) == attempt:
-                _delete(owner, place)  # of one that died after its commit
+                _delete(found.owner_of(attempt), place)  # of one that died after its commit
             else:
                 log.info("removing %s, left by an attempt that did not finish", place)
-                _delete([*found.attempts.get(attempt, ()), *owner], place)
+                _delete([*found.attempts.get(attempt, ()), *found.owner_of(attempt)], place)
                 swept.append(place)
     return [*swept, *remote_export.sweep(parent, listed)]
+
+
+def find_remains(parent: RemotePath) -> Iterator[tuple[RemotePath, RemainsKind, int]]:
+    """Yield what lies below a run's directory and is no committed step: where, of which kind, its size in bytes.
+
+    What an attempt has put that is still under way is ``unfinished``, too. Raises StorageError.
+    """
+    listed = parent.store.objects(parent.key)
+    for step, found in _steps_in(parent, listed).items():
+        for attempt in found.suspects():
+            if attempt_of_any(parent / step) != attempt:
+                objects = [*found.attempts.get(attempt, ()), *found.owner_of(attempt)]
+                yield parent / step / attempt, "unfinished", sum(one.size for one in objects)
+        for attempt, (name, kind) in sorted(found.aside.items()):
+            yield parent / step / name, kind, sum(one.size for one in found.attempts.get(attempt, ()))
+    for place, objects in remote_export.find_unfinished(parent, listed):
+        yield place, "unfinished", sum(one.size for one in objects)
+
+
+def remove_set_aside(manifest: RemotePath) -> bool:
+    """Delete the files of a step that was set aside, then its renamed manifest. False if it is none.
+
+    Raises:
+        StorageError: something is left, with the manifest.
+    """
+    match = _ASIDE.fullmatch(manifest.name)
+    if match is None:
+        return False
+    files = manifest.store.objects((manifest.parent / match["attempt"]).key)
+    manifest.store.delete([one.key for one in files])
+    manifest.store.delete([manifest.key])
+    return True
 
 
 def check_writable(directory: RemotePath) -> None:
@@ -234,7 +270,7 @@ class _Found:
 
     attempts: dict[str, list[StoredObject]] = field(default_factory=lambda: defaultdict(list))
     owners: dict[str, StoredObject] = field(default_factory=dict)
-    aside: set[str] = field(default_factory=set)
+    aside: dict[str, tuple[str, RemainsKind]] = field(default_factory=dict)
     has_manifest: bool = False
 
     def add(self, names: list[str], one: StoredObject) -> None:
@@ -243,12 +279,16 @@ class _Found:
         elif owner := _OWNER.fullmatch(names[0]):
             self.owners[owner["attempt"]] = one
         elif aside := _ASIDE.fullmatch(names[0]):
-            self.aside.add(aside["attempt"])
+            self.aside[aside["attempt"]] = names[0], "damaged" if aside["kind"] == "damaged" else "superseded"
         self.has_manifest |= names == [layout.METADATA_FILE]
+
+    def owner_of(self, attempt: str) -> list[StoredObject]:
+        """Return what says which process makes an attempt, if that is there."""
+        return [self.owners[attempt]] if attempt in self.owners else []
 
     def suspects(self) -> list[str]:
         """The attempts of which one listing cannot tell that they are committed, or were."""
-        all_of_them = {*self.attempts, *self.owners} - self.aside
+        all_of_them = {*self.attempts, *self.owners} - {*self.aside}
         if self.has_manifest and len(all_of_them) == 1 and not self.owners:
             return []
         return sorted(all_of_them)

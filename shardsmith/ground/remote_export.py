@@ -20,7 +20,7 @@ import logging
 import re
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Self
@@ -196,15 +196,9 @@ def sweep(parent: RemotePath, listed: Iterable[StoredObject]) -> list[RemotePath
         parent: The place.
         listed: All objects below it.
     """
-    directories: dict[str, dict[str, StoredObject]] = defaultdict(dict)
-    prefix = f"{parent.key}/" if parent.key else ""
-    for one in listed:
-        name, _, rest = one.key.removeprefix(prefix).partition("/")
-        if rest and _DIRECTORY.fullmatch(name):
-            directories[name][rest] = one
     swept = []
-    for name, objects in directories.items():
-        claims = [found for one in objects if (found := _CLAIM.fullmatch(one))]
+    for name, objects in _directories_in(parent, listed).items():
+        claims = _claims_in(objects)
         if not claims or not all(_is_dead(parent / name, claim["attempt"], objects) for claim in claims):
             continue
         if not (parent / name / layout.PROVENANCE_FILE).is_file():
@@ -213,6 +207,30 @@ def sweep(parent: RemotePath, listed: Iterable[StoredObject]) -> list[RemotePath
             parent.store.delete([one.key for rest, one in objects.items() if not _CLAIM.fullmatch(rest)])
         parent.store.delete([objects[claim[0]].key for claim in claims])
     return swept
+
+
+def find_unfinished(
+    parent: RemotePath, listed: Iterable[StoredObject]
+) -> Iterator[tuple[RemotePath, list[StoredObject]]]:
+    """Yield directories that are claimed and not there yet, and what was put into them. As ``sweep``."""
+    for name, objects in _directories_in(parent, listed).items():
+        if _claims_in(objects) and layout.PROVENANCE_FILE not in objects:
+            yield parent / name, [*objects.values()]
+
+
+def _directories_in(parent: RemotePath, listed: Iterable[StoredObject]) -> dict[str, dict[str, StoredObject]]:
+    """By name of an export, and of what lies in it."""
+    directories: dict[str, dict[str, StoredObject]] = defaultdict(dict)
+    prefix = f"{parent.key}/" if parent.key else ""
+    for one in listed:
+        name, _, rest = one.key.removeprefix(prefix).partition("/")
+        if rest and _DIRECTORY.fullmatch(name):
+            directories[name][rest] = one
+    return directories
+
+
+def _claims_in(objects: Iterable[str]) -> list[re.Match[str]]:
+    return [found for one in objects if (found := _CLAIM.fullmatch(one))]
 
 
 def _claim_target(target: RemotePath, attempt: str) -> None:

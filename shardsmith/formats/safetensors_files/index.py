@@ -17,6 +17,7 @@ from shardsmith.errors import CorruptCheckpointError, IncompleteCheckpointError,
 from shardsmith.formats.safetensors_files.header import quote, unique_object
 from shardsmith.ground.json_budget import require_json_budget
 from shardsmith.ground.mapped import MappedFile
+from shardsmith.ground.remote_path import RemotePath
 
 _MAX_INDEX_BYTES = 100_000_000
 _PLAIN_STEM = re.compile(r"[^/\\:\0\ud800-\udfff]+")
@@ -45,10 +46,15 @@ def read_weight_map(index: Path, suffix: str) -> dict[str, str]:
 def resolve_shards(directory: Path, weight_map: Mapping[str, str]) -> dict[str, Path]:
     """Name -> real path of the files that an index names. Raises IncompleteCheckpointError, naming all missing ones."""
     shards = sorted(set(weight_map.values()))
-    if missing := [name for name in shards if not os.path.lexists(directory / name)]:
+    if missing := [name for name in shards if not is_there(directory / name)]:
         lines = "\n  ".join([f"{len(missing)} of {len(shards)} weight files are missing", *map(quote, missing)])
         raise IncompleteCheckpointError(directory, lines)
     return {name: resolve(directory, name) for name in shards}
+
+
+def is_there(path: Path) -> bool:
+    """Return whether there is anything of that name, a dangling link included."""
+    return path.is_file() if isinstance(path, RemotePath) else os.path.lexists(path)
 
 
 def resolve(directory: Path, name: str) -> Path:
@@ -56,6 +62,8 @@ def resolve(directory: Path, name: str) -> Path:
 
     That is within the directory, or to the blobs of the Hugging Face cache that it lies in.
     """
+    if isinstance(directory, RemotePath):  # where there are no links
+        return directory / name
     root = Path(os.path.realpath(directory))
     found = Path(os.path.realpath(root / name))
     if not found.is_relative_to(root) and found.parent != _cache_blobs(root):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,7 +10,13 @@ from torch import Tensor
 
 from shardsmith.errors import CheckpointNotFoundError, CorruptCheckpointError, UsageError
 from shardsmith.formats.safetensors_files.header import Header, quote, read_header
-from shardsmith.formats.safetensors_files.index import check_weight_map, read_weight_map, resolve, resolve_shards
+from shardsmith.formats.safetensors_files.index import (
+    check_weight_map,
+    is_there,
+    read_weight_map,
+    resolve,
+    resolve_shards,
+)
 from shardsmith.ground.file_tensor import FileTensor
 from shardsmith.ground.layout import MAIN_WEIGHTS, index_file_name
 from shardsmith.ground.mapped import MappedFile
@@ -120,12 +125,12 @@ def open_safetensors_directory(directory: str | Path, stem: str | None = None) -
         UnsafeCheckpointError: the index or a link points out of the directory.
         UsageError: ``stem`` is needed to choose.
     """
-    directory = Path(directory)
+    directory = as_path(directory)
     stem = stem or _find_stem(directory)
     single, index = f"{stem}.safetensors", index_file_name(stem)
-    if os.path.lexists(directory / single):
+    if is_there(directory / single):
         return SafetensorsSource(directory, {single: resolve(directory, single)})
-    if not os.path.lexists(directory / index):
+    if not is_there(directory / index):
         raise CheckpointNotFoundError(directory, f"has neither {single} nor {index}")
     weight_map = read_weight_map(directory / index, ".safetensors")
     source = SafetensorsSource(directory, resolve_shards(directory, weight_map))
@@ -136,7 +141,7 @@ def open_safetensors_directory(directory: str | Path, stem: str | None = None) -
 def _find_stem(directory: Path) -> str:
     if not directory.is_dir():
         raise CheckpointNotFoundError(directory, "no such directory")
-    stems = sorted({match["stem"] for name in os.listdir(directory) if (match := _WEIGHTS_NAME.fullmatch(name))})
+    stems = sorted({match["stem"] for one in directory.iterdir() if (match := _WEIGHTS_NAME.fullmatch(one.name))})
     if MAIN_WEIGHTS in stems or not stems:
         return MAIN_WEIGHTS
     if len(stems) > 1:
