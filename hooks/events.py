@@ -29,9 +29,10 @@ log = logging.getLogger(__name__)
 class Event:
     """Something that has ended, well or not. Rank 0 makes it, for all ranks."""
 
-    kind: Literal["resume", "verify", "save", "export", "remove", "low_disk"]
-    """``verify``: ``InitialLoad`` has loaded and verified the weights, or the buffers of a resumed run. ``remove``:
-    retention has deleted a checkpoint or an export. ``low_disk``: less is free than ``keep=low_disk(...)`` says."""
+    kind: Literal["resume", "verify", "save", "export", "push", "remove", "low_disk"]
+    """``verify``: ``InitialLoad`` has loaded and verified the weights, or the buffers of a resumed run. ``push``: an
+    export was sent to the Hugging Face Hub, or is there already. ``remove``: retention has deleted a checkpoint or an
+    export. ``low_disk``: less is free than ``keep=low_disk(...)`` says."""
     step: int
     """The step that was saved, exported, resumed at or removed; not the one at which it was over."""
     path: str
@@ -81,7 +82,7 @@ Listener = Callable[[Event], object]
 
 
 def event_of(
-    kind: Literal["resume", "verify", "save", "export"],
+    kind: Literal["resume", "verify", "save", "export", "push"],
     step: int,
     path: Path,
     watch: Stopwatch,

@@ -120,7 +120,7 @@ class HFExport(Hook):
         write_mode = "files" if isinstance(self.directory, RemotePath) else writing.write_mode
         if push.on_push_error == "raise" and writing.on_error == "warn":
             raise UsageError('HFExport(on_push_error="raise") needs on_error="raise", too')
-        self._pushes, self._push = Pushes(push, self.directory), push
+        self._pushes, self._push = Pushes(push, self.directory, lambda event: self.emit(event)), push
         self.when = when
         self.keep = keep
         self._writing = writing

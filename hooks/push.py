@@ -12,9 +12,11 @@ from shardsmith.errors import UsageError
 from shardsmith.export.hub import branch_of, check_client, check_repository, push_export, without_progress_bars
 from shardsmith.ground.commit import place_file, withdraw_file
 from shardsmith.ground.layout import PROVENANCE_FILE, push_mark, pushed_step, step_name
+from shardsmith.ground.logs import Stopwatch
 from shardsmith.ground.remote_path import RemotePath
 
 from .background import logged
+from .events import Event, event_of
 
 if TYPE_CHECKING:
     from .options import ExportPush
@@ -30,18 +32,20 @@ class Pushes:
     Until an export is on the Hub, an empty file beside it says so, by which a later run of the training goes on.
     """
 
-    def __init__(self, options: ExportPush, directory: Path) -> None:
+    def __init__(self, options: ExportPush, directory: Path, emit: Callable[[Event], None]) -> None:
         """Begin with none.
 
         Args:
             options: Where exports go.
             directory: Where the exports are.
+            emit: Called from the thread with the event of each push.
 
         Raises:
             UsageError: the repository or the branch cannot be called so, or the exports are not on a disk.
         """
         self._options = options
         self._directory = directory
+        self._emit = emit
         self._pool: ThreadPoolExecutor | None = None
         self._running: dict[int, Future[None]] = {}
         if options.push_to_hub is None:
@@ -115,9 +119,14 @@ class Pushes:
     def _push(self, step: int, directories: Sequence[Path], failed: Failed) -> None:
         for directory in directories:
             revision = self._options.revision + directory.name.removeprefix(step_name(step))
+            watch = Stopwatch()
+            watch.released()
             try:
                 self._push_one(directory, revision)
+                with logged(f"measuring {directory}"):
+                    self._emit(event_of("push", step, directory, watch, 1))
             except Exception as error:
+                self._emit(event_of("push", step, directory, watch, 1, error))
                 log.error(
                     "%s was not pushed: %s\nThe export is complete. The next run of this training tries again; "
                     "by hand: shardsmith push %s %s --revision %s",

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -55,6 +55,8 @@ class StepSummary:
     """Ranks that wrote it, where that is recorded."""
     seconds_waited: float | None
     """How long the training waited for it, where the run's ``events.jsonl`` says so."""
+    pushed: bool | None
+    """Of an export: True if ``events.jsonl`` says that it is on the Hub, False while it is to be; None: not known."""
     is_recorded: bool
     """Whether sizes and hashes of its files are recorded, so that damage can be found."""
     problems: tuple[str, ...]
@@ -137,8 +139,8 @@ def inspect_run(path: AnyPath, *, verify: bool = False) -> RunOverview:
         CheckpointNotFoundError: there are no steps.
     """
     run = as_path(path)
-    waited = _waits(run)
-    steps = [_summary(run, step, folder, waited, verify=verify) for step, folder in _steps_of(run)]
+    events = read_events(run)
+    steps = [_summary(run, step, folder, events, verify=verify) for step, folder in _steps_of(run)]
     if not steps:
         raise CheckpointNotFoundError(run, "has no steps, such as step-500 or checkpoint-500, in it or one level below")
     free = None if isinstance(run, RemotePath) else shutil.disk_usage(run).free
@@ -166,7 +168,7 @@ def newest_step(path: AsAnyPath, step: int | None = None) -> Path:
     refused: dict[int, str] = {}
     for number, folder in _steps_of(path):
         if step in (None, number):
-            summary = _summary(path, number, folder, {}, verify=False)
+            summary = _summary(path, number, folder, (), verify=False)
             if not summary.models or summary.problems:
                 refused[number] = (*summary.problems, f"{summary.format}, which has no weights that can be read")[0]
             else:
@@ -218,7 +220,7 @@ def _parent_of(unfinished: Path) -> Path:
     return unfinished.parents[1 if is_within else 0]
 
 
-def _summary(run: Path, step: int, folder: Path, waited: Mapping[str, float], *, verify: bool) -> StepSummary:
+def _summary(run: Path, step: int, folder: Path, events: Sequence[Mapping[str, Any]], *, verify: bool) -> StepSummary:
     found = detect_checkpoint_format(folder)
     is_checkpoint = (folder / layout.METADATA_FILE).is_file()  # which may be a Hugging Face directory, too
     is_export = not is_checkpoint and (
@@ -248,7 +250,8 @@ def _summary(run: Path, step: int, folder: Path, waited: Mapping[str, float], *,
         nbytes=_bytes_in(folder),
         saved_at=_time_of(folder),
         world_size=metadata.world_size if metadata else None,
-        seconds_waited=waited.get(folder.name + ("/" if is_export else "")),
+        seconds_waited=_waited(events, folder.name, "export" if is_export else "save"),
+        pushed=_pushed(events, folder) if is_export else None,
         is_recorded=metadata is not None or (folder / layout.PROVENANCE_FILE).is_file(),
         problems=tuple(problems),
     )
@@ -279,13 +282,17 @@ def read_events(run: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _waits(run: Path) -> dict[str, float]:
-    """Seconds that the training waited for each step, by name of its directory; exports have a slash behind it."""
-    return {
-        Path(event["path"]).name + "/" * (event["kind"] == "export"): event["seconds_waited"]
-        for event in read_events(run)
-        if event["kind"] in ("save", "export") and event["error"] is None
-    }
+def _waited(events: Sequence[Mapping[str, Any]], name: str, kind: str) -> float | None:
+    """Seconds that the training waited for a step; the last of several saves counts."""
+    found = [one for one in events if one["kind"] == kind and one["error"] is None and Path(one["path"]).name == name]
+    return found[-1]["seconds_waited"] if found else None
+
+
+def _pushed(events: Sequence[Mapping[str, Any]], export: Path) -> bool | None:
+    if not isinstance(export, RemotePath) and layout.push_mark(export).exists():
+        return False
+    told = (one for one in events if one["kind"] == "push" and one["error"] is None)
+    return True if any(Path(one["path"]).name == export.name for one in told) else None
 
 
 def _steps_of(run: Path) -> Iterator[tuple[int, Path]]:

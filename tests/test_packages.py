@@ -60,6 +60,7 @@ OPTIONAL |= {"huggingface_hub", "tokenizers", "tensorboard"}  # which come with 
 def test_what_is_required_is_imported_and_what_is_imported_is_required() -> None:
     lines = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     required = {re.match(r"[A-Za-z0-9_-]+", line)[0] for line in lines}  # type: ignore[index]
+    required = {{"markdown-it-py": "markdown_it"}.get(name, name) for name in required}
     imported = {
         module.split(".")[0] for folder in MAY_IMPORT for path in files_of(folder) for module in imports_of(path)
     }

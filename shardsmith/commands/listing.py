@@ -81,8 +81,10 @@ def _row(found: Sequence[StepSummary], *, verified: bool) -> list[str | Text]:
 
 
 def _described(found: Sequence[StepSummary]) -> list[str]:
+    notes = {True: " (pushed)", False: " (not pushed yet)", None: ""}
     return [
-        f"{printable(one.path)} ({one.format})" if one.kind == "checkpoint" else printable(one.path) for one in found
+        f"{printable(one.path)} ({one.format})" if one.kind == "checkpoint" else printable(one.path) + notes[one.pushed]
+        for one in found
     ]
 
 

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping
 
 from shardsmith.compare.findings import Diagnosis, Finding, Looked
 from shardsmith.diagnose.text import TITLES, rows_of
-from shardsmith.reports.page import code_link, make_page, safe, section
+from shardsmith.reports.explanations import code_link, explanations
+from shardsmith.reports.page import make_page, safe, section
 from shardsmith.reports.tensor_map import Cell, by_difference, legend, tensor_map
 from shardsmith.reports.tensor_table import sortable_table
 from shardsmith.reports.verification import DIFFERENCE_LEGEND
@@ -35,6 +36,7 @@ def html_of(diagnosis: Diagnosis) -> str:
         ),
         *(part for level in diagnosis.levels for part in _level(level)),
         *section("What looks wrong and is not", [_finding(note, diagnosis) for note in diagnosis.notes]),
+        *explanations(finding.code for finding in (*faults, *diagnosis.notes)),
     ]
     return make_page(diagnosis.checkpoint, parts, command)
 

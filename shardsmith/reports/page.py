@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import shlex
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -14,14 +13,15 @@ _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --good: #2e7d32; --error: #c62828; --warning: #b26a00;
   --note: light-dark(#1565c0, #64b5f6); --quiet: #8888 }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 1.5rem auto; padding: 0 1rem }
-h1 { font-size: 1.3rem; overflow-wrap: anywhere } h2 { font-size: 1.1rem; margin-top: 2rem }
+h1 { font-size: 1.3rem; overflow-wrap: anywhere } h2 { font-size: 1.1rem; margin-top: 2rem } h3 { font-size: 1rem }
 code { font: 13px/1.4 ui-monospace, monospace; overflow-wrap: anywhere }
 table { border-collapse: collapse } td, th { padding: .2rem .8rem .2rem 0; text-align: left; vertical-align: top }
 .verdict { padding: .8rem 1rem; border-left: .4rem solid var(--good) } .verdict.bad { border-color: var(--error) }
 .finding { border: 1px solid var(--line); border-left: .4rem solid var(--note); padding: .4rem 1rem; margin: .8rem 0 }
 .finding.error { border-left-color: var(--error) } .finding.warning { border-left-color: var(--warning) }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
-.bad-text { color: var(--error) }
+.bad-text { color: var(--error) } .explanation:target { outline: 2px solid var(--note); outline-offset: .4rem }
+.explanation pre { overflow-x: auto; background: #8882; padding: .4rem }
 .wide { overflow-x: auto } .listing { max-height: 32rem; overflow: auto; border: 1px solid var(--line) }
 .listing th { position: sticky; top: 0; background: Canvas; cursor: pointer; padding-left: .5rem }
 .listing td { padding-left: .5rem; border-top: 1px solid var(--line) } tr:target { outline: 2px solid var(--note) }
@@ -91,30 +91,9 @@ def facts_table(rows: Iterable[tuple[str, str]]) -> str:
     return f"<table>{''.join(cells)}</table>"
 
 
-def code_link(code: str, urls: Sequence[str] | None = None) -> str:
-    """Return the code of a finding, linked to the documentation if the installed package says where that is.
-
-    Args:
-        code: A heading of docs/troubleshooting.md.
-        urls: As in the package's metadata, ``"Documentation, https://..."``; None looks there.
-    """
-    found = _project_urls() if urls is None else urls
-    sites = [url.partition(",")[2].strip() for url in found if url.partition(",")[0].strip() == "Documentation"]
-    if not sites:
-        return f'<b title="docs/troubleshooting.md#{safe(code)}">{safe(code)}</b>'
-    return f'<b><a href="{safe(sites[0].rstrip("/"))}/troubleshooting/#{safe(code)}">{safe(code)}</a></b>'
-
-
 def safe(value: str) -> str:
     """Return a text safe in HTML, and as UTF-8, which cannot hold the lone surrogates that a name may have."""
     return escape("\n".join(printable(line) for line in value.split("\n")))
-
-
-def _project_urls() -> list[str]:
-    try:
-        return importlib.metadata.metadata("shardsmith").get_all("Project-URL") or []
-    except importlib.metadata.PackageNotFoundError:  # a clone that was not installed
-        return []
 
 
 def _version() -> str:

@@ -15,6 +15,7 @@ import pytest
 
 from shardsmith import UsageError
 from shardsmith.export.hub import branch_of, check_repository
+from shardsmith.overview import inspect_run, read_events
 from tests.hub_server import TOKEN, Hub, running_hub
 from tests.trained_runs import Trained
 
@@ -23,14 +24,14 @@ Runs = dict[tuple[str, int], Trained]
 TRAINING = """
 import sys
 from tests.hooks.live_models import CASES, build, change
-from shardsmith.hooks import EMA, HFExport, Hooks, every, latest
+from shardsmith.hooks import EMA, HFExport, Hooks, every, json_lines, latest
 
 case = next(case for case in CASES if case.kind == "llama")
 model = build(case)
 ema = EMA(model, decay=0.5)
 export = HFExport(sys.argv[1], model=model, ema=ema, when=every(1), dtype="float32", keep=latest(1),
                   ema_as="directory", push_to_hub="org/run", on_push_error=sys.argv[2])
-hooks = Hooks(ema, export)
+hooks = Hooks(ema, export, on_event=json_lines(sys.argv[1] + "/../events.jsonl"))
 change(model, hooks)
 hooks.close()
 print("trained")
@@ -149,10 +150,15 @@ def train(hub: Hub, home: Path, directory: Path, on_error: str) -> subprocess.Co
 def test_a_run_pushes_each_export_before_retention_removes_it(hub: Hub, tmp_path: Path) -> None:
     done = train(hub, tmp_path, tmp_path / "hf", "raise")
     assert done.stdout.strip() == "trained", done.stderr
-    on_hub, exported = branches(hub), {path.name: files_of(path) for path in (tmp_path / "hf").iterdir()}
+    on_hub, exported = branches(hub), {path.name: files_of(path) for path in sorted((tmp_path / "hf").glob("step-*"))}
     assert exported.keys() == {"step-2", "step-2-ema"}, "keep=latest(1) holds once all is pushed"
     assert on_hub.keys() == {"main", "step-1", "step-1-ema", "step-2", "step-2-ema"}
     assert {name: on_hub[name] for name in exported} == exported
+    told = [event for event in read_events(tmp_path) if event["kind"] == "push"]
+    assert [Path(event["path"]).name for event in told] == ["step-1", "step-1-ema", "step-2", "step-2-ema"]
+    assert [event["nbytes"] for event in told[2:]] == [sum(map(len, files.values())) for files in exported.values()]
+    assert all(event["error"] is None and event["seconds"] > event["seconds_waited"] for event in told)
+    assert {one.path: one.pushed for one in inspect_run(tmp_path).steps} == {"hf/step-2": True, "hf/step-2-ema": True}
     assert "| step | 1 |" in on_hub["step-1"]["README.md"].decode()
     assert "average of the weights (EMA), decay 0.5" in on_hub["step-1-ema"]["README.md"].decode()
 
@@ -163,6 +169,10 @@ def test_a_run_goes_on_without_the_hub_and_the_next_one_pushes(hub: Hub, tmp_pat
     assert done.stdout.strip() == "trained", done.stderr
     assert f"shardsmith push {tmp_path}/hf/step-2 org/run --revision step-{{step}}" in done.stderr
     assert "status 401 (no valid token: run hf auth login, or set HF_TOKEN)" in done.stderr
+    assert {one.pushed for one in inspect_run(tmp_path).steps} == {False}
+    told = [event["error"] for event in read_events(tmp_path) if event["kind"] == "push"]
+    assert all("no valid token" in error for error in told)
+    assert len(told) == 4
     done = run_python(hub, tmp_path, "-c", RESUMED, str(tmp_path / "hf"), "raise")
     assert done.returncode == 1
     assert "making the repository failed: status 401" in done.stderr
@@ -170,7 +180,7 @@ def test_a_run_goes_on_without_the_hub_and_the_next_one_pushes(hub: Hub, tmp_pat
     exported = {path.name: files_of(path) for path in (tmp_path / "hf").iterdir() if path.is_dir()}
     assert run_python(hub, tmp_path, "-c", RESUMED, str(tmp_path / "hf"), "raise").returncode == 0
     assert {name: files for name, files in branches(hub).items() if name != "main"} == exported
-    assert {path.name for path in (tmp_path / "hf").iterdir()} == exported.keys(), "nothing is left to be pushed"
+    assert {path.name for path in (tmp_path / "hf").iterdir()} == {*exported, "retention.json"}, "all is pushed"
 
 
 def test_names_that_cannot_be(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from shardsmith.cli import main
+from shardsmith.compare.codes import CODES
 from shardsmith.compare.values import compare_sources
 from shardsmith.formats.safetensors_files.source import SafetensorsSource
-from shardsmith.reports.page import code_link
+from shardsmith.reports.explanations import explanations
 from tests.trained_runs import build
 
 CHANGED = "model.layers.1.mlp.up_proj.weight"
@@ -147,9 +149,31 @@ def test_a_page_never_takes_the_place_of_what_it_is_about(pair: tuple[Path, Path
 
 
 def test_codes_are_links_where_the_package_says_where_its_documentation_is() -> None:
-    assert "href" not in code_link("not-finite", [])
-    linked = code_link("not-finite", ["Source, https://a.example", "Documentation, https://d.example/docs/"])
-    assert 'href="https://d.example/docs/troubleshooting/#not-finite"' in linked
+    assert "href" not in "".join(explanations(["not-finite"], []))
+    linked = explanations(["not-finite"], ["Source, https://a.example", "Documentation, https://d.example/docs/"])
+    assert 'href="https://d.example/docs/troubleshooting/#not-finite"' in "".join(linked)
+
+
+def test_each_code_leads_to_its_explanation_in_the_page(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    base, other = pair
+    arguments = ["--checkpoint", str(other), "--base-model", str(base), "--level", "values"]
+    main(["diagnose", *arguments, "--html", str(tmp_path / "page.html")])
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    codes = set(re.findall(r'href="#code-([^"]+)"', page))
+    assert codes
+    assert codes == set(re.findall(r'id="code-([^"]+)"', page))
+    documented = (Path(__file__).parents[2] / "docs" / "troubleshooting.md").read_text()
+    for code in codes:
+        first = documented.split(f"### `{code}`\n\n")[1].split("\n")[0]
+        assert re.sub(r"[`*\[\]]", "", first)[:20] in Page(tmp_path / "page.html").words
+
+
+def test_every_code_has_an_explanation() -> None:
+    for code in CODES:
+        (_, explained) = explanations([code], [])
+        assert "<p>" in explained, code
+        assert "<p>The same" not in explained, f"{code}: it is read alone"
+        assert "](" not in explained, code
 
 
 @pytest.mark.parametrize("change", [1.0, 1.0 + 2**-20, 1.5, 0.0])
