@@ -81,7 +81,7 @@ class Answers:
         were_training = [module for module in self._model.modules() if module.training]
         self._model.eval()
         try:
-            with torch.no_grad(), torch.random.fork_rng(**drawn_from):
+            with torch.no_grad(), torch.random.fork_rng(**drawn_from), _buffers_kept(self._model):
                 answer = first_tensor(self._call(**inputs))
         finally:
             for module in were_training:
@@ -101,6 +101,23 @@ def _compare(
 ) -> str:
     compare_answers(directory, inputs, expected, written_in | computed_in)
     return asked
+
+
+@contextlib.contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    """After it the buffers are as before: routers count the tokens of their experts in any forward."""
+    buffers = [(module._buffers, name, buffer) for module in model.modules() for name, buffer in _own_buffers(module)]
+    values = [buffer.detach().clone() for _, _, buffer in buffers]
+    try:
+        yield
+    finally:
+        for (place, name, buffer), value in zip(buffers, values, strict=True):
+            buffer.copy_(value)
+            place[name] = buffer  # a forward may have put another tensor there
+
+
+def _own_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [(name, buffer) for name, buffer in module._buffers.items() if buffer is not None]
 
 
 @contextlib.contextmanager

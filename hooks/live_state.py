@@ -133,8 +133,20 @@ class LiveState:
         Raises:
             RankFailedError: on all ranks, if two of them have tensors of one name that are not alike.
         """
-        self._stages = Stages.of(ranks, self._model, self._ema)
+        with self.staging():
+            self._stages = Stages.of(ranks, self._own_stage)
         return self._stages
+
+    def _own_stage(self) -> Stages:
+        main = {name: value for name, value in model_state_dict(self._model).items() if isinstance(value, Tensor)}
+        own, _, aliases = self._named(MAIN, main, None, self._aliases())
+        averaged: frozenset[str] = frozenset()
+        if self._ema is not None:
+            averaged = frozenset(own) - self._named(AVERAGE, main, self._ema.model_state_dict(), self._aliases())[1]
+        return Stages({n: TensorSpec(n, tuple(t.shape), t.dtype) for n, t in own.items()}, dict(aliases), averaged)
+
+    def _aliases(self) -> dict[str, str]:
+        return self._view.ties() if isinstance(self._view, HeldView | HeldAdapter) else tied_weights(self._model)
 
     @contextlib.contextmanager
     def staging(self) -> Iterator[None]:
@@ -156,7 +168,7 @@ class LiveState:
         if known is not None and (models := known.models(self._model, average)) is not None:
             return models
         refuse_without_values(self._model)
-        aliases = self._view.ties() if isinstance(self._view, HeldView | HeldAdapter) else tied_weights(self._model)
+        aliases = self._aliases()
         main = {name: value for name, value in model_state_dict(self._model).items() if isinstance(value, Tensor)}
         own = own_tensors(self._model, main) if self._view is None else None
         models = [
@@ -323,19 +335,7 @@ class LiveState:
         aliases: Mapping[str, str],
     ) -> LiveModel:
         """``average``: None for the main weights."""
-        chosen = average or {}
-        unsaved = self._unsaved - self._template.specs.keys()
-        written = {fqn: tensor for fqn, tensor in main.items() if fqn not in aliases and fqn not in unsaved}
-        tensors = {fqn: chosen.get(fqn, tensor) for fqn, tensor in written.items()}
-        filled = frozenset(tensors.keys() - chosen.keys()) if average is not None else frozenset()
-        if self._view is not None:
-            names, values = self._view.names(main), self._view.values(name)
-            filled = frozenset(names[fqn] for fqn in filled - values.keys() if fqn in names)
-            tensors = {names[fqn]: values.get(fqn, tensor) for fqn, tensor in tensors.items() if fqn in names}
-            copies = self._view.copies()
-            tensors |= {copy: tensors[name] for copy, name in copies.items()}
-            filled |= {copy for copy, name in copies.items() if name in filled}
-            aliases = {names[alias]: names[kept] for alias, kept in aliases.items() if alias in names}
+        tensors, filled, aliases = self._named(name, main, average, aliases)
         specs = {fqn: TensorSpec(fqn, tuple(tensor.shape), tensor.dtype) for fqn, tensor in tensors.items()}
         if self._stages is not None:
             specs, filled, aliases = self._stages.whole(is_average=average is not None)
@@ -345,6 +345,25 @@ class LiveState:
             filled = translation.names_of(filled)
             specs = translation.translate(specs)
         return LiveModel(self._plan_model(name, stem, specs, aliases, filled), tensors, translation)
+
+    def _named(
+        self, name: str, main: Mapping[str, Tensor], average: Mapping[str, Tensor] | None, aliases: Mapping[str, str]
+    ) -> tuple[dict[str, Tensor], frozenset[str], Mapping[str, str]]:
+        """The tensors that are written, as the view names them, those that the average lacks, and the ties."""
+        chosen = average or {}
+        unsaved = self._unsaved - self._template.specs.keys()
+        written = {fqn: tensor for fqn, tensor in main.items() if fqn not in aliases and fqn not in unsaved}
+        tensors = {fqn: chosen.get(fqn, tensor) for fqn, tensor in written.items()}
+        filled = frozenset(tensors.keys() - chosen.keys()) if average is not None else frozenset()
+        if self._view is None:
+            return tensors, filled, aliases
+        names, values = self._view.names(main), self._view.values(name)
+        filled = frozenset(names[fqn] for fqn in filled - values.keys() if fqn in names)
+        tensors = {names[fqn]: values.get(fqn, tensor) for fqn, tensor in tensors.items() if fqn in names}
+        copies = self._view.copies()
+        tensors |= {copy: tensors[name] for copy, name in copies.items() if name in tensors}
+        filled |= {copy for copy, name in copies.items() if name in filled}
+        return tensors, filled, {names[alias]: names[kept] for alias, kept in aliases.items() if alias in names}
 
     def _plan_model(
         self, name: str, stem: str, specs: Mapping[str, TensorSpec], aliases: Mapping[str, str], filled: frozenset[str]

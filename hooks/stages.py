@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from shardsmith.errors import RanksDisagreeError
 from shardsmith.ground.ranks import Ranks
 from shardsmith.load.live_weights import model_state_dict
 from shardsmith.tensors.dtypes import dtype_name
-from shardsmith.tensors.fqn import tied_weights
 from shardsmith.tensors.tensors import TensorSpec
-
-from .ema import EMA
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,21 +21,23 @@ class Stages:
     """The tensors of all stages. What a rank holds of them it says itself, box by box, as with any other sharding."""
 
     specs: dict[str, TensorSpec]
-    """By FQN, with global shapes; of tied ones the kept name only."""
+    """By FQN, or the name that a view gives it, with global shapes; of tied ones the kept name only."""
     aliases: dict[str, str]
     averaged: frozenset[str]
     """Those of which there is an average."""
 
     @classmethod
-    def of(cls, ranks: Ranks, model: nn.Module, ema: EMA | None) -> Self:
+    def of(cls, ranks: Ranks, own: Callable[[], Self]) -> Self:
         """Put together what the ranks have. All ranks; communicates.
+
+        Args:
+            ranks: The ranks.
+            own: Return what this rank has.
 
         Raises:
             RankFailedError: on all ranks, if tensors of one name are not alike on all that have them.
         """
-        found = ranks.agree(
-            "putting the stages of the model together", lambda: _describe(model, ema), _unite, large=True
-        )
+        found = ranks.agree("putting the stages of the model together", lambda: own()._plain(), _unite, large=True)
         return cls(
             specs={
                 n: TensorSpec(n, tuple(shape), getattr(torch, dtype)) for n, (shape, dtype) in found["specs"].items()
@@ -46,6 +45,11 @@ class Stages:
             aliases=found["aliases"],
             averaged=frozenset(found["averaged"]),
         )
+
+    def _plain(self) -> dict[str, Any]:
+        """As JSON."""
+        specs = {name: [list(spec.shape), dtype_name(spec.dtype)] for name, spec in self.specs.items()}
+        return {"specs": specs, "aliases": self.aliases, "averaged": sorted(self.averaged)}
 
     def whole(self, *, is_average: bool) -> tuple[dict[str, TensorSpec], frozenset[str], dict[str, str]]:
         """The tensors of the weights or of the average, which of the latter are those of the weights, and the ties."""
@@ -72,17 +76,6 @@ def names_on_all(ranks: Ranks, names: Iterable[str]) -> list[str]:
         large=True,
     )
     return united
-
-
-def _describe(model: nn.Module, ema: EMA | None) -> dict[str, Any]:
-    """What this rank has. As JSON."""
-    aliases = tied_weights(model)
-    tensors = {name: value for name, value in model_state_dict(model).items() if isinstance(value, Tensor)}
-    return {
-        "specs": {n: [list(t.shape), dtype_name(t.dtype)] for n, t in tensors.items() if n not in aliases},
-        "aliases": aliases,
-        "averaged": sorted(ema.model_state_dict()) if ema is not None else [],
-    }
 
 
 def _unite(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -14,17 +15,26 @@ from shardsmith.errors import UsageError
 
 _WITH_MASKS = ("FlexAttention", "VarlenAttention", "FlexAttentionWrapper", "VarlenAttentionWrapper")
 """Classes of TorchTitan's, 0.3 and 0.2, whose models are handed their masks."""
-_SHAPE = (2, 16)
-"""Of the batch: sequences, and tokens in each."""
+_SEQUENCES, _TOKENS = 2, 16
+"""Of the batch; fewer tokens where the model has a rotary table for fewer."""
 
 
-def made_up_tokens(config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """A small batch for the model of a config.json, the same on every rank. Raises UsageError without a vocabulary."""
+def made_up_tokens(config: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    """Return a small batch for the live model, the same on every rank. Raises UsageError without a vocabulary."""
     size = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
     if not isinstance(size, int):
         raise UsageError('checkpoint_hooks: export_verify="load" needs the vocab_size of config.json')
-    count = _SHAPE[0] * _SHAPE[1]
-    return {"input_ids": (torch.arange(count, device="cpu").view(_SHAPE) * 37 + 11) % size}
+    shape = (_SEQUENCES, min(_TOKENS, _longest(model)))
+    return {"input_ids": (torch.arange(math.prod(shape), device="cpu").view(shape) * 37 + 11) % size}
+
+
+def _longest(model: Any) -> int:
+    """Tokens of the longest sequence that a model takes: TorchTitan makes its rotary tables for training.seq_len."""
+    settings: Any = getattr(model, "model_args", None) or getattr(model, "config", None)  # 0.2, 0.3
+    try:
+        return int(settings.max_seq_len)
+    except (AttributeError, ValueError):  # 0.3 computes it, of models that have such tables
+        return _TOKENS
 
 
 class TitanAnswers:
@@ -34,9 +44,10 @@ class TitanAnswers:
         self._model: Any = model
 
     def __call__(self, *, input_ids: Tensor) -> Any:
-        """The logits. All ranks; communicates as a forward does."""
+        """Return the logits. All ranks; communicates as a forward does."""
         with self._with_head():
-            return self._model(input_ids, **self._masks(input_ids))
+            answer = self._model(input_ids, **self._masks(input_ids))
+        return answer[0] if isinstance(answer, list) else answer  # the others are of layers that predict later tokens
 
     def _masks(self, tokens: Tensor) -> dict[str, Any]:
         if not any(type(module).__name__ in _WITH_MASKS for module in self._model.modules()):

@@ -187,7 +187,7 @@ class Attached:
             refuse_other_settings(ranks, base, model, sd_adapter, options.allow_config)
             stages = are_stages(ranks, model)
             names, facts = _names(sd_adapter, model, ranks, options, config)
-            form = _form(options, model, sd_adapter, base, ranks, is_cut=stages)
+            form = _form(options, model, sd_adapter, base, ranks)
             self._export = HFExport(
                 _export_folder(options, dump_folder, folder),
                 model=model,
@@ -245,22 +245,17 @@ def _export_folder(options: CheckpointHooks, dump_folder: Path, folder: Path) ->
 
 
 def _form(
-    options: CheckpointHooks, model: nn.Module, sd_adapter: Any, base: Path, ranks: Ranks, *, is_cut: bool
+    options: CheckpointHooks, model: nn.Module, sd_adapter: Any, base: Path, ranks: Ranks
 ) -> MergedLora | LoraAlone | None:
     """What is written of a model with LoRA; None for any other. Communicates."""
     adapted = names_on_all(ranks, find_lora(model))
     if not adapted and options.export_lora == "adapter":
         raise UsageError('checkpoint_hooks: export_lora="adapter" has no effect: no layer of this model has an adapter')
-    if adapted and is_cut:
-        raise UsageError(
-            f"checkpoint_hooks: {adapted[0]} and {len(adapted) - 1} more layers have adapters of LoRA, which are not "
-            "exported from stages of a pipeline: train without pipeline parallelism, or leave the exports out"
-        )
     if not adapted:
         return None
     if options.export_lora == "merged" or sd_adapter is None:
         return MergedLora(model)
-    return LoraAlone(model, complete_translation(sd_adapter, read_config(base)), type(sd_adapter).__name__, base)
+    return LoraAlone(model, complete_translation(sd_adapter, read_config(base)), type(sd_adapter).__name__, base, ranks)
 
 
 def _verification(
@@ -274,7 +269,9 @@ def _verification(
             'checkpoint_hooks: export_verify="load" asks the live model, and a rank has only stages of a pipeline: use '
             '"digest", and load an export with shardsmith verify'
         )
-    return ExportVerification(verify="load", verify_inputs=made_up_tokens(config), verify_with=TitanAnswers(model))
+    return ExportVerification(
+        verify="load", verify_inputs=made_up_tokens(config, model), verify_with=TitanAnswers(model)
+    )
 
 
 def _names(

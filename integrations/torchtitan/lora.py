@@ -7,7 +7,7 @@ them; what an adapter does to the rows of a weight is done to the rows of ``lora
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from shardsmith.errors import UnsupportedFormatError
 from shardsmith.export.adapters import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS
 from shardsmith.ground.layout import MAIN_WEIGHTS
+from shardsmith.ground.ranks import Ranks
 from shardsmith.hooks.view import MergedWeights, View
 from shardsmith.load.live_weights import model_state_dict
 from shardsmith.name_maps.grids import Axis
+from shardsmith.name_maps.recorded import read_slices, slices_to_plain
 from shardsmith.name_maps.slices import Slice, Target
 from shardsmith.name_maps.tracing import trace
 from shardsmith.tensors.fqn import clean_fqn
@@ -74,24 +76,29 @@ class LoraAlone(View):
 
     stem = ADAPTER_WEIGHTS
 
-    def __init__(self, model: nn.Module, to_hf: Translate, kind: str, base: Path) -> None:
-        """Find out what the adapter's tensors are called.
+    def __init__(self, model: nn.Module, to_hf: Translate, kind: str, base: Path, ranks: Ranks) -> None:
+        """Find out what the adapter's tensors are called. All ranks; communicates: each may have stages of a pipeline.
 
         Args:
             model: The live model.
             to_hf: From TorchTitan's weights to those of transformers.
             kind: Name of the class that says it.
             base: The model that the adapter is for.
+            ranks: All ranks.
 
         Raises:
-            UnsupportedFormatError: it does more to a weight than to move its rows, or has no name for it.
+            RankFailedError: on all ranks, if ``to_hf`` does more to a weight than to move its rows, or has no name
+                for it.
         """
         self._layers = find_lora(model)
         self._fused = {path: model.get_submodule(path.rpartition(".")[0]) for path in self._layers if _FUSED in path}
         self._base = base
         self._asked: dict[str, int] = {}  # by tensor: how many of its copies have a target
         self._copies: dict[str, str] = {}
-        self._targets, self._modules = self._find(to_hf, kind)
+        united = ranks.agree("naming the adapters of all stages", lambda: self._own(to_hf, kind), _unite, large=True)
+        self._targets = read_slices(united["targets"])
+        self._modules: list[str] = united["modules"]
+        self._sizes: dict[str, float] = united["sizes"]
 
     def names(self, fqns: Collection[str]) -> dict[str, str]:
         """FQN -> name, of what is written: the adapter's own."""
@@ -107,20 +114,26 @@ class LoraAlone(View):
 
     def write(self, directory: Path) -> None:
         """Write ``adapter_config.json``."""
-        layer = next(iter(self._layers.values()))
-        rank = layer.lora_a.weight.shape[0]
         config = {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
             "base_model_name_or_path": str(self._base),
-            "r": rank,
-            "lora_alpha": layer._lora_scaling * rank,
+            **self._sizes,
             "target_modules": self._modules,
             "bias": "none",
             "lora_dropout": 0.0,
             "inference_mode": True,
         }
         (directory / ADAPTER_CONFIG_FILE).write_text(json.dumps(config, indent=2))
+
+    def _own(self, to_hf: Translate, kind: str) -> dict[str, Any]:
+        """What this rank has of the adapter. As JSON."""
+        targets, modules = self._find(to_hf, kind) if self._layers else ({}, [])
+        sizes = {}
+        for layer in self._layers.values():
+            rank = layer.lora_a.weight.shape[0]
+            sizes = {"r": rank, "lora_alpha": layer._lora_scaling * rank}
+        return {"targets": slices_to_plain(targets, {}), "modules": modules, "sizes": sizes}
 
     def _find(self, to_hf: Translate, kind: str) -> tuple[dict[str, Target], list[str]]:
         weights = {
@@ -163,6 +176,15 @@ class LoraAlone(View):
             for hook in module._state_dict_hooks.values():
                 hook(module, state, prefix, {})
         return state
+
+
+def _unite(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """On rank 0. As JSON, in the order of the stages."""
+    return {
+        "targets": {name: target for part in parts for name, target in part["targets"].items()},
+        "modules": list(dict.fromkeys(module for part in parts for module in part["modules"])),
+        "sizes": {name: size for part in parts for name, size in part["sizes"].items()},
+    }
 
 
 def _rows_of(target: Target, source: str, columns: int) -> Slice | None:

@@ -52,7 +52,9 @@ def qwen3_small() -> Trainer.Config:
 
 
 def qwen3_small_tied() -> Trainer.Config:
-    return qwen3_small()
+    config = qwen3.qwen3_debugmodel()
+    config.model_spec = qwen3_models.model_registry(small_models.TIED_DENSE)
+    return _on_cpu(config)
 
 
 def qwen3_small_without_norms() -> Trainer.Config:
@@ -76,6 +78,13 @@ def qwen3_small_moe() -> Trainer.Config:
 def deepseek_v3_small() -> Trainer.Config:
     config = deepseek.deepseek_v3_debugmodel()
     config.model_spec = deepseek_models.model_registry(small_models.DENSE)
+    return _on_cpu(config)
+
+
+def deepseek_v3_small_mtp() -> Trainer.Config:
+    """With a layer that predicts the second next token, which is in no flavor."""
+    config = deepseek.deepseek_v3_debugmodel_mtp()
+    config.model_spec = deepseek_models.model_registry(small_models.DENSE, num_mtp_layers=1)
     return _on_cpu(config)
 
 

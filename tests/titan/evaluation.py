@@ -77,8 +77,11 @@ def _write(manager: Any) -> None:
 
 
 def _titan_loss(model: nn.Module) -> float:
+    kept = [buffer.clone() for buffer in model.buffers()]  # experts count their tokens, which moves the bias of routers
     with torch.no_grad():
         logits = TitanAnswers(model)(input_ids=TOKENS[:, :-1])  # a call with masks, and with the head of the loss
+        for buffer, value in zip(model.buffers(), kept, strict=True):
+            buffer.copy_(value)
         return _loss(logits.full_tensor() if isinstance(logits, DTensor) else logits)  # tensor parallel cuts them up
 
 

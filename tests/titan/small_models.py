@@ -1,10 +1,10 @@
 """Flavors of TorchTitan's Qwen3 in sizes for tests. Importing this registers them.
 
-``small_moe`` has experts. ``small`` is the debugmodel with fewer layers; in 0.2 also without its tie, because FSDP2 of
-the torch that we test with refuses what TorchTitan 0.2.2 does with tied weights. ``small_tied`` has it in both, and
-``small_without_norms`` lacks the norms of queries and keys. DeepSeek's ``small`` has two layers and the router that
-transformers has, which the debugmodel has not; GPT-OSS and Llama 4 have a ``small``, too. ``of_another_theta`` and
-``of_another_eps`` are Llama's debugmodel with one setting changed; in 0.3 tests/titan/configs.py has them.
+``small_moe`` has experts. ``small`` is the debugmodel with fewer layers and without its tie. ``small_tied`` has it,
+which FSDP2 of the torch that we test with refuses in 0.2. ``small_without_norms`` lacks the norms of queries and keys.
+DeepSeek's ``small`` has two layers and the router that transformers has, which the debugmodel has not; GPT-OSS and
+Llama 4 have a ``small``, too. ``of_another_theta`` and ``of_another_eps`` are Llama's debugmodel with one setting
+changed; in 0.3 tests/titan/configs.py has them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import torchtitan.models.qwen3 as qwen3
 from tests.titan.cpu import IS_0_3
 
 DENSE, MOE, TIED_DENSE, WITHOUT_NORMS = "small", "small_moe", "small_tied", "small_without_norms"
-TIED = IS_0_3
 LAYERS, EXPERTS, CHOSEN, WIDTH = 2, 8, 2, 64
 SCALE = 2.5
 BALANCE = 0.02
@@ -57,27 +56,36 @@ def _arguments() -> Any:
     return dataclasses.replace(full, n_layers=LAYERS, moe_inter_dim=WIDTH, moe_args=experts)
 
 
-def _dense_config(attn_backend: str) -> Any:
+def _tied_config(attn_backend: str) -> Any:
     """0.3."""
     config = qwen3._debugmodel(attn_backend)
     config.layers = config.layers[:LAYERS]
     return config
 
 
+def _dense_config(attn_backend: str) -> Any:
+    """0.3. Tied embeddings have no initialization of their own there: without one they are what is in memory."""
+    config = _tied_config(attn_backend)
+    config.enable_weight_tying = False
+    config.tok_embeddings.param_init = qwen3._EMBEDDING_INIT
+    return config
+
+
 def _config_without_norms(attn_backend: str) -> Any:
     """0.3."""
-    config = _dense_config(attn_backend)
+    config = _tied_config(attn_backend)
     for layer in config.layers:
         layer.attention.qk_norm = None
     return config
 
 
-def _deepseek_config(attn_backend: str, moe_comm_backend: str = "standard", **_: Any) -> Any:
-    """0.3."""
-    config = deepseek._debugmodel(attn_backend, moe_comm_backend)
+def _deepseek_config(attn_backend: str, moe_comm_backend: str = "standard", **more: Any) -> Any:
+    """0.3. It may have layers that predict later tokens, ``num_mtp_layers``."""
+    config = deepseek._debugmodel(attn_backend, moe_comm_backend, **more)
     config.layers = config.layers[:LAYERS]
-    router = config.layers[1].moe.router
-    router.score_func, router.route_norm, router.route_scale = "sigmoid", True, SCALE
+    for layer in (config.layers[1], *config.mtp_layers):
+        router = layer.moe.router
+        router.score_func, router.route_norm, router.route_scale = "sigmoid", True, SCALE
     return config
 
 
@@ -120,14 +128,14 @@ if IS_0_3:
     qwen3.qwen3_configs |= {
         MOE: _config,
         DENSE: _dense_config,
-        TIED_DENSE: _dense_config,
+        TIED_DENSE: _tied_config,
         WITHOUT_NORMS: _config_without_norms,
     }
 else:
     full = dataclasses.replace(qwen3.qwen3_args["debugmodel"], n_layers=LAYERS)
     qwen3.qwen3_args |= {
         MOE: _arguments(),
-        DENSE: dataclasses.replace(full, enable_weight_tying=TIED),
+        DENSE: dataclasses.replace(full, enable_weight_tying=False),
         TIED_DENSE: full,
         WITHOUT_NORMS: dataclasses.replace(full, qk_norm=False),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -12,16 +13,21 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from shardsmith.cli import main
-from tests.titan.checkpoints import tensors_of
+from tests.titan.checkpoints import digests_of, tensors_of
 from tests.titan.cpu import IS_0_3
 from tests.titan.evaluation import FLOAT32, evaluated, losses_of, transformers_loss
-from tests.titan.jobs import Assets, Job, error_of, run_jobs
+from tests.titan.hf_models import make_model
+from tests.titan.jobs import LLAMA, Assets, Job, error_of, log_of, run_jobs
 
 pytestmark = pytest.mark.skipif(not IS_0_3, reason="TorchTitan 0.2 has no LoRA")
 
 SUFFIXES = {"main": "", "ema": "-ema"}
 HOOKS = {"ema_decay": 0.5, "export_last": True, "export_dtype": "float32"}
-STAGES = ["--parallelism.pipeline_parallel_degree=2", "--parallelism.pipeline_parallel_schedule=1F1B"]
+STAGES = [
+    "--parallelism.pipeline_parallel_degree=2",
+    "--parallelism.pipeline_parallel_schedule=Interleaved1F1B",
+    "--training.local_batch_size=4",
+]
 MODULES = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj"]
 
 
@@ -34,19 +40,64 @@ def jobs(assets: Assets, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     jobs = {
         "merged": Job(run=root / "merged", hooks=merged, options=options, within=partial(evaluated, 4)),
         "adapter": Job(run=root / "adapter", hooks={**HOOKS, "export_lora": "adapter"}, options=options),
+        "merged stages": Job(run=root / "merged stages", hooks=HOOKS, options=[*options, *STAGES]),
     }
-    jobs |= {
-        "no adapter": Job(run=root / "none", hooks={**HOOKS, "export_lora": "adapter"}),
-        "stages": Job(run=root / "stages", hooks=HOOKS, options=[*options, *STAGES]),
+    alone = {**HOOKS, "export_lora": "adapter"}
+    jobs["adapter stages"] = Job(run=root / "adapter stages", hooks=alone, options=[*options, *STAGES])
+    wrong = Job(run=root / "none", hooks=alone)
+    run_jobs(assets, 2, root, *jobs.values(), wrong)
+    assert {name: error_of(job) for name, job in jobs.items()} == dict.fromkeys(jobs, "")
+    return {**jobs, "no adapter": wrong}
+
+
+@pytest.fixture(scope="module")
+def later(jobs: dict[str, Job], assets: Assets, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
+    """Runs that go on from a step, or start from a model without an adapter. Read only."""
+    root = tmp_path_factory.mktemp("later")
+    make_model(LLAMA, root / "hf")
+    names = ["--layout", "torchtitan", "--titan-model", "llama3", "--titan-flavor", "debugmodel", "--quiet"]
+    assert main(["to-dcp", "--base-model", str(root / "hf"), "--output-dir", str(root / "dcp"), *names]) == 0
+    options, allowed = jobs["merged"].options, {"ema_decay": 0.5, "allow_missing": ["*lora_*"]}
+    short = [*options, "--training.steps=1"]
+    in_hf = [f"--checkpoint.initial_load_path={root / 'hf'}", "--checkpoint.initial_load_in_hf"]
+    found = {
+        "resumed": Job(run=root / "resumed", hooks={"ema_decay": 0.5}, options=options),
+        "started": Job(
+            run=root / "started",
+            hooks=allowed,
+            options=[*short, f"--checkpoint.initial_load_path={root / 'dcp'}"],
+            within=partial(evaluated, 0),
+        ),
+        "files": Job(run=root / "files", hooks=allowed, options=[*short, *in_hf]),
     }
-    run_jobs(assets, 2, root, *jobs.values())
-    assert [error_of(jobs[name]) for name in ("merged", "adapter")] == ["", ""]
-    return jobs
+    shutil.copytree(jobs["merged"].run / "checkpoint" / "step-2", root / "resumed" / "checkpoint" / "step-2")
+    run_jobs(assets, 2, root, *found.values())
+    return found
+
+
+def test_a_resumed_run_goes_on_as_the_uninterrupted_one(jobs: dict[str, Job], later: dict[str, Job]) -> None:
+    assert error_of(later["resumed"]) == ""
+    assert "Training starts at step 3" in log_of(later["resumed"])
+    steps = [digests_of(job.run / "checkpoint" / "step-4") for job in (jobs["merged"], later["resumed"])]
+    assert any("ema_model." in name and "lora_b" in name for name in steps[0])
+    assert steps[0] == steps[1]
+
+
+def test_a_new_adapter_starts_with_the_loss_of_its_model(later: dict[str, Job]) -> None:
+    """Whose files have no adapter: it begins as one that changes nothing."""
+    job = later["started"]
+    assert error_of(job) == ""
+    assert "elements) equal those of" in log_of(job)
+    assert losses_of(job.run)["main"] == pytest.approx(transformers_loss(job.run.parent / "hf"), abs=1e-4)
+
+
+def test_torchtitans_own_way_from_files_is_refused(later: dict[str, Job]) -> None:
+    assert "lora_a.weight" in error_of(later["files"])
+    assert "loss:" not in log_of(later["files"])
 
 
 def test_what_is_not_exported_is_refused_at_the_start(jobs: dict[str, Job]) -> None:
     assert "no layer of this model has an adapter" in error_of(jobs["no adapter"])
-    assert "not exported from stages of a pipeline" in error_of(jobs["stages"])
 
 
 @pytest.mark.parametrize(("model", "suffix"), SUFFIXES.items())
@@ -62,22 +113,35 @@ def test_the_weights_that_train_stay_as_they_are(jobs: dict[str, Job]) -> None:
     assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
+@pytest.mark.parametrize("ranks", ["", " stages"])
 @pytest.mark.parametrize("suffix", SUFFIXES.values())
-def test_the_adapter_alone_makes_the_merged_model(jobs: dict[str, Job], suffix: str) -> None:
+def test_the_adapter_alone_makes_the_merged_model(jobs: dict[str, Job], suffix: str, ranks: str) -> None:
     """As peft does it: W + alpha / r * B A, with W the frozen weight."""
-    merged = load_file(jobs["merged"].run / "hf" / f"step-4{suffix}" / "model.safetensors")
-    directory = jobs["adapter"].run / "hf" / f"step-4{suffix}"
+    merged = load_file(jobs[f"merged{ranks}"].run / "hf" / f"step-4{suffix}" / "model.safetensors")
+    directory = jobs[f"adapter{ranks}"].run / "hf" / f"step-4{suffix}"
     found = load_file(directory / "adapter_model.safetensors")
     config = json.loads((directory / "adapter_config.json").read_text())
     assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 4, 16.0)
     assert len(found) == 2 * len(config["target_modules"]) == 2 * 6 * len(MODULES)
-    frozen = base_of(jobs["adapter"].run / "checkpoint" / "step-4")
+    frozen = base_of(jobs[f"adapter{ranks}"].run / "checkpoint" / "step-4")
     for module in config["target_modules"]:
         assert module.split(".", 3)[-1] in MODULES
         a, b = (found[f"base_model.model.{module}.lora_{part}.weight"] for part in "AB")
         change = config["lora_alpha"] / config["r"] * (b @ a)
         assert change.abs().max() > 0
         assert torch.allclose(frozen[f"{module}.weight"] + change, merged[f"{module}.weight"], atol=1e-6)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES.values())
+def test_the_merged_model_of_all_stages_is_whole(jobs: dict[str, Job], suffix: str) -> None:
+    """``transformers_loss`` wants each tensor of the class, and no other; those without an adapter are as saved."""
+    directory = jobs["merged stages"].run / "hf" / f"step-4{suffix}"
+    assert transformers_loss(directory) > 0
+    found = load_file(directory / "model.safetensors")
+    frozen = base_of(jobs["merged stages"].run / "checkpoint" / "step-4")
+    kept = [name for name in frozen if not any(module in name for module in MODULES)]
+    assert len(kept) == len(found) - 6 * len(MODULES)
+    assert all(torch.equal(found[name], frozen[name]) for name in kept)
 
 
 def base_of(step: Path) -> dict[str, Tensor]:

@@ -30,9 +30,9 @@ from shardsmith.manifest.metadata import read_metadata
 from tests.titan.checkpoints import digests_of
 from tests.titan.cpu import IS_0_3
 from tests.titan.evaluation import FLOAT32, evaluated, losses_of, transformers_loss
+from tests.titan.hf_models import QWEN
 from tests.titan.jobs import Assets, Job, error_of, log_of, run_jobs, signalled_in
-from tests.titan.small_models import DENSE, TIED
-from tests.titan.test_start_loss import QWEN
+from tests.titan.small_models import DENSE, TIED_DENSE
 
 EMA = {"ema_decay": 0.5}
 ONE_WRITE = {**EMA, "engine": True, "weights": "huggingface"}
@@ -93,8 +93,8 @@ def choose(title: str, assets: Assets, root: Path) -> tuple[list[str], dict[str,
         return [], {}
     base = root / "base"
     shutil.copytree(assets.hf, base)
-    Qwen3Config(**QWEN, tie_word_embeddings=TIED, architectures=["Qwen3ForCausalLM"]).save_pretrained(base)
-    chosen = ["--config=qwen3_small"] if IS_0_3 else ["--model.name=qwen3", f"--model.flavor={DENSE}"]
+    Qwen3Config(**QWEN, tie_word_embeddings=IS_0_3, architectures=["Qwen3ForCausalLM"]).save_pretrained(base)
+    chosen = [f"--config=qwen3_{TIED_DENSE}"] if IS_0_3 else ["--model.name=qwen3", f"--model.flavor={DENSE}"]
     return chosen, {"export_base_model": str(base)}
 
 

@@ -21,8 +21,8 @@ from shardsmith.cli import main
 from tests.titan import small_models
 from tests.titan.cpu import IS_0_3, checkpoint
 from tests.titan.evaluation import FLOAT32
+from tests.titan.hf_models import QWEN, make_model
 from tests.titan.jobs import Assets, Job, error_of, log_of, run_jobs
-from tests.titan.test_start_loss import QWEN, make_model
 
 PROVED = "elements) equal those of"
 HEAD = "lm_head" if IS_0_3 else "output"

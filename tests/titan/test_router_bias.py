@@ -15,8 +15,8 @@ from shardsmith.cli import main
 from tests.titan import small_models
 from tests.titan.cpu import IS_0_3
 from tests.titan.evaluation import FLOAT32, _titan_loss, transformers_loss
+from tests.titan.hf_models import MODELS, make_model
 from tests.titan.jobs import Assets, Job, error_of, log_of, run_jobs
-from tests.titan.test_start_loss import MODELS, make_model
 
 STEPS = 10
 CHOICE = (

@@ -13,9 +13,9 @@ from transformers import LlamaConfig
 from shardsmith.cli import main
 from tests.titan.cpu import IS_0_3
 from tests.titan.evaluation import FLOAT32, evaluated, losses_of, transformers_loss
+from tests.titan.hf_models import make_model
 from tests.titan.jobs import Assets, Job, error_of, log_of, run_jobs
 from tests.titan.test_initial_load import planted_by
-from tests.titan.test_start_loss import make_model
 
 PROVED = "elements) equal those of"
 CONFIG: dict[str, Any] = {  # 0.2 knows no other sizes than those of its debugmodel

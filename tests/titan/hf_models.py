@@ -1,17 +1,16 @@
-"""From a Hugging Face directory through to-dcp into TorchTitan: the loss at the start is that of the model."""
+"""The tests' models of TorchTitan as transformers has them, and random directories of them."""
 
 from __future__ import annotations
 
-import json
+import copy
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV3Config,
     GptOssConfig,
     Llama4TextConfig,
     PreTrainedConfig,
@@ -19,11 +18,9 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from shardsmith.cli import main
 from tests.titan import small_models
 from tests.titan.cpu import IS_0_3
-from tests.titan.evaluation import FLOAT32, evaluated, losses_of, transformers_loss
-from tests.titan.jobs import LLAMA, Assets, Job, error_of, log_of, run_jobs
+from tests.titan.jobs import LLAMA
 
 QWEN: dict[str, Any] = {
     "vocab_size": 2048,
@@ -36,9 +33,56 @@ QWEN: dict[str, Any] = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
     "rms_norm_eps": 1e-6,
 }
+DEEPSEEK = DeepseekV3Config(
+    vocab_size=2048,
+    hidden_size=256,
+    intermediate_size=1024,
+    moe_intermediate_size=256,
+    num_hidden_layers=small_models.LAYERS,
+    num_attention_heads=16,
+    num_key_value_heads=16,
+    n_shared_experts=2,
+    n_routed_experts=8,
+    routed_scaling_factor=small_models.SCALE,
+    kv_lora_rank=512,
+    q_lora_rank=None,
+    qk_rope_head_dim=64,
+    v_head_dim=128,
+    qk_nope_head_dim=128,
+    n_group=1,
+    topk_group=1,
+    num_experts_per_tok=3,
+    first_k_dense_replace=1,
+    norm_topk_prob=True,
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=False,
+    max_position_embeddings=16384,
+    rope_interleave=True,
+    rope_parameters={
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 40.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "mscale": 0.7,
+        "mscale_all_dim": 0.7,
+        "original_max_position_embeddings": 4096,
+    },
+)
+
+
+def _without_yarn(config: DeepseekV3Config) -> DeepseekV3Config:
+    """As 0.2 computes it where sequences are short."""
+    changed = copy.deepcopy(config)
+    changed.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
+    return changed
+
+
 MODELS: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama3/debugmodel": lambda: LLAMA,
-    f"qwen3/{small_models.DENSE}": lambda: Qwen3Config(**QWEN, tie_word_embeddings=small_models.TIED),
+    f"qwen3/{small_models.DENSE}": lambda: Qwen3Config(**QWEN, tie_word_embeddings=False),
+    f"qwen3/{small_models.TIED_DENSE}": lambda: Qwen3Config(**QWEN, tie_word_embeddings=True),
+    f"deepseek_v3/{small_models.DENSE}": lambda: DEEPSEEK if IS_0_3 else _without_yarn(DEEPSEEK),
     f"qwen3/{small_models.MOE}": lambda: Qwen3MoeConfig(
         **QWEN,
         tie_word_embeddings=False,
@@ -103,50 +147,3 @@ def make_model(config: PreTrainedConfig, directory: Path) -> None:
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.02)
     model.save_pretrained(directory)
-
-
-@pytest.fixture(scope="module")
-def started(assets: Assets, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Job]]:
-    """For each model its directory, and a job of TorchTitan's that has started from it and exports after a step."""
-    root = tmp_path_factory.mktemp("models")
-    jobs: dict[str, tuple[Path, Job]] = {}
-    for title, config in MODELS.items():
-        name, flavor = title.split("/")
-        hf, dcp, run = (root / part / flavor / name for part in ("hf", "dcp", "run"))
-        make_model(config(), hf)
-        for file in assets.hf.glob("tokenizer*"):
-            (hf / file.name).write_bytes(file.read_bytes())
-        names = ["--layout", "torchtitan", "--titan_model", name, "--titan_flavor", flavor]
-        assert main(["to-dcp", "--model", str(hf), "--checkpoint", str(dcp), *names, "--quiet"]) == 0
-        precision = [] if IS_0_3 and title in TOLERANCES else FLOAT32  # 0.3 cannot compute these experts in it
-        choice = [f"--config={name}_{flavor}"] if IS_0_3 else [f"--model.name={name}", f"--model.flavor={flavor}"]
-        jobs[title] = (
-            hf,
-            Job(
-                run=run,
-                options=[*choice, *precision, "--training.steps=1", f"--checkpoint.initial_load_path={dcp}"],
-                hooks={"ema_decay": 0.5, "export_last": True, "export_dtype": "float32", "export_base_model": str(hf)},
-                within=partial(evaluated, 0),
-            ),
-        )
-    run_jobs(assets, 2, root, *(job for _, job in jobs.values()))
-    return jobs
-
-
-@pytest.mark.parametrize("title", MODELS)
-def test_torchtitan_starts_with_the_loss_of_the_model(started: dict[str, tuple[Path, Job]], title: str) -> None:
-    hf, job = started[title]
-    assert error_of(job) == ""
-    assert "elements) equal those of" in log_of(job)
-    assert losses_of(job.run)["main"] == pytest.approx(transformers_loss(hf), abs=TOLERANCES.get(title, 1e-4))
-
-
-@pytest.mark.parametrize("title", MODELS)
-def test_it_comes_out_again_as_a_model_that_transformers_loads(
-    started: dict[str, tuple[Path, Job]], title: str
-) -> None:
-    hf, job = started[title]
-    main_loss, average = (transformers_loss(job.run / "hf" / f"step-1{suffix}") for suffix in ("", "-ema"))
-    assert main_loss != pytest.approx(transformers_loss(hf), abs=1e-4)  # it has learned something
-    assert average != main_loss
-    assert json.loads((job.run / "hf" / "step-1" / "config.json").read_text())["vocab_size"] == 2048
