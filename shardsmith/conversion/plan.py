@@ -105,14 +105,20 @@ def _usual_dtype(specs: Mapping[str, TensorSpec]) -> torch.dtype | None:
     return max(counts, key=lambda dtype: counts[dtype], default=None)
 
 
+_WIDTHS = ("hidden_size", "n_embd", "d_model")
+"""Its name in config.json: of most classes, and of older ones, such as GPT-2's and T5's."""
+
+
 def _hidden_size(directory: Path, model: ConversionModel) -> int:
     config: Mapping[str, Any] = (model.blueprint.config if model.blueprint else None) or {}
     if not config and (directory / CONFIG_FILE).is_file():
         config = read_config(directory)
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
-    size = next((part["hidden_size"] for part in parts if isinstance(part.get("hidden_size"), int)), None)
+    sizes = (part[name] for part in parts for name in _WIDTHS if isinstance(part.get(name), int))
+    size = next(sizes, None)
     if size is None:
-        raise UsageError(f"{directory}: no config says a hidden_size, which the future predictor needs")
+        names = ", ".join(_WIDTHS)
+        raise UsageError(f"{directory}: no config says a width ({names}), which the future predictor needs")
     return int(size)
 
 

@@ -19,6 +19,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from shardsmith.cli import main
 from shardsmith.conversion import write_plan
@@ -207,6 +208,13 @@ def test_a_future_predictor_lies_beside_the_model_and_is_seeded(
     places = ["--checkpoint_dir", output, "--output_dir", tmp_path / "hf", "--base_model_path", models / "olmo2"]
     assert main(["to-hf", *map(str, places), "--dtype", "original", "--quiet"]) == 0  # the heads are recorded
     assert_same(load_file(tmp_path / "hf" / "model.safetensors"), load_file(models / "olmo2" / "model.safetensors"))
+
+
+def test_a_class_that_calls_its_width_otherwise_has_a_head_as_wide(tmp_path: Path, output: Path) -> None:
+    config = GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=4, n_positions=16)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    found = tensors_of(to_dcp(tmp_path / "gpt2", output, "--include-future-predictor"))
+    assert found["proj.weight"].shape == (32, 32)
 
 
 def test_the_version_of_a_head_is_found_from_a_checkpoint_that_has_one(
