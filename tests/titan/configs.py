@@ -45,6 +45,11 @@ def llama3_with_lora() -> Trainer.Config:
     return _on_cpu(config)
 
 
+def llama3_with_float8_and_lora() -> Trainer.Config:
+    """Adapters on layers that compute in float8, as it is emulated where there is none."""
+    return _on_cpu(llama3.llama3_debugmodel_float8_emulate_lora())
+
+
 def qwen3_small() -> Trainer.Config:
     config = qwen3.qwen3_debugmodel()
     config.model_spec = qwen3_models.model_registry(small_models.DENSE)

@@ -44,6 +44,8 @@ def jobs(assets: Assets, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     }
     alone = {**HOOKS, "export_lora": "adapter"}
     jobs["adapter stages"] = Job(run=root / "adapter stages", hooks=alone, options=[*options, *STAGES])
+    float8 = ["--config=llama3_with_float8_and_lora", *options[:1], *options[2:]]
+    jobs["float8"] = Job(run=root / "float8", hooks=HOOKS, options=float8, within=partial(evaluated, 4))
     wrong = Job(run=root / "none", hooks=alone)
     run_jobs(assets, 2, root, *jobs.values(), wrong)
     assert {name: error_of(job) for name, job in jobs.items()} == dict.fromkeys(jobs, "")
@@ -142,6 +144,20 @@ def test_the_merged_model_of_all_stages_is_whole(jobs: dict[str, Job], suffix: s
     kept = [name for name in frozen if not any(module in name for module in MODULES)]
     assert len(kept) == len(found) - 6 * len(MODULES)
     assert all(torch.equal(found[name], frozen[name]) for name in kept)
+
+
+@pytest.mark.parametrize(("model", "suffix"), SUFFIXES.items())
+def test_layers_in_float8_are_merged_in_the_dtype_of_their_weights(
+    jobs: dict[str, Job], model: str, suffix: str
+) -> None:
+    run, module = jobs["float8"].run, "layers.0.attention.wo"
+    directory = run / "hf" / f"step-4{suffix}"
+    saved = tensors_of(run / "checkpoint" / "step-4", model)
+    found = load_file(directory / "model.safetensors")["model.layers.0.self_attn.o_proj.weight"]
+    change = 16.0 / 8 * (saved[f"{module}.lora_b.weight"] @ saved[f"{module}.lora_a.weight"])
+    assert change.abs().max() > 0
+    assert torch.allclose(found, saved[f"{module}.weight"] + change, atol=1e-6)
+    assert transformers_loss(directory) == pytest.approx(losses_of(run)[model], abs=0.02)  # float8 rounds
 
 
 def base_of(step: Path) -> dict[str, Tensor]:

@@ -100,14 +100,19 @@ def test_an_export_is_what_torchtitan_writes_as_its_last_save(jobs: dict[str, Jo
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
+def assert_export(output: Path, run: Path) -> None:
+    """What to-hf has written is, of both models, what the run has exported."""
+    for suffix, file in (("", "model.safetensors"), ("-ema", "ema.safetensors")):
+        found = load_file(output / file)
+        expected = load_file(run / "hf" / f"step-2{suffix}" / "model.safetensors")
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
 def test_a_step_is_converted_by_the_function_of_its_registry(jobs: dict[str, Job], base: Path, tmp_path: Path) -> None:
     places = ["--checkpoint", str(jobs["whole"].run / "checkpoint" / "step-2"), "--output-dir", str(tmp_path / "out")]
     assert main(["to-hf", *places, "--base-model", str(base), "--dtype", "float32", *TITAN]) == 0
-    for suffix, file in (("", "model.safetensors"), ("-ema", "ema.safetensors")):
-        found = load_file(tmp_path / "out" / file)
-        expected = load_file(jobs["whole"].run / "hf" / f"step-2{suffix}" / "model.safetensors")
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert_export(tmp_path / "out", jobs["whole"].run)
 
 
 def test_a_step_of_one_write_is_converted_by_the_names_that_it_records(jobs: dict[str, Job], tmp_path: Path) -> None:
@@ -115,10 +120,7 @@ def test_a_step_of_one_write_is_converted_by_the_names_that_it_records(jobs: dic
     assert digests_of(step) == digests_of(jobs["whole"].run / "checkpoint" / "step-2")
     places = ["--checkpoint", str(step), "--output-dir", str(tmp_path / "out"), "--base-model", str(step)]
     assert main(["to-hf", *places, "--dtype", "float32", "--quiet"]) == 0
-    found = load_file(tmp_path / "out" / "model.safetensors")
-    expected = load_file(jobs["whole"].run / "hf" / "step-2" / "model.safetensors")
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert_export(tmp_path / "out", jobs["whole"].run)
 
 
 def test_a_resumed_run_goes_on_as_the_uninterrupted_one(jobs: dict[str, Job]) -> None:

@@ -102,11 +102,7 @@ class BesideWeights(DcpSource):
         specs = {
             name: TensorSpec(name, own[key].shape, own[key].dtype) for name, key in keys.items() if name not in aliases
         }
-        files: TensorSource = (
-            RoundedSource(self.path / record.folder, record.stem)
-            if record.rest
-            else open_safetensors_directory(self.path / record.folder, record.stem)
-        )
+        files = _open_files(self.path, record)
         try:
             names = RecordedNames(read_slices(record.slices), files.specs)
             restored = RestoredModel(files, names, specs, aliases)
@@ -140,6 +136,23 @@ def open_step(path: Path, metadata: CheckpointMetadata | None = None, *, follow_
     if metadata is None or metadata.weights is None:
         return DcpSource(path, follow_links=follow_links)
     return BesideWeights(path, metadata, follow_links=follow_links)
+
+
+def recorded_names(path: Path, metadata: CheckpointMetadata, model: str) -> RecordedNames | None:
+    """Return how the Hugging Face files of a model were made of its tensors; None if all of it is in DCP files.
+
+    Raises CheckpointError.
+    """
+    record = (metadata.weights or {}).get(model)
+    if record is None:
+        return None
+    with contextlib.closing(_open_files(path, record)) as files:
+        return RecordedNames(read_slices(record.slices), files.specs)
+
+
+def _open_files(path: Path, record: WeightsRecord) -> TensorSource:
+    folder = path / record.folder
+    return RoundedSource(folder, record.stem) if record.rest else open_safetensors_directory(folder, record.stem)
 
 
 def index_of(path: Path) -> DcpIndex:
