@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
@@ -277,6 +278,8 @@ def read_events(run: Path) -> list[dict[str, Any]]:
         with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that was cut off by a kill, or not ours
             event = json.loads(line)
             numbers = {name: kind(event[name]) for name, kind in _NUMBERS.items()}
+            if not all(map(math.isfinite, numbers.values())):
+                continue
             texts = {name: str(event[name]) for name in ("kind", "path")}
             found.append({**event, **numbers, **texts, "error": event["error"] and str(event["error"])})
     return found

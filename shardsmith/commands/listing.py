@@ -59,7 +59,7 @@ def _outlook(overview: RunOverview) -> Iterator[str]:
         size = size_text(sum(sizes[step] for step in folder.removes))
         yield f"  the next one there removes {f'{listed}: {size}' if listed else 'nothing'}"
         for reason, group in groupby(sorted(folder.undecided, key=folder.undecided.__getitem__), folder.undecided.get):
-            yield f"  open: {', '.join(map(str, sorted(group)))}, by {printable(str(reason))}"
+            yield f"  open: {', '.join(map(str, sorted(group)))} ({printable(str(reason))})"
 
 
 def _row(found: Sequence[StepSummary], *, verified: bool) -> list[str | Text]:

@@ -116,7 +116,7 @@ def _reasons(
     if step in Retention(newest=policy.newest).keep(upcoming):
         yield _short_of_room(policy, room)
     if policy.newer_secs and (left := policy.newer_secs - age_of(directory, step)) > 0:
-        yield f"{Retention(newer_secs=policy.newer_secs)} keeps it for {left / 3600:.1f} hours more"
+        yield f"{Retention(newer_secs=policy.newer_secs)} for {left / 3600:.1f} hours more"
     metrics = read_metrics(directory) if policy.bests else {}
     for one in policy.bests:
         if step in one.keep(upcoming, metrics) or one.metric not in metrics.get(step, {}):  # which may still come

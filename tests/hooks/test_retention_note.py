@@ -217,7 +217,7 @@ def test_table_json_and_page_show_what_goes(tmp_path: Path, capsys: pytest.Captu
     assert cli.main(["inspect", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert "the next one there removes 20: " in printed
-    assert "open: 10, 30, 40, by best('<b>loss</b>', keep=1, mode='min')" in printed
+    assert "open: 10, 30, 40 (best('<b>loss</b>', keep=1, mode='min'))" in printed
     text = page.read_text()
     assert "<b>loss</b>" not in text
     assert "<td>removed</td>" in text

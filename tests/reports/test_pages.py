@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from html.parser import HTMLParser
@@ -129,7 +130,11 @@ def test_the_page_of_a_run_shows_what_its_events_say(tmp_path: Path) -> None:
         {**event, "kind": "save", "nbytes": 5, "ranks": 2, "error": None, "ema_distance": 0.0625},
         {**event, "step": 4, "nbytes": 0, "ranks": 2, "error": "OSError: <disk> full"},
     ]
-    lines = [*map(json.dumps, events), '{"kind": "export", "st']  # the last one was cut off by a kill
+    lines = [
+        *map(json.dumps, events),
+        json.dumps({**event, "nbytes": 5, "ranks": 2, "error": None, "seconds": math.inf}),
+    ]
+    lines += ['{"kind": "export", "st']  # cut off by a kill
     (run / "events.jsonl").write_text("\n".join(lines))
     assert main(["inspect", str(run), "--html", str(run / "page.html")]) == 0
     page = Page(run / "page.html")
