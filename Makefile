@@ -15,7 +15,7 @@ TITANS = 0.2 0.3
 TITAN ?= torchtitan
 TITAN_READY = $(TITANS:%=.venv-titan-%/.ready)
 
-.PHONY: demo test test-oldest test-titan canary families soak check coverage docs bench bench-scale gpu gpu-wheels clean
+.PHONY: demo demo-remote test test-oldest test-titan canary families soak check coverage docs bench bench-scale gpu gpu-wheels clean
 .DELETE_ON_ERROR:
 
 $(READY): pyproject.toml setup.cfg
@@ -32,6 +32,9 @@ $(READY): pyproject.toml setup.cfg
 
 demo: $(READY)  ## two FSDP2 ranks train and export, are killed, come back and end as Hugging Face directories
 	$(BIN)/python examples/demo.py $(DEMO_ARGS)
+
+demo-remote: $(READY)  ## the same in an object store of this machine, by ranks without a shared folder
+	$(BIN)/python examples/demo_remote.py $(DEMO_ARGS)
 
 # Two processes, each with whole files: what the tests of a file share is made once. One thread of torch each.
 PARALLEL = -n 2 --dist loadfile --no-loadscope-reorder

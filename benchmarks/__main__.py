@@ -22,6 +22,7 @@ from benchmarks.initial import compare_initial
 from benchmarks.live import compare_live
 from benchmarks.offline import compare_offline
 from benchmarks.one_write import compare_one_write
+from benchmarks.remote import compare_remote
 from benchmarks.room import why_not, working_directory
 from benchmarks.save import compare_saves, room_needed
 from shardsmith.ground.sizes import parse_size
@@ -36,7 +37,7 @@ class Section:
     memory_bytes: float
 
 
-Name = Literal["save", "one-write", "offline", "live", "initial", "diagnose", "events", "bagel", "device"]
+Name = Literal["save", "remote", "one-write", "offline", "live", "initial", "diagnose", "events", "bagel", "device"]
 
 
 def main(
@@ -54,6 +55,7 @@ def main(
     """Compare ways to save a run and to resume it, to a Hugging Face directory, and from one.
 
     save: a run on sharded ranks, a quarter of the size, with optimizer and average; and its resume.
+    remote: the same run, saved to an S3 server of this machine.
     one-write: the same run, with weights that others load, too: a save with an export beside it, and one write.
     offline: from a sharded checkpoint. live: from live sharded weights. initial: to a checkpoint to start from.
     device: one rank that trains on a GPU; part of all where there is one.
@@ -90,6 +92,9 @@ def main(
                 console, work, size // 4, shards, runs, small_tensors=small_tensors, timeline=timeline
             ),
             *room_needed(size // 4, shards),
+        ),
+        "remote": Section(
+            lambda work: compare_remote(console, work, size // 4, shards, runs), 40 * size // 4, 60 * size // 4
         ),
         "one-write": Section(
             lambda work: compare_one_write(console, work, size // 4, shards, runs), 26 * size // 4, 90 * size // 4

@@ -117,26 +117,32 @@ def load(directory: Path, test: torch.Tensor) -> tuple[float, str]:
     return loss, tokenizer.decode(out[0, prompt.shape[1] :])
 
 
-def train(run: Path, steps: int, kill_at: int | None = None) -> list[str]:
-    """Run the training loop on two ranks and return what rank 0 printed; kill both at a step, if one is given."""
+def train(
+    run: Path, steps: int, kill_at: int | None = None, *, ranks: int = RANKS, store_url: str | None = None
+) -> list[str]:
+    """Run the training loop and return what rank 0 printed; kill all ranks at a step, if one is given.
+
+    With ``store_url`` steps go there, and each rank works in a directory of its own.
+    """
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # here, as torchrun holds it for its ranks
     common = {
-        "WORLD_SIZE": str(RANKS),
+        "WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(store.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RESTART_COUNT": "0",
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, str(LOOP), "--directory", str(run), "--steps", str(steps)]
+    own = [run / f"rank-{rank}" if store_url else run for rank in range(ranks)]
+    command = [sys.executable, str(LOOP), "--steps", str(steps), *(["--store", store_url] if store_url else [])]
     processes = [
         subprocess.Popen(
-            command,
+            [*command, "--directory", str(own[rank])],
             env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE if rank == 0 else None,
             text=True,
         )
-        for rank in range(RANKS)
+        for rank in range(ranks)
     ]
     lines = []
     output = processes[0].stdout

@@ -29,8 +29,8 @@ SEQUENCE = 128
 BATCH = 8  # sequences a rank and step
 
 
-def train(run: Path, steps: int) -> None:
-    """Train to ``steps``, from the last checkpoint in ``run`` if there is one. All ranks call it."""
+def train(run: Path, steps: int, place: str | Path) -> None:
+    """Train to ``steps``, from the last checkpoint in ``place`` if there is one. All ranks call it."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     tokens = torch.load(run / "tokens.pt", weights_only=True)
     torch.manual_seed(0)
@@ -42,10 +42,10 @@ def train(run: Path, steps: int) -> None:
 
     ema = EMA(model, decay=0.98)
     save = ShardedSave(
-        run / "checkpoints", model=model, optimizer=optimizer, ema=ema, when=every(25) | last(), keep=latest(3)
+        f"{place}/checkpoints", model=model, optimizer=optimizer, ema=ema, when=every(25) | last(), keep=latest(3)
     )
     export = HFExport(
-        run / "hf", model=model, ema=ema, ema_as="directory", base_model=run / "base", when=every(100) | last()
+        f"{place}/hf", model=model, ema=ema, ema_as="directory", base_model=run / "base", when=every(100) | last()
     )
     hooks = Hooks(ema, save, export, stop_on=[signal.SIGTERM, signal.SIGINT])
 
@@ -139,13 +139,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--directory", type=Path, default=Path("demo-run"), help="where everything is written")
     parser.add_argument("--steps", type=int, default=200, help="optimizer steps")
+    parser.add_argument(
+        "--store", help="checkpoints and exports go there, such as s3://bucket/run; the directory is then a rank's own"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(max(1, (os.cpu_count() or 2) // int(os.environ.get("WORLD_SIZE", "1"))))
     dist.init_process_group("gloo")
-    if dist.get_rank() == 0:
+    if dist.get_rank() == 0 or arguments.store:
         prepare(arguments.directory)
     dist.barrier()
-    train(arguments.directory, arguments.steps)
+    train(arguments.directory, arguments.steps, arguments.store or arguments.directory)
     finish()
 
 

@@ -75,6 +75,11 @@ class CheckpointSource:
         Raises:
             UsageError: ``when`` has steps that are never saved.
         """
+        if getattr(saves, "local_cache", None) is not None:
+            raise UsageError(
+                "exports from checkpoints need steps that all ranks see, and ShardedSave(local_cache=...) has them on "
+                "the hosts' own disks: export live weights, or run `shardsmith watch` on the steps in the store"
+            )
         if (missing := when.outside(saves.when)) is not None:
             raise UsageError(
                 f"exports from checkpoints are due at {missing}, but checkpoints are saved at {saves.when}: "

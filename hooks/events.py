@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -109,7 +110,9 @@ def event_of(
 def _bytes_in(path: Path, *, is_export: bool) -> int:
     """Bytes of the files in a directory; 0 if there is none. Raises OSError."""
     if isinstance(path, RemotePath):  # an export has a step's name, too, but no manifest that lists its files
-        return sum((path.objects_below() if is_export else path.sizes()).values())
+        with contextlib.suppress(FileNotFoundError):  # a step that is on local disks only, so far
+            return sum((path.objects_below() if is_export else path.sizes()).values())
+        return 0
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) if path.is_dir() else 0
 
 

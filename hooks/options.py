@@ -10,8 +10,9 @@ from typing import Any, Literal, TypedDict, TypeVar
 from torch import Tensor
 
 from shardsmith.checking.arguments import checked_fields
-from shardsmith.checking.types import Count, Dtype, HasFiles, LocalPath, Seconds, Size
+from shardsmith.checking.types import Count, Directory, Dtype, HasFiles, LocalPath, Seconds, Size
 from shardsmith.errors import UsageError
+from shardsmith.manifest.retention import Retention
 from shardsmith.name_maps.maps import NameMap
 
 from .checkpoint_source import Saves
@@ -191,6 +192,11 @@ class SaveWriting:
     ``"first"`` save, at the first and every so many saves, or ``"never"``."""
     timeout_secs: Seconds = 1800.0
     """How long to wait for a rank before a save is given up, in seconds."""
+    local_cache: Directory | None = None
+    """For a run that saves to an object store: a folder on each host's own disk. Steps are committed there, and
+    uploaded to the store in the background; a resume takes the newest that is sound, wherever it is."""
+    keep_local: Retention | None = Retention(newest=2)  # noqa: RUF009  # frozen
+    """Which steps stay in that folder once they are uploaded; None keeps all. ``keep`` is for the store."""
 
 
 @checked_fields
@@ -236,6 +242,8 @@ class SaveOptions(TypedDict, total=False):
     on_saved: Callable[[int, Path], None] | None
     compare_replicas: Literal["first", "never"] | Count
     timeout_secs: Seconds
+    local_cache: Directory | None
+    keep_local: Retention | None
 
 
 def merge(owner: str, argument: str, kind: type[T], given: T | None, options: Mapping[str, Any]) -> T:

@@ -18,7 +18,6 @@ from torch.optim import Optimizer
 from shardsmith.checking.arguments import checked
 from shardsmith.checking.types import Place, Scheduler, StepNumber
 from shardsmith.errors import CheckpointNotFoundError, RankFailedError, UsageError
-from shardsmith.ground.commit import check_writable, sweep
 from shardsmith.ground.layout import step_name
 from shardsmith.ground.logs import Stopwatch
 from shardsmith.ground.meeting import made_together, meet
@@ -43,11 +42,12 @@ from .background import Background, SavesInFlight, attempted, logged
 from .ema import EMA
 from .events import event_of
 from .hook import Hook
+from .local_cache import LocalCache, find_steps, room_in
 from .options import SaveOptions, SaveWeights, SaveWriting, merge
 from .overlap import OpenCopy
 from .save_weights import HuggingFaceWeights, refuse_together
 from .schedule import Schedule
-from .step_folder import StepFolder
+from .step_folder import StepFolder, leave_unfinished, prepare
 from .wiring import Parts, alike
 
 log = logging.getLogger(__name__)
@@ -128,6 +128,7 @@ class ShardedSave(Hook):
             optimizer=sorted({type(one).__name__ for one in optimizers}),
             scheduler=scheduler and type(scheduler).__name__,
             stateful=sorted(stateful or {}),
+            local_cache=writing.local_cache is not None,
         )
         self.parts = Parts(model=model, average=ema, directory=self.directory, resumes=True, facts=facts)
         self._ranks = Ranks(writing.timeout_secs)
@@ -161,7 +162,9 @@ class ShardedSave(Hook):
         self._in_flight = SavesInFlight(self.background, self._announce_save)
         self._saved_step: int | None = None
         self._spoiled: str | None = None  # the damaged step that was loaded last, if nothing sound was loaded over it
-        self._ranks.gather(f"preparing {self.directory}", self._prepare_directory if self._ranks.is_leader else bool)
+        self._ranks.gather(f"preparing {self.directory}", partial(prepare, self.directory, self._ranks.is_leader))
+        self.local_cache = LocalCache.of(self, writing, keep)
+        self._place = self.directory if self.local_cache is None else self.local_cache.folder.path
 
     def on_train_begin(self, step: int) -> None:  # noqa: ARG002
         """Write down what is kept, on rank 0. No communication."""
@@ -188,7 +191,7 @@ class ShardedSave(Hook):
 
     def on_saved(self, step: int, path: Path) -> None:
         """Pass a save of this hook on to its own ``on_saved``. No communication."""
-        if self._on_saved is not None and path.parent == self.directory:
+        if self._on_saved is not None and path.parent == self._place:
             self._on_saved(step, path)
 
     def report_background(self) -> None:
@@ -205,6 +208,8 @@ class ShardedSave(Hook):
         """Wait for the save in flight; raise what failed in it."""
         try:
             self._report()
+            if self.local_cache is not None:
+                self.local_cache.close()
         finally:
             self._copy.close()
             if self.background:
@@ -238,7 +243,7 @@ class ShardedSave(Hook):
             contents = self._state.collect(step)
             return contents if self._weights is None else self._weights.added_to(contents, job.target)
 
-        job = SaveInProgress(self.directory / step_name(step), self._ranks, self._share)
+        job = SaveInProgress(self._place / step_name(step), self._ranks, self._share, room_in(self.local_cache))
         try:
             self._stage(job, collect, error)
         except BaseException as failure:
@@ -315,21 +320,24 @@ class ShardedSave(Hook):
         """
         self._report()  # a save in flight is the newest
         place = self.directory if directory is None else as_path(directory).absolute()
-        steps = self._ranks.lead("looking for checkpoints", lambda: checkpoints.committed_steps(place))
+        cache = self.local_cache if place == self.directory else None
+        steps = find_steps(self._ranks, place, cache)
         if step is not None:
-            steps = [checkpoints.only_step(place, steps, step)]
+            steps = {step: steps[checkpoints.only_step(place, sorted(steps), step)]}
         aside = place == self.directory and step is None
         search = Resumption(self._ranks, set_damaged_aside=aside, spoiled_by=self._spoiled, parts=parts)
         try:
             found = search.load_newest(place, steps, partial(self._load, parts=parts), on_missing or self._on_missing)
         finally:
             self._spoiled = search.spoiled_by
+        if cache is not None:
+            cache.resumed(found)
         if found is not None:
             if place == self.directory:
                 self._saved_step = found
                 if step is not None:
                     self._ranks.lead("setting later steps aside", partial(checkpoints.set_later_aside, place, step))
-                self._ranks.lead("setting aside what is half deleted", partial(self._set_aside_unfinished, found))
+                self._ranks.lead("setting aside what is half deleted", partial(leave_unfinished, self.directory, found))
                 self._ranks.lead("pointing to the newest step", partial(self._steps.point_to, found))
             return found
         if directory is not None:
@@ -380,20 +388,13 @@ class ShardedSave(Hook):
                 event = event_of("save", step, path, watch, self._ranks.size, ema_distance=distance)
                 log.info("saved %s", event.line)
                 self.emit(event)
-            self._steps.point_to(step)
-            self._steps.remove_old(self)
+        if self.local_cache is not None:
+            self.local_cache.add(step)
+        elif self._ranks.is_leader:
+            self._steps.follow(self, step)
         return path
 
     def _report(self) -> None:
         """Wait for the save in flight, if there is one: announce it, or raise what failed in it."""
         self._copy.settle()
         self._in_flight.wait()
-
-    def _set_aside_unfinished(self, resumed: int) -> None:
-        for aside in checkpoints.set_aside_unfinished(self.directory, resumed):
-            log.warning("%s was set aside: its step is after the one resumed, and it has no metadata.json", aside)
-
-    def _prepare_directory(self) -> None:
-        checkpoints.refuse_within_step(self.directory)
-        check_writable(self.directory)
-        sweep(self.directory)

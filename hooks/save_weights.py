@@ -132,6 +132,10 @@ def refuse_together(files: SaveWeights, writing: SaveWriting, directory: Path) -
         given = {'weights="huggingface"': files.weights == "huggingface", "latest_link=True": writing.latest_link}
         if refused := [name for name, is_given in given.items() if is_given]:
             raise UsageError(f"{directory}: {' and '.join(refused)} is for local disks only; leave it out")
+    elif writing.local_cache is not None:
+        raise UsageError(
+            f"local_cache= is for runs that save to an object store, and {directory} is on a disk: leave it out"
+        )
     changed = [f.name for f in fields(files) if f.name != "weights" and getattr(files, f.name) != f.default]
     if files.weights == "dcp" and changed:
         names = ", ".join(f"{name}=" for name in changed)

@@ -7,9 +7,9 @@ from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
 
-from shardsmith.ground.commit import place_link, remove, sweep
+from shardsmith.ground.commit import check_writable, place_link, remove, sweep
 from shardsmith.ground.layout import LATEST_LINK, METADATA_FILE, step_name
-from shardsmith.manifest.checkpoints import committed_steps
+from shardsmith.manifest.checkpoints import committed_steps, refuse_within_step, set_aside_unfinished
 from shardsmith.manifest.retention import Retention, steps_to_remove
 from shardsmith.manifest.retention_note import note_policy
 
@@ -63,6 +63,11 @@ class StepFolder:
         with logged(f"writing down what is kept in {self._directory}"):
             note_policy(self._directory, self._keep, self._marker)
 
+    def follow(self, hook: Hook, step: int) -> None:
+        """A step was saved: point to it, then remove what may go."""
+        self.point_to(step)
+        self.remove_old(hook)
+
     def remove_old(self, hook: Hook, spare: Collection[int] = ()) -> None:
         """Remove what dead attempts left, and what is not retained. What fails now, the next save tries again.
 
@@ -88,3 +93,26 @@ class StepFolder:
                     hook.emit(Event(kind="remove", step=step, path=str(path)))
                 else:
                     log.info("%s is being read; it is removed later", path)
+
+
+def prepare(directory: Path, is_leader: bool) -> None:
+    """Make sure that steps can be saved in a directory, and remove what dead attempts left there.
+
+    Args:
+        directory: The directory.
+        is_leader: Whether this rank does so; the others do nothing.
+
+    Raises:
+        UsageError: it is in the directory of a step.
+        WriteError: it cannot be written to.
+    """
+    if is_leader:
+        refuse_within_step(directory)
+        check_writable(directory)
+        sweep(directory)
+
+
+def leave_unfinished(directory: Path, resumed: int) -> None:
+    """Set aside what is half deleted of the steps after the one that a run goes on from. Rank 0."""
+    for aside in set_aside_unfinished(directory, resumed):
+        log.warning("%s was set aside: its step is after the one resumed, and it has no metadata.json", aside)

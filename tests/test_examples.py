@@ -24,6 +24,15 @@ def test_the_demo_passes_all_its_checks(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(600)
+def test_the_demo_in_an_object_store_passes_all_its_checks(tmp_path: Path) -> None:
+    command = [sys.executable, ROOT / "examples" / "demo_remote.py", "--run", tmp_path / "run", "--steps", "60"]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert "6 of 6 checks passed" in found.stdout
+
+
+@pytest.mark.long
 def test_a_wrong_start_is_diagnosed_converted_and_proved(tmp_path: Path) -> None:
     command = [sys.executable, ROOT / "examples" / "initial_load.py", "--run", tmp_path / "run", "--steps", "150"]
     found = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)

@@ -27,6 +27,9 @@ _WEIGHTS = ".safetensors"
 Load = Callable[[Path, Mapping[str, FileRecord], OnMissing], list[str]]
 """Loads a checkpoint, verifying files meanwhile; what is wrong with those. All ranks; communicates."""
 
+Find = Callable[[], Path | None]
+"""Returns the directory of a checkpoint; None if it cannot be had in this way. All ranks; may communicate."""
+
 
 class Resumption:
     """Tries one checkpoint after the other.
@@ -56,12 +59,14 @@ class Resumption:
         self.spoiled_by = spoiled_by
         self._loads_weights = parts is None or {"model", "ema"} <= set(parts)
 
-    def load_newest(self, directory: Path, steps: Sequence[int], load: Load, on_missing: OnMissing) -> int | None:
+    def load_newest(
+        self, directory: Path, steps: Mapping[int, Sequence[Find]], load: Load, on_missing: OnMissing
+    ) -> int | None:
         """Load the newest checkpoint that is sound; return its step, or None without any. All ranks; communicates.
 
         Args:
             directory: Where the checkpoints are.
-            steps: Which, ascending.
+            steps: Which, and how each is found, in the order of preference.
             load: Loads one.
             on_missing: What to do with parts that it does not have. After a damaged one nothing may be missing, for
                 that has filled them all.
@@ -70,11 +75,13 @@ class Resumption:
             IncompleteCheckpointError: there are some, but none is sound.
             What ``load`` raises, if the checkpoint is sound all the same.
         """
-        for step in reversed(steps):
-            if self._load(directory / layout.step_name(step), load, on_missing):
-                return step
+        for step in sorted(steps, reverse=True):
+            for find in steps[step]:
+                checkpoint = find()
+                if checkpoint is not None and self._load(checkpoint, load, on_missing):
+                    return step
         if steps:
-            names = ", ".join(map(layout.step_name, steps))
+            names = ", ".join(map(layout.step_name, sorted(steps)))
             aside = " and was set aside" * self._set_damaged_aside
             raise IncompleteCheckpointError(
                 directory, f"every checkpoint is damaged{aside}: {names}{self._consequence()}"

@@ -8,8 +8,10 @@ commit    any thread     rank 0 writes the index and metadata.json from the rece
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import logging
+import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import chain
@@ -25,6 +27,7 @@ from shardsmith.formats.describe import Measured, describe
 from shardsmith.ground import layout
 from shardsmith.ground.commit import Attempt, attempt_directory, begin_attempt
 from shardsmith.ground.garbage import without_collection
+from shardsmith.ground.host_folder import HostFolder
 from shardsmith.ground.host_memory import require_memory
 from shardsmith.ground.ranks import Ranks
 from shardsmith.ground.remote_commit import RemoteAttempt
@@ -75,9 +78,20 @@ class SaveInProgress:
 
     contents: Contents
 
-    def __init__(self, target: Path, ranks: Ranks, share: Share | None = None) -> None:
-        """``share``: of the saves before this one, so that ranks need not agree again on who writes what."""
+    def __init__(
+        self, target: Path, ranks: Ranks, share: Share | None = None, folder: HostFolder | None = None
+    ) -> None:
+        """Nothing is done yet.
+
+        Args:
+            target: The step.
+            ranks: Those that save.
+            share: Of the saves before this one, so that ranks need not agree again on who writes what.
+            folder: The one that the target is in, if not all ranks see the same: then each has the files of the ranks
+                that see it, and the manifest.
+        """
         self.target = target
+        self._folder = folder if folder is not None and folder.count > 1 else None
         self._ranks = ranks
         self._share = share or Share(ranks.rank)
         self._attempt: Attempt | RemoteAttempt | None = None
@@ -111,6 +125,9 @@ class SaveInProgress:
             self._share.accept(entries, answer["share"])
         self._attempt_id = answer["attempt"]
         self._own = self._share.own
+        if self._folder is not None:
+            with self._abandoned_on_error():
+                self._ranks.gather(phase, self._make_on_this_host)
 
     def stage(
         self, buffer: StagingBuffer, later: Mapping[str, Tensor] | None = None, most_bytes: int | None = None
@@ -168,7 +185,10 @@ class SaveInProgress:
             RankFailedError: on all ranks, if rank 0 found it incomplete or could not rename it. The attempt is gone.
         """
         with self._abandoned_on_error():
-            self._ranks.lead(f"committing {self.target.name}", lambda: self._commit(extra or {}))
+            phase = f"committing {self.target.name}"
+            told = self._ranks.lead(phase, lambda: self._commit(extra or {}))
+            if told is not None:
+                self._ranks.gather(phase, lambda: self._commit_on_this_host(told))
         log.debug("saved %s", self.target)
         return self.target
 
@@ -288,12 +308,34 @@ class SaveInProgress:
         measured.files.update(weights.complete(self._attempt.directory, stored, records))
         return weights.records(self._share.whole.specs)
 
-    def _commit(self, extra: Mapping[str, bytes]) -> None:
+    def _make_on_this_host(self) -> None:
+        """Make the directory where rank 0 cannot."""
+        assert self._folder is not None
+        if self._folder.is_leader and self._attempt is None:
+            self._attempt = Attempt(self.target, self._attempt_id)
+
+    def _commit_on_this_host(self, told: Mapping[str, Any]) -> None:
+        """Commit what rank 0 has committed on its own host."""
+        assert self._folder is not None
+        if self._folder.is_leader and not self._ranks.is_leader:
+            assert self._attempt is not None
+            for name, packed in told["files"].items():
+                self._attempt.write(name, zlib.decompress(base64.b64decode(packed)))
+            self._attempt.commit(self._on_this_host(told["sizes"], told["ranks"]))
+
+    def _on_this_host(self, sizes: Mapping[str, int], ranks: Mapping[str, int]) -> dict[str, int]:
+        """Of all files those that lie here. ``ranks``: which rank has written which file, if not rank 0 for all."""
+        here = range(self._ranks.size) if self._folder is None else self._folder.ranks_here
+        return {name: size for name, size in sizes.items() if name not in ranks or ranks[name] in here}
+
+    def _commit(self, extra: Mapping[str, bytes]) -> dict[str, Any] | None:
+        """Rank 0; what the leaders of other hosts are to do, if there are any."""
         assert self._attempt is not None
         whole = self._share.whole
         measured = whole.measured(self._receipts)
         index = whole.index(self._receipts, self._attempt_id)
-        for name, content in {layout.DCP_INDEX_FILE: index, **extra}.items():
+        beside = {layout.DCP_INDEX_FILE: index, **extra}
+        for name, content in beside.items():
             size = self._attempt.write(name, content)
             measured.files[name] = FileRecord(size=size, xxh3_128=xxhash.xxh3_128_hexdigest(content))
         weights = self._complete_weights(measured)
@@ -309,8 +351,14 @@ class SaveInProgress:
             weights=weights,
         )
         sizes = {name: record.size for name, record in measured.files.items()}
-        sizes[layout.METADATA_FILE] = self._attempt.write(layout.METADATA_FILE, metadata.to_json())
-        self._attempt.commit(sizes)
+        beside[layout.METADATA_FILE] = metadata.to_json()
+        sizes[layout.METADATA_FILE] = self._attempt.write(layout.METADATA_FILE, beside[layout.METADATA_FILE])
+        written_by = {file.name: rank for rank, file in enumerate(whole.files)}
+        self._attempt.commit(self._on_this_host(sizes, written_by))
+        if self._folder is None:
+            return None
+        packed = {name: base64.b64encode(zlib.compress(content, 1)).decode() for name, content in beside.items()}
+        return {"files": packed, "sizes": sizes, "ranks": written_by}
 
 
 def _facts(contents: Contents) -> dict[str, Any]:

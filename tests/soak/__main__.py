@@ -1,6 +1,6 @@
 """Faults by the hundred, with the table of what came of them, as it stands in docs/reliability.md.
 
-python -m tests.soak [--minutes 60] [--kills 1000] [--ends 200] [--seed N] [--only kills damage ends disk raise exit]
+python -m tests.soak [--minutes 60] [--kills 1000] [--ends 200] [--seed N] [--only kills remote damage ...]
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from tests.soak.damage import damage_all
 from tests.soak.ends import KINDS, count_ends
 from tests.soak.injected import inject_all
 from tests.soak.kills import kill_at_random
+from tests.soak.remote import kill_remote
 
-SHARES = {"kills": 0.4, "disk": 0.3, "ends": 0.15, "raise": 0.04, "exit": 0.06, "damage": 0.05}
+SHARES = {"kills": 0.3, "remote": 0.15, "disk": 0.25, "ends": 0.15, "raise": 0.04, "exit": 0.06, "damage": 0.05}
 """Of the time, in the order in which they run; what one does not use is for those after it."""
 
 
@@ -55,6 +56,8 @@ def _run(name: str, work: Path, until: float, chance: random.Random, options: ar
     work.mkdir()
     if name == "kills":
         return kill_at_random(work, options.kills, until, chance)
+    if name == "remote":
+        return kill_remote(work, options.remote_kills, until, chance)
     if name == "damage":
         return damage_all(work, until, chance, flips=options.flips)
     if name == "ends":
@@ -77,6 +80,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--kills", type=int, default=1000)
+    parser.add_argument("--remote-kills", type=int, default=200, help="of runs in an object store")
     parser.add_argument("--ends", type=int, default=200 * len(KINDS))
     parser.add_argument("--flips", type=int, default=40, help="of every file")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 32))

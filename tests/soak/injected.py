@@ -22,7 +22,7 @@ import torch.distributed as dist
 from shardsmith.ground import ranks as ranks_module
 from shardsmith.hooks import finish
 from tests.soak.forked import HUNG, start_ranks, wait_for
-from tests.soak.job import Job, attach, leftovers, look, steps_in
+from tests.soak.job import Job, attach, look, steps_in
 
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EACCES)
 EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
@@ -207,7 +207,7 @@ def _check_errors(
         if wrong := (did_fail & there) | (set(STEPS[1:]) - did_fail - there):
             yield f"false outcome: steps {wrong} of {place.name} are there and failed, or the reverse"
     yield from (f"torn: {line}" for line in look(job, {}))
-    if left := leftovers(job):
+    if left := job.leftovers():
         found[f"{injection.kind}: something left until the next start"] += bool(left)
 
 

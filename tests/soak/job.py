@@ -36,12 +36,29 @@ class Job:
     steps: int
 
     @property
-    def checkpoints(self) -> Path:
+    def checkpoints(self) -> Any:
         return self.folder / "steps"
 
     @property
-    def exports(self) -> Path:
+    def exports(self) -> Any:
         return self.folder / "hf"
+
+    @property
+    def save_options(self) -> dict[str, Any]:
+        """More of ``ShardedSave``, on this rank."""
+        return {}
+
+    def committed(self) -> list[int]:
+        """The steps that a resume could take."""
+        return [int(path.name.removeprefix("step-")) for path in steps_in(self.checkpoints)]
+
+    def leftovers(self) -> list[str]:
+        """Temporary names beside the step directories."""
+        return [path.name for place in (self.checkpoints, self.exports) for path in place.glob(".*")]
+
+    def visible(self) -> Job:
+        """A job on a disk that has all that can be seen of this one."""
+        return self
 
     def start(self) -> list[int]:
         """Fork the ranks; their pids."""
@@ -81,7 +98,7 @@ def attach(job: Job, *, timeout_secs: float = 30.0) -> Attached:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     ema = EMA(model, decay=0.9)
     options: dict[str, Any] = {"model": model, "ema": ema, "keep": latest(KEPT), "timeout_secs": timeout_secs}
-    save = ShardedSave(job.checkpoints, optimizer=optimizer, when=every(SAVE_EVERY), **options)
+    save = ShardedSave(job.checkpoints, optimizer=optimizer, when=every(SAVE_EVERY), **options, **job.save_options)
     export = HFExport(job.exports, when=every(EXPORT_EVERY), **options)
     return Attached(model, optimizer, save, export, Hooks(ema, save, export))
 
@@ -106,14 +123,9 @@ def steps_in(directory: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
-def leftovers(job: Job) -> list[str]:
-    """Temporary names beside the step directories."""
-    return [path.name for place in (job.checkpoints, job.exports) for path in place.glob(".*")]
-
-
 def look(job: Job, expected: Digests) -> list[str]:
     """What is torn among all that can be seen, or differs from the run that nobody killed."""
-    problems = []
+    problems, job = [], job.visible()
     for path in [*steps_in(job.checkpoints), *steps_in(job.exports)]:
         look_at = _look_at_checkpoint if path.parent == job.checkpoints else _look_at_export
         try:

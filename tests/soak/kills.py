@@ -8,27 +8,32 @@ import shutil
 import signal
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 from tests.soak.forked import wait_for
-from tests.soak.job import Digests, Job, leftovers, look, steps_in
+from tests.soak.job import Digests, Job, look, steps_in
 
 STEPS = 8
 KILLS_OF_A_RUN = 6
 
 
-def kill_at_random(work: Path, kills: int, until: float, chance: random.Random) -> Counter[str]:
+def kill_at_random(
+    work: Path, kills: int, until: float, chance: random.Random, make: Callable[[Path, int, int], Job] = Job
+) -> Counter[str]:
     """Kill runs of 1, 2 and 4 ranks, ``kills`` times or until a time of ``time.monotonic``.
+
+    ``make`` makes a job of a folder, a number of ranks and of steps.
 
     Returns what happened, by name; whatever begins with "fault" must not.
     """
     found: Counter[str] = Counter()
     expected: Digests = {}
-    lengths = {ranks: _undisturbed(work / f"straight-{ranks}", ranks, expected) for ranks in (1, 2, 4)}
+    lengths = {ranks: _undisturbed(work, ranks, expected, make) for ranks in (1, 2, 4)}
     number = 0
     while found["kills"] < kills and time.monotonic() < until:
         number += 1
-        job = Job(work / f"run-{number}", chance.choice((1, 2, 4)), STEPS)
+        job = make(work / f"run-{number}", chance.choice((1, 2, 4)), STEPS)
         for _ in range(KILLS_OF_A_RUN):
             if not _kill_once(job, lengths[job.ranks], chance, found, expected):
                 break
@@ -39,26 +44,24 @@ def kill_at_random(work: Path, kills: int, until: float, chance: random.Random) 
     return found
 
 
-def _undisturbed(folder: Path, ranks: int, expected: Digests) -> float:
+def _undisturbed(work: Path, ranks: int, expected: Digests, make: Callable[[Path, int, int], Job]) -> float:
     """Train step by step, so that every step directory is seen before it is removed; how long a run takes."""
-    seconds = 0.0
     for steps in range(2, STEPS + 1):
-        job = Job(folder, ranks, steps)
-        started = time.monotonic()
+        job = make(work / f"straight-{ranks}", ranks, steps)
         job.run()
-        seconds = time.monotonic() - started
         assert look(job, expected) == []
-    shutil.rmtree(folder)
+    whole = make(work / f"whole-{ranks}", ranks, STEPS)
     started = time.monotonic()
-    Job(folder, ranks, STEPS).run()
+    whole.run()
     seconds = time.monotonic() - started
-    shutil.rmtree(folder)
+    for one in (job, whole):
+        shutil.rmtree(one.folder)
     return seconds
 
 
 def _kill_once(job: Job, length: float, chance: random.Random, found: Counter[str], expected: Digests) -> bool:
     """Run it and kill all ranks, or one and later the others. False if it had ended before."""
-    before = [int(path.name.removeprefix("step-")) for path in steps_in(job.checkpoints)]
+    before = job.committed()
     (job.folder / "resumed").unlink(missing_ok=True)
     pids = job.start()
     victims = pids if chance.random() < 0.5 else [chance.choice(pids)]
@@ -74,7 +77,7 @@ def _kill_once(job: Job, length: float, chance: random.Random, found: Counter[st
         return False
     found["kills"] += 1
     found[f"kills of {job.ranks} ranks"] += 1
-    found["kills that left something half-made"] += bool(leftovers(job))
+    found["kills that left something half-made"] += bool(job.leftovers())
     resumed = job.folder / "resumed"
     if resumed.exists() and resumed.read_text() and int(resumed.read_text()) != max(before, default=0):
         _fault(found, "fault: resumed at another step than the newest", f"{job.folder} {before} {resumed.read_text()}")
@@ -93,10 +96,11 @@ def _finish_run(job: Job, found: Counter[str], expected: Digests) -> None:
     found["runs that came to their end"] += 1
     for problem in look(job, expected):
         _fault(found, "fault: torn or wrong at the end", problem)
-    if leftovers(job):
-        _fault(found, "fault: leftovers at the end", str(leftovers(job)))
-    found["directories looked at"] += len(steps_in(job.checkpoints)) + len(steps_in(job.exports))
-    if not (job.checkpoints / f"step-{STEPS}").is_dir():
+    if left := job.leftovers():
+        _fault(found, "fault: leftovers at the end", str(left))
+    seen = job.visible()
+    found["directories looked at"] += len(steps_in(seen.checkpoints)) + len(steps_in(seen.exports))
+    if not (seen.checkpoints / f"step-{STEPS}").is_dir():
         _fault(found, "fault: the last step is missing", str(job.folder))
 
 

@@ -1,0 +1,62 @@
+"""A folder on each host's own disk: which ranks see the same one, found out by what they see and not by host names."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from shardsmith.ground.commit import writing
+from shardsmith.ground.layout import new_attempt_id
+from shardsmith.ground.ranks import Ranks
+
+
+class HostFolder:
+    """One path on all ranks, which may be another folder on each host.
+
+    Attributes:
+        path: The folder.
+        ranks_here: The ranks that see the folder of this one, ascending.
+        count: How many folders there are in all.
+    """
+
+    def __init__(self, path: Path, ranks: Ranks) -> None:
+        """Make the folder if it is missing, and find out who shares it. All ranks; communicates.
+
+        Raises:
+            RankFailedError, WriteError: a rank cannot write there.
+        """
+        self.path = path
+        self._rank = ranks.rank
+        phase = "finding out which ranks share a disk"
+        name = ranks.lead(phase, new_attempt_id)
+        probe = path / f".probe-{name}-{ranks.rank}"
+        try:
+            ranks.gather(phase, lambda: _touch(probe))
+            seen = ranks.agree(phase, lambda: _seen(path, f".probe-{name}-"), _sorted_groups)
+            self.ranks_here: list[int] = next(group for group in seen if ranks.rank in group)
+            self.count = len(seen)
+            ranks.gather(phase, list)  # all have looked
+        finally:
+            with contextlib.suppress(OSError):
+                probe.unlink(missing_ok=True)
+
+    @property
+    def is_leader(self) -> bool:
+        """Whether this rank makes, renames and deletes directories in its folder; rank 0 does in its own."""
+        return self._rank == self.ranks_here[0]
+
+
+def _touch(probe: Path) -> None:
+    with writing(probe, "a first file"):
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+
+
+def _seen(path: Path, prefix: str) -> list[int]:
+    names = (entry.name for entry in path.iterdir())
+    return sorted(int(name.removeprefix(prefix)) for name in names if name.startswith(prefix))
+
+
+def _sorted_groups(seen: Sequence[list[int]]) -> list[list[int]]:
+    return sorted({tuple(group): group for group in seen}.values())
