@@ -10,9 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from shardsmith.errors import ShardsmithError
+from shardsmith.errors import ShardsmithError, UsageError
+from shardsmith.ground.commit import place_file
 from shardsmith.ground.host_folder import HostFolder
-from shardsmith.ground.layout import step_name
+from shardsmith.ground.layout import CACHE_OF_FILE, step_name
 from shardsmith.ground.ranks import Ranks
 from shardsmith.ground.remote_commit import attempt_of_any
 from shardsmith.ground.remote_path import RemotePath
@@ -77,11 +78,25 @@ class LocalCache:
         # one for each thread
         self._main_ranks, self._ranks = Ranks(timeout_secs), Ranks(timeout_secs)
         self.folder = HostFolder(path, self._main_ranks)
-        self._main_ranks.gather("preparing the local disks", partial(prepare, path, self.folder.is_leader))
+        self._main_ranks.gather("preparing the local disks", self._prepare)
         self._local_steps, self._store_steps = (StepFolder(*of) for of in zip((path, store), keep, strict=True))
         self._owed: set[int] = set()  # steps that are to be uploaded; rank 0 decides by it
         self._running: deque[Future[None]] = deque()
         self._thread = ThreadPoolExecutor(1, "shardsmith-upload")
+
+    def _prepare(self) -> None:
+        if not self.folder.is_leader:
+            return
+        path, mark = self.folder.path, self.folder.path / CACHE_OF_FILE
+        of = mark.read_text() if mark.is_file() else "another run" if committed_steps(path) else str(self._store)
+        if of != str(self._store):
+            raise UsageError(
+                f"local_cache={str(path)!r}: it holds steps of {of}, and this run saves to {self._store}: give each "
+                "run a folder of its own, or delete this one"
+            )
+        prepare(path, is_leader=True)
+        if not mark.is_file():
+            place_file(mark, str(self._store).encode())
 
     def make_room(self) -> None:
         """Wait until few enough uploads are under way for another step. No communication."""

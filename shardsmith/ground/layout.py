@@ -35,6 +35,8 @@ EMA_PREFIX = "ema_model."
 REST_FOLDER = "float32-rest"
 """In a directory of bfloat16 weights: what is missing to the float32 ones that train, under the same names."""
 
+CACHE_OF_FILE = "cache-of.txt"
+"""In a run's folder on a host's own disk: the place in an object store that its steps go to."""
 LATEST_LINK = "latest"
 """In a run directory: a link to the newest step, if that is wanted."""
 METRICS_FILE = "metrics.jsonl"

@@ -18,7 +18,7 @@ from torch.multiprocessing import ProcessExitedException
 from shardsmith import RankFailedError, StorageError, UsageError, WriteError
 from shardsmith.ground import object_store
 from shardsmith.ground.remote_path import RemotePath, as_path
-from shardsmith.hooks import Hooks, ShardedSave, every, latest, multiples_of
+from shardsmith.hooks import EMA, Hooks, ShardedSave, every, latest, multiples_of
 from shardsmith.manifest.checkpoints import committed_steps
 from shardsmith.manifest.metadata import read_metadata
 from tests.faulty_proxy import proxied
@@ -96,6 +96,28 @@ def test_another_number_of_ranks_resumes_the_same(
     run_on_ranks(resave, ranks, tmp_path, object_server, remote, target)
     run_on_ranks(run_resave, ranks, tmp_path, posix, tmp_path / "local")
     assert read_digests(object_server, f"{target}/step-20") == digests(tmp_path / "local" / "step-20")
+
+
+def branch_off(server: ObjectServer, place: str | Path, target: Path) -> None:
+    """Begin a run on a disk with what another one has saved elsewhere."""
+    server.use()
+    model = build("fsdp2")
+    parts: dict[str, Any] = {"model": model, "optimizer": torch.optim.AdamW(model.parameters(), lr=1e-2)}
+    parts["scheduler"] = torch.optim.lr_scheduler.OneCycleLR(parts["optimizer"], max_lr=1e-2, total_steps=100)
+    ema = EMA(model, decay=0.9, warmup=True)
+    save = ShardedSave(target, when=every(5), ema=ema, **parts)
+    hooks = Hooks(ema, save)
+    assert hooks.resume(directory=place) == 20
+    save.save(20)
+    hooks.close()
+
+
+def test_a_run_on_a_disk_begins_with_a_step_of_another_in_a_store(
+    object_server: ObjectServer, posix: Path, remote: str, tmp_path: Path
+) -> None:
+    for name, place in (("remote", remote), ("local", posix)):
+        run_on_ranks(branch_off, 1, tmp_path, object_server, place, tmp_path / name)
+    assert digests(tmp_path / "remote" / "step-20") == digests(tmp_path / "local" / "step-20")
 
 
 def test_what_lies_in_the_store_is_a_dcp_directory_and_a_manifest(

@@ -10,13 +10,15 @@ import json
 import os
 import random
 import shutil
+import signal
 import tempfile
+import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 
@@ -90,35 +92,48 @@ class RemoteJob(Job):
 
 def kill_remote(work: Path, kills: int, until: float, chance: random.Random) -> Counter[str]:
     """As ``kill_at_random``, with steps in a store."""
-    with running_server(work / "server") as server, proxied(server) as proxy:
-        wait = threading_wait(chance.randrange(1 << 32))
-
-        def fault(request: Request, seen: int) -> Fault | None:  # noqa: ARG001
-            wait()
-            return None
-
-        proxy.fault = fault
-        numbers = iter(range(1 << 30))
+    said = work / "server.json"
+    if not (child := os.fork()):
+        _serve(work / "server", said, chance.randrange(1 << 32))
+    try:
+        while not said.exists():
+            assert os.waitpid(child, os.WNOHANG) == (0, 0), "the server has ended"
+            time.sleep(0.05)
+        server, numbers = ObjectServer(**json.loads(said.read_text())), iter(range(1 << 30))
 
         def make(folder: Path, ranks: int, steps: int) -> Job:
             hosts = (0, 1, ranks)[next(numbers) % 3] if folder.name.startswith("run-") else 0
             folder.mkdir(parents=True, exist_ok=True)
-            return RemoteJob(folder, ranks, steps, proxy.server, hosts)
+            return RemoteJob(folder, ranks, steps, server, hosts)
 
         return kill_at_random(work, kills, until, chance, make)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
-def threading_wait(seed: int) -> Callable[[], None]:
-    """Takes up to 20 ms, one time in four: a link that is slow at times, and lets requests overtake each other."""
-    import time
+def _serve(folder: Path, said: Path, seed: int) -> NoReturn:
+    """Run server and proxy until the process is killed. It has the threads and the client, which must not be forked."""
+    try:
+        with running_server(folder) as server, proxied(server) as proxy:
+            proxy.fault = slow_at_times(seed)
+            said.with_suffix(".tmp").write_text(json.dumps(asdict(proxy.server)))
+            said.with_suffix(".tmp").rename(said)
+            signal.pause()
+    finally:
+        os._exit(1)
 
+
+def slow_at_times(seed: int) -> Callable[[Request, int], Fault | None]:
+    """Delay one request in four by up to 20 ms; all the others wait, too, as the proxy asks for one at a time."""
     chance = random.Random(seed)
 
-    def wait() -> None:
+    def fault(request: Request, seen: int) -> Fault | None:  # noqa: ARG001
         if chance.random() < 0.25:
             time.sleep(chance.uniform(0, 0.02))
+        return None
 
-    return wait
+    return fault
 
 
 def _remote(url: str) -> RemotePath:
