@@ -13,6 +13,7 @@ from shardsmith.ground.layout import PROVENANCE_FILE
 from shardsmith.ground.printable import printable
 from shardsmith.ground.sizes import size_text
 from shardsmith.hf.directory import DirectoryPlan, ModelPlan
+from shardsmith.hf.loading_program import LoadingProgram
 from shardsmith.tensors.digest import Digest
 from shardsmith.tensors.dtypes import dtype_name
 
@@ -20,17 +21,6 @@ CARD_FILE = "README.md"
 _MARK = "<!-- Written by shardsmith with the weights: an export over this directory writes its own. -->"
 _CACHED = re.compile(r"models--([\w.-]+)--([\w.-]+)")
 _HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?", re.ASCII)
-_CLASS_NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
-_LOADED_BY = {
-    "transformers": "from transformers import {name}\n\nmodel = {name}.from_pretrained({where})",
-    "diffusers": "from diffusers import {name}\n\nmodel = {name}.from_pretrained({where})",
-    "remote": (
-        "from transformers import AutoModel\n\n"
-        "model = AutoModel.from_pretrained({where}, trust_remote_code=True)  # runs the Python files beside the weights"
-    ),
-    "peft": "from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base_model, {where})",
-    "none": 'from safetensors.torch import load_file\n\nstate_dict = load_file({where} + "/{file}")',
-}
 
 
 def is_own_card(path: Path) -> bool:
@@ -50,10 +40,10 @@ def model_card(plan: DirectoryPlan, digests: Mapping[str, Mapping[str, Digest]])
         plan: The plan of the directory.
         digests: Digests of the written tensors, by model and tensor.
     """
-    kind, name = _loader(plan)
+    program = LoadingProgram(plan)
     base = _base_name(plan)
     front = [f"base_model: {base}"] if base else []
-    front += [f"library_name: {kind}"] if kind in ("transformers", "diffusers", "peft") else []
+    front += [f"library_name: {program.library}"] if program.library else []
     step = "" if plan.origin.step is None else f" of step {plan.origin.step} of a training run"
     lines = [
         *("---", *front, "tags:", "- shardsmith", "---", _MARK, ""),
@@ -67,7 +57,7 @@ def model_card(plan: DirectoryPlan, digests: Mapping[str, Mapping[str, Digest]])
         *(row for model in plan.models for row in _rows(model, plan, digests[model.model])),
         f"| check | {_plain(str(plan.measure))} |",
         *("", "## Load", "", "```python"),
-        *_loading(plan, kind, name),
+        program.text,
         *("```", "", "## Verify", ""),
         f"`shardsmith verify DIRECTORY` compares every byte with `{PROVENANCE_FILE}`, which has a hash of each file",
         "and a digest of each tensor. The digests above are of the list of those: they tell two exports apart.",
@@ -93,34 +83,6 @@ def _rows(model: ModelPlan, plan: DirectoryPlan, digests: Mapping[str, Digest]) 
 def _average(facts: Mapping[str, Any] | None) -> str:
     known = [f"{name} {facts[name]}" for name in ("decay", "updates") if facts and name in facts]
     return "average of the weights (EMA)" + (f", {', '.join(known)}" if known else "")
-
-
-def _loading(plan: DirectoryPlan, kind: str, name: str) -> Iterator[str]:
-    first, *others = plan.models
-    file = first.weights.files[0].name if first.weights.files else f"{first.stem}.safetensors"
-    yield _LOADED_BY[kind].format(name=name, where='"DIRECTORY"', file=_plain(file))
-    for other in others:  # an average beside the weights, under a name that no loader looks for
-        yield f"\n# or, instead of the weights of the last step, their average (in files named {other.stem}*):"
-        yield "from safetensors.torch import load_file\n"
-        yield f'model.load_state_dict(load_file("DIRECTORY/{other.weights.files[0].name}"), strict=False)'
-
-
-def _loader(plan: DirectoryPlan) -> tuple[str, str]:
-    """Which library loads the weights, and by which class."""
-    config = plan.config or {}
-    if any(model.stem.startswith("adapter_model") for model in plan.models):
-        return "peft", ""
-    if config.get("auto_map"):
-        return "remote", ""
-    architectures = config.get("architectures")
-    named = {
-        "transformers": architectures[0] if isinstance(architectures, list) and len(architectures) == 1 else None,
-        "diffusers": config.get("_class_name"),
-    }
-    for kind, name in named.items():
-        if isinstance(name, str) and _CLASS_NAME.fullmatch(name):
-            return kind, name
-    return ("transformers", "AutoModel") if config.get("model_type") else ("none", "")
 
 
 def _base_name(plan: DirectoryPlan) -> str | None:
