@@ -85,9 +85,9 @@ def _look(folder: Path, passed: set[int], newest: int | None) -> tuple[int | Non
 
 def _problem(path: Path) -> str | None:
     """What is wrong with the files of a finished step, without reading them whole."""
-    if (path / METADATA_FILE).is_file():
-        return next(iter(find_damage(path, contents=False)), None)
-    try:
+    if (path / METADATA_FILE).is_file() and (damage := find_damage(path, contents=False)):
+        return damage[0]
+    try:  # bytes of the index that have changed are in files of the right size, and would end the load itself
         read_index(path)
     except CheckpointError as error:
         return " ".join(str(error).split())

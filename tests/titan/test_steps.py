@@ -172,3 +172,20 @@ else:
         run_jobs(assets, 1, tmp_path, stock, unknown)
         assert "Start the job with -m shardsmith.integrations.torchtitan instead" in error_of(stock)
         assert "there is no option ema_decya. There are:\n  ema_decay" in error_of(unknown)
+
+
+def test_an_index_whose_bytes_have_changed_is_passed_over_as_any_other_damage(assets: Assets, tmp_path: Path) -> None:
+    """It has its size still."""
+    first = Job(run=tmp_path / "run", hooks={"ema_decay": 0.9})
+    run_jobs(assets, 2, tmp_path, first)
+    index = first.run / "checkpoint" / "step-4" / ".metadata"
+    content = bytearray(index.read_bytes())
+    middle = slice(len(content) // 2, len(content) // 2 + 40)
+    content[middle] = bytes(255 - value for value in content[middle])
+    index.write_bytes(content)
+    again = Job(run=first.run, hooks=first.hooks)
+    run_jobs(assets, 2, tmp_path, again)
+    assert error_of(again) == ""
+    assert "step-4 is damaged and passed over" in log_of(again)
+    assert "Training starts at step 3" in log_of(again)
+    assert find_damage(index.parent) == []
