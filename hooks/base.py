@@ -192,25 +192,13 @@ class Hooks:
 
     def optimizer_step(self, step: int) -> None:
         """The first half of ``step``, for trainers that have a moment right after ``optimizer.step()``."""
-        step = _step_number("Hooks.optimizer_step", step)
-        if not self._open:
-            self._refuse_closed(f"step {step}")
-        if step <= self._step:
-            self._start.refuse_order(step, self._step)
-        if self._start.step is None:
-            self._start.begin(self.hooks, step)
+        step = self._enter("optimizer_step", step)
         for hook in self.hooks:
             hook.on_optimizer_step(step)
 
     def step_end(self, step: int) -> None:
         """The second half of ``step``."""
-        step = _step_number("Hooks.step_end", step)
-        if not self._open:
-            self._refuse_closed(f"step {step}")
-        if step <= self._step:
-            self._start.refuse_order(step, self._step)
-        if self._start.step is None:
-            self._start.begin(self.hooks, step)
+        step = self._enter("step_end", step)
         self._step = step
         if self._signals.take():
             self.request_stop()
@@ -229,6 +217,17 @@ class Hooks:
         self._events.deliver(step)
         self._raise_failures([notice for notice in notices if notice[0] == _FAILED])
         self._raise_errors({notice[1]: notice[2] for notice in notices if notice[0] == _RAISED})
+
+    def _enter(self, method: str, step: int) -> int:
+        """Return a step that is given to a method as a number, after the first one has begun the run."""
+        step = _step_number(f"Hooks.{method}", step)
+        if not self._open:
+            self._refuse_closed(f"step {step}")
+        if step <= self._step:
+            self._start.refuse_order(step, self._step)
+        if self._start.step is None:
+            self._start.begin(self.hooks, step)
+        return step
 
     def request_stop(self) -> None:
         """Ask for the end of the run, as a signal does: any rank, any thread. See ``should_stop``.

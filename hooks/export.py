@@ -18,14 +18,11 @@ from shardsmith.errors import UsageError
 from shardsmith.export.adapters import ADAPTER_WEIGHTS
 from shardsmith.export.file_writer import choose_writer
 from shardsmith.export.live import Check, JointExport
-from shardsmith.ground.commit import check_writable, sweep
-from shardsmith.ground.layout import PROVENANCE_FILE, step_name, unfinished_step
+from shardsmith.ground.layout import step_name
 from shardsmith.ground.logs import Stopwatch
 from shardsmith.ground.meeting import made_together, meet
 from shardsmith.ground.ranks import Ranks
 from shardsmith.ground.remote_path import RemotePath, as_path
-from shardsmith.hf.hf_directory import protect
-from shardsmith.manifest.checkpoints import refuse_within_step, set_aside_unfinished
 from shardsmith.manifest.retention import Retention
 
 from .adapters import view_of
@@ -34,17 +31,18 @@ from .background import attempted, logged
 from .checkpoint_source import CheckpointSource, check_source
 from .ema import EMA
 from .events import event_of
+from .export_folder import ExportFolder, prepare_folder
+from .export_results import ExportResults
 from .held import HeldView
 from .hook import Hook
-from .in_flight import SLOTS, InFlight, Running
-from .live_directory import LiveDirectory, ModelFiles, is_sound
+from .in_flight import SLOTS, InFlight
+from .live_directory import LiveDirectory, ModelFiles
 from .live_source import Begin, LiveSource
 from .live_state import LiveState
 from .options import ExportFiles, ExportOptions, ExportPush, ExportVerification, ExportWeights, ExportWriting, merge
 from .overlap import OpenCopy
 from .push import Pushes
 from .schedule import Schedule
-from .step_folder import StepFolder
 from .wiring import Parts, alike
 
 log = logging.getLogger(__name__)
@@ -120,7 +118,7 @@ class HFExport(Hook):
         write_mode = "files" if isinstance(self.directory, RemotePath) else writing.write_mode
         if push.on_push_error == "raise" and writing.on_error == "warn":
             raise UsageError('HFExport(on_push_error="raise") needs on_error="raise", too')
-        self._pushes, self._push = Pushes(push, self.directory, lambda event: self.emit(event)), push
+        self._pushes = Pushes(push, self.directory, lambda event: self.emit(event))
         self.when = when
         self.keep = keep
         self._writing = writing
@@ -171,16 +169,15 @@ class HFExport(Hook):
         if weights.checkpoints is not None:
             whole_files = write_mode == "files"
             saved = CheckpointSource(weights.checkpoints, self._state, *both, when=when, whole_files=whole_files)
-        self._broken_off: set[int] = set()  # steps that a former run was writing; rank 0 knows
-        self._failures: list[BaseException] = []  # not yet raised
         self._exported_step: int | None = None
         self._has_said_copied = False
-        self._ranks.gather(f"preparing {self.directory}", self._prepare_directory if self._ranks.is_leader else bool)
+        prepare = partial(prepare_folder, self.directory, self._base) if self._ranks.is_leader else list[int]
+        broken_off = self._ranks.agree(f"preparing {self.directory}", prepare, lambda of_ranks: of_ranks[0])
         self._ranks.gather("reading the base model", self._state.read_files)
-        self._directories = LiveDirectory.choose(chosen, weights.ema_as, view, self._state.stem)
-        suffixes = [directory.suffix for directory in self._directories]
-        self._steps = StepFolder(self.directory, keep, marker=PROVENANCE_FILE, suffixes=suffixes)
-        self._in_flight = InFlight(len(self._directories))
+        directories = LiveDirectory.choose(chosen, weights.ema_as, view, self._state.stem)
+        self._folder = ExportFolder(self.directory, directories, keep, broken_off)
+        self._in_flight = InFlight(len(directories))
+        self._results = ExportResults(self._in_flight, self._pushes, writing, push)
         if writing.on_error == "raise":
             self.background = self._in_flight.background
         if weights.stages:
@@ -195,12 +192,12 @@ class HFExport(Hook):
 
         All ranks; communicates. Earlier steps are not made up for, since their weights are gone: the log names them.
         """
-        self._ranks.lead("setting aside what is half deleted", lambda: self._set_aside_unfinished(step))
+        self._ranks.lead("setting aside what is half deleted", lambda: self._folder.set_aside_unfinished(step))
         if self._ranks.is_leader:
-            self._resume_pushes(step)
-            self._steps.note_policy()
+            self._results.resume_pushes(step)
+            self._folder.note_policy()
         if self.when.due(step) and self._ranks.lead(
-            f"looking for the export of step {step}", lambda: self._missing(step)
+            f"looking for the export of step {step}", lambda: self._folder.missing(step)
         ):
             self._export(step, "wait")
 
@@ -211,9 +208,9 @@ class HFExport(Hook):
             self._export(step, self._writing.when_busy, error)
         else:
             self._in_flight.collect(self._in_flight.ended())
-        self._announce()
+        self._results.announce()
         if self._in_flight.background.tell is None:
-            self._raise_failure()
+            self._results.raise_first()
 
     def on_occasion(self, step: int) -> None:
         """Export the step, if that was not done. All ranks; communicates."""
@@ -224,8 +221,8 @@ class HFExport(Hook):
         """Announce exports that have ended; raise what failed in one."""
         self._copy.settle()
         self._in_flight.collect(self._in_flight.ended())
-        self._announce()
-        self._raise_failure()
+        self._results.announce()
+        self._results.raise_first()
 
     def on_train_end(self, step: int) -> None:
         """Export the last step if that is wanted and was not done. All ranks; communicates when it exports."""
@@ -241,15 +238,16 @@ class HFExport(Hook):
         """Wait for the exports in flight; raise what failed in them. All ranks."""
         self._copy.settle()
         self._in_flight.collect(self._in_flight.started)
-        self._announce()
-        self._raise_failure()
+        self._results.announce()
+        self._results.raise_first()
 
     def close(self) -> None:
         """Wait for the exports in flight and for pushes to the Hub; raise what failed in them."""
         try:
             self.wait()
-            self._wait_for_pushes()
-            self._raise_failure()
+            if self._pushes.wait():  # what was spared for a push may go now; on rank 0 alone
+                self._folder.remove_old(self)
+            self._results.raise_first()
         finally:
             self._pushes.close()
             self._copy.close()
@@ -274,8 +272,8 @@ class HFExport(Hook):
             return
         watch = Stopwatch()
         try:
-            checks = [self._ask(step, self._directories[i]) for i in wanted]
-            targets = [(self._directories[i], self._path(step, self._directories[i])) for i in wanted]
+            targets = [self._folder.targets(step)[i] for i in wanted]
+            checks = [self._ask(*target) for target in targets]
             begin = self._source.begin(step, targets, [self._in_flight.next_buffers[i] for i in wanted])
         except BaseException as failure:
             self.emit(event_of("export", step, self.directory / step_name(step), watch, self._ranks.size, failure))
@@ -284,11 +282,11 @@ class HFExport(Hook):
         watch.released()
         self._in_flight.start(step, lambda: self._finish(step, begin, checks, watch))
 
-    def _ask(self, step: int, directory: LiveDirectory) -> Check | None:
+    def _ask(self, directory: LiveDirectory, path: Path) -> Check | None:
         """What a directory of the weights as they are now must pass."""
         checks: list[Check | None] = [None]
         if (answers := self._answers) is not None:
-            phase = f"asking the live model for {self._path(step, directory).name}"
+            phase = f"asking the live model for {path.name}"
             self._ranks.gather(phase, lambda: checks.append(answers.check_for(directory)))
         return checks[-1]
 
@@ -303,10 +301,10 @@ class HFExport(Hook):
         def look() -> tuple[int, list[int]]:
             if error is not None:
                 raise error
-            return (in_flight.ended(), self._missing(step)) if self._ranks.is_leader else (0, [])
+            return (in_flight.ended(), self._folder.missing(step)) if self._ranks.is_leader else (0, [])
 
         ended, wanted = self._ranks.agree("looking for a free slot", look, lambda of_ranks: of_ranks[0])
-        if len(wanted) < len(self._directories):
+        if len(wanted) < len(self._folder.directories):
             log.warning("step %s was exported before the run was resumed; what is there is kept", step)
         if not wanted:
             return []
@@ -338,8 +336,8 @@ class HFExport(Hook):
         if self._writer_ranks.is_leader:
             with logged(f"measuring {paths[0]}"):
                 self._say(step, jobs, watch)
-            self._pushes.start(step, paths, partial(self._note_push_error, step))
-            self._steps.remove_old(self, spare=self._pushes.pending)
+            self._results.push(step, paths)
+            self._folder.remove_old(self, spare=self._pushes.pending)
         return paths
 
     def _say(self, step: int, jobs: Sequence[JointExport], watch: Stopwatch) -> None:
@@ -355,70 +353,10 @@ class HFExport(Hook):
             advice = "EMA(buffers=True) averages buffers, too"
             log.info("not averaged, as in the main weights: %s%s (%s)", ", ".join(copied[:5]), more, advice)
 
-    def _missing(self, step: int) -> list[int]:
-        """The directories of the step, by number, that no earlier run of this training has left sound."""
-        return [i for i, directory in enumerate(self._directories) if not is_sound(self._path(step, directory))]
-
-    def _set_aside_unfinished(self, step: int) -> None:
-        for aside in set_aside_unfinished(self.directory, step - 1, PROVENANCE_FILE):
-            log.warning("%s was set aside: it has no shardsmith.json, and its step is to come (again)", aside)
-        for lost in sorted(lost for lost in self._broken_off if lost < step and self._missing(lost)):
-            words = "%s: the export of step %s was cut off with the former run, and this one goes on from step %s; "
-            log.warning(words + "`shardsmith to-hf` makes it of a checkpoint", self.directory, lost, step)
-
-    def _path(self, step: int, directory: LiveDirectory) -> Path:
-        return self.directory / (step_name(step) + directory.suffix)
-
-    def _announce(self) -> None:
-        """Say which exports have ended well, and keep what failed in the others."""
-        for one in self._in_flight.take_ended():
-            error = one.future.exception()
-            if error is not None:
-                self._failures.append(error)
-            elif (on_exported := self._writing.on_exported) is not None:
-                _, error = attempted(partial(on_exported, one.step, one.future.result()[0]))
-                self._note_callback_error(one, error)
-
-    def _note_callback_error(self, one: Running, error: BaseException | None) -> None:
-        """``on_exported`` has raised: the export stands, and all ranks raise after the same step."""
-        if error is not None:
-            log.error("on_exported of step %s failed; the export is there", one.step, exc_info=error)
-            self._failures.append(error)
-            self._in_flight.background.report(one.future, f"on_exported of step {one.step}: {error}")
-
-    def _note_push_error(self, step: int, error: Exception) -> None:
-        """A push has failed, as the log says: the export stands. Any thread of rank 0."""
-        if self._push.on_push_error == "raise":
-            self._failures.append(error)
-            self._in_flight.background.report(None, f"push of step {step}: {error}")
-
-    def _resume_pushes(self, step: int) -> None:
-        with logged(f"{self.directory}: looking for exports that are still to be pushed"):
-            self._pushes.resume(partial(self._note_push_error, step))
-
-    def _wait_for_pushes(self) -> None:
-        """What was spared for a push may go then. Does something on rank 0 alone."""
-        if self._pushes.wait():
-            self._steps.remove_old(self)
-
-    def _raise_failure(self) -> None:
-        """The first one, if that is wanted; those after it are in the log, as all are."""
-        errors, self._failures = self._failures, []
-        if errors and self._writing.on_error == "raise":
-            raise errors[0]
-
     def _choose_source(self, source: str, live: LiveSource, saved: CheckpointSource | None) -> None:
         """All ranks; communicates."""
         self._source: LiveSource | CheckpointSource = live
-        if saved is not None and (source == "checkpoint" or not live.is_possible(self._directories)):
+        if saved is not None and (source == "checkpoint" or not live.is_possible(self._folder.directories)):
             self._source = saved
         if self._source is live:
             self._ranks.gather("looking at the base model", lambda: self._state.check(compare=self._ranks.is_leader))
-
-    def _prepare_directory(self) -> None:
-        if self._base is not None:
-            protect(self.directory / step_name(0), self._base)
-        refuse_within_step(self.directory)
-        check_writable(self.directory)
-        steps = (unfinished_step(path.name) for path in sweep(self.directory))
-        self._broken_off = {step for step in steps if step is not None}
