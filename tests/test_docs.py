@@ -94,7 +94,7 @@ def test_the_program_of_a_document_runs_as_it_is(document: str, tmp_path: Path) 
     assert ran.returncode == 0, ran.stderr
     shown = re.findall(r"^(?:saved|exported) run/.*$", text, re.MULTILINE)
     assert not shown or _without_times(ran.stderr.splitlines()) == _without_times(shown)
-    assert sorted(os.listdir(tmp_path / "run/checkpoints")) == ["retention.json", "step-20", "step-25"]
+    assert sorted(os.listdir(tmp_path / "run/checkpoints")) == [".retention.json", "step-20", "step-25"]
     assert sorted(load_file(tmp_path / "run/hf/step-25/ema.safetensors")) == [
         "0.bias",
         "0.weight",

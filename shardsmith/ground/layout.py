@@ -9,7 +9,7 @@
     run/checkpoints/latest                       a link to the newest step, where that is wanted
     run/hf/.step-500.push                        an export that is to be on the Hub and is not yet
     run/checkpoints/metrics.jsonl                metrics of steps, by which the best are kept
-    run/checkpoints/retention.json               which steps the run keeps
+    run/checkpoints/.retention.json              which steps the run keeps
 
 Names are matched whole, never searched for: ``old-step-500.bak`` is not step 500.
 """
@@ -41,7 +41,7 @@ LATEST_LINK = "latest"
 """In a run directory: a link to the newest step, if that is wanted."""
 METRICS_FILE = "metrics.jsonl"
 """Beside the step directories: what ``Hooks.metric`` was told, a line each."""
-RETENTION_FILE = "retention.json"
+RETENTION_FILE = ".retention.json"
 """Beside the step directories: the policy of the run."""
 REMOVED = "removed"
 """Stands for the name of a directory in that of its trash, where the name must not be seen."""

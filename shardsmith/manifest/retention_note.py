@@ -1,4 +1,4 @@
-"""What a run writes down of its policy, so that others can say which steps go next: ``retention.json``."""
+"""What a run writes down of its policy, so that others can say which steps go next: ``.retention.json``."""
 
 from __future__ import annotations
 

@@ -180,7 +180,7 @@ def test_a_run_goes_on_without_the_hub_and_the_next_one_pushes(hub: Hub, tmp_pat
     exported = {path.name: files_of(path) for path in (tmp_path / "hf").iterdir() if path.is_dir()}
     assert run_python(hub, tmp_path, "-c", RESUMED, str(tmp_path / "hf"), "raise").returncode == 0
     assert {name: files for name, files in branches(hub).items() if name != "main"} == exported
-    assert {path.name for path in (tmp_path / "hf").iterdir()} == {*exported, "retention.json"}, "all is pushed"
+    assert {path.name for path in (tmp_path / "hf").iterdir()} == {*exported, ".retention.json"}, "all is pushed"
 
 
 def test_names_that_cannot_be(tmp_path: Path) -> None:

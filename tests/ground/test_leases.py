@@ -183,4 +183,4 @@ def test_retention_spares_what_is_held_and_a_later_save_removes_it(
             assert find_damage(tmp_path / "step-1") == []
         assert caplog.text.count("step-1 is being read; it is removed later") == 2
         hooks.step(4)
-    assert sorted(os.listdir(tmp_path)) == ["retention.json", "step-4"]
+    assert sorted(os.listdir(tmp_path)) == [".retention.json", "step-4"]

@@ -304,7 +304,7 @@ def test_retention_keeps_the_newest_with_the_directory_of_its_average(tmp_path: 
     with Hooks(ema, export) as hooks:
         for step in range(1, 4):
             hooks.step(step)
-    assert {path.name for path in tmp_path.iterdir()} == {"step-0", "step-3", "step-3-ema", "retention.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"step-0", "step-3", "step-3-ema", ".retention.json"}
 
 
 def test_on_exported_is_told_of_each_directory_on_the_main_thread(tmp_path: Path) -> None:

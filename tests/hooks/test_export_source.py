@@ -109,7 +109,7 @@ def weights_of(directory: Path) -> set[float]:
 
 
 def names(directory: Path) -> set[str]:
-    return {path.name for path in directory.iterdir()} - {"retention.json"}
+    return {path.name for path in directory.iterdir()} - {".retention.json"}
 
 
 @torch.no_grad()

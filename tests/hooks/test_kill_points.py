@@ -90,7 +90,7 @@ def digests(checkpoint: Path) -> dict[str, str]:
 def visible_steps(directory: Path) -> list[int]:
     """The steps that can be seen, each of which must be whole; nothing else may be seen, but what is kept."""
     found = {path.name for path in directory.iterdir()} if directory.exists() else set()
-    names = [name for name in found - {"retention.json"} if not is_leftover(name)]
+    names = [name for name in found - {".retention.json"} if not is_leftover(name)]
     for name in names:
         assert find_damage(directory / name) == []
         source = open_step(directory / name)
@@ -112,7 +112,7 @@ def goes_on_and_ends_like(server: Server, killed: Run, straight: Path) -> None:
     again = replace(killed, steps=last, victim=None, point=None, file_limit=None, spare_others=False)
     assert server.run(again) == [0, 0], again.beside("rank-0.log").read_text()
     assert int(again.beside("resumed").read_text()) == max(seen, default=0)
-    assert {path.name for path in killed.directory.iterdir()} == {straight.name, "retention.json"}
+    assert {path.name for path in killed.directory.iterdir()} == {straight.name, ".retention.json"}
     assert visible_steps(killed.directory) == [last]
     assert digests(killed.directory / straight.name) == digests(straight)
 
@@ -211,5 +211,5 @@ def test_a_rank_that_is_left_behind_ends_with_an_error_that_names_the_dead_one(
     assert re.search(rf"Rank\w+Error: writing step-1.*rank {victim}", run.beside(f"rank-{1 - victim}.log").read_text())
     assert visible_steps(run.directory) == []
     if victim != 0:
-        assert {path.name for path in run.directory.iterdir()} <= {"retention.json"}
+        assert {path.name for path in run.directory.iterdir()} <= {".retention.json"}
     goes_on_and_ends_like(server, run, straight)

@@ -75,7 +75,7 @@ def test_steps_are_on_the_disks_and_in_the_store_each_by_its_own_retention(
     for host in range(hosts):
         disk = tmp_path / f"host-{host}"
         assert committed_steps(disk) == [20]
-        assert {path.name for path in disk.iterdir()} == {"step-20", "retention.json", "cache-of.txt"}
+        assert {path.name for path in disk.iterdir()} == {"step-20", ".retention.json", "cache-of.txt"}
         own = shards if hosts == 1 else {f"__{host}_0.distcp"}
         assert {path.name for path in (disk / "step-20").iterdir()} == {*own, ".metadata", "metadata.json"}
         assert read_metadata(disk / "step-20").attempt == attempt

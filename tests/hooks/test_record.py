@@ -105,6 +105,6 @@ def test_what_is_older_than_all_that_are_kept_goes(tmp_path: Path) -> None:
         for step in (4, 5):
             save(recorder, step)
         recorder.close()
-    there = {path.name for path in run.iterdir()} - {"retention.json"}
+    there = {path.name for path in run.iterdir()} - {".retention.json"}
     assert there == {"hf-export-step-2", "step-90", "step-3", "step-4", "step-5"}
     assert torch.equal(dcp_directories.load({"bias": torch.zeros(2)}, run / "step-5")["bias"], MODEL.bias + 5)

@@ -98,7 +98,7 @@ def test_a_checkpoint_appears_whole_and_stays_whole(tmp_path: Path) -> None:
     run_training(tmp_path, 20, sharding="none", when=every(3) | at(7) | last(), keep=latest(2) | multiples_of(6))
     assert committed_steps(tmp_path) == [6, 12, 18, 20]
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "retention.json",
+        ".retention.json",
         "step-12",
         "step-18",
         "step-20",

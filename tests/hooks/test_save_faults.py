@@ -147,7 +147,7 @@ def run_failing_ranks(
             save.save(step)  # the very step that failed
     save.close()
     dist.barrier()
-    assert {path.name for path in directory.iterdir()} == {f"step-{step}", "retention.json"}
+    assert {path.name for path in directory.iterdir()} == {f"step-{step}", ".retention.json"}
     assert find_damage(directory / f"step-{step}") == []
 
 
@@ -378,7 +378,7 @@ def test_what_is_not_ours_survives_saving_and_retention(tmp_path: Path) -> None:
     (tmp_path / "step-0").mkdir()  # a step by its name, but not a checkpoint of ours
     for step in range(1, 5):
         save_one(tmp_path, step, keep=latest(1))
-    assert {path.name for path in tmp_path.iterdir()} == {*FOREIGN, "step-0", "step-4", "retention.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {*FOREIGN, "step-0", "step-4", ".retention.json"}
     assert all((tmp_path / name / "mine").read_text() == name for name in FOREIGN)
 
 

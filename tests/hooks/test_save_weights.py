@@ -300,14 +300,14 @@ def test_a_link_leads_to_the_newest_step_all_the_time(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         save.save(step)
         assert os.readlink(run / "latest") == f"step-{step}"
-        assert sorted(path.name for path in run.iterdir()) == ["latest", "retention.json", f"step-{step}"]
+        assert sorted(path.name for path in run.iterdir()) == [".retention.json", "latest", f"step-{step}"]
         assert find_damage(run / "latest") == []
     save.close()
     (run / "latest").unlink()
     (run / f".latest.tmp-{'0' * 16}").symlink_to("step-2")
     again = ShardedSave(run, model=model, when=every(1), latest_link=True)
     assert again.resume() == 3
-    assert sorted(path.name for path in run.iterdir()) == ["latest", "retention.json", "step-3"]
+    assert sorted(path.name for path in run.iterdir()) == [".retention.json", "latest", "step-3"]
 
 
 def test_what_is_no_link_is_left_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

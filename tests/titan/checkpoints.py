@@ -39,4 +39,4 @@ def digests_of(checkpoint: Path, prefix: str = "") -> dict[str, str]:
 
 def steps_in(folder: Path) -> list[str]:
     """Names of what is in it, but for what the run keeps."""
-    return sorted(path.name for path in folder.iterdir() if path.name != "retention.json")
+    return sorted(path.name for path in folder.iterdir() if path.name != ".retention.json")
