@@ -79,7 +79,7 @@ class RemoteDirectory:
             StorageError: the store did not take a file.
         """
         for name in sorted(files.keys() - self.put - {layout.PROVENANCE_FILE}):
-            put_file(self.directory / name, self.target / name)
+            put_file(self.directory / name, ClaimedDirectory.of(self.target, self.id) / name)
         require_claim(self.target, self.id)
         self._check_listing(files)
         mark = self.target / layout.PROVENANCE_FILE
@@ -134,6 +134,11 @@ class ClaimedDirectory(RemotePath):
         path = cls(*target.parts)
         path.attempt = attempt
         return path
+
+    @property
+    def located(self) -> RemotePath:
+        """Itself: its files, too, lie under their own names, and no manifest need be asked where."""
+        return self
 
 
 def put_file(file: Path, target: RemotePath) -> None:

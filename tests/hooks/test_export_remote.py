@@ -114,6 +114,36 @@ def test_an_export_is_loaded_before_it_exists(object_server: ObjectServer) -> No
     assert "shardsmith.json" in object_server.keys(f"loaded/step-{STEP}")
 
 
+def run_exports(server: ObjectServer, url: str, root: Path, steps: int) -> None:
+    server.use()
+    own_folder(root)
+    model = shard(build(CASES[0]), "fsdp2")
+    hooks = Hooks(HFExport(url, model=model, when=every(1), dtype="float32", max_shard_size="30KB"))
+    for step in range(1, steps + 1):
+        hooks.step(step)
+    hooks.close()
+
+
+def test_requests_and_bytes_of_an_export_are_what_they_must_be(object_server: ObjectServer, tmp_path: Path) -> None:
+    with proxied(object_server) as proxy:
+        run_on_ranks(run_exports, 2, tmp_path, proxy.server, proxy.server.url("exported"), tmp_path, 1)
+        first = proxy.counted()
+        proxy.requests.clear()
+        proxy.sent = 0
+        run_on_ranks(run_exports, 2, tmp_path, proxy.server, proxy.server.url("exported-twice"), tmp_path, 2)
+    second = {kind: count - first.get(kind, 0) for kind, count in proxy.counted().items()}
+    stored = object_server.keys("exported-twice")
+    weights = [key for key in stored if key.endswith(".safetensors")]
+    files, shards = len(stored) // 2, len(weights) // 2
+    assert shards == 4
+    assert second == {"PUT": files + 1, "GET": shards + 1, "HEAD": 2 * shards + 2, "LIST": 7, "POST": 1}
+    put = sorted(one.key for one in proxy.requests if one.method == "PUT" and not Path(one.key).name.startswith("."))
+    assert put == sorted(f"/bucket/exported-twice/{key}" for key in stored)
+    read = sorted(one.key for one in proxy.requests if one.method == "GET" and one.key.endswith(".safetensors"))
+    assert read == sorted(f"/bucket/exported-twice/{key}" for key in weights)
+    assert proxy.sent < sum(stored[key] for key in weights) + 2**16
+
+
 def run_killed(server: ObjectServer, url: str, root: Path, kill_at: int) -> None:
     """Rank 1 dies once so many objects were put; then rank 0 does."""
     own_folder(root)
