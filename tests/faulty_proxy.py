@@ -59,8 +59,8 @@ class Proxy:
 
 
 @contextlib.contextmanager
-def proxied(server: ObjectServer) -> Iterator[Proxy]:
-    """Within it ``proxy.server`` is the server as seen through the proxy."""
+def proxied(server: ObjectServer, listener: socket.socket | None = None) -> Iterator[Proxy]:
+    """Within it ``proxy.server`` is the server as seen through the proxy, which takes connections of ``listener``."""
     goal = server.endpoint.removeprefix("http://")
 
     class Handler(BaseHTTPRequestHandler):
@@ -111,9 +111,14 @@ def proxied(server: ObjectServer) -> Iterator[Proxy]:
         def log_message(self, *args: object) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
+    listener = socket.create_server(("127.0.0.1", 0)) if listener is None else listener
+    address, port = listener.getsockname()
+    with ThreadingHTTPServer((address, port), Handler, bind_and_activate=False) as httpd:
+        httpd.socket.close()
+        httpd.socket = listener
         httpd.daemon_threads = True
-        proxy = Proxy(replace(server, endpoint=f"http://127.0.0.1:{httpd.server_address[1]}"))
+        httpd.server_activate()
+        proxy = Proxy(replace(server, endpoint=f"http://{address}:{port}"))
         thread = threading.Thread(target=httpd.serve_forever, daemon=True)
         thread.start()
         try:

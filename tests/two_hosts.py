@@ -1,25 +1,30 @@
 """Two "hosts" on this machine: network namespaces with an address of their own each, joined by a cable.
 
-They share the file system, as hosts share a network one. Where namespaces cannot be made, for want of ``ip`` or of the
-right to, the hosts are two addresses of the loopback interface: the same processes and rendezvous, on one network.
+They share the file system, as hosts share a network one, but for a disk that each of them may have. Where namespaces
+cannot be made, for want of ``ip`` or of the right to, the hosts are two addresses of the loopback interface: the same
+processes and rendezvous, on one network.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.ports import free_ports
 
 ROOT = Path(__file__).parent.parent
+_CLONE_NEWNET = 0x40000000
 
 
 @dataclass
@@ -33,9 +38,15 @@ class Host:
     is_first: bool
     process: subprocess.Popen[bytes] | None = field(default=None)
 
-    def start(self, first: Host, script: Path, *arguments: str) -> None:
-        """Begin this host's half of a run with one rank on each host."""
+    def start(self, first: Host, script: Path, *arguments: str, disk: tuple[Path, Path] | None = None) -> None:
+        """Begin this host's half of a run with one rank on each host.
+
+        ``disk``: a folder, and where this host alone sees it. That needs namespaces.
+        """
         inside = ["ip", "netns", "exec", self.namespace] if self.namespace else []
+        if disk is not None:
+            assert self.namespace, "it would be mounted for all"
+            inside += ["sh", "-c", 'mount --bind "$0" "$1" && shift && exec "$@"', *map(str, disk)]
         # As srun starts them: torchrun ends its ranks when the other host is gone, at times before they have spoken.
         environment = {
             **os.environ,
@@ -50,6 +61,18 @@ class Host:
             "PYTHONPATH": str(ROOT),
         }
         self.process = subprocess.Popen([*inside, sys.executable, str(script), *arguments], env=environment)
+
+    def listen(self) -> socket.socket:
+        """Return a socket of this process, wherever that is, to which both hosts can connect by this one's address."""
+        with ThreadPoolExecutor(1) as visitor:  # a thread of its own, which alone goes there
+            return visitor.submit(self._listen).result()
+
+    def _listen(self) -> socket.socket:
+        if self.namespace:
+            with Path("/var/run/netns", self.namespace).open() as there:
+                if ctypes.CDLL(None, use_errno=True).setns(there.fileno(), _CLONE_NEWNET):
+                    raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), self.namespace)
+        return socket.create_server((self.address, 0))
 
     def kill(self) -> None:
         """End all its processes at once, as if the power had gone."""

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from shardsmith.hooks import EMA, Hooks, Schedule, ShardedSave, every, last
+from shardsmith.hooks import EMA, HFExport, Hooks, Schedule, ShardedSave, every, last
 
 
 class Tiny(nn.Module):
@@ -64,9 +64,10 @@ def run_training(
     when: Schedule | None = None,
     kill_after: int | None = None,
     stop_after: int | None = None,
+    export_to: Path | None = None,
     **options: Any,
 ) -> int:
-    """Train up to ``steps``, from the last checkpoint if there is one; by default, save every five steps.
+    """Train up to ``steps``, from the last checkpoint if there is one; by default, save (and export) every five steps.
 
     Returns how many steps are done. ``stop_after``: then the last rank sends itself a SIGTERM.
     """
@@ -76,7 +77,8 @@ def run_training(
     ema = EMA(model, decay=0.9, warmup=True)
     when = every(5) | last() if when is None else when
     save = ShardedSave(directory, model=model, optimizer=optimizer, scheduler=scheduler, ema=ema, when=when, **options)
-    hooks = Hooks(ema, save, stop_on=signal.SIGTERM)
+    exports = [HFExport(export_to, model=model, ema=ema, when=when)] if export_to is not None else []
+    hooks = Hooks(ema, save, *exports, stop_on=signal.SIGTERM)
     step = hooks.resume()
     while step < steps and not hooks.should_stop:
         tokens = torch.randint(11, (3, 4))
