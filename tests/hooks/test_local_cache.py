@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import shutil
 import signal
-from collections.abc import Callable
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 import torch.distributed as dist
@@ -20,7 +23,7 @@ from shardsmith.ground.remote_path import as_path
 from shardsmith.hooks import Hooks, ShardedSave, every, latest
 from shardsmith.manifest.checkpoints import committed_steps, find_damage
 from shardsmith.manifest.metadata import read_metadata
-from tests.faulty_proxy import Fault, Request, proxied
+from tests.faulty_proxy import Fault, Proxy, Request, proxied
 from tests.hooks.test_save import digests
 from tests.hooks.training import build, run_training
 from tests.object_server import ObjectServer
@@ -140,23 +143,107 @@ def test_ranks_that_have_changed_hosts_resume_the_same(
     assert stored(object_server, place) == posix
 
 
-def test_an_outage_of_the_store_holds_nothing_up_and_is_made_up_for(
+def once_each(fault: Fault, place: str) -> Callable[[Request, int], Fault | None]:
+    """Every request about a place fails the first time, listings too."""
+    met: set[tuple[str, str]] = set()
+
+    def fail_first(request: Request, seen: int) -> Fault | None:  # noqa: ARG001
+        if place not in unquote(request.path) or (request.method, request.path) in met:
+            return None
+        met.add((request.method, request.path))
+        return fault
+
+    return fail_first
+
+
+def only_once(fault: Fault, method: str, name: str) -> Callable[[Request, int], Fault | None]:
+    """One request about step 10 is refused."""
+    refused: list[Request] = []
+
+    def refuse(request: Request, seen: int) -> Fault | None:  # noqa: ARG001
+        if refused or request.method != method or "/step-10/" not in request.key or not request.key.endswith(name):
+            return None
+        refused.append(request)
+        return fault
+
+    return refuse
+
+
+def train_and_compare(
+    server: ObjectServer, posix: dict[int, dict[str, str]], root: Path, name: str, arm: Callable[[Proxy], None]
+) -> list[Request]:
+    """Train with a store that answers badly while step 10 is uploaded; the requests. All is as if it had not."""
+    place = server.url(name)
+    with proxied(server) as proxy:
+        arm(proxy)
+        run_on_ranks(train, 2, root, proxy.server, place, root, 1, 20, {"keep_local": latest(4)})
+    assert stored(server, place) == posix
+    parts = [key.split("/") for key in server.keys(name)]
+    names = sorted((step, rest[-1]) for step, *rest in parts)
+    files = (".metadata", "__0_0.distcp", "__1_0.distcp", "metadata.json")
+    assert names == sorted((f"step-{step}", file) for step in posix for file in files), "something is left"
+    disk = root / "host-0"
+    assert {step: digests(disk / f"step-{step}") for step in committed_steps(disk)} == posix
+    assert not [damage for step in posix for damage in find_damage(disk / f"step-{step}")]
+    return proxy.requests
+
+
+def puts_of(requests: Sequence[Request], name: str) -> list[int]:
+    return [i for i, one in enumerate(requests) if one.method == "PUT" and one.key.endswith(name)]
+
+
+@pytest.mark.parametrize("fault", ["503", "drop", "lost", "cut"])
+def test_what_may_pass_is_repeated_within_the_upload(
+    object_server: ObjectServer, posix: dict[int, dict[str, str]], tmp_path: Path, fault: Fault
+) -> None:
+    def arm(proxy: Proxy) -> None:
+        proxy.fault = once_each(fault, f"passing-{fault}/step-10/")
+
+    requests = train_and_compare(object_server, posix, tmp_path, f"passing-{fault}", arm)
+    about = Counter((one.method, one.path) for one in requests if "/step-10/" in unquote(one.path))
+    repeated = Counter(method for (method, path), count in about.items() if count > 1)
+    assert any("list-type" in path for _, path in about)
+    assert repeated["GET"] >= 2, "the manifest, and the listing"
+    assert fault == "cut" or repeated["PUT"] == 5, "of three files, the owner and the manifest"
+    assert puts_of(requests, "step-10/metadata.json")[-1] < puts_of(requests, "step-15/metadata.json")[0]
+
+
+@pytest.mark.parametrize(
+    ("fault", "name"), [("full", ".owner"), ("full", ".distcp"), ("expired", ".distcp"), ("expired", "metadata.json")]
+)
+def test_a_refused_upload_holds_nothing_up_and_the_next_one_makes_up_for_it(
+    object_server: ObjectServer, posix: dict[int, dict[str, str]], tmp_path: Path, fault: Fault, name: str
+) -> None:
+    def arm(proxy: Proxy) -> None:
+        proxy.fault = only_once(fault, "PUT", name)
+
+    requests = train_and_compare(object_server, posix, tmp_path, f"refused-{fault}-{name.strip('.')}", arm)
+    owners = [one for one in requests if one.method == "PUT" and "/step-10/" in one.key and one.key.endswith(".owner")]
+    assert len(owners) == 2, "it was uploaded again from the beginning"
+
+
+def test_an_answer_that_is_late_does_not_hold_the_training_up(
     object_server: ObjectServer, posix: dict[int, dict[str, str]], tmp_path: Path
 ) -> None:
-    place = object_server.url("outage")
-    refused: list[str] = []
+    went_on: list[bool] = []
 
-    def fault(request: Request, seen: int) -> Fault | None:  # noqa: ARG001
-        if "/step-10/" in request.path and request.path.endswith(".owner") and not refused:
-            refused.append(request.path)
-            return "full"
-        return None
+    def hold(request: Request) -> None:
+        """Hold the answers about what is put of step 10 until the training has step 15 on the disk."""
+        if request.method == "PUT" and "/step-10/" in request.key:
+            went_on.append(appears(tmp_path / "host-0" / "step-15"))
 
-    with proxied(object_server) as proxy:
-        proxy.fault = fault
-        run_on_ranks(train, 2, tmp_path, proxy.server, place, tmp_path, 1, 20, {})
-    assert refused
-    assert stored(object_server, place) == posix
+    def arm(proxy: Proxy) -> None:
+        proxy.done = hold
+
+    train_and_compare(object_server, posix, tmp_path, "late", arm)
+    assert went_on == [True] * 5
+
+
+def appears(path: Path) -> bool:
+    deadline = time.monotonic() + 60
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return path.exists()
 
 
 def run_groups(root: Path) -> None:
