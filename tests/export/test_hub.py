@@ -49,6 +49,15 @@ with Hooks(ema, HFExport(sys.argv[1], model=model, ema=ema, when=at(9), ema_as="
     hooks.resume()
 """
 
+PUSHED_SOON = """
+import sys
+from shardsmith.cli import main
+from shardsmith.export import hub
+
+hub._PAUSE_SECS = 0.05
+sys.exit(main(sys.argv[1:]))
+"""
+
 
 @pytest.fixture
 def hub() -> Iterator[Hub]:
@@ -108,7 +117,8 @@ def test_the_branch_holds_the_last_push_alone(hub: Hub, export: Path, tmp_path: 
 
 def test_what_may_pass_is_tried_again_and_nothing_is_sent_twice(hub: Hub, export: Path, tmp_path: Path) -> None:
     hub.fault = lambda request, seen: [503, 429, None][min(seen, 2)] if "/commit/" in request else None
-    assert push(hub, tmp_path, export).returncode == 0
+    assert run_python(hub, tmp_path, "-c", PUSHED_SOON, "push", str(export), "org/name").returncode == 0
+    assert sum("/commit/" in request for request in hub.requests) == 3
     uploads = [request for request in hub.requests if request.startswith("PUT /blobs/")]
     assert len(uploads) == len(set(uploads)) == len([*export.glob("*.safetensors")])
 
