@@ -52,18 +52,23 @@ def main() -> int:
 Check = tuple[str, str, bool]
 
 
+def names_in(folder: Path) -> list[str]:
+    """What is there, but for the note of which steps the run keeps."""
+    return sorted(path.name for path in folder.iterdir() if path.name != ".retention.json")
+
+
 def train_with_a_kill(run: Path, steps: int) -> Iterator[Check]:
     kill_at = steps * 6 // 10
     say(f"Two FSDP2 ranks train a small OLMo-2 on Python's own source; SIGKILL after step {kill_at}")
     lines = train(run, steps, kill_at=kill_at)
     seen = [int(line.split()[1]) for line in lines if line.startswith("step ")]
-    left = sorted(path.name for path in (run / "checkpoints").iterdir())
+    left = names_in(run / "checkpoints")
     console.print(f"killed; on disk: {', '.join(left)}")
 
     say("The same command again")
     lines = train(run, steps)
     resumed = next((int(line.split()[-1]) for line in lines if line.startswith("resumed at step ")), 0)
-    left = sorted(path.name for path in (run / "checkpoints").iterdir())
+    left = names_in(run / "checkpoints")
     yield (
         "came back from a checkpoint after the kill",
         f"step {resumed} of {max(seen)}",

@@ -13,7 +13,7 @@ from .export import HFExport
 from .folder_save import FolderSave
 from .hook import Hook
 from .initial_load import InitialLoad
-from .options import ExportFiles, ExportPush, ExportVerification, ExportWeights, ExportWriting, SaveWeights, SaveWriting
+from .options import ExportFiles, ExportVerification, ExportWeights, ExportWriting, SaveWeights, SaveWriting
 from .record import Recorder
 from .retention import best, keep_if, latest, multiples_of, newer_than
 from .save import ShardedSave
@@ -24,7 +24,6 @@ __all__ = [
     "Background",
     "Event",
     "ExportFiles",
-    "ExportPush",
     "ExportVerification",
     "ExportWeights",
     "ExportWriting",

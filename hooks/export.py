@@ -39,7 +39,7 @@ from .in_flight import SLOTS, InFlight
 from .live_directory import LiveDirectory, ModelFiles
 from .live_source import Begin, LiveSource
 from .live_state import LiveState
-from .options import ExportFiles, ExportOptions, ExportPush, ExportVerification, ExportWeights, ExportWriting, merge
+from .options import ExportFiles, ExportOptions, ExportVerification, ExportWeights, ExportWriting, merge
 from .overlap import OpenCopy
 from .push import Pushes
 from .schedule import Schedule
@@ -77,7 +77,6 @@ class HFExport(Hook):
         weights: ExportWeights | None = None,
         writing: ExportWriting | None = None,
         verification: ExportVerification | None = None,
-        push: ExportPush | None = None,
         **options: Unpack[ExportOptions],
     ) -> None:
         """Check that the directory can be written to, and that model and base model fit each other.
@@ -95,10 +94,10 @@ class HFExport(Hook):
             keep: Which exports to retain after a new one; None keeps all. The newest is always kept.
             files: The files beside the weights: base model, processor and more.
             weights: Where the weights come from, and how their files name and divide them.
-            writing: How to write in the background; what to do if that is late or fails.
+            writing: How to write in the background; what to do if that is late or fails; where on the
+                Hugging Face Hub it goes then.
             verification: How to verify an export before it is published.
-            push: Where on the Hugging Face Hub it goes then.
-            **options: Fields of these five objects as keywords of their own: ``base_model="assets/base"`` stands for
+            **options: Fields of these four objects as keywords of their own: ``base_model="assets/base"`` stands for
                 ``files=ExportFiles(base_model="assets/base")``.
 
         Raises:
@@ -110,15 +109,14 @@ class HFExport(Hook):
         weights = merge("HFExport", "weights", ExportWeights, weights, options)
         writing = merge("HFExport", "writing", ExportWriting, writing, options)
         verification = merge("HFExport", "verification", ExportVerification, verification, options)
-        push = merge("HFExport", "push", ExportPush, push, options)
         if models in ("ema", "both") and ema is None:
             raise UsageError(f'HFExport(models="{models}") needs ema=: attach EMA(model) and pass it')
         self.directory = as_path(directory).absolute()
         # A store does not write in the middle of a file: there each is written by one rank, whatever was asked for.
         write_mode = "files" if isinstance(self.directory, RemotePath) else writing.write_mode
-        if push.on_push_error == "raise" and writing.on_error == "warn":
+        if writing.on_push_error == "raise" and writing.on_error == "warn":
             raise UsageError('HFExport(on_push_error="raise") needs on_error="raise", too')
-        self._pushes = Pushes(push, self.directory, lambda event: self.emit(event))
+        self._pushes = Pushes(writing, self.directory, lambda event: self.emit(event))
         self.when = when
         self.keep = keep
         self._writing = writing
@@ -177,7 +175,7 @@ class HFExport(Hook):
         directories = LiveDirectory.choose(chosen, weights.ema_as, view, self._state.stem)
         self._folder = ExportFolder(self.directory, directories, keep, broken_off)
         self._in_flight = InFlight(len(directories))
-        self._results = ExportResults(self._in_flight, self._pushes, writing, push)
+        self._results = ExportResults(self._in_flight, self._pushes, writing)
         if writing.on_error == "raise":
             self.background = self._in_flight.background
         if weights.stages:

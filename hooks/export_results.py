@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .background import attempted, logged
 from .in_flight import InFlight, Running
-from .options import ExportPush, ExportWriting
+from .options import ExportWriting
 from .push import Pushes
 
 log = logging.getLogger(__name__)
@@ -18,19 +18,18 @@ log = logging.getLogger(__name__)
 class ExportResults:
     """The results of one hook's exports, on this rank. No communication."""
 
-    def __init__(self, in_flight: InFlight, pushes: Pushes, writing: ExportWriting, push: ExportPush) -> None:
+    def __init__(self, in_flight: InFlight, pushes: Pushes, writing: ExportWriting) -> None:
         """Begin with none.
 
         Args:
             in_flight: The exports.
             pushes: Takes them to the Hub.
-            writing: What to do with an export that has ended, and if one has failed.
-            push: What to do if a push has failed.
+            writing: What to do with an export that has ended, and if one has failed, or its push.
         """
         self._in_flight = in_flight
         self._pushes = pushes
         self._writing = writing
-        self._raises_push_errors = push.on_push_error == "raise"
+        self._raises_push_errors = writing.on_push_error == "raise"
         self._failures: list[BaseException] = []  # not yet raised
 
     def announce(self) -> None:

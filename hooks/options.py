@@ -72,7 +72,7 @@ class ExportWeights:
 @checked_fields
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExportWriting:
-    """How exports are written in the background, and what happens when one is late or fails."""
+    """How exports are written in the background, what happens when one is late or fails, and where it goes then."""
 
     write_mode: Literal["slices", "files"] = "slices"
     """``"slices"``: every rank writes its own slices of every file. ``"files"``: every file is written by one rank
@@ -91,6 +91,16 @@ class ExportWriting:
     """Called on every rank, on the main thread, when a directory has been published: step and path."""
     timeout_secs: Seconds = 1800.0
     """How long to wait for a rank before an export is given up, in seconds; also for a checkpoint to be saved."""
+    push_to_hub: str | None = None
+    """A repository, such as ``"org/name"``, made if missing. Rank 0 uploads each export as one commit, in a thread of
+    its own, with the token of ``hf auth login`` or ``HF_TOKEN``; the training does not wait, its end does."""
+    revision: str = "step-{step}"
+    """The branch, made if missing: one for each step, or one for all, such as ``"main"``. What it held is replaced."""
+    push_private: bool = True
+    """Whether a repository that is made is private."""
+    on_push_error: Literal["warn", "raise"] = "warn"
+    """What a push does that fails after all its attempts: ``"warn"`` in the log, with the command that pushes the
+    export later, or ``"raise"`` on all ranks after the same step."""
 
 
 @checked_fields
@@ -114,25 +124,8 @@ class ExportVerification:
     the ``"first"`` export, at the first and every so many exports, or ``"never"``."""
 
 
-@checked_fields
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ExportPush:
-    """Where on the Hugging Face Hub exports go, once they are published on disk."""
-
-    push_to_hub: str | None = None
-    """A repository, such as ``"org/name"``, made if missing. Rank 0 uploads each export as one commit, in a thread of
-    its own, with the token of ``hf auth login`` or ``HF_TOKEN``; the training does not wait, its end does."""
-    revision: str = "step-{step}"
-    """The branch, made if missing: one for each step, or one for all, such as ``"main"``. What it held is replaced."""
-    push_private: bool = True
-    """Whether a repository that is made is private."""
-    on_push_error: Literal["warn", "raise"] = "warn"
-    """What a push does that fails after all its attempts: ``"warn"`` in the log, with the command that pushes the
-    export later, or ``"raise"`` on all ranks after the same step."""
-
-
 class ExportOptions(TypedDict, total=False):
-    """The fields of the five objects above as keywords of ``HFExport`` itself."""
+    """The fields of the four objects above as keywords of ``HFExport`` itself."""
 
     base_model: LocalPath | None
     processor: HasFiles | None

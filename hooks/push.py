@@ -19,7 +19,7 @@ from .background import logged
 from .events import Event, event_of
 
 if TYPE_CHECKING:
-    from .options import ExportPush
+    from .options import ExportWriting
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ class Pushes:
     Until an export is on the Hub, an empty file beside it says so, by which a later run of the training goes on.
     """
 
-    def __init__(self, options: ExportPush, directory: Path, emit: Callable[[Event], None]) -> None:
+    def __init__(self, options: ExportWriting, directory: Path, emit: Callable[[Event], None]) -> None:
         """Begin with none.
 
         Args:
