@@ -40,6 +40,9 @@ Check = Callable[[Path, set[torch.dtype]], str]
 """Looks at a complete directory before it is published: its path, and the dtypes that floating-point weights have in
 it. On rank 0, in the background."""
 
+_SHOWN = 20
+"""So many differences are named in an error."""
+
 
 @dataclass(frozen=True, slots=True)
 class LiveModel:
@@ -120,7 +123,10 @@ class LiveExporter:
                 return True, share.global_signature
             return share is not None and share.signature == _signature(models, held), _global_signature(models)
 
-        if not self._ranks.agree(phase, look, _all_know):
+        are_known = self._ranks.agree(phase, look, _all_know)
+        if are_known is None:
+            self._ranks.agree(phase, lambda: _described(models), _refuse, large=True)
+        if not are_known:
             mine = {model.plan.model: self._settle(phase, model, held[model.plan.model]) for model in models}
             plans = [model.plan for model in models]
             self._shares[kind] = _Share(plans, _signature(models, held), _global_signature(models), mine)
@@ -281,15 +287,37 @@ def _global_signature(models: Sequence[LiveModel]) -> str:
     return xxhash.xxh3_128_hexdigest(repr(specs).encode())
 
 
-def _all_know(votes: Sequence[tuple[bool, str]]) -> bool:
-    """Whether every rank knows its share. Raises RanksDisagreeError if they are about to write different things."""
-    signatures = [signature for _, signature in votes]
-    if different := [rank for rank, signature in enumerate(signatures) if signature != signatures[0]]:
-        raise RanksDisagreeError(
-            f"ranks {', '.join(map(str, different))} are about to export other names, shapes, dtypes or files than "
-            "rank 0. Nothing was written. All ranks must hold the same model and call the hooks at the same steps."
-        )
-    return all(known for known, _ in votes)
+def _all_know(votes: Sequence[tuple[bool, str]]) -> bool | None:
+    """Whether every rank knows its share; None if they are about to write different things."""
+    return all(known for known, _ in votes) if len({signature for _, signature in votes}) == 1 else None
+
+
+def _described(models: Sequence[LiveModel]) -> list[list[str]]:
+    """What all ranks together are about to write, in its order: names, and what of each is the same on all ranks."""
+    plans = [model.plan for model in models]
+    tensors = [[f"{plan.model} {spec.name}", f"{spec.shape} {spec.dtype}"] for plan in plans for spec in plan.specs]
+    return [*tensors, *([f"{plan.model} {file.name}", "a file"] for plan in plans for file in plan.weights.files)]
+
+
+def _refuse(said: Sequence[Sequence[Sequence[str]]]) -> None:
+    """Raise RanksDisagreeError, naming what is not the same on all ranks."""
+    different = [rank for rank, one in enumerate(said) if one != said[0]]
+    lines = [line for rank in different for line in _differences(said[0], said[rank], rank)]
+    more = [f"and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
+    shown = "\n  ".join([*lines[:_SHOWN], *more])
+    raise RanksDisagreeError(
+        f"ranks {', '.join(map(str, different))} are about to export other names, shapes, dtypes or files than rank 0"
+        f"\n  {shown}\nNothing was written. All ranks must hold the same model and call the hooks at the same steps."
+    )
+
+
+def _differences(one: Sequence[Sequence[str]], another: Sequence[Sequence[str]], rank: int) -> list[str]:
+    first, other = ({entry[0]: entry[1] for entry in said} for said in (one, another))
+    return [
+        f"{name}: {first.get(name, 'not there')} on rank 0, {other.get(name, 'not there')} on rank {rank}"
+        for name in {**first, **other}
+        if first.get(name) != other.get(name)
+    ] or [f"the same in another order on rank {rank}"]
 
 
 def _deal(model: LiveModel, said: Sequence[Sequence[tuple[str, Shape, Shape]]]) -> list[list[int]]:

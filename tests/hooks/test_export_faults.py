@@ -288,6 +288,7 @@ def run_disagreeing(directory: Path) -> None:
     run.model.register_buffer("extra", torch.zeros(2 + dist.get_rank()))
     text = caught(lambda: run.export.on_step_end(1))
     assert "RanksDisagreeError: ranks 1 are about to export other names, shapes, dtypes or files than rank 0" in text
+    assert re.search(r"main extra: \(2,\) torch.\w+ on rank 0, \(3,\) torch.\w+ on rank 1", text)
     del run.model.extra
     run.goes_on(1)
     run.export.close()
