@@ -41,7 +41,7 @@ PARALLEL = -n 2 --dist loadfile --no-loadscope-reorder
 
 test: $(READY) $(if $(TEST_ARGS),,$(TITAN_READY))  ## every test; with TEST_ARGS only those of the main environment
 	$(if $(TEST_ARGS),,OMP_NUM_THREADS=1) $(BIN)/python -m pytest $(if $(TEST_ARGS),$(TEST_ARGS),$(PARALLEL))
-	$(if $(TEST_ARGS),,$(MAKE) --jobs=2 test-titan)
+	$(if $(TEST_ARGS),,$(MAKE) test-titan)
 
 # Saves of both kinds, resumes, exports, the average, wiring, Trainer and accelerate: about two minutes.
 OLDEST_TESTS ?= tests/checking tests/run_state/test_readable.py tests/run_state/test_saved_structure.py \
@@ -59,10 +59,11 @@ OLDEST_TESTS ?= tests/checking tests/run_state/test_readable.py tests/run_state/
 test-oldest: .venv-oldest/.ready  ## saves and resumes with the lowest versions that pyproject.toml accepts
 	.venv-oldest/bin/python -m pytest -m "not long" $(OLDEST_TESTS)
 
+# Their checkpoints are some 20 GB, which go when all has passed.
 test-titan: $(TITANS:%=test-titan-%)  ## the tests with the real TorchTitan, in each of its environments
 
 test-titan-%: .venv-titan-%/.ready
-	.venv-titan-$*/bin/python -m pytest tests/titan $(TITAN_ARGS)
+	.venv-titan-$*/bin/python -m pytest tests/titan -o tmp_path_retention_policy=failed $(TITAN_ARGS)
 
 families: $(READY)  ## every model class of transformers that can be made tiny; writes docs/families.md (FAMILIES="llama t5")
 	$(BIN)/python -m tests.families $(FAMILIES)
