@@ -70,7 +70,7 @@ def jobs(assets: Assets, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     shutil.copytree(step, root / "named" / "checkpoint" / "step-4", dirs_exist_ok=True)
     cut(root / "cut" / "checkpoint" / "step-4" / "__1_0.distcp")
     (root / "torn" / "checkpoint" / "step-4" / ".metadata").unlink()
-    for damaged in (root / "all damaged" / "checkpoint").iterdir():
+    for damaged in (root / "all damaged" / "checkpoint").glob("step-*"):
         cut(damaged / "__0_0.distcp")
     without = [SCHEDULE, "--checkpoint.load_step=2", "--training.steps=4"]
     colleague = Job(run=root / "overwritten", options=without)  # without the hooks: no average is saved
