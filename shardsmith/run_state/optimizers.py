@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from shardsmith.errors import UsageError
@@ -55,17 +55,29 @@ def check_optimizers(
         _warn_of_missing(owner, model, {id(parameter) for _, parameter in held})
 
 
-def group_settings(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, dict[str, Any]]:
-    """Return the options of each group of parameters, such as ``lr``, by the FQN of its first one. No communication.
+class GroupOptions:
+    """The options of each group of parameters, such as ``lr``, by the FQN of its first parameter. No communication.
 
     Ranks that have the same group must have the same options for it.
     """
-    first = {id(group["params"][0]): group for one in optimizers for group in one.param_groups if group["params"]}
-    return {
-        clean_fqn(name, model): {option: value for option, value in first[id(parameter)].items() if option != "params"}
-        for name, parameter in model.named_parameters()
-        if id(parameter) in first
-    }
+
+    def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+        self._model = model
+        self._optimizers = optimizers
+        self._named: dict[int, tuple[Tensor, str]] = {}  # looked up once: a model may have 100,000 parameters
+
+    def now(self) -> dict[str, dict[str, Any]]:
+        """Return them as they are now."""
+        groups = [group for one in self._optimizers for group in one.param_groups if group["params"]]
+        first = {id(group["params"][0]): group for group in groups}
+        if any(key not in self._named or self._named[key][0] is not group["params"][0] for key, group in first.items()):
+            named = self._model.named_parameters()
+            self._named = {id(p): (p, clean_fqn(name, self._model)) for name, p in named if id(p) in first}
+        return {
+            self._named[key][1]: {option: value for option, value in group.items() if option != "params"}
+            for key, group in first.items()
+            if key in self._named
+        }
 
 
 def optimizer_refused(optimizers: Sequence[Optimizer], error: Exception) -> UsageError:

@@ -19,7 +19,7 @@ from shardsmith.run_state.alike import tensors_of
 from shardsmith.run_state.average import Average
 from shardsmith.run_state.fsdp1_hybrid import hybrid_groups_have_a_source
 from shardsmith.run_state.known_state import FLAT_OPTIMIZER, KnownState, StateDicts, ask_torch
-from shardsmith.run_state.optimizers import check_optimizers, finding_parameters_fast, group_settings
+from shardsmith.run_state.optimizers import GroupOptions, check_optimizers, finding_parameters_fast
 from shardsmith.run_state.rank_states import PerRank
 from shardsmith.run_state.readable import made_readable
 from shardsmith.run_state.renamed_model import write_model
@@ -61,6 +61,7 @@ class TrainState:
         self._stateful = dict(stateful or {})
         self._nested = nested
         self._known = KnownState(model, self._optimizers)
+        self._options = GroupOptions(model, self._optimizers)
         self._rank = rank
         self._size = world_size
         self._rng_key = f"rank-{rank}"
@@ -156,7 +157,7 @@ class TrainState:
         if not to_load:
             state = self._as_saved(made_readable(state))
         facts = self.ema.facts() if self.ema is not None else None
-        options = {} if to_load else group_settings(self._model, self._optimizers)
+        options = {} if to_load else self._options.now()
         return Contents(step=step, state_dict=state, ema=facts, tied=found.tied, mesh=mesh_of(main), options=options)
 
     def restore(self, state: Mapping[str, Any]) -> None:

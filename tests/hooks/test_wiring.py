@@ -583,6 +583,9 @@ def run_other_rates(directory: Path) -> None:
     assert "one for all ranks: set the same on each" in str(caught.value)
     optimizer.param_groups[1]["lr"] = 1e-3
     save.save(2)
+    optimizer.param_groups[0]["weight_decay"] += dist.get_rank()
+    with pytest.raises(RanksDisagreeError, match=r"param_groups\.bias\.weight_decay: rank 0 and rank 1 hold"):
+        save.save(3)
     save.close()
 
 
