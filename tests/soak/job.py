@@ -18,6 +18,7 @@ import xxhash
 from safetensors.torch import load_file
 from torch import nn
 
+from shardsmith.ground.layout import RETENTION_FILE
 from shardsmith.hooks import EMA, HFExport, Hooks, ShardedSave, every, finish, latest
 from tests.hooks.training import build
 from tests.soak.forked import start_ranks, wait_for
@@ -53,8 +54,9 @@ class Job:
         return [int(path.name.removeprefix("step-")) for path in steps_in(self.checkpoints)]
 
     def leftovers(self) -> list[str]:
-        """Temporary names beside the step directories."""
-        return [path.name for place in (self.checkpoints, self.exports) for path in place.glob(".*")]
+        """Hidden names beside the step directories, but for the note of retention, which stays."""
+        places = (self.checkpoints, self.exports)
+        return [path.name for place in places for path in place.glob(".*") if path.name != RETENTION_FILE]
 
     def visible(self) -> Job:
         """A job on a disk that has all that can be seen of this one."""

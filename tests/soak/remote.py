@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 
-from shardsmith.ground.layout import METADATA_FILE, PROVENANCE_FILE, parse_step
+from shardsmith.ground.layout import METADATA_FILE, PROVENANCE_FILE, RETENTION_FILE, parse_step
 from shardsmith.ground.remote_commit import attempt_of, find_remains
 from shardsmith.ground.remote_path import RemotePath, as_path
 from shardsmith.manifest.checkpoints import committed_steps
@@ -65,7 +65,8 @@ class RemoteJob(Job):
     def leftovers(self) -> list[str]:
         places = [self.checkpoints, self.exports]
         found: list[str] = self._look(lambda: [str(one[0]) for p in places for one in find_remains(_remote(p))])
-        return [*found, *(path.name for path in self.folder.glob("disk-*/.*"))]
+        on_disks = (path.name for path in self.folder.glob("disk-*/.*"))
+        return [*found, *(name for name in on_disks if name != RETENTION_FILE)]
 
     def visible(self) -> Job:
         mirror = Job(self.folder / "mirror", self.ranks, self.steps)
