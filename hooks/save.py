@@ -25,13 +25,11 @@ from shardsmith.ground.ranks import Ranks
 from shardsmith.ground.remote_path import as_path
 from shardsmith.ground.sizes import parse_size
 from shardsmith.manifest import checkpoints
-from shardsmith.manifest.metadata import FileRecord, read_metadata
 from shardsmith.manifest.retention import Retention
 from shardsmith.run_state.alike import ReplicaCheck
 from shardsmith.run_state.optimizers import check_optimizers
 from shardsmith.run_state.rank_states import PerRank
-from shardsmith.run_state.resume_parts import OnMissing, load_parts
-from shardsmith.run_state.resumption import Resumption, refuse_spoiled
+from shardsmith.run_state.resume_parts import OnMissing
 from shardsmith.run_state.save import Contents, SaveInProgress
 from shardsmith.run_state.share import Share
 from shardsmith.run_state.train_state import TrainState, optimizer_list
@@ -42,12 +40,13 @@ from .background import Background, SavesInFlight, attempted, logged
 from .ema import EMA
 from .events import event_of
 from .hook import Hook
-from .local_cache import LocalCache, find_steps, room_in
+from .local_cache import LocalCache, room_in
 from .options import SaveOptions, SaveWeights, SaveWriting, merge
 from .overlap import OpenCopy
+from .resumed import ResumedRun
 from .save_weights import HuggingFaceWeights, refuse_together
 from .schedule import Schedule
-from .step_folder import StepFolder, leave_unfinished, prepare
+from .step_folder import StepFolder, prepare
 from .wiring import Parts, alike
 
 log = logging.getLogger(__name__)
@@ -153,7 +152,6 @@ class ShardedSave(Hook):
         self._most_bytes = parse_size(writing.max_host_memory) if writing.max_host_memory is not None else None
         if writing.staging == "overlap":
             self._copy.guard(optimizers, ema, in_background=writing.async_mode == "async")
-        self._on_missing = on_missing
         self._steps = StepFolder(self.directory, keep, latest_link=writing.latest_link)
         self._replicas = ReplicaCheck(self._ranks, writing.compare_replicas)
         self.background = Background("shardsmith-save") if writing.async_mode == "async" else None
@@ -161,10 +159,10 @@ class ShardedSave(Hook):
         self._buffer = StagingBuffer() if self.background else None
         self._in_flight = SavesInFlight(self.background, self._announce_save)
         self._saved_step: int | None = None
-        self._spoiled: str | None = None  # the damaged step that was loaded last, if nothing sound was loaded over it
         self._ranks.gather(f"preparing {self.directory}", partial(prepare, self.directory, self._ranks.is_leader))
         self.local_cache = LocalCache.of(self, writing, keep)
         self._place = self.directory if self.local_cache is None else self.local_cache.folder.path
+        self._resumed = ResumedRun(self.directory, self._state, self._ranks, self._steps, self.local_cache, on_missing)
 
     def on_train_begin(self, step: int) -> None:  # noqa: ARG002
         """Write down what is kept, on rank 0. No communication."""
@@ -174,7 +172,7 @@ class ShardedSave(Hook):
     def on_step_end(self, step: int) -> None:
         """Announce a save that has ended, and save if it is time. All ranks; communicates when it saves."""
         self._in_flight.announce_ended()
-        refuse_spoiled(self._spoiled)
+        self._resumed.refuse_spoiled()
         due, error = attempted(lambda: self.when.due(step))
         if due or error:
             self._save(step, error)
@@ -232,7 +230,7 @@ class ShardedSave(Hook):
 
     def _save(self, step: int, error: Exception | None) -> None:
         """``error``: of this rank, perhaps of it alone. Then all ranks raise instead of saving."""
-        refuse_spoiled(self._spoiled)
+        self._resumed.refuse_spoiled()
         watch = Stopwatch()
         error = attempted(self._report)[1] or error
 
@@ -320,29 +318,12 @@ class ShardedSave(Hook):
         """
         self._report()  # a save in flight is the newest
         place = self.directory if directory is None else as_path(directory).absolute()
-        cache = self.local_cache if place == self.directory else None
-        steps = find_steps(self._ranks, place, cache)
-        if step is not None:
-            steps = {step: steps[checkpoints.only_step(place, sorted(steps), step)]}
-        aside = place == self.directory and step is None
-        search = Resumption(self._ranks, set_damaged_aside=aside, spoiled_by=self._spoiled, parts=parts)
-        try:
-            found = search.load_newest(place, steps, partial(self._load, parts=parts), on_missing or self._on_missing)
-        finally:
-            self._spoiled = search.spoiled_by
-        if cache is not None:
-            cache.resumed(found)
-        if found is not None:
-            if place == self.directory:
-                self._saved_step = found
-                if step is not None:
-                    self._ranks.lead("setting later steps aside", partial(checkpoints.set_later_aside, place, step))
-                self._ranks.lead("setting aside what is half deleted", partial(leave_unfinished, self.directory, found))
-                self._ranks.lead("pointing to the newest step", partial(self._steps.point_to, found))
-            return found
-        if directory is not None:
+        found = self._resumed.load_newest(step, parts, place, on_missing)
+        if found is None and directory is not None:
             raise CheckpointNotFoundError(place, "holds no checkpoint; name the directory that has the step-<n>")
-        return None
+        if found is not None and place == self.directory:
+            self._saved_step = found
+        return found
 
     @checked
     def load(
@@ -362,17 +343,8 @@ class ShardedSave(Hook):
             UsageError: the average in it has another decay than ours. Nothing was loaded.
             MismatchError: it does not hold what is needed. Nothing was loaded.
         """
-        self._load(as_path(checkpoint), {}, on_missing or self._on_missing, parts=parts)
-        self._spoiled = None
-
-    def _load(
-        self, path: Path, verified: Mapping[str, FileRecord], on_missing: OnMissing, *, parts: Sequence[str] | None
-    ) -> list[str]:
-        """As ``load_parts``."""
         self._copy.settle()
-        if read_metadata(path).ema is not None and self._state.ema is None:
-            log.warning("%s holds an EMA, but no EMA is attached: it is not loaded", path)
-        return load_parts(path, self._state, self._ranks, parts=parts, on_missing=on_missing, verified=verified)
+        self._resumed.load(as_path(checkpoint), parts, on_missing)
 
     def _finish(self, step: int, job: SaveInProgress, watch: Stopwatch, distance: float | None) -> Path:
         """Write, commit, then retention. In the background thread, if there is one."""
