@@ -22,7 +22,7 @@ from shardsmith.ground.remote_path import as_path
 from shardsmith.ground.step_agreement import StepAgreement
 from shardsmith.manifest.retention import Retention
 
-from .background import attempted
+from .background import attempted, logged
 from .events import EventQueue, Listener, event_of
 from .hook import Hook
 from .occasions import Occasion, OccasionWatch
@@ -173,8 +173,9 @@ class Hooks:
             if place is not None:
                 hook.emit(event_of("resume", options.get("step") or 0, as_path(place), watch, self._size, error))
             raise
-        if step is not None and place is not None:
-            hook.emit(event_of("resume", step, as_path(place) / step_name(step), watch, self._size))
+        if step is not None and place is not None and hook.is_heard:
+            with logged("measuring what was resumed"):  # of this rank alone: it must not fail
+                hook.emit(event_of("resume", step, as_path(place) / step_name(step), watch, self._size))
         return step
 
     def step(self, step: int) -> None:

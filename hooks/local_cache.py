@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from shardsmith.errors import ShardsmithError, UsageError
-from shardsmith.ground.commit import place_file
+from shardsmith.errors import ShardsmithError, StorageError, TargetExistsError, UsageError
+from shardsmith.ground.commit import place_file, withdraw_file
 from shardsmith.ground.host_folder import HostFolder
-from shardsmith.ground.layout import CACHE_OF_FILE, step_name
+from shardsmith.ground.layout import ALONE_SINCE_FILE, CACHE_OF_FILE, step_name
 from shardsmith.ground.ranks import Ranks
 from shardsmith.ground.remote_commit import attempt_of_any
 from shardsmith.ground.remote_path import RemotePath
@@ -23,6 +23,7 @@ from shardsmith.run_state.resumption import Find
 from shardsmith.run_state.step_upload import files_of, upload_step
 
 from .background import logged
+from .cached_steps import Where, choose_places, find_other_run
 from .step_folder import StepFolder, prepare
 
 if TYPE_CHECKING:
@@ -35,7 +36,6 @@ _MOST_WAITING = 2
 """Uploads that are not done: a save waits while there are so many, so that a slow store does not fill the disk."""
 _MOST_OWED = 3
 """Steps whose upload has failed that are kept on the disk and tried again, with the one that comes next."""
-Where = Literal["local", "store", "upload"]
 
 
 class LocalCache:
@@ -43,6 +43,8 @@ class LocalCache:
 
     Attributes:
         folder: Where they are, and which ranks see the same disk.
+        alone_since: The step from which the run went on although the store could not be asked; None once it was, and
+            had nothing later. A file in the folder says so, too, as another process may be the one to ask.
     """
 
     @classmethod
@@ -80,6 +82,7 @@ class LocalCache:
         self.folder = HostFolder(path, self._main_ranks)
         self._main_ranks.gather("preparing the local disks", self._prepare)
         self._local_steps, self._store_steps = (StepFolder(*of) for of in zip((path, store), keep, strict=True))
+        self.alone_since: int | None = None
         self._owed: set[int] = set()  # steps that are to be uploaded; rank 0 decides by it
         self._running: deque[Future[None]] = deque()
         self._thread = ThreadPoolExecutor(1, "shardsmith-upload")
@@ -108,17 +111,27 @@ class LocalCache:
         self._owed.add(step)
         self._running.append(self._thread.submit(self._upload))
 
-    def find(self) -> dict[int, list[Find]]:
+    def find(self, *, needs_store: bool) -> dict[int, list[Find]]:
         """Return the steps that can be loaded, and from where. All ranks; communicates.
 
         One that is on every disk in full is taken from there; else from the store, into which it is put first if the
-        disks together have all of it and the store does not.
+        disks together have all of it and the store does not. While the store cannot be asked there is one step at
+        most: the newest, if it is on every disk in full.
+
+        Args:
+            needs_store: The store is needed in any case.
+
+        Raises:
+            StorageError, RankFailedError: the store cannot be asked, and the disks do not suffice.
         """
-        found = self._main_ranks.agree("looking for checkpoints", self._own_steps, self._choose, large=True)
+        choose = partial(choose_places, self.folder.path, self._store, needs_store=needs_store)
+        phase = "looking for checkpoints"
+        found, self.alone_since = self._main_ranks.agree(phase, self._own_steps, choose, large=True)
         ways: dict[Where, Callable[[int], Path | None]] = {
             "local": lambda step: self.folder.path / step_name(step),
             "store": lambda step: self._store / step_name(step),
             "upload": self._uploaded,
+            "away": lambda step: self._main_ranks.lead("looking at the store", lambda: self._raise_away(step)),
         }
         return {step: [partial(ways[where], step) for where in places] for step, places in found}
 
@@ -127,10 +140,31 @@ class LocalCache:
 
         All ranks; communicates. What is later was not wanted, is damaged, or is not whole on the disks of this job.
         """
-        later = partial(set_later_aside, self.folder.path, step or 0) if self.folder.is_leader else list
-        self._main_ranks.gather("setting aside what is later", later)
+        self._main_ranks.gather("setting aside what is later", lambda: self._tidy(step or 0))
         if step is not None and self._main_ranks.lead("looking at the store", lambda: self._is_owed(step)):
             self.add(step)
+
+    def _tidy(self, step: int) -> None:
+        if self.folder.is_leader:
+            set_later_aside(self.folder.path, step)
+            self._note_alone()
+
+    def _note_alone(self) -> None:
+        """Let the file in this folder say what ``alone_since`` does."""
+        mark = self.folder.path / ALONE_SINCE_FILE
+        if self.alone_since is None:
+            withdraw_file(mark)
+        elif not mark.exists():
+            place_file(mark, str(self.alone_since).encode())
+
+    def _raise_away(self, step: int) -> None:
+        """The step that the disks have in full is damaged there. Rank 0."""
+        raise StorageError(
+            str(self._store / step_name(step)),
+            f"could not be asked for, and what {self.folder.path} has of it is damaged: start the process again when "
+            "the store can be reached",
+            transient=True,
+        )
 
     def _uploaded(self, step: int) -> Path | None:
         source, target = self.folder.path / step_name(step), self._store / step_name(step)
@@ -164,6 +198,10 @@ class LocalCache:
         for step in steps[:-_MOST_OWED]:  # after a long outage the disk is worth more than old steps
             log.warning("%s is given up: later steps could not be uploaded either", self.folder.path / step_name(step))
             self._owed.discard(step)
+        if self.alone_since is not None:
+            self._ranks.lead("comparing with the store", self._refuse_other_run)
+            self.alone_since = None
+            self._ranks.gather("comparing with the store", self._note_alone if self.folder.is_leader else list)
         for step in steps[-_MOST_OWED:]:
             source, target = self.folder.path / step_name(step), self._store / step_name(step)
             try:
@@ -180,6 +218,24 @@ class LocalCache:
             self._store_steps.remove_old(self._hook)
         self.remove_old()
 
+    def _refuse_other_run(self) -> None:
+        """Rank 0: raise if another run has put steps into the store meanwhile, or it is still away."""
+        assert self.alone_since is not None
+        own = {
+            step: files_of(self.folder.path / step_name(step))["attempt"] for step in committed_steps(self.folder.path)
+        }
+        try:
+            if (other := find_other_run(self._store, self.alone_since, own)) is not None:
+                raise TargetExistsError(
+                    self._store / step_name(other),
+                    f"is of another run, while this one went on from step {self.alone_since} on its disks, because the "
+                    "store could not be asked. Nothing more is uploaded, and what is stored stays. End this run; the "
+                    "next one goes on from what is stored",
+                )
+        except ShardsmithError as error:
+            log.error("no step in %s was uploaded: %s", self.folder.path, error)
+            raise
+
     def remove_old(self) -> None:
         """Let retention act on the local disk; what is not yet uploaded stays."""
         if self.folder.is_leader:
@@ -187,45 +243,32 @@ class LocalCache:
                 self._local_steps.remove_old(self._hook, spare=frozenset(self._owed))
 
     def _is_owed(self, step: int) -> bool:
+        if self.alone_since is not None:
+            return True  # the upload finds out
         local = files_of(self.folder.path / step_name(step))["attempt"]
         return bool(local) and attempt_of_any(self._store / step_name(step)) is None
 
     def _own_steps(self) -> dict[str, Any]:
+        mark = self.folder.path / ALONE_SINCE_FILE
+        alone_since = int(mark.read_text()) if self.folder.is_leader and mark.is_file() else None
         steps = committed_steps(self.folder.path) if self.folder.is_leader else []
         found = {str(step): files_of(self.folder.path / step_name(step)) for step in steps}
-        return {"is_leader": self.folder.is_leader, "steps": found}
-
-    def _choose(self, said: Sequence[dict[str, Any]]) -> list[tuple[int, list[Where]]]:
-        """Rank 0: the steps, and from where each is loaded."""
-        folders = [of_rank["steps"] for of_rank in said if of_rank["is_leader"]]
-        stored = committed_steps(self._store)
-        chosen: list[tuple[int, list[Where]]] = []
-        for step in sorted({*stored, *(int(step) for folder in folders for step in folder)}):
-            where = self._where(step, [folder.get(str(step)) for folder in folders], is_stored=step in stored)
-            if where == "local" and step in stored:
-                chosen.append((step, ["local", "store"]))  # should the local one be damaged
-            elif where is not None:
-                chosen.append((step, [where]))
-        return chosen
-
-    def _where(self, step: int, held: Sequence[dict[str, Any] | None], *, is_stored: bool) -> Where | None:
-        there = [one for one in held if one is not None]
-        attempts = {one["attempt"] for one in there}
-        if is_stored and attempts != {attempt_of_any(self._store / step_name(step))}:
-            return "store"  # those on the disks are of another run
-        if len(there) == len(held) and len(attempts) == 1 and all(len(one["files"]) == one["wanted"] for one in there):
-            return "local"
-        if is_stored:
-            return "store"
-        names = {name for one in there for name in one["files"]}
-        is_whole = len(attempts) == 1 and len(names) == there[0]["wanted"]
-        return "upload" if is_whole else None
+        return {"is_leader": self.folder.is_leader, "steps": found, "alone_since": alone_since}
 
 
-def find_steps(ranks: Ranks, place: Path, cache: LocalCache | None) -> dict[int, list[Find]]:
-    """Return the steps at a place, each with the ways to its directory, the best first. All ranks; communicates."""
+def find_steps(
+    ranks: Ranks, place: Path, cache: LocalCache | None, *, needs_store: bool = False
+) -> dict[int, list[Find]]:
+    """Return the steps at a place, each with the ways to its directory, the best first. All ranks; communicates.
+
+    Args:
+        ranks: Those that ask.
+        place: Where.
+        cache: Of that place, if it has one.
+        needs_store: The store is needed in any case, whatever the cache has.
+    """
     if cache is not None:
-        return cache.find()
+        return cache.find(needs_store=needs_store)
     steps = ranks.lead("looking for checkpoints", lambda: committed_steps(place))
     return {step: [partial(Path.__truediv__, place, step_name(step))] for step in steps}
 

@@ -67,10 +67,10 @@ class ResumedRun:
         """
         is_own = place == self._directory
         cache = self._cache if is_own else None
-        steps = find_steps(self._ranks, place, cache)
+        steps = find_steps(self._ranks, place, cache, needs_store=step is not None)
         if step is not None:
             steps = {step: steps[checkpoints.only_step(place, sorted(steps), step)]}
-        aside = is_own and step is None
+        aside = is_own and step is None and (cache is None or cache.alone_since is None)
         search = Resumption(self._ranks, set_damaged_aside=aside, spoiled_by=self._spoiled_by, parts=parts)
         try:
             found = search.load_newest(place, steps, partial(self._load, parts=parts), on_missing or self.on_missing)

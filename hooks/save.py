@@ -159,7 +159,8 @@ class ShardedSave(Hook):
         self._buffer = StagingBuffer() if self.background else None
         self._in_flight = SavesInFlight(self.background, self._announce_save)
         self._saved_step: int | None = None
-        self._ranks.gather(f"preparing {self.directory}", partial(prepare, self.directory, self._ranks.is_leader))
+        prepared = partial(prepare, self.directory, self._ranks.is_leader, may_be_away=bool(writing.local_cache))
+        self._ranks.gather(f"preparing {self.directory}", prepared)
         self.local_cache = LocalCache.of(self, writing, keep)
         self._place = self.directory if self.local_cache is None else self.local_cache.folder.path
         self._resumed = ResumedRun(self.directory, self._state, self._ranks, self._steps, self.local_cache, on_missing)

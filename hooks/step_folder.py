@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
 
+from shardsmith.errors import StorageError, WriteError
 from shardsmith.ground.commit import check_writable, place_link, remove, sweep
 from shardsmith.ground.layout import LATEST_LINK, METADATA_FILE, step_name
 from shardsmith.manifest.checkpoints import committed_steps, refuse_within_step, set_aside_unfinished
@@ -95,21 +96,29 @@ class StepFolder:
                     log.info("%s is being read; it is removed later", path)
 
 
-def prepare(directory: Path, is_leader: bool) -> None:
+def prepare(directory: Path, is_leader: bool, *, may_be_away: bool = False) -> None:
     """Make sure that steps can be saved in a directory, and remove what dead attempts left there.
 
     Args:
         directory: The directory.
         is_leader: Whether this rank does so; the others do nothing.
+        may_be_away: A store that cannot be reached now is no error: steps are kept on local disks meanwhile.
 
     Raises:
         UsageError: it is in the directory of a step.
         WriteError: it cannot be written to.
     """
-    if is_leader:
-        refuse_within_step(directory)
+    if not is_leader:
+        return
+    refuse_within_step(directory)
+    try:
         check_writable(directory)
         sweep(directory)
+    except (StorageError, WriteError) as error:
+        cause = error.__cause__ if isinstance(error, WriteError) else error
+        if not (may_be_away and isinstance(cause, StorageError) and cause.transient):
+            raise
+        log.warning("%s cannot be reached now: %s", directory, cause)
 
 
 def leave_unfinished(directory: Path, resumed: int) -> None:

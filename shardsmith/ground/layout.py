@@ -37,6 +37,8 @@ REST_FOLDER = "float32-rest"
 
 CACHE_OF_FILE = "cache-of.txt"
 """In a run's folder on a host's own disk: the place in an object store that its steps go to."""
+ALONE_SINCE_FILE = "alone-since.txt"
+"""Beside it: the step that a run went on from while that place could not be asked which steps it has."""
 LATEST_LINK = "latest"
 """In a run directory: a link to the newest step, if that is wanted."""
 METRICS_FILE = "metrics.jsonl"
