@@ -15,7 +15,7 @@ TITANS = 0.2 0.3
 TITAN ?= torchtitan
 TITAN_READY = $(TITANS:%=.venv-titan-%/.ready)
 
-.PHONY: demo demo-remote test test-oldest test-titan canary families soak check coverage docs bench bench-scale gpu gpu-wheels clean
+.PHONY: demo demo-remote test test-oldest test-titan canary families soak check coverage docs pictures bench bench-scale gpu gpu-wheels clean
 .DELETE_ON_ERROR:
 
 $(READY): pyproject.toml setup.cfg
@@ -90,6 +90,9 @@ coverage: $(READY)  ## the tests once more, with the lines that no test has run;
 docs: $(READY)  ## the documentation as a site in site/; every link and every name of the reference is checked
 	$(BIN)/python -m pip install --quiet --editable ".[docs]"
 	$(BIN)/python -m mkdocs build --strict
+
+pictures: $(READY)  ## docs/images, as Chromium shows the pages of the commands
+	$(BIN)/python -m tests.reports.pictures
 
 bench: $(READY)  ## us and what a user would pick instead, side by side (BENCH_ARGS="--parameters 700M --shards 4")
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)

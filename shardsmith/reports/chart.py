@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from shardsmith.reports.page import safe
 
-_WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 512, 170, 64, 22, 24
+_WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 340, 150, 64, 10, 24
+"""Of a chart, in pixels: as wide as a phone, and three beside each other on a wide screen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,13 +22,13 @@ class Point:
     failed: bool = False
 
 
-def chart(title: str, points: Sequence[Point], unit: str) -> str:
+def chart(title: str, points: Sequence[Point], text: Callable[[float], str]) -> str:
     """Return a chart with a dot for each point and a line through those that did not fail; "" without points.
 
     Args:
         title: What is measured.
         points: In any order; the vertical axis begins at 0.
-        unit: Of the vertical axis.
+        text: Gives a value of the vertical axis with its unit.
     """
     if not points:
         return ""
@@ -44,16 +45,17 @@ def chart(title: str, points: Sequence[Point], unit: str) -> str:
     bottom = _HEIGHT - _BOTTOM
     return "".join(
         [
+            f"<figure><figcaption>{safe(title)}</figcaption>",
             f'<svg class="chart" width="{_WIDTH}" height="{_HEIGHT}" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img"',
-            f' aria-label="{safe(title)}"><text x="0" y="12" font-weight="bold">{safe(title)}</text>',
+            f' aria-label="{safe(title)}">',
             f'<path d="M{_LEFT} {_TOP}V{bottom}H{_WIDTH - 12}" fill="none" stroke="var(--quiet)"/>',
-            _label(_LEFT - 6, _TOP + 4, f"{top:.3g} {unit}", "end"),
+            _label(_LEFT - 6, _TOP + 4, text(top), "end"),
             _label(_LEFT - 6, bottom, "0", "end"),
             _label(_LEFT, _HEIGHT - 8, f"step {low:g}", "start"),
             _label(_WIDTH - 12, _HEIGHT - 8, f"step {high:g}", "end") if high > low else "",
             f'<polyline points="{line}" fill="none" stroke="var(--note)" stroke-width="1.5"/>',
             *(_dot(*place(point), point) for point in points),
-            "</svg>",
+            "</svg></figure>",
         ]
     )
 

@@ -67,6 +67,9 @@ def _model(number: int, tensors: Sequence[ListedTensor]) -> Iterator[str]:
     colour = by_kind(list(dtypes.values()))
     yield from _map("dtype", cells({**dtypes}), colour)
     yield legend({dtype: colour(dtype) for dtype in dict.fromkeys(dtypes.values())})
+    broken = [one.name for one in tensors if one.statistics and one.statistics.not_finite]
+    if broken:
+        yield f'<p class="bad-text">NaN or infinite values in {safe(", ".join(broken))}</p>'
     columns = _COLUMNS + (_READ if any(one.statistics for one in tensors) else ())
     yield from sortable_table(columns, ((anchors[one.name], _row(one)) for one in tensors), "tensors")
 

@@ -10,8 +10,8 @@ from html import escape
 from shardsmith.ground.printable import printable
 
 _STYLE = """
-:root { color-scheme: light dark; --line: #8884; --good: #2e7d32; --error: #c62828; --warning: #b26a00;
-  --note: light-dark(#1565c0, #64b5f6); --quiet: #8888 }
+:root { color-scheme: light dark; --line: #8884; --good: #2e7d32; --warning: #b26a00; --quiet: #8888;
+  --error: light-dark(#c62828, #ef9a9a); --note: light-dark(#1565c0, #64b5f6); --faint: light-dark(#666, #aaa) }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 1.5rem auto; padding: 0 1rem }
 h1 { font-size: 1.3rem; overflow-wrap: anywhere } h2 { font-size: 1.1rem; margin-top: 2rem } h3 { font-size: 1rem }
 code { font: 13px/1.4 ui-monospace, monospace; overflow-wrap: anywhere }
@@ -23,13 +23,18 @@ table { border-collapse: collapse } td, th { padding: .2rem .8rem .2rem 0; text-
 .bad-text { color: var(--error) } .explanation:target { outline: 2px solid var(--note); outline-offset: .4rem }
 .explanation pre { overflow-x: auto; background: #8882; padding: .4rem }
 .wide { overflow-x: auto } .listing { max-height: 32rem; overflow: auto; border: 1px solid var(--line) }
-.listing th { position: sticky; top: 0; background: Canvas; cursor: pointer; padding-left: .5rem }
-.listing td { padding-left: .5rem; border-top: 1px solid var(--line) } tr:target { outline: 2px solid var(--note) }
+.listing th { position: sticky; top: 0; background: Canvas; cursor: pointer; padding-left: .5rem;
+  white-space: nowrap }
+th[aria-sort=ascending]::after { content: " ▲" } th[aria-sort=descending]::after { content: " ▼" }
+.listing td { padding-left: .5rem; border-top: 1px solid var(--line); white-space: nowrap }
+.listing td.long { white-space: normal; overflow-wrap: anywhere; min-width: 20rem }
+.listing tr { scroll-margin-top: 4rem } tr:target { outline: 2px solid var(--note) }
 input[type=search] { font: inherit; width: min(100%, 24rem); margin: .5rem 0; padding: .2rem .4rem }
 svg text { font: 11px system-ui, sans-serif; fill: currentColor } svg { max-width: none; display: block }
-.charts { display: flex; flex-wrap: wrap; gap: 1rem 2rem } svg.chart { max-width: 100%; height: auto }
-footer { margin-top: 3rem; border-top: 1px solid var(--line); color: var(--quiet); overflow-wrap: anywhere }
-@media (max-width: 40rem) { body { margin: .5rem auto } .finding th { display: block; padding-bottom: 0 } }
+.charts { display: flex; flex-wrap: wrap; gap: 1.5rem 2rem } svg.chart { max-width: 100%; height: auto }
+figure { margin: 0; max-width: 340px } figcaption { font-size: 13px; font-weight: 600; line-height: 1.3 }
+footer { margin-top: 3rem; border-top: 1px solid var(--line); color: var(--faint); overflow-wrap: anywhere }
+@media (max-width: 40rem) { body { margin: .5rem auto } .finding :is(tr, th, td) { display: block; padding-bottom: 0 } }
 """
 _SCRIPT = """
 for (const table of document.querySelectorAll("table.sortable")) {
@@ -41,18 +46,32 @@ for (const table of document.querySelectorAll("table.sortable")) {
       row.hidden = !words.every(word => found.includes(word));
     }
   });
-  [...table.tHead.rows[0].cells].forEach((head, column) => {
-    let order = 1;
-    head.addEventListener("click", () => {
-      const value = row => row.cells[column].dataset.value ?? row.cells[column].textContent;
-      const rows = [...body.rows].sort((a, b) => {
-        const x = value(a), y = value(b), apart = Number(x) - Number(y);
-        return order * (x === "" ? (y === "" ? 0 : 1) : y === "" ? -1
-          : Number.isNaN(apart) ? x.localeCompare(y, undefined, { numeric: true }) : apart);
-      });
-      order = -order;
-      body.append(...rows);
-    });
+  const heads = [...table.tHead.rows[0].cells];
+  const value = cell => {
+    const number = cell.dataset.value;
+    return number === undefined ? cell.textContent : number === "NaN" ? Infinity : number === "" ? "" : Number(number);
+  };
+  heads.forEach((head, column) => {
+    const sort = () => {
+      const order = head.ariaSort === "ascending" ? -1 : 1;
+      const rows = [...body.rows].map(row => [value(row.cells[column]), row]).sort(([x], [y]) =>
+        x === "" || y === "" ? (x === "") - (y === "")
+          : order * (typeof x === "number" ? (x > y) - (x < y) : x.localeCompare(y, undefined, { numeric: true })));
+      heads.forEach(other => other.ariaSort = null);
+      head.ariaSort = order === 1 ? "ascending" : "descending";
+      body.append(...rows.map(([, row]) => row));
+    };
+    head.tabIndex = 0;
+    head.addEventListener("click", sort);
+    head.addEventListener("keydown", event => { if (event.key === "Enter") sort(); });
+  });
+  addEventListener("hashchange", () => {
+    const row = document.getElementById(location.hash.slice(1));
+    if (row?.hidden && body.contains(row)) {
+      search.value = "";
+      search.dispatchEvent(new Event("input"));
+      row.scrollIntoView();
+    }
   });
 }
 """

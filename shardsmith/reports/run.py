@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from shardsmith.ground.sizes import size_text
@@ -54,13 +55,27 @@ def run_page(found: RunOverview, events: Events, command: Sequence[str]) -> str:
 def _charts(found: RunOverview, events: Events) -> Iterator[str]:
     for kind in ("checkpoint", "export"):
         steps = [one for one in found.steps if one.kind == kind]
-        sizes = [Point(one.step, one.nbytes / 1e6, f"{one.path}: {size_text(one.nbytes)}") for one in steps]
-        yield chart(f"Size of each {kind}", sizes, "MB")
+        sizes = [Point(one.step, one.nbytes, f"{one.path}: {size_text(one.nbytes)}") for one in steps]
+        yield chart(f"Size of each {kind}", sizes, _size)
     for kind in ("save", "export"):
         of_kind = [event for event in events if event["kind"] == kind]
-        yield chart(f"Seconds that the training waited for each {kind}", _points(of_kind, "seconds_waited"), "s")
-        yield chart(f"Seconds from the beginning to the end of each {kind}", _points(of_kind, "seconds"), "s")
-    yield chart("Distance of the average from the weights, relative to the weights", _distances(events), "")
+        yield chart(f"Seconds that the training waited for each {kind}", _points(of_kind, "seconds_waited"), _seconds)
+        yield chart(f"Seconds from the beginning to the end of each {kind}", _points(of_kind, "seconds"), _seconds)
+    yield chart(
+        "Distance of the average from the weights, relative to the weights", _distances(events), "{:.3g}".format
+    )
+
+
+def _size(nbytes: float) -> str:
+    return size_text(int(nbytes))
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds < 100 else f"{seconds:,.0f} s"
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}"
 
 
 def _points(events: Events, field: str) -> list[Point]:
@@ -68,10 +83,12 @@ def _points(events: Events, field: str) -> list[Point]:
         Point(
             event["step"],
             event[field],
-            f"step {event['step']}: {event[field]:.3g} s" + (f", failed: {event['error']}" if event["error"] else ""),
-            failed=event["error"] is not None,
+            f"step {event['step']}: {_seconds(event[field])}"
+            + (f", failed: {event['error']}" if event["error"] else ""),
+            failed=bool(error),
         )
         for event in events
+        for error in [event["error"] or ""]
     ]
 
 
@@ -106,7 +123,7 @@ def _events(events: Events) -> list[str]:
         [
             event["step"],
             event["kind"],
-            event["path"],
+            "/".join(Path(event["path"]).parts[-2:]),
             event["seconds"],
             event["seconds_waited"],
             event["nbytes"],

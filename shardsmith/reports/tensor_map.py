@@ -14,6 +14,8 @@ _CELL = 15
 _MOST_COLUMNS = 60
 _CHARACTER = 6
 """Width of a letter in a label, about."""
+_MOST_CHARACTERS = 48
+"""Of a label. Longer ones lose their middle; the whole name is in the table."""
 _PALETTE = (210, 30, 130, 280, 350, 180, 60, 320)
 """Hues that stand apart."""
 
@@ -106,21 +108,28 @@ def _stacks(cells: Sequence[Cell]) -> list[_Stack]:
 
 def _grid(stack: _Stack, colour: Colour) -> Iterator[str]:
     kinds = stack.kinds()[:_MOST_COLUMNS]
-    left = 12 + _CHARACTER * max(len(f"{stack.title} {layer}") for layer in stack.rows)
-    top = 16 + int(0.85 * _CHARACTER * max(map(len, kinds)))
+    above = [_label(kind) for kind in kinds]
+    beside = [_label(f"{stack.title} {layer}".strip()) for layer in stack.rows]
+    left = 12 + _CHARACTER * max(map(len, beside))
+    top = 16 + int(0.85 * _CHARACTER * max(map(len, above)))
     width, height = left + _CELL * len(kinds) + top, top + _CELL * len(stack.rows) + 8
     label = safe(stack.title or "tensors outside of layers")
     yield f'<svg width="{width}" height="{height}" viewBox="0 0 {width} {height}" role="img" aria-label="{label}">'
-    for i, kind in enumerate(kinds):
+    for i, text in enumerate(above):
         x, y = left + _CELL * i + 10, top - 5
-        yield f'<text transform="translate({x} {y}) rotate(-50)">{safe(kind)}</text>'
-    for j, (layer, row) in enumerate(stack.rows.items()):
+        yield f'<text transform="translate({x} {y}) rotate(-50)">{safe(text)}</text>'
+    for j, (text, row) in enumerate(zip(beside, stack.rows.values(), strict=True)):
         y = top + _CELL * j
-        yield f'<text x="{left - 6}" y="{y + 11}" text-anchor="end">{safe(f"{stack.title} {layer}".strip())}</text>'
+        yield f'<text x="{left - 6}" y="{y + 11}" text-anchor="end">{safe(text)}</text>'
         yield from (_cell(row[kind], left + _CELL * i, y, colour) for i, kind in enumerate(kinds) if kind in row)
     yield "</svg>"
     if len(stack.kinds()) > _MOST_COLUMNS:
         yield f"<p>{len(stack.kinds()) - _MOST_COLUMNS} more kinds are in the table alone</p>"
+
+
+def _label(text: str) -> str:
+    half = _MOST_CHARACTERS // 2
+    return text if len(text) <= _MOST_CHARACTERS else f"{text[: half - 1]}…{text[-half:]}"
 
 
 def _cell(cells: Sequence[Cell], x: int, y: int, colour: Colour) -> str:

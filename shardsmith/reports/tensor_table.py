@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 
 from shardsmith.reports.page import safe
 
+_LONG = 60
+"""Texts with more characters are broken into lines."""
 Value = str | float | int | None
 
 
@@ -14,7 +16,8 @@ def sortable_table(columns: Sequence[str], rows: Iterable[tuple[str, Sequence[Va
 
     Args:
         columns: Headings.
-        rows: For each row its anchor and its cells. Numbers are right-aligned and sorted by value.
+        rows: For each row its anchor and its cells. Numbers are right-aligned and sorted by value,
+            NaN as the greatest.
         searched: What is searched, for the field's label.
     """
     head = "".join(f"<th>{safe(name)}</th>" for name in columns)
@@ -35,5 +38,6 @@ def _cell(value: Value) -> str:
     if value is None:
         return '<td data-value=""></td>'
     if isinstance(value, str):
-        return f"<td>{safe(value)}</td>"
-    return f'<td class="number" data-value="{value}">{number_text(value)}</td>'
+        return f'<td class="long">{safe(value)}</td>' if len(value) > _LONG else f"<td>{safe(value)}</td>"
+    sorted_by = {"inf": "Infinity", "-inf": "-Infinity", "nan": "NaN"}.get(str(value), value)  # as scripts write them
+    return f'<td class="number" data-value="{sorted_by}">{number_text(value)}</td>'
