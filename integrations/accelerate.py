@@ -23,6 +23,7 @@ from typing import Any, Literal
 from torch import nn
 
 from shardsmith.checking.arguments import checked
+from shardsmith.checking.types import is_url
 from shardsmith.errors import UsageError
 from shardsmith.ground.extras import missing_package
 from shardsmith.hooks import EMA, FolderSave, Hooks
@@ -80,6 +81,7 @@ class Attached:
         self._folder = Path(told[-1])
 
     def _save_state(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        _refuse_remote("save_state", output_dir)
         self._folder_save.wait()  # accelerate may delete older folders first
         if output_dir is not None:
             self._folder_save.before_save(Path(output_dir))
@@ -87,12 +89,22 @@ class Attached:
         self._folder_save.save(self._hooks.steps_done, self._folder)
         return result
 
-    def _load_state(self, *args: Any, **kwargs: Any) -> None:
-        self._load(*args, **kwargs)
+    def _load_state(self, input_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        _refuse_remote("load_state", input_dir)
+        self._load(input_dir, *args, **kwargs)
         if self._folder_save.has(self._folder) or (self._has_ema and self._on_missing == "raise"):
             self._folder_save.load(self._folder, prove=self._verify, on_missing=self._on_missing)
         else:
             log.warning("%s holds nothing of ours: an average starts from the weights as they are", self._folder)
+
+
+def _refuse_remote(what: str, folder: Any) -> None:
+    """Raise UsageError if accelerate would take a URL for the name of a folder, as it does without a word."""
+    if folder is not None and is_url(folder):
+        raise UsageError(
+            f"{what}: {str(folder)!r} is not on a file system, and accelerate would make a local folder of that name. "
+            'Give it a path; ShardedSave("s3://...") and HFExport("s3://...") in hooks write to an object store'
+        )
 
 
 @checked
@@ -120,8 +132,9 @@ def attach(
             ``"raise"``.
 
     Raises:
-        UsageError: nothing was prepared, or several models and none was named.
+        UsageError: nothing was prepared, or several models and none was named; or accelerate is to write to a URL.
     """
+    _refuse_remote("project_dir", accelerator.project_dir)
     prepared = accelerator._models
     if model is None and len(prepared) != 1:
         raise UsageError(f"{len(prepared)} models were prepared: attach after prepare(), and name one as model=")

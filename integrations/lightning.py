@@ -11,13 +11,13 @@ import json
 import logging
 import signal
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from shardsmith.checking.arguments import check_options, checked
-from shardsmith.checking.types import Decay, Directory
+from shardsmith.checking.types import Decay, Place
 from shardsmith.errors import UsageError
 from shardsmith.ground.extras import missing_package
+from shardsmith.ground.remote_path import as_path
 from shardsmith.hooks import EMA, HFExport, Hooks, Retention, Schedule, ShardedSave
 from shardsmith.hooks.events import Listener
 
@@ -47,7 +47,7 @@ class CheckpointHooks(Callback):  # type: ignore[misc, unused-ignore]
     @checked
     def __init__(
         self,
-        directory: Directory,
+        directory: Place,
         *,
         save: Schedule | None = None,
         keep: Retention | None = None,
@@ -63,7 +63,8 @@ class CheckpointHooks(Callback):  # type: ignore[misc, unused-ignore]
         """Check the options. Nothing else happens before ``fit``.
 
         Args:
-            directory: Folder of the run: checkpoints go to ``checkpoints/`` in it, exports to ``hf/``.
+            directory: Folder of the run: checkpoints go to ``checkpoints/`` in it, exports to ``hf/``. Or a place in an
+                object store, such as ``s3://bucket/run``; Lightning's own folders stay on disks.
             save: At which steps to save. None saves nothing.
             keep: Which checkpoints to retain; None keeps all.
             save_options: What else ``ShardedSave`` takes: ``on_missing``, ``async_mode``, ...
@@ -90,7 +91,7 @@ class CheckpointHooks(Callback):  # type: ignore[misc, unused-ignore]
             raise UsageError("there are ema_options, but no ema_decay")
         self.ema: EMA | None = None
         self.hooks: Hooks | None = None
-        self._directory = Path(directory)
+        self._directory = as_path(directory)
         self._save = save
         self._save_options = {"keep": keep, **(save_options or {})}
         self._ema_options = None if ema_decay is None else {"decay": ema_decay, **(ema_options or {})}

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from shardsmith.checking.arguments import check_options, checked
-from shardsmith.checking.types import Decay, Directory, LocalPath
+from shardsmith.checking.types import Decay, LocalPath, Place, is_url
 from shardsmith.errors import UsageError
 from shardsmith.ground.extras import missing_package
+from shardsmith.ground.remote_path import RemotePath, as_path
 from shardsmith.hooks import EMA, FolderSave, HFExport, Hooks, Schedule
 from shardsmith.hooks.events import Listener, metrics_to
 from shardsmith.manifest.trainer_folders import last_checkpoint
@@ -53,7 +54,7 @@ class CheckpointHooks(TrainerCallback):
         ema_decay: Decay | None = None,
         ema_options: Mapping[str, Any] | None = None,
         export: Schedule | None = None,
-        export_dir: Directory | None = None,
+        export_dir: Place | None = None,
         resume_from: LocalPath | None = None,
         on_missing: Literal["raise", "start"] = "raise",
         prove: bool = True,
@@ -68,7 +69,8 @@ class CheckpointHooks(TrainerCallback):
             ema_options: What else ``EMA`` takes: ``warmup``, ``start_step``, ``every_n_steps``, ``offload``.
             export: At which steps to export; independent of any save. None exports nothing.
             export_dir: Where the exports go, each as ``step-<n>``. Default: ``<output_dir>-hf``, beside Trainer's
-                folder. Never where Trainer rotates its checkpoints.
+                folder. Never where Trainer rotates its checkpoints. Or a place in an object store, such as
+                ``s3://bucket/run/hf``.
             resume_from: The folder that ``train(resume_from_checkpoint=...)`` is given, if it is not in
                 ``output_dir``. Events do not tell.
             on_missing: What to do if it holds no average: ``"start"`` one from the weights, or ``"raise"``.
@@ -128,10 +130,15 @@ class CheckpointHooks(TrainerCallback):
 
         self._listeners.append(metrics_to(log_numbers))
 
+    def on_init_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Refuse a Trainer that is to write where it cannot. All ranks; no communication."""
+        _refuse_remote(args)
+
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, processing_class: Any = None, **_: Any
     ) -> None:
         """Attach to the model, which is wrapped and loaded by now. All ranks; communicates."""
+        _refuse_remote(args)  # of a Trainer that was there before this callback
         deepspeed = getattr(args, "deepspeed_plugin", None) or getattr(args, "deepspeed", None)
         if deepspeed or state.is_hyper_param_search:
             raise UsageError("CheckpointHooks works neither under DeepSpeed nor in a hyperparameter search")
@@ -196,7 +203,7 @@ class CheckpointHooks(TrainerCallback):
     def _make_export(self, args: Any, model: Any, processing_class: Any) -> HFExport | None:
         if self._export is None:
             return None
-        directory = Path(self._export_dir or f"{args.output_dir.rstrip(os.sep)}-hf")
+        directory = as_path(self._export_dir or f"{args.output_dir.rstrip(os.sep)}-hf")
         _refuse_rotated(directory, Path(args.output_dir))
         options = dict(self._export_options)
         if (files := options.get("files")) is None:
@@ -233,8 +240,20 @@ def _folder(args: Any, state: Any) -> Path:
     return Path(args.output_dir) / f"checkpoint-{state.global_step}"
 
 
+def _refuse_remote(args: Any) -> None:
+    """Raise UsageError if Trainer takes a URL for the name of a folder, as it does without a word."""
+    if is_url(args.output_dir):
+        raise UsageError(
+            f"TrainingArguments(output_dir={args.output_dir!r}): Trainer writes to file systems alone, and has taken "
+            'this for a folder on the local disk. Give it a path; CheckpointHooks(export_dir="s3://...") exports to '
+            "an object store"
+        )
+
+
 def _refuse_rotated(directory: Path, output_dir: Path) -> None:
     """Raise UsageError if Trainer would delete the directory: what it rotates is all that begins like its folders."""
+    if isinstance(directory, RemotePath):
+        return
     place, home = directory.resolve(), output_dir.resolve()
     if place.is_relative_to(home) and any(part.startswith("checkpoint-") for part in place.relative_to(home).parts):
         raise UsageError(f"export_dir={str(directory)!r}: Trainer deletes old folders of such names in {output_dir}")

@@ -59,7 +59,7 @@ def odd(trained: dict[tuple[str, int], Trained]) -> Trained:
 @pytest.fixture(scope="session")
 def object_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectServer]:
     """A real S3 server, empty but for what other tests put below names of their own."""
-    from tests.object_server import running_server  # its client is not in TorchTitan's environments
+    from tests.object_server import running_server  # its client is for those who want it
 
     with running_server(tmp_path_factory.mktemp("objects")) as server:
         yield server

@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 from shardsmith.errors import UsageError
 from shardsmith.ground.ranks import Ranks
+from shardsmith.ground.remote_path import RemotePath, as_path
 from shardsmith.hf.hf_directory import read_config
 from shardsmith.hooks import (
     EMA,
@@ -235,7 +236,10 @@ def _schedule(options: CheckpointHooks) -> Schedule:
 
 def _export_folder(options: CheckpointHooks, dump_folder: Path, folder: Path) -> Path:
     """Where exports go. TorchTitan takes for a checkpoint, and deletes, what is in its folder and has such a name."""
-    path = dump_folder / options.export_folder
+    path = as_path(options.export_folder)
+    if isinstance(path, RemotePath):
+        return path
+    path = dump_folder / path
     if path.resolve().is_relative_to(folder.resolve()):
         raise UsageError(
             f"export_folder={options.export_folder}: {path} is inside TorchTitan's checkpoint folder, where it would "

@@ -68,7 +68,8 @@ class HookedManager(CheckpointManager):
             return
         if is_remote(parts.get("base_folder") or "", config.folder):
             raise UsageError(
-                f"checkpoint_hooks needs folders on a file system; {dump_folder} {config.folder} is remote"
+                f"checkpoint_hooks needs TorchTitan's own folders on a file system, and {dump_folder} {config.folder} "
+                "is remote: give a local dump_folder. Exports alone can go to an object store: export_folder"
             )
         self._attached = Attached(
             options,

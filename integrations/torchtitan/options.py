@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from shardsmith.checking.arguments import check_value
-from shardsmith.checking.types import LocalPath
+from shardsmith.checking.types import LocalPath, Place
 from shardsmith.errors import UsageError
 
 _OF_ONE_WRITE = ("export_base_model", "export_max_shard_size", "export_router_bias")
@@ -73,7 +73,8 @@ class CheckpointHooks:
     export_last: bool = False
     """Write one at the last step too."""
     export_folder: str = "hf"
-    """Where to, below the dump folder unless absolute. Not inside TorchTitan's checkpoint folder."""
+    """Where to, below the dump folder unless absolute. Not inside TorchTitan's checkpoint folder. Or a place in an
+    object store, such as s3://bucket/run/hf."""
     export_models: Literal["main", "ema", "both", "all"] = "all"
     """Which weights to export; "all" is what there is."""
     export_ema_as: Literal["file", "directory"] = "directory"
@@ -155,9 +156,9 @@ class CheckpointHooks:
             problems.append('weights_dtype is for weights="huggingface"')
         if self.export_lora == "adapter" and self.export_verify == "load":
             problems.append('export_verify="load" loads whole models: it goes with export_lora="merged"')
-        for name in ("export_folder", "export_base_model", "events"):
+        for name, kind in (("export_folder", Place), ("export_base_model", LocalPath), ("events", LocalPath)):
             try:
-                check_value("", name, getattr(self, name), LocalPath | None)
+                check_value("", name, getattr(self, name), kind | None)
             except UsageError as error:
                 problems.append(str(error).removeprefix(": ").removesuffix(" Nothing was done."))
         if self.timeout_secs <= 0:

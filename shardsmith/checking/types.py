@@ -22,6 +22,11 @@ _LONGEST_NAME = 255
 """Bytes of a file's name on the usual file systems."""
 
 
+def is_url(value: object) -> bool:
+    """Return whether a string or path has a scheme: a place that is not on a file system."""
+    return _REMOTE.match(str(value)) is not None
+
+
 def _number(expected: str, fits: Callable[[Any], bool]) -> Callable[[Any], Any]:
     def rule(value: Any) -> Any:
         if not fits(value):

@@ -100,8 +100,14 @@ def run_fit(
     torch.manual_seed(100 + dist.get_rank())
     data = torch.randn(BATCHES * 4, 6, generator=torch.Generator().manual_seed(3))
     module = Module(sharded=strategy == "fsdp2", die_at=die_at)
-    asked = {"save": every(3) | last(), "export": last(), "ema_decay": DECAY, "dtype": "float32", **options}
-    callback = CheckpointHooks(run, **asked)
+    asked: dict[str, Any] = {
+        "save": every(3) | last(),
+        "export": last(),
+        "ema_decay": DECAY,
+        "dtype": "float32",
+        **options,
+    }
+    callback = CheckpointHooks(asked.pop("directory", run), **asked)
     trainer = Trainer(
         accelerator="cpu",
         devices=dist.get_world_size(),

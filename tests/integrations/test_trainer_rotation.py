@@ -184,7 +184,7 @@ def evaluate_both(trainer: Any, hooks: CheckpointHooks, directory: Path) -> None
         ),
         ({"export": every(1), "keep": 3}, r"keep=3: a Retention is expected; write latest\(3\)"),
         ({"export": every(1), "models": "each"}, "models='each': \"main\" or"),
-        ({"export": every(1), "export_dir": "s3://bucket/hf"}, "s3:// is not supported"),
+        ({"export": every(1), "export_dir": "hdfs://bucket/hf"}, "hdfs:// is not supported"),
         ({"on_missing": "begin"}, 'on_missing=\'begin\': "raise" or "start" is expected'),
         ({"stop_on": "SIGTERM"}, "write signal.SIGTERM"),
     ],
@@ -196,7 +196,7 @@ def test_what_makes_no_sense_is_refused_at_once(options: dict[str, Any], message
 
 @pytest.mark.parametrize(("deepspeed", "search"), [({"stage": 3}, False), (None, True)])
 def test_what_is_not_supported_is_refused_when_training_begins(deepspeed: Any, search: bool) -> None:
-    args, state = SimpleNamespace(deepspeed=deepspeed), SimpleNamespace(is_hyper_param_search=search)
+    args, state = SimpleNamespace(deepspeed=deepspeed, output_dir="out"), SimpleNamespace(is_hyper_param_search=search)
     with pytest.raises(UsageError, match="neither under DeepSpeed nor in a hyperparameter search"):
         CheckpointHooks().on_train_begin(args, state, None, model=make_model("llama"))
 
