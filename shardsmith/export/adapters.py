@@ -90,6 +90,7 @@ class MergedSource:
         from peft.tuners.tuners_utils import BaseTunerLayer
         from peft.utils.other import AuxiliaryTrainingWrapper
 
+        self.path = adapter.source.path
         self._adapter = adapter
         self._base = base
         self._keys = _keys_by_fqn(adapter.source, adapter.name)
@@ -106,12 +107,7 @@ class MergedSource:
             raise UsageError("an adapter of this kind cannot be merged: export it as it is, with --adapters adapter")
         self._last: tuple[str, dict[str, Tensor]] = ("", {})
         self._places = self._find_places()
-        self._specs = {name: TensorSpec(name, *self._shape_of(name)) for name in self._places}
-
-    @property
-    def path(self) -> Path:
-        """What was opened."""
-        return self._adapter.source.path
+        self.specs: Mapping[str, TensorSpec] = {name: TensorSpec(name, *self._shape_of(name)) for name in self._places}
 
     @property
     def aliases(self) -> dict[str, str]:
@@ -122,11 +118,6 @@ class MergedSource:
         listed = self._base.specs if self._base is not None else {}
         kept = {name: next((n for n in names if n in listed), names[0]) for names in untouched for name in names}
         return {name: to for name, to in kept.items() if name != to}
-
-    @property
-    def specs(self) -> Mapping[str, TensorSpec]:
-        """The model's tensors by the names that it has without an adapter."""
-        return self._specs
 
     def pieces(self, name: str, box: Chunk) -> Iterator[tuple[Chunk, Tensor]]:
         """As ``TensorSource.pieces``."""

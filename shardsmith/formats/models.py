@@ -45,8 +45,9 @@ class ModelSource:
         self.filled = filled
         self.aliases = dict(aliases)
         self.averages = averages
+        self.path = source.path
         self._source = source
-        self._specs = {
+        self.specs: Mapping[str, TensorSpec] = {
             name: TensorSpec(name, source.specs[key].shape, source.specs[key].dtype) for name, key in keys.items()
         }
 
@@ -72,16 +73,6 @@ class ModelSource:
             self._source, keys, filled=self.filled - aliases.keys(), aliases=known, averages=self.averages
         )
 
-    @property
-    def path(self) -> Path:
-        """What was opened."""
-        return self._source.path
-
-    @property
-    def specs(self) -> Mapping[str, TensorSpec]:
-        """The model's tensors by its own names."""
-        return self._specs
-
     def pieces(self, name: str, box: Chunk) -> Iterator[tuple[Chunk, Tensor]]:
         """As ``TensorSource.pieces``."""
         if name not in self.keys:
@@ -104,9 +95,10 @@ class TranslatedModel:
 
     def __init__(self, model: ModelSource | TranslatedModel, name_map: NameMap) -> None:
         """Raises UsageError if the map loses, repeats or invents something."""
+        self.path: Path = model.path
         self._model = model
         self._translation = Translation(name_map, model.specs)
-        self._specs = self._translation.translate(model.specs)
+        self.specs: Mapping[str, TensorSpec] = self._translation.translate(model.specs)
         self.averages: tuple[str, ...] = model.averages
         self.twins: tuple[str, ...] = model.twins
         inherited: dict[str, str] = getattr(model, "left_out", {})
@@ -114,21 +106,11 @@ class TranslatedModel:
         self.filled: frozenset[str] = self._translation.names_of(model.filled)
         self.aliases: dict[str, str] = self._translation.translate_aliases(model.aliases, model.specs)
 
-    @property
-    def path(self) -> Path:
-        """What was opened."""
-        return self._model.path
-
-    @property
-    def specs(self) -> Mapping[str, TensorSpec]:
-        """The tensors of the files."""
-        return self._specs
-
     def pieces(self, name: str, box: Chunk) -> Iterator[tuple[Chunk, Tensor]]:
         """As ``TensorSource.pieces``."""
-        if name not in self._specs:
+        if name not in self.specs:
             raise CheckpointNotFoundError(self.path, f"has no tensor named {name!r}")
-        yield from read_linked(self._model, self._translation.links_to(name), box, self._specs[name].dtype)
+        yield from read_linked(self._model, self._translation.links_to(name), box, self.specs[name].dtype)
 
     def close(self) -> None:
         """Close the files."""

@@ -71,26 +71,19 @@ class RoundedSource:
 
     def __init__(self, directory: Path, stem: str) -> None:
         """Open all files. Raises CheckpointError."""
+        self.path = directory
         with contextlib.ExitStack() as opened:
             self._files: TensorSource = open_safetensors_directory(directory, stem)
             opened.callback(self._files.close)
             self._rest: TensorSource = open_safetensors_directory(directory / REST_FOLDER, stem)
             opened.callback(self._rest.close)
-            self._specs = {name: self._spec(name, spec) for name, spec in self._files.specs.items()}
-            if strange := sorted(self._rest.specs.keys() - self._specs.keys()):
+            self.specs: Mapping[str, TensorSpec] = {
+                name: self._spec(name, spec) for name, spec in self._files.specs.items()
+            }
+            if strange := sorted(self._rest.specs.keys() - self.specs.keys()):
                 raise CorruptCheckpointError(directory, f"has a rest of {strange[0]}, which is not in its files")
             self._exceptions = _read_exceptions(directory / REST_FOLDER, self._rest.specs)
             self._opened = opened.pop_all()
-
-    @property
-    def path(self) -> Path:
-        """What was opened."""
-        return self._files.path
-
-    @property
-    def specs(self) -> Mapping[str, TensorSpec]:
-        """All tensors by name."""
-        return self._specs
 
     def pieces(self, name: str, box: Chunk) -> Iterator[tuple[Chunk, Tensor]]:
         """As ``TensorSource.pieces``."""
@@ -111,12 +104,12 @@ class RoundedSource:
         if rest is None:
             return spec
         if (rest.shape, rest.dtype, spec.dtype) != (spec.shape, torch.int16, torch.bfloat16):
-            raise CorruptCheckpointError(self._files.path, f"{name}: {spec} has a rest that is {rest}")
+            raise CorruptCheckpointError(self.path, f"{name}: {spec} has a rest that is {rest}")
         return TensorSpec(name, spec.shape, torch.float32)
 
     def _exceptions_in(self, name: str, box: Chunk) -> tuple[_Indices, _Corrections]:
         indices, corrections = self._exceptions.get(name, (np.empty(0, np.int64), np.empty(0, np.uint16)))
-        return _inner(indices, corrections, box, Chunk.whole(self._specs[name].shape))
+        return _inner(indices, corrections, box, Chunk.whole(self.specs[name].shape))
 
 
 def _outer(indices: _Indices, box: Chunk, whole: Chunk) -> _Indices:

@@ -24,18 +24,9 @@ class JoinedSource:
 
     def __init__(self, path: Path, sources: Mapping[str, TensorSource]) -> None:
         """``sources``: prefix, which no other one begins with -> source."""
-        self._path = path
+        self.path = path
         self._sources = dict(sources)
-
-    @property
-    def path(self) -> Path:
-        """What was opened."""
-        return self._path
-
-    @property
-    def specs(self) -> Mapping[str, TensorSpec]:
-        """The tensors of all of them."""
-        return {
+        self.specs: Mapping[str, TensorSpec] = {
             prefix + name: TensorSpec(prefix + name, spec.shape, spec.dtype)
             for prefix, source in self._sources.items()
             for name, spec in source.specs.items()

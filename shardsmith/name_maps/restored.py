@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -50,6 +49,7 @@ class RestoredModel:
             UsageError: the map loses, repeats or invents something.
             MismatchError: tensors are missing from the files or have other shapes there; it names all of them.
         """
+        self.path = files.path
         self._files = files
         self._translation = Translation(name_map, specs)
         self.absent = self._translation.left_out
@@ -62,33 +62,23 @@ class RestoredModel:
         self.unused = tuple(name for name in files.specs if name not in wanted and name not in twins)
         self.twice = {alias: kept for alias, kept in twins.items() if alias in files.specs and kept in files.specs}
         self._check(wanted)
-        self._specs = {
+        self.specs: Mapping[str, TensorSpec] = {
             name: TensorSpec(name, spec.shape, self._dtype(name, spec))
             for name, spec in specs.items()
             if name not in self.absent or name in self._made
         }
 
-    @property
-    def path(self) -> Path:
-        """What was opened."""
-        return self._files.path
-
-    @property
-    def specs(self) -> Mapping[str, TensorSpec]:
-        """The tensors of the model."""
-        return self._specs
-
     def pieces(self, name: str, box: Chunk) -> Iterator[tuple[Chunk, Tensor]]:
         """As ``TensorSource.pieces``."""
         name = self.aliases.get(name, name)
-        if name not in self._specs:
+        if name not in self.specs:
             raise CheckpointNotFoundError(self.path, f"has no tensor named {name!r}")
         if name in self._made:
-            yield box, self._made[name][box.within(Chunk.whole(self._specs[name].shape))]
+            yield box, self._made[name][box.within(Chunk.whole(self.specs[name].shape))]
             return
         links = self._translation.links_from(name, box)
         stored = (Link(self._stored[link.name], link.here, link.there) for link in links)
-        yield from read_linked(self._files, stored, box, self._specs[name].dtype)
+        yield from read_linked(self._files, stored, box, self.specs[name].dtype)
 
     def close(self) -> None:
         """Close the files."""

@@ -95,25 +95,25 @@ class WholeDirectory:
             for entry in rank_entries:
                 ordered.setdefault(entry.key, entry)
         self._containers = {key: entry.path for key, entry in ordered.items()}
-        self._specs = {
+        self.specs = {
             key: TensorSpec(key, entry.shape, entry.dtype)
             for key, entry in ordered.items()
             if entry.shape is not None and entry.dtype is not None
         }
-        numbers = {key: i for i, key in enumerate(self._specs)}
+        numbers = {key: i for i, key in enumerate(self.specs)}
         self._numbers = [np.array([numbers[piece.key] for piece in one.pieces], dtype=np.int64) for one in own]
         self._last: tuple[list[str], str, bytes] | None = None
         self._chunks = [PlannedChunk(p.key, 0, p.box, 0) for file in self.files for p in file.pieces]
 
     def measured(self, receipts: Sequence[Mapping[str, Any]]) -> Measured:
         """Files and digests by what ``to_receipt`` gave on each rank."""
-        sums = np.zeros((len(self._specs), 2), dtype=np.uint64)
+        sums = np.zeros((len(self.specs), 2), dtype=np.uint64)
         files = {}
         for file, numbers, receipt in zip(self.files, self._numbers, receipts, strict=True):
             digests = np.frombuffer(base64.b64decode(receipt["digests"]), dtype=np.uint64).reshape(-1, 2)
             np.add.at(sums, numbers, digests)  # mod 2**64, as digests are added
             files[file.name] = FileRecord(**receipt["file"])
-        return Measured(files, {key: Digest(*row) for key, row in zip(self._specs, sums.tolist(), strict=True)})
+        return Measured(files, {key: Digest(*row) for key, row in zip(self.specs, sums.tolist(), strict=True)})
 
     def index(self, receipts: Sequence[Mapping[str, Any]], attempt: str) -> bytes:
         """The content of ``.metadata``. It differs from save to save by little, so the last one is kept and patched."""
@@ -136,7 +136,7 @@ class WholeDirectory:
             places += found[: len(file.pieces)]
             objects |= dict(zip(file.objects, found[len(file.pieces) :], strict=True))
         return write_index(
-            {key: spec for key, spec in self._specs.items() if key not in self._placed},
+            {key: spec for key, spec in self.specs.items() if key not in self._placed},
             self._chunks,
             dict(enumerate(places)),
             aliases={},
@@ -145,14 +145,9 @@ class WholeDirectory:
             objects=objects,
         )
 
-    @property
-    def specs(self) -> Mapping[str, TensorSpec]:
-        """All tensors, by key."""
-        return self._specs
-
     def contents(self, directory: Path) -> DcpIndex:
         """Return what a reader of the index finds in it, but for where it lies."""
-        tensors = {key: DcpEntry(spec, ()) for key, spec in self._specs.items()}
+        tensors = {key: DcpEntry(spec, ()) for key, spec in self.specs.items()}
         return DcpIndex(directory, tensors, {}, self._containers, {})
 
 

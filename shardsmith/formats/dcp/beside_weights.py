@@ -120,7 +120,7 @@ class BesideWeights(DcpSource):
         containers = {key: (key,) if key in own else self.index.containers[key] for key in order}
         rest = {key: path for key, path in self.index.containers.items() if key not in containers}
         self.index = replace(self.index, tensors=entries, containers={**containers, **rest})
-        self._specs = {name: entry.spec for name, entry in entries.items()}
+        self.specs = {name: entry.spec for name, entry in entries.items()}
 
 
 def open_step(path: Path, metadata: CheckpointMetadata | None = None, *, follow_links: bool = False) -> DcpSource:

@@ -33,7 +33,8 @@ class DcpSource:
     def __init__(self, path: str | Path, *, follow_links: bool = False) -> None:
         """Open a directory. Raises what ``read_index`` raises; see there for ``follow_links`` too."""
         self.index: DcpIndex = read_index(path, follow_links=follow_links)
-        self._specs = {name: entry.spec for name, entry in self.index.tensors.items()}
+        self.path = self.index.path
+        self.specs: Mapping[str, TensorSpec] = {name: entry.spec for name, entry in self.index.tensors.items()}
         self._follow_links = follow_links
         self._files: dict[str, MappedFile] = {}
         self._finders: dict[str, BoxFinder] = {}
@@ -41,16 +42,6 @@ class DcpSource:
         self._closed = False
         # Writers read a tensor block by block: the archive around it need not be looked at each time.
         self._chunk = functools.lru_cache(maxsize=_CACHED_CHUNKS)(self._read_chunk)
-
-    @property
-    def path(self) -> Path:
-        """The directory."""
-        return self.index.path
-
-    @property
-    def specs(self) -> Mapping[str, TensorSpec]:
-        """All tensors by key, in the order of the index."""
-        return self._specs
 
     def pieces(self, name: str, box: Chunk) -> Iterator[tuple[Chunk, Tensor]]:
         """The stored parts of ``box``: each with its place in the global tensor and its values, never to be written to.
@@ -121,7 +112,7 @@ class DcpSource:
         stored: StoredChunk = self.index.tensors[name].chunks[i]
         file = self._file(stored.file)
         values = read_archived_tensor(file, stored.offset, stored.length)
-        expected, found = (stored.chunk.sizes, self._specs[name].dtype), (tuple(values.shape), values.dtype)
+        expected, found = (stored.chunk.sizes, self.specs[name].dtype), (tuple(values.shape), values.dtype)
         if found != expected:
             where = f"the chunk of {name!r} at {stored.chunk.offsets} (byte {stored.offset})"
             raise CorruptCheckpointError(file.path, f"{where} has {found}, but the index says {expected}")

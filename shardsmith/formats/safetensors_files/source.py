@@ -48,26 +48,16 @@ class SafetensorsSource:
             UnsupportedFormatError: torch cannot represent a tensor.
             UnsafeCheckpointError: a file is not a regular file.
         """
-        self._path = as_path(path)
+        self.path = as_path(path)
         if files is None:
-            self._files = {self._path.name: MappedFile(self._path, follow_links=True)}
+            self._files = {self.path.name: MappedFile(self.path, follow_links=True)}
         else:
             self._files = {name: MappedFile(file) for name, file in files.items()}
         self.headers: dict[str, Header] = {}
         self.file_of: dict[str, str] = {}
-        self._specs: dict[str, TensorSpec] = {}
+        self.specs: dict[str, TensorSpec] = {}
         for name, file in self._files.items():
             self._add(name, read_header(file.path, file.size, file.bytes))
-
-    @property
-    def path(self) -> Path:
-        """What was opened."""
-        return self._path
-
-    @property
-    def specs(self) -> Mapping[str, TensorSpec]:
-        """All tensors by name, in file order."""
-        return self._specs
 
     def pieces(self, name: str, box: Chunk) -> Iterator[tuple[Chunk, Tensor]]:
         """The box as one tensor, or nothing where the box is empty.
@@ -86,9 +76,9 @@ class SafetensorsSource:
         Raises:
             CheckpointNotFoundError: there is no such tensor.
         """
-        spec = self._specs.get(name)
+        spec = self.specs.get(name)
         if spec is None:
-            raise CheckpointNotFoundError(self._path, f"has no tensor named {name!r}")
+            raise CheckpointNotFoundError(self.path, f"has no tensor named {name!r}")
         file = self.file_of[name]
         begin = self.headers[file].tensors[name].begin
         return FileTensor.contiguous(self._files[file], begin, spec.shape if shape is None else shape, spec.dtype)
@@ -103,8 +93,8 @@ class SafetensorsSource:
         for name, placement in header.tensors.items():
             first = self.file_of.setdefault(name, file)
             if first != file:
-                raise CorruptCheckpointError(self._path, f"tensor {quote(name)} is in both {first} and {file}")
-            self._specs[name] = placement.spec
+                raise CorruptCheckpointError(self.path, f"tensor {quote(name)} is in both {first} and {file}")
+            self.specs[name] = placement.spec
 
 
 def open_safetensors_directory(directory: str | Path, stem: str | None = None) -> SafetensorsSource:

@@ -29,23 +29,15 @@ class TorchSource:
 
     def __init__(self, path: Path, tensors: Mapping[KeyPath, MergedTensor]) -> None:
         """Raises CorruptCheckpointError if parts overlap, or two paths give one name."""
-        self._path = path
+        self.path = path
         self.paths = {".".join(map(str, keys)): _known(keys) for keys in tensors}
         if len(self.paths) != len(tensors):
             raise CorruptCheckpointError(path, "two of its keys are the same once they are joined with dots")
         self._tensors = dict(zip(self.paths, tensors.values(), strict=True))
-        self._specs = {name: TensorSpec(name, tensor.shape, tensor.dtype) for name, tensor in self._tensors.items()}
+        self.specs: Mapping[str, TensorSpec] = {
+            name: TensorSpec(name, tensor.shape, tensor.dtype) for name, tensor in self._tensors.items()
+        }
         self._finders = {name: _finder(path, name, tensor) for name, tensor in self._tensors.items()}
-
-    @property
-    def path(self) -> Path:
-        """What was opened."""
-        return self._path
-
-    @property
-    def specs(self) -> Mapping[str, TensorSpec]:
-        """All tensors by name, in file order."""
-        return self._specs
 
     def pieces(self, name: str, box: Chunk) -> Iterator[tuple[Chunk, Tensor]]:
         """As ``TensorSource.pieces``.
@@ -55,7 +47,7 @@ class TorchSource:
             CorruptCheckpointError: files that hold the same part of it hold different values.
         """
         if name not in self._tensors:
-            raise CheckpointNotFoundError(self._path, f"has no tensor named {name!r}")
+            raise CheckpointNotFoundError(self.path, f"has no tensor named {name!r}")
         copies = self._tensors[name].copies
         boxes = list(copies)
         for i, part in self._finders[name].meeting(box):
@@ -64,7 +56,7 @@ class TorchSource:
             found = values[index]
             for other, replica in replicas:
                 if not torch.equal(_as_bytes(found), _as_bytes(replica[index])):
-                    raise CorruptCheckpointError(self._path, f"{name}: {file} and {other} hold different values of it")
+                    raise CorruptCheckpointError(self.path, f"{name}: {file} and {other} hold different values of it")
             yield part, found
 
     def close(self) -> None:
