@@ -14,9 +14,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+from shardsmith.errors import RankFailedError
 
 _HUNG_SECS = 60.0
 _PRELOADED = ["torch.distributed.checkpoint", "torch.distributed.fsdp", "transformers.trainer", "tests.ranks"]
@@ -52,3 +55,13 @@ def _rank(
         "gloo", init_method=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_secs)
     )
     body(*args)
+
+
+def error_of_all(act: Callable[[], object]) -> str:
+    """Return the text of the ``RankFailedError`` that ``act`` raises on every rank; the same on each."""
+    with pytest.raises(RankFailedError) as error:
+        act()
+    texts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(texts, str(error.value))
+    assert len(set(texts)) == 1
+    return str(error.value)

@@ -9,8 +9,7 @@ import re
 import resource
 import shutil
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from torch.distributed.fsdp import fully_shard
 from shardsmith.errors import CorruptCheckpointError, RankFailedError, ShardsmithError, UsageError
 from shardsmith.formats.safetensors_files.writer import SafetensorsFileWriter
 from shardsmith.hooks import EMA, HFExport, every
-from tests.ranks import run_on_ranks
+from tests.ranks import error_of_all, run_on_ranks
 
 MiB = 1 << 20
 
@@ -59,18 +58,6 @@ class Run:
         dist.barrier()
 
 
-def caught(act: Callable[[], object]) -> str:
-    """The text of the error that ``act`` raises on all ranks, promptly; the same on each."""
-    started = time.monotonic()
-    with pytest.raises(RankFailedError) as error:
-        act()
-    assert time.monotonic() - started < 5
-    texts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(texts, str(error.value))
-    assert len(set(texts)) == 1
-    return str(error.value)
-
-
 def limit(what: int, size: int) -> None:
     resource.setrlimit(what, (size, resource.getrlimit(what)[1]))
 
@@ -95,7 +82,7 @@ def check_collecting(run: Run, culprit: int, is_culprit: bool) -> None:
         raise ZeroDivisionError("no state today")
 
     handle = run.model.register_state_dict_post_hook(refuse) if is_culprit else None
-    text = caught(lambda: run.export.on_step_end(1))
+    text = error_of_all(lambda: run.export.on_step_end(1))
     assert text.startswith("collecting step-1 failed on 1 of 2 ranks")
     assert f"rank {culprit}: ZeroDivisionError: no state today" in text
     if handle:
@@ -118,7 +105,7 @@ def check_staging(run: Run, culprit: int, is_culprit: bool) -> None:
     for name in ("one", "two"):  # replicas, of which each rank stages one
         buffer = torch.zeros(4)
         run.model.register_buffer(name, buffer.as_subclass(Unreadable) if is_culprit else buffer)
-    text = caught(lambda: run.export.on_step_end(1))
+    text = error_of_all(lambda: run.export.on_step_end(1))
     assert text == f"staging step-1 failed on 1 of 2 ranks\n  rank {culprit}: ZeroDivisionError: the device is gone"
     del run.model.one, run.model.two
     run.goes_on(1)
@@ -130,7 +117,7 @@ def check_writing(run: Run, culprit: int, is_culprit: bool) -> None:
     if is_culprit:
         limit(resource.RLIMIT_FSIZE, MiB)  # a file of 8 is to be written
     run.export.on_step_end(2)
-    text = caught(run.export.wait)
+    text = error_of_all(run.export.wait)
     limit(resource.RLIMIT_FSIZE, resource.RLIM_INFINITY)
     assert "step-2 failed on 1 of 2 ranks" in text
     assert f"rank {culprit}: WriteError: " in text
@@ -148,7 +135,7 @@ def run_without_memory(directory: Path) -> None:
     if dist.get_rank() == 1:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         limit(resource.RLIMIT_AS, pages * resource.getpagesize() + MiB)
-    text = caught(lambda: run.export.on_step_end(1))
+    text = error_of_all(lambda: run.export.on_step_end(1))
     limit(resource.RLIMIT_AS, resource.RLIM_INFINITY)
     assert text.startswith("staging step-1 failed on 1 of 2 ranks\n  rank 1: RuntimeError: ")
     assert "allocate" in text
@@ -183,7 +170,7 @@ def check_folder_lost(run: Run) -> None:
         run.directory.rmdir()
         run.directory.write_text("mine")
     run.export.on_step_end(1)
-    text = caught(run.export.wait)
+    text = error_of_all(run.export.wait)
     assert "rank 0: WriteError: " in text
     assert "lost" in text
     if is_leader:
@@ -196,7 +183,7 @@ def check_folder_lost(run: Run) -> None:
 def check_existing_target(run: Run) -> None:
     make_foreign(run.directory / "step-1")
     run.export.on_step_end(1)
-    text = caught(run.export.wait)
+    text = error_of_all(run.export.wait)
     assert "rank 0: TargetExistsError: " in text
     assert "step-1: exists already and was left as it is" in text
     run.goes_on(1, 2)
@@ -221,13 +208,13 @@ def test_a_base_model_that_does_not_fit_is_an_error_of_all_ranks_that_names_ever
 
 
 def run_unfit_base(directory: Path) -> None:
-    text = caught(lambda: Run(directory / "hf", base_model=directory / "base"))
+    text = error_of_all(lambda: Run(directory / "hf", base_model=directory / "base"))
     assert "rank 0: MismatchError: " in text
     assert "rank 1: " not in text  # once is enough
     for line in ("bias: in the", "gate: in the base model", "weight: (1024, 2048) in the"):
         assert f"\n  {line}" in text
     mine = directory / "good" if dist.get_rank() == 0 else directory / "elsewhere"
-    text = caught(lambda: Run(directory / "hf", base_model=mine))
+    text = error_of_all(lambda: Run(directory / "hf", base_model=mine))
     assert "failed on 1 of 2 ranks\n  rank 1: CheckpointNotFoundError: " in text
     run = Run(directory / "hf", base_model=directory / "good")
     run.goes_on(1)
@@ -268,14 +255,14 @@ def run_full_disk(directory: Path) -> None:
         limit(resource.RLIMIT_FSIZE, 12 * MiB)
     filler.nbytes = 13 * MiB  # there is room for the weights, which are 8
     run.export.on_step_end(1)
-    text = caught(run.export.wait)
+    text = error_of_all(run.export.wait)
     assert "committing step-1 failed on 1 of 2 ranks\n  rank 0: WriteError: " in text
     assert re.search(r"No space left on device \(0\.\d+ GB free|File too large", text)
     filler.nbytes = 0
     run.goes_on(1)
     run.export.on_step_end(2)
     if free <= 20 * MiB:
-        assert "making room for" in caught(lambda: [run.export.on_step_end(3), run.export.wait()])
+        assert "making room for" in error_of_all(lambda: [run.export.on_step_end(3), run.export.wait()])
     run.export.close()
 
 
@@ -286,7 +273,7 @@ def test_ranks_that_hold_different_models_export_nothing(tmp_path: Path) -> None
 def run_disagreeing(directory: Path) -> None:
     run = Run(directory)
     run.model.register_buffer("extra", torch.zeros(2 + dist.get_rank()))
-    text = caught(lambda: run.export.on_step_end(1))
+    text = error_of_all(lambda: run.export.on_step_end(1))
     assert "RanksDisagreeError: ranks 1 are about to export other names, shapes, dtypes or files than rank 0" in text
     assert re.search(r"main extra: \(2,\) torch.\w+ on rank 0, \(3,\) torch.\w+ on rank 1", text)
     del run.model.extra
@@ -362,14 +349,14 @@ def run_unreadable(directory: Path, write_mode: str) -> None:
     if culprit:
         SafetensorsFileWriter.sync = cut_off  # type: ignore[method-assign]
     run.export.on_step_end(1)
-    text = caught(run.export.wait)
+    text = error_of_all(run.export.wait)
     SafetensorsFileWriter.sync = sync  # type: ignore[method-assign]
     assert "truncated" in text or "cut off" in text
     if culprit:
         os.preadv = fail
     run.train()
     run.export.on_step_end(2)
-    text = caught(run.export.wait)
+    text = error_of_all(run.export.wait)
     os.preadv = preadv
     assert "cannot be read at byte 0: Input/output error" in text
     run.goes_on(3)

@@ -6,7 +6,6 @@ import logging
 import os
 import resource
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -20,7 +19,6 @@ from torch.distributed.fsdp import fully_shard
 from shardsmith.errors import (
     IncompleteCheckpointError,
     MismatchError,
-    RankFailedError,
     ShardsmithError,
     TargetExistsError,
     UsageError,
@@ -33,7 +31,7 @@ from shardsmith.manifest.checkpoints import committed_steps, find_damage
 from shardsmith.manifest.metadata import read_metadata
 from shardsmith.run_state.save import Contents, SaveInProgress
 from shardsmith.sharding.live_boxes import StagingBuffer
-from tests.ranks import run_on_ranks
+from tests.ranks import error_of_all, run_on_ranks
 
 Mode = Literal["async", "disabled"]
 LIMIT = 1 << 20  # bytes: more than any file but a shard
@@ -62,18 +60,6 @@ class Stateful:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         assert state_dict["thing"] == "thing"
-
-
-def caught(act: Callable[[], object]) -> str:
-    """The text of the error that ``act`` raises on all ranks, promptly; the same on each."""
-    started = time.monotonic()
-    with pytest.raises(RankFailedError) as error:
-        act()
-    assert time.monotonic() - started < 5
-    texts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(texts, str(error.value))
-    assert len(set(texts)) == 1
-    return str(error.value)
 
 
 def sharded_model() -> nn.Module:
@@ -136,7 +122,7 @@ def run_failing_ranks(
                     save._buffer.has_room = True  # as on the other rank: both looked at the first save
             step += 1
             # the second call reports what went wrong in the background of the first
-            text = caught(lambda step=step: [save.save(step), save.save(step + 1)])
+            text = error_of_all(lambda step=step: [save.save(step), save.save(step + 1)])
             thing.fault, save._buffer = "", buffer
             limit_files(resource.RLIM_INFINITY)
             assert f"{phase} step-{step} failed on " in text
@@ -194,7 +180,7 @@ def check_disagreement_names_what_differs(begin: Callable[[Contents], SaveInProg
         (Contents(step=1, state_dict=same, ema={"decay": 0.5} if rank else None), "\n  ema: rank 0 None, rank 1 {"),
         (Contents(step=1, state_dict=same, mesh={"shape": [2 - rank]}), "\n  mesh: rank 0 {'shape': [2]}, rank 1 {"),
     ]:
-        text = caught(lambda contents=contents: begin(contents))
+        text = error_of_all(lambda contents=contents: begin(contents))
         assert "RanksDisagreeError" in text
         assert "nothing was written" in text
         assert expected in text
@@ -206,7 +192,7 @@ def check_an_existing_target_is_left_as_it_is(begin: Callable[[Contents], SaveIn
     if dist.get_rank() == 0:
         (run / "step-1").mkdir(parents=True)
         (run / "step-1" / "mine").write_text("mine")
-    text = caught(lambda: begin(Contents(step=1, state_dict={"a": torch.ones(3)})))
+    text = error_of_all(lambda: begin(Contents(step=1, state_dict={"a": torch.ones(3)})))
     assert "rank 0: TargetExistsError: " in text
     assert "step-1: exists already and was left as it is" in text
     assert (run / "step-1" / "mine").read_text() == "mine"
