@@ -166,8 +166,8 @@ def main(models: tuple[str, ...] = tuple(MODELS), json_file: Path | None = None)
         shapes = make()
         rows = dict(_rows(shapes, sizes))
         everything[name] = rows
-        heads = ("ranks", "boxes", "said before the first save", "said in each later one", "longest message")
-        table = Table(*heads, "rank 0: who writes what", "its sums", "index", "made", "made again", title=name)
+        heads = ("ranks", "boxes", "sent before the first save", "sent in each later save", "longest message")
+        table = Table(*heads, "rank 0: who writes what", "rank 0: sums", "index", "making it", "patching it", title=name)
         for label, row in rows.items():
             table.add_row(
                 label,
