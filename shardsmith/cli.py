@@ -15,7 +15,7 @@ import tyro
 import shardsmith
 from shardsmith.commands import COMMANDS
 from shardsmith.commands.options import with_present_names
-from shardsmith.errors import ShardsmithError
+from shardsmith.errors import CorruptCheckpointError, IncompleteCheckpointError, ShardsmithError
 from shardsmith.ground.extras import install_hint
 from shardsmith.ground.maps import reading_by_maps
 from shardsmith.ground.torchrun.process import is_other_rank
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _run_command(list(sys.argv[1:] if arguments is None else arguments))
     except ShardsmithError as error:
         if not is_other_rank():
-            print(f"shardsmith: {type(error).__name__}\n{error}", file=sys.stderr)
+            print(f"shardsmith: {type(error).__name__}\n{error}{_advice(error)}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         if (hint := install_hint(error)) is None:
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         raise
     except OSError as error:  # unforeseen, such as a file that may not be read
-        print(f"shardsmith: {error}", file=sys.stderr)
+        print(f"shardsmith: {_described(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("shardsmith: interrupted; nothing half-done stays on disk", file=sys.stderr)
@@ -62,6 +62,27 @@ _WRITES_STORES = {"to-hf": ("--output-dir",), "watch": ("--output-dir",)}
 """Options of commands whose value may be a place in a store that is written to."""
 _BEFORE_A_CHECKPOINT = ("--checkpoint", "--digests", "--json", "--rounding", "--statistics", "--verify")
 """Options of which a checkpoint is the value, or that take no value, so that one may follow."""
+
+
+_DAMAGED = (
+    "\nNothing was written. Copy the files again, or take another step: `shardsmith inspect RUN` lists the steps."
+)
+
+
+def _advice(error: ShardsmithError) -> str:
+    """What to do about damaged files, if the error does not say it: for a command nothing else can be done."""
+    is_damage = isinstance(error, IncompleteCheckpointError | CorruptCheckpointError)
+    return _DAMAGED if is_damage and "\nNothing was" not in str(error) else ""
+
+
+def _described(error: OSError) -> str:
+    """The file, what went wrong with it, and what to do where that is clear."""
+    if not isinstance(error, PermissionError) or error.filename is None:
+        return str(error)
+    return (
+        f"{error.filename}: {error.strerror}\nNothing was written. This user may not read it: "
+        f"`ls -ld {os.path.dirname(error.filename) or '.'}` shows who may."
+    )
 
 
 def _abandon_attempts() -> None:

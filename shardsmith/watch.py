@@ -19,7 +19,7 @@ from typing import Literal
 
 from shardsmith.checking.arguments import check_value
 from shardsmith.checking.types import AnyPath, LocalPath
-from shardsmith.errors import CheckpointNotFoundError, ShardsmithError, TargetExistsError, UsageError, WriteError
+from shardsmith.errors import ShardsmithError, TargetExistsError, UsageError, WriteError
 from shardsmith.export.adapter_plan import plan_export
 from shardsmith.export.plan import ExportOptions, choose_stems
 from shardsmith.export.write import write_directories
@@ -27,6 +27,7 @@ from shardsmith.formats.by_path import known_checkpoint
 from shardsmith.ground.commit import check_writable, remove, sweep
 from shardsmith.ground.layout import PROVENANCE_FILE, parse_step, step_name
 from shardsmith.ground.leases import hold
+from shardsmith.ground.not_there import not_there
 from shardsmith.ground.remote_path import as_path
 from shardsmith.ground.sizes import parse_size
 from shardsmith.hf.base_files import choose_files
@@ -176,7 +177,7 @@ class Watcher:
             CheckpointNotFoundError: there is no run folder, and ``wait_for_folder`` is off.
         """
         if not wait_for_folder and not self.checkpoints.is_dir():
-            raise CheckpointNotFoundError(self.checkpoints, "there is no such directory")
+            raise not_there(self.checkpoints, "directory")
         known, self.failed = self.failed, self._still_bad()
         while not stop.is_set() and (pending := self._pending()):
             outcome = self._export(pending[0])

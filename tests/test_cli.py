@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +61,54 @@ def test_a_failure_is_the_exit_code_of_the_process(tmp_path: Path) -> None:
         "shardsmith: CheckpointNotFoundError",
         f"{tmp_path / 'x'}: there is no such file or directory",
     ]
+
+
+@pytest.mark.parametrize("command", ["to-hf --checkpoint {broken} --base-model {base} --output-dir {output}"])
+def test_an_error_about_damaged_files_says_what_to_do(
+    command: str, odd: Trained, output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = shutil.copytree(odd.checkpoint, tmp_path / "broken")
+    file = next(broken.glob("*.distcp"))
+    os.truncate(file, file.stat().st_size - 1000)
+    assert main(command.format(broken=broken, base=odd.base, output=output).split()) == 2
+    assert capsys.readouterr().err.endswith(
+        "Nothing was written. Copy the files again, or take another step: `shardsmith inspect RUN` lists the steps.\n"
+    )
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("base", "advice"),
+    [
+        ("allenai/OLMo-2-0425-1B", "hf download allenai/OLMo-2-0425-1B --local-dir DIRECTORY"),
+        ("no/such/base", "give the local directory of the base model"),
+    ],
+)
+def test_a_base_model_that_is_not_there_says_how_to_get_it(
+    base: str, advice: str, odd: Trained, output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["to-hf", "--checkpoint", str(odd.checkpoint), "--base-model", base, "--output-dir", str(output)]
+    assert main(words) == 2
+    assert capsys.readouterr().err.rstrip().endswith(advice)
+
+
+@pytest.mark.parametrize("words", [["detect"], ["inspect"], ["verify"], ["clean"]], ids=" ".join)
+def test_what_may_not_be_read_is_named_with_what_to_do(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stat = Path.stat
+
+    def refuse(path: Path, **options: bool) -> os.stat_result:
+        if path == tmp_path:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path / "metadata.json"))
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", refuse)  # tests may run as root, who may read everything
+    assert main([*words, str(tmp_path)]) == 2
+    assert capsys.readouterr().err == (
+        f"shardsmith: {tmp_path}/metadata.json: Permission denied\n"
+        f"Nothing was written. This user may not read it: `ls -ld {tmp_path}` shows who may.\n"
+    )
 
 
 def test_dashes_and_underscores_are_the_same(odd: Trained, output: Path) -> None:

@@ -78,7 +78,7 @@ def _plain(plan: ExportPlan) -> dict[str, object]:
 def _template_line(origin: str, has_weights: bool) -> str:
     if has_weights:
         return f"names and shapes are as in {origin} of the base model"
-    return f"the base model has no weights to compare with: {origin}"
+    return f"names and shapes compared with the base model: {origin}"
 
 
 def _print_contents(console: Console, plan: ExportPlan) -> None:

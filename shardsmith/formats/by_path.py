@@ -34,6 +34,7 @@ from shardsmith.formats.rank_files import RANK_FILES_READER
 from shardsmith.formats.torch_checkpointing import TORCH_CHECKPOINTING_READER
 from shardsmith.formats.trainer import trainer_reader
 from shardsmith.ground import layout
+from shardsmith.ground.not_there import not_there
 from shardsmith.ground.remote_path import RemotePath, as_path
 from shardsmith.manifest.checkpoints import committed_steps
 from shardsmith.manifest.metadata import CheckpointMetadata
@@ -179,7 +180,7 @@ def _detect(path: Path) -> tuple[DetectedFormat, FormatReader | None]:
         found = FILE_READER.detect(path)
         assert found is not None, "a file is always something"
         return found, FILE_READER
-    raise CheckpointNotFoundError(path, "there is no such file or directory")
+    raise not_there(path)
 
 
 def _detect_remote(path: RemotePath) -> tuple[DetectedFormat, FormatReader | None]:

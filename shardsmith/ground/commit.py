@@ -323,15 +323,20 @@ def writing(path: Path, phase: str) -> Iterator[None]:
         raise
     except OSError as error:
         raise WriteError(
-            error.errno, f"{path}: {phase} failed: {error.strerror or error}{_space(path, error)}"
+            error.errno, f"{path}: {phase} failed: {error.strerror or error}{_consequence(path, error)}"
         ) from error
 
 
-def _space(path: Path, error: OSError) -> str:
-    if isinstance(path, RemotePath) or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+def _consequence(path: Path, error: OSError) -> str:
+    """What a user can do about it, where that is clear."""
+    if isinstance(path, RemotePath):
         return ""
-    existing = next(p for p in (path, *path.parents) if p.exists())
-    return f" ({shutil.disk_usage(existing).free / 1e9:.2f} GB free on {existing})"
+    existing = next((p for p in (path, *path.parents) if os.path.lexists(p)), path)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f" ({shutil.disk_usage(existing).free / 1e9:.2f} GB free on {existing})"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"; this user may not write to {existing}: choose another directory, or change its permissions"
+    return ""
 
 
 def _check_listing(directory: Path, files: Mapping[str, int]) -> None:

@@ -18,7 +18,14 @@ def install_hint(error: ModuleNotFoundError) -> str | None:
     package = (error.name or "").split(".")[0]
     if package not in EXTRAS:
         return None
-    return f"{package} is not installed; run: pip install 'shardsmith[{EXTRAS[package]}]'"
+    return f"{package} is not installed; run: {install_line(package)}"
+
+
+def install_line(*packages: str) -> str:
+    """Return the command that installs packages, with the extras of ours that bring them."""
+    extras = dict.fromkeys(EXTRAS[package] for package in packages if package in EXTRAS)
+    others = [package for package in packages if package not in EXTRAS]
+    return " ".join(["pip install", *([f"'shardsmith[{','.join(extras)}]'"] if extras else []), *others])
 
 
 def describe_failure(error: Exception) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from shardsmith.errors import CheckpointNotFoundError
 from shardsmith.ground.layout import METADATA_FILE, PROVENANCE_FILE
+from shardsmith.ground.not_there import not_there
 from shardsmith.ground.remote_path import RemotePath
 
 
@@ -36,7 +37,7 @@ def hold(checkpoint: Path) -> Iterator[bool]:
     with contextlib.ExitStack() as locks:
         held = _lock_shared(_mark_of(checkpoint), locks)
         if not checkpoint.exists():
-            raise CheckpointNotFoundError(checkpoint, "there is no such file or directory")
+            raise not_there(checkpoint)
         yield held
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 from shardsmith.errors import CheckpointNotFoundError, ProtectedPathError
 from shardsmith.ground.commit import sync, writing
 from shardsmith.ground.layout import COMPONENT_WEIGHTS, MAIN_WEIGHTS
+from shardsmith.ground.not_there import not_there
 from shardsmith.ground.remote_path import RemotePath
 from shardsmith.manifest.metadata import read_json
 from shardsmith.tensors.dtypes import dtype_name
@@ -51,11 +53,18 @@ def read_config(base: Path) -> dict[str, Any]:
         CorruptCheckpointError: it is no JSON object.
     """
     if not base.exists():
-        raise CheckpointNotFoundError(base, "there is no such file or directory; give that of the original model")
+        advice = "give the local directory of the base model"
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(base)) and not base.parent.exists():
+            advice += f". If this is its name on the Hugging Face Hub, run: hf download {base} --local-dir DIRECTORY"
+        raise not_there(base, advice=advice)
     if not (base / CONFIG_FILE).is_file() and (base / "model_index.json").is_file():
         raise CheckpointNotFoundError(base, "is a pipeline of diffusers; give the folder of one model in it, as unet/")
     if not (base / CONFIG_FILE).is_file():
-        raise CheckpointNotFoundError(base, f"has no {CONFIG_FILE}; give the directory of the original model")
+        raise CheckpointNotFoundError(
+            base,
+            f"has no {CONFIG_FILE}; give the local directory of the base model. A plain module has no such file: "
+            "HFExport writes its weights during the training",
+        )
     return read_json(base / CONFIG_FILE)
 
 

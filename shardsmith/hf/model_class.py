@@ -25,6 +25,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from shardsmith.ground.extras import install_line
 from shardsmith.tensors.tensors import Shape, TensorSpec
 
 DIFFUSERS_KEY = "_class_name"
@@ -115,7 +116,7 @@ def find_model_class(config: Mapping[str, Any]) -> tuple[ModelClass | None, str]
         return None, "config.json names no class"
     needed = ("transformers", "accelerate") if library == "transformers" else ("diffusers",)
     if absent := [name for name in needed if importlib.util.find_spec(name) is None]:
-        return None, f"{' and '.join(absent)} is not installed"
+        return None, f"{' and '.join(absent)} {'are' if absent[1:] else 'is'} not installed ({install_line(*absent)})"
     try:
         return (TransformersClass(config) if library == "transformers" else DiffusersClass(config)), ""
     except Exception as error:  # whatever a config that a library does not know makes it raise

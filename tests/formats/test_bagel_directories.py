@@ -294,7 +294,9 @@ def test_a_base_without_weights_is_said_to_have_none(
     base = make_bagel_base(tmp_path / "base")
     (base / "ema.safetensors").unlink()
     assert to_hf(legacy / FORK, base, output, "--dry_run") == 0
-    says = "has no weights to compare with: model.safetensors.index.json is about files that are not there"
+    says = (
+        "names and shapes compared with the base model: model.safetensors.index.json is about files that are not there"
+    )
     assert says in capsys.readouterr().out
 
 

@@ -420,6 +420,16 @@ def test_write_error_names_path_phase_and_cause_and_the_free_space_if_that_is_wh
     assert (f"GB free on {tmp_path}" in str(caught.value)) == (number != errno.EIO)
 
 
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS], ids=errno.errorcode.get)
+def test_a_write_that_is_not_allowed_names_the_folder_and_what_to_do(tmp_path: Path, number: int) -> None:
+    with pytest.raises(WriteError) as caught, writing(tmp_path / ".step-5.tmp-1", "making the directory"):
+        raise OSError(number, os.strerror(number))
+    assert str(caught.value).endswith(
+        f"{os.strerror(number)}; this user may not write to {tmp_path}: choose another directory, or change its "
+        "permissions"
+    )
+
+
 FULL = """
     import resource, signal, sys
     from pathlib import Path

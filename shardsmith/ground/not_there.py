@@ -1,0 +1,40 @@
+"""The error for a path that does not exist: what exists there under similar names."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+from shardsmith.errors import CheckpointNotFoundError
+from shardsmith.ground.printable import printable
+
+_MOST_NAMES = 3
+_MOST_ENTRIES = 10_000
+"""Of a folder with more entries none is named: to compare them all would take seconds."""
+
+
+def not_there(path: Path, kind: str = "file or directory", advice: str = "") -> CheckpointNotFoundError:
+    """Return the error for a local path that does not exist.
+
+    Args:
+        path: The path.
+        kind: What was expected there.
+        advice: What to do, as the end of the sentence.
+    """
+    parts = [f"there is no such {kind}", *_hints(path), *([advice] if advice else [])]
+    return CheckpointNotFoundError(path, "; ".join(parts))
+
+
+def _hints(path: Path) -> list[str]:
+    """Where the path ends to exist, or names like its own beside it."""
+    parent = path.parent
+    if not parent.is_dir():
+        return [f"the folder {printable(str(parent))} does not exist either"]
+    try:
+        names = [entry.name for entry, _ in zip(parent.iterdir(), range(_MOST_ENTRIES), strict=False)]
+    except OSError:
+        return []
+    if len(names) == _MOST_ENTRIES:
+        return []
+    close = difflib.get_close_matches(path.name, names, _MOST_NAMES)
+    return [f"similar names there: {', '.join(map(printable, sorted(close)))}"] if close else []
