@@ -167,7 +167,8 @@ def main(models: tuple[str, ...] = tuple(MODELS), json_file: Path | None = None)
         rows = dict(_rows(shapes, sizes))
         everything[name] = rows
         heads = ("ranks", "boxes", "sent before the first save", "sent in each later save", "longest message")
-        table = Table(*heads, "rank 0: who writes what", "rank 0: sums", "index", "making it", "patching it", title=name)
+        rank_0 = ("rank 0: who writes what", "rank 0: sums")
+        table = Table(*heads, *rank_0, "index", "making it", "patching it", title=name)
         for label, row in rows.items():
             table.add_row(
                 label,
