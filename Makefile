@@ -36,8 +36,9 @@ demo: $(READY)  ## two FSDP2 ranks train and export, are killed, come back and e
 demo-remote: $(READY)  ## the same in an object store of this machine, by ranks without a shared folder
 	$(BIN)/python examples/demo_remote.py $(DEMO_ARGS)
 
-# Two processes, each with whole files: what the tests of a file share is made once. One thread of torch each.
-PARALLEL = -n 2 --dist loadfile --no-loadscope-reorder
+# Processes, each with whole files: what the tests of a file share is made once. One thread of torch each.
+WORKERS ?= 2
+PARALLEL = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test: $(READY) $(if $(TEST_ARGS),,$(TITAN_READY))  ## every test; with TEST_ARGS only those of the main environment
 	$(if $(TEST_ARGS),,OMP_NUM_THREADS=1) $(BIN)/python -m pytest $(if $(TEST_ARGS),$(TEST_ARGS),$(PARALLEL))
