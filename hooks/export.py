@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal, Unpack
@@ -43,6 +43,7 @@ from .options import ExportFiles, ExportOptions, ExportVerification, ExportWeigh
 from .overlap import OpenCopy
 from .push import Pushes
 from .schedule import Schedule
+from .view import View
 from .wiring import Parts, alike
 
 log = logging.getLogger(__name__)
@@ -136,6 +137,28 @@ class HFExport(Hook):
         self._ranks = Ranks(writing.timeout_secs)
         meet(self._ranks, "making HFExport", facts)
         self._writer_ranks = Ranks(writing.timeout_secs)  # for the thread that writes
+        view = self._read_model(model, ema, dtype, files, weights)
+        asked = verification.verify_inputs, verification.verify_with
+        self._answers = Answers(model, ema, *asked) if verification.verify == "load" else None
+        self._copy = OpenCopy()
+        if writing.staging == "overlap":
+            self._copy.guard_all(ema)
+        live, saved = self._make_sources(weights, write_mode, compare_replicas=verification.compare_replicas)
+        self._exported_step: int | None = None
+        self._has_said_copied = False
+        self._prepare(lambda: LiveDirectory.choose(chosen, weights.ema_as, view, self._state.stem))
+        if weights.stages:
+            self._state.unite(self._ranks)
+        self._choose_source(weights.source, live, saved)
+
+    def _read_model(
+        self, model: nn.Module, ema: EMA | None, dtype: Dtype, files: ExportFiles, weights: ExportWeights
+    ) -> View | None:
+        """Find the base model, and how the files name the model's tensors; the view of it. Communicates.
+
+        Raises:
+            UsageError, RankFailedError: there is no base model, or the options do not fit the model.
+        """
         self._base: Path | None = None
         if files.base_model is not None:
             self._ranks.gather("finding the base model", lambda: self._find_base(str(files.base_model)))
@@ -147,8 +170,6 @@ class HFExport(Hook):
         check_source(
             weights.source, weights.checkpoints, is_adapter=view is not None and not isinstance(view, HeldView)
         )
-        asked = verification.verify_inputs, verification.verify_with
-        self._answers = Answers(model, ema, *asked) if verification.verify == "load" else None
         self._state = LiveState(
             model,
             ema,
@@ -158,29 +179,34 @@ class HFExport(Hook):
             names=weights.names,
             view=view,
         )
+        return view
+
+    def _make_sources(
+        self, weights: ExportWeights, write_mode: str, *, compare_replicas: Literal["first", "never"] | int
+    ) -> tuple[LiveSource, CheckpointSource | None]:
+        """Make what exports read: the live weights, and the run's checkpoints if there are some. No communication."""
         writer, both = choose_writer(write_mode, self._ranks), (self._ranks, self._writer_ranks)
-        self._copy = OpenCopy()
-        if writing.staging == "overlap":
-            self._copy.guard_all(ema)
-        live = LiveSource(self._state, *both, writer, copy=self._copy, compare_replicas=verification.compare_replicas)
-        saved: CheckpointSource | None = None
-        if weights.checkpoints is not None:
-            whole_files = write_mode == "files"
-            saved = CheckpointSource(weights.checkpoints, self._state, *both, when=when, whole_files=whole_files)
-        self._exported_step: int | None = None
-        self._has_said_copied = False
+        live = LiveSource(self._state, *both, writer, copy=self._copy, compare_replicas=compare_replicas)
+        if weights.checkpoints is None:
+            return live, None
+        whole_files = write_mode == "files"
+        return live, CheckpointSource(weights.checkpoints, self._state, *both, when=self.when, whole_files=whole_files)
+
+    def _prepare(self, choose: Callable[[], Sequence[LiveDirectory]]) -> None:
+        """Make sure that the folder can be written to, and read the base model, then choose directories. Communicates.
+
+        Raises:
+            RankFailedError, WriteError, CheckpointError: the folder cannot be written to, or the base does not fit.
+        """
         prepare = partial(prepare_folder, self.directory, self._base) if self._ranks.is_leader else list[int]
         broken_off = self._ranks.agree(f"preparing {self.directory}", prepare, lambda of_ranks: of_ranks[0])
         self._ranks.gather("reading the base model", self._state.read_files)
-        directories = LiveDirectory.choose(chosen, weights.ema_as, view, self._state.stem)
-        self._folder = ExportFolder(self.directory, directories, keep, broken_off)
+        directories = choose()  # their names depend on the base model
+        self._folder = ExportFolder(self.directory, directories, self.keep, broken_off)
         self._in_flight = InFlight(len(directories))
-        self._results = ExportResults(self._in_flight, self._pushes, writing)
-        if writing.on_error == "raise":
+        self._results = ExportResults(self._in_flight, self._pushes, self._writing)
+        if self._writing.on_error == "raise":
             self.background = self._in_flight.background
-        if weights.stages:
-            self._state.unite(self._ranks)
-        self._choose_source(weights.source, live, saved)
 
     def _find_base(self, name: str) -> None:
         self._base = find_model(name, fetch=False)

@@ -128,15 +128,9 @@ def plan_directory(
     name_map: NameMap | None = None
     dropped: dict[str, None] = {}
     for model, stem in stems.items():
-        which = f"{model}:{options.average}" if options.average and model == EMA else model
-        opened = open_merged(known.open(which), known.path, base)
-        heads = recorded_heads(known, opened, specs)
-        dropped |= dict.fromkeys(heads)
-        opened = opened.without(heads)
-        if model_class is not None and not opened.aliases:  # the names in memory, before any map has changed them
-            opened = opened.without(n for n in model_class.unsaved if n in opened.specs and n not in specs)
-            opened = opened.tied(_ties(opened, model_class, specs, known.open, sizes))
+        opened, heads = _open_model(known, model, base, specs, model_class, sizes, options)
         named = _like(opened, options.drop)  # before names are matched: what stays may fit in one way only then
+        dropped |= dict.fromkeys(heads)
         opened = opened.without(named)
         recorded = _recorded_names(known, opened, model, specs) if options.names == "auto" else None
         chosen = options if recorded is None else replace(options, names="identity")  # until the map is applied
@@ -154,8 +148,6 @@ def plan_directory(
         separate = {} if model_class is None else _separate(source, plan, model_class)
         fitted = fitted or fit(source.path, plan, config, template, separate, options.allow)
         models.append(plan)
-    used = {name: rule.name for name, rule in layouts.used.items()}
-    orders = orders_of_patches(sources, template, options.rules, options.allow)
     assert fitted is not None
     tensors = {**{spec.name: spec for plan in models for spec in plan.specs}, **opened.specs}
     files = choose_files(base, tensors, trust_remote_code=options.trust_remote_code)
@@ -177,13 +169,36 @@ def plan_directory(
         sources,
         options.verify,
         template,
-        used,
-        orders,
+        {name: rule.name for name, rule in layouts.used.items()},
+        orders_of_patches(sources, template, options.rules, options.allow),
         options.allow,
         tuple(dropped),
         fitted,
         files,
     )
+
+
+def _open_model(
+    known: KnownCheckpoint,
+    model: str,
+    base: Path,
+    specs: Mapping[str, TensorSpec],
+    model_class: ModelClass | None,
+    vocabulary: Collection[int],
+    options: ExportOptions,
+) -> tuple[ModelSource, Sequence[str]]:
+    """Open a model, without heads, tied names and what its class does not save; and the names of the heads.
+
+    Raises CheckpointError.
+    """
+    which = f"{model}:{options.average}" if options.average and model == EMA else model
+    opened = open_merged(known.open(which), known.path, base)
+    heads = recorded_heads(known, opened, specs)
+    opened = opened.without(heads)
+    if model_class is not None and not opened.aliases:  # the names in memory, before any map has changed them
+        opened = opened.without(n for n in model_class.unsaved if n in opened.specs and n not in specs)
+        opened = opened.tied(_ties(opened, model_class, specs, known.open, vocabulary))
+    return opened, heads
 
 
 def under_base_names(
