@@ -98,6 +98,7 @@ class Translation:
         pieces = [_Piece(name, *placed) for name, target in self.targets.items() for placed in target.placed]
         named = [(piece.target, piece.slice) for piece in pieces]
         slices = [piece.slice for piece in pieces]
+        # Coverage is computed only from slices that lie within their sources; others would give nonsense.
         if problems := [*find_impossible(named, specs)] or [*find_uncovered(slices, specs)]:
             lines = "\n  ".join(problems)
             raise UsageError(f"the name map {type(name_map).__name__} cannot be used; nothing was written\n  {lines}")
@@ -126,7 +127,7 @@ class Translation:
             alone = isinstance(self.targets[piece.target], Slice)
             for part in grid.cut(box):
                 found = grid.view(values, box, part)
-                if alone:
+                if alone:  # ``shapes`` has the dimensions of its grid: a part of that is one box, and one view
                     yield piece.target, part, found
                 else:
                     for box_part in there.boxes(part):
@@ -149,6 +150,8 @@ class Translation:
 
     def translate_aliases(self, aliases: Mapping[str, str], specs: Mapping[str, TensorSpec]) -> dict[str, str]:
         """Alias -> kept name of tied tensors, as the files would call them. The aliases are not among the tensors."""
+        # An alias is asked about as if it were a tensor of its own; it is the twin of the target that has the same
+        # slices once the alias is replaced by the kept name.
         like_kept = {alias: TensorSpec(alias, specs[kept].shape, specs[kept].dtype) for alias, kept in aliases.items()}
         twins = {target: name for name, target in self.targets.items()}
         translated = {}

@@ -113,6 +113,7 @@ class Slice:
             return self.of_axes(self.source, self.start, _axes(wanted))
         axes = list(self.grid.axes)
         try:
+            # From the last dimension on: in row-major order its elements lie next to each other in the old axes.
             dims = [_take(axes, size) for size in reversed(wanted)]
         except ValueError as error:
             raise ValueError(f"a tensor of shape {self.shape} is not regular in the shape {shape}: {error}") from None
@@ -179,6 +180,7 @@ def _narrowed(axes: tuple[Axis, ...], item: int | slice) -> tuple[list[Axis], li
     step = chosen.step if len(chosen) > 1 else 1
     if len(axes) == 1 and step > 0:
         return [Axis(axes[0].dim, axes[0].step * step, len(chosen))], [chosen[0]]
+    # A dimension of several axes is a mixed-radix number: a range of it is regular only if it is one box of digits.
     parts = _row_major([axes]).cut(Chunk((chosen[0],), (len(chosen),))) if step == 1 else []
     if len(parts) != 1:
         sizes = " x ".join(str(axis.size) for axis in axes)

@@ -115,6 +115,7 @@ class SaveInProgress:
         """
         phase = f"collecting {self.target.name}"
         answer = self._ranks.agree(phase, lambda: self._collect(collect, shared_keys), self._decide)
+        # The usual save ends with the round above: signatures of a few bytes, and all ranks know what to write.
         if answer is None:  # not the same on all ranks; or not all of them have all
             refuse_different_values(self._ranks, phase, self._shared)
             answer = self._ranks.agree(phase, lambda: ["", *self._says[1:]], self._decide)
@@ -145,6 +146,7 @@ class SaveInProgress:
         """
         phase = f"staging {self.target.name}"
         with self._abandoned_on_error():
+            # Counting memory costs a round of all ranks: only where the copy may need more than the last one did.
             if self._is_dealt_anew or not buffer.has_room:
                 require_memory(self._ranks, phase, lambda: self._growth(buffer, most_bytes))
                 buffer.has_room = True
@@ -220,6 +222,7 @@ class SaveInProgress:
         signatures, facts, votes = zip(*said, strict=True)
         if not are_equal(signatures):
             return None
+        # Kept for ``_settle``, which reports them together with tensors that differ.
         self._problems = _different_facts(facts)
         if not self._problems and all(is_known for is_known, _ in votes):
             return {"attempt": self._make_directory()}
@@ -229,7 +232,7 @@ class SaveInProgress:
         """Rank 0: what each rank is to know."""
         with without_collection():  # of boxes there are ranks times tensors
             shares = self._share.settle(reports, self._problems)
-        attempt = self._make_directory()
+        attempt = self._make_directory()  # after everything that can be refused: nothing is left to be removed then
         return [{"attempt": attempt, "share": share} for share in shares]
 
     def _make_directory(self) -> str:
@@ -281,8 +284,10 @@ class SaveInProgress:
             weights = self.contents.weights.write(self._own.weights, values, directory, self._ranks.rank)
             receipt = to_receipt(write_rank_file(self._own.file, values, objects, directory), weights.pieces)
         finally:
+            # Also after an error: the main thread may be waiting in ``feed`` for a window that nobody writes any more.
             if self._windows is not None:
                 self._windows.stop()
+        # Only now: whether tensors changed during the copy is known once the training thread has settled it.
         if self._later is not None:
             self._later.result()
         return {**receipt, "stored": weights.to_plain(), "tied": self.contents.tied}
@@ -351,6 +356,7 @@ class SaveInProgress:
             weights=weights,
         )
         sizes = {name: record.size for name, record in measured.files.items()}
+        # The manifest is written last: it has the hash of every other file, and marks the step as complete.
         beside[layout.METADATA_FILE] = metadata.to_json()
         sizes[layout.METADATA_FILE] = self._attempt.write(layout.METADATA_FILE, beside[layout.METADATA_FILE])
         written_by = {file.name: rank for rank, file in enumerate(whole.files)}

@@ -49,6 +49,7 @@ class Share:
         """Return what to say before a save. No communication. ``placed`` is what goes to weight files."""
         is_known = entries == self._entries and placed == self._placed
         if not is_known:
+            # Forgotten at once: if this save fails, the next one must not take a share that was never agreed.
             self._entries, self._placed = None, placed
             self._description = _hash(_describe(entries, self._rank))
         return [is_known, self._description]
@@ -69,8 +70,10 @@ class Share:
             RanksDisagreeError: they hold different things under one key, or not whole tensors; naming all of them.
         """
         descriptions = {name: json.loads(_unpacked(text)) for name, text, _ in reports if text is not None}
+        # Boxes differ on every rank, descriptions hardly ever: each is parsed once, however many ranks have it.
         held = [_entries(descriptions[name], boxes, rank) for rank, (name, _, boxes) in enumerate(reports)]
         speakers = [rank for rank, (_, text, _) in enumerate(reports) if text is not None]
+        # Ranks with one description cannot differ, so the speakers stand for all.
         _refuse([*problems, *_differences({rank: held[rank] for rank in speakers})])
         dealt = _deal(held)
         self.whole = WholeDirectory(
@@ -160,7 +163,7 @@ def _refuse(problems: Sequence[str]) -> None:
 def _deal(held: Sequence[Sequence[Entry]]) -> list[list[bool]]:
     """For each rank, which of its ``items`` it writes: each thing is written by one, and the bytes are spread."""
     shapes = {entry.key: entry.shape for entries in held for entry in entries if entry.shape and 0 not in entry.shape}
-    shapes |= {entry.key: () for entries in held for entry in entries if entry.shape == ()}
+    shapes |= {entry.key: () for entries in held for entry in entries if entry.shape == ()}  # () is falsy above
     sizes = {entry.key: entry.dtype.itemsize for entries in held for entry in entries if entry.dtype is not None}
     boxes = [[(e.key, box) for e in entries if e.key in shapes for box in e.boxes] for entries in held]
     dealt = [frozenset(chosen) for chosen in assign_boxes(boxes, shapes, sizes)]

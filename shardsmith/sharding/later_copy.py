@@ -63,6 +63,8 @@ class LaterCopy:
 
     def copy(self) -> None:
         """Copy what no other thread has begun to copy; returns when all is copied. Any thread."""
+        # The writing thread and, when it settles, the training thread take batches from one counter: so the training
+        # helps with what is left instead of waiting for it.
         with self._stream or contextlib.nullcontext():
             while (number := next(self._next)) < len(self._batches):
                 batch = self._batches[number]
@@ -82,6 +84,7 @@ class LaterCopy:
             return
         self.copy()
         error = self._failed or self._change()
+        # The live tensors are let go: a model that is deleted later must not stay in memory for a finished save.
         self._owners, self._tensors, self._copies = [], [], []
         _open.discard(self)
         if error is None:

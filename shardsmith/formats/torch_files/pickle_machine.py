@@ -64,6 +64,8 @@ def read_pickle(data: bytes, path: Path, known: frozenset[Name], *, persistent_i
         CorruptCheckpointError: when it is no such pickle, is cut off, or has something behind its end.
     """
     machine = _Machine(data, path, known, persistent_ids)
+    # Counted before anything is made: a pickle of 1 MB can ask for a million dicts, which take 64 MB and more. The
+    # bytes may also be data, so that the count is an upper bound.
     containers, others = (sum(map(data.count, codes)) for codes in (_CONTAINERS, _OTHERS))
     if containers > max(_FREE_OBJECTS, len(data) // 4) or others > max(_FREE_OBJECTS, len(data) // 2):
         count = containers + others  # each takes 64 bytes or so, and one byte of the file
@@ -140,6 +142,7 @@ class _Machine:
                     stack = self.stack = []
                 elif code in (_NEWOBJ, _REDUCE):
                     args, of = stack.pop(), stack[-1]
+                    # Nothing is ever called: a class and its arguments become a record of both.
                     if type(args) is not tuple or type(of) is not Name or of.name == "getattr":
                         stack.append(args)
                         return code
@@ -147,7 +150,7 @@ class _Machine:
                 elif code == _BUILD:
                     state, target = stack.pop(), stack[-1]
                     if type(target) is not Made or target.state is not None:
-                        stack.append(state)
+                        stack.append(state)  # as it was: the handler of this instruction says what is wrong
                         return code
                     target.state = state
                 elif code == _SETITEMS:
@@ -260,6 +263,7 @@ class _Machine:
         return items
 
     def frame(self) -> None:
+        # A hint for buffered reading, which is not needed here; a length beyond the end means a truncated file.
         if self.number(8) > len(self.data) - self.position:
             raise self.corrupt("it is cut off")
 
