@@ -166,8 +166,8 @@ class ShardedSave(Hook):
         self._resumed = ResumedRun(self.directory, self._state, self._ranks, self._steps, self.local_cache, on_missing)
 
     def on_train_begin(self, step: int) -> None:  # noqa: ARG002
-        """Write down what is kept, on rank 0. No communication."""
-        if self._ranks.is_leader:
+        """Write down what is kept, on rank 0, unless the store may be away. No communication."""
+        if self._ranks.is_leader and self.local_cache is None:
             self._steps.note_policy()
 
     def on_step_end(self, step: int) -> None:

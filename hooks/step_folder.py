@@ -52,6 +52,7 @@ class StepFolder:
         self._marker = marker
         self._suffixes = tuple(suffixes)
         self._link = directory / LATEST_LINK if latest_link else None
+        self._has_note = False
 
     def point_to(self, step: int) -> None:
         """Let the link, if there is to be one, lead to a step."""
@@ -60,9 +61,10 @@ class StepFolder:
                 place_link(self._link, step_name(step))
 
     def note_policy(self) -> None:
-        """Write down in the folder which steps are kept, for those who want to know what goes next."""
-        with logged(f"writing down what is kept in {self._directory}"):
-            note_policy(self._directory, self._keep, self._marker)
+        """Write down beside the steps, once, which of them are kept, for those who want to know what goes next."""
+        if not self._has_note:
+            with logged(f"writing down what is kept in {self._directory}"):
+                self._has_note = note_policy(self._directory, self._keep, self._marker)
 
     def follow(self, hook: Hook, step: int) -> None:
         """A step was saved: point to it, then remove what may go."""

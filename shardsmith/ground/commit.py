@@ -202,7 +202,11 @@ def place_link(path: Path, target: str) -> None:
 
 
 def withdraw_file(path: Path) -> bool:
-    """Delete a file durably; False if there is none. Raises WriteError."""
+    """Delete a file durably; False if there is none. Raises WriteError, StorageError."""
+    if isinstance(path, RemotePath):
+        there = path.is_file()
+        path.store.delete([path.key] if there else [])
+        return there
     with writing(path, "deletion"):
         try:
             path.unlink()

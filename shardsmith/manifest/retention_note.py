@@ -44,25 +44,27 @@ class Expected:
     """These stay or go, and by what: a metric, a clock, a function of the program, the room on the disk."""
 
 
-def note_policy(directory: Path, policy: Retention | None, marker: str) -> None:
-    """Let the note in a folder say what the policy is; without a policy there is none. Rank 0.
+def note_policy(directory: Path, policy: Retention | None, marker: str) -> bool:
+    """Let the note beside the steps say what the policy is; without a policy there is none. Rank 0.
 
-    Nothing is written in an object store, where nobody looks for it, nor where there is no folder yet.
+    Returns:
+        Whether it does so now. Where there is no folder yet, nothing is written.
 
     Raises:
-        WriteError: the note is what it was.
+        WriteError, StorageError: the note is what it was.
     """
     note = directory / RETENTION_FILE
-    if isinstance(directory, RemotePath) or not directory.is_dir():
-        return
+    if not isinstance(note, RemotePath) and not directory.is_dir():
+        return False
     if policy is None:
         withdraw_file(note)
-        return
+        return True
     text = json.dumps(_fields(policy, marker), indent=1, allow_nan=False).encode()
     with contextlib.suppress(OSError, ValueError):
         if read_bounded(note, _MOST_BYTES) == text:
-            return
+            return True
     _replace(note, text)
+    return True
 
 
 def read_policy(directory: Path) -> NotedPolicy | None:
@@ -132,6 +134,9 @@ def _short_of_room(policy: Retention, room: int | None) -> str | None:
 
 def _replace(note: Path, text: bytes) -> None:
     """All at once, so that a reader finds the old or the new one."""
+    if isinstance(note, RemotePath):
+        note.store.put(note.key, text)
+        return
     temporary = temporary_path(note, new_attempt_id())
     with contextlib.ExitStack() as on_error, writing(note, "writing down what is kept"):
         on_error.callback(temporary.unlink, missing_ok=True)

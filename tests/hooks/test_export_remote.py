@@ -97,7 +97,7 @@ def test_retention_and_damage(object_server: ObjectServer) -> None:
     url = object_server.url("kept")
     for step in (1, 2, 3):
         export_once(object_server, url, step, keep=latest(2))
-    assert {key.split("/")[0] for key in object_server.keys("kept")} == {"step-2", "step-3"}
+    assert {key.split("/")[0] for key in object_server.keys("kept")} == {".retention.json", "step-2", "step-3"}
     sound = object_server.keys("kept/step-3")
     weights = next(key for key in sound if key.endswith(".safetensors"))
     data = bytearray(bytes(obstore.get(object_server.client(), f"kept/step-3/{weights}").bytes()))

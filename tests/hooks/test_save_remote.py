@@ -180,7 +180,7 @@ def test_retention_deletes_whole_steps(object_server: ObjectServer) -> None:
     place = object_server.url("retained")
     train_here(object_server, place, 25, keep=latest(1) | multiples_of(20))
     assert committed(object_server, place) == [20, 25]
-    assert {key.split("/")[0] for key in object_server.keys("retained")} == {"step-20", "step-25"}
+    assert {key.split("/")[0] for key in object_server.keys("retained")} == {".retention.json", "step-20", "step-25"}
 
 
 def test_wrong_credentials_are_named_on_all_ranks_and_not_shown(object_server: ObjectServer, tmp_path: Path) -> None:
