@@ -19,6 +19,7 @@ from shardsmith.compare.codes import CODES
 from shardsmith.hooks import HFExport, every
 from shardsmith.load.faults import EFFECTS
 from shardsmith.tensors.digest import digest_tensor
+from tests.followed import follow
 from tests.planted_faults import PLANTED
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -87,28 +88,7 @@ def test_every_planted_fault_has_an_example_of_what_is_printed() -> None:
 
 @pytest.mark.parametrize("document", ["README.md", "docs/tutorial.md"])
 def test_the_program_of_a_document_runs_as_it_is(document: str, tmp_path: Path) -> None:
-    text = (DOCS.parent / document).read_text()
-    (program,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    (tmp_path / "train.py").write_text(program)
-    ran = subprocess.run([sys.executable, "train.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr
-    shown = re.findall(r"^(?:saved|exported) run/.*$", text, re.MULTILINE)
-    assert not shown or _without_times(ran.stderr.splitlines()) == _without_times(shown)
-    assert sorted(os.listdir(tmp_path / "run/checkpoints")) == [".retention.json", "step-20", "step-25"]
-    assert sorted(load_file(tmp_path / "run/hf/step-25/ema.safetensors")) == [
-        "0.bias",
-        "0.weight",
-        "2.bias",
-        "2.weight",
-    ]
-    commands = re.findall(r"^shardsmith ((?:inspect|verify) run\b.*)$", text, re.MULTILINE)
-    for command in commands:
-        done = subprocess.run([sys.executable, "-m", "shardsmith", *command.split()], cwd=tmp_path, check=False)
-        assert done.returncode == 0, command
-    if any("--html report.html" in command for command in commands):
-        report = (tmp_path / "report.html").read_text()
-        assert "Seconds that the training waited for each save" in report
-        assert report.count("<circle") >= 2 * 3  # of three saves: sizes of those that are kept, seconds of all
+    follow(DOCS.parent / document, tmp_path, sys.executable)
 
 
 def test_the_page_by_task_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,10 +105,6 @@ def test_the_page_by_task_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: p
     assert names["step"] == 40
     assert sorted(os.listdir("run/exports")) == [f"step-{step}" for step in (10, 20, 30, 40)]
     assert [step for step, values in names["numbers"] if "checkpoint/save/seconds" in values] == [50]
-
-
-def _without_times(lines: list[str]) -> list[str]:
-    return sorted(re.sub(r": .* in [0-9.]+ s, of which .*", "", line) for line in lines)
 
 
 def test_the_readme_is_short_and_its_links_lead_somewhere() -> None:

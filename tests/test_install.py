@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.followed import follow
+
 ROOT = Path(__file__).parent.parent
 PARTS = ("pyproject.toml", "setup.cfg", "README.md", "LICENSE", "shardsmith", "hooks", "integrations")
 
@@ -19,18 +21,7 @@ PARTS = ("pyproject.toml", "setup.cfg", "README.md", "LICENSE", "shardsmith", "h
 @pytest.mark.parametrize("options", [["."], ["--editable", "."]], ids=["regular", "editable"])
 def test_the_package_installs_under_one_name(tmp_path: Path, options: list[str]) -> None:
     source, python = copy_of_the_source(tmp_path), new_environment(tmp_path)
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "--python",
-        str(python),
-        "install",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-    ]
-    subprocess.run([*pip, *options], check=True, cwd=source)
+    install(source, python, options)
     code = "import shardsmith.hooks as h, shardsmith.integrations as i; print(h.ShardedSave.__module__, h.__file__)"
     module, file = subprocess.check_output([python, "-c", code], text=True, cwd=tmp_path).split()
     assert module == "shardsmith.hooks.save"
@@ -42,6 +33,19 @@ def test_the_package_installs_under_one_name(tmp_path: Path, options: list[str])
     module, file = subprocess.check_output([python, "-c", code], text=True, cwd=source).split()
     assert (module, Path(file).resolve()) == ("shardsmith.hooks.save", source / "hooks" / "__init__.py")
     assert b"to-hf" in subprocess.check_output([python.parent / "shardsmith", "--help"])
+
+
+@pytest.mark.long
+def test_a_newcomer_gets_from_the_package_to_a_page_of_the_run(tmp_path: Path) -> None:
+    python = new_environment(tmp_path)
+    install(copy_of_the_source(tmp_path), python, ["."])
+    (tmp_path / "new").mkdir()
+    follow(ROOT / "docs" / "tutorial.md", tmp_path / "new", python)
+
+
+def install(source: Path, python: Path, options: list[str]) -> None:
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet"]
+    subprocess.run([*pip, "--no-deps", "--no-build-isolation", *options], check=True, cwd=source)
 
 
 def python_files(folder: Path) -> set[str]:
