@@ -18,6 +18,7 @@ from shardsmith.tensors.dtypes import parse_dtypes
 from .converting import MOST, NAMES, RefusedError, number_or_nan
 
 _REMOTE = re.compile(r"(?:[A-Za-z0-9+.-]+::)*(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):/")  # Path("s3://a/b") is "s3:/a/b"
+_STORES = ", or a place in an object store: s3://, gs:// or az://"
 _LONGEST_NAME = 255
 """Bytes of a file's name on the usual file systems."""
 
@@ -36,13 +37,16 @@ def _number(expected: str, fits: Callable[[Any], bool]) -> Callable[[Any], Any]:
     return rule
 
 
-def _local(value: str | Path) -> Path:
+def _local(value: str | Path, also: str = "") -> Path:
+    """``also``: what else may be given, for the error."""
     text = str(value)
     if not text:
         raise RefusedError(value, 'a path is expected; "." is the current directory', has_cure=True)
     if remote := _REMOTE.match(text):
         scheme = remote["scheme"]
-        cure = "write the path alone" if scheme == "file" else "give a path of a file system that is mounted here"
+        cure = (
+            "write the path alone" if scheme == "file" else f"give a path of a file system that is mounted here{also}"
+        )
         raise RefusedError(value, f"{scheme}:// is not supported; {cure}", has_cure=True)
     if text.startswith("~"):
         raise RefusedError(value, f"~ is not expanded; write {os.path.expanduser(text)!r}", has_cure=True)
@@ -53,11 +57,11 @@ def _local(value: str | Path) -> Path:
 
 
 def _place(value: str | Path) -> Path:
-    return _remote(value) or _directory(value)
+    return _remote(value) or _directory(value, _STORES)
 
 
 def _any(value: str | Path) -> Path:
-    return _remote(value) or _local(value)
+    return _remote(value) or _local(value, _STORES)
 
 
 def _remote(value: str | Path) -> RemotePath | None:
@@ -70,8 +74,8 @@ def _remote(value: str | Path) -> RemotePath | None:
     return path
 
 
-def _directory(value: str | Path) -> Path:
-    path = _local(value)
+def _directory(value: str | Path, also: str = "") -> Path:
+    path = _local(value, also)
     for place in (path, *path.parents):
         if os.path.lexists(place):
             if not place.is_dir():

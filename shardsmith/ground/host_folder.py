@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from shardsmith.errors import UsageError
 from shardsmith.ground.commit import writing
 from shardsmith.ground.layout import new_attempt_id
 from shardsmith.ground.ranks import Ranks
+
+_PROBE = re.compile(r"\.probe-(?P<name>[0-9a-f]{16})-[0-9]+")
 
 
 class HostFolder:
@@ -23,8 +27,11 @@ class HostFolder:
     def __init__(self, path: Path, ranks: Ranks) -> None:
         """Make the folder if it is missing, and find out who shares it. All ranks; communicates.
 
+        What a process that was killed at this moment has left there is deleted.
+
         Raises:
             RankFailedError, WriteError: a rank cannot write there.
+            UsageError: another job does the same there at this moment.
         """
         self.path = path
         self._rank = ranks.rank
@@ -34,12 +41,19 @@ class HostFolder:
         try:
             ranks.gather(phase, lambda: _touch(probe))
             seen = ranks.agree(phase, lambda: _seen(path, f".probe-{name}-"), _sorted_groups)
-            self.ranks_here: list[int] = next(group for group in seen if ranks.rank in group)
+            self.ranks_here: list[int] = next((group for group in seen if ranks.rank in group), [])
             self.count = len(seen)
-            ranks.gather(phase, list)  # all have looked
+            ranks.gather(phase, lambda: self._tidy(name))  # all have looked
         finally:
             with contextlib.suppress(OSError):
                 probe.unlink(missing_ok=True)
+
+    def _tidy(self, name: str) -> None:
+        if not self.ranks_here:
+            raise UsageError(f"{self.path}: another job begins there at this moment: give each job a folder of its own")
+        for other in self.path.iterdir() if self.is_leader else ():
+            if (probe := _PROBE.fullmatch(other.name)) and probe["name"] != name:
+                other.unlink(missing_ok=True)
 
     @property
     def is_leader(self) -> bool:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from shardsmith.errors import StorageError
+from shardsmith.errors import StorageError, UsageError
 from shardsmith.ground.extras import missing_package
 
 if TYPE_CHECKING:
@@ -44,6 +44,8 @@ _TIMES = {"connect_timeout": timedelta(seconds=10), "timeout": timedelta(seconds
 _clients: dict[str, tuple[int, Client]] = {}
 _CODE = re.compile(r"<Code>([A-Za-z0-9._-]{1,80})</Code>")
 _STATUS = re.compile(r"status code: (\d{3} [A-Za-z ]{1,40})")
+_CREDENTIALS = "; look at the credentials of this process, and at what they allow there"
+_CURES = {"401": _CREDENTIALS, "403": _CREDENTIALS, "501": "; this store does not know such requests"}
 _CAUSES = re.compile(
     r"(Connection refused|Connection reset|connection closed|timed out|operation timed out|error sending request"
     r"|dns error|error decoding response body|error reading a body|incomplete|No such file or directory"
@@ -195,10 +197,10 @@ class ObjectStore:
         except (exceptions.AlreadyExistsError, exceptions.PreconditionError):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), where) from None
         except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError) as error:
-            cure = "; look at the credentials of this process, and at what they allow there"
-            raise StorageError(where, f"{doing} was refused: {_reason(error)}{cure}") from None
+            raise StorageError(where, f"{doing} was refused: {_reason(error)}{_CREDENTIALS}") from None
         except (exceptions.BaseError, OSError, ValueError) as error:
-            raise StorageError(where, f"{doing} failed: {_reason(error)}", transient=_is_transient(error)) from None
+            told = f"{doing} failed: {_reason(error)}{_cure(error)}"
+            raise StorageError(where, told, transient=_is_transient(error)) from None
 
 
 def use_client(url: str, client: Any) -> None:
@@ -212,8 +214,22 @@ def use_client(url: str, client: Any) -> None:
     Args:
         url: Scheme and bucket, such as ``s3://bucket``.
         client: A store of ``obstore.store``, whose keys are those of the bucket.
+
+    Raises:
+        UsageError: the URL names more or less than a bucket, or the client is of another kind.
     """
-    _clients[url.rstrip("/")] = 0, client
+    scheme, _, bucket = url.rstrip("/").partition("://")
+    if scheme not in SCHEMES or not bucket or "/" in bucket or "@" in bucket:
+        expected = "scheme and bucket are expected, such as s3://bucket, gs://bucket or az://container"
+        shown = re.sub(r"//[^/@]*@", "//...@", url)
+        raise UsageError(f"use_client(url={shown!r}): {expected}. Nothing was done.")
+    if not isinstance(client, _obstore().store.ObjectStoreMethods):
+        raise UsageError(
+            f"use_client(client=...): a store of obstore.store is expected, such as S3Store, not a "
+            f"{type(client).__name__}. Clients of other libraries (boto3, fsspec) do not go: what only fsspec reaches, "
+            "let it upload from a local directory, or mount it. Nothing was done."
+        )
+    _clients[f"{scheme}://{bucket}"] = 0, client
 
 
 def _obstore() -> Any:
@@ -260,4 +276,10 @@ def _reason(error: Exception) -> str:
 def _is_transient(error: Exception) -> bool:
     """Whether the same request may succeed later."""
     status = _STATUS.search(str(error))
-    return status is None or status[1][:1] == "5" or status[1][:3] in ("408", "429")
+    return status is None or (status[1][:1] == "5" and status[1][:3] != "501") or status[1][:3] in ("408", "429")
+
+
+def _cure(error: Exception) -> str:
+    """What to look at, where the status alone says it."""
+    status = _STATUS.search(str(error))
+    return _CURES.get(status[1][:3], "") if status else ""

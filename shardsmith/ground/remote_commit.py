@@ -234,10 +234,25 @@ def remove_set_aside(manifest: RemotePath) -> bool:
 
 
 def check_writable(directory: RemotePath) -> None:
-    """Put an object below a place and delete it: better now than at a save. Raises StorageError."""
+    """Put an object below a place, try to make it a second time, and delete it: better now than at a save.
+
+    Raises:
+        StorageError: one of them was refused, or the second one was not.
+    """
     probe = directory / f".probe-{layout.new_attempt_id()}"
-    probe.store.put_new(probe.key, probe.name.encode())
-    probe.store.delete([probe.key])
+    probe.store.put_new(probe.key, b"first")
+    try:
+        probe.store.put_new(probe.key, b"second")
+    except FileExistsError:
+        return
+    finally:
+        probe.store.delete([probe.key])
+    raise StorageError(
+        str(probe),
+        "was to be made only if there is none, and the store replaced it: it does not know conditional writes "
+        "(If-None-Match: *), by which of two runs that race one alone makes a step. Use a store that knows them, or a "
+        "newer version of this one",
+    )
 
 
 def committed_steps(directory: RemotePath, mark: str) -> list[int]:

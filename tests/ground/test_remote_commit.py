@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
-import obstore
 import pytest
 from torch.multiprocessing import ProcessExitedException
 
@@ -19,7 +18,6 @@ from shardsmith.ground import object_store, remote_commit, remote_owner
 from shardsmith.ground.commit import begin_attempt, remove, sweep
 from shardsmith.ground.layout import METADATA_FILE
 from shardsmith.ground.new_file import new_file
-from shardsmith.ground.object_store import ObjectStore
 from shardsmith.ground.remote_commit import RemoteAttempt, committed_steps
 from shardsmith.ground.remote_path import RemotePath, as_path
 from tests.faulty_proxy import Fault, Request, proxied
@@ -210,11 +208,3 @@ def test_an_upload_that_is_given_up_leaves_nothing(place: RemotePath) -> None:
     done.finish()
     done.close()
     assert [one.size for one in place.store.objects(place.key)] == [20 << 20]
-
-
-def test_clients_of_ones_own_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(object_store, "_clients", {})
-    mine = obstore.store.MemoryStore()
-    object_store.use_client("s3://mine/", mine)
-    ObjectStore("s3://mine").put("a", b"1")
-    assert bytes(obstore.get(mine, "a").bytes()) == b"1"

@@ -254,10 +254,13 @@ def run_groups(root: Path) -> None:
     shared = HostFolder(root / "shared", ranks)
     assert (shared.ranks_here, shared.count) == ([0, 1, 2], 1)
     ranks.gather("looking", list)
-    assert not [*(root / "shared").iterdir()]
+    assert [path.name for path in (root / "shared").iterdir()] == [".probe-of-a-user"], "that of a killed run is gone"
 
 
 def test_ranks_find_out_who_shares_a_disk(tmp_path: Path) -> None:
+    (tmp_path / "shared").mkdir()
+    for name in (".probe-0123456789abcdef-3", ".probe-of-a-user"):
+        (tmp_path / "shared" / name).touch()
     run_on_ranks(run_groups, 3, tmp_path, tmp_path)
 
 

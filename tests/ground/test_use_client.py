@@ -1,0 +1,115 @@
+"""Clients of one's own, and stores that cannot do what a commit needs."""
+
+from __future__ import annotations
+
+import re
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any, ClassVar
+
+import fsspec
+import obstore
+import pytest
+
+from shardsmith import StorageError, TargetExistsError, UsageError
+from shardsmith.ground import object_store
+from shardsmith.ground.object_store import ObjectStore
+from shardsmith.ground.remote_commit import RemoteAttempt, check_writable, committed_steps
+from shardsmith.ground.remote_path import RemotePath, as_path
+from tests.ground.test_remote_commit import write
+
+
+def as_remote(url: str) -> RemotePath:
+    path = as_path(url)
+    assert isinstance(path, RemotePath)
+    return path
+
+
+def test_clients_of_ones_own_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(object_store, "_clients", {})
+    mine = obstore.store.MemoryStore()
+    object_store.use_client("s3://mine/", mine)
+    ObjectStore("s3://mine").put("a", b"1")
+    assert bytes(obstore.get(mine, "a").bytes()) == b"1"
+
+
+class Forgetful(BaseHTTPRequestHandler):
+    """An S3 server that has not heard of If-None-Match, and takes any signature."""
+
+    kept: ClassVar[set[str]] = set()
+
+    def do_PUT(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.kept.add(self.path)
+        self.answer({"ETag": '"0"'})
+
+    def do_GET(self) -> None:
+        self.answer({"ETag": '"0"', "Last-Modified": "Sun, 29 Nov 2026 12:00:00 GMT"})
+
+    def do_POST(self) -> None:
+        """Delete all."""
+        keys = re.findall(rb"<Key>(.*?)</Key>", self.rfile.read(int(self.headers["Content-Length"])))
+        self.kept.clear()
+        told = b"".join(b"<Deleted><Key>%s</Key></Deleted>" % key for key in keys)
+        namespace = b"http://s3.amazonaws.com/doc/2006-03-01/"
+        self.answer({}, b'<DeleteResult xmlns="%s">%s</DeleteResult>' % (namespace, told))
+
+    def answer(self, headers: dict[str, str], body: bytes = b"") -> None:
+        self.send_response(200)
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+def test_a_store_without_conditional_writes_is_refused_before_the_first_save(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(object_store, "_clients", {})
+    with ThreadingHTTPServer(("127.0.0.1", 0), Forgetful) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        options: dict[str, Any] = {
+            "access_key_id": "a",
+            "secret_access_key": "b",
+            "region": "x",
+            "client_options": {"allow_http": True},
+        }
+        endpoint = f"http://127.0.0.1:{server.server_address[1]}"
+        object_store.use_client("s3://old", obstore.store.S3Store("old", endpoint=endpoint, **options))
+        with pytest.raises(StorageError, match=r"does not know conditional writes \(If-None-Match") as caught:
+            check_writable(as_remote("s3://old/run"))
+        server.shutdown()
+    assert not caught.value.transient
+    assert not Forgetful.kept
+
+
+@pytest.mark.parametrize("url", ["s3://me:secret@bucket", "s3://bucket/run", "hdfs://bucket", "bucket"])
+def test_a_client_is_for_a_whole_bucket(url: str) -> None:
+    with pytest.raises(UsageError, match="scheme and bucket are expected") as caught:
+        object_store.use_client(url, obstore.store.MemoryStore())
+    assert "secret" not in str(caught.value)
+
+
+def test_clients_of_other_libraries_are_refused_by_name() -> None:
+    with pytest.raises(
+        UsageError, match=r"a store of obstore.store is expected, such as S3Store, not a LocalFileSystem"
+    ):
+        object_store.use_client("s3://bucket", fsspec.filesystem("file"))
+
+
+@pytest.mark.parametrize("kind", ["memory", "local"])
+def test_a_client_of_ones_own_of_any_kind_keeps_the_rule(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(object_store, "_clients", {})
+    own = obstore.store.MemoryStore() if kind == "memory" else obstore.store.LocalStore(tmp_path)
+    object_store.use_client("s3://own", own)
+    check_writable(as_remote("s3://own/run"))
+    first, second = (RemoteAttempt(as_remote("s3://own/run/step-5")) for _ in range(2))
+    sizes = [write(attempt) for attempt in (first, second)]
+    first.commit(sizes[0])
+    with pytest.raises(TargetExistsError):
+        second.commit(sizes[1])
+    assert committed_steps(as_remote("s3://own/run"), "metadata.json") == [5]
