@@ -179,13 +179,19 @@ def test_what_may_be_deleted_is_shown_and_deleted_when_asked(run: Path, capsys: 
         (str(attempt.directory.relative_to(run)), "unfinished"),
     ]
     assert shardsmith("clean", run) == 0
-    assert "2 can be deleted, 1.00 kB" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "2 can be deleted, 1.00 kB; --delete does it" in said
+    assert "set aside as damaged or superseded: 1, 1.00 kB; --set-aside includes them" in said
     assert (run / "checkpoints" / f".step-8.tmp-{ATTEMPT}").is_dir()
     assert shardsmith("clean", run, "--delete", "--json") == 0
     printed = json.loads(capsys.readouterr().out)["leftovers"]
     assert [one["deleted"] for one in printed] == [True, False]
+    capsys.readouterr()
     assert shardsmith("clean", run, "--delete", "--set-aside") == 0
+    assert "set aside" not in capsys.readouterr().out
     attempt.abandon()
+    assert shardsmith("clean", run) == 0
+    assert capsys.readouterr().out == "0 can be deleted, 0 B\n"
     shutil.rmtree(run / "checkpoints" / ".step-8.tmp-mine")  # no name of ours
     assert set(run.rglob("*")) == before
 

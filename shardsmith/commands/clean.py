@@ -31,7 +31,9 @@ def clean(run: tyro.conf.Positional[Path], delete: bool = False, set_aside: bool
     from shardsmith.overview import find_leftovers, remove_leftovers
 
     run = as_path(run)
-    found = [one for one in find_leftovers(run) if set_aside or one.kind == "unfinished"]
+    everything = find_leftovers(run)
+    found = [one for one in everything if set_aside or one.kind == "unfinished"]
+    others = [one for one in everything if one not in found]
     gone = remove_leftovers(run, found) if delete else []
     kept = [one for one in found if one not in gone]
     if json:
@@ -42,5 +44,9 @@ def clean(run: tyro.conf.Positional[Path], delete: bool = False, set_aside: bool
         word = "deleted" if one in gone else "in use, kept" if delete else one.kind
         print(f"{word}: {one.path}, {size_text(one.nbytes)}")
     total = size_text(sum(one.nbytes for one in (gone if delete else kept)))
-    print(f"deleted {len(gone)}, {total}" if delete else f"{len(kept)} can be deleted, {total}; --delete does it")
+    how = "; --delete does it" if kept else ""
+    print(f"deleted {len(gone)}, {total}" if delete else f"{len(kept)} can be deleted, {total}{how}")
+    if others:
+        aside = size_text(sum(one.nbytes for one in others))
+        print(f"set aside as damaged or superseded: {len(others)}, {aside}; --set-aside includes them")
     return 0

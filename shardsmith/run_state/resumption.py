@@ -116,9 +116,12 @@ class Resumption:
         return (_SHARDS, _WEIGHTS) if has_weights else (_SHARDS,)
 
     def _consequence(self) -> str:
-        """What follows for the state in memory, if nothing sound is loaded now; "" if nothing does."""
+        """What follows for the state in memory, if nothing sound is loaded now, and what to do."""
         if self.spoiled_by is None:
-            return ""
+            restart = " A process that is started again begins at step 0." if self._set_damaged_aside else ""
+            return (
+                f"\nNothing was loaded. Put a sound copy of a step there, or use hooks.resume(directory=...).{restart}"
+            )
         return (
             f"\nTensors of this run hold what was loaded from {self.spoiled_by}, which is damaged: "
             "do not train on them. Start the process again."

@@ -305,12 +305,23 @@ def test_if_all_are_damaged_that_is_an_error_and_not_a_fresh_start(run: Path) ->
 
 
 def test_nothing_is_loaded_from_a_checkpoint_whose_damage_can_be_seen_without_reading_shards(run: Path) -> None:
+    sound = shutil.copytree(run / "step-2", run.with_name("sound") / "step-2")
     for step in (1, 2, 3):
         os.truncate(run / f"step-{step}" / "__0_0.distcp", 1000)
     model = filled(0)
-    with pytest.raises(IncompleteCheckpointError, match=r"step-1, step-2, step-3$"):
-        ShardedSave(run, model=model, when=every(1)).resume()
+    save = ShardedSave(run, model=model, when=every(1))
+    with pytest.raises(IncompleteCheckpointError, match="step-1, step-2, step-3\n") as error:
+        save.resume()
+    assert str(error.value).endswith(
+        "Nothing was loaded. Put a sound copy of a step there, or use resume(directory=...). "
+        "Otherwise a process that is started again begins at step 0."
+    )
     assert value_of(model) == 0
+    assert ShardedSave(run, model=filled(0), when=every(1)).resume() is None  # as the error says
+    assert save.resume(directory=sound.parent) == 2
+    shutil.copytree(sound, run / "step-2")
+    assert save.resume() == 2
+    assert value_of(model) == 2
 
 
 def test_after_a_damaged_checkpoint_the_one_before_must_hold_all_that_it_held(run: Path) -> None:
