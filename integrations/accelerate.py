@@ -95,7 +95,7 @@ class Attached:
         if self._folder_save.has(self._folder) or (self._has_ema and self._on_missing == "raise"):
             self._folder_save.load(self._folder, prove=self._verify, on_missing=self._on_missing)
         else:
-            log.warning("%s holds nothing of ours: an average starts from the weights as they are", self._folder)
+            log.warning("%s has no shardsmith/ directory: an average starts from the present weights", self._folder)
 
 
 def _refuse_remote(what: str, folder: Any) -> None:

@@ -218,7 +218,7 @@ class CheckpointHooks(TrainerCallback):
         if self._folder_save.has(folder) or (self.ema is not None and self._on_missing == "raise"):
             self._folder_save.load(folder, prove=self._verify, on_missing=self._on_missing)
         else:
-            log.warning("%s holds nothing of ours: the average starts from the weights as they are", folder)
+            log.warning("%s has no shardsmith/ directory: the average starts from the present weights", folder)
 
     def _look_ahead(self, args: Any, state: Any, control: Any) -> None:
         if control.should_save:
@@ -232,7 +232,7 @@ class CheckpointHooks(TrainerCallback):
         if self._folder_save.has(folder):
             self._folder_save.load(folder, prove=self._verify)
         else:
-            log.warning("%s holds nothing of ours: the average is still that of the last step", folder)
+            log.warning("%s has no shardsmith/ directory: the average is still that of the last step", folder)
         return int(state.best_global_step)
 
 

@@ -189,8 +189,8 @@ class RankTimeoutError(RankError, TimeoutError):
 
     def __init__(self, phase: str, missing: list[int], timeout_secs: float, reason: str | None = None) -> None:
         names = ", ".join(map(str, missing))
-        late = f"within {timeout_secs:g} s; it died, hangs or is slow"
-        super().__init__(f"{phase}: no word from rank {names} {f'any more: {reason}' if reason else late}")
+        late = f" within {timeout_secs:g} s (crashed, hung or slow)"
+        super().__init__(f"{phase}: rank {names} did not respond{f': {reason}' if reason else late}")
         self.phase = phase
         self.missing = list(missing)
 

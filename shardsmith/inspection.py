@@ -112,7 +112,7 @@ def _summaries(known: KnownCheckpoint) -> tuple[list[ModelSummary], list[str]]:
     try:
         models = [_summary(known, name) for name in known.models()]
         unknown = known.format.name == UNKNOWN
-        return models, [f"{known.path}: is no checkpoint that we know"] if unknown else []
+        return models, [f"{known.path}: is no checkpoint of a known format"] if unknown else []
     except CheckpointError as error:
         return [], [str(error)]
 

@@ -228,7 +228,7 @@ def _summary(run: Path, step: int, folder: Path, events: Sequence[Mapping[str, A
         (folder / layout.PROVENANCE_FILE).is_file()
         or (found.name == HUGGINGFACE and not is_complete(folder) and not (folder / _OF_TRAINERS).is_file())
     )
-    problems = [f"is no checkpoint that we know: {found.reason}"] if found.name == UNKNOWN else []
+    problems = [f"is no checkpoint of a known format: {found.reason}"] if found.name == UNKNOWN else []
     models: tuple[str, ...] = ()
     metadata = None
     try:

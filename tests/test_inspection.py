@@ -114,7 +114,7 @@ def test_what_is_no_checkpoint_is_a_problem(tmp_path: Path, capsys: pytest.Captu
     assert main(["inspect", str(tmp_path)]) == 1
     printed = capsys.readouterr().out
     assert "none of its 1 entries is a weights file" in printed
-    assert "is no checkpoint that we know" in printed
+    assert "is no checkpoint of a known format" in printed
 
 
 def test_nothing_at_all_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

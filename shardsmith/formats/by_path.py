@@ -212,7 +212,7 @@ def _what_else(path: Path) -> str:
     known = [steps[step] for step in sorted(steps) if _is_known(path / steps[step])]
     if known:
         return f"a folder of {len(known)} checkpoints; name one of them, such as {path / known[-1]}"
-    return f"none of its {len(names)} entries is a weights file or an index that we know"
+    return f"none of its {len(names)} entries is a weights file or an index of a known format"
 
 
 def _is_known(path: Path) -> bool:

@@ -72,7 +72,7 @@ def _compare(directory: Path, live: Mapping[str, TensorRecord]) -> None:
     keys = find_models(index.tensors, index.containers).get(MAIN, {})
     if wrong := sorted(name for name, key in keys.items() if name in live and written[key] != live[name]):
         lines = "\n  ".join(wrong)
-        raise CorruptCheckpointError(directory, f"does not hold what the model is; wrong are\n  {lines}")
+        raise CorruptCheckpointError(directory, f"does not hold the tensors of the model; these differ\n  {lines}")
 
 
 def _list_files(folder: Path, skipped: str | None) -> list[str]:

@@ -79,5 +79,5 @@ def _open_dcp(known: KnownCheckpoint) -> OpenedCheckpoint:
     source = open_step(known.path, manifest)
     models = models_of(source, {} if manifest is None else manifest.tied)
     if not models:
-        raise UnsupportedFormatError(known.path, "is a DCP directory without a model that we know")
+        raise UnsupportedFormatError(known.path, "is a DCP directory without a model of known names")
     return OpenedCheckpoint(known.path, SHARDED if known.is_ours else DCP, models, manifest, source)

@@ -132,7 +132,7 @@ def _require_life(store: Any, pending: list[str], rank_of: Mapping[str, int], li
     except RuntimeError as lost:
         raise SilenceError([], LOST) from lost
     if dead:
-        raise SilenceError(sorted(dead), "no sign of life; it died, hangs or is stopped")
+        raise SilenceError(sorted(dead), "no heartbeat; it crashed, hung or was stopped")
 
 
 def find_dead(ranks: Sequence[int], store: Any, limit_secs: float = ANSWER_SECS) -> list[int]:
@@ -182,7 +182,7 @@ class _Answering:
                 self._waiting.delete_key(f"{self._key}/asked")  # first, so that no question goes unanswered
                 self._waiting.add(self._key, 1)
         except RuntimeError as error:  # the store is gone, and the rank that held it
-            log.debug("nobody can ask whether this rank is alive any more: %s", error)
+            log.debug("other ranks can no longer check whether this rank is alive: %s", error)
 
     def _close(self) -> None:
         """End the thread before the interpreter ends, whose lock it might want then."""

@@ -94,7 +94,7 @@ class StepAgreement:
             while self._await_word() and self._settle():
                 pass
         except (RuntimeError, SilenceError) as error:  # the store is gone, or a rank
-            log.debug("ranks agree on nothing any more: %s", error)
+            log.debug("ranks can no longer tell each other of failures and signals: %s", error)
         finally:
             with self._changed:
                 self._is_over, self._promised = True, None

@@ -139,5 +139,5 @@ def _explained(checkpoint: Path, error: MismatchError, wanted: Sequence[str]) ->
         return MismatchError(checkpoint, summary, error.problems, advice)
     rest = tuple(part for part in wanted if part not in parts)
     summary = f"the {' and '.join(parts)} of this run is not the one that was saved ({len(error.problems)} entries)"
-    advice = f"Nothing was loaded. hooks.resume(parts={rest}) goes on without what is in the checkpoint of it."
+    advice = f"Nothing was loaded. hooks.resume(parts={rest}) continues with the other parts of the checkpoint."
     return MismatchError(checkpoint, summary, error.problems, advice)

@@ -172,7 +172,7 @@ def grow(metadata: Metadata, shape: tuple[int, ...]) -> None:
 
 CONTRADICTIONS: dict[str, Callable[[Metadata], object]] = {
     "overlap": lambda m: tensor(m).chunks.append(chunk((2, 0), (1, 4))),
-    "sticks out": lambda m: tensor(m).chunks.append(chunk((2, 0), (2, 4))),
+    "outside of it": lambda m: tensor(m).chunks.append(chunk((2, 0), (2, 4))),
     "starts outside": lambda m: tensor(m).chunks.append(chunk((9, 0), (0, 4))),
     "too few dimensions": lambda m: tensor(m).chunks.append(chunk((0,), (3,))),
     "offsets and sizes differ": lambda m: tensor(m).chunks.append(chunk((0, 0), (3,))),

@@ -265,7 +265,7 @@ def run_without_rank(dead: int) -> None:
     if ranks.rank == dead:
         os._exit(0)
     started = time.monotonic()
-    with pytest.raises(RankTimeoutError, match="writing step-3: no word from rank") as error:
+    with pytest.raises(RankTimeoutError, match="writing step-3: rank ") as error:
         ranks.gather("writing step-3", lambda: 1)
     assert (error.value.phase, error.value.missing) == ("writing step-3", [dead])
     assert time.monotonic() - started < 2.0 * 1.1 + 5 + 2
@@ -317,7 +317,7 @@ def run_with_slow_then_dead_rank() -> None:
         os._exit(0)
     started = time.monotonic()
     for _ in range(2):  # the second time without waiting again
-        with pytest.raises(RankTimeoutError, match="rank 2 any more: no sign of life") as error:
+        with pytest.raises(RankTimeoutError, match="rank 2 did not respond: no heartbeat") as error:
             ranks.gather("committing", lambda: 1)
         assert error.value.missing == [2]
     assert time.monotonic() - started < 3600 / 60

@@ -477,9 +477,9 @@ RANKS: list[tuple[Callable[[Path], None], str, str]] = [
     (user_resume_fails, "Fails.resume failed on 1 of 2 ranks", "resume does not work here"),
     (user_begin_fails, "Fails.on_train_begin failed on 1 of 2 ranks", "begin does not work here"),
     (user_load_fails, "handing back step-1 failed on 1 of 2 ranks", "load does not work here"),
-    (first_rank_only, "making ShardedSave: no word from rank 1", "makes no hooks"),
-    (last_rank_only, "makes no hooks", "making HFExport: no word from rank 0"),
-    (first_rank_steps, "reporting the first step: no word from rank 1", "reports no step"),
+    (first_rank_only, "making ShardedSave: rank 1 did not respond", "makes no hooks"),
+    (last_rank_only, "makes no hooks", "making HFExport: rank 0 did not respond"),
+    (first_rank_steps, "reporting the first step: rank 1 did not respond", "reports no step"),
 ]
 
 

@@ -182,7 +182,7 @@ class _Checker:
             if not len(box.offsets) == len(box.sizes) == len(spec.shape):
                 raise self.corrupt(f"tensor {spec.name!r} of shape {spec.shape} has a chunk of another rank: {box}")
             if any(start + n > whole for start, n, whole in zip(box.offsets, box.sizes, spec.shape, strict=True)):
-                raise self.corrupt(f"tensor {spec.name!r} of shape {spec.shape} has a chunk that sticks out: {box}")
+                raise self.corrupt(f"tensor {spec.name!r} of shape {spec.shape} has a chunk outside of it: {box}")
             if box.numel:
                 boxes[box] = None
         return list(boxes)

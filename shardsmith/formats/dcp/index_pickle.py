@@ -210,7 +210,7 @@ class _IndexDecoder:
     def spend(self, count: int) -> None:
         self.budget -= count
         if self.budget < 0:
-            raise CorruptCheckpointError(self.path, "is no DCP index: its parts contain each other over and over")
+            raise CorruptCheckpointError(self.path, "is no DCP index: its parts contain each other in a cycle")
 
     def fail(self, expected: str, found: object) -> NoReturn:
         # Never the value itself: its text can be endless.

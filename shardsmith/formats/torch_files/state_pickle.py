@@ -110,7 +110,7 @@ def read_state_pickle(data: bytes, path: Path) -> dict[KeyPath, SavedState]:
     for keys, value in _leaves(state, ()):
         budget -= 1
         if budget < 0:
-            raise UnusualPickleError("its parts contain each other over and over")
+            raise UnusualPickleError("its parts contain each other in a cycle")
         if (saved := _saved(value)) is not None:
             found[keys] = saved
     return found
@@ -134,13 +134,13 @@ def _plain(value: object, budget: int, depth: int) -> Any:
     if value is None or type(value) in (bool, int, float, str):
         return value
     if depth > MAX_DEPTH:
-        raise UnusualPickleError("its parts contain each other over and over")
+        raise UnusualPickleError("its parts contain each other in a cycle")
     items: Any = value.items if type(value) is Made and value.of == ORDERED_DICT else value
     if type(items) is dict and len(items) <= budget:
         return {_plain(key, budget, depth + 1): _plain(inner, budget, depth + 1) for key, inner in items.items()}
     if isinstance(items, list | tuple) and type(items) in (list, tuple) and len(items) <= budget:
         return type(items)(_plain(inner, budget, depth + 1) for inner in items)
-    raise UnusualPickleError("a value of it is no plain one")
+    raise UnusualPickleError("it holds a value of an unknown type")
 
 
 def _leaves(value: object, path: KeyPath) -> Iterator[tuple[KeyPath, object]]:
@@ -269,5 +269,5 @@ def _numbers(value: object) -> Shape:
     if type(value) is not tuple and type(value) is not list:
         raise UnusualPickleError("numbers are not where they should be")
     if any(type(n) is not int or not 0 <= n < 1 << 63 for n in value):
-        raise UnusualPickleError("what should be numbers is none")
+        raise UnusualPickleError("expected numbers, found something else")
     return tuple(value)
