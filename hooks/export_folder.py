@@ -80,8 +80,8 @@ class ExportFolder:
 
     def set_aside_unfinished(self, step: int) -> None:
         """Set aside what is no export and in the way of a run that goes on from a step; name the exports it lost."""
-        for aside in set_aside_unfinished(self._folder, step - 1, PROVENANCE_FILE):
-            log.warning("%s was set aside: it has no shardsmith.json, and its step is to come (again)", aside)
+        for aside, reason in set_aside_unfinished(self._folder, step - 1, PROVENANCE_FILE).items():
+            log.warning("%s was set aside: it %s, and its step is to come (again)", aside, reason)
         for lost in sorted(lost for lost in self._broken_off if lost < step and self.missing(lost)):
             words = "%s: the export of step %s was cut off with the former run, and this one goes on from step %s; "
             log.warning(words + "`shardsmith to-hf` makes it of a checkpoint", self._folder, lost, step)

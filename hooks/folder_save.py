@@ -27,7 +27,7 @@ from shardsmith.ground.layout import COMPANION, FOLDER_FILE
 from shardsmith.ground.logs import Stopwatch
 from shardsmith.ground.meeting import made_together, meet
 from shardsmith.ground.ranks import Ranks
-from shardsmith.manifest.checkpoints import find_damage
+from shardsmith.manifest.checkpoints import find_damage, set_aside, why_unreadable
 from shardsmith.manifest.companion import companion_of, is_complete, is_deserted, read_folder_record
 from shardsmith.manifest.metadata import TensorRecord, read_metadata
 from shardsmith.run_state.average import refuse_other_decay
@@ -198,6 +198,8 @@ class FolderSave(Hook):
         return step
 
     def _withdraw(self, folder: Path) -> None:
+        if os.path.lexists(folder) and (reason := why_unreadable(folder)):
+            log.warning("%s %s; it was set aside as %s, so that it can be saved", folder, reason, set_aside(folder))
         if not folder.is_dir():
             return
         with self._same_time(folder):

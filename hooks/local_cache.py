@@ -17,7 +17,7 @@ from shardsmith.ground.layout import ALONE_SINCE_FILE, CACHE_OF_FILE, step_name
 from shardsmith.ground.ranks import Ranks
 from shardsmith.ground.remote_commit import attempt_of_any
 from shardsmith.ground.remote_path import RemotePath
-from shardsmith.manifest.checkpoints import committed_steps, set_later_aside
+from shardsmith.manifest.checkpoints import committed_steps, loadable_steps, set_later_aside
 from shardsmith.manifest.retention import Retention
 from shardsmith.run_state.resumption import Find
 from shardsmith.run_state.step_upload import files_of, upload_step
@@ -269,7 +269,7 @@ def find_steps(
     """
     if cache is not None:
         return cache.find(needs_store=needs_store)
-    steps = ranks.lead("looking for checkpoints", lambda: committed_steps(place))
+    steps = ranks.lead("looking for checkpoints", lambda: loadable_steps(place))
     return {step: [partial(Path.__truediv__, place, step_name(step))] for step in steps}
 
 

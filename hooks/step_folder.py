@@ -124,6 +124,6 @@ def prepare(directory: Path, is_leader: bool, *, may_be_away: bool = False) -> N
 
 
 def leave_unfinished(directory: Path, resumed: int) -> None:
-    """Set aside what is half deleted of the steps after the one that a run goes on from. Rank 0."""
-    for aside in set_aside_unfinished(directory, resumed):
-        log.warning("%s was set aside: its step is after the one resumed, and it has no metadata.json", aside)
+    """Set aside what is no checkpoint of the steps after the one that a run goes on from. Rank 0."""
+    for aside, reason in set_aside_unfinished(directory, resumed).items():
+        log.warning("%s was set aside: its step is after the one resumed, and it %s", aside, reason)

@@ -37,7 +37,7 @@ from shardsmith.ground.commit import check_writable, sweep
 from shardsmith.ground.meeting import made_together, meet
 from shardsmith.ground.ranks import Ranks
 from shardsmith.load.buffer_reference import Fresh
-from shardsmith.manifest.checkpoints import committed_steps, find_damage
+from shardsmith.manifest.checkpoints import find_damage, loadable_steps
 from shardsmith.run_state.average import Average, ModuleAverage
 from shardsmith.run_state.foreign import ForeignLoad, Loaded
 from shardsmith.run_state.optimizers import check_optimizers
@@ -161,9 +161,9 @@ class ShardedCheckpointManager:
         """Return the newest of our step directories all of whose files have their recorded hashes; None without any.
 
         Raises:
-            IncompleteCheckpointError: there are some, but all of them are damaged. They are left as they are.
+            IncompleteCheckpointError: there are some, but none that can be read or is sound. They are left as they are.
         """
-        steps = self._ranks.lead("looking for checkpoints", lambda: committed_steps(self.directory))
+        steps = self._ranks.lead("looking for checkpoints", lambda: loadable_steps(self.directory))
         damaged = []
         for step in reversed(steps):
             path = self.directory / layout.step_name(step)

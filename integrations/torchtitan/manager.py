@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from shardsmith.errors import UsageError
 from shardsmith.ground.layout import parse_step
 from shardsmith.ground.ranks import Ranks
+from shardsmith.manifest.checkpoints import set_aside_unreadable
 from shardsmith.run_state.train_state import mesh_of
 
 from . import one_write
@@ -95,6 +96,9 @@ class HookedManager(CheckpointManager):
         loaded = self._load_whole(step)
         if self._watch is not None and not loaded:
             self._watch.nothing_loaded()
+        if self._load_ranks is not None and not self.load_only:
+            folder, begun = Path(self.folder), self.states["train_state"].step
+            self._load_ranks.lead("making way for saves", lambda: set_aside_unreadable(folder, begun))
         if self._attached is not None:
             self._attached.train_begin()
             if loaded and self._unrecorded is not None:

@@ -13,7 +13,7 @@ from shardsmith.errors import CheckpointError, CorruptCheckpointError
 from shardsmith.formats.dcp.index import read_index
 from shardsmith.ground.layout import DCP_INDEX_FILE, METADATA_FILE, parse_step, step_name
 from shardsmith.ground.ranks import Ranks
-from shardsmith.manifest.checkpoints import find_damage
+from shardsmith.manifest.checkpoints import find_damage, why_unreadable
 from shardsmith.manifest.metadata import CheckpointMetadata
 
 log = logging.getLogger(__name__)
@@ -68,6 +68,9 @@ def _look(folder: Path, passed: set[int], newest: int | None) -> tuple[int | Non
         path = folder / step_name(step)
         if step in passed:
             damaged.append(f"{path.name}: was damaged")
+        elif reason := why_unreadable(path):
+            damaged.append(f"{path.name} {reason}")
+            lines.append(f"{path} {reason}, and is passed over")
         elif not (path / DCP_INDEX_FILE).is_file():
             lines += [] if _is_hugging_face(path) else [f"{path} was not saved to its end: it has no {DCP_INDEX_FILE}"]
         elif problem := _problem(path):
@@ -96,7 +99,7 @@ def _problem(path: Path) -> str | None:
 
 def _is_hugging_face(path: Path) -> bool:
     """Whether TorchTitan has exported the last step in place of saving it."""
-    return any(path.glob("*.safetensors")) or not path.is_dir()
+    return any(path.glob("*.safetensors"))
 
 
 def only_recorded(state: dict[str, Any], metadata: CheckpointMetadata) -> dict[str, Any]:

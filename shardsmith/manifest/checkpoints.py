@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 import xxhash
 
-from shardsmith.errors import CheckpointError, CheckpointNotFoundError, UsageError
+from shardsmith.errors import CheckpointError, CheckpointNotFoundError, IncompleteCheckpointError, UsageError
 from shardsmith.ground import layout, remote_commit
 from shardsmith.ground.open_file import open_file
 from shardsmith.ground.progress import advance
@@ -38,8 +38,54 @@ def committed_steps(directory: Path, mark: str = layout.METADATA_FILE) -> list[i
         return remote_commit.committed_steps(directory, mark)
     if not directory.is_dir():
         return []
-    steps = (layout.parse_step(path.name) for path in directory.iterdir() if (path / mark).is_file())
+    steps = (layout.parse_step(path.name) for path in directory.iterdir() if _has_file(path, mark))
     return sorted(step for step in steps if step is not None)
+
+
+def _has_file(directory: Path, name: str) -> bool:
+    """Return whether a file is there and can be seen."""
+    try:
+        return (directory / name).is_file()
+    except OSError:
+        return False
+
+
+def why_unreadable(directory: Path) -> str | None:
+    """Return why something with the name of a directory is none that can be read; None if it is one."""
+    try:
+        os.scandir(directory).close()
+        os.stat(f"{directory}/.")  # what may be listed may yet not be entered
+    except FileNotFoundError:
+        return "is a link that leads nowhere" if directory.is_symlink() else "is not there"
+    except NotADirectoryError:
+        return "is no directory"
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    return None
+
+
+def unreadable_steps(directory: Path, newest: int = -1) -> dict[Path, str]:
+    """Return what is named like a step after ``newest`` and is no directory that can be read, and why."""
+    if isinstance(directory, RemotePath) or not directory.is_dir():
+        return {}
+    paths = {path: layout.parse_step(path.name) for path in sorted(directory.iterdir())}
+    later = (path for path, step in paths.items() if step is not None and step > newest)
+    return {path: reason for path in later if (reason := why_unreadable(path))}
+
+
+def loadable_steps(directory: Path) -> list[int]:
+    """Return the committed steps, ascending, to load one of them.
+
+    Raises:
+        IncompleteCheckpointError: there is none, but names of steps that cannot be read, as of links to a disk that is
+            not there: a run that began anew beside them would be a surprise.
+    """
+    steps = committed_steps(directory)
+    if not steps and (found := unreadable_steps(directory)):
+        lines = "\n  ".join(f"{path.name} {reason}" for path, reason in found.items())
+        advice = "Nothing was loaded. Make them readable, or remove or rename them to start anew."
+        raise IncompleteCheckpointError(directory, f"holds no checkpoint that can be read\n  {lines}\n{advice}")
+    return steps
 
 
 def only_step(directory: Path, steps: Sequence[int], step: int) -> int:
@@ -125,24 +171,31 @@ def _is_in(checkpoint: Path, name: str) -> bool:
     return not any((checkpoint / folder).is_symlink() for folder in path.parents[:-1])
 
 
-def set_aside_unfinished(directory: Path, newest: int, mark: str = layout.METADATA_FILE) -> list[Path]:
+def set_aside_unfinished(directory: Path, newest: int, mark: str = layout.METADATA_FILE) -> dict[Path, str]:
     """Rename each ``step-<n>`` after ``newest`` that has lost its manifest, so that its step can be saved again.
 
-    An ``rm -rf`` or ``cp -r`` that was interrupted leaves such a directory. Only next to complete steps of ours: in a
-    folder without any it may be somebody else's. Rank 0 calls it.
+    An ``rm -rf`` or ``cp -r`` that was interrupted leaves such a directory, a disk that is missing a link that leads
+    nowhere. Only next to complete steps of ours: in a folder without any it may be somebody else's. Rank 0 calls it.
 
     Returns:
-        Where they are now.
+        Where they are now, and why each was no checkpoint.
     """
     if isinstance(directory, RemotePath):
-        return []  # there a step without a manifest is none, and nothing stands in the way of the next
+        return {}  # there a step without a manifest is none, and nothing stands in the way of the next
     complete = committed_steps(directory, mark)
     steps = {path: layout.parse_step(path.name) for path in directory.iterdir()} if complete else {}
-    return [
-        set_aside(path)
-        for path, step in sorted(steps.items())
-        if step is not None and step > newest and path.is_dir() and not (path / mark).is_file()
-    ]
+    moved = {}
+    for path, step in sorted(steps.items()):
+        if step is not None and step > newest and not _has_file(path, mark):
+            reason = why_unreadable(path) or f"has no {mark}"
+            moved[set_aside(path)] = reason
+    return moved
+
+
+def set_aside_unreadable(directory: Path, newest: int) -> None:
+    """Rename what ``unreadable_steps`` finds, so that these steps can be saved, and say so in the log. Rank 0."""
+    for path, reason in unreadable_steps(directory, newest).items():
+        log.warning("%s %s; it was set aside as %s, so that its step can be saved", path, reason, set_aside(path))
 
 
 def set_aside(checkpoint: Path) -> Path:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 from pathlib import Path
 
 from shardsmith.checking.arguments import checked
 from shardsmith.checking.types import LocalPath
 from shardsmith.errors import CheckpointError
 from shardsmith.ground.ranks import Ranks
+from shardsmith.manifest.checkpoints import why_unreadable
 from shardsmith.manifest.companion import find_folder_damage, is_complete, read_folder_record
 
 log = logging.getLogger(__name__)
+
+_NAMED = re.compile(r"(checkpoint|epoch|step)[-_][0-9]+")
+"""What Trainer and accelerate call their folders, and the examples of accelerate."""
 
 
 @checked
@@ -45,10 +50,14 @@ def last_checkpoint(parent: LocalPath, *, verify: bool = False) -> str | None:
 
 def _newest_first(parent: Path) -> list[str]:
     found = []
-    for folder in parent.glob("*"):
+    for folder in sorted(parent.glob("*")):
         try:
             if is_complete(folder):
                 found.append((read_folder_record(folder).step, str(folder)))
+            elif _NAMED.fullmatch(folder.name) and (reason := why_unreadable(folder)):
+                log.warning("%s is passed over: it %s", folder, reason)
         except CheckpointError as error:
             log.warning("%s is passed over: %s", folder, error)
+        except OSError as error:
+            log.warning("%s is passed over: it cannot be read: %s", folder, error.strerror)
     return [folder for _, folder in sorted(found, reverse=True)]

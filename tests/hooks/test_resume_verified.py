@@ -15,13 +15,14 @@ import xxhash
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
-from shardsmith.errors import CorruptCheckpointError
+from shardsmith.errors import CorruptCheckpointError, IncompleteCheckpointError
 from shardsmith.formats.dcp import file_stream, single_read
 from shardsmith.manifest.checkpoints import committed_steps
 from shardsmith.manifest.metadata import SEAL, read_metadata
 from tests.hooks.test_save import digests
 from tests.hooks.training import run_training
 from tests.ranks import run_on_ranks
+from tests.unreadable import UNREADABLE
 
 
 def flip(path: Path, at: float) -> None:
@@ -51,6 +52,28 @@ def test_a_flipped_bit_is_found_and_the_run_goes_on_from_the_step_before(
     run_training(run, 10, sharding="none")
     assert len([*run.glob(".step-10.damaged-*")]) == 1
     assert digests(run / "step-10") == digests(straight / "step-10")
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_what_is_no_directory_is_passed_over_and_makes_way_for_its_step(
+    straight: Path, tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    put, reason = UNREADABLE[kind]
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    shutil.rmtree(run / "step-10")
+    put(run / "step-10")
+    run_training(run, 10, sharding="none")
+    assert committed_steps(run) == [5, 10]
+    assert digests(run / "step-10") == digests(straight / "step-10")
+    (aside,) = run.glob(".step-10.damaged-*")
+    lines = [record.getMessage() for record in caplog.records if "step-10" in record.getMessage()]
+    assert f"{aside} was set aside: its step is after the one resumed, and it {reason}" in lines
+    shutil.rmtree(run)
+    run.mkdir()
+    put(run / "step-10")
+    with pytest.raises(IncompleteCheckpointError, match=f"no checkpoint that can be read\n  step-10 {reason}"):
+        run_training(run, 10, sharding="none")
 
 
 def read_metadata_or_none(path: Path) -> object:

@@ -15,6 +15,7 @@ from tests.integrations.accelerate_runs import run_average_that_starts, run_loop
 from tests.integrations.test_trainer_exports import loaded, make_base
 from tests.integrations.trainer_runs import assert_close, assert_equal, averaged, flip
 from tests.ranks import run_on_ranks
+from tests.unreadable import UNREADABLE
 
 
 @pytest.mark.parametrize(("sharding", "ranks"), [("fsdp2", 1), ("ddp", 2)])
@@ -71,3 +72,18 @@ def test_a_newest_folder_that_is_damaged_is_passed_over_and_said_so(
 def test_a_loop_without_an_average_gets_one_where_it_goes_on(tmp_path: Path) -> None:
     for is_new in (True, False):
         run_on_ranks(run_average_that_starts, 2, tmp_path, tmp_path, is_new)
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_a_name_that_is_no_folder_is_passed_over_and_makes_way(
+    tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    put, _ = UNREADABLE[kind]
+    for step in (2, 4):
+        put(tmp_path / f"step_{step}")
+        put(tmp_path / f"state-{step}")
+    assert last_checkpoint(tmp_path) is None
+    said = [record.getMessage() for record in caplog.records if "passed over" in record.getMessage()]
+    assert any(line.startswith(f"{tmp_path / 'step_2'} is passed over: it ") for line in said)
+    run_on_ranks(run_loop, 1, tmp_path, "none", tmp_path, 4, None, "straight.pt")
+    assert last_checkpoint(tmp_path, verify=True) == str(tmp_path / "state-4")

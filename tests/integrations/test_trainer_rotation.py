@@ -31,6 +31,7 @@ from tests.integrations.trainer_runs import (
     make_model,
     run,
 )
+from tests.unreadable import UNREADABLE
 
 Finished = Callable[[Case], Path]
 SHARDED = CASES[0]
@@ -72,6 +73,27 @@ def test_a_newest_folder_that_is_damaged_or_renamed_is_passed_over_and_said_so(
     shutil.rmtree(newest)
     shutil.rmtree(copied)
     run(ALONE, tmp_path, resume=resume)
+    straight, resumed = torch.load(finished(ALONE) / "truth.pt"), torch.load(tmp_path / "truth.pt")
+    assert_equal(resumed["main"], straight["main"])
+    assert_equal(resumed["ema"], straight["ema"])
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_what_is_no_folder_is_passed_over_and_makes_way_for_its_step(
+    finished: Finished, tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    put, reason = UNREADABLE[kind]
+    shutil.copytree(finished(ALONE) / "out", tmp_path / "out")
+    newest, before = (tmp_path / "out" / f"checkpoint-{step}" for step in (STEPS, STEPS - 2))
+    shutil.rmtree(newest)
+    put(newest)
+    resume = last_checkpoint(tmp_path / "out", verify=True)
+    assert resume == str(before)
+    (said,) = [record.getMessage() for record in caplog.records if "passed over" in record.getMessage()]
+    assert said.startswith(f"{newest} is passed over: it ")
+    assert reason.removeprefix("cannot be read: ") in said
+    run(ALONE, tmp_path, resume=resume)  # Trainer itself ends at such a name
+    assert find_folder_damage(newest) == []
     straight, resumed = torch.load(finished(ALONE) / "truth.pt"), torch.load(tmp_path / "truth.pt")
     assert_equal(resumed["main"], straight["main"])
     assert_equal(resumed["ema"], straight["ema"])

@@ -1,19 +1,32 @@
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import xxhash
 
+from shardsmith.errors import IncompleteCheckpointError
 from shardsmith.ground import layout
 from shardsmith.ground.commit import sweep
-from shardsmith.manifest.checkpoints import committed_steps, find_damage, hash_file, set_aside
+from shardsmith.manifest.checkpoints import (
+    committed_steps,
+    find_damage,
+    hash_file,
+    loadable_steps,
+    set_aside,
+    set_aside_unfinished,
+    unreadable_steps,
+    why_unreadable,
+)
 from shardsmith.manifest.metadata import FileRecord, read_metadata
 from tests.golden_checkpoint import SHARDED
+from tests.unreadable import UNREADABLE
 
 ID = "0123456789abcdef"
 FILES = [".metadata", "__0_0.distcp", "__1_0.distcp"]
@@ -206,3 +219,56 @@ def test_the_hash_does_not_follow_links(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("file")
     with pytest.raises(OSError, match="Too many levels of symbolic links"):
         hash_file(tmp_path / "link")
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_what_is_no_directory_is_no_checkpoint_and_does_not_stop_a_search(
+    tmp_path: Path, checkpoint: Path, kind: str
+) -> None:
+    put, reason = UNREADABLE[kind]
+    step = tmp_path / "step-9"
+    put(step)
+    assert why_unreadable(step) == reason
+    assert committed_steps(tmp_path) == [3]
+    assert loadable_steps(tmp_path) == [3]
+    ((aside, why),) = set_aside_unfinished(tmp_path, newest=3).items()
+    assert (aside.name.split("-")[0:2], why) == ([".step", "9.damaged"], reason)
+    assert not os.path.lexists(step)
+    assert os.path.lexists(aside)  # nothing is deleted
+    assert sweep(tmp_path) == []
+    assert checkpoint.is_dir()
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_a_run_does_not_begin_anew_beside_steps_that_cannot_be_read(tmp_path: Path, kind: str) -> None:
+    put, reason = UNREADABLE[kind]
+    put(tmp_path / "step-9")
+    with pytest.raises(IncompleteCheckpointError, match=f"holds no checkpoint that can be read\n  step-9 {reason}"):
+        loadable_steps(tmp_path)
+    assert os.path.lexists(tmp_path / "step-9")
+
+
+def test_a_directory_that_may_not_be_read_or_not_be_entered_is_unreadable() -> None:
+    with tempfile.TemporaryDirectory() as root, as_nobody(Path(root)):
+        for mode in (0o000, 0o444, 0o111, 0o755):
+            step = Path(root, f"step-{mode}")
+            step.mkdir()
+            step.chmod(mode)
+            assert why_unreadable(step) == (None if mode == 0o755 else "cannot be read: Permission denied")
+        assert committed_steps(Path(root)) == []
+        assert len(unreadable_steps(Path(root))) == 3
+        for path in Path(root).iterdir():
+            path.chmod(0o755)
+
+
+@contextlib.contextmanager
+def as_nobody(place: Path) -> Iterator[None]:
+    """As another user than root, for whom permissions hold, in a directory of that user."""
+    user = os.geteuid()
+    if user == 0:
+        os.chown(place, 65534, -1)
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from shardsmith.manifest.checkpoints import committed_steps, find_damage
 from tests.titan.checkpoints import digests_of, steps_in
 from tests.titan.cpu import IS_0_3
 from tests.titan.jobs import Assets, Job, error_of, log_of, run_jobs
+from tests.unreadable import UNREADABLE
 
 METADATA = {"metadata": True}
 
@@ -189,3 +191,32 @@ def test_an_index_whose_bytes_have_changed_is_passed_over_as_any_other_damage(as
     assert "step-4 is damaged and passed over" in log_of(again)
     assert "Training starts at step 3" in log_of(again)
     assert find_damage(index.parent) == []
+
+
+def test_what_is_no_folder_is_passed_over_and_makes_way_for_its_step(assets: Assets, tmp_path: Path) -> None:
+    first = Job(run=tmp_path / "first", hooks={"ema_decay": 0.9})
+    run_jobs(assets, 2, tmp_path, first)
+    hooks: list[dict[str, Any]] = [{"ema_decay": 0.9}, {"export_last": True, "export_models": "main"}, {"engine": True}]
+    again = []
+    for number, (put, _) in enumerate(UNREADABLE.values()):
+        run = tmp_path / str(number)
+        shutil.copytree(first.run / "checkpoint" / "step-2", run / "checkpoint" / "step-2")
+        put(run / "checkpoint" / "step-4")
+        again.append(Job(run=run, hooks=hooks[number % 3], options=["--checkpoint.keep_latest_k=2"]))
+    without = tmp_path / "without"
+    (without / "checkpoint").mkdir(parents=True)
+    (without / "checkpoint" / "step-4").symlink_to("/nowhere")
+    none = Job(run=without, hooks={"metadata": True})
+    chosen = Job(run=first.run, hooks={"metadata": True}, options=["--checkpoint.load_step=2"])
+    shutil.rmtree(first.run / "checkpoint" / "step-4")
+    (first.run / "checkpoint" / "step-4").symlink_to("/nowhere")
+    run_jobs(assets, 2, tmp_path, *again, none, chosen)
+    reasons = [reason for _, reason in UNREADABLE.values()]
+    for job, reason in zip([*again, chosen], [*reasons, "is a link that leads nowhere"], strict=True):
+        assert error_of(job) == ""
+        step = job.run / "checkpoint" / "step-4"
+        assert "Training starts at step 3" in log_of(job)
+        assert f"{step} {reason}, and is passed over" in log_of(job) or job is chosen
+        assert f"{step} {reason}; it was set aside as {step.parent}/.step-4.damaged-" in log_of(job)
+        assert digests_of(step)
+    assert "no step can be resumed from\n  step-4 is a link that leads nowhere" in error_of(none)
