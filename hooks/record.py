@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from concurrent.futures import Future
 from functools import partial
@@ -189,5 +190,5 @@ class Recorder(Hook):
 
     def _all_steps(self) -> list[int]:
         """Those of all step directories, complete or not."""
-        steps = (parse_step(path.name) for path in self.directory.iterdir() if path.is_dir())
+        steps = (parse_step(path.name) for path in self.directory.iterdir() if os.path.isdir(path))
         return sorted(step for step in steps if step is not None)

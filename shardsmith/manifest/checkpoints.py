@@ -38,16 +38,9 @@ def committed_steps(directory: Path, mark: str = layout.METADATA_FILE) -> list[i
         return remote_commit.committed_steps(directory, mark)
     if not directory.is_dir():
         return []
-    steps = (layout.parse_step(path.name) for path in directory.iterdir() if _has_file(path, mark))
+    marked = (path for path in directory.iterdir() if os.path.isfile(path / mark))  # without an error if it has one
+    steps = (layout.parse_step(path.name) for path in marked)
     return sorted(step for step in steps if step is not None)
-
-
-def _has_file(directory: Path, name: str) -> bool:
-    """Return whether a file is there and can be seen."""
-    try:
-        return (directory / name).is_file()
-    except OSError:
-        return False
 
 
 def why_unreadable(directory: Path) -> str | None:
@@ -186,7 +179,7 @@ def set_aside_unfinished(directory: Path, newest: int, mark: str = layout.METADA
     steps = {path: layout.parse_step(path.name) for path in directory.iterdir()} if complete else {}
     moved = {}
     for path, step in sorted(steps.items()):
-        if step is not None and step > newest and not _has_file(path, mark):
+        if step is not None and step > newest and not os.path.isfile(path / mark):
             reason = why_unreadable(path) or f"has no {mark}"
             moved[set_aside(path)] = reason
     return moved
