@@ -194,7 +194,8 @@ class ShardedCheckpointManager:
         """Load a checkpoint of ours, or of another project, and verify the loaded values against it.
 
         What is asked for and is not there is an error. Of another project's checkpoints optimizer, scheduler and data
-        status can be loaded where they say enough: BAGEL's and its fork's over as many ranks as saved them.
+        status can be loaded where they say enough: an optimizer of BAGEL over as many ranks as saved it, one of its
+        fork with names on any number.
 
         Args:
             path: Default: the newest of our own that is sound.

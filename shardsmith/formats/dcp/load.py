@@ -168,8 +168,9 @@ class LocalLoad:
 
 
 def _materialize(state_dict: dict[str, Any]) -> None:
-    """Give tensors on the meta device memory, as torch does."""
-    if any(isinstance(value, Tensor) and value.is_meta for value in flatten_state_dict(state_dict)[0].values()):
+    """Give tensors on the meta device memory, as torch does. A ShardedTensor without a shard on this rank has none."""
+    tensors = (value for value in flatten_state_dict(state_dict)[0].values() if isinstance(value, Tensor))
+    if any(values.is_meta for value in tensors for _, values in local_boxes(value)):
         _init_state_dict(state_dict)
 
 
