@@ -171,6 +171,10 @@ class SaveWriting:
     """The most CPU memory that a rank's copy of the state may take, such as ``"8GB"``. A state that is larger is copied
     in parts, each while the one before is written, and the training waits for that. One tensor's part on a rank (1 GiB
     at most) is copied whole. None: no bound."""
+    prewarm: bool = False
+    """Make the memory of the copies, and agree on who writes what, after the first step instead of at the first save:
+    that one then waits no longer than the later ones, and too little memory is an error at the first step. Needs
+    ``async_mode="async"``."""
     layout: Literal["flat", "nested"] = "flat"
     """``"nested"`` puts the model's keys under ``model.``, as TorchTitan before 0.2 wants them."""
     latest_link: bool = False
@@ -230,6 +234,7 @@ class SaveOptions(TypedDict, total=False):
     async_mode: Literal["async", "disabled"]
     staging: Literal["copy", "overlap"]
     max_host_memory: Size | None
+    prewarm: bool
     layout: Literal["flat", "nested"]
     latest_link: bool
     on_saved: Callable[[int, Path], None] | None

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from typing import Unpack
+from typing import TypeVar, Unpack
 
 from torch import nn
 from torch.distributed.checkpoint.stateful import Stateful
@@ -29,6 +29,7 @@ from shardsmith.manifest.retention import Retention
 from shardsmith.run_state.alike import ReplicaCheck
 from shardsmith.run_state.optimizers import check_optimizers
 from shardsmith.run_state.rank_states import PerRank
+from shardsmith.run_state.rehearsal import Rehearsal
 from shardsmith.run_state.resume_parts import OnMissing
 from shardsmith.run_state.save import Contents, SaveInProgress
 from shardsmith.run_state.share import Share
@@ -50,6 +51,8 @@ from .step_folder import StepFolder, prepare
 from .wiring import Parts, alike
 
 log = logging.getLogger(__name__)
+
+Job = TypeVar("Job", bound=SaveInProgress)
 
 
 class ShardedSave(Hook):
@@ -104,8 +107,8 @@ class ShardedSave(Hook):
                 for ``writing=SaveWriting(async_mode="disabled")``.
 
         Raises:
-            UsageError: a name in ``stateful`` is taken, the optimizer's parameters are not the model's, or
-                ``staging="overlap"`` without an optimizer or without ``async_mode="async"``.
+            UsageError: a name in ``stateful`` is taken, the optimizer's parameters are not the model's,
+                ``staging="overlap"`` without an optimizer, or that or ``prewarm`` without ``async_mode="async"``.
             RankFailedError, WriteError: the directory cannot be written to.
         """
         writing = merge("ShardedSave", "writing", SaveWriting, writing, options)
@@ -121,6 +124,7 @@ class ShardedSave(Hook):
             keep=keep,
             async_mode=writing.async_mode,
             staging=writing.staging,
+            prewarm=writing.prewarm,
             layout=writing.layout,
             weights=files.weights,
             ema=ema and ema.settings(),
@@ -157,6 +161,9 @@ class ShardedSave(Hook):
         self.background = Background("shardsmith-save") if writing.async_mode == "async" else None
         self._share = Share(self._ranks.rank)
         self._buffer = StagingBuffer() if self.background else None
+        self._is_warm = not writing.prewarm
+        if writing.prewarm and self._buffer is None:
+            raise UsageError('prewarm=True makes memory for copies, which async_mode="disabled" does not make')
         self._in_flight = SavesInFlight(self.background, self._announce_save)
         self._saved_step: int | None = None
         prepared = partial(prepare, self.directory, self._ranks.is_leader, may_be_away=bool(writing.local_cache))
@@ -177,6 +184,8 @@ class ShardedSave(Hook):
         due, error = attempted(lambda: self.when.due(step))
         if due or error:
             self._save(step, error)
+        elif not self._is_warm:
+            self._prewarm(step)
 
     def on_occasion(self, step: int) -> None:
         """Save the step, if that was not done. All ranks; communicates."""
@@ -233,16 +242,16 @@ class ShardedSave(Hook):
         """``error``: of this rank, perhaps of it alone. Then all ranks raise instead of saving."""
         self._resumed.refuse_spoiled()
         watch = Stopwatch()
+        self._is_warm = True
         error = attempted(self._report)[1] or error
 
         @functools.cache  # what is compared is what is saved
         def collect() -> Contents:
             if error is not None:
                 raise error
-            contents = self._state.collect(step)
-            return contents if self._weights is None else self._weights.added_to(contents, job.target)
+            return self._collect(step, job.target)
 
-        job = SaveInProgress(self._place / step_name(step), self._ranks, self._share, room_in(self.local_cache))
+        job = self._job(SaveInProgress, step)
         try:
             self._stage(job, collect, error)
         except BaseException as failure:
@@ -254,6 +263,22 @@ class ShardedSave(Hook):
         if self.background:
             job.feed()
             watch.released()
+
+    def _prewarm(self, step: int) -> None:
+        """Make what the first save would make, and later ones use again. All ranks; communicates."""
+        self._is_warm = True
+        rehearsal = self._job(Rehearsal, step)
+        collect = partial(self._collect, step, rehearsal.target)
+        with self._state.ema.staging() if self._state.ema else contextlib.nullcontext():
+            assert self._buffer is not None
+            rehearsal.prepare(collect, self._state.shared_keys, self._buffer, self._most_bytes)
+
+    def _job(self, kind: type[Job], step: int) -> Job:
+        return kind(self._place / step_name(step), self._ranks, self._share, room_in(self.local_cache))
+
+    def _collect(self, step: int, target: Path) -> Contents:
+        contents = self._state.collect(step)
+        return contents if self._weights is None else self._weights.added_to(contents, target)
 
     def _stage(self, job: SaveInProgress, collect: Callable[[], Contents], error: Exception | None) -> None:
         """Collect the state, agree on who writes what, and copy it if it is written in the background."""

@@ -148,8 +148,7 @@ class SaveInProgress:
         with self._abandoned_on_error():
             # Counting memory costs a round of all ranks: only where the copy may need more than the last one did.
             if self._is_dealt_anew or not buffer.has_room:
-                require_memory(self._ranks, phase, lambda: self._growth(buffer, most_bytes))
-                buffer.has_room = True
+                self._require_memory(phase, buffer, most_bytes)
             self._ranks.gather(phase, lambda: self._stage(buffer, later or {}, most_bytes))
 
     def feed(self) -> None:
@@ -242,12 +241,23 @@ class SaveInProgress:
     def _stage(self, buffer: StagingBuffer, later: Mapping[str, Tensor], most_bytes: int | None) -> None:
         with without_collection():
             tensors = self._tensors()
-            if most_bytes is not None and sum(tensor.nbytes for tensor in tensors) > most_bytes:
-                self._windows = WindowedCopy(tensors, (buffer, buffer.beside), most_bytes)
+            self._windows = self._windowed(tensors, buffer, most_bytes)
+            if self._windows is not None:
                 self._staged = self._windows.take(), self._objects()
             else:
                 self._stage_whole(tensors, buffer, later)
         self._held = Held(self._held.entries, [])  # the live tensors are needed no more
+
+    @staticmethod
+    def _windowed(tensors: list[Tensor], buffer: StagingBuffer, most_bytes: int | None) -> WindowedCopy | None:
+        """The copy in parts; None if all fits at once."""
+        if most_bytes is None or sum(tensor.nbytes for tensor in tensors) <= most_bytes:
+            return None
+        return WindowedCopy(tensors, (buffer, buffer.beside), most_bytes)
+
+    def _require_memory(self, phase: str, buffer: StagingBuffer, most_bytes: int | None) -> None:
+        require_memory(self._ranks, phase, lambda: self._growth(buffer, most_bytes))
+        buffer.has_room = True
 
     def _growth(self, buffer: StagingBuffer, most_bytes: int | None) -> int:
         """How many more bytes of memory the copy takes."""

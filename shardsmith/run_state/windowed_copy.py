@@ -47,6 +47,11 @@ class WindowedCopy:
                 return
             self._copy(number, window)
 
+    def warm(self) -> None:
+        """Make the memory of the windows, and copy nothing."""
+        for number, window in enumerate(self._windows):
+            self._buffers[number % 2].warm(window, [tensor.dtype for tensor in window])
+
     def take(self) -> Iterator[Tensor]:
         """Yield the copies, each when it is there. On the other thread. Raises what copying raised."""
         for number in range(len(self._windows)):

@@ -77,6 +77,13 @@ class StagingBuffer:
         copy_into(tensors, copies)
         return copies
 
+    def warm(self, tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> None:
+        """Make the memory that a ``copy`` of these takes, and touch it, by which the system really gives it."""
+        before = self._memory
+        self.places(tensors, dtypes)
+        if self._memory is not before:
+            self._memory.fill_(0)
+
     def places(self, tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
         """Return where the copies are to go, valid as those of ``copy``. Nothing is copied."""
         pinned = any(tensor.device.type != "cpu" for tensor in tensors)

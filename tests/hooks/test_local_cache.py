@@ -85,6 +85,14 @@ def test_steps_are_on_the_disks_and_in_the_store_each_by_its_own_retention(
     assert {one for one in object_server.keys(f"cached-{hosts}") if one.endswith(".owner")} == set()
 
 
+def test_memory_can_be_made_before_the_first_save(
+    object_server: ObjectServer, posix: dict[int, dict[str, str]], tmp_path: Path
+) -> None:
+    place = object_server.url("cached-prewarmed")
+    run_on_ranks(train, 2, tmp_path, object_server, place, tmp_path, 2, 10, {"prewarm": True})
+    assert stored(object_server, place) == {step: posix[step] for step in (5, 10)}
+
+
 @pytest.mark.parametrize("hosts", [1, 2])
 def test_a_killed_run_goes_on_from_a_step_that_the_store_never_got(
     object_server: ObjectServer, posix: dict[int, dict[str, str]], tmp_path: Path, hosts: int

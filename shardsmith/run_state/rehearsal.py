@@ -1,0 +1,47 @@
+"""What the first save of a run makes for all later ones, made without a save."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+from shardsmith.run_state.save import Contents, SaveInProgress
+from shardsmith.sharding.live_boxes import StagingBuffer
+
+
+class Rehearsal(SaveInProgress):
+    """A save of which nothing is written. Make it on every rank, then ``prepare``."""
+
+    def prepare(
+        self,
+        collect: Callable[[], Contents],
+        shared_keys: Collection[str],
+        buffer: StagingBuffer,
+        most_bytes: int | None,
+    ) -> None:
+        """Agree on who writes what, and make the memory of the copies. Main thread; communicates.
+
+        Arguments as of ``begin`` and ``stage``.
+
+        Raises:
+            RankFailedError: on all ranks, if collecting failed on any, the ranks disagree, or a host has too little
+                memory for the copies.
+            RanksDisagreeError: on all ranks, naming the values under ``shared_keys`` that are different.
+        """
+        phase = "making memory for saves"
+        self.begin(collect, shared_keys)
+        self._require_memory(phase, buffer, most_bytes)
+        self._ranks.gather(phase, lambda: self._warm(buffer, most_bytes))
+
+    def _warm(self, buffer: StagingBuffer, most_bytes: int | None) -> None:
+        tensors, dtypes = self._tensors_and_dtypes()
+        windows = self._windowed(tensors, buffer, most_bytes)
+        if windows is not None:
+            windows.warm()
+        else:
+            buffer.warm(tensors, dtypes)
+
+    def _make_directory(self) -> str:
+        return ""
+
+    def _make_on_this_host(self) -> None:
+        """Make nothing."""
