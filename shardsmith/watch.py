@@ -27,7 +27,7 @@ from shardsmith.formats.by_path import known_checkpoint
 from shardsmith.ground.commit import check_writable, remove, sweep
 from shardsmith.ground.layout import PROVENANCE_FILE, parse_step, step_name
 from shardsmith.ground.leases import hold
-from shardsmith.ground.not_there import not_there
+from shardsmith.ground.path_advice import not_there
 from shardsmith.ground.remote_path import as_path
 from shardsmith.ground.sizes import parse_size
 from shardsmith.hf.base_files import choose_files

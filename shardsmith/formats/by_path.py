@@ -34,7 +34,7 @@ from shardsmith.formats.rank_files import RANK_FILES_READER
 from shardsmith.formats.torch_checkpointing import TORCH_CHECKPOINTING_READER
 from shardsmith.formats.trainer import trainer_reader
 from shardsmith.ground import layout
-from shardsmith.ground.not_there import not_there
+from shardsmith.ground.path_advice import not_there
 from shardsmith.ground.remote_path import RemotePath, as_path
 from shardsmith.manifest.checkpoints import committed_steps
 from shardsmith.manifest.metadata import CheckpointMetadata

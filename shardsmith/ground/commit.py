@@ -32,6 +32,7 @@ from shardsmith.errors import (
 )
 from shardsmith.ground import layout, remote_commit
 from shardsmith.ground.leases import unheld
+from shardsmith.ground.path_advice import advice_on_writing
 from shardsmith.ground.remote_commit import RemoteAttempt
 from shardsmith.ground.remote_path import RemotePath
 
@@ -327,20 +328,8 @@ def writing(path: Path, phase: str) -> Iterator[None]:
         raise
     except OSError as error:
         raise WriteError(
-            error.errno, f"{path}: {phase} failed: {error.strerror or error}{_consequence(path, error)}"
+            error.errno, f"{path}: {phase} failed: {error.strerror or error}{advice_on_writing(path, error)}"
         ) from error
-
-
-def _consequence(path: Path, error: OSError) -> str:
-    """What a user can do about it, where that is clear."""
-    if isinstance(path, RemotePath):
-        return ""
-    existing = next((p for p in (path, *path.parents) if os.path.lexists(p)), path)
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return f" ({shutil.disk_usage(existing).free / 1e9:.2f} GB free on {existing})"
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"; this user may not write to {existing}: choose another directory, or change its permissions"
-    return ""
 
 
 def _check_listing(directory: Path, files: Mapping[str, int]) -> None:

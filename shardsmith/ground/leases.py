@@ -16,7 +16,7 @@ from pathlib import Path
 
 from shardsmith.errors import CheckpointNotFoundError
 from shardsmith.ground.layout import METADATA_FILE, PROVENANCE_FILE
-from shardsmith.ground.not_there import not_there
+from shardsmith.ground.path_advice import not_there
 from shardsmith.ground.remote_path import RemotePath
 
 

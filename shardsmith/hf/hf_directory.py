@@ -20,7 +20,7 @@ import torch
 from shardsmith.errors import CheckpointNotFoundError, ProtectedPathError
 from shardsmith.ground.commit import sync, writing
 from shardsmith.ground.layout import COMPONENT_WEIGHTS, MAIN_WEIGHTS
-from shardsmith.ground.not_there import not_there
+from shardsmith.ground.path_advice import not_there
 from shardsmith.ground.remote_path import RemotePath
 from shardsmith.manifest.metadata import read_json
 from shardsmith.tensors.dtypes import dtype_name

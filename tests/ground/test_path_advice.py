@@ -8,7 +8,7 @@ import pytest
 
 from shardsmith.formats.by_path import detect_checkpoint_format
 from shardsmith.ground.extras import EXTRAS, install_line
-from shardsmith.ground.not_there import not_there
+from shardsmith.ground.path_advice import not_there
 
 
 def test_names_like_the_missing_one_are_listed(tmp_path: Path) -> None:

@@ -1,12 +1,16 @@
-"""The error for a path that does not exist: what exists there under similar names."""
+"""What errors about a path say besides: what exists under similar names, how much space is free, who may write."""
 
 from __future__ import annotations
 
 import difflib
+import errno
+import os
+import shutil
 from pathlib import Path
 
 from shardsmith.errors import CheckpointNotFoundError
 from shardsmith.ground.printable import printable
+from shardsmith.ground.remote_path import RemotePath
 
 _MOST_NAMES = 3
 _MOST_ENTRIES = 10_000
@@ -38,3 +42,15 @@ def _hints(path: Path) -> list[str]:
         return []
     close = difflib.get_close_matches(path.name, names, _MOST_NAMES)
     return [f"similar names there: {', '.join(map(printable, sorted(close)))}"] if close else []
+
+
+def advice_on_writing(path: Path, error: OSError) -> str:
+    """Return the end of the sentence about a write that failed: the free space, or who may not write; "" if neither."""
+    if isinstance(path, RemotePath):
+        return ""
+    existing = next((p for p in (path, *path.parents) if os.path.lexists(p)), path)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f" ({shutil.disk_usage(existing).free / 1e9:.2f} GB free on {existing})"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"; this user may not write to {existing}: choose another directory, or change its permissions"
+    return ""
