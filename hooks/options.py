@@ -172,9 +172,8 @@ class SaveWriting:
     in parts, each while the one before is written, and the training waits for that. One tensor's part on a rank (1 GiB
     at most) is copied whole. None: no bound."""
     prewarm: bool = False
-    """Make the memory of the copies, and agree on who writes what, after the first step instead of at the first save:
-    that one then waits no longer than the later ones, and too little memory is an error at the first step. Needs
-    ``async_mode="async"``."""
+    """Allocate the memory of the copies, and agree on who writes what, after the first step instead of at the first
+    save, which then pays for neither. Too little memory is an error at the first step. Needs ``async_mode="async"``."""
     layout: Literal["flat", "nested"] = "flat"
     """``"nested"`` puts the model's keys under ``model.``, as TorchTitan before 0.2 wants them."""
     latest_link: bool = False
