@@ -31,7 +31,7 @@ def clean(run: tyro.conf.Positional[Path], delete: bool = False, set_aside: bool
     from shardsmith.overview import find_leftovers, remove_leftovers
 
     run = as_path(run)
-    everything = find_leftovers(run)
+    everything = list(find_leftovers(run))
     found = [one for one in everything if set_aside or one.kind == "unfinished"]
     others = [one for one in everything if one not in found]
     gone = remove_leftovers(run, found) if delete else []
