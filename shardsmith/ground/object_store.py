@@ -46,6 +46,7 @@ _CODE = re.compile(r"<Code>([A-Za-z0-9._-]{1,80})</Code>")
 _STATUS = re.compile(r"status code: (\d{3} [A-Za-z ]{1,40})")
 _CREDENTIALS = "; look at the credentials of this process, and at what they allow there"
 _CURES = {"401": _CREDENTIALS, "403": _CREDENTIALS, "501": "; this store does not know such requests"}
+_BAD_SCHEME = "BadScheme"  # in what the client says of an address that it must not use
 _CAUSES = re.compile(
     r"(Connection refused|Connection reset|connection closed|timed out|operation timed out|error sending request"
     r"|dns error|error decoding response body|error reading a body|incomplete|No such file or directory"
@@ -276,10 +277,14 @@ def _reason(error: Exception) -> str:
 def _is_transient(error: Exception) -> bool:
     """Whether the same request may succeed later."""
     status = _STATUS.search(str(error))
+    if _BAD_SCHEME in str(error):
+        return False
     return status is None or (status[1][:1] == "5" and status[1][:3] != "501") or status[1][:3] in ("408", "429")
 
 
 def _cure(error: Exception) -> str:
-    """What to look at, where the status alone says it."""
+    """What to look at, where the answer alone says it."""
+    if _BAD_SCHEME in str(error):
+        return "; its endpoint is an http:// address, for which AWS_ALLOW_HTTP=true must be set"
     status = _STATUS.search(str(error))
     return _CURES.get(status[1][:3], "") if status else ""

@@ -113,3 +113,14 @@ def test_a_client_of_ones_own_of_any_kind_keeps_the_rule(
     with pytest.raises(TargetExistsError):
         second.commit(sizes[1])
     assert committed_steps(as_remote("s3://own/run"), "metadata.json") == [5]
+
+
+def test_an_address_without_tls_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(object_store, "_clients", {})
+    client = obstore.store.S3Store(
+        "b", endpoint="http://127.0.0.1:9", access_key_id="a", secret_access_key="b", region="x"
+    )
+    object_store.use_client("s3://plain", client)
+    with pytest.raises(StorageError, match="http:// address, for which AWS_ALLOW_HTTP=true must be set") as caught:
+        ObjectStore("s3://plain").put("a", b"1")
+    assert not caught.value.transient
