@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from threading import Event
 
 import pytest
 
@@ -10,7 +12,7 @@ from shardsmith.ground import object_store
 from shardsmith.ground.remote_path import as_path
 from shardsmith.hf.export_files import find_export_damage
 from shardsmith.manifest.checkpoints import committed_steps
-from tests.faulty_proxy import proxied
+from tests.faulty_proxy import Request, proxied
 from tests.hooks.test_export_remote import download
 from tests.hooks.test_local_cache import stored
 from tests.hooks.test_save import digests
@@ -78,3 +80,43 @@ def test_two_hosts_without_a_shared_folder_and_then_one_of_them_alone(
     exported = files_in(download(object_server, "two-hosts/hf", tmp_path / "found"))
     assert exported == files_in(tmp_path / "hf")
     assert {name.partition("/")[0] for name in exported} == {f"step-{step}" for step in STEPS}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("disk", ["kept", "lost"])
+def test_a_host_that_is_killed_comes_back_with_its_disk_or_a_new_one(
+    object_server: ObjectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disk: str
+) -> None:
+    monkeypatch.setattr(object_store, "_clients", {})
+    place, disks, stored_10 = object_server.url(f"killed-host-{disk}"), Disks(tmp_path), Event()
+
+    def note(request: Request) -> None:
+        if request.method == "PUT" and request.key.endswith("step-10/metadata.json"):
+            stored_10.set()
+
+    with two_hosts() as hosts, proxied(object_server, hosts[0].listen()) as proxy:
+        proxy.done = note
+        proxy.server.use()
+        for number in (0, 1):
+            disks.start(hosts, number, place, STEPS[-1])
+        assert stored_10.wait(120)
+        hosts[1].kill()
+        hosts[0].kill()  # as the job's launcher does when a rank is gone
+        if disk == "lost":
+            shutil.rmtree(disks.own[1])
+            disks.own[1].mkdir()
+        for number in (0, 1):
+            disks.start(hosts, number, place, STEPS[-1] + 20)
+        assert [host.wait(240) for host in hosts] == [0, 0]
+    last = STEPS[-1] + 20
+    run_on_ranks(run_training_of, 2, tmp_path, tmp_path / "straight", last)
+    found = stored(object_server, f"{place}/steps")
+    assert found == {step: digests(tmp_path / "straight" / f"step-{step}") for step in found}
+    assert {*range(STEPS[-1] + 5, last + 1, 5)} <= {*found}, "all that the first run cannot have come to"
+    for number, own in enumerate(disks.own):
+        assert committed_steps(own) == [last - 5, last]
+        assert [path.name for path in (own / f"step-{last}").glob("*.distcp")] == [f"__{number}_0.distcp"]
+
+
+def run_training_of(folder: Path, steps: int) -> None:
+    run_training(folder, steps)
