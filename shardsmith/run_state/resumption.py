@@ -118,10 +118,8 @@ class Resumption:
     def _consequence(self) -> str:
         """What follows for the state in memory, if nothing sound is loaded now, and what to do."""
         if self.spoiled_by is None:
-            restart = " A process that is started again begins at step 0." if self._set_damaged_aside else ""
-            return (
-                f"\nNothing was loaded. Put a sound copy of a step there, or use hooks.resume(directory=...).{restart}"
-            )
+            again = " Otherwise a process that is started again begins at step 0." if self._set_damaged_aside else ""
+            return f"\nNothing was loaded. Put a sound copy of a step there, or use resume(directory=...).{again}"
         return (
             f"\nTensors of this run hold what was loaded from {self.spoiled_by}, which is damaged: "
             "do not train on them. Start the process again."
