@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Annotated, Any, NoReturn, Union
 
 import tyro
@@ -79,9 +80,11 @@ def _described(error: OSError) -> str:
     """The file, what went wrong with it, and what to do where that is clear."""
     if not isinstance(error, PermissionError) or error.filename is None:
         return str(error)
+    file = os.path.abspath(error.filename)
+    seen = next(place for place in (file, *map(str, Path(file).parents)) if os.path.lexists(place))
     return (
         f"{error.filename}: {error.strerror}\nNothing was written. This user may not read it: "
-        f"`ls -ld {os.path.dirname(error.filename) or '.'}` shows who may."
+        f"`ls -ld {seen}` shows who may."
     )
 
 

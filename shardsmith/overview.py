@@ -22,7 +22,7 @@ from shardsmith.ground.bounded import lines_of
 from shardsmith.ground.commit import remove, sweep
 from shardsmith.ground.remote_path import RemotePath, as_path
 from shardsmith.hf.export_files import find_export_damage
-from shardsmith.manifest.checkpoints import committed_steps, find_damage
+from shardsmith.manifest.checkpoints import committed_steps, find_damage, unreadable_steps, why_unreadable
 from shardsmith.manifest.companion import companion_of, find_folder_damage, is_complete
 from shardsmith.manifest.metadata import read_metadata
 from shardsmith.manifest.retention_note import expected_removals, read_policy
@@ -107,11 +107,14 @@ class RunOverview:
     """Bytes that are free on the file system; None in an object store, which does not say."""
     retention: tuple[RetentionOutlook, ...]
     """Of each folder whose run has written down what it keeps. Of others nothing is known."""
+    unreadable: dict[str, str]
+    """Names of steps, relative to the run, that are no directories which can be read, each with the reason."""
 
     @property
     def problems(self) -> list[str]:
-        """One line for each problem of each step."""
-        return [f"{step.path}: {problem}" for step in self.steps for problem in step.problems]
+        """One line for each problem of each step, and for each that cannot be read."""
+        of_steps = [f"{step.path}: {problem}" for step in self.steps for problem in step.problems]
+        return [*of_steps, *(f"{path}: {reason}" for path, reason in self.unreadable.items())]
 
     def next_save(self, step: StepSummary) -> str:
         """Return what becomes of a step at the next save or export of its folder; "" where that is not known."""
@@ -152,6 +155,11 @@ def inspect_run(path: AnyPath, *, verify: bool = False) -> RunOverview:
         verified=verify,
         free=free,
         retention=tuple(_outlooks(run, free)),
+        unreadable={
+            str(path.relative_to(run)): reason
+            for parent in _parents(run)
+            for path, reason in unreadable_steps(parent).items()
+        },
     )
 
 
@@ -191,7 +199,7 @@ def find_leftovers(run: Path) -> Iterator[Leftover]:
             continue
         for entry in sorted(parent.iterdir()):
             aside = _ASIDE.fullmatch(entry.name)
-            if entry.is_symlink() or not entry.is_dir() or not (aside or layout.is_leftover(entry.name)):
+            if not (aside or layout.is_leftover(entry.name)) or not _is_folder(entry):
                 continue
             named = aside["kind"] if aside else "unfinished"
             yield Leftover(str(entry.relative_to(run)), named, _bytes_in(entry))  # type: ignore[arg-type]
@@ -303,7 +311,7 @@ def _steps_of(run: Path) -> Iterator[tuple[int, Path]]:
     for parent in _parents(run):
         for entry in parent.iterdir():
             match = _STEP.fullmatch(entry.name)
-            if match is None or entry.is_symlink() or not entry.is_dir():
+            if match is None or not _is_folder(entry):
                 continue
             if isinstance(entry, RemotePath) and not _has_mark(entry):
                 continue  # there a step exists once its last object does
@@ -315,8 +323,15 @@ def _parents(run: Path) -> list[Path]:
     """The folder and those in it that are no steps; none if it is no folder."""
     if not run.is_dir():
         return []
-    below = [entry for entry in sorted(run.iterdir()) if entry.is_dir() and not entry.is_symlink()]
+    below = [entry for entry in sorted(run.iterdir()) if _is_folder(entry)]
     return [run, *(entry for entry in below if not _STEP.fullmatch(entry.name) and not entry.name.startswith("."))]
+
+
+def _is_folder(entry: Path) -> bool:
+    """Whether it is a directory, no link to one, and can be read."""
+    if isinstance(entry, RemotePath):
+        return entry.is_dir()
+    return not entry.is_symlink() and why_unreadable(entry) is None
 
 
 def _has_mark(folder: Path) -> bool:

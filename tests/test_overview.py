@@ -20,6 +20,7 @@ from shardsmith.ground.commit import Attempt
 from shardsmith.hooks import EMA, HFExport, Hooks, ShardedSave, every
 from shardsmith.overview import find_leftovers, inspect_run, newest_step
 from shardsmith.tensor_listing import list_tensors
+from tests.unreadable import UNREADABLE
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # dcp.save of one process
 
@@ -238,3 +239,20 @@ def test_a_run_lists_the_tensors_of_its_newest_step(run: Path, capsys: pytest.Ca
     printed = capsys.readouterr().out
     assert f"{run}/checkpoints/step-6" in printed
     assert printed.count("0.weight") == 2  # main and the average
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_a_step_that_cannot_be_read_is_a_problem_and_the_others_are_listed(
+    run: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make, reason = UNREADABLE[kind]
+    make(run / "checkpoints/step-8")
+    for place, shown in (run, "checkpoints/step-8"), (run / "checkpoints", "step-8"):
+        found = inspect_run(place)
+        assert found.unreadable == {shown: reason}
+        assert found.problems == [f"{shown}: {reason}"]
+        assert [one.step for one in found.steps if one.kind == "checkpoint"] == [2, 4, 6]
+        assert shardsmith("inspect", place) == 1
+        assert f"{shown}: {reason}" in capsys.readouterr().out
+        assert newest_step(place) == run / "checkpoints/step-6"
+        assert shardsmith("clean", place) == 0

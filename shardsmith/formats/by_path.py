@@ -36,7 +36,7 @@ from shardsmith.formats.trainer import trainer_reader
 from shardsmith.ground import layout
 from shardsmith.ground.path_advice import not_there
 from shardsmith.ground.remote_path import RemotePath, as_path
-from shardsmith.manifest.checkpoints import committed_steps
+from shardsmith.manifest.checkpoints import committed_steps, why_unreadable
 from shardsmith.manifest.metadata import CheckpointMetadata
 from shardsmith.tensors.checkpoint_keys import MAIN
 
@@ -206,9 +206,8 @@ def _detect_remote(path: RemotePath) -> tuple[DetectedFormat, FormatReader | Non
 def _what_else(path: Path) -> str:
     """What may have been meant by a directory that is no checkpoint."""
     names = os.listdir(path)
-    steps = {
-        int(match["step"]): match[0] for match in map(_STEP.fullmatch, names) if match and (path / match[0]).is_dir()
-    }
+    matches = (match for match in map(_STEP.fullmatch, names) if match)
+    steps = {int(match["step"]): match[0] for match in matches if why_unreadable(path / match[0]) is None}
     known = [steps[step] for step in sorted(steps) if _is_known(path / steps[step])]
     if known:
         return f"a folder of {len(known)} checkpoints; name one of them, such as {path / known[-1]}"

@@ -25,7 +25,11 @@ def not_there(path: Path, kind: str = "file or directory", advice: str = "") -> 
         kind: What was expected there.
         advice: What to do, as the end of the sentence.
     """
-    parts = [f"there is no such {kind}", *_hints(path), *([advice] if advice else [])]
+    if path.is_symlink():
+        what = [f"is a link to {printable(str(path.readlink()))}, which does not exist"]
+    else:
+        what = [f"there is no such {kind}", *_hints(path)]
+    parts = [*what, *([advice] if advice else [])]
     return CheckpointNotFoundError(path, "; ".join(parts))
 
 

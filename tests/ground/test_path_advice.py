@@ -55,3 +55,9 @@ def test_packages_are_installed_by_their_extras_where_they_have_one() -> None:
     assert install_line("transformers", "huggingface_hub") == "pip install 'shardsmith[transformers]'"
     assert install_line("diffusers") == "pip install diffusers"
     assert all(f"'shardsmith[{extra}]'" in install_line(package) for package, extra in EXTRAS.items())
+
+
+def test_a_link_that_leads_nowhere_is_called_so(tmp_path: Path) -> None:
+    link = tmp_path / "step-4"
+    link.symlink_to("/nowhere/archive")
+    assert str(not_there(link)) == f"{link}: is a link to /nowhere/archive, which does not exist"
