@@ -60,7 +60,7 @@ def train_with_a_kill(server: ObjectServer, run: Path, steps: int) -> Iterator[C
     shardsmith("inspect", url, "--verify")
     newest = f"{url}/checkpoints/step-{steps}"
     shardsmith("verify", newest)
-    left = {key.split("/")[0] for key in server.keys("run/checkpoints")}
+    left = {key.split("/")[0] for key in server.keys("run/checkpoints")} - {".retention.json"}
     yield "retention has kept three steps", ", ".join(sorted(left)), len(left) == 3 and f"step-{steps}" in left
 
 
