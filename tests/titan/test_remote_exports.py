@@ -43,6 +43,6 @@ def test_exports_go_there_and_a_dump_folder_there_is_refused(
     found = {name: bytes(obstore.get(object_server.client(), f"titan/{name}").bytes()) for name in expected}
     assert found == expected
     names = {name.partition("/")[0] for name in object_server.keys("titan")}
-    assert names == {"step-4", "step-4-ema"}, "the older one was removed"
+    assert names == {".retention.json", "step-4", "step-4-ema"}, "the older one was removed"
     for rank in (0, 1):
         assert "give a local dump_folder. Exports alone can go to an object store" in error_of(inside, rank)
