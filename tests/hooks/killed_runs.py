@@ -91,7 +91,7 @@ def run_rank(rank: int, run: KilledRun) -> None:
     log = os.open(run.beside(f"rank-{rank}.log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    faulthandler.dump_traceback_later(50)  # where it hangs, if it does, is in the log
+    faulthandler.dump_traceback_later(58)  # where it hangs, if it does, is in the log; this can crash one that runs
     signal.alarm(60)  # whatever happens, no rank outlives the test
     status = 1
     try:

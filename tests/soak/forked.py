@@ -46,7 +46,7 @@ def _start(rank: int, size: int, body: Callable[[], None], log: Path, store: Pat
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     faulthandler.enable()
-    faulthandler.dump_traceback_later(60)
+    faulthandler.dump_traceback_later(95)  # not before it is held for hung: this can crash one that runs
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=30)
