@@ -137,11 +137,21 @@ def test_a_file_is_recognised_by_its_first_bytes(
     assert (found.name, found.reason[: len(reason)]) == (name, reason)
 
 
-@pytest.mark.parametrize("make", [lambda _: None, os.mkfifo, lambda path: path.symlink_to("nowhere")])
-def test_where_there_is_no_file_or_directory_it_is_an_error(make: Callable[[Path], object], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [
+        (lambda _: None, "there is no such file or directory"),
+        (os.mkfifo, "there is no such file or directory"),
+        (lambda path: path.symlink_to("nowhere"), "is a link to nowhere, which does not exist"),
+    ],
+    ids=["nothing", "pipe", "dangling link"],
+)
+def test_where_there_is_no_file_or_directory_it_is_an_error(
+    make: Callable[[Path], object], what: str, tmp_path: Path
+) -> None:
     make(tmp_path / "x")
     for reader in (detect_checkpoint_format, model_names, open_source):
-        with pytest.raises(CheckpointNotFoundError, match="there is no such file or directory"):
+        with pytest.raises(CheckpointNotFoundError, match=what):
             reader(tmp_path / "x")
 
 
