@@ -23,7 +23,7 @@ from shardsmith.errors import CheckpointNotFoundError, CorruptCheckpointError, M
 from shardsmith.formats.adopt import disown
 from shardsmith.formats.folder import SHARDED_MODEL, LiveModel, record_folder
 from shardsmith.ground.commit import remove, sweep
-from shardsmith.ground.layout import COMPANION, FOLDER_FILE
+from shardsmith.ground.layout import COMPANION, FOLDER_FILE, step_name
 from shardsmith.ground.logs import Stopwatch
 from shardsmith.ground.meeting import made_together, meet
 from shardsmith.ground.ranks import Ranks
@@ -31,6 +31,7 @@ from shardsmith.manifest.checkpoints import find_damage, set_aside, why_unreadab
 from shardsmith.manifest.companion import companion_of, is_complete, is_deserted, read_folder_record
 from shardsmith.manifest.metadata import TensorRecord, read_metadata
 from shardsmith.run_state.average import refuse_other_decay
+from shardsmith.run_state.rehearsal import Rehearsal, refuse_without_copies
 from shardsmith.run_state.resume import fill
 from shardsmith.run_state.resume_parts import OnMissing
 from shardsmith.run_state.save import Contents, SaveInProgress
@@ -73,6 +74,7 @@ class FolderSave(Hook):
         *,
         ema: EMA | None = None,
         async_mode: Literal["async", "disabled"] = "async",
+        prewarm: bool = False,
         timeout_secs: Seconds = 1800.0,
     ) -> None:
         """Prepare the saves. Nothing is written yet.
@@ -82,11 +84,18 @@ class FolderSave(Hook):
             ema: The average to save with each folder; None without one.
             async_mode: ``"async"`` copies the average to CPU memory, returns, and writes in the background, one folder
                 at a time; ``"disabled"`` returns when our directory is there.
+            prewarm: Allocate the memory of that copy, and agree on who writes what, after the first step instead of at
+                the first save. Needs ``Hooks``, which tell of the step, and ``async_mode="async"``.
             timeout_secs: How long to wait for a rank before a save is given up.
+
+        Raises:
+            UsageError: ``prewarm`` without ``async_mode="async"``.
         """
+        refuse_without_copies("FolderSave", prewarm=prewarm, has_copies=async_mode == "async")
         self._model = model
         self._ema = ema
-        facts = alike(async_mode=async_mode, ema=ema and ema.settings())
+        self._is_warm = not prewarm
+        facts = alike(async_mode=async_mode, prewarm=prewarm, ema=ema and ema.settings())
         self.parts = Parts(model=model, average=ema, facts=facts)
         self._ranks = Ranks(timeout_secs)
         meet(self._ranks, "making FolderSave", facts)
@@ -100,9 +109,11 @@ class FolderSave(Hook):
         """Return the step of the folder that ``load`` was given, or None. No communication."""
         return self._loaded_step
 
-    def on_step_end(self, step: int) -> None:  # noqa: ARG002
-        """Announce a save that has ended. All ranks; no communication."""
+    def on_step_end(self, step: int) -> None:
+        """Announce a save that has ended. All ranks; communicates after the first step, if it is to prewarm."""
         self._in_flight.announce_ended()
+        if not self._is_warm:
+            self._prewarm(step)
 
     def report_background(self) -> None:
         """Announce the save in flight, or raise what failed in it, if it has ended."""
@@ -147,6 +158,7 @@ class FolderSave(Hook):
                 fails in the background is raised by ``wait``, or by ``Hooks`` on all ranks after the same step.
         """
         self.before_save(folder)
+        self._is_warm = True
         watch = Stopwatch()
         job = SaveInProgress(companion_of(folder), self._ranks, self._share)
         with self._ema.staging() if self._ema else contextlib.nullcontext(), self._same_time(folder):
@@ -196,6 +208,14 @@ class FolderSave(Hook):
         self._loaded_step = step = read_folder_record(folder).step
         self.emit(event_of("resume", step, folder, watch, self._ranks.size))
         return step
+
+    def _prewarm(self, step: int) -> None:
+        """Make what the first save would make, and later ones use again. All ranks; communicates."""
+        self._is_warm = True
+        assert self._buffer is not None
+        with self._ema.staging() if self._ema else contextlib.nullcontext():
+            rehearsal = Rehearsal(Path(step_name(step)), self._ranks, self._share)
+            rehearsal.prepare(lambda: self._collect(step), self._buffer)
 
     def _withdraw(self, folder: Path) -> None:
         if os.path.lexists(folder) and (reason := why_unreadable(folder)):

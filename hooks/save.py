@@ -29,7 +29,7 @@ from shardsmith.manifest.retention import Retention
 from shardsmith.run_state.alike import ReplicaCheck
 from shardsmith.run_state.optimizers import check_optimizers
 from shardsmith.run_state.rank_states import PerRank
-from shardsmith.run_state.rehearsal import Rehearsal
+from shardsmith.run_state.rehearsal import Rehearsal, refuse_without_copies
 from shardsmith.run_state.resume_parts import OnMissing
 from shardsmith.run_state.save import Contents, SaveInProgress
 from shardsmith.run_state.share import Share
@@ -115,6 +115,7 @@ class ShardedSave(Hook):
         files = merge("ShardedSave", "files", SaveWeights, files, options)
         self.directory = as_path(directory).absolute()
         refuse_together(files, writing, self.directory)
+        refuse_without_copies("ShardedSave", prewarm=writing.prewarm, has_copies=writing.async_mode == "async")
         self.when = when
         self.keep = keep
         optimizers = optimizer_list(optimizer)
@@ -162,8 +163,6 @@ class ShardedSave(Hook):
         self._share = Share(self._ranks.rank)
         self._buffer = StagingBuffer() if self.background else None
         self._is_warm = not writing.prewarm
-        if writing.prewarm and self._buffer is None:
-            raise UsageError('prewarm=True makes memory for copies, which async_mode="disabled" does not make')
         self._in_flight = SavesInFlight(self.background, self._announce_save)
         self._saved_step: int | None = None
         prepared = partial(prepare, self.directory, self._ranks.is_leader, may_be_away=bool(writing.local_cache))
@@ -271,7 +270,7 @@ class ShardedSave(Hook):
         collect = partial(self._collect, step, rehearsal.target)
         with self._state.ema.staging() if self._state.ema else contextlib.nullcontext():
             assert self._buffer is not None
-            rehearsal.prepare(collect, self._state.shared_keys, self._buffer, self._most_bytes)
+            rehearsal.prepare(collect, self._buffer, self._state.shared_keys, self._most_bytes)
 
     def _job(self, kind: type[Job], step: int) -> Job:
         return kind(self._place / step_name(step), self._ranks, self._share, room_in(self.local_cache))

@@ -115,6 +115,7 @@ def attach(
     model: nn.Module | None = None,
     prove: bool = True,
     on_missing: Literal["raise", "start"] = "raise",
+    prewarm: bool = False,
 ) -> Attached:
     """Let ``accelerator.save_state`` and ``load_state`` include the average of ``hooks``, and verify loads.
 
@@ -130,6 +131,8 @@ def attach(
         prove: After ``load_state``, compare every tensor of the model with what was saved.
         on_missing: What to do if a folder that is loaded holds no average: ``"start"`` one from the weights, or
             ``"raise"``.
+        prewarm: Allocate the memory that the average is copied to after the first step, as ``ShardedSave`` does,
+            instead of at the first ``save_state``.
 
     Raises:
         UsageError: nothing was prepared, or several models and none was named; or accelerate is to write to a URL.
@@ -139,6 +142,6 @@ def attach(
     if model is None and len(prepared) != 1:
         raise UsageError(f"{len(prepared)} models were prepared: attach after prepare(), and name one as model=")
     ema = next((hook for hook in hooks.hooks if isinstance(hook, EMA)), None)
-    folder_save = FolderSave(prepared[0] if model is None else model, ema=ema)
+    folder_save = FolderSave(prepared[0] if model is None else model, ema=ema, prewarm=prewarm)
     hooks.add(folder_save)
     return Attached(accelerator, hooks, folder_save, prove, on_missing)

@@ -58,6 +58,7 @@ class CheckpointHooks(TrainerCallback):
         resume_from: LocalPath | None = None,
         on_missing: Literal["raise", "start"] = "raise",
         prove: bool = True,
+        prewarm: bool = False,
         stop_on: signal.Signals | Sequence[signal.Signals] = (),
         on_event: Listener | Sequence[Listener] = (),
         **export_options: Any,
@@ -75,6 +76,8 @@ class CheckpointHooks(TrainerCallback):
                 ``output_dir``. Events do not tell.
             on_missing: What to do if it holds no average: ``"start"`` one from the weights, or ``"raise"``.
             prove: At a resume, compare every tensor that Trainer has loaded with what was saved.
+            prewarm: Allocate the memory that the average is copied to after the first step, as ``ShardedSave`` does,
+                instead of at the first save.
             stop_on: Signals, such as ``signal.SIGTERM``, upon which Trainer saves the step and ends; one rank that gets
                 it is enough. What was due at the last step is not done then.
             on_event: As in ``Hooks``: who is told, on rank 0, of each save, export and removal.
@@ -97,6 +100,7 @@ class CheckpointHooks(TrainerCallback):
         self._resume_from = resume_from
         self._on_missing = on_missing
         self._verify = prove
+        self._prewarm = prewarm
         self._listeners: list[Listener] = [on_event] if callable(on_event) else list(on_event)
         self._stop_on = stop_on
         self._export_options = export_options
@@ -144,7 +148,7 @@ class CheckpointHooks(TrainerCallback):
             raise UsageError("CheckpointHooks works neither under DeepSpeed nor in a hyperparameter search")
         self.close()
         self.ema = EMA(model, **self._ema_options) if self._ema_options else None
-        self._folder_save = FolderSave(model, ema=self.ema)
+        self._folder_save = FolderSave(model, ema=self.ema, prewarm=self._prewarm)
         attached = [self.ema, self._folder_save, self._make_export(args, model, processing_class)]
         hooks = [hook for hook in attached if hook is not None]
         self.hooks = Hooks(*hooks, stop_on=self._stop_on, on_event=self._listeners)

@@ -180,7 +180,7 @@ class Attached:
             self.recorder = Recorder(folder, model=model, ema=self.ema, keep=keep, timeout_secs=options.timeout_secs)
             if options.engine:
                 weights = _weights(options, model, self.ema, sd_adapter, folder) if options.one_write else None
-                self.engine = Engine(model, self.ema, options.timeout_secs, weights)
+                self.engine = Engine(model, self.ema, options.timeout_secs, weights, prewarm=options.prewarm)
         if options.exports:
             ranks = Ranks(options.timeout_secs)
             base = find_base_model(options, sd_adapter)

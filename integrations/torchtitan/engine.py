@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from shardsmith.ground.commit import remove
 from shardsmith.ground.ranks import Ranks
 from shardsmith.hooks import EMA
 from shardsmith.hooks.save_weights import HuggingFaceWeights
+from shardsmith.run_state.rehearsal import Rehearsal
 from shardsmith.run_state.save import Contents, SaveInProgress
 from shardsmith.run_state.share import Share
 from shardsmith.run_state.train_state import mesh_of
@@ -35,7 +36,13 @@ class Engine:
     """
 
     def __init__(
-        self, model: nn.Module, ema: EMA | None, timeout_secs: float, weights: HuggingFaceWeights | None = None
+        self,
+        model: nn.Module,
+        ema: EMA | None,
+        timeout_secs: float,
+        weights: HuggingFaceWeights | None = None,
+        *,
+        prewarm: bool = False,
     ) -> None:
         """Nothing is written yet.
 
@@ -44,6 +51,7 @@ class Engine:
             ema: Whose facts are recorded, where it is saved with the rest.
             timeout_secs: How long to wait for a rank.
             weights: Plans the Hugging Face files of the weights; None where they go to DCP files.
+            prewarm: Make memory for copies with the first ``prewarm``.
         """
         self._weights = weights
         self._tied = tied_weights(model)
@@ -51,6 +59,7 @@ class Engine:
         self._ranks = Ranks(timeout_secs)
         self._share = Share(self._ranks.rank)
         self._buffer = StagingBuffer()
+        self._is_warm = not prewarm
         self._thread = ThreadPoolExecutor(1, "shardsmith-save")
         self._last: Future[None] | None = None
 
@@ -73,6 +82,7 @@ class Engine:
         if self._last is not None:
             wait([self._last])  # TorchTitan raises what failed in it
         self._ranks.lead(f"preparing {path.name}", partial(_make_way, path))
+        self._is_warm = True
         job = SaveInProgress(path, self._ranks, self._share)
         job.begin(lambda: self._contents(step, path, state))
         if mode == "disabled":
@@ -86,6 +96,23 @@ class Engine:
         copied: Future[None] = Future()
         copied.set_result(None)
         return AsyncSaveResponse(copied, self._last)
+
+    @torch.no_grad()
+    def prewarm(self, step: int, path: Path, state: Callable[[], Mapping[str, Any]]) -> None:
+        """Make what the first save would make, once, if that is wanted and no step was saved. All ranks; communicates.
+
+        Args:
+            step: Number of the step, of which nothing is written.
+            path: Its folder.
+            state: Returns what ``save`` would be given.
+
+        Raises:
+            RankFailedError: on all ranks, if a host has too little memory for the copies.
+        """
+        if not self._is_warm:
+            self._is_warm = True
+            rehearsal = Rehearsal(path, self._ranks, self._share)
+            rehearsal.prepare(lambda: self._contents(step, path, state()), self._buffer)
 
     def close(self) -> None:
         """Wait for the save under way; what failed in it is raised by its future."""

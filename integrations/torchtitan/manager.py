@@ -18,6 +18,7 @@ from shardsmith.errors import UsageError
 from shardsmith.ground.layout import parse_step
 from shardsmith.ground.ranks import Ranks
 from shardsmith.manifest.checkpoints import set_aside_unreadable
+from shardsmith.run_state.rehearsal import refuse_without_copies
 from shardsmith.run_state.train_state import mesh_of
 
 from . import one_write
@@ -72,6 +73,9 @@ class HookedManager(CheckpointManager):
                 f"checkpoint_hooks needs TorchTitan's own folders on a file system, and {dump_folder} {config.folder} "
                 "is remote: give a local dump_folder. Exports alone can go to an object store: export_folder"
             )
+        refuse_without_copies(
+            "checkpoint_hooks", prewarm=options.prewarm, has_copies=config.async_mode.lower() != "disabled"
+        )
         self._attached = Attached(
             options,
             model_parts=parts["model_parts"],
@@ -121,6 +125,9 @@ class HookedManager(CheckpointManager):
         saved = super().save(curr_step, last_step)
         if self._attached is None or curr_step < 1:  # step 0 is a checkpoint to start from, without a training
             return saved
+        if (engine := self._attached.engine) is not None:
+            path, states = Path(self._create_checkpoint_id(curr_step)), self._attached.states
+            engine.prewarm(curr_step, path, lambda: {**self._flattened_model_states_sd(), **states})
         if self._attached.step_end(curr_step, is_last=last_step):
             self._stop(curr_step, is_saved=self._should_save(curr_step, last_step))
         return saved

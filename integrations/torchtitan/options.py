@@ -42,6 +42,9 @@ class CheckpointHooks:
     """Write TorchTitan's step folders with the writer of ShardedSave instead of torch's: the same keys, modes and
     names. TorchTitan reads them with and without these hooks. A folder appears when it is complete, and
     has its metadata.json then. What checkpoint.last_save_in_hf asks for is still written by TorchTitan."""
+    prewarm: bool = False
+    """Allocate the memory of the copies that async saves make, and agree on who writes what, after the first step
+    instead of at the first save, as ShardedSave does. Needs engine and a checkpoint.async_mode other than disabled."""
     weights: Literal["dcp", "huggingface"] = "dcp"
     """"huggingface" makes each step folder a Hugging Face directory too, and its folder ema one of the average: the
     weights are in safetensors files alone, in the dtype that trains, and all else in .distcp files. Needs engine. Only
@@ -150,6 +153,8 @@ class CheckpointHooks:
             problems += [f"{name} needs ema_decay" for name in ours if name.startswith("ema_") and ours[name]]
             if self.export_models in ("ema", "both"):
                 problems.append(f'export_models="{self.export_models}" needs ema_decay')
+        if self.prewarm and not self.engine:
+            problems.append("prewarm needs engine: torch's writer makes its memory itself")
         if self.one_write and not self.engine:
             problems.append('weights="huggingface" needs engine: torch\'s writer puts weights into .distcp files')
         if ours["weights_dtype"] and not self.one_write:

@@ -4,8 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 
+from shardsmith.errors import UsageError
 from shardsmith.run_state.save import Contents, SaveInProgress
 from shardsmith.sharding.live_boxes import StagingBuffer
+
+
+def refuse_without_copies(owner: str, *, prewarm: bool, has_copies: bool) -> None:
+    """Raise UsageError, in the name of ``owner``, if there is to be memory for copies that its saves do not make."""
+    if prewarm and not has_copies:
+        raise UsageError(
+            f'{owner}: prewarm=True makes memory for copies, which async_mode="disabled" does not make. Leave one of '
+            "them out. Nothing was done."
+        )
 
 
 class Rehearsal(SaveInProgress):
@@ -14,9 +24,9 @@ class Rehearsal(SaveInProgress):
     def prepare(
         self,
         collect: Callable[[], Contents],
-        shared_keys: Collection[str],
         buffer: StagingBuffer,
-        most_bytes: int | None,
+        shared_keys: Collection[str] = (),
+        most_bytes: int | None = None,
     ) -> None:
         """Agree on who writes what, and make the memory of the copies. Main thread; communicates.
 

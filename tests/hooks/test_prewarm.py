@@ -14,8 +14,9 @@ from torch import nn
 from shardsmith.errors import NotEnoughMemoryError, RankFailedError, UsageError
 from shardsmith.ground import host_memory
 from shardsmith.ground.ranks import Ranks
-from shardsmith.hooks import EMA, Hooks, ShardedSave, every
+from shardsmith.hooks import EMA, FolderSave, Hooks, ShardedSave, every
 from shardsmith.manifest.checkpoints import committed_steps, find_damage
+from shardsmith.manifest.companion import companion_of
 from shardsmith.manifest.metadata import read_metadata
 from tests.hooks.training import build
 from tests.ranks import run_on_ranks
@@ -121,5 +122,47 @@ def test_too_little_memory_is_an_error_at_the_first_step(tmp_path: Path, monkeyp
 
 
 def test_without_copies_there_is_nothing_to_make(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="prewarm"):
+    with pytest.raises(UsageError, match="ShardedSave: prewarm"):
         ShardedSave(tmp_path, model=nn.Linear(4, 4), when=every(3), prewarm=True, async_mode="disabled")
+    with pytest.raises(UsageError, match="FolderSave: prewarm"):
+        FolderSave(nn.Linear(4, 4), prewarm=True, async_mode="disabled")
+
+
+def run_folders(directory: Path, sharding: str, prewarm: bool) -> None:
+    """Steps of a trainer that writes folders itself, the second of which has a save."""
+    model = build(sharding)
+    ema = EMA(model, decay=0.9)
+    save = FolderSave(model, ema=ema, prewarm=prewarm)
+    hooks = Hooks(ema, save)
+    hooks.resume()
+    assert save._buffer is not None
+    memory = []
+    for step in (1, 2, 3):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(1.0)
+        hooks.step(step)
+        if step > 1:
+            folder = directory / f"checkpoint-{step}"
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "model.bin").write_bytes(b"theirs")
+            if dist.is_initialized():
+                dist.barrier()
+            save.save(step, folder)
+            save.wait()
+        memory.append((save._buffer._memory.data_ptr(), len(save._buffer._memory)))
+    assert (memory[0][1] > 0) == prewarm
+    assert len({*memory[0 if prewarm else 1 :]}) == 1, "made once"
+    hooks.close()
+
+
+@pytest.mark.parametrize("sharding", ["fsdp2", "fsdp1", "ddp"])
+def test_folders_of_a_trainer_hold_the_same_average(sharding: str, tmp_path: Path) -> None:
+    for kind in ("warm", "cold"):
+        run_on_ranks(run_folders, 2, tmp_path, tmp_path / kind, sharding, kind == "warm")
+    for step in (2, 3):
+        warm, cold = (companion_of(tmp_path / kind / f"checkpoint-{step}") for kind in ("warm", "cold"))
+        assert read_metadata(warm).tensors.keys() >= {"ema_model.norm.weight"}
+        assert {key: record.digest for key, record in read_metadata(warm).tensors.items()} == {
+            key: record.digest for key, record in read_metadata(cold).tensors.items()
+        }

@@ -52,7 +52,7 @@ def run_loop(sharding: str, directory: Path, steps: int, load: str | None, name:
     accelerator, model, optimizer, loader = prepare(sharding)
     ema = EMA(model, decay=DECAY)
     hooks = Hooks(ema, HFExport(directory / "hf", model=model, ema=ema, when=last(), dtype="float32"))
-    attach(accelerator, hooks)
+    attach(accelerator, hooks, prewarm=True)
     if load is not None:
         accelerator.load_state(str(directory / load))
     step = hooks.resume()

@@ -50,6 +50,7 @@ def test_an_unknown_option_is_refused_with_a_list_of_those_there_are() -> None:
             ['export_verify="load" loads whole models'],
         ),
         ({"weights": "huggingface"}, ['weights="huggingface" needs engine']),
+        ({"prewarm": True}, ["prewarm needs engine"]),
         (
             {"weights": "huggingface", "engine": True, "export_base_model": "base", "export_keep": 2},
             ["export_keep needs"],

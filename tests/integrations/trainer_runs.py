@@ -95,7 +95,7 @@ def make_trainer(case: Case, directory: Path, **more: Any) -> tuple[Any, Any]:
     from shardsmith.integrations.transformers import CheckpointHooks
 
     transformers.logging.set_verbosity_error()
-    chosen = {"ema_decay": DECAY, "export": every(3) | last(), "dtype": "float32"} | case.hooks
+    chosen = {"ema_decay": DECAY, "export": every(3) | last(), "dtype": "float32", "prewarm": True} | case.hooks
     hooks = CheckpointHooks(**{name: value for name, value in chosen.items() if value is not None})
     arguments: dict[str, Any] = {
         "output_dir": str(directory / "out"),

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from shardsmith.formats.adopt import adopt
 from shardsmith.formats.dcp.source import DcpSource
+from shardsmith.integrations.torchtitan.manager import HookedManager
 from shardsmith.manifest.checkpoints import committed_steps
 from shardsmith.manifest.metadata import read_metadata
 from tests.titan.checkpoints import digests_of, steps_in
@@ -23,6 +28,26 @@ MODES = ("disabled", "async", "async_with_pinned_mem")
 SCHEDULE = "--lr_scheduler.total_steps=6"
 
 
+@contextlib.contextmanager
+def noting_memory(run: Path) -> Iterator[None]:
+    """Write down, for each step and rank, where the memory of the copies is then, and its size in bytes."""
+    original = HookedManager.save
+    found: list[list[int]] = []
+
+    def save(manager: Any, curr_step: int, last_step: bool = False) -> Any:
+        result = original(manager, curr_step, last_step)
+        memory = manager._attached.engine._buffer._memory
+        found.append([memory.data_ptr(), len(memory)])
+        return result
+
+    HookedManager.save = save  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        HookedManager.save = original  # type: ignore[method-assign]
+        (run / f"memory-{dist.get_rank()}.json").write_text(json.dumps(found))
+
+
 @pytest.fixture(scope="module")
 def runs(assets: Assets, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
     """Jobs of two ranks, done one after the other. Read only."""
@@ -30,7 +55,8 @@ def runs(assets: Assets, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     jobs = {
         mode: Job(
             run=root / mode,
-            hooks=ENGINE,
+            hooks={**ENGINE, "prewarm": mode != "disabled"},
+            within=partial(noting_memory, root / mode),
             options=[f"--checkpoint.async_mode={mode}", "--checkpoint.keep_latest_k=2", SCHEDULE, "--training.steps=6"],
         )
         for mode in MODES
@@ -58,6 +84,23 @@ def test_a_step_holds_what_torchs_writer_saves(runs: dict[str, Job], mode: str) 
         }
         one.close()
         other.close()
+
+
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_prewarm_makes_the_memory_of_the_copies_at_the_first_step(runs: dict[str, Job], mode: str) -> None:
+    for rank in range(2):
+        found = json.loads((runs[mode].run / f"memory-{rank}.json").read_text())
+        assert len(found) == 6
+        assert found == [found[0]] * 6
+        assert found[0][1] > 1 << 16
+        without = json.loads((runs["disabled"].run / f"memory-{rank}.json").read_text())
+        assert {size for _, size in without} == {0}
+
+
+def test_prewarm_without_copies_is_refused(assets: Assets, tmp_path: Path) -> None:
+    job = Job(run=tmp_path / "run", hooks={"engine": True, "prewarm": True}, options=["--training.steps=1"])
+    run_jobs(assets, 1, tmp_path, job)
+    assert 'checkpoint_hooks: prewarm=True makes memory for copies, which async_mode="disabled"' in error_of(job)
 
 
 def test_a_last_step_of_weights_alone_is_written_in_its_dtype(runs: dict[str, Job]) -> None:
