@@ -102,6 +102,9 @@ class CheckpointSource:
         self._main_ranks.lead(phase, lambda: claims.append(self._claim(step)))
         return lambda unfinished: self._open(claims, step, targets, unfinished)
 
+    def feed(self) -> None:
+        """Do nothing: nothing is copied."""
+
     def _claim(self, step: int) -> HeldCheckpoint:
         """The checkpoint of a step, to be awaited. Rank 0; no communication."""
         try:

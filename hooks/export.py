@@ -23,6 +23,7 @@ from shardsmith.ground.logs import Stopwatch
 from shardsmith.ground.meeting import made_together, meet
 from shardsmith.ground.ranks import Ranks
 from shardsmith.ground.remote_path import RemotePath, as_path
+from shardsmith.ground.sizes import parse_size
 from shardsmith.manifest.retention import Retention
 
 from .adapters import view_of
@@ -115,6 +116,12 @@ class HFExport(Hook):
         self.directory = as_path(directory).absolute()
         # A store does not write in the middle of a file: there each is written by one rank, whatever was asked for.
         write_mode = "files" if isinstance(self.directory, RemotePath) else writing.write_mode
+        if writing.max_host_memory is not None and write_mode == "files":
+            raise UsageError(
+                "HFExport(max_host_memory=...) bounds copies of which each rank writes its own slices; with "
+                'write_mode="files", and in an object store, one rank writes each file from the copies of all. Leave '
+                'it out, or export saved steps, which copies nothing: source="checkpoint"'
+            )
         if writing.on_push_error == "raise" and writing.on_error == "warn":
             raise UsageError('HFExport(on_push_error="raise") needs on_error="raise", too')
         self._pushes = Pushes(writing, self.directory, lambda event: self.emit(event))
@@ -147,6 +154,8 @@ class HFExport(Hook):
         self._exported_step: int | None = None
         self._has_said_copied = False
         self._prepare(lambda: LiveDirectory.choose(chosen, weights.ema_as, view, self._state.stem))
+        if writing.max_host_memory is not None:
+            live.most_bytes = parse_size(writing.max_host_memory) // (SLOTS * len(self._folder.directories))
         if weights.stages:
             self._state.unite(self._ranks)
         self._choose_source(weights.source, live, saved)
@@ -305,6 +314,8 @@ class HFExport(Hook):
         self._exported_step = step
         watch.released()
         self._in_flight.start(step, lambda: self._finish(step, begin, checks, watch))
+        self._source.feed()
+        watch.released()  # once more: the training waits, too, for what is fed
 
     def _ask(self, directory: LiveDirectory, path: Path) -> Check | None:
         """What a directory of the weights as they are now must pass."""

@@ -30,7 +30,13 @@ undone when they are."""
 
 
 class LiveSource:
-    """Copies the live weights, each rank its own part, while the training waits."""
+    """Copies the live weights, each rank its own part, while the training waits.
+
+    Attributes:
+        most_bytes: The most memory that the copies for one directory may take; None: no bound.
+    """
+
+    most_bytes: int | None = None
 
     def __init__(
         self,
@@ -53,6 +59,7 @@ class LiveSource:
         self._copy = copy
         self._exporter = LiveExporter(ranks)
         self._replicas = ReplicaCheck(ranks, compare_replicas)
+        self._begun: list[JointExport] = []
 
     def begin(self, step: int, targets: Sequence[Target], buffers: Sequence[StagingBuffer]) -> Begin:
         """Copy what goes into these directories. All ranks, main thread; communicates.
@@ -68,7 +75,14 @@ class LiveSource:
                 for target, buffer in zip(targets, buffers, strict=True)
             ]
         self._copy.begin(*jobs)
-        return lambda _: jobs
+        self._begun = jobs
+        return partial(_opened, jobs)
+
+    def feed(self) -> None:
+        """Copy what is being written, where it could not be copied whole. Main thread; no communication."""
+        jobs, self._begun = self._begun, []
+        for job in jobs:
+            job.feed()
 
     def is_possible(self, directories: Sequence[LiveDirectory]) -> bool:
         """Decide who would write what, as the first export does; False, with a warning, if that fails.
@@ -108,5 +122,11 @@ class LiveSource:
             compare_replicas(self._ranks, phase, lambda: self._state.replicated(models), "exported")
         job = JointExport(self._state.plan(path, step, directory, plans), self._writer_ranks, self._writer)
         later = self._state.changed_by_steps(models) if self._copy.is_wanted else None
-        job.stage(boxes, buffer, self._ranks, later)
+        job.stage(boxes, buffer, self._ranks, later, self.most_bytes)
         return job
+
+
+def _opened(jobs: list[JointExport], unfinished: contextlib.ExitStack) -> list[JointExport]:
+    for job in jobs:  # of two directories the second is never written if the first fails, and would be fed for ever
+        unfinished.callback(job.stop)
+    return jobs

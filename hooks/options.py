@@ -82,6 +82,11 @@ class ExportWriting:
     """``"copy"`` copies the weights before the training goes on. ``"overlap"`` copies them, and the average, during the
     next forward and backward; ``step()`` of any optimizer of torch waits for the rest. Buffers are copied at once. If
     anything else changes the weights before that, the export fails on all ranks and names them."""
+    max_host_memory: Size | None = None
+    """The most CPU memory that a rank's copies of the weights may take, such as ``"8GB"``; two exports may be on their
+    way, and the average may have a directory of its own, and each of these gets an equal share of it. What does not fit
+    into its share is copied in parts, each while the one before is written, and the training waits for that. Only with
+    ``write_mode="slices"``. None: no bound."""
     when_busy: Literal["wait", "skip", "raise"] = "wait"
     """What to do if one export is being written and one waits behind it: ``"wait"`` until there is room, ``"skip"``
     this one, or ``"raise"``."""
@@ -141,6 +146,7 @@ class ExportOptions(TypedDict, total=False):
     stages: bool
     write_mode: Literal["slices", "files"]
     staging: Literal["copy", "overlap"]
+    max_host_memory: Size | None
     when_busy: Literal["wait", "skip", "raise"]
     on_error: Literal["raise", "warn"]
     on_exported: Callable[[int, Path], None] | None

@@ -11,8 +11,10 @@ say where every element lies in a safetensors file.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Self
 
@@ -34,7 +36,8 @@ from shardsmith.name_maps.maps import Translation
 from shardsmith.sharding.assignment import assign_boxes
 from shardsmith.sharding.later_copy import LaterCopy, copy_now_and_later
 from shardsmith.sharding.live_boxes import LiveBox, StagingBuffer, address_of, held_boxes
-from shardsmith.tensors.tensors import Chunk, Shape, TensorSpec
+from shardsmith.sharding.windowed_copy import WindowedCopy
+from shardsmith.tensors.tensors import Chunk, Shape, TensorSpec, row_major_blocks
 
 Check = Callable[[Path, set[torch.dtype]], str]
 """Looks at a complete directory before it is published: its path, and the dtypes that floating-point weights have in
@@ -163,7 +166,9 @@ class JointExport:
         self._staged: dict[str, list[LiveBox]] = {}
         self._attempt: Attempt | RemoteDirectory | None = None
         self._writer = writer
-        self._receipts: list[Any] = []
+        self._receipts: list[list[Any]] = []  # of each rank, one a window
+        self._windows: WindowedCopy | None = None
+        self._boxes: list[LiveBox] = []  # what it copies
         self._later: LaterCopy | None = None
 
     def stage(
@@ -172,6 +177,7 @@ class JointExport:
         buffer: StagingBuffer,
         ranks: Ranks,
         later: Mapping[int, tuple[str, Tensor]] | None = None,
+        most_bytes: int | None = None,
     ) -> None:
         """Copy this rank's boxes, cast, into the buffer. When it returns the weights may change, but for ``later``.
 
@@ -181,6 +187,7 @@ class JointExport:
             ranks: Serves the main thread, which is the one that calls this.
             later: By address of their memory, names and tensors that do not change before ``settle``: ``write`` copies
                 those.
+            most_bytes: If the copies took more memory, they are left to ``feed``, which copies while ``write`` writes.
 
         Raises:
             RankFailedError: on all ranks, if copying failed on any, or a host has too little memory for the copies.
@@ -189,10 +196,20 @@ class JointExport:
         specs = {f"{model.model}/{spec.name}": spec for model in self.plan.models for spec in model.specs}
         flat = [replace(box, name=f"{model}/{box.name}") for model, held in boxes.items() for box in held]
         if not buffer.has_room:
-            values = [box.values for box in flat]
-            require_memory(ranks, phase, lambda: buffer.growth(values, [specs[box.name].dtype for box in flat]))
+            growth = partial(buffer.growth, [box.values for box in flat], [specs[box.name].dtype for box in flat])
+            require_memory(ranks, phase, lambda: growth() if most_bytes is None else min(growth(), most_bytes))
             buffer.has_room = True
-        ranks.gather(phase, lambda: self._stage(flat, specs, buffer, later or {}))
+        ranks.gather(phase, lambda: self._stage(flat, specs, buffer, later or {}, most_bytes))
+
+    def feed(self) -> None:
+        """Copy what ``write`` is writing in another thread, as there is room. Main thread; no communication."""
+        if self._windows is not None:
+            self._windows.fill()
+
+    def stop(self) -> None:
+        """Let ``feed`` return, since nothing is written any more. Any thread; a second call does nothing."""
+        if self._windows is not None:
+            self._windows.stop()
 
     def settle(self) -> None:
         """Return when all is copied, after which the weights may change. Main thread; no communication."""
@@ -225,24 +242,49 @@ class JointExport:
         specs: Mapping[str, TensorSpec],
         buffer: StagingBuffer,
         later: Mapping[int, tuple[str, Tensor]],
+        most_bytes: int | None,
     ) -> None:
         """The boxes and specs are named ``<model>/<tensor>``."""
-        self._staged = {model.model: [] for model in self.plan.models}
+        if most_bytes is not None and sum(box.box.numel * specs[box.name].dtype.itemsize for box in boxes) > most_bytes:
+            self._boxes = [*_pieces(self.plan, boxes, specs, most_bytes // 2)]
+            values = [box.values for box in self._boxes]
+            dtypes = [specs[box.name].dtype for box in self._boxes]
+            self._windows = WindowedCopy(values, dtypes, (buffer, buffer.beside), most_bytes)
+            return
         values = [box.values for box in boxes]
         copies = buffer.places(values, [specs[box.name].dtype for box in boxes])
         found = [later.get(address_of(one), (box.name, None)) for box, one in zip(boxes, values, strict=True)]
         self._later = copy_now_and_later([name for name, _ in found], [owner for _, owner in found], values, copies)
+        self._staged = self._by_model(boxes, copies)
+
+    def _by_model(self, boxes: Iterable[LiveBox], copies: Iterable[Tensor]) -> dict[str, list[LiveBox]]:
+        staged: dict[str, list[LiveBox]] = {model.model: [] for model in self.plan.models}
         for box, copy in zip(boxes, copies, strict=True):
             model, name = box.name.split("/", 1)
-            self._staged[model].append(replace(box, name=name, values=copy))
+            staged[model].append(replace(box, name=name, values=copy))
+        return staged
 
-    def _write(self, directory: Path) -> Any:
-        if self._later is None:
-            return self._writer.write(self.plan, self._staged, directory)
-        self._later.copy()
+    def _write(self, directory: Path) -> list[Any]:
+        if self._windows is not None:
+            return self._write_windows(self._windows, directory)
+        if self._later is not None:
+            self._later.copy()
         receipt = self._writer.write(self.plan, self._staged, directory)
-        self._later.result()
-        return receipt
+        if self._later is not None:
+            self._later.result()
+        return [receipt]
+
+    def _write_windows(self, windows: WindowedCopy, directory: Path) -> list[Any]:
+        boxes, receipts = iter(self._boxes), []
+        try:
+            for copies in windows.take_windows():
+                staged = self._by_model(islice(boxes, len(copies)), copies)
+                receipts.append(self._writer.write(self.plan, staged, directory))
+        finally:
+            # Also after an error: the main thread may be waiting in ``feed`` for a window that nobody writes any more.
+            windows.stop()
+            self._boxes = []
+        return receipts
 
     def _make_files(self) -> str:
         sweep(self.plan.output.parent)
@@ -254,7 +296,7 @@ class JointExport:
     def _commit(self) -> None:
         assert self._attempt is not None
         directory = self._attempt.directory
-        digests = self._writer.merge(self.plan, self._receipts, directory)
+        digests = self._writer.merge(self.plan, [*chain.from_iterable(self._receipts)], directory)
         sizes = complete_directory(self.plan, directory, digests)
         self.measure = check_directory(self.plan, directory)
         if self.check is not None:
@@ -269,6 +311,20 @@ class JointExport:
     def __exit__(self, *exc: object) -> None:
         if self._attempt is not None:
             self._attempt.__exit__(*exc)
+
+
+def _pieces(
+    plan: DirectoryPlan, boxes: Sequence[LiveBox], specs: Mapping[str, TensorSpec], most_bytes: int
+) -> Iterator[LiveBox]:
+    """The boxes, named ``<model>/<tensor>``, in the order of the files, each cut into pieces of at most this size."""
+    of_tensor: dict[str, list[LiveBox]] = {}
+    for box in boxes:
+        of_tensor.setdefault(box.name, []).append(box)
+    names = (f"{model.model}/{name}" for model in plan.models for file in model.weights.files for name in file.tensors)
+    for box in chain.from_iterable(of_tensor.get(name, ()) for name in names):
+        most_elements = max(1, most_bytes // specs[box.name].dtype.itemsize)
+        for _, part in row_major_blocks(box.box.sizes, most_elements):
+            yield replace(box, box=part.moved(box.box.offsets), values=box.values[part.slices])
 
 
 def _are_same(plans: Sequence[ModelPlan], models: Sequence[LiveModel]) -> bool:

@@ -38,9 +38,9 @@ from shardsmith.run_state.held import Held, hold
 from shardsmith.run_state.share import Share, speakers_of
 from shardsmith.run_state.weight_files import WeightFiles
 from shardsmith.run_state.whole_directory import to_receipt
-from shardsmith.run_state.windowed_copy import WindowedCopy
 from shardsmith.sharding.later_copy import LaterCopy, copy_now_and_later
 from shardsmith.sharding.live_boxes import StagingBuffer
+from shardsmith.sharding.windowed_copy import WindowedCopy
 from shardsmith.tensors.tensors import Chunk
 
 log = logging.getLogger(__name__)
@@ -253,7 +253,7 @@ class SaveInProgress:
         """The copy in parts; None if all fits at once."""
         if most_bytes is None or sum(tensor.nbytes for tensor in tensors) <= most_bytes:
             return None
-        return WindowedCopy(tensors, (buffer, buffer.beside), most_bytes)
+        return WindowedCopy(tensors, [tensor.dtype for tensor in tensors], (buffer, buffer.beside), most_bytes)
 
     def _require_memory(self, phase: str, buffer: StagingBuffer, most_bytes: int | None) -> None:
         require_memory(self._ranks, phase, lambda: self._growth(buffer, most_bytes))

@@ -15,8 +15,8 @@ from shardsmith.formats.dcp.rank_file import RankFile, RankFileWritten, write_ra
 from shardsmith.hooks import ShardedSave, at
 from shardsmith.manifest.checkpoints import committed_steps, find_damage
 from shardsmith.run_state import save as save_module
-from shardsmith.run_state.windowed_copy import WindowedCopy
 from shardsmith.sharding.live_boxes import StagingBuffer
+from shardsmith.sharding.windowed_copy import WindowedCopy
 from tests.hooks.test_save import digests
 from tests.hooks.training import run_training
 from tests.ranks import run_on_ranks
@@ -26,10 +26,14 @@ def tensors() -> list[Tensor]:
     return [torch.arange(n, dtype=dtype) for n in (5, 300, 1, 70, 0, 64) for dtype in (torch.float32, torch.int64)]
 
 
+def dtypes_of(tensors: list[Tensor]) -> list[torch.dtype]:
+    return [tensor.dtype for tensor in tensors]
+
+
 @pytest.mark.parametrize("most_bytes", [1, 64, 1000, 4000, 10**6])
 def test_what_is_taken_is_what_was_there(most_bytes: int) -> None:
     buffer, expected = StagingBuffer(), tensors()
-    copy = WindowedCopy(expected, (buffer, buffer.beside), most_bytes)
+    copy = WindowedCopy(expected, dtypes_of(expected), (buffer, buffer.beside), most_bytes)
     taken: list[Tensor] = []
     thread = threading.Thread(target=lambda: taken.extend(one.clone() for one in copy.take()))
     thread.start()
@@ -44,7 +48,7 @@ def test_what_is_taken_is_what_was_there(most_bytes: int) -> None:
 
 def test_whoever_copies_is_let_go_when_nobody_takes_any_more() -> None:
     buffer = StagingBuffer()
-    copy = WindowedCopy(tensors(), (buffer, buffer.beside), 64)
+    copy = WindowedCopy(tensors(), dtypes_of(tensors()), (buffer, buffer.beside), 64)
     thread = threading.Thread(target=copy.fill)
     thread.start()
     next(copy.take())
@@ -58,7 +62,7 @@ def test_an_error_of_the_copy_is_raised_where_it_is_taken() -> None:
         def copy(self, *_: object) -> list[Tensor]:
             raise MemoryError("no pinned memory")
 
-    copy = WindowedCopy(tensors(), (StagingBuffer(), Broken()), 64)
+    copy = WindowedCopy(tensors(), dtypes_of(tensors()), (StagingBuffer(), Broken()), 64)
     thread = threading.Thread(target=copy.fill)
     thread.start()
     with pytest.raises(MemoryError, match="no pinned memory"):

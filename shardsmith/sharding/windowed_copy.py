@@ -8,7 +8,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import chain
 
+import torch
 from torch import Tensor
 
 from shardsmith.sharding.live_boxes import StagingBuffer
@@ -21,16 +23,22 @@ class WindowedCopy:
     """
 
     def __init__(
-        self, tensors: Sequence[Tensor], buffers: tuple[StagingBuffer, StagingBuffer], most_bytes: int
+        self,
+        tensors: Sequence[Tensor],
+        dtypes: Sequence[torch.dtype],
+        buffers: tuple[StagingBuffer, StagingBuffer],
+        most_bytes: int,
     ) -> None:
         """Nothing is copied yet.
 
         Args:
             tensors: What is copied, on any device.
+            dtypes: Those of the copies.
             buffers: Memory of the windows.
             most_bytes: Of both windows. One tensor alone may take more.
         """
-        self._windows = [*_windows(tensors, most_bytes // 2)]
+        self._windows = [*_windows(tensors, dtypes, most_bytes // 2)]
+        self._tensors, self._dtypes = tensors, dtypes
         self._buffers = buffers
         self._copies: list[list[Tensor]] = []
         self._changed = threading.Condition()
@@ -50,16 +58,20 @@ class WindowedCopy:
     def warm(self) -> None:
         """Make the memory of the windows, and copy nothing."""
         for number, window in enumerate(self._windows):
-            self._buffers[number % 2].warm(window, [tensor.dtype for tensor in window])
+            self._buffers[number % 2].warm(self._tensors[window], self._dtypes[window])
 
     def take(self) -> Iterator[Tensor]:
         """Yield the copies, each when it is there. On the other thread. Raises what copying raised."""
+        return chain.from_iterable(self.take_windows())
+
+    def take_windows(self) -> Iterator[list[Tensor]]:
+        """As ``take``, window by window."""
         for number in range(len(self._windows)):
             with self._changed:
                 self._changed.wait_for(partial(self._is_filled, number))
             if self._error is not None:
                 raise self._error
-            yield from self._copies[number]
+            yield self._copies[number]
             with self._changed:
                 self._copies[number] = []
                 self._taken = number + 1
@@ -77,10 +89,10 @@ class WindowedCopy:
             self._is_stopped = True
             self._changed.notify_all()
 
-    def _copy(self, number: int, window: Sequence[Tensor]) -> None:
+    def _copy(self, number: int, window: slice) -> None:
         copies, error = [], None
         try:
-            copies = self._buffers[number % 2].copy(window, [tensor.dtype for tensor in window])
+            copies = self._buffers[number % 2].copy(self._tensors[window], self._dtypes[window])
         except Exception as failed:  # raised by ``take``
             error = failed
         with self._changed:
@@ -89,14 +101,13 @@ class WindowedCopy:
             self._changed.notify_all()
 
 
-def _windows(tensors: Sequence[Tensor], most_bytes: int) -> Iterator[list[Tensor]]:
-    window: list[Tensor] = []
-    nbytes = 0
-    for tensor in tensors:
-        if window and nbytes + tensor.nbytes > most_bytes:
-            yield window
-            window, nbytes = [], 0
-        window.append(tensor)
-        nbytes += tensor.nbytes
-    if window:
-        yield window
+def _windows(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype], most_bytes: int) -> Iterator[slice]:
+    begin = nbytes = 0
+    for end, (tensor, dtype) in enumerate(zip(tensors, dtypes, strict=True)):
+        size = tensor.numel() * dtype.itemsize
+        if end > begin and nbytes + size > most_bytes:
+            yield slice(begin, end)
+            begin, nbytes = end, 0
+        nbytes += size
+    if begin < len(tensors):
+        yield slice(begin, len(tensors))
