@@ -195,9 +195,10 @@ def _open_model(
     opened = open_merged(known.open(which), known.path, base)
     heads = recorded_heads(known, opened, specs)
     opened = opened.without(heads)
-    if model_class is not None and not opened.aliases:  # the names in memory, before any map has changed them
+    if model_class is not None:  # the names in memory, before any map has changed them
         opened = opened.without(n for n in model_class.unsaved if n in opened.specs and n not in specs)
-        opened = opened.tied(_ties(opened, model_class, specs, known.open, vocabulary))
+        if not opened.aliases:
+            opened = opened.tied(_ties(opened, model_class, specs, known.open, vocabulary))
     return opened, heads
 
 

@@ -25,11 +25,15 @@ from shardsmith.tensors.tensors import Shape, TensorSpec
 _INDEXES = ("*.safetensors.index.json", "*.bin.index.json")
 _UNREAD_WEIGHTS = ("*.h5", "*.msgpack", "*.gguf", "*.onnx", "*.onnx_data", "*.ot", "*.tflite", "*.pdparams")
 """Weights in formats that are not read here: the model's own as far as anyone knows."""
-_COPIES = ("consolidated*", "*.pth", "*.gguf", "*.onnx")
-"""The model's weights once more, with names of another project."""
+_COPIES = ("consolidated*", "*.pth", "*.gguf", "*.onnx", "*.onnx_data*", "openvino*.bin", "openvino*.xml", "*.mlmodel")
+"""The model's weights once more, for or by another project; in folders below, too."""
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt")
-_ADAPTER = ("adapter_config.json", "adapter_model*")
-"""Of peft. Beside whole weights ``from_pretrained`` would load them on top."""
+_READ_BY_LOADERS = (
+    *("model*.safetensors*", "diffusion_pytorch_model*", "pytorch_model*", "tf_model*", "flax_model*", "consolidated*"),
+    # Of peft: beside whole weights from_pretrained would load them on top.
+    *("adapter_model*", "adapter_config.json"),
+)
+"""In the top folder: weights, indexes of any variant and what is called like them, such as a copy put aside."""
 _LEFTOVERS = (
     # transformers' Trainer, and what is built on it
     *("trainer_state.json", "trainer_log.jsonl", "training_args.*", "training_loss.*", "running_log.txt"),
@@ -93,10 +97,15 @@ def choose_files(
     for name in names:
         if _like(name, _WEIGHTS) and (reason := judge.reason_against(name)) is not None:
             left_out[name] = reason
-    copies = {name for name in names if name not in left_out}
+    copies = {name for name in names if name not in left_out and not ("/" not in name and is_read_by_loaders(name))}
     copies -= {name for name in copies if _like(name, _INDEXES) and not _indexed(base / name) <= copies}
     weights = {name: (base / name).stat().st_size for name in sorted(copies) if name in judge.weights}
     return BaseFiles(tuple(sorted(copies)), weights, left_out)
+
+
+def is_read_by_loaders(name: str) -> bool:
+    """Return whether a loader takes a file of this name, in the top folder, for weights or a part of them."""
+    return _like(name, _READ_BY_LOADERS)
 
 
 class _Judge:
@@ -147,7 +156,7 @@ def _files(base: Path, *, trust_remote_code: bool) -> Iterable[str]:
         top = Path(folder) == base
         unwanted = (PROVENANCE_FILE, ".*", *python, *_COPIES)
         if top:
-            unwanted += (*_UNREAD_WEIGHTS, *_ADAPTER, *_LEFTOVERS, *of_checkpoint, "tf_model*", "flax_model*")
+            unwanted += (*_UNREAD_WEIGHTS, *_LEFTOVERS, *of_checkpoint)
         for name in sorted(names):
             if not _like(name, unwanted) and not is_own_card(Path(folder, name)):
                 yield os.path.relpath(os.path.join(folder, name), base)

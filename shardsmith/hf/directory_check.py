@@ -12,22 +12,11 @@ from pathlib import Path
 from shardsmith.errors import CheckpointError, CorruptCheckpointError, MismatchError
 from shardsmith.formats.safetensors_files.source import open_safetensors_directory
 from shardsmith.ground.layout import COMPONENT_WEIGHTS, MAIN_WEIGHTS
-from shardsmith.hf.base_files import choose_files
+from shardsmith.hf.base_files import choose_files, is_read_by_loaders
 from shardsmith.hf.config_fit import ConfigFit, fit_config
 from shardsmith.hf.directory import DirectoryPlan, Measure, ModelPlan
 from shardsmith.hf.hf_directory import CONFIG_FILE, main_stem
 from shardsmith.tensors.tensors import TensorSpec
-
-_READ_BY_LOADERS = (
-    "model*.safetensors*",
-    "diffusion_pytorch_model*",
-    "pytorch_model*",
-    "adapter_model*",
-    "adapter_config.json",
-    "tf_model*",
-    "flax_model*",
-    "consolidated*",
-)
 
 
 def check_directory(plan: DirectoryPlan, directory: Path) -> Measure:
@@ -86,7 +75,7 @@ def _refuse_other_weights(plan: DirectoryPlan, directory: Path) -> None:
     lines = [
         f"{name}: a loader would take it for the weights, or load it on top of them"
         for name in sorted(path.name for path in directory.iterdir())
-        if name not in ours and any(Path(name).match(pattern) for pattern in _READ_BY_LOADERS)
+        if name not in ours and is_read_by_loaders(name)
     ]
     if not lines:
         specs = {name: spec for model in plan.models for name, spec in _specs(model).items()}

@@ -277,6 +277,21 @@ def test_weights_of_the_base_under_any_name_do_not_come_along(tmp_path: Path) ->
     assert_loads(tmp_path / "out", state, type(model))
 
 
+@pytest.mark.parametrize("variant", ["fp16", "bf16"])
+@pytest.mark.parametrize("max_shard_size", ["3KB", "5GB"])
+def test_variants_of_a_base_do_not_stop_an_export(variant: str, max_shard_size: str, tmp_path: Path) -> None:
+    model, base = llama(), tmp_path / "base"
+    for save in ({}, {"variant": variant, "max_shard_size": max_shard_size}):
+        model.save_pretrained(base, **save)
+    shutil.copy(base / "model.safetensors", base / "model.safetensors.bak")
+    state = {name: value + 1 for name, value in model.state_dict().items()}
+    to_hf(saved(state, tmp_path / "ck"), base, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").glob("model*")] == ["model.safetensors"]
+    assert_loads(tmp_path / "out", state, type(model))
+    live = export_live(model, base, tmp_path / "live")
+    assert [path.name for path in live.glob("model*")] == ["model.safetensors"]
+
+
 def test_a_file_of_the_users_that_a_loader_would_take_is_refused(tmp_path: Path) -> None:
     model = llama()
     stray = tmp_path / "stray.bin"
