@@ -9,7 +9,7 @@ import shutil
 import signal
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 
 from shardsmith.formats.dcp.beside_weights import open_step
 from shardsmith.ground.layout import is_leftover, parse_step
-from shardsmith.hooks import EMA, Hooks, ShardedSave, every, latest
+from shardsmith.hooks import EMA, Hooks, ShardedSave, at, every, latest
 from shardsmith.manifest.checkpoints import find_damage
 from shardsmith.manifest.metadata import read_metadata
 from shardsmith.tensors.digest import digest_tensor
@@ -30,6 +30,7 @@ pytestmark = pytest.mark.long
 
 Mode = Literal["async", "disabled"]
 Weights = Literal["dcp", "huggingface", "rounded"]
+Copies = Literal["at once", "overlap", "prewarm"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,8 @@ class Run(KilledRun):
     """The victim dies when it makes a file longer than this."""
     width: int = 8
     weights: Weights = "dcp"
+    copies: Copies = "at once"
+    """With "prewarm" the first step is not saved: it makes what the save of the second would make."""
 
     def train(self) -> None:
         train(self)
@@ -60,11 +63,13 @@ def train(run: Run) -> None:
         model=model,
         optimizer=optimizer,
         ema=ema,
-        when=every(1),
+        when=at(2, 3) if run.copies == "prewarm" else every(1),
         keep=latest(1),
         async_mode=run.mode,
         weights="dcp" if run.weights == "dcp" else "huggingface",
         weights_dtype="bfloat16" if run.weights == "rounded" else None,
+        staging="overlap" if run.copies == "overlap" else "copy",
+        prewarm=run.copies == "prewarm",
         timeout_secs=1 if run.spare_others else 30,
     )
     hooks = Hooks(ema, save)
@@ -129,9 +134,9 @@ def straight(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return uninterrupted(server, tmp_path_factory.mktemp("uninterrupted"))
 
 
-def points(server: Server, tmp_path: Path, mode: Mode, victim: int, weights: Weights = "dcp") -> list[str]:
+def points(server: Server, tmp_path: Path, mode: Mode, victim: int, **options: Any) -> list[str]:
     """Everything that the victim does to the disk in a run that saves two steps and removes the first."""
-    run = Run(directory=tmp_path / "count", steps=2, mode=mode, victim=victim, weights=weights)
+    run = Run(directory=tmp_path / "count", steps=2, mode=mode, victim=victim, **options)
     assert server.run(run) == [0, 0], run.beside("rank-0.log").read_text()
     return run.events()
 
@@ -158,12 +163,29 @@ def test_the_points_are_those_of_probe_write_commit_and_retention(server: Server
 def test_a_kill_at_any_point_leaves_whole_checkpoints_and_a_run_that_goes_on(
     server: Server, straight: Path, tmp_path: Path, mode: Mode, weights: Weights, victim: int
 ) -> None:
-    events = points(server, tmp_path, mode, victim, weights)
+    events = points(server, tmp_path, mode, victim, weights=weights)
     # the background thread runs the same code: there, from the second save on
     first = 0 if mode == "disabled" else next(i for i, line in enumerate(events) if "/.step-2.tmp" in line)
     few = {"dcp": 1, "huggingface": 3, "rounded": 9}[weights]  # there are three times as many, and more
     for point in range(first, len(events), few):
         run = Run(directory=tmp_path / f"run-{point}", steps=2, mode=mode, victim=victim, point=point, weights=weights)
+        assert server.run(run)[victim] == -signal.SIGKILL
+        if victim == 0:
+            assert max(visible_steps(run.directory), default=0) == max(committed_in(run.events()), default=0)
+        goes_on_and_ends_like(server, run, straight)
+        shutil.rmtree(run.directory)
+
+
+# of rank 0, which commits, every fifth point; or the two would take as long as all of the above
+@pytest.mark.parametrize("copies", ["overlap", "prewarm"])
+@pytest.mark.parametrize("victim", range(RANKS))
+def test_so_it_is_however_the_copies_are_made(
+    server: Server, straight: Path, tmp_path: Path, copies: Copies, victim: int
+) -> None:
+    events = points(server, tmp_path, "async", victim, copies=copies)
+    first = next(i for i, line in enumerate(events) if "/.step-2.tmp" in line)
+    for point in range(first, len(events), 5 if victim == 0 else 1):
+        run = Run(directory=tmp_path / f"run-{point}", steps=2, mode="async", victim=victim, point=point, copies=copies)
         assert server.run(run)[victim] == -signal.SIGKILL
         if victim == 0:
             assert max(visible_steps(run.directory), default=0) == max(committed_in(run.events()), default=0)

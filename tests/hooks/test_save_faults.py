@@ -26,7 +26,7 @@ from shardsmith.errors import (
 from shardsmith.formats.dcp.index import read_index
 from shardsmith.ground.layout import METADATA_FILE, is_leftover
 from shardsmith.ground.ranks import Ranks
-from shardsmith.hooks import EMA, ShardedSave, every, latest
+from shardsmith.hooks import EMA, ShardedSave, at, every, latest
 from shardsmith.manifest.checkpoints import committed_steps, find_damage
 from shardsmith.manifest.metadata import read_metadata
 from shardsmith.run_state.save import Contents, SaveInProgress
@@ -79,7 +79,12 @@ def test_so_it_is_without_a_background_thread(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("options", "phases"),
-    [({"staging": "overlap"}, ("collecting", "staging", "writing")), ({"max_host_memory": "512KB"}, ("writing",))],
+    [
+        ({"staging": "overlap"}, ("collecting", "staging", "writing")),
+        ({"staging": "overlap", "prewarm": True}, ("collecting", "staging", "writing")),
+        ({"max_host_memory": "512KB"}, ("writing",)),
+        ({"max_host_memory": "512KB", "prewarm": True}, ("writing",)),
+    ],
 )
 def test_so_it_is_while_the_state_is_still_being_copied(
     tmp_path: Path, options: dict[str, Any], phases: tuple[str, ...]
@@ -105,11 +110,12 @@ def run_failing_ranks(
         model=model,
         optimizer=optimizer,
         stateful={"extra": thing},
-        when=every(1),
+        when=at(10**9),
         keep=latest(1),
         async_mode=mode,
         **(options or {}),
     )
+    save.on_step_end(0)  # here it makes its memory, where it is to
     step = 1
     save.save(step)
     for phase in phases:
