@@ -132,7 +132,8 @@ def _advice(lines: Sequence[str], fitted: ConfigFit | None) -> str:
         [
             f"Nothing was written. As they are, {fitted.measured_by} would not load these tensors:",
             *(f"  {line}" for line in [*fitted.problems[:_NAMED], *said]),
-            "Give the base model that this one was made from.",
+            "Give a base model whose config.json is that of this model; config.json alone will do"
+            + (f". Or correct {', '.join(key.split(':')[0] for key in fitted.keys)} there." if fitted.keys else "."),
         ]
     )
 

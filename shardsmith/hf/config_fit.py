@@ -80,7 +80,8 @@ def fit_config(
         live: Of a live model: what its config says, with every default.
         allow: Patterns of names that may be missing or extra.
     """
-    state = _Attempt.of(config, specs, separate or {})
+    unsaid = _said_to_be_one(config, separate or {}, base or {}, is_own=live is not None and not base)
+    state = _Attempt.of(config, specs, unsaid)
     excused = _excused(config, base, specs, allow)
     for change in (_unquantized, _untied, _resized, functools.partial(_as_live, live=live or {}), _relabelled):
         for changed, note in change(state, excused):
@@ -137,8 +138,7 @@ class _Attempt:
     @property
     def untied(self) -> dict[str, str]:
         """What the class ties, and the files do not."""
-        tied = {} if self.model_class is None else self.model_class.tied
-        return {a: k for a, k in self.separate.items() if tied.get(a) == k or tied.get(k) == a}
+        return {} if self.model_class is None else _tied(self.model_class, self.separate)
 
     def problems(self, excused: _Excused) -> list[str]:
         fit = self.fit
@@ -240,6 +240,28 @@ def _excused(
     return _Excused(frozenset(line for _, line in _lines_of(fit)), tuple(allow))
 
 
+def _said_to_be_one(
+    config: Config, separate: Mapping[str, str], base: Collection[str], *, is_own: bool
+) -> Mapping[str, str]:
+    """Of what is separate in the files: what a reader of the config could take for one tensor.
+
+    Some classes tie whatever their config says, and take both from files that have both: T5's, for one. There a config
+    that says that they are not tied is right, and so are a base with both and the live model's own config.
+    """
+    if not separate:
+        return {}
+    entries = [(path, value) for path, value in _entries(config) if path[-1] == TIE]
+    model_class, _ = model_class_of(_with(config, {path: False for path, _ in [*entries, ((TIE,), None)]}))
+    always = {} if model_class is None else _tied(model_class, separate)
+    is_said = is_own or any(value is False for _, value in entries)
+    return {a: k for a, k in separate.items() if a not in always or not (is_said or {a, k} <= set(base))}
+
+
+def _tied(model_class: ModelClass, names: Mapping[str, str]) -> dict[str, str]:
+    """Those of alias -> kept name that a class ties."""
+    return {a: k for a, k in names.items() if model_class.tied.get(a) == k or model_class.tied.get(k) == a}
+
+
 def _lines_of(fit: Fit) -> list[tuple[str, str]]:
     """(name, line) of each difference."""
     return [(line.split(": ", 1)[0], line) for line in fit.problems]
@@ -281,8 +303,20 @@ def _resized(state: _Attempt, excused: _Excused) -> Iterator[tuple[Config, str]]
     for old, new in sorted(sizes):
         entries = _entries(state.model_class.effective_config)
         paths = [path for path, value in entries if "vocab" in path[-1] and value == old and value is not True]
-        for chosen in _subsets(paths):
+        for chosen in map(functools.partial(_with_its_twins, state, excused, new, paths), _subsets(paths)):
             yield _with(state.config, dict.fromkeys(chosen, new)), f"{_names(chosen)}: {new} instead of {old}"
+
+
+def _with_its_twins(
+    state: _Attempt, excused: _Excused, new: int, paths: Sequence[Path], chosen: Sequence[Path]
+) -> Sequence[Path]:
+    """Return what lies beside the chosen entries as well, if the tensors allow it: a shared decoder's vocabulary."""
+
+    def count(changed: Sequence[Path]) -> int:
+        return _Attempt.of(_with(state.config, dict.fromkeys(changed, new)), state.specs, state.separate).count(excused)
+
+    together = [path for path in paths if any(path[:-1] == one[:-1] for one in chosen)]
+    return together if len(together) > len(chosen) and count(together) <= count(chosen) else chosen
 
 
 def _as_live(state: _Attempt, excused: _Excused, live: Config) -> Iterator[tuple[Config, str]]:
@@ -323,11 +357,9 @@ def _relabelled(state: _Attempt, excused: _Excused) -> Iterator[tuple[Config, st
             yield _with(state.config, values), f"{'.'.join((*place, _LABELS))}: {new} labels instead of {len(known)}"
 
 
-def _subsets(paths: Sequence[Path]) -> Iterator[Sequence[Path]]:
+def _subsets(paths: Sequence[Path]) -> list[Sequence[Path]]:
     """Each alone, then all together."""
-    yield from ([path] for path in paths)
-    if len(paths) > 1:
-        yield paths
+    return [*([path] for path in paths), *([paths] if len(paths) > 1 else [])]
 
 
 def _differing(one: Sequence[int], other: Sequence[int]) -> dict[int, int]:
