@@ -75,7 +75,15 @@ def renamed(source: ModelSource | TranslatedModel, alignment: Alignment) -> Mode
         alias: new[source.aliases[old]] for alias, old in alignment.aliases.items() if source.aliases[old] in new
     }
     filled = frozenset(new[name] for name in source.filled if name in new)
-    return ModelSource(source, alignment.keys, filled=filled, aliases=aliases, averages=source.averages)
+    return ModelSource(
+        source,
+        alignment.keys,
+        filled=filled,
+        aliases=aliases,
+        averages=source.averages,
+        twins=source.twins,
+        left_out=source.left_out,
+    )
 
 
 def _in_place(

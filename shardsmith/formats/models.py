@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Self
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -15,7 +15,15 @@ from shardsmith.formats.dcp.source import DcpSource
 from shardsmith.manifest.metadata import read_metadata
 from shardsmith.name_maps.maps import NameMap, Translation
 from shardsmith.name_maps.rearranged import read_linked
-from shardsmith.tensors.checkpoint_keys import EMA, MAIN, KeyPath, find_averages, find_models, find_twins
+from shardsmith.tensors.checkpoint_keys import (
+    EMA,
+    MAIN,
+    KeyPath,
+    find_averages,
+    find_lost_averages,
+    find_models,
+    find_twins,
+)
 from shardsmith.tensors.tensors import Chunk, TensorSource, TensorSpec
 
 
@@ -28,6 +36,7 @@ class ModelSource:
         aliases: Names left out because they are tied to one that is there: alias -> kept name.
         averages: Where the checkpoint has several averages, this one and then the others, by name.
         twins: Other dicts of the checkpoint that hold tensors under the model's names, such as a teacher.
+        left_out: What is called an average and does not have the model's names, name -> why.
     """
 
     def __init__(
@@ -39,8 +48,10 @@ class ModelSource:
         aliases: Mapping[str, str],
         averages: tuple[str, ...] = (),
         twins: tuple[str, ...] = (),
+        left_out: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self.twins = twins
+        self.left_out = dict(left_out)
         self.keys = dict(keys)
         self.filled = filled
         self.aliases = dict(aliases)
@@ -61,16 +72,22 @@ class ModelSource:
         gone = set(dropped)
         keys = {name: key for name, key in self.keys.items() if name not in gone}
         aliases = {alias: kept for alias, kept in self.aliases.items() if alias not in gone and kept not in gone}
-        return ModelSource(
-            self._source, keys, filled=self.filled - gone, aliases=aliases, averages=self.averages, twins=self.twins
-        )
+        return self._of(keys, self.filled - gone, aliases)
 
     def tied(self, aliases: Mapping[str, str]) -> ModelSource:
         """Return the same with some names left out that are tied to others: alias -> kept name."""
         keys = {name: key for name, key in self.keys.items() if name not in aliases}
-        known = {**self.aliases, **aliases}
+        return self._of(keys, self.filled - aliases.keys(), {**self.aliases, **aliases})
+
+    def _of(self, keys: Mapping[str, str], filled: frozenset[str], aliases: Mapping[str, str]) -> ModelSource:
         return ModelSource(
-            self._source, keys, filled=self.filled - aliases.keys(), aliases=known, averages=self.averages
+            self._source,
+            keys,
+            filled=filled,
+            aliases=aliases,
+            averages=self.averages,
+            twins=self.twins,
+            left_out=self.left_out,
         )
 
     def pieces(self, name: str, box: Chunk) -> Iterator[tuple[Chunk, Tensor]]:
@@ -101,8 +118,7 @@ class TranslatedModel:
         self.specs: Mapping[str, TensorSpec] = self._translation.translate(model.specs)
         self.averages: tuple[str, ...] = model.averages
         self.twins: tuple[str, ...] = model.twins
-        inherited: dict[str, str] = getattr(model, "left_out", {})
-        self.left_out: dict[str, str] = {**inherited, **self._translation.left_out}
+        self.left_out: dict[str, str] = {**model.left_out, **self._translation.left_out}
         self.filled: frozenset[str] = self._translation.names_of(model.filled)
         self.aliases: dict[str, str] = self._translation.translate_aliases(model.aliases, model.specs)
 
@@ -159,7 +175,9 @@ def choose_model(
         raise CheckpointNotFoundError(source.path, f"has no {model!r} weights; it holds {found}")
     ordered = sorted(averages, key=lambda name: name != average) if model == EMA else []
     twins = [name for name in find_twins(source.specs, paths) if name != average] if model == MAIN else []
-    return _choose(source, models, model, tied, averages=tuple(ordered), twins=tuple(twins))
+    lost = find_lost_averages(source.specs, paths) if model == MAIN else []
+    left_out = dict.fromkeys(lost, "it is called an average, and its tensors do not have the model's names")
+    return _choose(source, models, model, tied, averages=tuple(ordered), twins=tuple(twins), left_out=left_out)
 
 
 def models_of(source: DcpSource, tied: Mapping[str, str] = MappingProxyType({})) -> dict[str, ModelSource]:
@@ -173,7 +191,7 @@ def _choose(
     models: Mapping[str, dict[str, str]],
     model: str,
     tied: Mapping[str, str],
-    **beside: tuple[str, ...],
+    **beside: Any,
 ) -> ModelSource:
     main = models.get(MAIN, {})
     own = models[model]

@@ -61,7 +61,8 @@ def find_models(
             tensors under the model's names. None takes the first.
     """
     keys = list(keys)
-    main, known = _main(keys, paths), _known_averages(keys)
+    main = _main(keys, paths)
+    known = _known_averages(keys, main)
     copies = _copies(_without(keys, known, paths), main, lambda dicts: _is_average(dicts) or ".".join(dicts) == average)
     names = _average(known, copies, average)
     beside = {key for found in (*known.values(), *copies.values()) for key in found.values()}
@@ -80,18 +81,35 @@ def find_averages(keys: Iterable[str], paths: Mapping[str, KeyPath]) -> list[str
     that dict (``model_ema``, ``ema.module``). Our own has none.
     """
     keys = list(keys)
-    known = _known_averages(keys)
-    copies = _copies(_without(keys, known, paths), _main(keys, paths), _is_average)
+    main = _main(keys, paths)
+    known = _known_averages(keys, main)
+    copies = _copies(_without(keys, known, paths), main, _is_average)
     return [name for name in (*known, *copies) if name]
 
 
 def find_twins(keys: Iterable[str], paths: Mapping[str, KeyPath]) -> list[str]:
     """Name the dicts beside the model that hold tensors under its names and are not called an average: a teacher."""
     keys = list(keys)
-    main, known = _main(keys, paths), _known_averages(keys)
+    main = _main(keys, paths)
+    known = _known_averages(keys, main)
     of_main = set(main.values())
     beside = {key: path for key, path in _without(keys, known, paths).items() if key not in of_main}
     return list(_copies(beside, main, lambda dicts: not _is_average(dicts)))
+
+
+def find_lost_averages(keys: Iterable[str], paths: Mapping[str, KeyPath]) -> list[str]:
+    """Name the dicts that are called an average and hold no tensor under the model's names: a list of them, for one.
+
+    A single tensor, such as a count of updates, is no average.
+    """
+    keys = list(keys)
+    main = _main(keys, paths)
+    known = _known_averages(keys, main)
+    copies = _copies(_without(keys, known, paths), main, _is_average)
+    of_models = {key for found in (main, *known.values(), *copies.values()) for key in found.values()}
+    roots = {str(paths.get(key, (key,))[0]) for key in of_models}  # a part of an average that is found is not lost
+    counts = Counter(str(paths[key][0]) for key in keys if key in paths and len(paths[key]) > 1)
+    return [root for root, count in counts.items() if _is_average([root]) and root not in roots and count > 1]
 
 
 def _main(keys: list[str], paths: Mapping[str, KeyPath]) -> dict[str, str]:
@@ -102,12 +120,14 @@ def _main(keys: list[str], paths: Mapping[str, KeyPath]) -> dict[str, str]:
     return {fqn: key for key, fqn in named.items() if fqn is not None}
 
 
-def _known_averages(keys: list[str]) -> dict[str, dict[str, str]]:
+def _known_averages(keys: list[str], main: Mapping[str, str]) -> dict[str, dict[str, str]]:
     """Ours and TorchTitan's: name, "" where it has none -> FQN -> key."""
     found: dict[str, dict[str, str]] = {}
-    wrapped = f"{layout.EMA_PREFIX}n_averaged" in keys  # torch's AveragedModel, which has its model in "module"
+    ours = [key for key in keys if key.startswith(layout.EMA_PREFIX)]
+    # Somebody else's of the same name has the model in a wrapper: "module" of torch's AveragedModel, for one.
+    is_ours = not main or any(key.removeprefix(layout.EMA_PREFIX) in main for key in ours)
     for key in keys:
-        if key.startswith(layout.EMA_PREFIX) and not wrapped:
+        if is_ours and key.startswith(layout.EMA_PREFIX):
             found.setdefault("", {})[key.removeprefix(layout.EMA_PREFIX)] = key
         elif match := _TITAN_EMA.fullmatch(key):
             found.setdefault(match["average"] or "", {})[match["fqn"]] = key

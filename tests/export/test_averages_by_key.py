@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
 
 from shardsmith.cli import main
 from tests.families.tiny import all_families, make_tiny
@@ -37,3 +40,40 @@ def test_a_dict_of_any_name_is_exported_as_the_average(
         assert (output / "ema.safetensors").exists() == beside
     loaded = type(model).from_pretrained(output).state_dict()
     assert all(torch.equal(value, moved[name]) for name, value in loaded.items())
+
+
+def converted(tmp_path: Path, beside: Mapping[str, Any]) -> int:
+    """What to-hf ends with for a checkpoint with a model and something beside it."""
+    model = make_tiny(FAMILIES["LlamaForCausalLM"])
+    model.save_pretrained(tmp_path / "base")
+    state = dict(model.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save({"model": state, **beside}, checkpoint_id=tmp_path / "checkpoint", no_dist=True)
+    given = ["--checkpoint", tmp_path / "checkpoint", "--base-model", tmp_path / "base", "--dtype", "original"]
+    return main([*map(str, ["to-hf", *given, "--output-dir", tmp_path / "out"])])
+
+
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize("key", ["ema_model", "ema", "model_ema"])  # the first is what we call our own
+@pytest.mark.parametrize("count", [{}, {"n_averaged": torch.tensor(3)}], ids=["", "counted"])
+def test_an_average_in_a_wrapper_is_exported_whatever_it_is_called(
+    key: str, wrapper: str, count: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    state = make_tiny(FAMILIES["LlamaForCausalLM"]).state_dict()
+    moved = {name: value + 1 for name, value in state.items()}
+    done = converted(tmp_path, {key: {wrapper + name: value for name, value in moved.items()} | count})
+    assert done == 0
+    exported = load_file(tmp_path / "out" / "ema.safetensors")
+    assert exported.keys() == moved.keys()
+    assert all(torch.equal(value, moved[name]) for name, value in exported.items())
+
+
+def test_what_is_left_out_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = make_tiny(FAMILIES["LlamaForCausalLM"]).state_dict()
+    shadow = {"shadow_params": [value + 1 for value in state.values()], "decay": torch.tensor(0.9)}  # of diffusers
+    done = converted(tmp_path, {"ema": shadow, "target": {name: value + 2 for name, value in state.items()}})
+    said = capsys.readouterr().out
+    assert done == 0
+    assert "main: ema is left out: it is called an average" in said
+    assert "left out: target, which holds tensors under the model's names; --average target takes it" in said
