@@ -56,6 +56,7 @@ class Recorder(Hook):
         model: nn.Module,
         ema: EMA | None = None,
         keep: Retention | None = None,
+        names: Mapping[str, Any] | None = None,
         timeout_secs: Seconds = 1800.0,
     ) -> None:
         """Make it on all ranks at the same point. Communicates through the store.
@@ -66,12 +67,14 @@ class Recorder(Hook):
             ema: Whose facts are recorded, where it is saved with the rest.
             keep: Which complete steps to retain; None keeps all. Of the others, what is older than all that
                 are kept goes, once there are as many as that; the newest complete one never does.
+            names: How the weights are called in Hugging Face files, as ``metadata.json`` has it. That of rank 0 counts.
             timeout_secs: How long to wait for a rank, its save included, before a recording is given up.
         """
         self.directory = Path(directory).absolute()
         self.keep = keep
         self._ema = ema
         self._tied = tied_weights(model)
+        self._names = dict(names) if names is not None else None
         facts = alike(directory=self.directory, keep=keep, ema=ema and ema.settings())
         self.parts = Parts(model=model, average=ema, directory=self.directory, facts=facts)
         self._ranks = Ranks(timeout_secs)
@@ -152,7 +155,8 @@ class Recorder(Hook):
         try:
             ranks.gather(f"saving {path.name}", lambda: end is not None and end.result() is None)
             if not has_manifest:
-                adopt(path, step=step, ema=ema, tied=self._tied, mesh=dict(mesh) if mesh else None, ranks=ranks)
+                found = dict(mesh) if mesh else None
+                adopt(path, step=step, ema=ema, tied=self._tied, mesh=found, names=self._names, ranks=ranks)
         except BaseException as error:
             log.exception("%s was not recorded: it does not count as complete", path)  # also if nobody asks
             self.emit(event_of("save", step, path, watch, ranks.size, error))

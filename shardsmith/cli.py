@@ -50,7 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         raise
     except OSError as error:  # unforeseen, such as a file that may not be read
-        print(f"shardsmith: {_described(error)}", file=sys.stderr)
+        from shardsmith.ground.path_advice import not_readable
+
+        described = error if error.filename is None else not_readable(Path(error.filename), error)
+        print(f"shardsmith: {type(described).__name__}\n{described}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("shardsmith: interrupted; nothing half-done stays on disk", file=sys.stderr)
@@ -74,18 +77,6 @@ def _advice(error: ShardsmithError) -> str:
     """What to do about damaged files, if the error does not say it: for a command nothing else can be done."""
     is_damage = isinstance(error, IncompleteCheckpointError | CorruptCheckpointError)
     return _DAMAGED if is_damage and "\nNothing was" not in str(error) else ""
-
-
-def _described(error: OSError) -> str:
-    """The file, what went wrong with it, and what to do where that is clear."""
-    if not isinstance(error, PermissionError) or error.filename is None:
-        return str(error)
-    file = os.path.abspath(error.filename)
-    seen = next(place for place in (file, *map(str, Path(file).parents)) if os.path.lexists(place))
-    return (
-        f"{error.filename}: {error.strerror}\nNothing was written. This user may not read it: "
-        f"`ls -ld {seen}` shows who may."
-    )
 
 
 def _abandon_attempts() -> None:

@@ -20,6 +20,7 @@ from shardsmith.formats.by_path import HUGGINGFACE, UNKNOWN, detect_checkpoint_f
 from shardsmith.ground import layout, remote_commit
 from shardsmith.ground.bounded import lines_of
 from shardsmith.ground.commit import remove, sweep
+from shardsmith.ground.path_advice import reading
 from shardsmith.ground.remote_path import RemotePath, as_path
 from shardsmith.hf.export_files import find_export_damage
 from shardsmith.manifest.checkpoints import committed_steps, find_damage, unreadable_steps, why_unreadable
@@ -191,7 +192,19 @@ def newest_step(path: AsAnyPath, step: int | None = None) -> Path:
 
 
 def find_leftovers(run: Path) -> Iterator[Leftover]:
-    """Yield what may be deleted of a run without loss of a step. Reads names and sizes only."""
+    """Yield what may be deleted of a run without loss of a step. Reads names and sizes only.
+
+    Raises:
+        CheckpointError: the operating system cannot read the folder.
+    """
+    if isinstance(run, RemotePath):
+        yield from _leftovers(run)
+        return
+    with reading(run):
+        yield from _leftovers(run)
+
+
+def _leftovers(run: Path) -> Iterator[Leftover]:
     for parent in _parents(run):
         if isinstance(parent, RemotePath):
             for place, kind, nbytes in remote_commit.find_remains(parent):
@@ -331,7 +344,7 @@ def _is_folder(entry: Path) -> bool:
     """Whether it is a directory, no link to one, and can be read."""
     if isinstance(entry, RemotePath):
         return entry.is_dir()
-    return not entry.is_symlink() and why_unreadable(entry) is None
+    return why_unreadable(entry) is None and not entry.is_symlink()
 
 
 def _has_mark(folder: Path) -> bool:

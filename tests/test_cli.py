@@ -8,7 +8,9 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed.checkpoint as dcp
@@ -17,6 +19,7 @@ from shardsmith.cli import main
 from shardsmith.commands import COMMANDS
 from shardsmith.commands.options import FORMER_NAMES, with_present_names
 from tests.trained_runs import Trained
+from tests.unreadable import UNREADABLE
 
 HEAVY = {"torch", "transformers", "safetensors", "numpy"}
 
@@ -106,9 +109,44 @@ def test_what_may_not_be_read_is_named_with_what_to_do(
     monkeypatch.setattr(Path, "stat", refuse)  # tests may run as root, who may read everything
     assert main([*words, str(tmp_path)]) == 2
     assert capsys.readouterr().err == (
-        f"shardsmith: {tmp_path}/metadata.json: Permission denied\n"
+        f"shardsmith: CheckpointError\n{tmp_path}/metadata.json: Permission denied\n"
         f"Nothing was written. This user may not read it: `ls -ld {tmp_path}` shows who may.\n"
     )
+
+
+@pytest.mark.parametrize("words", [["detect"], ["inspect"], ["verify"], ["clean"]], ids=" ".join)
+@pytest.mark.parametrize("failing", ["stat", "listdir,scandir"])
+def test_a_disk_error_is_named_with_what_to_do(
+    failing: str, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = tmp_path / "step-4"
+    step.mkdir()
+
+    def broken(original: Callable[..., Any]) -> Callable[..., Any]:
+        def fail(path: Any = ".", *args: Any, **options: Any) -> Any:
+            if not isinstance(path, int) and Path(path) == step:
+                raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+            return original(path, *args, **options)
+
+        return fail
+
+    for name in failing.split(","):
+        monkeypatch.setattr(os, name, broken(getattr(os, name)))
+    assert main([*words, str(step)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"shardsmith: CheckpointError\n{step}: Input/output error\nNothing was written. The disk ")
+    assert "take another step or a copy on another disk" in said
+
+
+def test_one_step_that_cannot_be_read_does_not_keep_a_run_from_being_cleaned(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / f".step-4.tmp-{'0' * 16}").mkdir()
+    for place, (make, _) in enumerate(UNREADABLE.values()):
+        make(tmp_path / f"step-{place}")
+        (tmp_path / "notes.txt").unlink(missing_ok=True)
+    assert main(["clean", str(tmp_path)]) == 0
+    assert "1 can be deleted" in capsys.readouterr().out
 
 
 def test_dashes_and_underscores_are_the_same(odd: Trained, output: Path) -> None:

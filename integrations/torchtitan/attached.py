@@ -46,6 +46,7 @@ from .inner import InnerNames, find_held, refuse_replaced
 from .load import stored_keys
 from .lora import LoraAlone, MergedLora, find_lora
 from .names import TorchTitanNames
+from .names_of_step import names_to_record
 from .one_write import files_of, refuse_unfit
 from .options import CheckpointHooks
 from .router_bias import ROUTER_BIAS_FILE, RouterBias
@@ -177,10 +178,17 @@ class Attached:
             )
         if options.records and saves:
             keep = latest(keep_latest_k) if keep_latest_k else None
-            self.recorder = Recorder(folder, model=model, ema=self.ema, keep=keep, timeout_secs=options.timeout_secs)
+            weights = _weights(options, model, self.ema, sd_adapter, folder) if options.one_write else None
+            recorded = None
+            if weights is None:  # otherwise the files themselves have them
+                recorded = names_to_record(model, sd_adapter, options, Ranks(options.timeout_secs))
+            self.recorder = Recorder(
+                folder, model=model, ema=self.ema, keep=keep, names=recorded, timeout_secs=options.timeout_secs
+            )
             if options.engine:
-                weights = _weights(options, model, self.ema, sd_adapter, folder) if options.one_write else None
-                self.engine = Engine(model, self.ema, options.timeout_secs, weights, prewarm=options.prewarm)
+                self.engine = Engine(
+                    model, self.ema, options.timeout_secs, weights=weights, names=recorded, prewarm=options.prewarm
+                )
         if options.exports:
             ranks = Ranks(options.timeout_secs)
             base = find_base_model(options, sd_adapter)

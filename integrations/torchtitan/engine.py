@@ -40,8 +40,9 @@ class Engine:
         model: nn.Module,
         ema: EMA | None,
         timeout_secs: float,
-        weights: HuggingFaceWeights | None = None,
         *,
+        weights: HuggingFaceWeights | None = None,
+        names: dict[str, Any] | None = None,
         prewarm: bool = False,
     ) -> None:
         """Nothing is written yet.
@@ -51,9 +52,12 @@ class Engine:
             ema: Whose facts are recorded, where it is saved with the rest.
             timeout_secs: How long to wait for a rank.
             weights: Plans the Hugging Face files of the weights; None where they go to DCP files.
+            names: Their names in Hugging Face files, as ``metadata.json`` has them, if they are not in such files. The
+                value of rank 0 is used.
             prewarm: Make memory for copies with the first ``prewarm``.
         """
         self._weights = weights
+        self._names = names
         self._tied = tied_weights(model)
         self._ema = ema
         self._ranks = Ranks(timeout_secs)
@@ -123,7 +127,8 @@ class Engine:
     def _contents(self, step: int, path: Path, state: Mapping[str, Any]) -> Contents:
         values = {key: value.state_dict() if isinstance(value, Stateful) else value for key, value in state.items()}
         facts = self._ema.facts() if self._ema is not None and AVERAGES in values else None
-        contents = Contents(step=step, state_dict=values, ema=facts, tied=self._tied, mesh=mesh_of(values))
+        mesh = mesh_of(values)
+        contents = Contents(step=step, state_dict=values, ema=facts, tied=self._tied, mesh=mesh, names=self._names)
         return contents if self._weights is None else self._weights.added_to(contents, path)
 
 

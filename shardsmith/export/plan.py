@@ -14,8 +14,7 @@ from shardsmith.errors import CheckpointNotFoundError, UnsupportedFormatError, U
 from shardsmith.export.adapters import open_merged
 from shardsmith.export.base_comparison import fit, measure_of
 from shardsmith.formats.by_path import KnownCheckpoint, known_checkpoint, open_source
-from shardsmith.formats.dcp.beside_weights import recorded_names
-from shardsmith.formats.matched import matched_source, renamed
+from shardsmith.formats.matched import matched_source, names_of_the_run, renamed
 from shardsmith.formats.models import ModelSource, TranslatedModel
 from shardsmith.ground import layout
 from shardsmith.ground.commit import refuse_existing
@@ -132,7 +131,7 @@ def plan_directory(
         named = _like(opened, options.drop)  # before names are matched: what stays may fit in one way only then
         dropped |= dict.fromkeys(heads)
         opened = opened.without(named)
-        recorded = _recorded_names(known, opened, model, specs) if options.names == "auto" else None
+        recorded = names_of_the_run(opened, specs, known.manifest) if options.names == "auto" else None
         chosen = options if recorded is None else replace(options, names="identity")  # until the map is applied
         placed = under_base_names(opened, specs, base, chosen.names)
         unwanted = _like(placed, options.drop)
@@ -361,18 +360,6 @@ def _choose_name_map(
         if options.names == "auto":
             return None
         raise
-
-
-def _recorded_names(
-    checkpoint: KnownCheckpoint, source: ModelSource, model: str, template: Mapping[str, TensorSpec]
-) -> NameMap | None:
-    """The map by which a step was made a Hugging Face directory, if it gives the names of the base model."""
-    if checkpoint.manifest is None or not source.specs.keys() - template.keys():
-        return None
-    names = recorded_names(checkpoint.path, checkpoint.manifest, model)
-    if names is None or (template and names.targets(source.specs).keys() - template.keys()):
-        return None
-    return names
 
 
 def _refuse_titan_names(plan: ModelPlan, template: Mapping[str, TensorSpec]) -> None:

@@ -37,6 +37,7 @@ def adopt(
     tied: dict[str, str] | None = None,
     mesh: dict[str, Any] | None = None,
     world_size: int | None = None,
+    names: dict[str, Any] | None = None,
     ranks: Ranks | None = None,
 ) -> Path:
     """Add ``metadata.json`` to a DCP directory whose writing has ended; return the path of that file.
@@ -52,6 +53,7 @@ def adopt(
         tied: Alias -> kept FQN.
         mesh: Shape and dimension names of the parameters' device mesh.
         world_size: Ranks that saved it; default those that are here.
+        names: How its weights are called in Hugging Face files, as ``metadata.json`` has it. That of rank 0 counts.
         ranks: Of the job; default this process alone.
 
     Raises:
@@ -75,6 +77,7 @@ def adopt(
             tied=tied or {},
             world_size=world_size or size,
             mesh=mesh,
+            names=names,
         )
         with writing(directory, "fsync of the directory"):
             sync(directory)

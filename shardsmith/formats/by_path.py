@@ -34,7 +34,7 @@ from shardsmith.formats.rank_files import RANK_FILES_READER
 from shardsmith.formats.torch_checkpointing import TORCH_CHECKPOINTING_READER
 from shardsmith.formats.trainer import trainer_reader
 from shardsmith.ground import layout
-from shardsmith.ground.path_advice import not_there
+from shardsmith.ground.path_advice import not_there, reading
 from shardsmith.ground.remote_path import RemotePath, as_path
 from shardsmith.manifest.checkpoints import committed_steps, why_unreadable
 from shardsmith.manifest.metadata import CheckpointMetadata
@@ -122,6 +122,7 @@ def known_checkpoint(path: str | Path | KnownCheckpoint) -> KnownCheckpoint:
 
     Raises:
         CheckpointNotFoundError: there is nothing at the path.
+        CheckpointError: the operating system cannot read it.
     """
     if isinstance(path, KnownCheckpoint):
         return path
@@ -135,6 +136,7 @@ def detect_checkpoint_format(path: AnyPath) -> DetectedFormat:
 
     Raises:
         CheckpointNotFoundError: there is nothing at the path.
+        CheckpointError: the operating system cannot read it.
     """
     return _detect(as_path(path))[0]
 
@@ -169,6 +171,11 @@ def _detect(path: Path) -> tuple[DetectedFormat, FormatReader | None]:
     """The format, and what reads it: None where nothing does."""
     if isinstance(path, RemotePath):
         return _detect_remote(path)
+    with reading(path):
+        return _detect_local(path)
+
+
+def _detect_local(path: Path) -> tuple[DetectedFormat, FormatReader | None]:
     if path.is_dir():
         if layout.is_leftover(path.name):
             return DetectedFormat(INCOMPLETE, "its name says that it was being written or deleted"), None

@@ -57,6 +57,7 @@ def describe(
     world_size: int,
     mesh: dict[str, Any] | None,
     weights: dict[str, WeightsRecord] | None = None,
+    names: dict[str, Any] | None = None,
 ) -> CheckpointMetadata:
     """The manifest; the fields are those of ``CheckpointMetadata``.
 
@@ -85,6 +86,7 @@ def describe(
             for key, entry in index.tensors.items()
         },
         weights=weights,
+        names=names,
     )
 
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 
 from shardsmith.errors import CheckpointError, UsageError
+from shardsmith.formats.dcp.beside_weights import recorded_names
 from shardsmith.formats.models import ModelSource, TranslatedModel
+from shardsmith.manifest.metadata import CheckpointMetadata, find_metadata
 from shardsmith.name_maps.class_names import ClassNames, ComputedTensorsError
 from shardsmith.name_maps.maps import find_name_map
 from shardsmith.name_maps.matching import Alignment, match_names
+from shardsmith.name_maps.recorded import RunNames
 from shardsmith.name_maps.restored import RestoredModel
 from shardsmith.name_maps.slices import Slice
 from shardsmith.tensors.tensors import TensorSpec, is_turned
@@ -34,7 +38,8 @@ def matched_source(
         target: The tensors of files, or of a model in memory.
         classes: What the target's class says; None where no class is known.
         names: ``"identity"``: no tensor is cut up. ``"transformers"``: as transformers has them in files with the
-            target's names. ``"auto"``: so where that brings more of them together. Or a name map that a package offers.
+            target's names. ``"auto"``: as the checkpoint records it, if that gives the target's names; else as
+            transformers has them where that brings more of them together. Or a name map that a package offers.
         config: For such a map: the content of config.json.
 
     Raises:
@@ -44,6 +49,9 @@ def matched_source(
     if names not in ("auto", "identity", "transformers"):
         plain = renamed(source, match_names(source.specs, {}, None, source.aliases))
         return _in_place(TranslatedModel(plain, find_name_map(names, config)), target, classes)
+    recorded = names_of_the_run(source, target, _manifest_of(source.path)) if names == "auto" else None
+    if recorded is not None:
+        return _in_place(TranslatedModel(source, recorded), target, classes)
     if names == "identity" or classes is None:
         return _in_place(source, target, None)
     if names == "transformers":
@@ -68,6 +76,27 @@ def matched_source(
     return found
 
 
+def names_of_the_run(
+    source: ModelSource, target: Mapping[str, TensorSpec], manifest: CheckpointMetadata | None
+) -> RunNames | None:
+    """Return the names that a checkpoint records for files of its weights, if they are those of the target.
+
+    Args:
+        source: A model of the checkpoint.
+        target: The tensors of files; without any, what the checkpoint records is taken.
+        manifest: Of the checkpoint, if it has one.
+
+    Raises:
+        CheckpointError: they cannot be read.
+    """
+    if manifest is None or not source.specs.keys() - target.keys():
+        return None
+    names = recorded_names(source.path, manifest)
+    if names is None or (target and names.targets(source.specs).keys() - target.keys()):
+        return None
+    return names
+
+
 def renamed(source: ModelSource | TranslatedModel, alignment: Alignment) -> ModelSource:
     """Return a model's tensors under their aligned names."""
     new = {old: name for name, old in alignment.keys.items()}
@@ -84,6 +113,13 @@ def renamed(source: ModelSource | TranslatedModel, alignment: Alignment) -> Mode
         twins=source.twins,
         left_out=source.left_out,
     )
+
+
+def _manifest_of(path: Path) -> CheckpointMetadata | None:
+    try:
+        return find_metadata(path)
+    except CheckpointError:  # then the tensors are what the index says
+        return None
 
 
 def _in_place(

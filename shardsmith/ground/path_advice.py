@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
-from shardsmith.errors import CheckpointNotFoundError
+from shardsmith.errors import CheckpointError, CheckpointNotFoundError, ShardsmithError
 from shardsmith.ground.printable import printable
 from shardsmith.ground.remote_path import RemotePath
 
+_FAILING = (errno.EIO, errno.ESTALE, errno.ENXIO, errno.ENODEV, errno.ENOTCONN, errno.ETIMEDOUT)
 _MOST_NAMES = 3
 _MOST_ENTRIES = 10_000
 """Of a folder with more entries none is named: to compare them all would take seconds."""
@@ -31,6 +34,38 @@ def not_there(path: Path, kind: str = "file or directory", advice: str = "") -> 
         what = [f"there is no such {kind}", *_hints(path)]
     parts = [*what, *([advice] if advice else [])]
     return CheckpointNotFoundError(path, "; ".join(parts))
+
+
+def not_readable(path: Path, error: OSError) -> CheckpointError:
+    """Return the error for a local path whose reading has failed, with what to do where that is clear.
+
+    Args:
+        path: What was read, if the error does not name a file.
+        error: Of the operating system.
+    """
+    place = Path(error.filename) if isinstance(error.filename, str) else path
+    parts = [f"{error.strerror or error}\nNothing was written"]
+    if error.errno in (errno.EACCES, errno.EPERM):
+        file = Path(os.path.abspath(place))
+        seen = next(one for one in (file, *file.parents) if os.path.lexists(one))
+        parts.append(f"This user may not read it: `ls -ld {printable(str(seen))}` shows who may")
+    elif error.errno in _FAILING:
+        parts.append(
+            "The disk or the network file system fails there: `dmesg` and whoever keeps it know more. Try again when "
+            "it is mended, or take another step or a copy on another disk"
+        )
+    return CheckpointError(place, ". ".join(parts) + ".")
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Within it, what the operating system refuses is a CheckpointError, as ``not_readable`` makes it."""
+    try:
+        yield
+    except (ShardsmithError, BrokenPipeError):
+        raise
+    except OSError as error:
+        raise not_readable(path, error) from error
 
 
 def _hints(path: Path) -> list[str]:

@@ -47,10 +47,10 @@ from shardsmith.manifest.initial import InitialRecord
 from shardsmith.manifest.weights import WeightsRecord
 from shardsmith.tensors.tensors import TensorSpec
 
-SCHEMA_VERSION = 4
-"""The newest that is read. What has no ``weights`` is version 2, and what has no ``initial`` either is version 1; where
-the files of weights are all that there is of them, it is 3."""
-_ADDED = {"initial": 2, "weights": 3}
+SCHEMA_VERSION = 5
+"""The newest that is read. Each is written as the oldest version that has all its fields: 5 with ``names``, 4 with
+``weights`` that have a ``rest``, 3 with others, 2 with ``initial``, 1 with none of them."""
+_ADDED = {"initial": 2, "weights": 3, "names": 5}
 """Field -> the schema version that has added it. Version 4 has one more in each record of ``weights``."""
 CHECKPOINT_TYPE = "sharded"
 _MOST_BYTES = 1 << 25
@@ -130,10 +130,15 @@ class CheckpointMetadata:
     """What it was made of, if training is to start from it; None for what a training saved."""
     weights: dict[str, WeightsRecord] | None = None
     """By model (``main``, ``ema``), the Hugging Face directory that holds its tensors; None if all are in DCP files."""
+    names: dict[str, Any] | None = None
+    """By name in Hugging Face files, which elements of which tensors of the model they are, as ``name_maps.recorded``
+    writes it; None where the run knew no such names, or ``weights`` has them."""
 
     @property
     def schema_version(self) -> int:
         """The oldest that can say this."""
+        if self.names is not None:
+            return 5
         if self.weights is not None:
             return 4 if any(record.rest for record in self.weights.values()) else 3
         return 1 if self.initial is None else 2
@@ -330,6 +335,7 @@ def _parse(content: Mapping[str, Any]) -> CheckpointMetadata:
         libraries=texts(content["libraries"]),
         initial=None if schema != 2 and content["initial"] is None else InitialRecord.parse(content["initial"]),
         weights=_weights(content["weights"], schema),
+        names=typed_or_none(content["names"], dict),
     )
 
 

@@ -19,11 +19,24 @@ class RecordedNames:
 
     def __init__(self, slices: Mapping[str, Target], stored: Mapping[str, TensorSpec]) -> None:
         """``slices`` as ``read_slices`` gives them; ``stored`` are the tensors of the files."""
-        self._targets = {name: slices.get(name) or Slice.whole(spec) for name, spec in stored.items()}
+        self._targets = {**slices, **{n: Slice.whole(spec) for n, spec in stored.items() if n not in slices}}
 
     def targets(self, specs: Mapping[str, TensorSpec]) -> dict[str, Target]:
         """Return the tensors of the files that are made of these tensors of the model alone."""
         return {name: target for name, target in self._targets.items() if specs.keys() >= set(target.sources)}
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return all targets as JSON has them."""
+        return slices_to_plain(self._targets, {})
+
+
+class RunNames(RecordedNames):
+    """The ``NameMap`` that a run would have written files by, which it has recorded with its checkpoints."""
+
+    def leaves_out(self, specs: Mapping[str, TensorSpec]) -> dict[str, str]:
+        """Return the tensors that no file has anything of, such as the bias of routers."""
+        used = {source for target in self._targets.values() for source in target.sources}
+        return {name: "the run that saved it has no name for it in Hugging Face" for name in specs if name not in used}
 
 
 def slices_to_plain(targets: Mapping[str, Target], specs: Mapping[str, TensorSpec]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import xxhash
 from torch import Tensor
 
 from shardsmith.errors import CorruptCheckpointError, UsageError
-from shardsmith.formats.dcp.beside_weights import open_step
+from shardsmith.formats.dcp.beside_weights import open_step, recorded_names
 from shardsmith.formats.dcp.rank_file import write_rank_file
 from shardsmith.formats.dcp.source import DcpSource
 from shardsmith.ground import layout
@@ -92,7 +92,15 @@ def _commit(source: DcpSource, metadata: CheckpointMetadata, attempt: Attempt) -
         raise CorruptCheckpointError(source.path, f"other values than were saved: {', '.join(wrong)}; nothing written")
     index = whole.index(receipts, attempt.id)
     measured.files[layout.DCP_INDEX_FILE] = FileRecord(size=len(index), xxh3_128=xxhash.xxh3_128_hexdigest(index))
-    again = replace(metadata, attempt=attempt.id, created_at=now(), files=measured.files, weights=None)
+    names = recorded_names(source.path, metadata)
+    again = replace(
+        metadata,
+        attempt=attempt.id,
+        created_at=now(),
+        files=measured.files,
+        weights=None,
+        names=None if names is None else names.to_plain(),
+    )
     sizes = {name: record.size for name, record in measured.files.items()}
     write_file(attempt.directory / layout.DCP_INDEX_FILE, index)
     sizes[layout.METADATA_FILE] = write_file(attempt.directory / layout.METADATA_FILE, again.to_json())

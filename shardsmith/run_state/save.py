@@ -67,6 +67,8 @@ class Contents:
     """Of the optimizers' groups, by the FQN of the first parameter: compared between the ranks that have the group."""
     weights: WeightFiles = field(default_factory=lambda: WeightFiles((), {}))
     """Where weights go that are not for DCP files."""
+    names: dict[str, Any] | None = None
+    """How the weights are called in Hugging Face files, as ``metadata.json`` has it. That of rank 0 counts."""
 
 
 class SaveInProgress:
@@ -364,6 +366,7 @@ class SaveInProgress:
             world_size=self._ranks.size,
             mesh=self.contents.mesh,
             weights=weights,
+            names=self.contents.names,
         )
         sizes = {name: record.size for name, record in measured.files.items()}
         # The manifest is written last: it has the hash of every other file, and marks the step as complete.

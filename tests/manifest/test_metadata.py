@@ -82,6 +82,10 @@ BARE = dataclasses.replace(
     FULL, models=(), counts={}, ema=None, tied={}, mesh=None, files={}, tensors={}, step=0, world_size=1
 )
 """A checkpoint without a model: of an optimizer alone, say."""
+NAMED = dataclasses.replace(
+    FULL, names={"a.weight": {"source": "embed.weight", "start": [0, 0], "dims": [[[0, 1, 3]], [[1, 1, 4]]]}}
+)
+"""That says how its tensors are called in Hugging Face files."""
 
 
 def put(directory: Path, content: bytes | dict[str, Any]) -> Path:
@@ -100,7 +104,7 @@ def content() -> dict[str, Any]:
     return parsed
 
 
-@pytest.mark.parametrize("metadata", [FULL, BARE, INITIAL], ids=["full", "bare", "initial"])
+@pytest.mark.parametrize("metadata", [FULL, BARE, INITIAL, NAMED], ids=["full", "bare", "initial", "named"])
 def test_what_is_written_is_read_back(tmp_path: Path, metadata: CheckpointMetadata) -> None:
     assert read_metadata(put(tmp_path, metadata.to_json())) == metadata
 
@@ -136,12 +140,18 @@ def test_a_decay_that_is_none_is_refused(tmp_path: Path, decay: Any) -> None:
 
 
 def test_only_what_training_starts_from_needs_the_newer_schema(tmp_path: Path) -> None:
-    assert (FULL.schema_version, INITIAL.schema_version) == (1, 2)
+    assert (FULL.schema_version, INITIAL.schema_version, NAMED.schema_version) == (1, 2, 5)
     old = {**json.loads(INITIAL.to_json()), "schema_version": 1}
     new = {**content(), "schema_version": 2}
     for contradiction in (old, new):
         with pytest.raises(CorruptCheckpointError, match="initial"):
             read_metadata(put(tmp_path, contradiction))
+
+
+@pytest.mark.parametrize("version", [1, 2, 3, 4])
+def test_only_names_in_files_need_the_newest_schema(tmp_path: Path, version: int) -> None:
+    with pytest.raises(CorruptCheckpointError, match="has no field"):
+        read_metadata(put(tmp_path, {**json.loads(NAMED.to_json()), "schema_version": version}))
 
 
 def test_recorded_buffers_come_back_bit_for_bit() -> None:
@@ -191,7 +201,7 @@ def test_a_tensor_record_becomes_a_spec() -> None:
 
 
 OPTIONAL = {"ema", "mesh"}
-LATER = {"initial", "weights"}  # not in version 1, of which the content is
+LATER = {"initial", "weights", "names"}  # not in version 1, of which the content is
 SAYS_WHAT_IT_IS = (["checkpoint_type"], ["schema_version"])
 REQUIRED_PATHS = [
     *([field.name] for field in dataclasses.fields(CheckpointMetadata) if field.name not in LATER),
@@ -293,7 +303,7 @@ def test_a_part_of_a_field_that_is_wrong_is_refused(tmp_path: Path, path: list[s
 
 @pytest.mark.parametrize("schema", [SCHEMA_VERSION + 1, 0, 99, "1", 1.0, True, None, [1]], ids=repr)
 def test_another_schema_is_refused_by_its_number(tmp_path: Path, schema: object) -> None:
-    with pytest.raises(UnsupportedFormatError, match=r"; this version reads 1 to 4$"):
+    with pytest.raises(UnsupportedFormatError, match=r"; this version reads 1 to 5$"):
         read_metadata(put(tmp_path, {**content(), "schema_version": schema, "a_field_of_the_future": 1}))
 
 

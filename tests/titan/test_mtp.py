@@ -115,6 +115,19 @@ def test_a_step_is_converted_by_the_function_of_its_registry(jobs: dict[str, Job
     assert_export(tmp_path / "out", jobs["whole"].run)
 
 
+def test_a_step_is_converted_and_compared_by_the_names_that_it_records(
+    jobs: dict[str, Job], base: Path, tmp_path: Path
+) -> None:
+    """Nobody says what model it is: to-hf, verify and diagnose find it in the step's metadata.json."""
+    step, export = jobs["whole"].run / "checkpoint" / "step-2", jobs["whole"].run / "hf" / "step-2"
+    places = ["--checkpoint", str(step), "--output-dir", str(tmp_path / "out")]
+    assert main(["to-hf", *places, "--base-model", str(base), "--dtype", "float32", "--quiet"]) == 0
+    assert_export(tmp_path / "out", jobs["whole"].run)
+    assert main(["verify", str(step), str(export), "--models", "main"]) == 0
+    assert main(["verify", str(step), str(base), "--models", "main"]) == 1
+    assert main(["diagnose", "--checkpoint", str(step), "--base-model", str(export), "--level", "values"]) == 0
+
+
 def test_a_step_of_one_write_is_converted_by_the_names_that_it_records(jobs: dict[str, Job], tmp_path: Path) -> None:
     step = jobs["one write"].run / "checkpoint" / "step-2"
     assert digests_of(step) == digests_of(jobs["whole"].run / "checkpoint" / "step-2")

@@ -28,7 +28,7 @@ from shardsmith.ground import layout
 from shardsmith.ground.threads import useful_threads
 from shardsmith.manifest.metadata import CheckpointMetadata, find_metadata
 from shardsmith.manifest.weights import WeightsRecord
-from shardsmith.name_maps.recorded import RecordedNames, read_slices
+from shardsmith.name_maps.recorded import RecordedNames, RunNames, read_slices
 from shardsmith.name_maps.restored import RestoredModel
 from shardsmith.tensors.checkpoint_keys import EMA, MAIN
 from shardsmith.tensors.tensors import Chunk, TensorSource, TensorSpec, read_into
@@ -138,16 +138,22 @@ def open_step(path: Path, metadata: CheckpointMetadata | None = None, *, follow_
     return BesideWeights(path, metadata, follow_links=follow_links)
 
 
-def recorded_names(path: Path, metadata: CheckpointMetadata, model: str) -> RecordedNames | None:
-    """Return how the Hugging Face files of a model were made of its tensors; None if all of it is in DCP files.
+def recorded_names(path: Path, metadata: CheckpointMetadata) -> RunNames | None:
+    """Return how Hugging Face files are made of a checkpoint's weights, as it records it; None if it does not.
 
     Raises CheckpointError.
     """
-    record = (metadata.weights or {}).get(model)
-    if record is None:
+    record = (metadata.weights or {}).get(MAIN)
+    if metadata.names is None and record is None:
         return None
-    with contextlib.closing(_open_files(path, record)) as files:
-        return RecordedNames(read_slices(record.slices), files.specs)
+    try:
+        if record is None:
+            return RunNames(read_slices(metadata.names or {}), {})
+        with contextlib.closing(_open_files(path, record)) as files:
+            return RunNames(read_slices(record.slices), files.specs)
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"does not say how files are made of its weights: {type(error).__name__}: {error}"
+        raise CorruptCheckpointError(path / layout.METADATA_FILE, reason) from error
 
 
 def _open_files(path: Path, record: WeightsRecord) -> TensorSource:
