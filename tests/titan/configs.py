@@ -13,6 +13,8 @@ import torchtitan.models.qwen3 as qwen3_models
 import torchtitan.models.qwen3.config_registry as qwen3
 from torchtitan.components.lora import LoRAConverter
 from torchtitan.components.optimizer import default_adamw
+from torchtitan.components.quantization import Float8LinearConverter
+from torchtitan.distributed.activation_checkpoint import FullAC
 from torchtitan.models.common.attention import FlexAttention, ScaledDotProductAttention, VarlenAttention
 from torchtitan.trainer import Trainer
 
@@ -42,6 +44,27 @@ def llama3_with_lora() -> Trainer.Config:
     config = llama3_debugmodel()
     adapters = LoRAConverter.Config(rank=4, alpha=16.0, target_modules=["wqkv", "wo", "w1"])
     config.model_spec = llama3_models.model_registry("debugmodel", converters=[adapters])
+    return _on_cpu(config)
+
+
+def llama3_recomputed() -> Trainer.Config:
+    """Each block is computed again in the backward."""
+    config = llama3_debugmodel()
+    config.activation_checkpoint = FullAC.Config()
+    return config
+
+
+def llama3_not_recomputed() -> Trainer.Config:
+    config = llama3_debugmodel()
+    config.activation_checkpoint = None
+    return config
+
+
+def llama3_with_float8() -> Trainer.Config:
+    """Layers that compute in float8, as it is emulated where there is none."""
+    config = llama3_debugmodel()
+    converter = Float8LinearConverter.Config(emulate=True, model_compile_enabled=False)
+    config.model_spec = llama3_models.model_registry("debugmodel", converters=[converter])
     return _on_cpu(config)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
@@ -18,6 +19,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from shardsmith.integrations.torchtitan.models import build_titan_model
 from tests.titan import small_models
 from tests.titan.cpu import IS_0_3
 from tests.titan.jobs import LLAMA
@@ -134,6 +136,21 @@ if not IS_0_3:
         eos_token_id=1,
         pad_token_id=None,
     )
+
+PREDICTS = f"model.layers.{small_models.LAYERS}."
+"""How the layer that predicts the second next token is called: behind the others, as in the files of DeepSeek-V3."""
+
+
+def make_with_mtp(directory: Path) -> None:
+    """DeepSeek-V3 with such a layer, which transformers leaves out. 0.3."""
+    titan = build_titan_model("tests.titan.configs/deepseek_v3_small_mtp")
+    torch.manual_seed(0)
+    values = {name: torch.randn(tensor.shape) * 0.02 for name, tensor in titan.model.state_dict().items()}
+    config = DEEPSEEK.to_dict() | {"num_nextn_predict_layers": 1, "architectures": ["DeepseekV3ForCausalLM"]}
+    DeepseekV3Config(**config).save_pretrained(directory)
+    tensors = {name: value.clone() for name, value in titan.adapter.to_hf(values).items()}
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+
 
 TOLERANCES = {f"gpt_oss/{small_models.DENSE}": 0.02}
 """Where TorchTitan computes in bfloat16 whatever it is told: 0.2 the layers, 0.3 the experts."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from functools import partial
 from pathlib import Path
 
@@ -12,12 +11,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from shardsmith.cli import main
-from tests.titan.checkpoints import digests_of, tensors_of
+from tests.titan.checkpoints import tensors_of
 from tests.titan.cpu import IS_0_3
 from tests.titan.evaluation import FLOAT32, evaluated, losses_of, transformers_loss
-from tests.titan.hf_models import make_model
-from tests.titan.jobs import LLAMA, Assets, Job, error_of, log_of, run_jobs
+from tests.titan.jobs import Assets, Job, error_of, run_jobs
 
 pytestmark = pytest.mark.skipif(not IS_0_3, reason="TorchTitan 0.2 has no LoRA")
 
@@ -50,52 +47,6 @@ def jobs(assets: Assets, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     run_jobs(assets, 2, root, *jobs.values(), wrong)
     assert {name: error_of(job) for name, job in jobs.items()} == dict.fromkeys(jobs, "")
     return {**jobs, "no adapter": wrong}
-
-
-@pytest.fixture(scope="module")
-def later(jobs: dict[str, Job], assets: Assets, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
-    """Runs that go on from a step, or start from a model without an adapter. Read only."""
-    root = tmp_path_factory.mktemp("later")
-    make_model(LLAMA, root / "hf")
-    names = ["--layout", "torchtitan", "--titan-model", "llama3", "--titan-flavor", "debugmodel", "--quiet"]
-    assert main(["to-dcp", "--base-model", str(root / "hf"), "--output-dir", str(root / "dcp"), *names]) == 0
-    options, allowed = jobs["merged"].options, {"ema_decay": 0.5, "allow_missing": ["*lora_*"]}
-    short = [*options, "--training.steps=1"]
-    in_hf = [f"--checkpoint.initial_load_path={root / 'hf'}", "--checkpoint.initial_load_in_hf"]
-    found = {
-        "resumed": Job(run=root / "resumed", hooks={"ema_decay": 0.5}, options=options),
-        "started": Job(
-            run=root / "started",
-            hooks=allowed,
-            options=[*short, f"--checkpoint.initial_load_path={root / 'dcp'}"],
-            within=partial(evaluated, 0),
-        ),
-        "files": Job(run=root / "files", hooks=allowed, options=[*short, *in_hf]),
-    }
-    shutil.copytree(jobs["merged"].run / "checkpoint" / "step-2", root / "resumed" / "checkpoint" / "step-2")
-    run_jobs(assets, 2, root, *found.values())
-    return found
-
-
-def test_a_resumed_run_goes_on_as_the_uninterrupted_one(jobs: dict[str, Job], later: dict[str, Job]) -> None:
-    assert error_of(later["resumed"]) == ""
-    assert "Training starts at step 3" in log_of(later["resumed"])
-    steps = [digests_of(job.run / "checkpoint" / "step-4") for job in (jobs["merged"], later["resumed"])]
-    assert any("ema_model." in name and "lora_b" in name for name in steps[0])
-    assert steps[0] == steps[1]
-
-
-def test_a_new_adapter_starts_with_the_loss_of_its_model(later: dict[str, Job]) -> None:
-    """Whose files have no adapter: it begins as one that changes nothing."""
-    job = later["started"]
-    assert error_of(job) == ""
-    assert "elements) equal those of" in log_of(job)
-    assert losses_of(job.run)["main"] == pytest.approx(transformers_loss(job.run.parent / "hf"), abs=1e-4)
-
-
-def test_torchtitans_own_way_from_files_is_refused(later: dict[str, Job]) -> None:
-    assert "lora_a.weight" in error_of(later["files"])
-    assert "loss:" not in log_of(later["files"])
 
 
 def test_what_is_not_exported_is_refused_at_the_start(jobs: dict[str, Job]) -> None:
@@ -167,12 +118,3 @@ def base_of(step: Path) -> dict[str, Tensor]:
     weights = {name: value for name, value in tensors_of(step).items() if "lora_" not in name}
     found: dict[str, Tensor] = build_titan_model("llama3/debugmodel").adapter.to_hf(weights)
     return found
-
-
-def test_a_step_with_an_adapter_is_refused_by_to_hf_with_what_to_do(
-    jobs: dict[str, Job], assets: Assets, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    step = str(jobs["merged"].run / "checkpoint" / "step-4")
-    names = ["--titan-model", "llama3", "--titan-flavor", "debugmodel", "--base-model", str(assets.hf)]
-    assert main(["to-hf", "--checkpoint", step, "--output-dir", str(tmp_path / "out"), *names, "--quiet"]) == 2
-    assert "Export from the run itself" in capsys.readouterr().err
