@@ -25,6 +25,7 @@ from benchmarks.one_write import compare_one_write
 from benchmarks.remote import compare_remote
 from benchmarks.room import why_not, working_directory
 from benchmarks.save import compare_saves, room_needed
+from benchmarks.titan import compare_titan
 from shardsmith.ground.sizes import parse_size
 
 
@@ -37,7 +38,9 @@ class Section:
     memory_bytes: float
 
 
-Name = Literal["save", "remote", "one-write", "offline", "live", "initial", "diagnose", "events", "bagel", "device"]
+Name = Literal[
+    "save", "remote", "one-write", "offline", "live", "initial", "diagnose", "events", "bagel", "titan", "device"
+]
 
 
 def main(
@@ -57,6 +60,7 @@ def main(
     save: a run on sharded ranks, a quarter of the size, with optimizer and average; and its resume.
     remote: the same run, saved to an S3 server of this machine.
     one-write: the same run, with weights that others load, too: a save with an export beside it, and one write.
+    titan: TorchTitan's own saves and those with engine, where its environment of the tests is there.
     offline: from a sharded checkpoint. live: from live sharded weights. initial: to a checkpoint to start from.
     device: one rank that trains on a GPU; part of all where there is one.
     diagnose: what a diagnosis costs. events: what hooks cost in a step at which they do nothing.
@@ -104,6 +108,7 @@ def main(
         "initial": Section(lambda work: compare_initial(console, work, size, shards, runs), 6 * size, 5 * size),
         "diagnose": Section(lambda work: measure_diagnosis(console, work, compared, runs), 3 * compared, 1e9),
         "events": Section(lambda work: measure_events(console, work, runs), 1e6, 1e9),
+        "titan": Section(lambda work: compare_titan(console, work, size // 4, shards, runs), 4 * size, 60 * size // 4),
         "bagel": Section(
             lambda work: compare_bagel(console, work, bagel, runs), disk_needed(bagel), memory_needed(bagel)
         ),

@@ -137,7 +137,7 @@ def _bench(rank: int, folder: Path, parameters: int, runs: int, small_tensors: i
                 continue
             with recorded(rank) as seen:
                 try:
-                    figures = _measure(body, step)
+                    figures = measure(body, step)
                 except KeyError:  # in the stager of torch 2.11 and 2.12, on all ranks
                     if name != TORCH_ASYNC:
                         raise
@@ -174,7 +174,7 @@ def _say(line: str) -> None:
     print(line, flush=True)
 
 
-def _measure(body: Callable[[int], float], step: int) -> dict[str, float]:
+def measure(body: Callable[[int], float], step: int) -> dict[str, float]:
     """All ranks run ``body``; the slowest and the largest count, of processor time the sum."""
     dist.barrier()
     before, cpu, began = anonymous_bytes("self"), _cpu_seconds(), time.perf_counter()
