@@ -127,7 +127,7 @@ class _Look:
         """Logits, which need the model with its weights."""
         reference = self.subject.reference
         if reference.source is None:
-            self.unseen.append(f"{reference.path} has no weights, so no logits can be compared")
+            self.unseen.append(f"{reference.path} {reference.lacks}: no logits can be compared")
             return
         if self._not_runnable():
             return

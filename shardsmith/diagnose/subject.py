@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from shardsmith.hf.layout_rules import DECLARED, LayoutRule
 from shardsmith.manifest.metadata import CheckpointMetadata, read_json
 from shardsmith.name_maps.matching import Alignment
 from shardsmith.tensors.checkpoint_keys import MAIN
+from shardsmith.tensors.dtypes import is_quantized
 from shardsmith.tensors.tensors import TensorSpec
 
 _STEP_NAME = re.compile(r"(?:step-|checkpoint-)([0-9]{1,18})|([0-9]{7})")
@@ -35,6 +36,8 @@ class Reference:
     """Its weights, or None where the directory has a config only."""
     specs: Mapping[str, TensorSpec]
     """Its tensors as its files name them."""
+    lacks: str = "has no weights"
+    """Why there is no source, if there is none."""
 
     @classmethod
     def open(cls, path: Path) -> Reference:
@@ -50,6 +53,19 @@ class Reference:
         models = model_names(path)
         source = open_source(path, MAIN if MAIN in models else models[0]) if models else None
         return cls(path, config, source, source.specs if source else _specs_by_config(path))
+
+    def beside(self, models: Iterable[ModelSource]) -> Reference:
+        """Return it without its values, as its class has it, where its files are quantised and the models are not.
+
+        Training starts from plain weights there, whose names and shapes are those of the class. Raises CheckpointError.
+        """
+        held = [spec for model in models for spec in model.specs.values()]
+        if not any(map(is_quantized, self.specs.values())) or any(map(is_quantized, held)):
+            return self
+        specs = _specs_by_config(self.path)
+        if self.source is not None:
+            self.source.close()
+        return replace(self, source=None, specs=specs, lacks="has quantized weights, and the checkpoint plain ones")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +105,7 @@ class Subject:
             UsageError: there is no such name map, or it does not fit.
         """
         opened = open_checkpoint(checkpoint)
+        reference = reference.beside(opened.models.values())
         aligned = {
             name: aligned_source(found, reference.specs, reference.path, names, rules)
             for name, found in opened.models.items()

@@ -47,7 +47,8 @@ def look_at_values(subject: Subject) -> Looked:
     findings += _broken_ties(subject)
     if EMA in compared:
         findings += look_at_average(subject, compared)
-    unseen = () if subject.reference.source else (f"{subject.reference.path} has no weights to compare values with",)
+    reference = subject.reference
+    unseen = () if reference.source else (f"{reference.path} {reference.lacks}: no values can be compared",)
     relative = {model: {name: _relative(one) for name, one in found.items()} for model, found in compared.items()}
     return Looked("values", tuple(findings), facts, unseen, relative=relative)
 
