@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from shardsmith.checking.arguments import checked
-from shardsmith.checking.types import LocalPath, ModelConfig, Models, Seconds
+from shardsmith.checking.types import AnyPath, ModelConfig, Models, Seconds
 from shardsmith.ground.logs import Stopwatch
 from shardsmith.ground.ranks import Ranks
+from shardsmith.ground.remote_path import as_path
 from shardsmith.load.buffer_reference import Fresh
 from shardsmith.load.load import load_initial, verify_buffers
 from shardsmith.load.report import InitialLoadReport
@@ -41,7 +41,7 @@ class InitialLoad(Hook):
     @checked
     def __init__(
         self,
-        path: LocalPath,
+        path: AnyPath,
         *,
         model: Models,
         config: ModelConfig | None = None,
@@ -55,7 +55,7 @@ class InitialLoad(Hook):
         timeout_secs: Seconds = 1800.0,
     ) -> None:
         """Prepare the load; nothing is read yet. The arguments are those of ``shardsmith.load_initial``."""
-        self.path = Path(path)
+        self.path = as_path(path)
         self.report: InitialLoadReport | None = None
         self._model = model
         self._buffers: dict[str, Any] = {

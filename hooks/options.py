@@ -10,7 +10,7 @@ from typing import Any, Literal, TypedDict, TypeVar
 from torch import Tensor
 
 from shardsmith.checking.arguments import checked_fields
-from shardsmith.checking.types import Count, Directory, Dtype, HasFiles, LocalPath, Seconds, Size
+from shardsmith.checking.types import AnyPath, Count, Directory, Dtype, HasFiles, LocalPath, Seconds, Size
 from shardsmith.errors import UsageError
 from shardsmith.manifest.retention import Retention
 from shardsmith.name_maps.maps import NameMap
@@ -26,7 +26,7 @@ T = TypeVar("T")
 class ExportFiles:
     """The files that an export has beside its weights."""
 
-    base_model: LocalPath | None = None
+    base_model: AnyPath | None = None
     """Local directory with config, tokenizer and so on, which are copied; or the Hub name of a model in the local
     cache, such as ``"openai-community/gpt2"``. Without one, config.json and generation_config.json come from the live
     model, if it is one of transformers."""
@@ -132,7 +132,7 @@ class ExportVerification:
 class ExportOptions(TypedDict, total=False):
     """The fields of the four objects above as keywords of ``HFExport`` itself."""
 
-    base_model: LocalPath | None
+    base_model: AnyPath | None
     processor: HasFiles | None
     extra_files: Mapping[str, LocalPath] | None
     extra_facts: Mapping[str, Callable[[], Any]] | None
@@ -209,7 +209,7 @@ class SaveWeights:
     weights: Literal["dcp", "huggingface"] = "dcp"
     """``"dcp"``: in the ``.distcp`` files, with all else. ``"huggingface"``: the step's directory is a Hugging Face
     directory, too, and its folder ``ema`` is one of the average; ``.distcp`` files hold the rest."""
-    base_model: LocalPath | None = None
+    base_model: AnyPath | None = None
     """As in ``ExportFiles``; so are the others."""
     processor: HasFiles | None = None
     extra_files: Mapping[str, LocalPath] | None = None
@@ -228,7 +228,7 @@ class SaveOptions(TypedDict, total=False):
     """The fields of ``SaveWriting`` and ``SaveWeights`` as keywords of ``ShardedSave`` itself."""
 
     weights: Literal["dcp", "huggingface"]
-    base_model: LocalPath | None
+    base_model: AnyPath | None
     processor: HasFiles | None
     extra_files: Mapping[str, LocalPath] | None
     trust_remote_code: bool

@@ -62,8 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 _READS_STORES = ("clean", "detect", "diagnose", "inspect", "to-hf", "verify", "watch")
 """Commands that read checkpoints in object stores, too."""
-_WRITES_STORES = {"to-hf": ("--output-dir",), "watch": ("--output-dir",)}
-"""Options of commands whose value may be a place in a store that is written to."""
+_IN_STORES = ("--base-model", "--output-dir")
+"""Options of commands whose value may be a place in a store."""
 _BEFORE_A_CHECKPOINT = ("--checkpoint", "--digests", "--json", "--rounding", "--statistics", "--verify")
 """Options of which a checkpoint is the value, or that take no value, so that one may follow."""
 
@@ -117,7 +117,7 @@ def _refuse_urls(command: str, options: Sequence[str]) -> None:
         name, _, value = option.partition("=") if option.startswith("-") else (before, "", option)
         if re.match(r"(?:[A-Za-z0-9+.-]+::)*[A-Za-z][A-Za-z0-9+.-]*://", value):
             is_read = command in _READS_STORES and (name in _BEFORE_A_CHECKPOINT or not name.startswith("-"))
-            hint = AnyPath if is_read or name in _WRITES_STORES.get(command, ()) else LocalPath
+            hint = AnyPath if is_read or name in _IN_STORES else LocalPath
             check_value("shardsmith", name if name.startswith("-") else "path", value, hint)
 
 

@@ -18,7 +18,7 @@ from types import FrameType
 from typing import Literal
 
 from shardsmith.checking.arguments import check_value
-from shardsmith.checking.types import AnyPath, LocalPath
+from shardsmith.checking.types import AnyPath
 from shardsmith.errors import ShardsmithError, TargetExistsError, UsageError, WriteError
 from shardsmith.export.adapter_plan import plan_export
 from shardsmith.export.plan import ExportOptions, choose_stems
@@ -150,7 +150,7 @@ class Watcher:
         """
         checkpoints = as_path(check_value("Watcher", "checkpoints", checkpoints, AnyPath))
         output = as_path(check_value("Watcher", "output", output, AnyPath))
-        check_value("Watcher", "base", base, LocalPath)
+        base = as_path(check_value("Watcher", "base", base, AnyPath))
         if parse_step(checkpoints.name) is not None and has_manifest(checkpoints):
             raise UsageError(f"{checkpoints} is one checkpoint: give the folder that it is in, or use to-hf")
         self.checkpoints = checkpoints

@@ -93,11 +93,11 @@ def read_metadata_of(step: str) -> str:
 @pytest.mark.parametrize(
     "options",
     [
-        ["to-dcp", "--model", "s3://bucket/x", "--output-dir", "out"],
+        ["to-dcp", "--model", "hdfs://bucket/x", "--output-dir", "out"],
         ["to-hf", "--checkpoint", "x", "--base-model", "b", "--output-dir", "hdfs://bucket/x"],
-        ["to-dcp", "--base-model", "x", "--output-dir", "s3://bucket/x"],
-        ["watch", "x", "--output-dir", "y", "--base-model", "s3://bucket/x"],
-        ["diagnose", "--checkpoint", "x", "--base-model", "s3://bucket/x"],
+        ["to-dcp", "--base-model", "x", "--output-dir", "hdfs://bucket/x"],
+        ["watch", "x", "--output-dir", "y", "--base-model", "hdfs://bucket/x"],
+        ["diagnose", "--checkpoint", "x", "--base-model", "hdfs://bucket/x"],
         ["push", "s3://bucket/x", "org/name"],
         ["inspect", "hdfs://bucket/x"],
         ["inspect", "x", "--html", "s3://bucket/x"],

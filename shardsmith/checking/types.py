@@ -172,7 +172,7 @@ def _not_empty(value: Any) -> Any:
 
 Scheduler = Annotated[HasState, _scheduler]
 """A learning rate schedule; it could be mistaken for the optimizer, which has the same methods."""
-ModelConfig = LocalPath | Mapping[str, Any] | HasConfigDict
+ModelConfig = AnyPath | Mapping[str, Any] | HasConfigDict
 """What a model is to compute: a config of transformers, its dict, or a directory with a config.json."""
 Models = Annotated[torch.nn.Module | Sequence[torch.nn.Module], _not_empty]
 """A model, or all parts of it that this rank has."""

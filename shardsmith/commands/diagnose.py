@@ -42,7 +42,8 @@ def diagnose(
     Args:
         checkpoint: DCP directory (ours, TorchTitan's, plain dcp.save), Hugging Face directory or safetensors file. Of a
             run's folder, its newest complete step. Also in an object store, as in s3://bucket/run/step-500.
-        base_model: Local directory of the model that it should hold, or the name of one in the Hugging Face cache.
+        base_model: Directory of the model that it should hold, here or in an object store, or the name of one in
+            the Hugging Face cache.
         naming: How tensors correspond.
         level: "structure": names, shapes, counts, from the indexes alone; part of every level. "values": every tensor,
             streamed. "model": config, tokenizer, buffers, and the logits of both, which needs memory for two models.

@@ -42,8 +42,9 @@ def to_dcp(
     Example: shardsmith to-dcp --base-model allenai/OLMo-2-0425-1B --output-dir checkpoints/olmo2
 
     Args:
-        base_model: A local directory, or the name of a model on the Hub (from the local cache, if it is there).
-        output_dir: The directory to make. It must not exist.
+        base_model: A local directory, one in an object store (s3://bucket/olmo2), or the name of a model on the Hub
+            (from the local cache, if it is there).
+        output_dir: The directory to make, here or in an object store. It must not exist.
         trust_remote_code: Let transformers run the model's own Python files.
         dtype: Of all floating-point tensors; "original" keeps what the files have.
         layout: "flat": keys as the model has them, which TorchTitan from 0.2 on reads.
@@ -69,10 +70,12 @@ def to_dcp(
     from shardsmith.conversion.early_writing import early_writing
     from shardsmith.conversion.model_directory import find_model
     from shardsmith.ground import console
+    from shardsmith.ground.remote_path import as_path
     from shardsmith.tensors.dtypes import parse_dtypes
 
+    output_dir = as_path(output_dir)
     if whole:
-        return _whole(Path(base_model), output_dir, dry_run=dry_run, quiet=quiet, as_json=json)
+        return _whole(as_path(base_model), output_dir, dry_run=dry_run, quiet=quiet, as_json=json)
     import_modules(imports)
     choice = parse_dtypes(dtype)
     assert choice is None or not hasattr(choice, "items"), "one dtype for all"

@@ -33,7 +33,7 @@ def to_hf(
         checkpoint: Anything that "shardsmith detect" knows: a DCP directory (ours, TorchTitan's, plain dcp.save),
             a step of Trainer, accelerate, BAGEL or its sharded fork, a Hugging Face directory, a safetensors or torch
             file. Of a run's folder, its newest complete step.
-        base_model: Local directory with config.json, tokenizer and so on.
+        base_model: Directory, here or in an object store, with config.json, tokenizer and so on.
             If it has weights, the written ones must have the same names and shapes.
         export: How to write the directory.
         output_dir: The directory to make, here or in an object store (s3://bucket/hf/step-500). It must not exist.
@@ -55,6 +55,7 @@ def to_hf(
     from shardsmith.ground.threads import threads_per_process
 
     options = export.options()
+    base_model = as_path(base_model)
     checkpoint = checkpoint_of(as_path(checkpoint), step)
     output_dir = as_path(output_dir) if output_dir else default_output(checkpoint)
 

@@ -57,7 +57,7 @@ def verify(
     from shardsmith.ground.remote_path import as_path
     from shardsmith.hf.hf_directory import protect
 
-    a, b = as_path(a), b and as_path(b)
+    a, b, base_model = as_path(a), b and as_path(b), base_model and as_path(base_model)
     if html is not None:
         if b is None or logits:
             raise UsageError("--html shows two checkpoints, compared by their values or digests")

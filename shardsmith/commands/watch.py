@@ -33,7 +33,7 @@ def watch(
     Args:
         checkpoints: The run's folder with its step directories, or its place in an object store.
         output_dir: Directory of the exports, also in an object store. Made if missing; not inside CHECKPOINTS.
-        base_model: Local directory with config.json, tokenizer and so on.
+        base_model: Directory, here or in an object store, with config.json, tokenizer and so on.
             If it has weights, the written ones must have the same names and shapes.
         export: How to write the directories.
         every: Only steps that are a multiple of this.

@@ -8,6 +8,7 @@ from typing import Any
 
 from shardsmith.errors import UnsupportedFormatError
 from shardsmith.ground.extras import describe_failure
+from shardsmith.ground.local_copy import on_this_machine
 
 
 def config_of(directory: Path, *, trust_remote_code: bool = False) -> Any:
@@ -19,7 +20,8 @@ def config_of(directory: Path, *, trust_remote_code: bool = False) -> Any:
     try:
         from transformers import AutoConfig
 
-        return AutoConfig.from_pretrained(str(directory), trust_remote_code=trust_remote_code, local_files_only=True)
+        with on_this_machine(directory) as place:
+            return AutoConfig.from_pretrained(str(place), trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # whatever a config that it does not know makes it raise
         raise _unknown(directory, error) from error
 

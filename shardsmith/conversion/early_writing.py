@@ -27,6 +27,7 @@ from shardsmith.formats.by_path import open_source
 from shardsmith.formats.dcp.shard_files import PlannedChunk, Stream, Written, plan_chunks, write_shard_files
 from shardsmith.formats.models import ModelSource
 from shardsmith.ground.commit import Attempt, refuse_existing, require_space, sweep
+from shardsmith.ground.remote_path import RemotePath
 from shardsmith.hf.hf_directory import CONFIG_FILE, protect
 from shardsmith.tensors.dtypes import cast_specs
 
@@ -112,7 +113,7 @@ def early_writing(directory: Path, output: Path, dtype: torch.dtype | None) -> I
     """
     protect(output, directory)
     refuse_existing(output)
-    files = _files(directory)
+    files = None if isinstance(output, RemotePath) else _files(directory)
     if files is None:
         yield None
         return
@@ -144,6 +145,8 @@ def early_writing(directory: Path, output: Path, dtype: torch.dtype | None) -> I
 def _files(directory: Path) -> ModelSource | None:
     """The files, if their tensors are most likely those of the model, and if this process can be forked safely."""
     ranks = int(os.environ.get("WORLD_SIZE", "1")) > 1 or torch.distributed.is_initialized()
+    if isinstance(directory, RemotePath):  # the client of a store has threads, which must not be forked
+        return None
     if ranks or threading.active_count() > 1 or not (directory / CONFIG_FILE).is_file():
         return None
     try:

@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from shardsmith.errors import CheckpointError, CheckpointNotFoundError
+from shardsmith.ground.remote_path import RemotePath, as_path
 from shardsmith.manifest.checkpoints import hash_file
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -26,18 +27,20 @@ _TOKENIZER = (
 
 
 def find_model(name: str, *, fetch: bool = True) -> Path:
-    """The directory of a model: a path, or a name on the Hub, taken from the local cache if it is there, else fetched.
+    """The directory of a model: a path, a URL, or a name on the Hub, from the local cache if it is there, else fetched.
 
     Args:
-        name: A path, or a name on the Hub.
+        name: A path, the URL of a place in an object store, or a name on the Hub.
         fetch: Whether to use the network at all.
 
     Raises:
-        CheckpointNotFoundError: it is neither.
+        CheckpointNotFoundError: it is nothing of that kind.
     """
-    path = Path(name)
+    path = as_path(name)
     if path.exists():
         return path
+    if isinstance(path, RemotePath):
+        raise CheckpointNotFoundError(path, "there is nothing of that name")
     if not _HUB_NAME.fullmatch(name):
         raise CheckpointNotFoundError(path, "there is no such file or directory, and it is no name of the Hub either")
     try:

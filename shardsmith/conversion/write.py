@@ -20,7 +20,7 @@ from shardsmith.formats.dcp.shard_files import Place, Written, divide, write_sha
 from shardsmith.formats.dcp.source import DcpSource
 from shardsmith.formats.describe import Measured, describe
 from shardsmith.ground import layout
-from shardsmith.ground.commit import Attempt, require_space, sweep, write_file
+from shardsmith.ground.commit import AnyAttempt, Attempt, attempt_directory, begin_attempt, require_space, sweep
 from shardsmith.ground.ranks import Ranks
 from shardsmith.manifest.metadata import FileRecord
 
@@ -46,11 +46,11 @@ def convert(
         CheckpointError, WriteError: reading or writing failed, with several ranks as RankFailedError. Nothing became
             visible.
     """
-    attempt: list[Attempt] = []
+    attempt: list[AnyAttempt] = []
     try:
         ranks.agree(f"planning {plan.output.name}", lambda: _fingerprint(plan), _refuse_disagreement)
         attempt_id = ranks.lead(f"making the directory for {plan.output.name}", lambda: _begin(plan, attempt, early))
-        directory = layout.temporary_path(plan.output, attempt_id)
+        directory = attempt_directory(plan.output, attempt_id)
         counts: list[list[Any]] = ranks.agree(
             f"writing {plan.output.name}",
             lambda: _write(plan, directory, ranks, progress, early),
@@ -64,14 +64,15 @@ def convert(
             unfinished.__exit__()
 
 
-def _begin(plan: WritePlan, attempt: list[Attempt], early: EarlyWriting | None) -> str:
+def _begin(plan: WritePlan, attempt: list[AnyAttempt], early: EarlyWriting | None) -> str:
     if early is not None:
         attempt.append(early.attempt)
         return early.attempt.id
     sweep(plan.output.parent)
-    attempt.append(Attempt(plan.output))
-    require_space(attempt[0].directory, plan.nbytes)
-    return attempt[0].id
+    attempt.append(begun := begin_attempt(plan.output))
+    if isinstance(begun, Attempt):
+        require_space(begun.directory, plan.nbytes)
+    return begun.id
 
 
 def _write(
@@ -94,23 +95,22 @@ def _write(
     return {**written.measured.to_plain(), "places": {i: asdict(place) for i, place in written.places.items()}}
 
 
-def _commit(plan: WritePlan, attempt: Attempt, parts: list[dict[str, Any]], world_size: int) -> list[Count]:
+def _commit(plan: WritePlan, attempt: AnyAttempt, parts: list[dict[str, Any]], world_size: int) -> list[Count]:
     """On rank 0: index, manifest, a look at what is there, rename."""
     from shardsmith.conversion.plan import ConversionPlan
 
     assert isinstance(plan, ConversionPlan), "rank 0 makes the plan"
-    directory = attempt.directory
     measured = Measured.merge(parts)
     places = {int(i): Place(**place) for part in parts for i, place in part["places"].items()}
     specs = {key: stream.spec for key, stream in plan.streams.items()}
     index = write_index(
         specs, plan.chunks, places, aliases=plan.aliases, containers=plan.containers, attempt=attempt.id
     )
-    size = write_file(directory / layout.DCP_INDEX_FILE, index)
+    size = attempt.write(layout.DCP_INDEX_FILE, index)
     measured.files[layout.DCP_INDEX_FILE] = FileRecord(size=size, xxh3_128=xxhash.xxh3_128_hexdigest(index))
     for alias, kept in plan.aliases.items():
         measured.digests[alias] = measured.digests[kept]
-    source = DcpSource(directory)
+    source = DcpSource(attempt.directory)
     try:
         source.check_archives()
         metadata = describe(
@@ -128,7 +128,7 @@ def _commit(plan: WritePlan, attempt: Attempt, parts: list[dict[str, Any]], worl
         source.close()
     content = dataclasses.replace(metadata, initial=plan.initial).to_json()
     sizes = {name: record.size for name, record in measured.files.items()}
-    sizes[layout.METADATA_FILE] = write_file(directory / layout.METADATA_FILE, content)
+    sizes[layout.METADATA_FILE] = attempt.write(layout.METADATA_FILE, content)
     attempt.commit(sizes)
     return counts
 

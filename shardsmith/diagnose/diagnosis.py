@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from shardsmith.checking.arguments import checked
-from shardsmith.checking.types import AsAnyPath, AsPath
+from shardsmith.checking.types import AsAnyPath
 from shardsmith.compare.findings import LEVELS, Diagnosis, Level, Looked
 from shardsmith.diagnose.questions import Questions
 from shardsmith.diagnose.structure import look_at_structure, unreadable
@@ -16,7 +16,7 @@ from shardsmith.formats.by_path import detect_checkpoint_format
 
 
 @checked
-def diagnose(checkpoint: AsAnyPath, model: AsPath, questions: Questions) -> Diagnosis:
+def diagnose(checkpoint: AsAnyPath, model: AsAnyPath, questions: Questions) -> Diagnosis:
     """Compare a checkpoint with a Hugging Face model. Writes nothing, downloads nothing.
 
     Raises:

@@ -16,6 +16,7 @@ from shardsmith.diagnose.batches import Batch
 from shardsmith.errors import UnsupportedFormatError
 from shardsmith.export.load_check import first_tensor
 from shardsmith.ground.extras import describe_failure
+from shardsmith.ground.local_copy import on_this_machine
 from shardsmith.tensors.fqn import non_persistent_buffers
 from shardsmith.tensors.tensors import TensorSource, read_tensor
 
@@ -34,9 +35,9 @@ class LiveModel:
             UnsupportedFormatError: it does not.
         """
         try:
-            with _quiet():
-                kind, options = _class_of(directory, trust_remote_code=trust_remote_code)
-                module = kind.from_pretrained(str(directory), dtype=torch.float32, local_files_only=True, **options)
+            with _quiet(), on_this_machine(directory, weights=True) as place:
+                kind, options = _class_of(place, trust_remote_code=trust_remote_code)
+                module = kind.from_pretrained(str(place), dtype=torch.float32, local_files_only=True, **options)
         except Exception as error:  # whatever the model's own code raises
             raise _unusable(directory, error) from error
         return cls(module.eval())

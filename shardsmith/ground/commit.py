@@ -34,6 +34,7 @@ from shardsmith.ground import layout, remote_commit
 from shardsmith.ground.leases import unheld
 from shardsmith.ground.path_advice import advice_on_writing
 from shardsmith.ground.remote_commit import RemoteAttempt
+from shardsmith.ground.remote_export import ClaimedDirectory, RemoteCheckpoint
 from shardsmith.ground.remote_path import RemotePath
 
 log = logging.getLogger(__name__)
@@ -41,17 +42,20 @@ log = logging.getLogger(__name__)
 _alive: weakref.WeakSet[Attempt] = weakref.WeakSet()
 
 
-def begin_attempt(target: Path) -> Attempt | RemoteAttempt:
+def begin_attempt(target: Path) -> AnyAttempt:
     """Begin to make a directory, on a disk or in an object store. Raises TargetExistsError, WriteError."""
     if not isinstance(target, RemotePath):
         return Attempt(target)
     with writing(target, "beginning"):
-        return RemoteAttempt(target)
+        return RemoteCheckpoint(target) if layout.parse_step(target.name) is None else RemoteAttempt(target)
 
 
 def attempt_directory(target: Path, attempt_id: str) -> Path:
     """Return where every rank writes the files of an attempt that rank 0 has begun."""
-    return target / attempt_id if isinstance(target, RemotePath) else layout.temporary_path(target, attempt_id)
+    if not isinstance(target, RemotePath):
+        return layout.temporary_path(target, attempt_id)
+    is_step = layout.parse_step(target.name) is not None
+    return target / attempt_id if is_step else ClaimedDirectory.of(target, attempt_id)
 
 
 class Attempt:
@@ -138,6 +142,9 @@ class Attempt:
         """Abandon the attempt unless it was committed."""
         if self._lock is not None:
             self.abandon()
+
+
+AnyAttempt = Attempt | RemoteAttempt | RemoteCheckpoint
 
 
 def abandon_all() -> None:

@@ -36,55 +36,40 @@ log = logging.getLogger(__name__)
 
 _CLAIM = re.compile(r"\.export-(?P<attempt>[0-9a-f]{16})\.claim")
 _ASIDE = re.compile(r"shardsmith\.damaged-[0-9a-f]{16}\.json")
-_DIRECTORY = re.compile(r"step-[0-9]{1,18}(-[a-z]+)?")
+_MARKS = frozenset({layout.PROVENANCE_FILE, layout.METADATA_FILE})
+"""Of an export, and of a checkpoint."""
 _alive: set[str] = set()
 
 
-class RemoteDirectory:
-    """A directory being put into an object store. It exists once ``commit`` has put its ``shardsmith.json``.
+class _Claimed:
+    """A directory in an object store that this process has claimed. It exists once its mark has been put.
 
     Attributes:
         id: Random id of 16 hexadecimal digits.
         target: Where it is to be.
-        directory: A folder of this machine, deleted in the end, for what is to lie in it beside the files that ranks
-            put themselves. It holds those, too, as sparse files of the right size, so that it can be checked.
-        put: Names of the files that ranks put themselves.
     """
+
+    mark: str
 
     def __init__(self, target: RemotePath) -> None:
         """Claim the target, and delete what former claims have put there.
 
         Raises:
-            TargetExistsError: it is there already, or something that is no export; or another process has claimed it
-                at the same moment.
+            TargetExistsError: it is there already, or something else is; or another process has claimed it at the same
+                moment.
             StorageError: the store cannot be written to.
         """
         self.id = layout.new_attempt_id()
         self.target = target
-        self.put: set[str] = set()
         _claim_target(target, self.id)
         _alive.add(self.id)
-        self._scratch = tempfile.TemporaryDirectory(prefix="shardsmith-", ignore_cleanup_errors=True)
-        self.directory = Path(self._scratch.name)
 
-    def commit(self, files: Mapping[str, int]) -> Path:
-        """Put what ranks have not put, then ``shardsmith.json``, with which the directory exists; return that.
-
-        Args:
-            files: Every file it must hold, by name, with its size in bytes.
-
-        Raises:
-            IncompleteCheckpointError: it holds something else. There is no such directory.
-            TargetExistsError: another process has claimed it meanwhile.
-            StorageError: the store did not take a file.
-        """
-        for name in sorted(files.keys() - self.put - {layout.PROVENANCE_FILE}):
-            put_file(self.directory / name, ClaimedDirectory.of(self.target, self.id) / name)
+    def _publish(self, files: Mapping[str, int], content: bytes) -> Path:
         require_claim(self.target, self.id)
         self._check_listing(files)
-        mark = self.target / layout.PROVENANCE_FILE
+        mark = self.target / self.mark
         try:
-            mark.store.put_new(mark.key, (self.directory / mark.name).read_bytes())
+            mark.store.put_new(mark.key, content)
         except FileExistsError as error:
             raise TargetExistsError(self.target, "was made by another process meanwhile") from error
         with contextlib.suppress(StorageError):  # a sweep does it
@@ -102,12 +87,11 @@ class RemoteDirectory:
 
     def _release(self) -> None:
         _alive.discard(self.id)
-        self._scratch.cleanup()
 
     def _check_listing(self, files: Mapping[str, int]) -> None:
         found = self.target.objects_below()
         found.pop(_claim_of(self.target, self.id).name, None)
-        wanted = {name: size for name, size in files.items() if name != layout.PROVENANCE_FILE}
+        wanted = {name: size for name, size in files.items() if name != self.mark}
         names = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
         if names:
             lines = "\n  ".join(f"{name}: {found.get(name)} bytes, expected {wanted.get(name)}" for name in names)
@@ -121,6 +105,73 @@ class RemoteDirectory:
         """Abandon it unless it was committed."""
         if self.id in _alive:
             self.abandon()
+
+
+class RemoteDirectory(_Claimed):
+    """An export being put into an object store: a directory whose mark is ``shardsmith.json``.
+
+    Attributes:
+        directory: A folder of this machine, deleted in the end, for what is to lie in it beside the files that ranks
+            put themselves. It holds those, too, as sparse files of the right size, so that it can be checked.
+        put: Names of the files that ranks put themselves.
+    """
+
+    mark = layout.PROVENANCE_FILE
+
+    def __init__(self, target: RemotePath) -> None:
+        """As the class that it extends."""
+        super().__init__(target)
+        self.put: set[str] = set()
+        self._scratch = tempfile.TemporaryDirectory(prefix="shardsmith-", ignore_cleanup_errors=True)
+        self.directory = Path(self._scratch.name)
+
+    def commit(self, files: Mapping[str, int]) -> Path:
+        """Put what ranks have not put, then ``shardsmith.json``, with which the directory exists; return that.
+
+        Args:
+            files: Every file it must hold, by name, with its size in bytes.
+
+        Raises:
+            IncompleteCheckpointError: it holds something else. There is no such directory.
+            TargetExistsError: another process has claimed it meanwhile.
+            StorageError: the store did not take a file.
+        """
+        for name in sorted(files.keys() - self.put - {self.mark}):
+            put_file(self.directory / name, ClaimedDirectory.of(self.target, self.id) / name)
+        return self._publish(files, (self.directory / self.mark).read_bytes())
+
+    def _release(self) -> None:
+        super()._release()
+        self._scratch.cleanup()
+
+
+class RemoteCheckpoint(_Claimed):
+    """A checkpoint that is no step of a run, being put into an object store under its files' own names.
+
+    Attributes:
+        directory: Where every rank puts its files.
+    """
+
+    mark = layout.METADATA_FILE
+
+    def __init__(self, target: RemotePath) -> None:
+        """As the class that it extends."""
+        super().__init__(target)
+        self.directory = ClaimedDirectory.of(target, self.id)
+        self._manifest = b""
+
+    def write(self, name: str, content: bytes) -> int:
+        """Put a file; its size in bytes. The manifest waits for ``commit``. Raises StorageError."""
+        if name == self.mark:
+            self._manifest = content
+        else:
+            file = self.target / name
+            file.store.put(file.key, content)
+        return len(content)
+
+    def commit(self, files: Mapping[str, int]) -> Path:
+        """Put the manifest, with which the checkpoint exists; return that. Args and errors as ``RemoteDirectory``."""
+        return self._publish(files, self._manifest)
 
 
 class ClaimedDirectory(RemotePath):
@@ -139,6 +190,11 @@ class ClaimedDirectory(RemotePath):
     def located(self) -> RemotePath:
         """Itself: its files, too, lie under their own names, and no manifest need be asked where."""
         return self
+
+
+def is_claim(name: str) -> bool:
+    """Return whether an object says which process makes a directory; beside one that is complete it means nothing."""
+    return _CLAIM.fullmatch(name) is not None
 
 
 def put_file(file: Path, target: RemotePath) -> None:
@@ -206,7 +262,7 @@ def sweep(parent: RemotePath, listed: Iterable[StoredObject]) -> list[RemotePath
         claims = _claims_in(objects)
         if not claims or not all(_is_dead(parent / name, claim["attempt"], objects) for claim in claims):
             continue
-        if not (parent / name / layout.PROVENANCE_FILE).is_file():
+        if not any((parent / name / mark).is_file() for mark in _MARKS):
             log.info("removing %s, left by an attempt that did not finish", parent / name)
             swept.append(parent / name)
             parent.store.delete([one.key for rest, one in objects.items() if not _CLAIM.fullmatch(rest)])
@@ -219,7 +275,7 @@ def find_unfinished(
 ) -> Iterator[tuple[RemotePath, list[StoredObject]]]:
     """Yield directories that are claimed and not there yet, and what was put into them. As ``sweep``."""
     for name, objects in _directories_in(parent, listed).items():
-        if _claims_in(objects) and layout.PROVENANCE_FILE not in objects:
+        if _claims_in(objects) and not _MARKS & objects.keys():
             yield parent / name, [*objects.values()]
 
 
@@ -229,7 +285,7 @@ def _directories_in(parent: RemotePath, listed: Iterable[StoredObject]) -> dict[
     prefix = f"{parent.key}/" if parent.key else ""
     for one in listed:
         name, _, rest = one.key.removeprefix(prefix).partition("/")
-        if rest and _DIRECTORY.fullmatch(name):
+        if rest:
             directories[name][rest] = one
     return directories
 
@@ -242,7 +298,7 @@ def _claim_target(target: RemotePath, attempt: str) -> None:
     claim, before = _claim_of(target, attempt), target.objects_below()
     former = [name for name in before if _CLAIM.fullmatch(name)]
     is_ours = not before or former or any(_ASIDE.fullmatch(name) for name in before)
-    if layout.PROVENANCE_FILE in before or not is_ours:
+    if _MARKS & before.keys() or not is_ours:
         raise TargetExistsError(target, "exists already and was left as it is; remove it or choose another name")
     put_owner(claim)
     # Former claims first: whoever looks for its own before it puts a file must find it gone.

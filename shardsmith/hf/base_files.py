@@ -18,6 +18,7 @@ from shardsmith.errors import CheckpointError, CheckpointNotFoundError, UnsafeCh
 from shardsmith.formats.safetensors_files.source import SafetensorsSource
 from shardsmith.formats.torch_files.files import read_torch_file
 from shardsmith.ground.layout import COMPANION, METADATA_FILE, PROVENANCE_FILE
+from shardsmith.ground.local_copy import first_bytes, names_below
 from shardsmith.hf.model_card import is_own_card
 from shardsmith.manifest.metadata import has_manifest, read_json, read_metadata
 from shardsmith.tensors.tensors import Shape, TensorSpec
@@ -87,7 +88,7 @@ def choose_files(
         UnsafeCheckpointError: a file is no regular file, such as a pipe or a link that leads nowhere.
     """
     if not base.is_dir():
-        raise CheckpointNotFoundError(base, "the base model must be a local directory with at least its config.json")
+        raise CheckpointNotFoundError(base, "the base model must be a directory with at least its config.json")
     judge = _Judge(base, model or {})
     names = list(_files(base, trust_remote_code=trust_remote_code))
     for name in names:
@@ -151,15 +152,15 @@ def _files(base: Path, *, trust_remote_code: bool) -> Iterable[str]:
     """Relative paths of what nothing speaks against but its content."""
     python = () if trust_remote_code else ("*.py",)
     of_checkpoint = _of_checkpoint(base)
-    for folder, folders, names in os.walk(base):
+    for folder, folders, names in names_below(base):
         folders[:] = sorted(name for name in folders if not _FOLDERS.match(name) and name not in of_checkpoint)
-        top = Path(folder) == base
+        top = folder == base
         unwanted = (PROVENANCE_FILE, ".*", *python, *_COPIES)
         if top:
             unwanted += (*_UNREAD_WEIGHTS, *_LEFTOVERS, *of_checkpoint)
         for name in sorted(names):
-            if not _like(name, unwanted) and not is_own_card(Path(folder, name)):
-                yield os.path.relpath(os.path.join(folder, name), base)
+            if not _like(name, unwanted) and not is_own_card(folder / name):
+                yield str((folder / name).relative_to(base))
 
 
 def _of_checkpoint(base: Path) -> set[str]:
@@ -173,9 +174,8 @@ def _of_checkpoint(base: Path) -> set[str]:
 def _tensors_of(path: Path) -> Mapping[str, TensorSpec] | None:
     """The tensors in a file; None if it is no file of tensors. Raises CheckpointError if it cannot be read."""
     if path.suffix != ".safetensors":
-        with path.open("rb") as file:
-            if not file.read(4).startswith(_TORCH_MAGIC):
-                return None
+        if not first_bytes(path, 4).startswith(_TORCH_MAGIC):
+            return None
         held = {".".join(map(str, keys)): one for keys, one in read_torch_file(path, follow_links=True).items()}
         return {name: TensorSpec(name, one.shape, one.dtype) for name, one in held.items()}
     source = SafetensorsSource(path)

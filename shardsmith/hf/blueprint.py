@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
-from shardsmith.errors import UnsupportedFormatError
+from shardsmith.errors import StorageError, UnsupportedFormatError, WriteError
 from shardsmith.ground.extras import describe_failure
+from shardsmith.ground.local_copy import on_this_machine
 from shardsmith.tensors.fqn import clean_fqn, non_persistent_buffers, own_class, tied_weights
 from shardsmith.tensors.tensors import TensorSpec
 
@@ -121,7 +122,7 @@ def _state_dict(model: nn.Module) -> dict[str, Any]:
 
 
 def model_of_directory(base: Path, *, trust_remote_code: bool = False) -> Any:
-    """Return the transformers model of a local directory, made ``without_weights``.
+    """Return the transformers model of a directory, made ``without_weights``.
 
     Args:
         base: The base model's directory.
@@ -133,13 +134,15 @@ def model_of_directory(base: Path, *, trust_remote_code: bool = False) -> Any:
     try:
         import transformers
 
-        config = transformers.AutoConfig.from_pretrained(
-            str(base), trust_remote_code=trust_remote_code, local_files_only=True
-        )
-        with without_weights():
+        with on_this_machine(base) as place, without_weights():
+            config = transformers.AutoConfig.from_pretrained(
+                str(place), trust_remote_code=trust_remote_code, local_files_only=True
+            )
             if trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
                 return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=True)
             return getattr(transformers, config.architectures[0])._from_config(config)
+    except (StorageError, WriteError):
+        raise
     except Exception as error:  # whatever a config that it does not know makes it raise
         raise UnsupportedFormatError(
             base, f"transformers cannot make this model ({describe_failure(error)})"

@@ -20,6 +20,7 @@ from shardsmith.formats.safetensors_files.source import SafetensorsSource
 from shardsmith.ground import layout
 from shardsmith.ground.open_file import OpenFile, open_file
 from shardsmith.ground.printable import printable
+from shardsmith.ground.remote_export import is_claim
 from shardsmith.ground.remote_path import RemotePath
 from shardsmith.manifest.checkpoints import file_damage, hash_file, step_in_name
 from shardsmith.manifest.fields import count, digest_text, typed
@@ -99,7 +100,7 @@ def _of_checkpoint(directory: Path) -> set[str]:
 
 def _names_in(directory: Path) -> set[str]:
     if isinstance(directory, RemotePath):
-        return {*directory.objects_below()}
+        return {name for name in directory.objects_below() if not is_claim(name)}
     return {str(path.relative_to(directory)) for path in directory.rglob("*") if not path.is_dir() or path.is_symlink()}
 
 

@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import torch
 from shardsmith.errors import CheckpointNotFoundError, ProtectedPathError
 from shardsmith.ground.commit import sync, writing
 from shardsmith.ground.layout import COMPONENT_WEIGHTS, MAIN_WEIGHTS
+from shardsmith.ground.local_copy import copy_file
 from shardsmith.ground.path_advice import not_there
 from shardsmith.ground.remote_path import RemotePath
 from shardsmith.manifest.metadata import read_json
@@ -38,8 +38,7 @@ def copy_files(base: Path, names: Iterable[str], directory: Path) -> dict[str, i
     for name in names:
         source, target = base / name, directory / name
         with writing(target, f"copying {source}"):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, target)
+            copy_file(source, target)
             sync(target)
             sizes[name] = target.stat().st_size
     return sizes
@@ -53,16 +52,18 @@ def read_config(base: Path) -> dict[str, Any]:
         CorruptCheckpointError: it is no JSON object.
     """
     if not base.exists():
-        advice = "give the local directory of the base model"
+        advice = "give the directory of the base model"
         if re.fullmatch(r"[\w.-]+/[\w.-]+", str(base)) and not base.parent.exists():
             advice += f". If this is its name on the Hugging Face Hub, run: hf download {base} --local-dir DIRECTORY"
+        if isinstance(base, RemotePath):
+            raise CheckpointNotFoundError(base, f"there is nothing of that name; {advice}")
         raise not_there(base, advice=advice)
     if not (base / CONFIG_FILE).is_file() and (base / "model_index.json").is_file():
         raise CheckpointNotFoundError(base, "is a pipeline of diffusers; give the folder of one model in it, as unet/")
     if not (base / CONFIG_FILE).is_file():
         raise CheckpointNotFoundError(
             base,
-            f"has no {CONFIG_FILE}; give the local directory of the base model. A plain module has no such file: "
+            f"has no {CONFIG_FILE}; give the directory of the base model. A plain module has no such file: "
             "HFExport writes its weights during the training",
         )
     return read_json(base / CONFIG_FILE)

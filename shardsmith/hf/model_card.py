@@ -10,6 +10,7 @@ from typing import Any
 import xxhash
 
 from shardsmith.ground.layout import PROVENANCE_FILE
+from shardsmith.ground.local_copy import first_bytes
 from shardsmith.ground.printable import printable
 from shardsmith.ground.sizes import size_text
 from shardsmith.hf.directory import DirectoryPlan, ModelPlan
@@ -27,8 +28,7 @@ def is_own_card(path: Path) -> bool:
     """Return whether a file is a model card that an export has written, and so says nothing of any other weights."""
     if path.name != CARD_FILE or not path.is_file():
         return False
-    with path.open("rb") as file:
-        return _MARK.encode() in file.read(4096)
+    return _MARK.encode() in first_bytes(path, 4096)
 
 
 def model_card(plan: DirectoryPlan, digests: Mapping[str, Mapping[str, Digest]]) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from shardsmith.errors import CheckpointError
 from shardsmith.formats.safetensors_files.source import open_safetensors_directory
 from shardsmith.formats.torch_files.source import open_torch_directory
 from shardsmith.ground import layout
+from shardsmith.ground.remote_path import RemotePath
 from shardsmith.tensors.tensors import TensorSpec, read_tensor
 
 _TORCH_FILE = "pytorch_model.bin"
@@ -59,7 +61,7 @@ def read_template(base: Path) -> BaseTemplate:
         single = f"{stem}.safetensors"
         if not (base / single).exists() and not index.exists():
             continue
-        if not (base / single).exists() and not any(base.glob(f"{stem}-*.safetensors")):
+        if not (base / single).exists() and not _like(base, f"{stem}-*.safetensors"):
             absent = f"{index.name} is about files that are not there"
             continue
         source = open_safetensors_directory(base, stem)
@@ -71,8 +73,8 @@ def read_template(base: Path) -> BaseTemplate:
 def _variant(base: Path) -> BaseTemplate | None:
     """The weights that ``from_pretrained(variant=...)`` loads: the same tensors, usually of another dtype."""
     for main in (layout.MAIN_WEIGHTS, layout.COMPONENT_WEIGHTS):
-        for path in sorted(base.glob(f"{main}.*.safetensors*")):
-            stem = re.sub(r"(-[0-9]{5}-of-[0-9]{5})?\.safetensors(\.index\.json)?$", "", path.name)
+        for name in _like(base, f"{main}.*.safetensors*"):
+            stem = re.sub(r"(-[0-9]{5}-of-[0-9]{5})?\.safetensors(\.index\.json)?$", "", name)
             with contextlib.suppress(CheckpointError):
                 source = open_safetensors_directory(base, stem)
                 source.close()
@@ -80,7 +82,13 @@ def _variant(base: Path) -> BaseTemplate | None:
     return None
 
 
+def _like(base: Path, pattern: str) -> list[str]:
+    return sorted(path.name for path in base.iterdir() if fnmatch.fnmatchcase(path.name, pattern))
+
+
 def _torch_template(base: Path) -> BaseTemplate | None:
+    if isinstance(base, RemotePath):  # where such files are not read
+        return None
     try:
         source = open_torch_directory(base, _TORCH_FILE)
     except CheckpointError:  # there is none, or it is no longer readable; safetensors is what we write

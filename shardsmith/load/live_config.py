@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from shardsmith.compare.configs import compare_configs
+from shardsmith.ground.remote_path import as_path
 from shardsmith.hf.blueprint import plain_config, transformers_parts
 from shardsmith.hf.hf_directory import CONFIG_FILE, read_config
 from shardsmith.load.faults import LoadFault
@@ -87,5 +88,5 @@ def source_config(module: Any, path: Path, record: InitialRecord | None, given: 
     words = f"{path.name}/{CONFIG_FILE}" if given is None else "the config given"
     found = path if given is None else given
     if isinstance(found, str | Path):
-        found = read_config(Path(found))
+        found = read_config(as_path(found))
     return (kind.from_dict(dict(found)) if isinstance(found, Mapping) else found), words

@@ -17,9 +17,10 @@ from typing import Any
 from torch import nn
 
 from shardsmith.checking.arguments import checked
-from shardsmith.checking.types import LocalPath, ModelConfig, Models
+from shardsmith.checking.types import AnyPath, ModelConfig, Models
 from shardsmith.errors import InitialLoadError
 from shardsmith.ground.ranks import Ranks
+from shardsmith.ground.remote_path import as_path
 from shardsmith.load.buffer_reference import BufferReference, Fresh, find_reference
 from shardsmith.load.comparison import Names, compare_names, specs_on_all, verify_values
 from shardsmith.load.faults import EFFECTS, LoadFault
@@ -36,7 +37,7 @@ log = logging.getLogger(__name__)
 
 @checked
 def load_initial(
-    path: LocalPath,
+    path: AnyPath,
     *,
     model: Models,
     config: ModelConfig | None = None,
@@ -54,7 +55,8 @@ def load_initial(
     All ranks call it, after sharding. Communicates through the store, and over the process group under FSDP1.
 
     Args:
-        path: A checkpoint of ours, a plain DCP directory (flat or nested), a Hugging Face directory, and so on.
+        path: A checkpoint of ours, a plain DCP directory (flat or nested), a Hugging Face directory, and so on;
+            ours and those of safetensors files also in an object store, of which each rank reads the ranges it needs.
         model: Sharded or not, on its device (after ``to_empty``, if it was made on meta). Or all parts of it that this
             rank has, whose tensors have different names.
         config: What the model is to compute with, if not what ``path`` says: a config of transformers, its dict, or a
@@ -77,7 +79,7 @@ def load_initial(
     """
     ranks = ranks or Ranks()
     allowed = (tuple(allow_missing), tuple(allow_extra), tuple(allow_shape))
-    with _opened(Path(path), model, weights, ranks, config, fresh) as load:
+    with _opened(as_path(path), model, weights, ranks, config, fresh) as load:
         names = compare_names(ranks, load.live, load.source, *allowed)
         if names.faults:
             raise _error(load.source.path, names.faults, "Nothing was loaded; the model is unchanged.")
@@ -88,7 +90,7 @@ def load_initial(
 @checked
 def verify_loaded(
     model: Models,
-    path: LocalPath,
+    path: AnyPath,
     *,
     config: ModelConfig | None = None,
     fresh: Fresh | None = None,
@@ -117,7 +119,7 @@ def verify_loaded(
         ranks: The ranks that call; None for all, with the usual timeout.
     """
     ranks = ranks or Ranks()
-    with _opened(Path(path), model, weights, ranks, config, fresh, names, allow_missing) as load:
+    with _opened(as_path(path), model, weights, ranks, config, fresh, names, allow_missing) as load:
         found = compare_names(ranks, load.live, load.source, tuple(allow_missing), tuple(allow_extra))
         return load.verify(found, repair_buffers, tuple(allow_missing), loaded=False)
 
@@ -137,7 +139,7 @@ def verify_names(
     All ranks call it. Arguments, communication and errors are those of ``verify_loaded``; nothing is changed.
     """
     ranks = ranks or Ranks()
-    with _opened(Path(path), model, MAIN, ranks, None, fresh, names, allow_missing) as load:
+    with _opened(as_path(path), model, MAIN, ranks, None, fresh, names, allow_missing) as load:
         found = compare_names(ranks, load.live, load.source, tuple(allow_missing), tuple(allow_extra))
         if found.faults:
             raise _error(load.source.path, found.faults, "Nothing was loaded; the model is unchanged.")
@@ -164,7 +166,7 @@ def verify_buffers(
     live = LiveWeights(model)
 
     def look() -> list[list[Any]]:
-        reference = find_reference(live, Path(path), read_record(Path(path)), config, fresh)
+        reference = find_reference(live, as_path(path), read_record(as_path(path)), config, fresh)
         mended = reference.repair(live) if repair_buffers else []
         return [mended, [[fault.code, fault.name, fault.problem] for fault in reference.compare(live)]]
 
@@ -173,7 +175,7 @@ def verify_buffers(
     )
     faults = [fault for fault in (LoadFault(*item) for item in found) if not _is_allowed(fault, allow_missing)]
     if faults:
-        raise _error(Path(path), faults, "The weights were not looked at. It must not train like this.")
+        raise _error(as_path(path), faults, "The weights were not looked at. It must not train like this.")
     return list(repaired)
 
 

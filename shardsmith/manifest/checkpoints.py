@@ -19,6 +19,7 @@ from shardsmith.errors import CheckpointError, CheckpointNotFoundError, Incomple
 from shardsmith.ground import layout, remote_commit
 from shardsmith.ground.open_file import open_file
 from shardsmith.ground.progress import advance
+from shardsmith.ground.remote_export import is_claim
 from shardsmith.ground.remote_path import RemotePath
 from shardsmith.manifest.metadata import CheckpointMetadata, FileRecord, read_metadata
 
@@ -153,7 +154,10 @@ def find_foreign_files(checkpoint: Path, manifest: CheckpointMetadata) -> list[s
     known = {*manifest.files, layout.METADATA_FILE, layout.COMPANION}
     folders = sorted({str(folder) for name in known for folder in PurePosixPath(name).parents})
     found = (str(path.relative_to(checkpoint)) for folder in folders for path in (checkpoint / folder).iterdir())
-    return [f"{name!r}: is not one of its files" for name in sorted(found) if name not in {*known, *folders}]
+    expected = {*known, *folders}
+    return [
+        f"{name!r}: is not one of its files" for name in sorted(found) if name not in expected and not is_claim(name)
+    ]
 
 
 def _is_in(checkpoint: Path, name: str) -> bool:

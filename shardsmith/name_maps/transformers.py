@@ -18,6 +18,7 @@ from torch import nn
 
 from shardsmith.errors import UnsupportedFormatError
 from shardsmith.ground.extras import describe_failure
+from shardsmith.ground.local_copy import on_this_machine
 from shardsmith.name_maps.class_names import ComputedTensorsError
 from shardsmith.name_maps.slices import Target
 from shardsmith.name_maps.tracing import trace
@@ -163,7 +164,8 @@ def meta_model_of(base: Path) -> Any:
     try:
         import transformers
 
-        config = transformers.AutoConfig.from_pretrained(str(base), trust_remote_code=False, local_files_only=True)
+        with on_this_machine(base) as place:
+            config = transformers.AutoConfig.from_pretrained(str(place), trust_remote_code=False, local_files_only=True)
         return _on_meta(getattr(transformers, config.architectures[0]), config)
     except Exception as error:  # whatever a config that it does not know makes it raise
         raise _unknown(base, error) from error

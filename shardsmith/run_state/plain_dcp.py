@@ -20,7 +20,8 @@ from shardsmith.formats.dcp.beside_weights import open_step, recorded_names
 from shardsmith.formats.dcp.rank_file import write_rank_file
 from shardsmith.formats.dcp.source import DcpSource
 from shardsmith.ground import layout
-from shardsmith.ground.commit import Attempt, refuse_existing, require_space, write_file
+from shardsmith.ground.commit import AnyAttempt, Attempt, begin_attempt, refuse_existing, require_space
+from shardsmith.ground.mapped import MappedFile
 from shardsmith.ground.threads import useful_threads
 from shardsmith.hf.hf_directory import protect
 from shardsmith.manifest.checkpoints import find_damage
@@ -68,13 +69,14 @@ def write_plain_dcp(checkpoint: Path, output: Path, *, dry_run: bool = False) ->
         if dry_run:
             refuse_existing(output)
         else:
-            with Attempt(output) as attempt:
-                require_space(attempt.directory, nbytes)
+            with begin_attempt(output) as attempt:
+                if isinstance(attempt, Attempt):
+                    require_space(attempt.directory, nbytes)
                 _commit(source, metadata, attempt)
     return WholeCounts(metadata.step, len(metadata.tensors), nbytes)
 
 
-def _commit(source: DcpSource, metadata: CheckpointMetadata, attempt: Attempt) -> None:
+def _commit(source: DcpSource, metadata: CheckpointMetadata, attempt: AnyAttempt) -> None:
     entries = [*_entries(source)]
     chosen = _shared_out(entries)
     own = [OwnFile.of(rank, entries, mine) for rank, mine in enumerate(chosen)]
@@ -102,8 +104,8 @@ def _commit(source: DcpSource, metadata: CheckpointMetadata, attempt: Attempt) -
         names=None if names is None else names.to_plain(),
     )
     sizes = {name: record.size for name, record in measured.files.items()}
-    write_file(attempt.directory / layout.DCP_INDEX_FILE, index)
-    sizes[layout.METADATA_FILE] = write_file(attempt.directory / layout.METADATA_FILE, again.to_json())
+    attempt.write(layout.DCP_INDEX_FILE, index)
+    sizes[layout.METADATA_FILE] = attempt.write(layout.METADATA_FILE, again.to_json())
     attempt.commit(sizes)
 
 
@@ -140,6 +142,5 @@ def _objects(source: DcpSource, own: OwnFile) -> Iterator[bytes]:
     """The archives as they are; nothing is unpickled."""
     for key in own.file.objects:
         place = source.index.objects[key]
-        with (source.path / place.file).open("rb") as file:
-            file.seek(place.offset)
-            yield file.read(place.length)
+        with contextlib.closing(MappedFile(source.path / place.file)) as file:
+            yield file.bytes(place.offset, place.length)

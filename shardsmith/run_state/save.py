@@ -25,12 +25,11 @@ from torch import Tensor
 from shardsmith.formats.dcp.rank_file import encode, write_rank_file
 from shardsmith.formats.describe import Measured, describe
 from shardsmith.ground import layout
-from shardsmith.ground.commit import Attempt, attempt_directory, begin_attempt
+from shardsmith.ground.commit import AnyAttempt, Attempt, attempt_directory, begin_attempt
 from shardsmith.ground.garbage import without_collection
 from shardsmith.ground.host_folder import HostFolder
 from shardsmith.ground.host_memory import require_memory
 from shardsmith.ground.ranks import Ranks
-from shardsmith.ground.remote_commit import RemoteAttempt
 from shardsmith.manifest.metadata import FileRecord
 from shardsmith.manifest.weights import WeightsRecord
 from shardsmith.run_state.alike import OPTIONS, are_equal, refuse_different_values, shared_values, signature
@@ -96,7 +95,7 @@ class SaveInProgress:
         self._folder = folder if folder is not None and folder.count > 1 else None
         self._ranks = ranks
         self._share = share or Share(ranks.rank)
-        self._attempt: Attempt | RemoteAttempt | None = None
+        self._attempt: AnyAttempt | None = None
         self._receipts: list[dict[str, Any]] = []
         self._weight_records: dict[str, Any] = {}
         self._problems: list[str] = []

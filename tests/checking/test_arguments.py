@@ -84,7 +84,10 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
     "a home directory": (save(directory="~/run"), f"write {str(Path.home() / 'run')!r}"),
     "no directory": (save(directory=""), "a path is expected"),
     "remote exports": (export(directory="hf://me/model"), "hf:// is not supported"),
-    "a remote base": (export(base_model="s3://bucket/base"), "base_model='s3://bucket/base': s3:// is not supported"),
+    "a remote base": (
+        export(base_model="hdfs://bucket/base"),
+        "base_model='hdfs://bucket/base': hdfs:// is not supported",
+    ),
     "models that are none": (export(models="each"), 'models=\'each\': "main" or "ema" or "both" or "all" is expected'),
     "a chain of remote paths": (save(directory="simplecache::s3://bucket/run"), "s3:// is not supported"),
     "an optimizer for a scheduler": (save(scheduler=OPTIMIZER), "a schedule of the learning rate is expected"),
