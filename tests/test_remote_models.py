@@ -210,7 +210,7 @@ def test_a_base_model_in_a_store_is_one_on_a_disk(object_server: ObjectServer, t
         for level in ("structure", "values", "model"):
             arguments = ["--checkpoint", str(run.checkpoint), "--base-model", one, "--level", level, "--trained"]
             assert main(["diagnose", *arguments]) == 0
-    assert main(["verify", exported, str(tmp_path / "local"), "--logits", "--base-model", base]) == 0
+    assert main(["verify", exported, str(tmp_path / "local"), "--logits", "--base-model", exported]) == 0
 
 
 def assert_same_exports(found: Path, expected: Path) -> None:

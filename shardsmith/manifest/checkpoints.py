@@ -154,10 +154,8 @@ def find_foreign_files(checkpoint: Path, manifest: CheckpointMetadata) -> list[s
     known = {*manifest.files, layout.METADATA_FILE, layout.COMPANION}
     folders = sorted({str(folder) for name in known for folder in PurePosixPath(name).parents})
     found = (str(path.relative_to(checkpoint)) for folder in folders for path in (checkpoint / folder).iterdir())
-    expected = {*known, *folders}
-    return [
-        f"{name!r}: is not one of its files" for name in sorted(found) if name not in expected and not is_claim(name)
-    ]
+    known |= {*folders}
+    return [f"{name!r}: is not one of its files" for name in sorted(found) if name not in known and not is_claim(name)]
 
 
 def _is_in(checkpoint: Path, name: str) -> bool:
