@@ -84,7 +84,7 @@ def test_an_error_about_damaged_files_says_what_to_do(
     ("base", "advice"),
     [
         ("allenai/OLMo-2-0425-1B", "hf download allenai/OLMo-2-0425-1B --local-dir DIRECTORY"),
-        ("no/such/base", "give the local directory of the base model"),
+        ("no/such/base", "give the directory of the base model"),
     ],
 )
 def test_a_base_model_that_is_not_there_says_how_to_get_it(

@@ -177,7 +177,7 @@ def test_a_file_that_goes_missing_is_a_write_error(base: Path, tmp_path: Path) -
 
 
 def test_a_base_must_be_a_directory_with_a_config(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointNotFoundError, match="must be a local directory"):
+    with pytest.raises(CheckpointNotFoundError, match="must be a directory"):
         files_to_copy(tmp_path / "org" / "name")
     with pytest.raises(CheckpointNotFoundError, match=r"has no config\.json"):
         read_config(tmp_path)
