@@ -288,9 +288,7 @@ def test_what_is_no_checkpoint_is_refused_with_what_it_is(
 
 def test_a_base_without_config_is_refused(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     (place.base / "config.json").unlink()
-    assert_refused(
-        place, capsys, CheckpointNotFoundError, f"{place.base}: has no config.json; give the directory"
-    )
+    assert_refused(place, capsys, CheckpointNotFoundError, f"{place.base}: has no config.json; give the directory")
 
 
 def test_a_base_that_is_no_directory_is_refused(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
