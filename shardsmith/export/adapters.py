@@ -31,6 +31,8 @@ _PEFT_NAMES = re.compile(
 _ADAPTER_NAME = re.compile(
     r"\.(?:lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|modules_to_save)\.(?P<name>[^.]+)(\.|$)"
 )
+_WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+_IN_FRONT = re.compile(r"^.*?(?=(?<![^.])base_model\.model\.)")
 _ON_ITS_OWN = ("pissa", "olora", "corda", "eva", "loftq")
 """Initialisations that change the base weights: without these an adapter means nothing."""
 
@@ -49,6 +51,14 @@ class AdapterCheckpoint:
         self.directory = _directory_of(checkpoint, source)
         self.name = _adapter_name(source)
         self.model = _peft_model(self.directory, base, self.name)
+        self.keys = _keys_by_fqn(source, self.name)
+        places = self.model.state_dict()
+        if lost := [name for fqn, name in self.keys.items() if fqn not in places and _PEFT_NAMES.search(fqn)]:
+            problem = f"{len(lost)} tensors are not where adapter_config.json and the base model have them"
+            advice = (
+                "Nothing was written. Check that it is the adapter_config.json of this run, and the base model of it."
+            )
+            raise MismatchError(source.path, problem, lost[:8], advice)
 
     def adapter(self) -> ModelSource:
         """Take the adapter alone, under the names that peft gives it in its files."""
@@ -72,8 +82,7 @@ class AdapterCheckpoint:
     def _adapter_keys(self) -> dict[str, str]:
         from peft import get_peft_model_state_dict
 
-        keys = _keys_by_fqn(self.source, self.name)
-        fqns = {name: keys[name] for name in self.model.state_dict() if name in keys}
+        fqns = {name: self.keys[name] for name in self.model.state_dict() if name in self.keys}
         chosen = get_peft_model_state_dict(self.model, fqns, adapter_name=self.name, save_embedding_layers=False)
         if not chosen:
             problem = "no tensor belongs to the adapter that adapter_config.json describes"
@@ -93,7 +102,7 @@ class MergedSource:
         self.path = adapter.source.path
         self._adapter = adapter
         self._base = base
-        self._keys = _keys_by_fqn(adapter.source, adapter.name)
+        self._keys = adapter.keys
         inner = adapter.model.get_base_model()
         modules = dict(adapter.model.named_modules())
         self._prefix = next(path for path, part in modules.items() if part is inner) + "."
@@ -247,10 +256,15 @@ def _adapter_name(source: ModelSource) -> str:
 
 
 def _keys_by_fqn(source: ModelSource, adapter: str) -> dict[str, str]:
-    """FQN in the peft model -> name in the checkpoint, which lacks the adapter's name where peft has saved it."""
+    """FQN in the peft model -> name in the checkpoint.
+
+    That lacks the adapter's name where peft has saved it, and has what wrappers put into it, or the attribute that has
+    the peft model.
+    """
     keys: dict[str, str] = {}
     for name in source.specs:
-        keys[re.sub(r"\.(lora_(?:embedding_)?[AB])(\.weight)?$", rf".\1.{adapter}\2", name)] = name
+        inner = _IN_FRONT.sub("", _WRAPPERS.sub("", name), count=1)
+        keys[re.sub(r"\.(lora_(?:embedding_)?[AB])(\.weight)?$", rf".\1.{adapter}\2", inner)] = name
     return keys
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import Tensor
 
 from shardsmith.cli import main
@@ -131,3 +133,47 @@ def test_an_adapter_that_changed_its_base_is_refused(tmp_path: Path, capsys: pyt
     tuned.peft_config["default"].save_pretrained(str(checkpoint))
     assert to_hf(checkpoint, base, tmp_path / "out") == 2
     assert "changed the base model's weights" in capsys.readouterr().err
+
+
+def in_layers(name: str, wrapper: str) -> str:
+    return re.sub(r"\.layers\.(\d+)\.", rf".layers.\1.{wrapper}.", name)
+
+
+WRAPPED: dict[str, Callable[[str], str]] = {
+    "an attribute": lambda name: f"policy.backbone.{name}",
+    "a LightningModule's model": lambda name: f"model.{name}",
+    "DDP": lambda name: f"module.{name}",
+    "compiled": lambda name: f"_orig_mod.{name}",
+    "layers compiled": lambda name: in_layers(name, "_orig_mod"),
+    "layers checkpointed, in an attribute": lambda name: f"net.{in_layers(name, '_checkpoint_wrapped_module')}",
+}
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("wrapped", WRAPPED)
+def test_a_peft_model_in_a_wrapper_is_exported_as_without_it(tmp_path: Path, wrapped: str, whole: bool) -> None:
+    tuned, base, _ = make_run(tmp_path, "lora")
+    state = {WRAPPED[wrapped](n): value for n, value in tuned.state_dict().items() if whole or is_trained(n)}
+    checkpoint = tmp_path / "wrapped"
+    save(state, checkpoint)
+    tuned.peft_config["default"].save_pretrained(str(checkpoint))
+    assert to_hf(checkpoint, base, tmp_path / "adapter") == 0
+    tuned.save_pretrained(str(tmp_path / "peft"))
+    ours, theirs = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("adapter", "peft"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    assert to_hf(checkpoint, base, tmp_path / "merged", "--adapters", "merged") == 0
+    merged = tuned.merge_and_unload().state_dict()
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in merged.items())
+
+
+@pytest.mark.parametrize("adapters", ["adapter", "merged"])
+def test_an_adapter_config_of_another_run_is_refused(
+    tmp_path: Path, adapters: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, base, checkpoint = make_run(tmp_path, "lora")
+    LoraConfig(r=4, target_modules=["o_proj"]).save_pretrained(str(checkpoint))
+    assert to_hf(checkpoint, base, tmp_path / "out", "--adapters", adapters) == 2
+    assert "are not where adapter_config.json and the base model have them" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
