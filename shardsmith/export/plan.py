@@ -131,7 +131,7 @@ def plan_directory(
         named = _like(opened, options.drop)  # before names are matched: what stays may fit in one way only then
         dropped |= dict.fromkeys(heads)
         opened = opened.without(named)
-        recorded = names_of_the_run(opened, specs, known.manifest) if options.names == "auto" else None
+        recorded = names_of_the_run(opened, specs, lambda: known.manifest) if options.names == "auto" else None
         chosen = options if recorded is None else replace(options, names="identity")  # until the map is applied
         placed = under_base_names(opened, specs, base, chosen.names)
         unwanted = _like(placed, options.drop)

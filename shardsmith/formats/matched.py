@@ -49,7 +49,7 @@ def matched_source(
     if names not in ("auto", "identity", "transformers"):
         plain = renamed(source, match_names(source.specs, {}, None, source.aliases))
         return _in_place(TranslatedModel(plain, find_name_map(names, config)), target, classes)
-    recorded = names_of_the_run(source, target, _manifest_of(source.path)) if names == "auto" else None
+    recorded = names_of_the_run(source, target, lambda: _manifest_of(source.path)) if names == "auto" else None
     if recorded is not None:
         return _in_place(TranslatedModel(source, recorded), target, classes)
     if names == "identity" or classes is None:
@@ -77,19 +77,19 @@ def matched_source(
 
 
 def names_of_the_run(
-    source: ModelSource, target: Mapping[str, TensorSpec], manifest: CheckpointMetadata | None
+    source: ModelSource, target: Mapping[str, TensorSpec], find_manifest: Callable[[], CheckpointMetadata | None]
 ) -> RunNames | None:
     """Return the names that a checkpoint records for files of its weights, if they are those of the target.
 
     Args:
         source: A model of the checkpoint.
         target: The tensors of files; without any, what the checkpoint records is taken.
-        manifest: Of the checkpoint, if it has one.
+        find_manifest: Returns that of the checkpoint, if it has one; called only where names are needed.
 
     Raises:
         CheckpointError: they cannot be read.
     """
-    if manifest is None or not source.specs.keys() - target.keys():
+    if not source.specs.keys() - target.keys() or (manifest := find_manifest()) is None:
         return None
     names = recorded_names(source.path, manifest)
     if names is None or (target and names.targets(source.specs).keys() - target.keys()):
