@@ -116,6 +116,8 @@ def main(
     here = torch.accelerator.current_accelerator(check_available=True)
     if kind := device or (here.type if here else "cpu" if only == "device" else None):
         sections["device"] = Section(lambda work: measure_device(console, work, kind, size, runs), 30 * size, 30 * size)
+    if directory:
+        directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="shardsmith-bench-", dir=directory or working_directory()) as work:
         for name, section in sections.items():
             if only not in ("all", name):
