@@ -49,7 +49,7 @@ def compare_remote(console: Console, work: Path, parameters: int, ranks: int, ru
         runs: Rounds that count.
     """
     console.print(f"object store: a Llama of about {parameters / 1e6:.0f} M parameters on {ranks} ranks, SeaweedFS")
-    with running_server(work / "server") as server:
+    with running_server(work / "server", volume_mb=2048) as server:
         found: dict[str, Any] = spawn_ranks(_bench, ranks, work / "remote", server, parameters, runs)
     table = Table("way", "seconds", "times plain puts", "training waits", "processor seconds")
     for name, figures in found.items():

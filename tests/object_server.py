@@ -67,12 +67,17 @@ class ObjectServer:
 
 
 @contextlib.contextmanager
-def running_server(folder: Path) -> Iterator[ObjectServer]:
-    """Within it the server runs; it is killed at the end, also if this process is."""
+def running_server(folder: Path, *, volume_mb: int = 64) -> Iterator[ObjectServer]:
+    """Within it the server runs; it is killed at the end, also if this process is.
+
+    Args:
+        folder: For its data.
+        volume_mb: Size of each of its 64 volumes. It answers 500 if they are full.
+    """
     with contextlib.ExitStack() as running:
         for attempt in range(1, _ATTEMPTS + 1):
             try:
-                server = running.enter_context(_started(folder / str(attempt)))
+                server = running.enter_context(_started(folder / str(attempt), volume_mb))
                 break
             except RuntimeError:  # somebody has taken one of its ports in the meantime
                 if attempt == _ATTEMPTS:
@@ -81,7 +86,7 @@ def running_server(folder: Path) -> Iterator[ObjectServer]:
 
 
 @contextlib.contextmanager
-def _started(folder: Path) -> Iterator[ObjectServer]:
+def _started(folder: Path, volume_mb: int) -> Iterator[ObjectServer]:
     ports = dict(zip(_PORTS, free_ports(len(_PORTS)), strict=True))
     server = ObjectServer(f"http://127.0.0.1:{ports['s3.port']}")
     identity: dict[str, Any] = {
@@ -92,7 +97,7 @@ def _started(folder: Path) -> Iterator[ObjectServer]:
     (folder / "data").mkdir(parents=True)
     (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
     with (folder / "log").open("wb") as log:
-        command = _command(folder, ports)
+        command = _command(folder, ports, volume_mb)
         process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, preexec_fn=_die_with_parent)
     try:
         _await(server, process, folder / "log")
@@ -102,7 +107,7 @@ def _started(folder: Path) -> Iterator[ObjectServer]:
         process.wait()
 
 
-def _command(folder: Path, ports: dict[str, int]) -> list[str]:
+def _command(folder: Path, ports: dict[str, int], volume_mb: int) -> list[str]:
     return [
         _executable(),
         "server",
@@ -112,7 +117,7 @@ def _command(folder: Path, ports: dict[str, int]) -> list[str]:
         "-filer",
         "-s3",
         f"-s3.config={folder / 's3.json'}",
-        "-master.volumeSizeLimitMB=64",
+        f"-master.volumeSizeLimitMB={volume_mb}",
         "-volume.max=64",
         "-master.electionTimeout=1s",
         "-master.telemetry=false",
