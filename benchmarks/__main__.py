@@ -22,7 +22,6 @@ from benchmarks.initial import compare_initial
 from benchmarks.live import compare_live
 from benchmarks.offline import compare_offline
 from benchmarks.one_write import compare_one_write
-from benchmarks.remote import compare_remote
 from benchmarks.room import why_not, working_directory
 from benchmarks.save import compare_saves, room_needed
 from benchmarks.titan import compare_titan
@@ -97,9 +96,7 @@ def main(
             ),
             *room_needed(size // 4, shards),
         ),
-        "remote": Section(
-            lambda work: compare_remote(console, work, size // 4, shards, runs), 40 * size // 4, 60 * size // 4
-        ),
+        "remote": Section(lambda work: _remote(console, work, size // 4, shards, runs), 40 * size // 4, 60 * size // 4),
         "one-write": Section(
             lambda work: compare_one_write(console, work, size // 4, shards, runs), 26 * size // 4, 90 * size // 4
         ),
@@ -128,6 +125,13 @@ def main(
             figures[name] = {"not run": lack} if lack else section.run(Path(work))
     if json_file:
         json_file.write_text(json.dumps(figures, indent=1))
+
+
+def _remote(*arguments: Any) -> dict[str, Any]:
+    """Imported when it runs: a machine that measures something else may lack the client and the server of its store."""
+    from benchmarks.remote import compare_remote
+
+    return compare_remote(*arguments)
 
 
 if __name__ == "__main__":

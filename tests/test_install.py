@@ -43,6 +43,21 @@ def test_a_newcomer_gets_from_the_package_to_a_page_of_the_run(tmp_path: Path) -
     follow(ROOT / "docs" / "tutorial.md", tmp_path / "new", python)
 
 
+def test_a_clone_that_is_not_installed_saves(tmp_path: Path) -> None:
+    (tmp_path / "others").mkdir()
+    for entry in Path(sysconfig.get_path("purelib")).iterdir():
+        if "shardsmith" not in entry.name:
+            (tmp_path / "others" / entry.name).symlink_to(entry)
+    code = (
+        "import torch; from shardsmith.hooks import ShardedSave, at\n"
+        "save = ShardedSave('saves', model=torch.nn.Linear(2, 2), when=at(10**9)); save.save(1); save.close()"
+    )
+    source = copy_of_the_source(tmp_path)
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "others")}
+    subprocess.run([sys.executable, "-S", "-c", code], check=True, cwd=source, env=environment)
+    assert (source / "saves" / "step-1" / "metadata.json").exists()
+
+
 def install(source: Path, python: Path, options: list[str]) -> None:
     pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet"]
     subprocess.run([*pip, "--no-deps", "--no-build-isolation", *options], check=True, cwd=source)

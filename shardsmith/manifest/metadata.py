@@ -14,7 +14,6 @@ import re
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from json.encoder import encode_basestring_ascii as _quote
 from pathlib import Path
 from typing import Any
@@ -389,4 +388,7 @@ def _model_record(record: Any) -> ModelRecord:
 
 
 def _libraries() -> dict[str, str]:
-    return {"shardsmith": version("shardsmith"), "torch": version("torch"), "python": platform.python_version()}
+    """Asked of the modules: a clone that was not installed has no metadata of the package."""
+    import shardsmith
+
+    return {"shardsmith": shardsmith.__version__, "torch": str(torch.__version__), "python": platform.python_version()}
