@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from shardsmith.compare.alignment import aligned_source
-from shardsmith.errors import CheckpointError, CheckpointNotFoundError
+from shardsmith.errors import CheckpointError, CheckpointNotFoundError, UnsupportedFormatError
 from shardsmith.formats.by_path import model_names, open_source
 from shardsmith.formats.models import ModelSource
 from shardsmith.formats.opened import OpenedCheckpoint, open_checkpoint
 from shardsmith.ground import layout
-from shardsmith.hf.hf_directory import read_config
+from shardsmith.hf.config_fit import model_class_of
+from shardsmith.hf.hf_directory import is_component, read_config
 from shardsmith.hf.layout_rules import DECLARED, LayoutRule
 from shardsmith.manifest.metadata import CheckpointMetadata, read_json
 from shardsmith.name_maps.matching import Alignment
@@ -142,8 +143,13 @@ def _step(checkpoint: Path) -> int | None:
 
 
 def _specs_by_config(path: Path) -> Mapping[str, TensorSpec]:
-    """The tensors that a model without weights would have, as transformers makes it; of tied ones the kept name."""
+    """The tensors that a model without weights would have, as its library makes it; of tied ones the kept name."""
     from shardsmith.hf.blueprint import describe, model_of_directory
 
+    if is_component(config := read_config(path)):
+        model_class, reason = model_class_of(config)
+        if model_class is None:
+            raise UnsupportedFormatError(path, reason)
+        return {name: spec for name, spec in model_class.specs.items() if name not in model_class.tied}
     made = describe(model_of_directory(path))
     return {name: spec for name, spec in made.state_dict.items() if name not in made.tied}

@@ -218,7 +218,10 @@ def under_base_names(
     classes = ClassNames.of_directory(base)
     if template:
         return matched_source(source, template, classes)[0]
-    found = match_names(source.specs, classes.specs, classes, source.aliases)
+    target = classes.specs
+    if not target and (model_class := model_class_of(read_config(base))[0]) is not None:  # of diffusers
+        target = {name: spec for name, spec in model_class.specs.items() if name not in model_class.tied}
+    found = match_names(source.specs, target, classes, source.aliases)
     return renamed(source, replace(found, keys=found.stripped))
 
 

@@ -22,8 +22,11 @@ from shardsmith.formats.torch_files.source import models_of, open_torch_director
 from shardsmith.ground import layout
 from shardsmith.tensors.checkpoint_keys import EMA, MAIN
 
-STEMS = {MAIN: layout.MAIN_WEIGHTS, EMA: layout.EMA_WEIGHTS}
-_TORCH_NAMES = {MAIN: ("pytorch_model.bin", "pytorch_model_fsdp.bin", "model.pt"), EMA: ("ema.pt",)}
+_STEMS = {MAIN: (layout.MAIN_WEIGHTS, layout.COMPONENT_WEIGHTS), EMA: (layout.EMA_WEIGHTS,)}
+_TORCH_NAMES = {
+    MAIN: ("pytorch_model.bin", "pytorch_model_fsdp.bin", "model.pt", f"{layout.COMPONENT_WEIGHTS}.bin"),
+    EMA: ("ema.pt",),
+}
 _TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80\x02"
 
@@ -35,17 +38,18 @@ def has_safetensors(path: Path, stem: str) -> bool:
     """
     if (path / f"{stem}.safetensors").is_file():
         return True
-    is_alone = not any((path / f"{other}.safetensors").is_file() for other in STEMS.values())
+    stems = (other for ours in _STEMS.values() for other in ours)
+    is_alone = not any((path / f"{other}.safetensors").is_file() for other in stems)
     if not (path / layout.index_file_name(stem)).is_file():
         return False
     return is_alone or any(fnmatchcase(one.name, f"{stem}-*.safetensors") for one in path.iterdir())
 
 
 def detect_huggingface(path: Path) -> DetectedFormat | None:
-    """Return a directory with safetensors files under one of our two stems."""
+    """Return a directory with safetensors files called as transformers or diffusers calls them, or as an average."""
     found = []
-    for stem in STEMS.values():
-        if has_safetensors(path, stem):
+    for model in _STEMS:
+        if (stem := _stem(path, model)) is not None:
             try:
                 source = open_safetensors_directory(path, stem)
             except CheckpointError as error:
@@ -57,12 +61,17 @@ def detect_huggingface(path: Path) -> DetectedFormat | None:
 
 def safetensors_models(path: Path) -> list[str]:
     """Return which models a directory has safetensors files of."""
-    return [model for model, stem in STEMS.items() if has_safetensors(path, stem)]
+    return [model for model in _STEMS if _stem(path, model) is not None]
 
 
 def open_safetensors_model(path: Path, model: str) -> ModelSource:
     """Return the weights of one model in a directory of safetensors files."""
-    return ModelSource.whole(open_safetensors_directory(path, STEMS[model]))
+    return ModelSource.whole(open_safetensors_directory(path, _stem(path, model) or _STEMS[model][0]))
+
+
+def _stem(path: Path, model: str) -> str | None:
+    """The stem of a model's safetensors files in a directory; None where it has none."""
+    return next((stem for stem in _STEMS[model] if has_safetensors(path, stem)), None)
 
 
 def detect_torch_directory(path: Path) -> DetectedFormat | None:

@@ -18,7 +18,7 @@ from shardsmith.ground import layout
 from shardsmith.ground.remote_path import RemotePath
 from shardsmith.tensors.tensors import TensorSpec, read_tensor
 
-_TORCH_FILE = "pytorch_model.bin"
+_TORCH_FILES = ("pytorch_model.bin", f"{layout.COMPONENT_WEIGHTS}.bin")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class BaseTemplate:
 
 def read_template(base: Path) -> BaseTemplate:
     """Read the headers of the base model's weights: those called ``model``, or as diffusers calls its own, or ``ema``,
-    or ``pytorch_model.bin``, or else a variant such as ``model.fp16``.
+    or their ``.bin``, or else a variant such as ``model.fp16``.
 
     An index whose files are all missing is left out, as in BAGEL's release, where it describes weights that only exist
     as ``ema.safetensors``.
@@ -89,9 +89,9 @@ def _like(base: Path, pattern: str) -> list[str]:
 def _torch_template(base: Path) -> BaseTemplate | None:
     if isinstance(base, RemotePath):  # where such files are not read
         return None
-    try:
-        source = open_torch_directory(base, _TORCH_FILE)
-    except CheckpointError:  # there is none, or it is no longer readable; safetensors is what we write
-        return None
-    source.close()
-    return BaseTemplate(base, None, source.specs, _TORCH_FILE)
+    for name in _TORCH_FILES:
+        with contextlib.suppress(CheckpointError):  # there is none, or it is not readable; safetensors is what we write
+            source = open_torch_directory(base, name)
+            source.close()
+            return BaseTemplate(base, None, source.specs, name)
+    return None
