@@ -18,6 +18,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from examples.bagel.model import FULL_SIZE, WRAPPED, Sizes, build, read_sizes, write_configs
@@ -45,10 +46,9 @@ def sharded(sizes: Sizes) -> nn.Module:
     """The model, sharded over all ranks, with whatever is in its memory."""
     with torch.device("meta"):
         model = build(sizes)
-    for module in reversed(list(model.modules())):
-        if type(module) in WRAPPED:
-            fully_shard(module)
-    fully_shard(model)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))  # also where there are GPUs
+    for module in [*(part for part in reversed(list(model.modules())) if type(part) in WRAPPED), model]:
+        fully_shard(module, mesh=mesh)
     return model.to_empty(device="cpu")
 
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -42,9 +43,9 @@ def sharded_llama(parameters: int) -> nn.Module:
     """A float32 Llama of about that many parameters, sharded over all ranks by FSDP2, with random weights."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config_of(parameters))
-    for layer in model.model.layers:
-        fully_shard(layer)
-    fully_shard(model)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))  # also where there are GPUs
+    for layer in [*model.model.layers, model]:
+        fully_shard(layer, mesh=mesh)
     model.to_empty(device="cpu")
     generator = torch.Generator().manual_seed(dist.get_rank())
     for parameter in model.parameters():

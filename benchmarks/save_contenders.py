@@ -16,6 +16,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from benchmarks.checkpoint import sharded_llama
@@ -186,5 +187,5 @@ def _views(memory: Tensor, shards: list[Tensor]) -> Iterator[Tensor]:
 
 def _small_model(tensors: int) -> nn.Module:
     model = nn.ParameterList(nn.Parameter(torch.randn(1000)) for _ in range(tensors))
-    fully_shard(model)
+    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
     return model
