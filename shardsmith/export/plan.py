@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from shardsmith.errors import CheckpointNotFoundError, UnsupportedFormatError, UsageError
+from shardsmith.errors import CheckpointNotFoundError, MismatchError, UnsupportedFormatError, UsageError
 from shardsmith.export.adapters import open_merged
 from shardsmith.export.base_comparison import fit, measure_of
 from shardsmith.formats.by_path import KnownCheckpoint, known_checkpoint, open_source
@@ -191,7 +191,9 @@ def _open_model(
     Raises CheckpointError.
     """
     which = f"{model}:{options.average}" if options.average and model == EMA else model
-    opened = open_merged(known.open(which), known.path, base)
+    opened = known.open(which)
+    _refuse_strays(opened, model)
+    opened = open_merged(opened, known.path, base)
     heads = recorded_heads(known, opened, specs)
     opened = opened.without(heads)
     if model_class is not None:  # the names in memory, before any map has changed them
@@ -199,6 +201,18 @@ def _open_model(
         if not opened.aliases:
             opened = opened.tied(_ties(opened, model_class, specs, known.open, vocabulary))
     return opened, heads
+
+
+def _refuse_strays(source: ModelSource, model: str) -> None:
+    """Raise MismatchError for an average that has names of its own and lacks some of the model's.
+
+    What it lacks would be filled up from main, and nobody could tell.
+    """
+    if model == EMA and source.left_out and source.filled:
+        lines = [f"{key}: {reason}" for key, reason in source.left_out.items()]
+        lines += [f"{name}: in the model, not in the average" for name in sorted(source.filled)]
+        summary = "the average does not have the names of the model"
+        raise MismatchError(source.path, summary, lines, "Nothing was written. To export main alone: --models main.")
 
 
 def under_base_names(

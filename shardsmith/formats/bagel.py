@@ -175,9 +175,10 @@ def _models(path: Path) -> list[str]:
 
 def _open(path: Path, model: str) -> ModelSource:
     """A model, which in the fork's layout is the only one in its directory or files."""
-    manifest, stem = read_fork_manifest(path), _STEMS[model]
-    if model not in _promised(manifest):
-        raise CheckpointNotFoundError(path, f"has no {model!r} weights; it holds main")
+    manifest, promised = read_fork_manifest(path), _promised(read_fork_manifest(path))
+    if model not in promised:
+        raise CheckpointNotFoundError(path, f"has no {model!r} weights; it holds {' and '.join(promised)}")
+    stem = _STEMS[model]
     if (path / f"{stem}_sharded").is_dir():
         return open_dcp_model(path / f"{stem}_sharded", MAIN)
     return open_rank_files(path, rank_files(stem, manifest.world_size))

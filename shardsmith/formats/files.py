@@ -16,11 +16,17 @@ from shardsmith.formats.detected import (
     FormatReader,
     reason_of,
 )
-from shardsmith.formats.models import ModelSource
+from shardsmith.formats.models import ModelSource, choose_model
 from shardsmith.formats.safetensors_files.source import SafetensorsSource, open_safetensors_directory
-from shardsmith.formats.torch_files.source import models_of, open_torch_directory, open_torch_file
+from shardsmith.formats.torch_files.source import (
+    models_of,
+    open_torch_directory,
+    open_torch_file,
+    torch_directory_models,
+)
 from shardsmith.ground import layout
-from shardsmith.tensors.checkpoint_keys import EMA, MAIN
+from shardsmith.tensors.checkpoint_keys import EMA, MAIN, find_models
+from shardsmith.tensors.tensors import TensorSource
 
 _STEMS = {MAIN: (layout.MAIN_WEIGHTS, layout.COMPONENT_WEIGHTS), EMA: (layout.EMA_WEIGHTS,)}
 _TORCH_NAMES = {
@@ -60,13 +66,33 @@ def detect_huggingface(path: Path) -> DetectedFormat | None:
 
 
 def safetensors_models(path: Path) -> list[str]:
-    """Return which models a directory has safetensors files of."""
-    return [model for model in _STEMS if _stem(path, model) is not None]
+    """Return which models a directory has safetensors files of, or in them."""
+    found = [model for model in _STEMS if _stem(path, model) is not None]
+    if found == [MAIN]:
+        source = open_safetensors_directory(path, _stem(path, MAIN) or "")
+        found = _models_in(source)
+        source.close()
+    return found
 
 
 def open_safetensors_model(path: Path, model: str) -> ModelSource:
-    """Return the weights of one model in a directory of safetensors files."""
-    return ModelSource.whole(open_safetensors_directory(path, _stem(path, model) or _STEMS[model][0]))
+    """Return the weights of one model in a directory of safetensors files. Raises CheckpointError."""
+    kind = model.partition(":")[0]
+    if model == kind and (stem := _stem(path, kind)) is not None and kind != MAIN:
+        return ModelSource.whole(open_safetensors_directory(path, stem))
+    return _chosen(open_safetensors_directory(path, _stem(path, MAIN) or layout.MAIN_WEIGHTS), model)
+
+
+def _models_in(source: TensorSource) -> list[str]:
+    """Which models files of one name hold: main, and an average where its names are those of main with a prefix."""
+    return [MAIN, EMA] if EMA in find_models(source.specs, {}) and find_models(source.specs, {}).get(MAIN) else [MAIN]
+
+
+def _chosen(source: TensorSource, model: str) -> ModelSource:
+    """One of the models that files of one name hold. Raises CheckpointNotFoundError."""
+    if model == MAIN and _models_in(source) == [MAIN]:
+        return ModelSource.whole(source)
+    return choose_model(source, {}, model)
 
 
 def _stem(path: Path, model: str) -> str | None:
@@ -128,24 +154,30 @@ def _torch_name(path: Path, model: str) -> str | None:
 def _open_file(path: Path, model: str) -> ModelSource:
     if path.suffix != ".safetensors":
         return open_torch_file(path, model)
-    if model != MAIN:
-        raise CheckpointNotFoundError(path, f"has no {model!r} weights; it is one file of weights, which are main")
-    return ModelSource.whole(SafetensorsSource(path))
+    return _chosen(SafetensorsSource(path), model)
 
 
 def _file_models(path: Path) -> list[str]:
-    return [MAIN] if path.suffix == ".safetensors" else models_of(path)
+    if path.suffix != ".safetensors":
+        return models_of(path)
+    source = SafetensorsSource(path)
+    source.close()
+    return _models_in(source)
 
 
 def _open_torch(path: Path, model: str) -> ModelSource:
-    name = _torch_name(path, model)
+    if model == EMA and (name := _torch_name(path, EMA)) is not None:
+        return open_torch_directory(path, name)
+    name = _torch_name(path, MAIN)
     if name is None:
         raise CheckpointNotFoundError(path, f"has no {model!r} weights; it holds {', '.join(_torch_models(path))}")
-    return open_torch_directory(path, name)
+    return open_torch_directory(path, name, model)
 
 
 def _torch_models(path: Path) -> list[str]:
-    return [model for model in _TORCH_NAMES if _torch_name(path, model) is not None]
+    found = [model for model in _TORCH_NAMES if _torch_name(path, model) is not None]
+    name = _torch_name(path, MAIN)
+    return torch_directory_models(path, name) if found == [MAIN] and name is not None else found
 
 
 HUGGINGFACE_READER = FormatReader.by_path(detect_huggingface, safetensors_models, open_safetensors_model)

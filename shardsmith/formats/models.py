@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self
@@ -12,6 +12,7 @@ from torch import Tensor
 from shardsmith.errors import CheckpointNotFoundError, UnsupportedFormatError
 from shardsmith.formats.dcp.beside_weights import open_step
 from shardsmith.formats.dcp.source import DcpSource
+from shardsmith.ground.layout import EMA_PREFIX
 from shardsmith.manifest.metadata import read_metadata
 from shardsmith.name_maps.maps import NameMap, Translation
 from shardsmith.name_maps.rearranged import read_linked
@@ -22,9 +23,11 @@ from shardsmith.tensors.checkpoint_keys import (
     find_averages,
     find_lost_averages,
     find_models,
+    find_strays,
     find_twins,
 )
 from shardsmith.tensors.tensors import Chunk, TensorSource, TensorSpec
+from shardsmith.tensors.wrappers import without_segments
 
 
 class ModelSource:
@@ -36,7 +39,8 @@ class ModelSource:
         aliases: Names left out because they are tied to one that is there: alias -> kept name.
         averages: Where the checkpoint has several averages, this one and then the others, by name.
         twins: Other dicts of the checkpoint that hold tensors under the model's names, such as a teacher.
-        left_out: What is called an average and does not have the model's names, name -> why.
+        left_out: What is called an average and does not have the model's names, name -> why; of an average, its tensors
+            for which the model has no name.
     """
 
     def __init__(
@@ -164,10 +168,12 @@ def choose_model(
         CheckpointNotFoundError: the source has no such model.
     """
     model, _, average = model.partition(":")
-    models = find_models(source.specs, paths, average or None)
     averages = find_averages(source.specs, paths)
+    named = [*averages, *find_twins(source.specs, paths)] if average else []
+    if average and average not in named:
+        average = _like(average, named)
+    models = find_models(source.specs, paths, average or None)
     if average and EMA not in models:
-        named = [*averages, *find_twins(source.specs, paths)]
         found = f"it holds {', '.join(named)}" if named else "none in it has a name"
         raise CheckpointNotFoundError(source.path, f"has no average {average!r}; {found}")
     if model not in models:
@@ -177,7 +183,20 @@ def choose_model(
     twins = [name for name in find_twins(source.specs, paths) if name != average] if model == MAIN else []
     lost = find_lost_averages(source.specs, paths) if model == MAIN else []
     left_out = dict.fromkeys(lost, "it is called an average, and its tensors do not have the model's names")
+    if model == EMA:
+        strays = find_strays(source.specs, paths, average or None)
+        held = [key for key in strays if source.specs[key].numel > 1]  # not a count of updates
+        left_out = dict.fromkeys(held, "in the average, not in the model")
     return _choose(source, models, model, tied, averages=tuple(ordered), twins=tuple(twins), left_out=left_out)
+
+
+def _like(average: str, named: Sequence[str]) -> str:
+    """The name of the average that is meant: ``ema`` for ``ema.module``, or ``state_dict.ema`` for ``ema``."""
+    plain = without_segments(average)
+    found = [name for name in named if f".{without_segments(name)}".endswith(f".{plain}")]
+    if len(found) == 1:
+        return found[0]
+    return "" if f"{plain}." == EMA_PREFIX and not found else average  # ours has no name
 
 
 def models_of(source: DcpSource, tied: Mapping[str, str] = MappingProxyType({})) -> dict[str, ModelSource]:

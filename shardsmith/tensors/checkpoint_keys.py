@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from shardsmith.ground import layout
+from shardsmith.tensors.wrappers import without_segments
 
 MAIN = "main"
 EMA = "ema"
@@ -64,7 +65,8 @@ def find_models(
     main = _main(keys, paths)
     known = _known_averages(keys, main)
     copies = _copies(_without(keys, known, paths), main, lambda dicts: _is_average(dicts) or ".".join(dicts) == average)
-    names = _average(known, copies, average)
+    fqns = _FqnFinder(main)
+    names = {fqns.find(name, EMA) or name: key for name, key in _average(known, copies, average).items()}
     beside = {key for found in (*known.values(), *copies.values()) for key in found.values()}
     roots = {_root(name) for name in copies if _is_average([_root(name)])}
     models = {
@@ -78,7 +80,7 @@ def find_averages(keys: Iterable[str], paths: Mapping[str, KeyPath]) -> list[str
     """Name a checkpoint's averages, where they have names, in order.
 
     The name of one of TorchTitan's several is its own (``0.999``); of one that lies in a dict of its own the path of
-    that dict (``model_ema``, ``ema.module``). Our own has none.
+    that dict (``model_ema``, ``callbacks.ema``). Our own has none.
     """
     keys = list(keys)
     main = _main(keys, paths)
@@ -110,6 +112,18 @@ def find_lost_averages(keys: Iterable[str], paths: Mapping[str, KeyPath]) -> lis
     roots = {str(paths.get(key, (key,))[0]) for key in of_models}  # a part of an average that is found is not lost
     counts = Counter(str(paths[key][0]) for key in keys if key in paths and len(paths[key]) > 1)
     return [root for root, count in counts.items() if _is_average([root]) and root not in roots and count > 1]
+
+
+def find_strays(keys: Iterable[str], paths: Mapping[str, KeyPath], average: str | None = None) -> list[str]:
+    """List the keys in the dict of an average, chosen as by ``find_models``, for which the model has no name."""
+    keys = list(keys)
+    main = _main(keys, paths)
+    known = _known_averages(keys, main)
+    copies = _copies(_without(keys, known, paths), main, lambda dicts: _is_average(dicts) or ".".join(dicts) == average)
+    names = _average(known, copies, average)
+    path = next((path for path, found in copies.items() if found == names), None)
+    joined = {key: ".".join(map(str, paths.get(key, (key,)))) for key in keys} | {key: n for n, key in main.items()}
+    return [key for key in keys if path and joined[key].startswith(f"{path}.") and key not in copies[path].values()]
 
 
 def _main(keys: list[str], paths: Mapping[str, KeyPath]) -> dict[str, str]:
@@ -155,7 +169,7 @@ def _copies(
     paths: Mapping[str, KeyPath], main: Mapping[str, str], is_wanted: Callable[[list[str]], bool]
 ) -> dict[str, dict[str, str]]:
     """Path of each wanted dict that holds tensors under the model's names -> FQN -> key."""
-    fqns = _FqnFinder({fqn: key for fqn, key in main.items() if not _is_average([_root(fqn)])})
+    fqns = _FqnFinder(main)
     of_main = {key: fqn for fqn, key in main.items()}
     groups: dict[str, dict[str, str]] = {}
     for key, path in paths.items():
@@ -176,23 +190,37 @@ def _is_average(dicts: list[str]) -> bool:
 
 
 class _FqnFinder:
-    """The model's FQN of a name that an average has: the same, without the attribute that the model is in, or
-    without dots (what is registered as a buffer cannot have any)."""
+    """The model's FQN of a name that an average has: the same, but perhaps with other wrappers, without the attribute
+    that the model is in, or without dots (what is registered as a buffer cannot have any)."""
 
-    def __init__(self, main: Mapping[str, str]) -> None:
-        self._main = main
-        inner = [(fqn.split(".", 1)[1], fqn) for fqn in main if "." in fqn]
-        counts = Counter(name for name, _ in inner)
-        self._inner = {name: fqn for name, fqn in inner if counts[name] == 1}
-        self._plain = {fqn.replace(".", ""): fqn for fqn in [*self._inner.values(), *main]}
-        self._plain |= {name.replace(".", ""): fqn for name, fqn in self._inner.items()}
+    def __init__(self, main: Iterable[str]) -> None:
+        self._main = {fqn for fqn in main if not _is_average([_root(fqn)])}
+        self._known: dict[str, str] = {}
+        plain = {fqn for fqn in self._main if not _is_average(fqn.split(".")[:_MAX_DEPTH])}
+        for names in [*_forms(plain), *_forms(self._main - plain)]:
+            counts = Counter(names.values())
+            self._known |= {n: fqn for fqn, n in names.items() if counts[n] == 1 and n not in self._known}
+        self._plain = {name.replace(".", ""): fqn for name, fqn in self._known.items()}
+        self._plain |= {fqn.replace(".", ""): fqn for fqn in self._main}
 
     def find(self, name: str, prefix: str) -> str | None:
         """Return None for a name that the model lacks. ``prefix`` stood in front of it: no tensor averages itself."""
-        found = name if name in self._main else self._inner.get(name)
+        found = name if name in self._main else self._known.get(without_segments(name))
         if found is None and "." not in name:
             found = self._plain.get(name)
         return None if found is None or found == f"{prefix}.{name}" or found.startswith(f"{prefix}.") else found
+
+
+def _forms(fqns: Iterable[str]) -> Iterator[dict[str, str]]:
+    """FQN -> name without wrappers; then without what all begin with, a segment at a time; at last without one more."""
+    names = {fqn: without_segments(fqn) for fqn in fqns}
+    yield names
+    for _ in range(_MAX_DEPTH):
+        is_shared = len({_root(name) for name in names.values()}) == 1
+        names = {fqn: name.split(".", 1)[1] for fqn, name in names.items() if "." in name}
+        yield names
+        if not is_shared:
+            return
 
 
 def _root(name: str) -> str:

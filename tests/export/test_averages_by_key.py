@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from shardsmith.cli import main
 from tests.families.tiny import all_families, make_tiny
@@ -67,6 +67,67 @@ def test_an_average_in_a_wrapper_is_exported_whatever_it_is_called(
     exported = load_file(tmp_path / "out" / "ema.safetensors")
     assert exported.keys() == moved.keys()
     assert all(torch.equal(value, moved[name]) for name, value in exported.items())
+
+
+def written(form: str, names: Mapping[str, torch.Tensor], folder: Path) -> Path:
+    """The tensors as a checkpoint of some form, with the average's names among the model's own."""
+    if form == "dcp":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dcp.save({"state_dict": dict(names)}, checkpoint_id=folder / "checkpoint", no_dist=True)
+        return folder / "checkpoint"
+    (folder / "checkpoint").mkdir()
+    path = folder / "checkpoint" / {"bin": "pytorch_model.bin", "ckpt": "last.ckpt"}.get(form, "model.safetensors")
+    if form == "safetensors":
+        save_file(dict(names), path)
+    else:
+        torch.save(dict(names) if form == "bin" else {"state_dict": dict(names), "epoch": 3}, path)
+    return path if form == "ckpt" else path.parent
+
+
+@pytest.mark.parametrize("form", ["dcp", "ckpt", "bin", "safetensors"])
+@pytest.mark.parametrize("key", ["ema_model", "model_ema", "ema"])
+@pytest.mark.parametrize(
+    ("outer", "inner"), [("net.", ""), ("net._orig_mod.", "module."), ("module.", "module._orig_mod.")]
+)
+def test_an_average_among_the_names_of_a_module_is_found_and_taken(
+    outer: str, inner: str, key: str, form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = make_tiny(FAMILIES["Qwen2ForCausalLM"])
+    model.save_pretrained(tmp_path / "base")
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    moved = {name: value + torch.randn_like(value) for name, value in state.items()}
+    # One layer alone checkpoints its activations, in the model and not in the average.
+    for name in [name for name in state if name.startswith("model.layers.0.")]:
+        state[name.replace("layers.0.", "layers.0._checkpoint_wrapped_module.")] = state.pop(name)
+    names = {outer + name: value for name, value in state.items()}
+    names |= {f"{key}.{inner}{name}": value for name, value in moved.items()}
+    checkpoint = written(form, names, tmp_path)
+    given = ["--checkpoint", checkpoint, "--base-model", tmp_path / "base", "--dtype", "original"]
+    command = ["to-hf", *map(str, given)]
+    assert main([*command, "--output-dir", str(tmp_path / "both")]) == 0
+    assert (tmp_path / "both" / "ema.safetensors").exists()
+    for asked in ([], ["--average", key]):
+        output = tmp_path / f"alone-{len(asked)}"
+        assert main([*command, "--output-dir", str(output), "--models", "ema", *asked]) == 0
+        loaded = type(model).from_pretrained(output).state_dict()
+        assert all(torch.equal(value, moved[name]) for name, value in loaded.items())
+        plain = type(model).from_pretrained(tmp_path / "both").state_dict()
+        assert all(torch.equal(value, model.state_dict()[name]) for name, value in plain.items())
+    capsys.readouterr()
+
+
+def test_an_average_under_names_of_its_own_is_not_filled_up_from_the_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = make_tiny(FAMILIES["LlamaForCausalLM"]).state_dict()
+    renamed = {name.replace("self_attn", "attention"): value + 1 for name, value in state.items()}
+    assert converted(tmp_path, {"model_ema": renamed}) == 2
+    said = capsys.readouterr().err
+    assert "the average does not have the names of the model" in said
+    assert "model_ema.model.layers.0.attention.q_proj.weight: in the average, not in the model" in said
+    command = ["to-hf", "--checkpoint", str(tmp_path / "checkpoint"), "--base-model", str(tmp_path / "base")]
+    assert main([*command, "--output-dir", str(tmp_path / "main"), "--models", "main"]) == 0  # as it advises
 
 
 def test_what_is_left_out_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -77,9 +77,19 @@ def open_torch_directory(directory: Path, single: str, model: str = MAIN) -> Mod
         CheckpointNotFoundError: it has neither.
         CorruptCheckpointError, IncompleteCheckpointError, UnsafeCheckpointError: as for safetensors files.
     """
+    source = _directory_source(directory, single)
+    return choose_model(source, source.paths, model)
+
+
+def torch_directory_models(directory: Path, single: str) -> list[str]:
+    """Return which of ``main`` and ``ema`` such files hold. Raises as ``open_torch_directory``."""
+    source = _directory_source(directory, single)
+    return list(find_models(source.specs, source.paths))
+
+
+def _directory_source(directory: Path, single: str) -> TorchSource:
     if (directory / single).is_file():
-        source = _source(directory, {single: resolve(directory, single)})
-        return choose_model(source, source.paths, model)
+        return _source(directory, {single: resolve(directory, single)})
     index = directory / f"{single}.index.json"
     if not index.is_file():
         raise CheckpointNotFoundError(directory, f"has neither {single} nor {index.name}")
@@ -88,8 +98,7 @@ def open_torch_directory(directory: Path, single: str, model: str = MAIN) -> Mod
     check_weight_map(
         index, weight_map, {".".join(map(str, keys)): name for name in files for keys in read_torch_file(files[name])}
     )
-    source = _source(directory, files)
-    return choose_model(source, source.paths, model)
+    return _source(directory, files)
 
 
 def open_rank_files(directory: Path, names: Sequence[str], model: str = MAIN) -> ModelSource:
