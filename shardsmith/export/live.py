@@ -23,6 +23,7 @@ import xxhash
 from torch import Tensor
 
 from shardsmith.errors import RanksDisagreeError
+from shardsmith.export.live_share import OwnBoxes, deal_boxes
 from shardsmith.export.live_writers import WeightsWriter
 from shardsmith.export.place import begin_export, fetch_weights, place_of_files
 from shardsmith.ground.commit import Attempt, sweep
@@ -33,11 +34,10 @@ from shardsmith.hf.completion import complete_directory
 from shardsmith.hf.directory import DirectoryPlan, Measure, ModelPlan
 from shardsmith.hf.directory_check import check_directory
 from shardsmith.name_maps.maps import Translation
-from shardsmith.sharding.assignment import assign_boxes
 from shardsmith.sharding.later_copy import LaterCopy, copy_now_and_later
 from shardsmith.sharding.live_boxes import LiveBox, StagingBuffer, address_of, held_boxes
 from shardsmith.sharding.windowed_copy import WindowedCopy
-from shardsmith.tensors.tensors import Chunk, Shape, TensorSpec, row_major_blocks
+from shardsmith.tensors.tensors import Shape, TensorSpec, row_major_blocks
 
 Check = Callable[[Path, set[torch.dtype]], str]
 """Looks at a complete directory before it is published: its path, and the dtypes that floating-point weights have in
@@ -138,12 +138,12 @@ class LiveExporter:
 
     def _settle(self, phase: str, model: LiveModel, held: Sequence[LiveBox]) -> list[int]:
         """Let rank 0 deal out the boxes of one model; the positions of those that this rank is to write."""
-        return self._ranks.deal(
-            phase,
-            lambda: [(box.name, box.box.offsets, box.box.sizes) for box in held],
-            lambda said: _deal(model, said),
-            large=True,
+        own = OwnBoxes(model.shapes(), held)
+        itemsizes = {spec.name: spec.dtype.itemsize for spec in model.plan.specs}
+        answer = self._ranks.deal(
+            phase, lambda: own.said, lambda reports: deal_boxes(model.shapes(), itemsizes, reports), large=True
         )
+        return own.chosen(answer)
 
 
 class JointExport:
@@ -374,13 +374,3 @@ def _differences(one: Sequence[Sequence[str]], another: Sequence[Sequence[str]],
         for name in {**first, **other}
         if first.get(name) != other.get(name)
     ] or [f"the same in another order on rank {rank}"]
-
-
-def _deal(model: LiveModel, said: Sequence[Sequence[tuple[str, Shape, Shape]]]) -> list[list[int]]:
-    """For each rank the positions, in what it said it holds, of what it is to write."""
-    held = [[(name, Chunk(tuple(offsets), tuple(sizes))) for name, offsets, sizes in boxes] for boxes in said]
-    dealt = assign_boxes(held, model.shapes(), {spec.name: spec.dtype.itemsize for spec in model.plan.specs})
-    return [
-        [i for i, box in enumerate(boxes) if box in chosen]
-        for boxes, chosen in zip(held, map(frozenset, dealt), strict=True)
-    ]

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import xxhash
 from torch import Tensor
@@ -26,8 +27,10 @@ from shardsmith.ground.threads import useful_threads
 from shardsmith.hf.hf_directory import protect
 from shardsmith.manifest.checkpoints import find_damage
 from shardsmith.manifest.metadata import CheckpointMetadata, FileRecord, now, read_metadata
+from shardsmith.run_state.described import NO_RANK, Description, RankHolds, describe
 from shardsmith.run_state.held import Entry, items
 from shardsmith.run_state.whole_directory import OwnFile, WholeDirectory, to_receipt
+from shardsmith.sharding.holding import pack_flags
 from shardsmith.tensors.tensors import Chunk, read_into
 
 _BYTES_OF_A_FILE = 1 << 30
@@ -87,7 +90,10 @@ def _commit(source: DcpSource, metadata: CheckpointMetadata, attempt: AnyAttempt
 
     with ThreadPoolExecutor(useful_threads(_BYTES_OF_A_FILE * len(own), len(own)), "shardsmith-write") as pool:
         receipts = [*pool.map(write, own)]
-    whole = WholeDirectory([entries] * len(own), chosen)
+    text, lists = describe(entries, NO_RANK)
+    description = Description(text)
+    held = [RankHolds(number, description, lists) for number in range(len(own))]
+    whole = WholeDirectory(held, [pack_flags(_flags(entries, mine)) for mine in chosen])
     measured = whole.measured(receipts)
     wrong = [key for key, record in metadata.tensors.items() if str(measured.digests.get(key)) != record.digest]
     if wrong:
@@ -129,6 +135,13 @@ def _shared_out(entries: Sequence[Entry]) -> list[list[tuple[int, int]]]:
         files[-1].append((i, position))
         held += sizes[i]
     return files
+
+
+def _flags(entries: Sequence[Entry], mine: Sequence[tuple[int, int]]) -> np.ndarray:
+    """By entry, each of which is one box: whether it is among these."""
+    flags = np.zeros(len(entries), dtype=bool)
+    flags[[i for i, _ in mine]] = True
+    return flags
 
 
 def _values(source: DcpSource, own: OwnFile) -> Iterator[Tensor]:

@@ -371,7 +371,7 @@ class SaveInProgress:
         # The manifest is written last: it has the hash of every other file, and marks the step as complete.
         beside[layout.METADATA_FILE] = metadata.to_json()
         sizes[layout.METADATA_FILE] = self._attempt.write(layout.METADATA_FILE, beside[layout.METADATA_FILE])
-        written_by = {file.name: rank for rank, file in enumerate(whole.files)}
+        written_by = {name: rank for rank, name in enumerate(whole.file_names)}
         self._attempt.commit(self._on_this_host(sizes, written_by))
         if self._folder is None:
             return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,8 +18,11 @@ from shardsmith.formats.dcp.rank_file import Piece, RankFile, RankFileWritten, m
 from shardsmith.formats.dcp.shard_files import Place, PlannedChunk
 from shardsmith.formats.describe import Measured
 from shardsmith.manifest.metadata import FileRecord
-from shardsmith.run_state.held import Entry
+from shardsmith.run_state.described import RankHolds, entries_in_all
+from shardsmith.run_state.held import Entry, items
+from shardsmith.run_state.piece_numbers import PieceNumbers, add_digests
 from shardsmith.run_state.weight_files import Placed
+from shardsmith.sharding.holding import unpack_flags
 from shardsmith.tensors.digest import Digest
 from shardsmith.tensors.tensors import Chunk, TensorSpec
 
@@ -55,12 +59,17 @@ class OwnFile:
         objects = [i for i, _ in chosen if entries[i].shape is None]
         keys = tuple(entries[i].key for i in objects)
         weights, pieces = map(tuple, found)
-        return cls(weights, RankFile(f"__{rank}_0.distcp", pieces, keys), [*tensors[0], *tensors[1]], objects)
+        return cls(weights, RankFile(file_name(rank), pieces, keys), [*tensors[0], *tensors[1]], objects)
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
         """All that it writes of tensors."""
         return self.weights + self.file.pieces
+
+
+def file_name(rank: int) -> str:
+    """Return the name of a rank's file."""
+    return f"__{rank}_0.distcp"
 
 
 def to_receipt(written: RankFileWritten, weights: Sequence[Digest] = ()) -> dict[str, Any]:
@@ -77,42 +86,42 @@ def to_receipt(written: RankFileWritten, weights: Sequence[Digest] = ()) -> dict
 class WholeDirectory:
     """All files of a save. Rank 0 keeps it from save to save; no communication."""
 
-    def __init__(
-        self,
-        held: Sequence[Sequence[Entry]],
-        chosen: Sequence[Sequence[tuple[int, int]]],
-        placed: Placed = NOWHERE,
-    ) -> None:
-        """What each rank holds, which of it it writes, and what of that is in weight files."""
-        own = [
-            OwnFile.of(rank, entries, mine, placed)
-            for rank, (entries, mine) in enumerate(zip(held, chosen, strict=True))
-        ]
-        self.files = [one.file for one in own]
+    def __init__(self, held: Sequence[RankHolds], writes: Sequence[str], placed: Placed = NOWHERE) -> None:
+        """What each rank holds, for each of its boxes whether it writes it, and what of that is in weight files."""
+        self._held = held
+        self._writes = writes
+        self._where = placed
         self._placed = placed.written | placed.tied
-        ordered: dict[str, Entry] = {}
-        for rank_entries in held:
-            for entry in rank_entries:
-                ordered.setdefault(entry.key, entry)
-        self._containers = {key: entry.path for key, entry in ordered.items()}
+        entries = entries_in_all(held)
+        self._containers = {key: entry.path for key, entry in entries.items()}
         self.specs = {
             key: TensorSpec(key, entry.shape, entry.dtype)
-            for key, entry in ordered.items()
+            for key, entry in entries.items()
             if entry.shape is not None and entry.dtype is not None
         }
-        numbers = {key: i for i, key in enumerate(self.specs)}
-        self._numbers = [np.array([numbers[piece.key] for piece in one.pieces], dtype=np.int64) for one in own]
+        self._numbers = PieceNumbers([*self.specs.values()], placed)
         self._last: tuple[list[str], str, bytes] | None = None
-        self._chunks = [PlannedChunk(p.key, 0, p.box, 0) for file in self.files for p in file.pieces]
+
+    @property
+    def file_names(self) -> list[str]:
+        """Names of the files, by rank."""
+        return [file_name(one.rank) for one in self._held]
+
+    def file(self, rank: int) -> RankFile:
+        """Return the plan of a rank's file. It is made anew, since together they have ranks times tensors."""
+        entries = self._held[rank].entries()
+        found = [*items(entries)]
+        chosen = itertools.compress(found, unpack_flags(self._writes[rank], len(found)))
+        return OwnFile.of(rank, entries, [*chosen], self._where).file
 
     def measured(self, receipts: Sequence[Mapping[str, Any]]) -> Measured:
         """Files and digests by what ``to_receipt`` gave on each rank."""
         sums = np.zeros((len(self.specs), 2), dtype=np.uint64)
         files = {}
-        for file, numbers, receipt in zip(self.files, self._numbers, receipts, strict=True):
+        for name, held, writes, receipt in zip(self.file_names, self._held, self._writes, receipts, strict=True):
             digests = np.frombuffer(base64.b64decode(receipt["digests"]), dtype=np.uint64).reshape(-1, 2)
-            np.add.at(sums, numbers, digests)  # mod 2**64, as digests are added
-            files[file.name] = FileRecord(**receipt["file"])
+            add_digests(sums, self._numbers.of(held, writes), digests)
+            files[name] = FileRecord(**receipt["file"])
         return Measured(files, {key: Digest(*row) for key, row in zip(self.specs, sums.tolist(), strict=True)})
 
     def index(self, receipts: Sequence[Mapping[str, Any]], attempt: str) -> bytes:
@@ -127,17 +136,20 @@ class WholeDirectory:
         return content
 
     def _encode_index(self, receipts: Sequence[Mapping[str, Any]], attempt: str) -> bytes:
+        chunks: list[PlannedChunk] = []
         places: list[Place] = []
         objects: dict[str, Place] = {}
-        for file, receipt in zip(self.files, receipts, strict=True):
+        for rank, receipt in enumerate(receipts):
+            file = self.file(rank)
             packed = base64.b64decode(receipt["object_lengths"])
             lengths = np.frombuffer(zlib.decompress(packed), dtype=np.uint32).tolist()
             found = [*file.places(lengths)]
+            chunks += [PlannedChunk(piece.key, 0, piece.box, 0) for piece in file.pieces]
             places += found[: len(file.pieces)]
             objects |= dict(zip(file.objects, found[len(file.pieces) :], strict=True))
         return write_index(
             {key: spec for key, spec in self.specs.items() if key not in self._placed},
-            self._chunks,
+            chunks,
             dict(enumerate(places)),
             aliases={},
             containers={key: path for key, path in self._containers.items() if key not in self._placed},

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from shardsmith.errors import RanksDisagreeError
 from shardsmith.sharding.assignment import Held, assign_boxes
 from shardsmith.tensors.tensors import Chunk, Shape
+from tests.sharding.meshes import boxes_on, meshes, one_after_the_other, ranks_of, sharded
 
 RANKS = 5
 
@@ -60,6 +61,35 @@ def test_each_element_is_written_once_and_by_a_rank_that_has_it(
         for name, box in boxes:
             written[name][tuple(slice(o, o + n) for o, n in zip(box.offsets, box.sizes, strict=True))] += 1
     assert all(bool(times.eq(1).all()) for times in written.values())
+
+
+@given(tensors(), st.integers(1, 8))
+def test_each_box_goes_to_the_holder_that_has_the_least_to_do(
+    found: list[tuple[Shape, list[tuple[Chunk, set[int]]]]], itemsize: int
+) -> None:
+    held, shapes = holdings(found)
+    itemsizes = {name: itemsize + i % 2 for i, name in enumerate(shapes)}
+    assert assign_boxes(held, shapes, itemsizes) == one_after_the_other(held, shapes, itemsizes)
+
+
+@given(st.data())
+def test_tensors_on_a_mesh_that_are_sharded_alike_are_dealt_as_if_each_were_alone(data: st.DataObject) -> None:
+    """HSDP and tensor parallel replicas, uneven shards, ranks that hold nothing of a tensor, pipeline stages."""
+    mesh = data.draw(meshes)
+    ways = data.draw(st.lists(sharded(mesh), min_size=1, max_size=3))
+    held: list[list[Held]] = [[] for _ in ranks_of(mesh)]
+    shapes, itemsizes = {}, {}
+    for i, way in enumerate(data.draw(st.lists(st.integers(0, len(ways) - 1), min_size=1, max_size=12))):
+        shapes[f"t{i}"], placements = ways[way]
+        itemsizes[f"t{i}"] = data.draw(st.sampled_from([2, 4]))
+        stages = data.draw(st.sampled_from([1, 1, mesh[0]]))  # one stage for each place in the mesh's first dimension
+        for rank, boxes in enumerate(held):
+            where = rank // (len(held) // mesh[0])
+            if stages == 1 or (where == i % stages and placements[0] is None):
+                boxes += ((f"t{i}", box) for box in boxes_on(shapes[f"t{i}"], mesh, placements, rank))
+        if not any(name == f"t{i}" for boxes in held for name, _ in boxes):
+            del shapes[f"t{i}"]
+    assert assign_boxes(held, shapes, itemsizes) == one_after_the_other(held, shapes, itemsizes)
 
 
 @given(tensors(), st.data())

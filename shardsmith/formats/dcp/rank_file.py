@@ -27,7 +27,7 @@ from shardsmith.manifest.metadata import FileRecord
 from shardsmith.tensors.digest import Digest, digest_box, digest_run, first_of_run
 from shardsmith.tensors.tensors import Chunk, Shape, row_major_blocks
 
-_MOST_BYTES = 1 << 30
+MOST_BYTES = 1 << 30
 """Of a tensor in one archive; longer boxes become several."""
 _BLOCK_BYTES = 1 << 20
 """Small enough to stay in cache from the digest to the write."""
@@ -76,10 +76,10 @@ class RankFileWritten:
 
 def split(box: Chunk, dtype: torch.dtype) -> Iterator[Chunk]:
     """The parts of a box, in it, that become an archive each."""
-    if box.numel * dtype.itemsize <= _MOST_BYTES:
+    if box.numel * dtype.itemsize <= MOST_BYTES:
         yield Chunk.whole(box.sizes)
         return
-    for _, part in row_major_blocks(box.sizes, _MOST_BYTES // dtype.itemsize):
+    for _, part in row_major_blocks(box.sizes, MOST_BYTES // dtype.itemsize):
         yield part
 
 

@@ -1,0 +1,65 @@
+"""Who writes which box of live weights: what a rank says of its boxes, and what rank 0 makes of that.
+
+All ranks know the names of the files' tensors, so a rank says of each only the number of its list of boxes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import chain, compress
+
+import numpy as np
+
+from shardsmith.sharding.assignment import deal
+from shardsmith.sharding.holding import (
+    Holding,
+    Kind,
+    numbered,
+    pack,
+    pack_flags,
+    pack_lists,
+    unpack,
+    unpack_flags,
+    unpack_lists,
+)
+from shardsmith.sharding.live_boxes import LiveBox
+from shardsmith.tensors.tensors import Shape
+
+
+class OwnBoxes:
+    """The boxes that this rank holds of tensors which all ranks name in one order.
+
+    Attributes:
+        said: What to tell rank 0; fit for JSON.
+    """
+
+    said: list[str]
+
+    def __init__(self, shapes: Mapping[str, Shape], held: Sequence[LiveBox]) -> None:
+        """``shapes``: of the tensors that the boxes are of, in the order of all ranks."""
+        where: dict[str, list[int]] = {name: [] for name in shapes}
+        for i, box in enumerate(held):
+            where[box.name].append(i)
+        self._order = [*chain.from_iterable(where.values())]
+        numbers, lists = numbered(
+            (shapes[name], tuple(held[i].box for i in positions)) for name, positions in where.items()
+        )
+        self.said = [pack(np.array(numbers, dtype=np.int32).tobytes()), pack_lists(lists)]
+
+    def chosen(self, answer: str) -> list[int]:
+        """Return the positions of what this rank is to write, by what ``deal_boxes`` gave for it."""
+        return [*compress(self._order, unpack_flags(answer, len(self._order)))]
+
+
+def deal_boxes(
+    shapes: Mapping[str, Shape], itemsizes: Mapping[str, int], reports: Sequence[Sequence[str]]
+) -> list[str]:
+    """On rank 0: an answer for each rank, from what all ranks said.
+
+    Raises:
+        RanksDisagreeError: they do not hold whole tensors together.
+    """
+    texts = {text for text, _ in reports}
+    kinds = {text: Kind([*shapes], np.frombuffer(unpack(text), dtype=np.int32)) for text in texts}
+    holdings = [Holding(kinds[text], unpack_lists(lists)) for text, lists in reports]
+    return [pack_flags(flags) for flags in deal(holdings, shapes, itemsizes)]
