@@ -38,6 +38,11 @@ CODES: dict[str, Code] = {
         "check that --base-model is the right model; a head of your own is loaded by your trainer, not by this model",
     ),
     "shape-differs": Code("error", "the load fails", "check that --base-model is the right model and size"),
+    "kind-differs": Code(
+        "error",
+        "close to that of a random model: a load takes whole numbers, such as -128 to 127, for the weights",
+        "save before the weights are quantized, or with the model's quantization_config and the scales beside them",
+    ),
     "wrong-layout": Code(
         "error",
         "the load fails with 'Missing key in checkpoint state_dict', or, where that is caught, nothing is loaded",

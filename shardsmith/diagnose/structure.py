@@ -136,7 +136,7 @@ def _compare_names(
             f"{len(template)} tensors in {model}",
             f"{_many(missing)} not there, {elements:,} elements{hint}",
         )
-    yield from _compare_specs(source, template)
+    yield from _compare_specs(source, template, is_quantized="quantization_config" in subject.reference.config)
 
 
 def _extra(extra: Mapping[str, TensorSpec], model: str, template: Collection[str]) -> Iterator[Finding]:
@@ -151,7 +151,7 @@ def _extra(extra: Mapping[str, TensorSpec], model: str, template: Collection[str
         yield one("extra-tensors", extra, f"the model's {len(template)} tensors in {model}", f"{_many(extra)} more")
 
 
-def _compare_specs(source: ModelSource, template: Mapping[str, TensorSpec]) -> Iterator[Finding]:
+def _compare_specs(source: ModelSource, template: Mapping[str, TensorSpec], *, is_quantized: bool) -> Iterator[Finding]:
     both = [(spec, template[name]) for name, spec in source.specs.items() if name in template]
     shapes = [(mine, other) for mine, other in both if mine.shape != other.shape]
     if shapes:
@@ -162,10 +162,16 @@ def _compare_specs(source: ModelSource, template: Mapping[str, TensorSpec]) -> I
             "; ".join(f"{mine.name} {list(mine.shape)}" for mine, _ in shapes),
         )
     dtypes = [(mine, other) for mine, other in both if mine.dtype != other.dtype]
-    if dtypes:
-        pairs = {(dtype_name(other.dtype), dtype_name(mine.dtype)) for mine, other in dtypes}
-        expected, found = (", ".join(sorted({pair[i] for pair in pairs})) for i in (0, 1))
-        yield one("other-dtype", [mine.name for mine, _ in dtypes], expected, found)
+    # Whole numbers for weights: quantised, and with the scales lost. A model whose config says so keeps them beside.
+    lost = [mine for mine, other in dtypes if other.dtype.is_floating_point and not mine.dtype.is_floating_point]
+    for code, names in (
+        ("kind-differs", [] if is_quantized else [mine.name for mine in lost]),
+        ("other-dtype", [mine.name for mine, _ in dtypes if is_quantized or mine not in lost]),
+    ):
+        if names:
+            pairs = {(dtype_name(template[name].dtype), dtype_name(source.specs[name].dtype)) for name in names}
+            expected, found = (", ".join(sorted({pair[i] for pair in pairs})) for i in (0, 1))
+            yield one(code, names, expected, found)
 
 
 def _counts(source: ModelSource, template: Mapping[str, TensorSpec], reference: Reference) -> dict[str, Any]:

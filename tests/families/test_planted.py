@@ -85,6 +85,11 @@ FAULTS = {
     ),
     "extra": Fault(frozenset({"extra-tensors"}), lambda g: g.state | {f"{g.one}_too": g.state[g.one] + 1}, levels=BOTH),
     "other shape": Fault(frozenset({"shape-differs"}), changed(lambda matrix: matrix[:-1].clone()), levels=BOTH),
+    "quantized in place": Fault(
+        frozenset({"kind-differs", "values-differ", "values-scaled"}),
+        changed(lambda matrix: (matrix * (127 / matrix.abs().max())).round().to(torch.int8)),
+        levels=BOTH,
+    ),
     "swapped": Fault(
         frozenset({"tensors-swapped"}), lambda g: g.state | {g.one: g.state[g.other], g.other: g.state[g.one]}
     ),
@@ -178,7 +183,9 @@ def test_a_fault_in_the_live_model_is_found_by_its_digests(kind: str, good: Spec
         verify_loaded(model, good.base)
 
 
-SEEN_BY_LOGITS = frozenset({"swapped", "permuted", "scaled", "not a number", "one element", "a copy of another"})
+SEEN_BY_LOGITS = frozenset(
+    {"swapped", "permuted", "scaled", "not a number", "one element", "a copy of another", "quantized in place"}
+)
 LOUD = {"one element": changed(with_element(30.0))}
 """In the place of what such a small model hardly hears."""
 HEARD = [kind for kind in FAULTS if kind not in ("scaled a little", "the last bit of one element")]
