@@ -29,7 +29,7 @@ from benchmarks.rank_processes import spawn_ranks
 from benchmarks.steps import Stepping
 from shardsmith.hooks import HFExport, ShardedSave, at
 
-_ENOUGH_SECS = 40
+_ENOUGH_SECS = 12
 """Of one contender, on a slow disk."""
 NEVER = at(10**9)
 BARE_EXPORT = "a bare copy of the weights into pinned memory"
@@ -117,6 +117,7 @@ def _bench(rank: int, folder: Path, device: str, parameters: int, runs: int) -> 
     for name, body in contenders.items():
         try:
             ways[name] = _measure(body, runs, device, folder)
+            print(f"{name}: {ways[name]['seconds']:.2f} s", flush=True)
         except KeyError:  # in the stager of torch 2.11 and 2.12
             if name != ASYNC:
                 raise

@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_mo
 from shardsmith.checking.arguments import checked
 from shardsmith.checking.types import Decay, StepNumber
 from shardsmith.errors import UsageError
+from shardsmith.sharding.gathered import forget_gathered
 
 
 class Average(Protocol):
@@ -86,6 +87,7 @@ class ModuleAverage:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """As ``Average.load_state_dict``."""
         set_model_state_dict(self.module, dict(state_dict["model"]))
+        forget_gathered(self.module)
         self.updates = int(state_dict["updates"])
 
     def reset(self) -> None:

@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_mo
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from shardsmith.load.live_weights import model_state_dict
+from shardsmith.sharding.gathered import forget_gathered
 from shardsmith.tensors.fqn import clean_fqn
 
 
@@ -27,6 +28,7 @@ def write_model(model: nn.Module, state: Mapping[str, Any]) -> None:
     """Inverse of ``read_model``."""
     if _is_fsdp1(model) or not _has_other_names(model, state):
         set_model_state_dict(model, dict(state))
+        forget_gathered(model)
         return
     names = {clean_fqn(name, model): name for name in model.state_dict()}
     model.load_state_dict({names[name]: value for name, value in state.items()})

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from shardsmith.ground.layout import step_name
-from tests.gpu.devices import BOTH, run_on_ranks
+from tests.gpu.devices import BOTH, is_on_accelerator, run_on_ranks
 from tests.gpu.tensors import assert_same
 from tests.gpu.training import EXPORTED, SAVED_EVERY, STEPS, Run, Way
 
@@ -36,6 +36,13 @@ ON_ACCELERATORS = [
     Way(sharding="fsdp1-offload", backend=BOTH),
 ]
 WAYS = [*EVERYWHERE, *(pytest.param(way, marks=pytest.mark.gpu) for way in ON_ACCELERATORS)]
+
+
+@pytest.mark.skipif(is_on_accelerator(), reason="it is one of the other ways there")
+def test_what_is_resumed_into_weights_that_fsdp1_has_just_pinned_is_not_dropped(tmp_path: Path) -> None:
+    run_on_ranks(run_both_with_copies_as_pinned, 1, tmp_path, Way(sharding="fsdp1-offload"), tmp_path)
+    whole, resumed = (read_checkpoint(tmp_path / name / "saves" / step_name(STEPS)) for name in ("whole", "resumed"))
+    assert_same(resumed, whole)
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
@@ -65,6 +72,17 @@ def run_both(way: Way, directory: Path) -> None:
     Run(way, directory / "resumed").train(SAVED_EVERY)
     torch.randn(7, device="cpu")  # what happens between two runs must not matter
     Run(way, directory / "resumed").train(STEPS)
+
+
+def run_both_with_copies_as_pinned(way: Way, directory: Path) -> None:
+    """Only a machine with a GPU can pin memory; FSDP1 asks for a copy that is pinned."""
+    Tensor.pin_memory = Tensor.clone  # type: ignore[method-assign]
+    torch.cpu.Stream.synchronize = _nothing  # type: ignore[attr-defined]
+    run_both(way, directory)
+
+
+def _nothing(stream: torch.cpu.Stream) -> None:
+    """A CPU has no work to wait for."""
 
 
 def read_checkpoint(directory: Path) -> dict[str, Tensor]:
