@@ -87,10 +87,11 @@ def await_keys(
     rank_of = dict(zip(keys, ranks, strict=True))
     pending = list(keys)
     deadline, look = time.monotonic() + limit_secs, time.monotonic() + (0 if known_dead else _FIRST_LOOK_SECS)
-    wanted = pending
+    wanted = pending[:_ASKED_AT_ONCE]
     while pending:
         if _are_there(store, wanted, min(look, deadline, time.monotonic() + _SLICE_SECS)):
             pending = pending[len(wanted) :]
+            wanted = pending[:_ASKED_AT_ONCE]
         else:
             late = time.monotonic() >= deadline or give_up()
             if late or time.monotonic() >= look:
@@ -99,7 +100,7 @@ def await_keys(
                 look = time.monotonic() + max(_FIRST_LOOK_SECS, len(ranks) / 500)
             if late:
                 raise SilenceError([], None)
-        wanted = pending[:1]  # to ask for all of them again would cost the store each time
+            wanted = pending[:1]  # to ask for several again and again would cost the store each time
 
 
 def _are_there(store: Any, keys: list[str], until: float) -> bool:

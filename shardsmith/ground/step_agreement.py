@@ -5,7 +5,7 @@ each rank has a thread that waits for word in the job's store. Whoever has somet
 thread of every rank answers, at once and whatever its training is doing: after which step this rank can act at the
 earliest, which is the next one that it finishes. Rank 0's thread hears all answers and publishes the latest of these
 steps, after which all act; a rank that gets to the step of its own answer before that waits for it, and it comes from
-threads that wait for nothing.
+threads that wait for nothing. Every other rank puts one value there and reads one, so that N ranks cost 2N.
 
 While nobody has anything to tell, a step costs a lock that nobody else holds, and the store nothing.
 """
@@ -91,7 +91,7 @@ class StepAgreement:
 
     def _run(self) -> None:
         try:
-            while self._await_word() and self._settle():
+            while self._settle(self._await_word()):
                 pass
         except (RuntimeError, SilenceError) as error:  # the store is gone, or a rank
             log.debug("ranks can no longer tell each other of failures and signals: %s", error)
@@ -101,26 +101,27 @@ class StepAgreement:
                 self._changed.notify_all()
 
     def _await_word(self) -> bool:
-        """True, when there is something to agree on. Raises RuntimeError if the store is gone."""
+        """Wait for something to agree on; whether word was seen. Raises RuntimeError if the store is gone."""
         began = time.monotonic()
         while not self._untold and not self._is_closing:
             try:
                 self._waiting.wait([f"{self._name}/{self._round}/word"], timedelta(seconds=_LONG_SECS))
-                break
+                return True
             except RuntimeError:
                 if time.monotonic() - began < _LONG_SECS:
                     raise
                 began = time.monotonic()
-        return True
+        return False
 
-    def _settle(self) -> bool:
+    def _settle(self, word_is_there: bool) -> bool:
         """One round. False if a rank has closed or died, which ends the agreement."""
         with self._changed:
             promise = None if self._is_closing else self._passed + 1
             self._promised, told = promise, [*self._untold]
         key = f"{self._name}/{self._round}"
         self._waiting.set(f"{key}/{self._rank}", json.dumps([promise, told]))
-        self._waiting.set(f"{key}/word", b"")  # also if it was sent for the round before, which did not carry it
+        if not word_is_there:  # it may have been sent for the round before, which did not carry what was told
+            self._waiting.set(f"{key}/word", b"")
         verdict = self._judge(key) if self._rank == 0 else None if promise is None else self._await_verdict(key)
         if verdict is None:
             return False

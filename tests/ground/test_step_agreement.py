@@ -6,9 +6,12 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch.distributed as dist
 
+from shardsmith.ground import step_agreement
 from shardsmith.ground.step_agreement import StepAgreement
+from tests.ground.counted_stores import run_ranks_in_threads
 from tests.ranks import run_on_ranks
 
 
@@ -74,3 +77,36 @@ def test_one_rank_has_everything_at_once() -> None:
     assert agreement.due(1) == ["a"]
     assert agreement.due(2) == []
     agreement.close()
+
+
+@pytest.mark.parametrize("size", [2, 8, 64])
+def test_a_round_costs_a_rank_as_many_operations_however_many_ranks_there_are(
+    size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    met = threading.Barrier(size)
+
+    def body(rank: int) -> None:
+        agreement = StepAgreement()
+        met.wait()
+        if rank == size - 1:
+            agreement.tell("stop")
+        found: list[Any] = []
+        step = 0
+        while not found:
+            step += 1
+            found = agreement.due(step)
+            met.wait()  # as a step of the training, which no rank ends before the others are in it
+        assert found == ["stop"]
+        met.wait()
+        agreement.close()
+
+    first, *others = run_ranks_in_threads(body, size, step_agreement, monkeypatch)
+    # An answer; word, from the rank that tells; and as much again when they close, if the first has not ended it.
+    assert all(counts["set"] <= 5 for counts in others)
+    assert sum(counts["set"] for counts in others) <= 3 * size
+    assert all(counts["get"] <= 2 and not counts["multi_get"] for counts in others)
+    assert all(counts["check, most keys"] == 1 for counts in others)
+    assert 1 <= first["multi_get"] <= 2
+    assert first["multi_get, most keys"] == size
+    assert first["check, most keys"] <= 64
+    assert first["set"] <= 6
