@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from shardsmith.ground.process_end import finish
 from shardsmith.ground.ranks import Ranks
-from shardsmith.run_state.save import Contents, SaveInProgress
+from shardsmith.run_state.contents import Contents
+from shardsmith.run_state.save import SaveInProgress
 
 
 def config_of(parameters: int) -> LlamaConfig:

@@ -31,10 +31,11 @@ from shardsmith.manifest.checkpoints import find_damage, set_aside, why_unreadab
 from shardsmith.manifest.companion import companion_of, is_complete, is_deserted, read_folder_record
 from shardsmith.manifest.metadata import TensorRecord, read_metadata
 from shardsmith.run_state.average import refuse_other_decay
+from shardsmith.run_state.contents import Contents
 from shardsmith.run_state.rehearsal import Rehearsal, refuse_without_copies
 from shardsmith.run_state.resume import fill
 from shardsmith.run_state.resume_parts import OnMissing
-from shardsmith.run_state.save import Contents, SaveInProgress
+from shardsmith.run_state.save import SaveInProgress, Staging
 from shardsmith.run_state.share import Share
 from shardsmith.sharding.live_boxes import StagingBuffer
 from shardsmith.sharding.live_digest import OTHER_VALUES, compare_digests, digest_live
@@ -166,9 +167,7 @@ class FolderSave(Hook):
                 digest_live(self._ranks, f"taking digests for {folder.name}", lambda: self._main(folder)),
                 tied_weights(self._model),
             )
-            job.begin(lambda: self._collect(step))
-            if self._buffer:
-                job.stage(self._buffer)
+            job.begin(lambda: self._collect(step), staging=Staging(buffer=self._buffer) if self._buffer else None)
         distance = self._ema.distance() if self._ema and self.is_heard else None
         self._in_flight.start(step, partial(self._finish, job, folder, step, live, watch, distance))
         if self.background:

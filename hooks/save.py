@@ -27,11 +27,12 @@ from shardsmith.ground.sizes import parse_size
 from shardsmith.manifest import checkpoints
 from shardsmith.manifest.retention import Retention
 from shardsmith.run_state.alike import ReplicaCheck
+from shardsmith.run_state.contents import Contents
 from shardsmith.run_state.optimizers import check_optimizers
 from shardsmith.run_state.rank_states import PerRank
 from shardsmith.run_state.rehearsal import Rehearsal, refuse_without_copies
 from shardsmith.run_state.resume_parts import OnMissing
-from shardsmith.run_state.save import Contents, SaveInProgress
+from shardsmith.run_state.save import SaveInProgress, Staging
 from shardsmith.run_state.share import Share
 from shardsmith.run_state.train_state import TrainState, optimizer_list
 from shardsmith.sharding.live_boxes import StagingBuffer
@@ -285,15 +286,17 @@ class ShardedSave(Hook):
             try:
                 phase = f"collecting {job.target.name}"
                 self._replicas.look(phase, lambda: self._state.replicated(collect().state_dict))
-                job.begin(collect, self._state.shared_keys)
+                job.begin(collect, self._state.shared_keys, self._staging())
             except RankFailedError:
                 if error is not None:
                     raise error from None
                 raise
             if self._buffer:
-                later = self._state.changed_by_steps(job.contents.state_dict) if self._copy.is_wanted else None
-                job.stage(self._buffer, later, self._most_bytes)
                 self._copy.begin(job)
+
+    def _staging(self) -> Staging | None:
+        later = self._state.changed_by_steps if self._copy.is_wanted else None
+        return Staging(buffer=self._buffer, later=later, most_bytes=self._most_bytes) if self._buffer else None
 
     @checked
     def saving(self, step: StepNumber) -> Future[Path]:

@@ -18,7 +18,7 @@ from shardsmith.ground.layout import EMA_PREFIX
 from shardsmith.ground.ranks import Ranks
 from shardsmith.ground.remote_path import RemotePath
 from shardsmith.hf.hf_directory import protect
-from shardsmith.run_state.save import Contents
+from shardsmith.run_state.contents import Contents
 from shardsmith.run_state.weight_files import WeightFiles, WeightsDirectory
 from shardsmith.tensors.checkpoint_keys import EMA as AVERAGE
 from shardsmith.tensors.checkpoint_keys import MAIN

@@ -39,11 +39,12 @@ from shardsmith.ground.ranks import Ranks
 from shardsmith.load.buffer_reference import Fresh
 from shardsmith.manifest.checkpoints import find_damage, loadable_steps
 from shardsmith.run_state.average import Average, ModuleAverage
+from shardsmith.run_state.contents import Contents
 from shardsmith.run_state.foreign import ForeignLoad, Loaded
 from shardsmith.run_state.optimizers import check_optimizers
 from shardsmith.run_state.rank_shards_writer import save_rank_shards
 from shardsmith.run_state.resume import DATA_STATUS, Wanted, load_ours
-from shardsmith.run_state.save import Contents, SaveInProgress
+from shardsmith.run_state.save import SaveInProgress
 from shardsmith.run_state.share import Share
 from shardsmith.run_state.train_state import TrainState, optimizer_list
 

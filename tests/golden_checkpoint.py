@@ -19,7 +19,8 @@ from torch.distributed.tensor import distribute_tensor, init_device_mesh
 from torch.distributed.tensor.placement_types import Shard
 
 from shardsmith.ground.ranks import Ranks
-from shardsmith.run_state.save import Contents, SaveInProgress
+from shardsmith.run_state.contents import Contents
+from shardsmith.run_state.save import SaveInProgress
 from tests.ranks import run_on_ranks
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -18,8 +18,9 @@ from shardsmith.ground.commit import remove
 from shardsmith.ground.ranks import Ranks
 from shardsmith.hooks import EMA
 from shardsmith.hooks.save_weights import HuggingFaceWeights
+from shardsmith.run_state.contents import Contents
 from shardsmith.run_state.rehearsal import Rehearsal
-from shardsmith.run_state.save import Contents, SaveInProgress
+from shardsmith.run_state.save import SaveInProgress, Staging
 from shardsmith.run_state.share import Share
 from shardsmith.run_state.train_state import mesh_of
 from shardsmith.sharding.live_boxes import StagingBuffer
@@ -88,12 +89,12 @@ class Engine:
         self._ranks.lead(f"preparing {path.name}", partial(_make_way, path))
         self._is_warm = True
         job = SaveInProgress(path, self._ranks, self._share)
-        job.begin(lambda: self._contents(step, path, state))
+        staging = None if mode == "disabled" else Staging(buffer=self._buffer)
+        job.begin(lambda: self._contents(step, path, state), staging=staging)
         if mode == "disabled":
             _finish(job)
             gc.collect(1)  # as TorchTitan does, which has switched Python's own collections off
             return None
-        job.stage(self._buffer)
         self._last = self._thread.submit(_finish, job)
         if mode == "async":
             return self._last

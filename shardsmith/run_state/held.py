@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint._sharded_tensor_utils import _flatten_sharded_tensors as flatten_sharded_tensors
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement
 
 from shardsmith.errors import UsageError
-from shardsmith.sharding.local_boxes import local_boxes
+from shardsmith.sharding.local_boxes import local, local_boxes
 from shardsmith.tensors.checkpoint_keys import KeyPath
 from shardsmith.tensors.tensors import Chunk, Shape
 
 _PLAIN = frozenset({int, float, bool, str, bytes, complex, tuple, type(None)})
-_LEAVES = _PLAIN | {Tensor, nn.Parameter, DTensor}
+_WHOLE = frozenset({Tensor, nn.Parameter})
+_LEAVES = _PLAIN | _WHOLE | {DTensor}
 
 
 class Entry(NamedTuple):
@@ -42,31 +45,91 @@ class Held:
     """A state dict of one rank, flattened as torch.distributed.checkpoint does it."""
 
     entries: list[Entry]
-    values: list[list[Any]]
-    """By entry: a tensor a box, which shares memory with the state dict; or the one value that is no tensor."""
+    leaves: list[Any]
+    """By entry: the tensor of the state dict, or the value that is no tensor."""
+
+    def values(self, i: int) -> list[Tensor]:
+        """Return the values of each box of an entry. Call it without grad. No communication; shares memory."""
+        entry, tensor = self.entries[i], self.leaves[i]
+        if entry.shape and 0 in entry.shape:
+            return [torch.empty(entry.shape, dtype=entry.dtype, device="cpu")]
+        if len(entry.boxes) == 1 and not isinstance(tensor, ShardedTensor):
+            whole = local(tensor) if isinstance(tensor, DTensor) else tensor.detach()
+            if whole.shape == entry.boxes[0].sizes:
+                return [whole]  # the usual case, without finding the box again
+        return [values for _, values in local_boxes(tensor)]
 
 
-@torch.no_grad()
-def hold(state_dict: Mapping[str, Any]) -> Held:
-    """Flatten a state dict and find this rank's boxes. No communication; shares memory.
+class KnownEntries:
+    """Flattens one state after another, and makes entries only where a state is not like the one before.
 
-    Raises:
-        UsageError: naming all tensors that are not dense.
+    An entry follows from the place of a value in the state and from its type, shape, dtype and placements, which are
+    read at every call. No value is kept, so it makes no difference whether a tensor is the same object as last time.
     """
-    flat, paths = _flatten(state_dict)
-    if any(isinstance(value, ShardedTensor) for value in flat.values()):
-        flat = flatten_sharded_tensors(flat)  # of FSDP1 with tensor parallelism the shards are sharded themselves
-    _refuse_opaque(flat)
-    held = Held([], [])
-    for key, value in flat.items():
-        if type(value) in _PLAIN or not isinstance(value, Tensor):  # of an optimizer's options there are thousands
-            held.entries.append(Entry(key, tuple(paths[key]), None, None, ()))
-            held.values.append([value])
-        else:
-            boxes, values = _boxes(value)
-            held.entries.append(Entry(key, tuple(paths[key]), tuple(value.shape), value.dtype, boxes))
-            held.values.append(values)
-    return held
+
+    def __init__(self) -> None:
+        self._parts: dict[Any, _Part] = {}
+        self._entries: list[Entry] = []
+
+    @torch.no_grad()
+    def hold(self, state_dict: Mapping[str, Any]) -> Held:
+        """Flatten a state dict and find this rank's boxes. No communication; shares memory.
+
+        Raises:
+            UsageError: naming all tensors that are not dense.
+        """
+        held, parts, opaque = Held([], []), dict[Any, _Part](), dict[str, str]()
+        for name, value in state_dict.items():
+            part = self._parts.get(name)
+            leaves = part.leaves_of(value) if part is not None else None
+            if part is None or leaves is None:
+                part, leaves = _Part.of(name, value, opaque)
+            parts[name] = part
+            held.entries.extend(part.entries)
+            held.leaves.extend(leaves)
+        _refuse_opaque(opaque)
+        if held.entries != self._entries:
+            _refuse_duplicates(held.entries)
+        self._parts, self._entries = parts, held.entries
+        return held
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What was found under one key of a state dict."""
+
+    keys: list[Any] | None
+    """Those of a dict of leaves; None where the value is a leaf itself."""
+    entries: list[Entry]
+    facts: list[_Facts | None] | None
+    """By entry, None of what is no tensor; or None, and it is found anew each time, if leaves are nested deeper."""
+
+    @classmethod
+    def of(cls, name: Any, value: Any, opaque: dict[str, str]) -> tuple[Self, list[Any]]:
+        """From a value; with its leaves. What cannot be saved is added to ``opaque``: key and kind."""
+        flat, paths = _flatten({name: value})
+        if any(isinstance(leaf, ShardedTensor) for leaf in flat.values()):
+            flat = flatten_sharded_tensors(flat)  # of FSDP1 with tensor parallelism the shards are sharded themselves
+        opaque |= {key: kind for key, leaf in flat.items() if (kind := _kind(leaf)) is not None}
+        dense = {key: leaf for key, leaf in flat.items() if key not in opaque}
+        entries = [_entry(key, tuple(paths[key]), leaf) for key, leaf in dense.items()]
+        leaves = [*dense.values()]
+        inner = [value] if type(value) in _LEAVES else [*value.values()] if isinstance(value, Mapping) else []
+        is_shallow = [*map(id, inner)] == [*map(id, leaves)]
+        keys = [*value] if isinstance(value, Mapping) else None
+        return cls(keys, entries, [*map(_facts, leaves)] if is_shallow else None), leaves
+
+    def leaves_of(self, value: Any) -> list[Any] | None:
+        """The leaves of the value that is there now; None if they do not have these entries, or may not."""
+        is_leaf = type(value) in _LEAVES
+        keys = None if is_leaf or not isinstance(value, Mapping) else [*value]
+        if self.facts is None or keys != self.keys or (keys is None and not is_leaf):
+            return None
+        leaves = [value] if keys is None else [*value.values()]
+        for leaf, facts in zip(leaves, self.facts, strict=True):
+            if type(leaf) not in _PLAIN if facts is None else _facts(leaf) != facts:
+                return None
+        return leaves
 
 
 def _flatten(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Sequence[Any]]]:
@@ -99,26 +162,45 @@ def items(entries: Sequence[Entry]) -> Iterator[tuple[int, int]]:
             yield i, position
 
 
-def _boxes(value: Tensor) -> tuple[tuple[Chunk, ...], list[Any]]:
-    if 0 in value.shape:
-        return (Chunk.whole(tuple(value.shape)),), [torch.empty(tuple(value.shape), dtype=value.dtype, device="cpu")]
-    found = local_boxes(value)
-    return tuple(box for box, _ in found), [values for _, values in found]
+_Facts = tuple[torch.Size, torch.dtype, DeviceMesh | None, tuple[Placement, ...]]
+"""All that the entry of a tensor follows from, but its place; the mesh is None where it is whole on every rank."""
 
 
-def _refuse_opaque(flat: Mapping[str, Any]) -> None:
+def _facts(leaf: Any) -> _Facts | None:
+    """None for what is no tensor, and for kinds of tensors of which more may have to be known."""
+    if type(leaf) is DTensor:
+        return leaf.shape, leaf.dtype, leaf.device_mesh, leaf.placements
+    if type(leaf) in _WHOLE and not leaf.is_nested and leaf.layout is torch.strided:
+        return leaf.shape, leaf.dtype, None, ()
+    return None
+
+
+def _entry(key: str, path: KeyPath, leaf: Any) -> Entry:
+    if not isinstance(leaf, Tensor):
+        return Entry(key, path, None, None, ())
+    shape = tuple(leaf.shape)
+    boxes = (Chunk.whole(shape),) if 0 in shape else tuple(box for box, _ in local_boxes(leaf))
+    return Entry(key, path, shape, leaf.dtype, boxes)
+
+
+def _refuse_opaque(opaque: Mapping[str, str]) -> None:
     """Raise on tensors whose bytes alone are not their values, but those with scales or indices."""
-    tensors = {key: value for key, value in flat.items() if isinstance(value, Tensor)}
-    opaque = [f"{key}: {kind}" for key, tensor in tensors.items() if (kind := _kind(tensor)) is not None]
     if opaque:
         advice = "Keep their parts (values, scales, indices) in the state as tensors of their own."
-        if any("Partial" in line for line in opaque):
+        if any("Partial" in kind for kind in opaque.values()):
             advice += " Of a partial tensor save the sum: tensor.redistribute(placements=[Replicate()])."
-        raise UsageError("\n  ".join(["only dense tensors can be saved; nothing was written", *opaque]) + f"\n{advice}")
+        lines = "\n  ".join(f"{key}: {kind}" for key, kind in opaque.items())
+        raise UsageError(f"only dense tensors can be saved; nothing was written\n  {lines}\n{advice}")
 
 
-def _kind(tensor: Tensor) -> str | None:
-    if isinstance(tensor, ShardedTensor):
+def _refuse_duplicates(entries: Sequence[Entry]) -> None:
+    if len({entry.key for entry in entries}) < len(entries):
+        counts = Counter(entry.key for entry in entries)
+        raise ValueError(f"duplicated flatten key {', '.join(key for key, count in counts.items() if count > 1)}")
+
+
+def _kind(tensor: Any) -> str | None:
+    if not isinstance(tensor, Tensor) or isinstance(tensor, ShardedTensor):
         return None
     if isinstance(tensor, DTensor):
         return _kind_of_placements(tensor.placements)

@@ -16,7 +16,7 @@ from shardsmith.live.recognition import Recognition, is_same_memory, own_tensors
 from shardsmith.run_state.fsdp1_hybrid import hybrid_groups_have_a_source
 from shardsmith.run_state.optimizers import optimizer_refused
 from shardsmith.run_state.renamed_model import read_model
-from shardsmith.tensors.fqn import clean_fqn, tied_weights
+from shardsmith.tensors.fqn import clean_fqn, refuse_without_values, tied_weights
 
 FLAT_OPTIMIZER = StateDictOptions(flatten_optimizer_state_dict=True)
 
@@ -46,9 +46,14 @@ class KnownState:
         self._known: _Known | None = None
 
     def state_dicts(self) -> StateDicts:
-        """Return the live state, to be read. All ranks; communicates only under FSDP1."""
+        """Return the live state, to be read. All ranks; communicates only under FSDP1.
+
+        Raises:
+            UsageError: parameters have no values yet.
+        """
         found = self._known.state_dicts(self._model, self._optimizers) if self._known else None
         if found is None:
+            refuse_without_values(self._model)  # of a model that is what it was, all have values
             found = ask_torch(self._model, self._optimizers)
             self._known = _Known.of(self._model, self._optimizers, found)
         return found

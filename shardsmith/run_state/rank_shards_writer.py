@@ -23,7 +23,7 @@ from shardsmith.ground.commit import Attempt, write_file
 from shardsmith.ground.ranks import Ranks
 from shardsmith.manifest.checkpoints import hash_file
 from shardsmith.manifest.metadata import FileRecord
-from shardsmith.run_state.save import Contents
+from shardsmith.run_state.contents import Contents
 from shardsmith.sharding.assignment import Held, assign_boxes
 from shardsmith.sharding.local_boxes import local_boxes
 from shardsmith.tensors.checkpoint_keys import NOT_A_MODEL

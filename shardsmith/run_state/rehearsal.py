@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 
 from shardsmith.errors import UsageError
-from shardsmith.run_state.save import Contents, SaveInProgress
+from shardsmith.run_state.contents import Contents
+from shardsmith.run_state.save import SaveInProgress
 from shardsmith.sharding.live_boxes import StagingBuffer
 
 

@@ -1,7 +1,7 @@
 """One save of a sharded checkpoint: collect, write, commit. All ranks act together; rank 0 alone makes it visible.
 
-begin     main thread    every rank says what it holds; who writes what is agreed, once for all saves
-stage     main thread    every rank copies what it is to write: all that the training waits for
+begin     main thread    every rank says what it holds, and copies what it is to write: all that the training waits for;
+                         who writes what is agreed, once for all saves
 write     any thread     every rank writes its file into the attempt's directory and hands in a receipt
 commit    any thread     rank 0 writes the index and metadata.json from the receipts, checks the listing, renames
 """
@@ -13,7 +13,7 @@ import contextlib
 import logging
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,9 @@ from shardsmith.ground.ranks import Ranks
 from shardsmith.manifest.metadata import FileRecord
 from shardsmith.manifest.weights import WeightsRecord
 from shardsmith.run_state.alike import OPTIONS, are_equal, refuse_different_values, shared_values, signature
-from shardsmith.run_state.held import Held, hold
+from shardsmith.run_state.contents import Contents, different_facts, facts_of
+from shardsmith.run_state.held import Held
 from shardsmith.run_state.share import Share, speakers_of
-from shardsmith.run_state.weight_files import WeightFiles
 from shardsmith.run_state.whole_directory import to_receipt
 from shardsmith.sharding.later_copy import LaterCopy, copy_now_and_later
 from shardsmith.sharding.live_boxes import StagingBuffer
@@ -44,40 +44,28 @@ from shardsmith.tensors.tensors import Chunk
 
 log = logging.getLogger(__name__)
 
-RNG = "rng"
-"""Key of what each rank saves for itself alone; everything else that two ranks both hold must agree."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Contents:
-    """What one rank puts into a checkpoint."""
+class Staging:
+    """How the state is copied, so that the live one may change while it is written."""
 
-    step: int
-    """Optimizer steps done."""
-    state_dict: dict[str, Any]
-    """Flat FQNs of the model, or ``{"model": ...}``; beside them ``optimizer``, ``ema_model`` and so on, nested."""
-    ema: dict[str, Any] | None = None
-    """Facts of the average, for people and for resuming."""
-    tied: dict[str, str] = field(default_factory=dict)
-    """Alias FQN -> kept FQN."""
-    mesh: dict[str, Any] | None = None
-    """Shape and dimension names of the parameters' device mesh."""
-    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Of the optimizers' groups, by the FQN of the first parameter: compared between the ranks that have the group."""
-    weights: WeightFiles = field(default_factory=lambda: WeightFiles((), {}))
-    """Where weights go that are not for DCP files."""
-    names: dict[str, Any] | None = None
-    """How the weights are called in Hugging Face files, as ``metadata.json`` has it. That of rank 0 counts."""
+    buffer: StagingBuffer
+    """Holds the copy until ``write`` has ended."""
+    later: Callable[[Mapping[str, Any]], Mapping[str, Tensor]] | None = None
+    """Returns of a state dict the tensors, by key, that do not change before ``settle``: ``write`` copies those."""
+    most_bytes: int | None = None
+    """If the copy took more memory, it is left to ``feed``, which copies while ``write`` writes."""
 
 
 class SaveInProgress:
-    """One save in progress. Make it on every rank; then ``begin``, ``stage`` or not, ``write``, ``commit``.
+    """One save in progress. Make it on every rank; then ``begin``, ``write``, ``commit``.
 
     Attributes:
         contents: What is to be saved, once ``begin`` has collected it.
     """
 
     contents: Contents
+    _held: Held
 
     def __init__(
         self, target: Path, ranks: Ranks, share: Share | None = None, folder: HostFolder | None = None
@@ -103,54 +91,42 @@ class SaveInProgress:
         self._later: LaterCopy | None = None
         self._windows: WindowedCopy | None = None
 
-    def begin(self, collect: Callable[[], Contents], shared_keys: Collection[str] = ()) -> None:
-        """Collect what is to be saved, agree on who writes what, and make the directory. Main thread; communicates.
+    def begin(
+        self, collect: Callable[[], Contents], shared_keys: Collection[str] = (), staging: Staging | None = None
+    ) -> None:
+        """Collect what is to be saved, agree on who writes what, make the directory, copy. Main thread; communicates.
 
         Args:
             collect: Returns what this rank saves.
             shared_keys: Top-level keys of plain values, which must be the same on all ranks that have them.
+            staging: Where the copy goes; None if the live state does not change before ``write`` has ended.
 
         Raises:
-            RankFailedError: on all ranks, if collecting failed on any, the ranks disagree, or the target exists.
+            RankFailedError: on all ranks, if collecting or copying failed on any, the ranks disagree, the target
+                exists, or a host has too little memory for the copies. The attempt is gone.
             RanksDisagreeError: on all ranks, naming the values under ``shared_keys`` that are different.
         """
         phase = f"collecting {self.target.name}"
-        answer = self._ranks.agree(phase, lambda: self._collect(collect, shared_keys), self._decide)
-        # The usual save ends with the round above: signatures of a few bytes, and all ranks know what to write.
+        answer = self._ranks.agree(phase, lambda: self._say(collect, shared_keys, staging), self._decide)
+        # The usual save ends with the round above: all ranks know what to write, and have copied it.
         if answer is None:  # not the same on all ranks; or not all of them have all
             refuse_different_values(self._ranks, phase, self._shared)
             answer = self._ranks.agree(phase, lambda: ["", *self._says[1:]], self._decide)
-        self._is_dealt_anew = answer["attempt"] is None
-        if self._is_dealt_anew:
+        is_staged = answer["is_staged"]
+        is_dealt_anew = answer["attempt"] is None
+        if is_dealt_anew:
             entries, speakers = self._held.entries, answer["speakers"]
             answer = self._ranks.deal(phase, lambda: self._share.report(entries, speakers), self._settle, large=True)
             self._share.accept(entries, answer["share"])
         self._attempt_id = answer["attempt"]
         self._own = self._share.own
-        if self._folder is not None:
-            with self._abandoned_on_error():
-                self._ranks.gather(phase, self._make_on_this_host)
-
-    def stage(
-        self, buffer: StagingBuffer, later: Mapping[str, Tensor] | None = None, most_bytes: int | None = None
-    ) -> None:
-        """Copy what this rank writes, so that the live state may change while it is written. Main thread.
-
-        Args:
-            buffer: Holds the copy until ``write`` has ended.
-            later: By key, tensors of the state that do not change before ``settle``: those are copied by ``write``.
-            most_bytes: If the copy took more memory, it is left to ``feed``, which copies while ``write`` writes.
-
-        Raises:
-            RankFailedError: on all ranks, if copying failed on any, or a host has too little memory for the copies. The
-                attempt is gone.
-        """
-        phase = f"staging {self.target.name}"
         with self._abandoned_on_error():
-            # Counting memory costs a round of all ranks: only where the copy may need more than the last one did.
-            if self._is_dealt_anew or not buffer.has_room:
-                self._require_memory(phase, buffer, most_bytes)
-            self._ranks.gather(phase, lambda: self._stage(buffer, later or {}, most_bytes))
+            if self._folder is not None:
+                self._ranks.gather(phase, self._make_on_this_host)
+            if staging is not None and not is_staged:
+                self._stage_in_a_round(staging, is_dealt_anew)
+        if staging is not None:
+            self._held = Held(self._held.entries, [])  # the live tensors are needed no more
 
     def feed(self) -> None:
         """Copy what ``write`` is writing in another thread, as there is room. Main thread; no communication."""
@@ -204,29 +180,34 @@ class SaveInProgress:
                 self._attempt.abandon()
             raise
 
-    def _collect(self, collect: Callable[[], Contents], shared_keys: Collection[str]) -> list[Any]:
+    def _say(self, collect: Callable[[], Contents], shared_keys: Collection[str], staging: Staging | None) -> list[Any]:
+        """Collect, and copy if this rank knows what it writes: where all do, the training waits for one round only."""
+        is_known, description = self._collect(collect, shared_keys)
+        is_staged = is_known and staging is not None and self._has_staged(staging)
+        self._says = [signature(self._shared), facts_of(self.contents), [is_known, description], is_staged]
+        return self._says
+
+    def _collect(self, collect: Callable[[], Contents], shared_keys: Collection[str]) -> tuple[bool, str]:
         self.contents = collect()
         self._shared = shared_values(self.contents.state_dict, shared_keys)
         self._shared |= shared_values({OPTIONS: self.contents.options}, [OPTIONS])
         with without_collection():
-            self._held = hold(self.contents.state_dict)
-        vote = self._share.vote(self._held.entries, self.contents.weights.placed)
-        self._says = [signature(self._shared), _facts(self.contents), vote]
-        return self._says
+            self._held = self._share.known.hold(self.contents.state_dict)
+        return self._share.vote(self._held.entries, self.contents.weights.placed)
 
     def _decide(self, said: Sequence[Any]) -> Any:
         """Rank 0: the attempt, if everybody knows what to write; else who is to describe what there is.
 
         None if shared values are to be compared one by one before that.
         """
-        signatures, facts, votes = zip(*said, strict=True)
+        signatures, facts, votes, staged = zip(*said, strict=True)
         if not are_equal(signatures):
             return None
         # Kept for ``_settle``, which reports them together with tensors that differ.
-        self._problems = _different_facts(facts)
+        self._problems = different_facts(facts)
         if not self._problems and all(is_known for is_known, _ in votes):
-            return {"attempt": self._make_directory()}
-        return {"attempt": None, "speakers": speakers_of(votes)}
+            return {"attempt": self._make_directory(), "is_staged": all(staged)}
+        return {"attempt": None, "is_staged": False, "speakers": speakers_of(votes)}
 
     def _settle(self, reports: Sequence[Any]) -> list[dict[str, Any]]:
         """Rank 0: what each rank is to know."""
@@ -239,15 +220,35 @@ class SaveInProgress:
         self._attempt = begin_attempt(self.target)
         return self._attempt.id
 
-    def _stage(self, buffer: StagingBuffer, later: Mapping[str, Tensor], most_bytes: int | None) -> None:
+    def _has_staged(self, staging: Staging) -> bool:
+        """Copy without a word to the others; whether that was possible. What failed fails again in the round of all."""
+        if not staging.buffer.has_room:
+            return False
+        self._own = self._share.own
+        try:
+            self._stage(staging)
+        except Exception:
+            log.debug("will be copied again", exc_info=True)
+            return False
+        return True
+
+    def _stage_in_a_round(self, staging: Staging, is_dealt_anew: bool) -> None:
+        phase = f"staging {self.target.name}"
+        # Counting memory costs a round of all ranks: only where the copy may need more than the last one did.
+        if is_dealt_anew or not staging.buffer.has_room:
+            self._require_memory(phase, staging.buffer, staging.most_bytes)
+        self._ranks.gather(phase, lambda: self._stage(staging))
+
+    def _stage(self, staging: Staging) -> None:
         with without_collection():
+            self._later = None
             tensors = self._tensors()
-            self._windows = self._windowed(tensors, buffer, most_bytes)
+            self._windows = self._windowed(tensors, staging.buffer, staging.most_bytes)
             if self._windows is not None:
                 self._staged = self._windows.take(), self._objects()
             else:
-                self._stage_whole(tensors, buffer, later)
-        self._held = Held(self._held.entries, [])  # the live tensors are needed no more
+                later = staging.later(self.contents.state_dict) if staging.later is not None else {}
+                self._stage_whole(tensors, staging.buffer, later)
 
     @staticmethod
     def _windowed(tensors: list[Tensor], buffer: StagingBuffer, most_bytes: int | None) -> WindowedCopy | None:
@@ -271,10 +272,11 @@ class SaveInProgress:
         self._later = copy_now_and_later(keys, [later.get(key) for key in keys], tensors, copies)
         self._staged = copies, self._objects()
 
+    @torch.no_grad()
     def _tensors(self) -> list[Tensor]:
         found = []
         for i, position, part in self._own.tensors:
-            values = self._held.values[i][position]
+            values = self._held.values(i)[position]
             found.append(values if part is None else values[part.within(Chunk.whole(part.sizes))])
         return found
 
@@ -283,7 +285,7 @@ class SaveInProgress:
         return tensors, [tensor.dtype for tensor in tensors]
 
     def _objects(self) -> list[bytes]:
-        return [encode(self._held.values[i][0]) for i in self._own.objects]
+        return [encode(self._held.leaves[i]) for i in self._own.objects]
 
     def _write(self) -> dict[str, Any]:
         tensors, objects = self._staged or (self._tensors(), self._objects())
@@ -377,16 +379,3 @@ class SaveInProgress:
             return None
         packed = {name: base64.b64encode(zlib.compress(content, 1)).decode() for name, content in beside.items()}
         return {"files": packed, "sizes": sizes, "ranks": written_by}
-
-
-def _facts(contents: Contents) -> dict[str, Any]:
-    return {"step": contents.step, "ema": contents.ema, "mesh": contents.mesh}
-
-
-def _different_facts(facts: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A line for each fact that not all ranks have alike."""
-    return [
-        f"{name}: " + ", ".join(f"rank {rank} {other[name]}" for rank, other in enumerate(facts))
-        for name in facts[0]
-        if any(other[name] != facts[0][name] for other in facts)
-    ]

@@ -14,7 +14,7 @@ import xxhash
 
 from shardsmith.errors import RanksDisagreeError
 from shardsmith.run_state.described import Description, RankHolds, describe, entries_in_all
-from shardsmith.run_state.held import Entry, items
+from shardsmith.run_state.held import Entry, KnownEntries, items
 from shardsmith.run_state.weight_files import Placed
 from shardsmith.run_state.whole_directory import NOWHERE, OwnFile, WholeDirectory
 from shardsmith.sharding.assignment import deal
@@ -26,6 +26,7 @@ class Share:
     """What this rank writes, kept from save to save; on rank 0 also what every rank writes.
 
     Attributes:
+        known: What this rank holds of a state, which it finds faster from the second save on.
         own: What this rank writes.
         whole: Rank 0 only: what all ranks write together.
     """
@@ -35,18 +36,22 @@ class Share:
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
+        self.known = KnownEntries()
         self._entries: list[Entry] | None = None
         self._placed = NOWHERE
         self._description = ""
 
-    def vote(self, entries: list[Entry], placed: Placed = NOWHERE) -> list[Any]:
-        """Return what to say before a save. No communication. ``placed`` is what goes to weight files."""
+    def vote(self, entries: list[Entry], placed: Placed = NOWHERE) -> tuple[bool, str]:
+        """Return what to say before a save: whether this rank knows its share, and a hash of what it holds.
+
+        No communication. ``placed`` is what goes to weight files.
+        """
         is_known = entries == self._entries and placed == self._placed
         if not is_known:
             # Forgotten at once: if this save fails, the next one must not take a share that was never agreed.
             self._entries, self._placed = None, placed
             self._description = _hash(describe(entries, self._rank)[0])
-        return [is_known, self._description]
+        return is_known, self._description
 
     def report(self, entries: list[Entry], speakers: Sequence[int]) -> list[Any]:
         """What to say if anybody does not know its share: the description, if this rank is a speaker; the boxes."""

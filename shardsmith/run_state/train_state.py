@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from shardsmith.errors import UsageError
 from shardsmith.run_state.alike import tensors_of
 from shardsmith.run_state.average import Average
+from shardsmith.run_state.contents import RNG, Contents
 from shardsmith.run_state.fsdp1_hybrid import hybrid_groups_have_a_source
 from shardsmith.run_state.known_state import FLAT_OPTIMIZER, KnownState, StateDicts, ask_torch
 from shardsmith.run_state.optimizers import GroupOptions, check_optimizers, finding_parameters_fast
@@ -25,11 +26,10 @@ from shardsmith.run_state.readable import made_readable
 from shardsmith.run_state.renamed_model import write_model
 from shardsmith.run_state.replaced_settings import replacements_told
 from shardsmith.run_state.rng import rng_state, set_rng_state
-from shardsmith.run_state.save import RNG, Contents
 from shardsmith.run_state.saved_structure import INT_KEYS, with_text_keys
 from shardsmith.run_state.unused_parameters import UnusedParameters
 from shardsmith.tensors.checkpoint_keys import NOT_A_MODEL
-from shardsmith.tensors.fqn import clean_fqn, inside_fabric, refuse_without_values
+from shardsmith.tensors.fqn import clean_fqn, inside_fabric
 
 _OURS = frozenset({"model", "optimizer", "lr_scheduler", "ema_model", "ema_state", "train_state", RNG})
 
@@ -130,10 +130,8 @@ class TrainState:
 
         Raises:
             UsageError: the model's names cannot be told from the rest of the checkpoint; or, unless it is to be filled,
-                a value could not be read again.
+                parameters have no values yet, or a value could not be read again.
         """
-        if not to_load:
-            refuse_without_values(self._model)
         found = self._ask(to_load)
         main = found.model
         state: dict[str, Any] = {"model": main} if self._nested else self._flat(main)

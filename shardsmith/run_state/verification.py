@@ -14,7 +14,7 @@ from shardsmith.errors import CorruptCheckpointError, MismatchError
 from shardsmith.formats.rank_shards import RankShards
 from shardsmith.ground.ranks import Ranks
 from shardsmith.manifest.metadata import CheckpointMetadata
-from shardsmith.run_state.save import RNG
+from shardsmith.run_state.contents import RNG
 from shardsmith.sharding.local_boxes import local_boxes
 from shardsmith.sharding.shares import add_up_boxes
 from shardsmith.tensors.digest import Digest, digest_box

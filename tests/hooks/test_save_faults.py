@@ -29,7 +29,8 @@ from shardsmith.ground.ranks import Ranks
 from shardsmith.hooks import EMA, ShardedSave, at, every, latest
 from shardsmith.manifest.checkpoints import committed_steps, find_damage
 from shardsmith.manifest.metadata import read_metadata
-from shardsmith.run_state.save import Contents, SaveInProgress
+from shardsmith.run_state.contents import Contents
+from shardsmith.run_state.save import SaveInProgress
 from shardsmith.sharding.live_boxes import StagingBuffer
 from tests.ranks import error_of_all, run_on_ranks
 

@@ -15,7 +15,8 @@ from shardsmith.formats.dcp.source import DcpSource
 from shardsmith.ground import ranks as ground_ranks
 from shardsmith.ground.ranks import Ranks
 from shardsmith.manifest.metadata import read_metadata
-from shardsmith.run_state.save import Contents, SaveInProgress
+from shardsmith.run_state.contents import Contents
+from shardsmith.run_state.save import SaveInProgress
 from shardsmith.run_state.share import Share
 from shardsmith.tensors.tensors import read_tensor
 from tests.ranks import run_on_ranks

@@ -23,8 +23,9 @@ from shardsmith.formats.dcp.source import DcpSource
 from shardsmith.ground.ranks import Ranks
 from shardsmith.manifest.checkpoints import find_damage
 from shardsmith.manifest.metadata import read_metadata
+from shardsmith.run_state.contents import Contents
 from shardsmith.run_state.known_state import ask_torch
-from shardsmith.run_state.save import Contents, SaveInProgress
+from shardsmith.run_state.save import SaveInProgress, Staging
 from shardsmith.run_state.share import Share
 from shardsmith.sharding.live_boxes import StagingBuffer
 from shardsmith.sharding.local_boxes import local_boxes
@@ -78,9 +79,9 @@ def everything() -> dict[str, Any]:
 
 def save(state: dict[str, Any], path: Path, share: Share, buffer: StagingBuffer | None, step: int = 1) -> Path:
     job = SaveInProgress(path / f"step-{step}", Ranks(), share)
-    job.begin(lambda: Contents(step=step, state_dict=state))
-    if buffer is not None:
-        job.stage(buffer)
+    staging = None if buffer is None else Staging(buffer=buffer)
+    job.begin(lambda: Contents(step=step, state_dict=state), staging=staging)
+    if staging is not None:
         spoil(state)
     job.write()
     return job.commit()
