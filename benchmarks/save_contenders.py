@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
 import time
@@ -16,6 +17,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -49,6 +51,7 @@ class SavedRun:
         self._overlapping = self._made_hook("overlap", "overlap")
         self._optimizer.register_step_pre_hook(self._note_wait)
         self._stager = DefaultStager(StagingOptions(False, False, False, False))
+        self._shared_stager = DefaultStager(StagingOptions(False, True, False, False))
         self._group = dist.new_group(backend="gloo")
         tensors = [value for part in self._state().values() for value in part.values() if isinstance(value, Tensor)]
         shards = [held for tensor in tensors for _, held in local_boxes(tensor)]
@@ -90,6 +93,17 @@ class SavedRun:
         )
         return future  # type: ignore[no-any-return]
 
+    def begin_by_torch_in_process(self, step: int) -> Future[Any]:
+        """Begin a save by ``dcp.async_save``, in a process of its own, with shared memory that is kept."""
+        future: Any = dcp.async_save(
+            self._state(),
+            checkpoint_id=self._folder / f"process-{step}",
+            process_group=self._group,
+            async_stager=self._shared_stager,
+            async_checkpointer_type=AsyncCheckpointerType.PROCESS,
+        )
+        return future  # type: ignore[no-any-return]
+
     def begin(self, step: int) -> Future[Any]:
         """Begin a save of ours."""
         self._hook.save(step)
@@ -98,6 +112,10 @@ class SavedRun:
     def save_by_torch_async(self, step: int) -> float:
         """Save by ``dcp.async_save``."""
         return _waited(self.begin_by_torch, step)
+
+    def save_by_torch_in_process(self, step: int) -> float:
+        """Save by ``dcp.async_save`` in a process."""
+        return _waited(self.begin_by_torch_in_process, step)
 
     def save(self, step: int) -> float:
         """Save by ``ShardedSave``."""
@@ -140,9 +158,12 @@ class SavedRun:
         dist.barrier()
 
     def close(self) -> None:
-        """Close the hooks."""
+        """Close the hooks, and end the process of ``dcp.async_save``, which torch keeps for the next save."""
         self._hook.close()
         self._overlapping.close()
+        for child in multiprocessing.active_children():
+            child.terminate()
+            child.join()
 
     def _made_hook(self, name: str, staging: Any) -> ShardedSave:
         return ShardedSave(
