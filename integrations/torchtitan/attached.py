@@ -187,7 +187,13 @@ class Attached:
             )
             if options.engine:
                 self.engine = Engine(
-                    model, self.ema, options.timeout_secs, weights=weights, names=recorded, prewarm=options.prewarm
+                    model,
+                    self.ema,
+                    options.timeout_secs,
+                    weights=weights,
+                    names=recorded,
+                    prewarm=options.prewarm,
+                    max_host_memory=options.max_host_memory,
                 )
         if options.exports:
             ranks = Ranks(options.timeout_secs)
@@ -214,6 +220,7 @@ class Attached:
                     stages=stages,
                 ),
                 writing=ExportWriting(
+                    max_host_memory=options.max_host_memory,
                     when_busy=options.export_when_busy,
                     on_error=options.export_on_error,
                     timeout_secs=options.timeout_secs,

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 from shardsmith.ground.commit import remove
 from shardsmith.ground.ranks import Ranks
+from shardsmith.ground.sizes import parse_size
 from shardsmith.hooks import EMA
 from shardsmith.hooks.save_weights import HuggingFaceWeights
 from shardsmith.run_state.contents import Contents
@@ -45,6 +46,7 @@ class Engine:
         weights: HuggingFaceWeights | None = None,
         names: dict[str, Any] | None = None,
         prewarm: bool = False,
+        max_host_memory: str | None = None,
     ) -> None:
         """Nothing is written yet.
 
@@ -56,6 +58,7 @@ class Engine:
             names: Their names in Hugging Face files, as ``metadata.json`` has them, if they are not in such files. The
                 value of rank 0 is used.
             prewarm: Make memory for copies with the first ``prewarm``.
+            max_host_memory: The most that a rank's copy takes, as of ShardedSave; None without a bound.
         """
         self._weights = weights
         self._names = names
@@ -64,6 +67,7 @@ class Engine:
         self._ranks = Ranks(timeout_secs)
         self._share = Share(self._ranks.rank)
         self._buffer = StagingBuffer()
+        self._most_bytes = None if max_host_memory is None else parse_size(max_host_memory)
         self._is_warm = not prewarm
         self._thread = ThreadPoolExecutor(1, "shardsmith-save")
         self._last: Future[None] | None = None
@@ -89,13 +93,14 @@ class Engine:
         self._ranks.lead(f"preparing {path.name}", partial(_make_way, path))
         self._is_warm = True
         job = SaveInProgress(path, self._ranks, self._share)
-        staging = None if mode == "disabled" else Staging(buffer=self._buffer)
+        staging = None if mode == "disabled" else Staging(buffer=self._buffer, most_bytes=self._most_bytes)
         job.begin(lambda: self._contents(step, path, state), staging=staging)
         if mode == "disabled":
             _finish(job)
             gc.collect(1)  # as TorchTitan does, which has switched Python's own collections off
             return None
         self._last = self._thread.submit(_finish, job)
+        job.feed()
         if mode == "async":
             return self._last
         copied: Future[None] = Future()
@@ -117,7 +122,7 @@ class Engine:
         if not self._is_warm:
             self._is_warm = True
             rehearsal = Rehearsal(path, self._ranks, self._share)
-            rehearsal.prepare(lambda: self._contents(step, path, state()), self._buffer)
+            rehearsal.prepare(lambda: self._contents(step, path, state()), self._buffer, most_bytes=self._most_bytes)
 
     def close(self) -> None:
         """Wait for the save under way; what failed in it is raised by its future."""

@@ -10,11 +10,13 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from shardsmith.checking.arguments import check_value
-from shardsmith.checking.types import LocalPath, Place
+from shardsmith.checking.types import LocalPath, Place, Size
 from shardsmith.errors import UsageError
 
 _OF_ONE_WRITE = ("export_base_model", "export_max_shard_size", "export_router_bias")
 """What of the exports' options holds for steps that are Hugging Face directories."""
+_KINDS = {"export_folder": Place, "export_base_model": LocalPath, "events": LocalPath, "max_host_memory": Size}
+"""What strings among the options must be."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -45,6 +47,10 @@ class CheckpointHooks:
     prewarm: bool = False
     """Allocate the memory of the copies that async saves make, and agree on who writes what, after the first step
     instead of at the first save, as ShardedSave does. Needs engine and a checkpoint.async_mode other than disabled."""
+    max_host_memory: str | None = None
+    """Most CPU memory that a rank's copies take, such as "8GB": those of a save with engine, and as much again those of
+    exports. What is larger is copied in parts, each while the one before is written; the training waits for that. None:
+    no bound. Needs engine, or exports."""
     weights: Literal["dcp", "huggingface"] = "dcp"
     """"huggingface" makes each step folder a Hugging Face directory too, and its folder ema one of the average: the
     weights are in safetensors files alone, in the dtype that trains, and all else in .distcp files. Needs engine. Only
@@ -155,13 +161,15 @@ class CheckpointHooks:
                 problems.append(f'export_models="{self.export_models}" needs ema_decay')
         if self.prewarm and not self.engine:
             problems.append("prewarm needs engine: torch's writer makes its memory itself")
+        if self.max_host_memory is not None and not (self.engine or self.exports):
+            problems.append("max_host_memory needs engine, or export_interval or export_last: nothing else is copied")
         if self.one_write and not self.engine:
             problems.append('weights="huggingface" needs engine: torch\'s writer puts weights into .distcp files')
         if ours["weights_dtype"] and not self.one_write:
             problems.append('weights_dtype is for weights="huggingface"')
         if self.export_lora == "adapter" and self.export_verify == "load":
             problems.append('export_verify="load" loads whole models: it goes with export_lora="merged"')
-        for name, kind in (("export_folder", Place), ("export_base_model", LocalPath), ("events", LocalPath)):
+        for name, kind in _KINDS.items():
             try:
                 check_value("", name, getattr(self, name), kind | None)
             except UsageError as error:

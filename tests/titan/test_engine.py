@@ -61,6 +61,12 @@ def runs(assets: Assets, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         )
         for mode in MODES
     }
+    jobs["windows"] = Job(
+        run=root / "windows",
+        hooks={**ENGINE, "prewarm": True, "max_host_memory": "8MB"},
+        within=partial(noting_memory, root / "windows"),
+        options=["--checkpoint.async_mode=async", "--checkpoint.keep_latest_k=2", SCHEDULE, "--training.steps=6"],
+    )
     jobs["torch's"] = Job(run=root / "torch", hooks=EMA, options=["--training.steps=6", SCHEDULE])
     jobs["alone"] = Job(run=root / "alone", hooks={"engine": True}, options=["--checkpoint.last-save-model-only"])
     run_jobs(assets, 2, root, *jobs.values())
@@ -68,7 +74,7 @@ def runs(assets: Assets, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     return jobs
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [*MODES, "windows"])
 def test_a_step_holds_what_torchs_writer_saves(runs: dict[str, Job], mode: str) -> None:
     ours, theirs = (runs[name].run / "checkpoint" for name in (mode, "torch's"))
     assert steps_in(ours) == ["step-4", "step-6"]
@@ -95,6 +101,12 @@ def test_prewarm_makes_the_memory_of_the_copies_at_the_first_step(runs: dict[str
         assert found[0][1] > 1 << 16
         without = json.loads((runs["disabled"].run / f"memory-{rank}.json").read_text())
         assert {size for _, size in without} == {0}
+
+
+def test_copies_take_no_more_than_the_bound_that_is_set(runs: dict[str, Job]) -> None:
+    for rank in range(2):
+        found = json.loads((runs["windows"].run / f"memory-{rank}.json").read_text())
+        assert {0 < size <= 4_000_000 for _, size in found} == {True}  # there are two windows, and 49 MB of state
 
 
 def test_prewarm_without_copies_is_refused(assets: Assets, tmp_path: Path) -> None:

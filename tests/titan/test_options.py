@@ -64,3 +64,16 @@ def test_the_nearest_option_is_named() -> None:
 def test_no_time_to_wait_is_refused() -> None:
     with pytest.raises(UsageError, match="timeout_secs=0: a positive number of seconds"):
         CheckpointHooks(metadata=True, timeout_secs=0).check()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"max_host_memory": "8GB"}, "max_host_memory needs engine, or export_interval or export_last"),
+        ({"max_host_memory": "eight", "engine": True}, "max_host_memory='eight'"),
+    ],
+)
+def test_a_bound_of_copies_that_means_nothing_is_refused(options: dict[str, object], expected: str) -> None:
+    with pytest.raises(UsageError, match=expected):
+        parse(options)
+    assert parse({"max_host_memory": "8GB", "export_last": True}).max_host_memory == "8GB"
