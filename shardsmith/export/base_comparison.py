@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from shardsmith.errors import MismatchError
-from shardsmith.hf.config_fit import QUANTIZATION, ConfigFit, fit_config
+from shardsmith.hf.config_entries import QUANTIZATION
+from shardsmith.hf.config_fit import ConfigFit, fit_config
 from shardsmith.hf.directory import Measure, ModelPlan
-from shardsmith.hf.directory_check import refusal
+from shardsmith.hf.directory_check import drop_advice, refusal
 from shardsmith.hf.template import BaseTemplate
 from shardsmith.tensors.dtypes import is_quantized
 from shardsmith.tensors.tensors import TensorSpec
@@ -120,13 +121,8 @@ def _advice(lines: Sequence[str], fitted: ConfigFit | None) -> str:
             f"Nothing was written. {fitted.measured_by} takes the tensors as they are. If the difference from the base "
             f"is meant: --allow {allowed}.{changes}"
         )
-    wrong = [line.split(": ", 1)[0] for line in fitted.problems]
-    useless = [n for n in names if f"{n}: in the files, not in the model" in fitted.problems]
-    if set(wrong) <= set(useless):
-        return (
-            f"Nothing was written. {fitted.measured_by} has no place for {', '.join(useless[:_NAMED])}. To leave "
-            f"{'it' if len(useless) == 1 else 'them'} out of the export: --drop 'PATTERN'."
-        )
+    if fitted.no_place and not fitted.keys:
+        return drop_advice(fitted)
     said = [f"config.json says {key}" for key in fitted.keys]
     return "\n".join(
         [

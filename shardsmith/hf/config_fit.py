@@ -13,20 +13,27 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from shardsmith.hf.model_class import Fit, ModelClass, find_model_class
+from shardsmith.hf.config_entries import (
+    OF_THE_HEAD,
+    QUANTIZATION,
+    Config,
+    Path,
+    dotted,
+    entries,
+    part_at,
+    undated,
+    with_values,
+)
+from shardsmith.hf.model_class import DIFFUSERS_KEY, Fit, ModelClass, find_model_class
 from shardsmith.tensors.dtypes import is_quantized
+from shardsmith.tensors.likeness import ending_alike, patterns_for
 from shardsmith.tensors.tensors import TensorSpec
 
-Config = Mapping[str, Any]
-Path = tuple[str, ...]
-
-QUANTIZATION = "quantization_config"
 TIE = "tie_word_embeddings"
 _AS_LIVE = "as in the config of the live model"
 _MOST_SIZES = 24
 """How many numbers are tried one by one, a model without data each."""
 _LABELS = "id2label"
-_OF_THE_HEAD = ("num_labels", "id2label", "label2id")
 _NOT_OF_THE_MODEL = frozenset(
     {"dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache", QUANTIZATION, "architectures"}
 )
@@ -46,6 +53,8 @@ class ConfigFit:
     """Why none could be made."""
     problems: tuple[str, ...] = ()
     """Where the tensors are not what the class wants. Empty without a class."""
+    no_place: tuple[str, ...] = ()
+    """Patterns of the tensors that the class has no place for, if there is no other problem."""
     as_base: tuple[str, ...] = ()
     """Differences that the base model's own files have as well: no fault of the export."""
     keys: tuple[str, ...] = ()
@@ -132,7 +141,7 @@ class _Attempt:
     @property
     def is_plain_but_quantized(self) -> bool:
         """Whether the config speaks of a quantisation that no tensor has."""
-        is_said = any(path[-1] == QUANTIZATION for path, _ in _entries(self.config))
+        is_said = any(path[-1] == QUANTIZATION for path, _ in entries(self.config))
         return is_said and not any(is_quantized(spec) for spec in self.specs.values())
 
     @property
@@ -149,7 +158,7 @@ class _Attempt:
             f"{alias}: differs from {kept}, and config.json says that they are tied ({TIE})"
             for alias, kept in self.untied.items()
         ]
-        for name, line in _lines_of(fit):
+        for name, line in fit.lines:
             is_shape = name in fit.shapes
             if name.rpartition(".")[0] in packed or (line in excused.lines):
                 continue
@@ -161,17 +170,29 @@ class _Attempt:
     def result(self, excused: _Excused) -> ConfigFit:
         problems = self.problems(excused)
         fit = self.fit
+        extra = self._without_place(problems, excused)
         return ConfigFit(
             config=copy.deepcopy(dict(self.config)),
             changes=self.changes,
             measured_by=fit.model_class if fit else None,
             reason=self.reason,
             problems=tuple(problems),
-            as_base=tuple(line for _, line in _lines_of(fit) if line in excused.lines) if fit else (),
+            no_place=patterns_for(extra, self.specs.keys() - extra),
+            as_base=tuple(line for _, line in fit.lines if line in excused.lines) if fit else (),
             keys=tuple(self._suspects()) if problems else (),
             ignored=fit.ignored if fit else (),
             is_another_model=any(change.endswith(_AS_LIVE) for change in self.changes),
         )
+
+    def _without_place(self, problems: Sequence[str], excused: _Excused) -> list[str]:
+        """The tensors without which nothing would be wrong, if there are such."""
+        extra = set(self.fit.unexpected) & {line.split(": ", 1)[0] for line in problems} if self.fit else set()
+        if len(extra) != len(problems):
+            return []
+        # The class may call it otherwise than the files do.
+        given = sorted({own for name in extra if (own := ending_alike(name, self.specs)) is not None})
+        rest = {name: spec for name, spec in self.specs.items() if name not in given}
+        return [] if _Attempt.of(self.config, rest, self.separate).problems(excused) else given
 
     def _suspects(self) -> Iterator[str]:
         """The entries of the config that the problems speak against."""
@@ -179,11 +200,19 @@ class _Attempt:
         if self.untied:
             yield f"{TIE}: true"
         for path, value, new in self._sizes():
-            changed = _Attempt.of(_with(self.config, {path: new}), self.specs, self.separate)
+            changed = _Attempt.of(with_values(self.config, {path: new}), self.specs, self.separate)
             if changed.fit is not None and len(changed.problems(_Excused())) < len(self.problems(_Excused())):
                 yield f"{'.'.join(path)}: {value}"
-        if self.fit.missing or self.fit.unexpected:
-            yield f"architectures: {self.fit.model_class.split(' of ')[0]}"
+        if (self.fit.missing or self.fit.unexpected) and (kind := self._kind_of_the_tensors()) is not None:
+            yield f"architectures: {self.fit.class_name}, and these are the tensors of {kind}"
+
+    def _kind_of_the_tensors(self) -> str | None:
+        """The class for this config that has tensors of just these names; None if there is none."""
+        config = {key: value for key, value in self.config.items() if key != "architectures"}
+        other = None if DIFFUSERS_KEY in config else _Attempt.of(config, self.specs, self.separate)
+        if other is None or other.fit is None or other.fit.missing or other.fit.unexpected or other.fit.error:
+            return None
+        return other.fit.class_name
 
     def _sizes(self) -> Iterator[tuple[Path, int, int]]:
         """The numbers of the config that some tensor has another one for: where, which, and the other one."""
@@ -191,7 +220,7 @@ class _Attempt:
         pairs = {pair for given, wanted in self.fit.shapes.values() for pair in _differing(wanted, given).items()}
         found = [
             (path, old, new)
-            for path, value in _entries(self._effective())
+            for path, value in entries(self._effective())
             for old, new in sorted(pairs)
             if type(value) is int and value == old
         ]
@@ -203,17 +232,17 @@ class _Attempt:
 
 def model_class_of(config: Config) -> tuple[ModelClass | None, str]:
     """As ``find_model_class``, remembered."""
-    return _find(json.dumps(_undated(config), sort_keys=True, default=str))
+    return _find(json.dumps(undated(config), sort_keys=True, default=str))
 
 
 def vocabulary_sizes(config: Config) -> set[int]:
     """Return what a config says of the size of a vocabulary, at any depth."""
-    return {value for path, value in _entries(config) if "vocab" in path[-1] and type(value) is int}
+    return {value for path, value in entries(config) if "vocab" in path[-1] and type(value) is int}
 
 
 def fit_of(model_class: ModelClass, config: Config, specs: Mapping[str, TensorSpec]) -> Fit:
     """As ``ModelClass.fit``, remembered: a directory that was planned is not judged twice."""
-    key = (json.dumps(_undated(config), sort_keys=True, default=str), tuple(sorted(specs.items())))
+    key = (json.dumps(undated(config), sort_keys=True, default=str), tuple(sorted(specs.items())))
     if key not in _FITS:
         if len(_FITS) > 32:
             _FITS.clear()
@@ -237,7 +266,7 @@ def _excused(
     if model_class is None or not base or fit_of(model_class, config, specs).is_exact:
         return _Excused(allow=tuple(allow))
     fit = fit_of(model_class, config, base)
-    return _Excused(frozenset(line for _, line in _lines_of(fit)), tuple(allow))
+    return _Excused(frozenset(line for _, line in fit.lines), tuple(allow))
 
 
 def _said_to_be_one(
@@ -250,10 +279,10 @@ def _said_to_be_one(
     """
     if not separate:
         return {}
-    entries = [(path, value) for path, value in _entries(config) if path[-1] == TIE]
-    model_class, _ = model_class_of(_with(config, {path: False for path, _ in [*entries, ((TIE,), None)]}))
+    flags = [(path, value) for path, value in entries(config) if path[-1] == TIE]
+    model_class, _ = model_class_of(with_values(config, {path: False for path, _ in [*flags, ((TIE,), None)]}))
     always = {} if model_class is None else _tied(model_class, separate)
-    is_said = is_own or any(value is False for _, value in entries)
+    is_said = is_own or any(value is False for _, value in flags)
     return {a: k for a, k in separate.items() if a not in always or not (is_said or {a, k} <= set(base))}
 
 
@@ -262,13 +291,8 @@ def _tied(model_class: ModelClass, names: Mapping[str, str]) -> dict[str, str]:
     return {a: k for a, k in names.items() if model_class.tied.get(a) == k or model_class.tied.get(k) == a}
 
 
-def _lines_of(fit: Fit) -> list[tuple[str, str]]:
-    """(name, line) of each difference."""
-    return [(line.split(": ", 1)[0], line) for line in fit.problems]
-
-
 def _is_quantized(config: Config) -> bool:
-    return any(path[-1] == QUANTIZATION for path, _ in _entries(config))
+    return any(path[-1] == QUANTIZATION for path, _ in entries(config))
 
 
 def _packed_modules(fit: Fit, specs: Mapping[str, TensorSpec]) -> set[str]:
@@ -280,19 +304,22 @@ def _packed_modules(fit: Fit, specs: Mapping[str, TensorSpec]) -> set[str]:
 def _unquantized(state: _Attempt, _: _Excused) -> Iterator[tuple[Config, str]]:
     if state.is_plain_but_quantized:
         changed = copy.deepcopy(dict(state.config))
-        for path, _value in list(_entries(changed)):
+        for path, _value in list(entries(changed)):
             if path[-1] == QUANTIZATION:
-                _at(changed, path[:-1]).pop(QUANTIZATION, None)
+                part_at(changed, path[:-1]).pop(QUANTIZATION, None)
         yield changed, f"{QUANTIZATION} was taken out: no tensor is quantized"
 
 
 def _untied(state: _Attempt, _: _Excused) -> Iterator[tuple[Config, str]]:
     if not state.untied or state.model_class is None:
         return
-    paths = [path for path, value in _entries(state.model_class.effective_config) if path[-1] == TIE and value is True]
+    paths = [path for path, value in entries(state.model_class.effective_config) if path[-1] == TIE and value is True]
     alias, kept = next(iter(state.untied.items()))
     for chosen in _subsets(paths):
-        yield _with(state.config, dict.fromkeys(chosen, False)), f"{_names(chosen)}: false, for {alias} is not {kept}"
+        yield (
+            with_values(state.config, dict.fromkeys(chosen, False)),
+            f"{dotted(chosen)}: false, for {alias} is not {kept}",
+        )
 
 
 def _resized(state: _Attempt, excused: _Excused) -> Iterator[tuple[Config, str]]:
@@ -301,10 +328,10 @@ def _resized(state: _Attempt, excused: _Excused) -> Iterator[tuple[Config, str]]
         return
     sizes = {pair for given, wanted in state.fit.shapes.values() for pair in _differing(wanted, given).items()}
     for old, new in sorted(sizes):
-        entries = _entries(state.model_class.effective_config)
-        paths = [path for path, value in entries if "vocab" in path[-1] and value == old and value is not True]
+        said = entries(state.model_class.effective_config)
+        paths = [path for path, value in said if "vocab" in path[-1] and value == old and value is not True]
         for chosen in map(functools.partial(_with_its_twins, state, excused, new, paths), _subsets(paths)):
-            yield _with(state.config, dict.fromkeys(chosen, new)), f"{_names(chosen)}: {new} instead of {old}"
+            yield with_values(state.config, dict.fromkeys(chosen, new)), f"{dotted(chosen)}: {new} instead of {old}"
 
 
 def _with_its_twins(
@@ -313,7 +340,9 @@ def _with_its_twins(
     """Return what lies beside the chosen entries as well, if the tensors allow it: a shared decoder's vocabulary."""
 
     def count(changed: Sequence[Path]) -> int:
-        return _Attempt.of(_with(state.config, dict.fromkeys(changed, new)), state.specs, state.separate).count(excused)
+        return _Attempt.of(with_values(state.config, dict.fromkeys(changed, new)), state.specs, state.separate).count(
+            excused
+        )
 
     together = [path for path in paths if any(path[:-1] == one[:-1] for one in chosen)]
     return together if len(together) > len(chosen) and count(together) <= count(chosen) else chosen
@@ -327,16 +356,16 @@ def _as_live(state: _Attempt, excused: _Excused, live: Config) -> Iterator[tuple
     if kind and kind != state.config.get("architectures"):
         state = _Attempt.of({**state.config, "architectures": kind}, state.specs, state.separate)
         yield state.config, f"architectures: {kind[0]}, as the live model"
-    said = dict(_entries(live))
+    said = dict(entries(live))
     differing = {
         path: said[path]
-        for path, value in _entries(state._effective())
+        for path, value in entries(state._effective())
         if path in said and said[path] != value and path[-1] not in _NOT_OF_THE_MODEL
     }
-    of_head = {path: value for path, value in differing.items() if path[-1] in _OF_THE_HEAD or "vocab" in path[-1]}
+    of_head = {path: value for path, value in differing.items() if path[-1] in OF_THE_HEAD or "vocab" in path[-1]}
     for chosen, source in ((of_head, "as the live model"), (differing, _AS_LIVE)):
         if chosen:
-            yield _with(state.config, chosen), f"{_names(chosen)} {source}"
+            yield with_values(state.config, chosen), f"{dotted(chosen)} {source}"
 
 
 def _relabelled(state: _Attempt, excused: _Excused) -> Iterator[tuple[Config, str]]:
@@ -344,7 +373,7 @@ def _relabelled(state: _Attempt, excused: _Excused) -> Iterator[tuple[Config, st
     if state.fit is None or state.model_class is None or not state.problems(excused):
         return
     sizes = {pair for given, wanted in state.fit.shapes.values() for pair in _differing(wanted, given).items()}
-    labels = {path[:-1]: value for path, value in _entries(state.model_class.effective_config) if path[-1] == _LABELS}
+    labels = {path[:-1]: value for path, value in entries(state.model_class.effective_config) if path[-1] == _LABELS}
     for place, known in labels.items():
         for new in sorted(new for old, new in sizes if old == len(known or ())):
             numbered = {str(i): f"LABEL_{i}" for i in range(new)}
@@ -352,9 +381,12 @@ def _relabelled(state: _Attempt, excused: _Excused) -> Iterator[tuple[Config, st
                 (*place, _LABELS): numbered,
                 (*place, "label2id"): {name: int(i) for i, name in numbered.items()},
             }
-            if "num_labels" in _at(copy.deepcopy(dict(state.config)), place):
+            if "num_labels" in part_at(copy.deepcopy(dict(state.config)), place):
                 values[*place, "num_labels"] = new
-            yield _with(state.config, values), f"{'.'.join((*place, _LABELS))}: {new} labels instead of {len(known)}"
+            yield (
+                with_values(state.config, values),
+                f"{'.'.join((*place, _LABELS))}: {new} labels instead of {len(known)}",
+            )
 
 
 def _subsets(paths: Sequence[Path]) -> list[Sequence[Path]]:
@@ -365,36 +397,3 @@ def _subsets(paths: Sequence[Path]) -> list[Sequence[Path]]:
 def _differing(one: Sequence[int], other: Sequence[int]) -> dict[int, int]:
     """Size in the first -> size in the second, where two shapes differ."""
     return {a: b for a, b in zip(one, other, strict=False) if a != b} if len(one) == len(other) else {}
-
-
-def _entries(config: Config, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """Every entry at any depth; what is said of a quantisation and of labels counts as one entry."""
-    for key, value in config.items():
-        here = (*path, key)
-        yield here, value
-        if isinstance(value, Mapping) and key not in (QUANTIZATION, *_OF_THE_HEAD):
-            yield from _entries(value, here)
-
-
-def _with(config: Config, values: Mapping[Path, Any]) -> dict[str, Any]:
-    changed = copy.deepcopy(dict(config))
-    for path, value in values.items():
-        _at(changed, path[:-1])[path[-1]] = value
-    return changed
-
-
-def _at(config: dict[str, Any], path: Path) -> dict[str, Any]:
-    for key in path:
-        config = config.setdefault(key, {})
-    return config
-
-
-def _undated(config: Any) -> Any:
-    """Without dtypes, which change nothing about names and shapes."""
-    if not isinstance(config, Mapping):
-        return config
-    return {key: _undated(value) for key, value in config.items() if key not in ("dtype", "torch_dtype")}
-
-
-def _names(paths: Collection[Path]) -> str:
-    return ", ".join(".".join(path) for path in paths)

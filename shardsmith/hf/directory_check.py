@@ -51,12 +51,20 @@ def refusal(found: ConfigFit) -> tuple[str, list[str], str]:
     """Return what an error says about a config that does not describe the tensors: summary, lines, advice."""
     summary = f"{len(found.problems)} tensors are not as in {found.measured_by}, which config.json describes"
     lines = [*found.problems, *(f"config.json says {key}" for key in found.keys)]
+    if found.no_place and not found.keys:
+        return summary, lines, drop_advice(found)
     advice = (
         "Nothing was written. Give the base model's directory whose config.json is that of this model"
         + (f"; or correct {', '.join(key.split(':')[0] for key in found.keys)} there" if found.keys else "")
         + "."
     )
     return summary, lines, advice
+
+
+def drop_advice(found: ConfigFit) -> str:
+    """Return what to do about tensors that a class has no place for, such as those of a critic's head."""
+    names = " ".join(f"'{name}'" for name in found.no_place)
+    return f"Nothing was written. {found.measured_by} has no place for these. To leave them out: --drop {names}"
 
 
 def _check_headers(model: ModelPlan, directory: Path) -> None:

@@ -63,12 +63,27 @@ class Fit:
         return found + (self.error is not None)
 
     @property
+    def misplaced(self) -> int:
+        """Number of tensors without a place, and of places without a tensor."""
+        return len(self.missing) + len(self.unexpected) + len(self.ignored)
+
+    @property
     def problems(self) -> list[str]:
         """A line for each difference."""
         lines = [f"{name}: in the model, not in the files" for name in self.missing]
         lines += [f"{name}: in the files, not in the model" for name in self.unexpected]
         lines += [f"{name}: {found} in the files, {wanted} in the model" for name, (found, wanted) in self._pairs()]
         return [*sorted(lines), *([self.error] if self.error else [])]
+
+    @property
+    def lines(self) -> list[tuple[str, str]]:
+        """Name and line of each difference."""
+        return [(line.split(": ", 1)[0], line) for line in self.problems]
+
+    @property
+    def class_name(self) -> str:
+        """The class without library and version."""
+        return self.model_class.split(" of ", 1)[0]
 
     def _pairs(self) -> Iterator[tuple[str, tuple[object, object]]]:
         yield from self.shapes.items()
@@ -170,7 +185,7 @@ class TransformersClass:
             found.append(self._fit(kind, specs))
             if found[-1].is_exact and not found[-1].ignored:
                 return found[-1]
-        return min(found, key=lambda fit: fit.count + len(fit.ignored))
+        return min(found, key=lambda fit: (fit.error is not None, fit.misplaced, fit.count))
 
     def _fit(self, kind: Any, specs: Mapping[str, TensorSpec]) -> Fit:
         fit = Fit(model_class=self._full_name(kind))
