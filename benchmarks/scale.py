@@ -19,6 +19,7 @@ from rich.table import Table
 from shardsmith.formats.dcp.rank_file import RankFileWritten, encode
 from shardsmith.ground import ranks as ground_ranks
 from shardsmith.ground.garbage import without_collection
+from shardsmith.ground.layout import DCP_INDEX_FILE
 from shardsmith.manifest.metadata import FileRecord
 from shardsmith.run_state.held import Entry
 from shardsmith.run_state.share import Share
@@ -105,10 +106,10 @@ def measure(shapes: dict[str, Shape], ranks: int) -> dict[str, float]:
     shares[0].whole.measured(receipts)
     merging = time.process_time() - began
     began = time.process_time()
-    index = shares[0].whole.index(receipts, "0" * 16)
+    index = shares[0].whole.indexes(receipts, "0" * 16)[DCP_INDEX_FILE]
     first = time.process_time() - began
     began = time.process_time()
-    shares[0].whole.index(receipts, "1" * 16)
+    shares[0].whole.indexes(receipts, "1" * 16)
     return {
         "boxes": sum(len(entry.boxes) for entries in held for entry in entries),
         "first": sum(said) + sum(map(_nbytes, dealt)),

@@ -1,6 +1,7 @@
 """What the directories ``step-3`` in ``tests/golden`` hold, and how: ``python -m tests.golden_checkpoint DIRECTORY``.
 
-The shards of ``sharded`` were written by torch, for an older version of ours, those of ``engine`` by our own writer.
+The shards of ``sharded`` were written by torch, for an older version of ours, those of ``engine`` by our own writer,
+those of ``boxes`` by the first that has also written ``.boxes``.
 They stay as they are: a later version must read them. A change of the format gets a directory of its own.
 """
 
@@ -26,6 +27,7 @@ from tests.ranks import run_on_ranks
 GOLDEN = Path(__file__).parent / "golden"
 SHARDED = GOLDEN / "sharded" / "step-3"
 ENGINE = GOLDEN / "engine" / "step-3"
+BOXES = GOLDEN / "boxes" / "step-3"
 
 SPECS: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
     "embed.weight": ((7, 6), torch.float32),

@@ -15,7 +15,7 @@ from shardsmith.conversion.counts import Count, count_tensors
 from shardsmith.conversion.early_writing import EarlyWriting
 from shardsmith.conversion.write_plan import WritePlan
 from shardsmith.errors import RanksDisagreeError
-from shardsmith.formats.dcp.index_writer import write_index
+from shardsmith.formats.dcp.index_writer import write_indexes
 from shardsmith.formats.dcp.shard_files import Place, Written, divide, write_shard_files
 from shardsmith.formats.dcp.source import DcpSource
 from shardsmith.formats.describe import Measured, describe
@@ -103,11 +103,18 @@ def _commit(plan: WritePlan, attempt: AnyAttempt, parts: list[dict[str, Any]], w
     measured = Measured.merge(parts)
     places = {int(i): Place(**place) for part in parts for i, place in part["places"].items()}
     specs = {key: stream.spec for key, stream in plan.streams.items()}
-    index = write_index(
-        specs, plan.chunks, places, aliases=plan.aliases, containers=plan.containers, attempt=attempt.id
+    indexes = write_indexes(
+        specs,
+        plan.chunks,
+        places,
+        files=sorted(measured.files),
+        containers=plan.containers,
+        attempt=attempt.id,
+        aliases=plan.aliases,
     )
-    size = attempt.write(layout.DCP_INDEX_FILE, index)
-    measured.files[layout.DCP_INDEX_FILE] = FileRecord(size=size, xxh3_128=xxhash.xxh3_128_hexdigest(index))
+    for name, content in indexes.items():
+        size = attempt.write(name, content)
+        measured.files[name] = FileRecord(size=size, xxh3_128=xxhash.xxh3_128_hexdigest(content))
     for alias, kept in plan.aliases.items():
         measured.digests[alias] = measured.digests[kept]
     source = DcpSource(attempt.directory)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,24 +21,25 @@ class PieceNumbers:
         """Tensors are numbered in the order of ``specs``."""
         self._numbers = {spec.name: number for number, spec in enumerate(specs)}
         self._placed = placed
-        self._known: dict[Description, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+        self._known: dict[Description, tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = {}
 
     def of(self, held: RankHolds, writes: str) -> np.ndarray:
         """Return the number of the tensor of each piece; ``writes`` as ``pack_flags`` gave it."""
-        numbers, is_weight, itemsizes = self._of_entries(held)
+        numbers, is_weight, itemsizes, numels = self._of_entries(held)
         counts = held.counts()
         entries = np.repeat(np.arange(len(counts)), counts)
         positions = np.arange(len(entries)) - np.repeat(np.cumsum(counts) - counts, counts)
         mine = unpack_flags(writes, len(entries)) & (numbers[entries] >= 0)
         entries, positions = entries[mine], positions[mine]
-        first = is_weight[entries]  # weights come before what is in the rank's file
-        entries = np.concatenate([entries[first], entries[~first]])
-        positions = np.concatenate([positions[first], positions[~first]])
+        # Weights come before what is in the rank's file, and parts of tensors before whole ones.
+        is_whole = self._numels(held, entries, positions) == numels[entries]
+        order = np.argsort(np.where(is_weight[entries], 0, 2) + is_whole, kind="stable")
+        entries, positions = entries[order], positions[order]
         return np.repeat(numbers[entries], self._parts(held, itemsizes, entries, positions))
 
-    def _of_entries(self, held: RankHolds) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _of_entries(self, held: RankHolds) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """By entry: the number of its tensor, -1 for what is written as none; whether it is in weight files; the bytes
-        of an element."""
+        of an element; the number of elements."""
         if held.description not in self._known:
             entries = held.description.entries
             sizes = [0 if entry.dtype is None else entry.dtype.itemsize for entry in entries]
@@ -48,16 +50,26 @@ class PieceNumbers:
                 np.array(numbers, dtype=np.int64),
                 np.array(weights, dtype=bool),
                 np.array(sizes, dtype=np.int64),
+                np.array([math.prod(entry.shape or ()) for entry in entries], dtype=np.int64),
             )
-        of_tensors, is_weight, itemsizes = self._known[held.description]
+        of_tensors, is_weight, itemsizes, numels = self._known[held.description]
         if own := held.description.kind.own:
             of_tensors, is_weight = of_tensors.copy(), is_weight.copy()
             for i in own:
                 of_tensors[i], is_weight[i] = self._of_key(held.entry(i).key)
-        return of_tensors, is_weight, itemsizes
+        return of_tensors, is_weight, itemsizes, numels
 
     def _of_key(self, key: str) -> tuple[int, bool]:
         return -1 if key in self._placed.tied else self._numbers.get(key, -1), key in self._placed.written
+
+    @staticmethod
+    def _numels(held: RankHolds, entries: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Of how many elements each box is."""
+        counts = np.array([len(boxes) for boxes in held.lists], dtype=np.int64)
+        numels = np.array([box.numel for boxes in held.lists for box in boxes], dtype=np.int64)
+        starts = np.cumsum(counts) - counts
+        found: np.ndarray = numels[starts[held.description.kind.numbers[entries]] + positions]
+        return found
 
     @staticmethod
     def _parts(held: RankHolds, itemsizes: np.ndarray, entries: np.ndarray, positions: np.ndarray) -> np.ndarray:

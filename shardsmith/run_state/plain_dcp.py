@@ -98,8 +98,9 @@ def _commit(source: DcpSource, metadata: CheckpointMetadata, attempt: AnyAttempt
     wrong = [key for key, record in metadata.tensors.items() if str(measured.digests.get(key)) != record.digest]
     if wrong:
         raise CorruptCheckpointError(source.path, f"other values than were saved: {', '.join(wrong)}; nothing written")
-    index = whole.index(receipts, attempt.id)
-    measured.files[layout.DCP_INDEX_FILE] = FileRecord(size=len(index), xxh3_128=xxhash.xxh3_128_hexdigest(index))
+    for name, content in whole.indexes(receipts, attempt.id).items():
+        size = attempt.write(name, content)
+        measured.files[name] = FileRecord(size=size, xxh3_128=xxhash.xxh3_128_hexdigest(content))
     names = recorded_names(source.path, metadata)
     again = replace(
         metadata,
@@ -110,7 +111,6 @@ def _commit(source: DcpSource, metadata: CheckpointMetadata, attempt: AnyAttempt
         names=None if names is None else names.to_plain(),
     )
     sizes = {name: record.size for name, record in measured.files.items()}
-    attempt.write(layout.DCP_INDEX_FILE, index)
     sizes[layout.METADATA_FILE] = attempt.write(layout.METADATA_FILE, again.to_json())
     attempt.commit(sizes)
 

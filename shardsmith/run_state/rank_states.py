@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -62,9 +63,9 @@ class PerRank:
         Raises:
             MismatchError: there is no such state, or it is of other ranks and nothing says what becomes of it.
         """
-        saved, states = _read(checkpoint, key)
+        saved, states = _read(checkpoint, key, rank, topology)
         if saved == dict(topology):
-            return states[rank]
+            return states[0]
         if self._reshard is not None:
             return self._reshard(states, rank, topology["world_size"])
         problem = "it is not a StatefulDataLoader over a StatefulDistributedSampler"
@@ -107,25 +108,21 @@ def per_rank(
     return PerRank(thing, reshard, on_topology_change)
 
 
-def _read(checkpoint: Path, key: str) -> tuple[dict[str, Any], list[Any]]:
-    source = DcpSource(checkpoint)
-    try:
-        prefix = f"{key}.rank-"
-        ranks = sorted(int(name.removeprefix(prefix)) for name in source.index.objects if name.startswith(prefix))
+def _read(checkpoint: Path, key: str, rank: int, topology: Mapping[str, Any]) -> tuple[dict[str, Any], list[Any]]:
+    """What the ranks were that saved, and the states of all of them; of this rank alone if they are the same."""
+    with contextlib.closing(DcpSource(checkpoint, to_load=True)) as source:
+        prefix, objects = f"{key}.rank-", source.index.objects
+        names = [f"{key}.{TOPOLOGY}.{name}" for name in ("world_size", "mesh")]
+        saved = {name.rpartition(".")[2]: source.read_object(name) for name in names if name in objects}
+        if saved == dict(topology) and f"{prefix}{rank}" in objects:
+            return saved, [_unpack(source.read_object(f"{prefix}{rank}"))]
+        there = [name for name, _ in source.index.below(key) if name in objects]
+        ranks = sorted(int(name.removeprefix(prefix)) for name in there if name.startswith(prefix))
         if not ranks:
-            is_shared = any(name == key or name.startswith(f"{key}.") for name in source.index.objects)
-            line = f"{key}: " + ("saved as one state for all ranks" if is_shared else "not in the checkpoint")
+            line = f"{key}: " + ("saved as one state for all ranks" if there else "not in the checkpoint")
             advice = "Nothing was loaded. Resume without it: hooks.resume(parts=...) names what to load."
             raise MismatchError(checkpoint, f"{key} has no state of single ranks", [line], advice)
-        states = [_unpack(source.read_object(f"{prefix}{rank}")) for rank in ranks]
-        mesh = {
-            name: source.read_object(f"{key}.{TOPOLOGY}.{name}")
-            for name in ("world_size", "mesh")
-            if f"{key}.{TOPOLOGY}.{name}" in source.index.objects
-        }
-        return mesh, states
-    finally:
-        source.close()
+        return saved, [_unpack(source.read_object(f"{prefix}{one}")) for one in ranks]
 
 
 def _unpack(text: str) -> Any:

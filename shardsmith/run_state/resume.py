@@ -179,7 +179,7 @@ def _compare_averages(path: Path, average: Average, metadata: CheckpointMetadata
 
 
 def _read_status(path: Path, rank: int) -> Any:
-    source: TensorSource = DcpSource(path) if _is_dcp(path) else RankShards(path)
+    source: TensorSource = DcpSource(path, to_load=True) if _is_dcp(path) else RankShards(path)
     try:
         key = f"{DATA_STATUS}.rank-{rank}"
         return unpack_object(read_tensor(source, key)) if key in source.specs else None

@@ -98,9 +98,9 @@ def load_parts(
 
 def _missing(checkpoint: Path, wanted: Sequence[str]) -> list[str]:
     is_dcp = (checkpoint / layout.DCP_INDEX_FILE).exists()
-    with contextlib.closing(DcpSource(checkpoint) if is_dcp else RankShards(checkpoint)) as source:
-        objects = source.index.objects if isinstance(source, DcpSource) else source.objects
-        held = {key.split(".", 1)[0] for key in (*read_metadata(checkpoint).tensors, *source.specs, *objects)}
+    with contextlib.closing(DcpSource(checkpoint, to_load=True) if is_dcp else RankShards(checkpoint)) as source:
+        own = source.index.top_keys() if isinstance(source, DcpSource) else {*source.specs, *source.objects}
+        held = {key.split(".", 1)[0] for key in (*read_metadata(checkpoint).tensors, *own)}
     return [part for part in wanted if part != "model" and _KEYS.get(part, part) not in held]
 
 

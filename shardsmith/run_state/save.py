@@ -3,7 +3,7 @@
 begin     main thread    every rank says what it holds, and copies what it is to write: all that the training waits for;
                          who writes what is agreed, once for all saves
 write     any thread     every rank writes its file into the attempt's directory and hands in a receipt
-commit    any thread     rank 0 writes the index and metadata.json from the receipts, checks the listing, renames
+commit    any thread     rank 0 writes the indexes and metadata.json from the receipts, checks the listing, renames
 """
 
 from __future__ import annotations
@@ -351,8 +351,7 @@ class SaveInProgress:
         assert self._attempt is not None
         whole = self._share.whole
         measured = whole.measured(self._receipts)
-        index = whole.index(self._receipts, self._attempt_id)
-        beside = {layout.DCP_INDEX_FILE: index, **extra}
+        beside = {**whole.indexes(self._receipts, self._attempt_id), **extra}
         for name, content in beside.items():
             size = self._attempt.write(name, content)
             measured.files[name] = FileRecord(size=size, xxh3_128=xxhash.xxh3_128_hexdigest(content))

@@ -93,7 +93,7 @@ def with_saved_structure(
     if not wanted or not (checkpoint / DCP_INDEX_FILE).exists():
         return dict(target), numbered
     fresh = {key: _copied(with_text_keys(target[key], key, numbered)) for key in wanted}
-    with contextlib.closing(DcpSource(checkpoint)) as source:
+    with contextlib.closing(DcpSource(checkpoint, to_load=True)) as source:
         if (name := f"train_state.{INT_KEYS}") in source.index.objects:
             numbered += source.read_object(name)
         return {**target, **{key: _structured(key, fresh[key], source.index) for key in wanted}}, numbered
@@ -103,10 +103,9 @@ def _structured(key: str, fresh: Any, index: DcpIndex) -> Any:
     flat, paths = flatten_state_dict({key: fresh})
     leaves = {tuple(paths[name]): value for name, value in flat.items()}
     root = {key: fresh}
-    for name, path in index.containers.items():
-        if path[0] == key:
-            _make_way(root, path, leaves)
-            set_element(root, path, _place(leaves.get(path), name, index))
+    for name, path in index.below(key):
+        _make_way(root, path, leaves)
+        set_element(root, path, _place(leaves.get(path), name, index))
     return root[key]
 
 

@@ -83,7 +83,7 @@ def _own_keys(optimizer: Optimizer, parameter: Tensor, name: str) -> list[str]:
 
 def _keys(checkpoint: Path) -> Collection[str]:
     is_dcp = (checkpoint / layout.DCP_INDEX_FILE).exists()
-    with contextlib.closing(DcpSource(checkpoint) if is_dcp else RankShards(checkpoint)) as source:
+    with contextlib.closing(DcpSource(checkpoint, to_load=True) if is_dcp else RankShards(checkpoint)) as source:
         if isinstance(source, DcpSource):
-            return source.index.containers.keys()
+            return {key for key, _ in source.index.below("optimizer")}
         return source.specs.keys()

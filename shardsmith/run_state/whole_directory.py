@@ -13,10 +13,12 @@ from typing import Any, Self
 import numpy as np
 
 from shardsmith.formats.dcp.index import DcpEntry, DcpIndex
-from shardsmith.formats.dcp.index_writer import write_index
+from shardsmith.formats.dcp.box_index_writer import rank_file_name
+from shardsmith.formats.dcp.index_writer import write_indexes
 from shardsmith.formats.dcp.rank_file import Piece, RankFile, RankFileWritten, moved, split
 from shardsmith.formats.dcp.shard_files import Place, PlannedChunk
 from shardsmith.formats.describe import Measured
+from shardsmith.ground import layout
 from shardsmith.manifest.metadata import FileRecord
 from shardsmith.run_state.described import RankHolds, entries_in_all
 from shardsmith.run_state.held import Entry, items
@@ -46,6 +48,8 @@ class OwnFile:
         cls, rank: int, entries: Sequence[Entry], chosen: Sequence[tuple[int, int]], placed: Placed = NOWHERE
     ) -> Self:
         """By what a rank holds, which of it it writes, and what of that is for weight files."""
+        # Boxes that all ranks have lie first, and so, mostly, at one place in every file: .boxes then says it once.
+        chosen = sorted(chosen, key=lambda item: _is_whole(entries[item[0]], item[1]))
         found: tuple[list[Piece], list[Piece]] = [], []
         tensors: tuple[list[tuple[int, int, Chunk | None]], list[tuple[int, int, Chunk | None]]] = [], []
         for i, position in chosen:
@@ -59,17 +63,12 @@ class OwnFile:
         objects = [i for i, _ in chosen if entries[i].shape is None]
         keys = tuple(entries[i].key for i in objects)
         weights, pieces = map(tuple, found)
-        return cls(weights, RankFile(file_name(rank), pieces, keys), [*tensors[0], *tensors[1]], objects)
+        return cls(weights, RankFile(rank_file_name(rank), pieces, keys), [*tensors[0], *tensors[1]], objects)
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
         """All that it writes of tensors."""
         return self.weights + self.file.pieces
-
-
-def file_name(rank: int) -> str:
-    """Return the name of a rank's file."""
-    return f"__{rank}_0.distcp"
 
 
 def to_receipt(written: RankFileWritten, weights: Sequence[Digest] = ()) -> dict[str, Any]:
@@ -100,12 +99,12 @@ class WholeDirectory:
             if entry.shape is not None and entry.dtype is not None
         }
         self._numbers = PieceNumbers([*self.specs.values()], placed)
-        self._last: tuple[list[str], str, bytes] | None = None
+        self._last: tuple[list[str], str, dict[str, bytes]] | None = None
 
     @property
     def file_names(self) -> list[str]:
         """Names of the files, by rank."""
-        return [file_name(one.rank) for one in self._held]
+        return [rank_file_name(one.rank) for one in self._held]
 
     def file(self, rank: int) -> RankFile:
         """Return the plan of a rank's file. It is made anew, since together they have ranks times tensors."""
@@ -124,18 +123,22 @@ class WholeDirectory:
             files[name] = FileRecord(**receipt["file"])
         return Measured(files, {key: Digest(*row) for key, row in zip(self.specs, sums.tolist(), strict=True)})
 
-    def index(self, receipts: Sequence[Mapping[str, Any]], attempt: str) -> bytes:
-        """The content of ``.metadata``. It differs from save to save by little, so the last one is kept and patched."""
+    def indexes(self, receipts: Sequence[Mapping[str, Any]], attempt: str) -> dict[str, bytes]:
+        """Return the content of ``.metadata`` and ``.boxes``, by name.
+
+        It differs from save to save by little, so the last one is kept and patched.
+        """
         lengths = [receipt["object_lengths"] for receipt in receipts]
         if self._last is not None and self._last[:1] == (lengths,):
-            _, before, content = self._last
+            _, before, contents = self._last
+            content = contents[layout.DCP_INDEX_FILE]
             if content.count(before.encode()) == 1 and len(before) == len(attempt):
-                return content.replace(before.encode(), attempt.encode())
-        content = self._encode_index(receipts, attempt)
-        self._last = lengths, attempt, content
-        return content
+                return {**contents, layout.DCP_INDEX_FILE: content.replace(before.encode(), attempt.encode())}
+        contents = self._encode_indexes(receipts, attempt)
+        self._last = lengths, attempt, contents
+        return contents
 
-    def _encode_index(self, receipts: Sequence[Mapping[str, Any]], attempt: str) -> bytes:
+    def _encode_indexes(self, receipts: Sequence[Mapping[str, Any]], attempt: str) -> dict[str, bytes]:
         chunks: list[PlannedChunk] = []
         places: list[Place] = []
         objects: dict[str, Place] = {}
@@ -147,11 +150,11 @@ class WholeDirectory:
             chunks += [PlannedChunk(piece.key, 0, piece.box, 0) for piece in file.pieces]
             places += found[: len(file.pieces)]
             objects |= dict(zip(file.objects, found[len(file.pieces) :], strict=True))
-        return write_index(
+        return write_indexes(
             {key: spec for key, spec in self.specs.items() if key not in self._placed},
             chunks,
             dict(enumerate(places)),
-            aliases={},
+            files=self.file_names,
             containers={key: path for key, path in self._containers.items() if key not in self._placed},
             attempt=attempt,
             objects=objects,
@@ -161,6 +164,11 @@ class WholeDirectory:
         """Return what a reader of the index finds in it, but for where it lies."""
         tensors = {key: DcpEntry(spec, ()) for key, spec in self.specs.items()}
         return DcpIndex(directory, tensors, {}, self._containers, {})
+
+
+def _is_whole(entry: Entry, position: int) -> bool:
+    """Whether a box is all of a tensor, which one rank writes; what is no tensor is so, too."""
+    return entry.shape is None or entry.boxes[position].sizes == entry.shape
 
 
 def _text(data: bytes) -> str:

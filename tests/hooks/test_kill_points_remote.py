@@ -89,7 +89,7 @@ def test_no_kill_tears_a_step_or_loses_one(
 
 def files_of(place: str, step: int) -> set[str]:
     attempt = read_metadata(as_path(f"{place}/step-{step}")).attempt
-    files = {f"step-{step}/{attempt}/{file}" for file in (".metadata", "__0_0.distcp")}
+    files = {f"step-{step}/{attempt}/{file}" for file in (".boxes", ".metadata", "__0_0.distcp")}
     return {f"step-{step}/metadata.json", *files}
 
 

@@ -80,7 +80,7 @@ def test_steps_are_on_the_disks_and_in_the_store_each_by_its_own_retention(
         assert committed_steps(disk) == [20]
         assert {path.name for path in disk.iterdir()} == {"step-20", ".retention.json", "cache-of.txt"}
         own = shards if hosts == 1 else {f"__{host}_0.distcp"}
-        assert {path.name for path in (disk / "step-20").iterdir()} == {*own, ".metadata", "metadata.json"}
+        assert {path.name for path in (disk / "step-20").iterdir()} == {*own, ".boxes", ".metadata", "metadata.json"}
         assert read_metadata(disk / "step-20").attempt == attempt
     assert {one for one in object_server.keys(f"cached-{hosts}") if one.endswith(".owner")} == set()
 
@@ -188,7 +188,7 @@ def train_and_compare(
     assert stored(server, place) == posix
     parts = [key.split("/") for key in server.keys(name)]
     names = sorted((step, rest[-1]) for step, *rest in parts)
-    files = (".metadata", "__0_0.distcp", "__1_0.distcp", "metadata.json")
+    files = (".boxes", ".metadata", "__0_0.distcp", "__1_0.distcp", "metadata.json")
     assert names == sorted((f"step-{step}", file) for step in posix for file in files), "something is left"
     disk = root / "host-0"
     assert {step: digests(disk / f"step-{step}") for step in committed_steps(disk)} == posix

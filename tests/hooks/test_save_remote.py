@@ -126,7 +126,7 @@ def test_what_lies_in_the_store_is_a_dcp_directory_and_a_manifest(
     keys = object_server.keys("straight/step-20")
     object_server.use()
     attempt = read_metadata(as_path(f"{remote}/step-20")).attempt
-    names = (".metadata", "__0_0.distcp", "__1_0.distcp")
+    names = (".boxes", ".metadata", "__0_0.distcp", "__1_0.distcp")
     assert keys.keys() == {"metadata.json", *(f"{attempt}/{name}" for name in names)}
     for name in names:
         data = bytes(obstore.get(object_server.client(), f"straight/step-20/{attempt}/{name}").bytes())

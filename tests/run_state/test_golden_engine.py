@@ -16,7 +16,7 @@ from shardsmith.formats.dcp.load import LocalLoad
 from shardsmith.formats.dcp.source import DcpSource
 from shardsmith.manifest.checkpoints import find_damage
 from shardsmith.manifest.metadata import FileRecord, read_metadata
-from tests.golden_checkpoint import ENGINE, SHARDED, SPECS, golden_tensors, run_write
+from tests.golden_checkpoint import BOXES, ENGINE, SHARDED, SPECS, golden_tensors, run_write
 from tests.ranks import run_on_ranks
 from tests.tensor_cases import raw_bytes
 
@@ -38,7 +38,7 @@ def load(state: dict[str, Any], directory: Path) -> list[str]:
         return damage
 
 
-@pytest.mark.parametrize("directory", [SHARDED, ENGINE], ids=["by torch", "by the engine"])
+@pytest.mark.parametrize("directory", [SHARDED, ENGINE, BOXES], ids=["by torch", "by the engine", "with .boxes"])
 def test_golden_files_are_loaded_and_verified_in_one_read(directory: Path) -> None:
     assert find_damage(directory) == []
     state = empty_state() | {"optimizer.lr": 0.0}
@@ -49,7 +49,7 @@ def test_golden_files_are_loaded_and_verified_in_one_read(directory: Path) -> No
     }
 
 
-@pytest.mark.parametrize("directory", [SHARDED, ENGINE], ids=["by torch", "by the engine"])
+@pytest.mark.parametrize("directory", [SHARDED, ENGINE, BOXES], ids=["by torch", "by the engine", "with .boxes"])
 def test_every_flipped_byte_of_a_golden_shard_is_found_or_refused(directory: Path, tmp_path: Path) -> None:
     copy = tmp_path / "step-3"
     shutil.copytree(directory, copy)
@@ -72,12 +72,12 @@ def test_torch_reads_what_the_engine_wrote() -> None:
 
 def test_the_tensors_are_written_byte_for_byte_as_they_were(tmp_path: Path) -> None:
     run_on_ranks(run_write, 2, tmp_path, tmp_path)
-    one, other = (DcpSource(directory).index.tensors for directory in (ENGINE, tmp_path / "step-3"))
+    one, other = (DcpSource(directory).index.tensors for directory in (BOXES, tmp_path / "step-3"))
     assert one == other
     for entry in one.values():
         for chunk in entry.chunks:
             archives = [
                 (directory / chunk.file).read_bytes()[chunk.offset : chunk.offset + chunk.length]
-                for directory in (ENGINE, tmp_path / "step-3")
+                for directory in (BOXES, tmp_path / "step-3")
             ]
             assert archives[0] == archives[1]

@@ -31,6 +31,7 @@ from shardsmith.sharding.live_boxes import StagingBuffer
 from shardsmith.sharding.local_boxes import local_boxes
 from shardsmith.tensors.digest import digest_tensor
 from shardsmith.tensors.tensors import read_tensor
+from tests.box_indexes import assert_same_boxes
 from tests.ranks import run_on_ranks
 from tests.tensor_cases import DTYPES, random_tensor, raw_bytes
 
@@ -118,6 +119,7 @@ def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
 
 def assert_same_index(ours: Path, theirs: Path) -> None:
     one, other = DcpSource(ours), DcpSource(theirs)
+    assert_same_boxes(ours)
     assert dict(one.specs) == dict(other.specs)
     assert one.index.containers == other.index.containers
     recorded = read_metadata(ours).tensors

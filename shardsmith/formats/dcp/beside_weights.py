@@ -1,8 +1,8 @@
 """A checkpoint whose weights are the files of Hugging Face directories, and whose rest is DCP: all of it by key.
 
-    .metadata *.distcp      optimizer, scheduler, random number generators, what no Hugging Face file has a place for
-    model*.safetensors      the model, under the names that its library gives the files
-    ema/model*.safetensors  the average
+    .metadata .boxes *.distcp  optimizer, scheduler, random numbers, what no Hugging Face file has a place for
+    model*.safetensors         the model, under the names that its library gives the files
+    ema/model*.safetensors     the average
 
 metadata.json records which elements of which tensors the files hold, so that they are read under the keys, and in the
 shapes, that a checkpoint of DCP files alone would have.
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from shardsmith.errors import CheckpointError, CorruptCheckpointError, MismatchError, UsageError
+from shardsmith.formats.dcp.box_index import BoxIndex, specs_of
 from shardsmith.formats.dcp.index import DcpEntry, DcpIndex
 from shardsmith.formats.dcp.source import DcpSource
 from shardsmith.formats.rounded_files import RoundedSource
@@ -44,16 +45,19 @@ class BesideWeights(DcpSource):
         index: What the checkpoint holds. The tensors that are in Hugging Face files have no chunks in it.
     """
 
-    def __init__(self, path: Path, metadata: CheckpointMetadata, *, follow_links: bool = False) -> None:
+    def __init__(
+        self, path: Path, metadata: CheckpointMetadata, *, follow_links: bool = False, to_load: bool = False
+    ) -> None:
         """Open all files, and compare what they hold with what metadata.json says.
 
         Raises:
             CheckpointError: files are missing, damaged, or not those of this checkpoint.
         """
-        super().__init__(path, follow_links=follow_links)
+        super().__init__(path, follow_links=follow_links, to_load=to_load)
         self._models: dict[str, RestoredModel] = {}
         self._places: dict[str, tuple[str, str]] = {}  # key -> model, name in it
-        own = {key: record.spec(key) for key, record in metadata.tensors.items() if key not in self.index.tensors}
+        shared = {key: record for key, record in metadata.tensors.items() if not self.index.is_of_rank(key)}
+        own = {key: record.spec(key) for key, record in shared.items() if key not in self.index.tensors}
         with contextlib.ExitStack() as opened:
             opened.callback(self.close)
             for model, record in (metadata.weights or {}).items():
@@ -115,7 +119,11 @@ class BesideWeights(DcpSource):
         self._places |= {key: (model, name) for name, key in keys.items()}
 
     def _add(self, own: Mapping[str, TensorSpec], order: list[str]) -> None:
-        """Take the tensors of the files into the index, in the order of metadata.json."""
+        """Take the tensors of the files into the index, in the order of metadata.json if that is read as a whole."""
+        if isinstance(self.index, BoxIndex):
+            self.index = self.index.beside({key: DcpEntry(spec, ()) for key, spec in own.items()})
+            self.specs = specs_of(self.index)
+            return
         entries = {key: self.index.tensors.get(key) or DcpEntry(own[key], ()) for key in order}
         containers = {key: (key,) if key in own else self.index.containers[key] for key in order}
         rest = {key: path for key, path in self.index.containers.items() if key not in containers}
@@ -123,19 +131,22 @@ class BesideWeights(DcpSource):
         self.specs = {name: entry.spec for name, entry in entries.items()}
 
 
-def open_step(path: Path, metadata: CheckpointMetadata | None = None, *, follow_links: bool = False) -> DcpSource:
+def open_step(
+    path: Path, metadata: CheckpointMetadata | None = None, *, follow_links: bool = False, to_load: bool = False
+) -> DcpSource:
     """Open a directory with an index of DCP, wherever its weights are. Raises CheckpointError.
 
     Args:
         path: The directory.
         metadata: Its metadata.json, if that was read already.
         follow_links: As ``DcpSource`` takes it.
+        to_load: As ``DcpSource`` takes it.
     """
     if metadata is None and (path / layout.METADATA_FILE).exists():
         metadata = _metadata_of(path)
     if metadata is None or metadata.weights is None:
-        return DcpSource(path, follow_links=follow_links)
-    return BesideWeights(path, metadata, follow_links=follow_links)
+        return DcpSource(path, follow_links=follow_links, to_load=to_load)
+    return BesideWeights(path, metadata, follow_links=follow_links, to_load=to_load)
 
 
 def recorded_names(path: Path, metadata: CheckpointMetadata) -> RunNames | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import re
 import stat
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from shardsmith.ground.remote_path import as_path
 from shardsmith.manifest.checkpoints import hash_file
 from shardsmith.manifest.metadata import has_manifest, read_metadata
 from shardsmith.sharding.boxes import IrregularBoxesError, find_overlap
+from shardsmith.tensors.checkpoint_keys import KeyPath
 from shardsmith.tensors.tensors import Chunk, Shape, TensorSpec
 
 _PLAIN_NAME = re.compile(r"(?!\.{1,2}$)[^/\\:\0-\x1f\ud800-\udfff]{1,255}")
@@ -65,7 +67,7 @@ class DcpEntry:
     """A tensor and its chunks: none is empty, no two overlap, and together they cover it."""
 
     spec: TensorSpec
-    chunks: tuple[StoredChunk, ...]
+    chunks: Sequence[StoredChunk]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +76,28 @@ class DcpIndex:
 
     path: Path
     """The directory."""
-    tensors: dict[str, DcpEntry]
-    objects: dict[str, StoredObject]
+    tensors: Mapping[str, DcpEntry]
+    objects: Mapping[str, StoredObject]
     """Values that are no tensors."""
-    containers: dict[str, tuple[str | int, ...]]
+    containers: Mapping[str, KeyPath]
     """Where each key lies in the nested state dict that was saved; ``(key,)`` if it was flat."""
-    files: dict[str, int]
+    files: Mapping[str, int]
     """Name of each file that the index uses -> its size on disk in bytes."""
+
+    def below(self, top: str) -> Iterator[tuple[str, KeyPath]]:
+        """Yield the keys that lie at or below a top-level key of the nested state dict, with their paths, in order."""
+        return ((key, path) for key, path in self.containers.items() if path[0] == top)
+
+    def top_keys(self) -> set[str]:
+        """Return the first parts of all keys."""
+        return {key.split(".", 1)[0] for key in self.containers}
+
+    def is_of_rank(self, key: str) -> bool:  # noqa: ARG002
+        """Return whether a key is known to be here, among those that a rank has for itself, without being looked up."""
+        return False
+
+    def close(self) -> None:
+        """Close what it is read from, if it is read as it is asked. Any number of calls."""
 
 
 def read_index(directory: str | Path, *, follow_links: bool = False) -> DcpIndex:
@@ -101,7 +118,7 @@ def read_index(directory: str | Path, *, follow_links: bool = False) -> DcpIndex
     most = _most_bytes(path)
     data = _read_bytes(path / DCP_INDEX_FILE, follow_links, most)
     known = _known_index(path, data, follow_links)
-    if not known or any(_file_size(path / name, follow_links) != n for name, n in known[0].files.items()):
+    if not known or any(size_of_file(path / name, follow_links) != n for name, n in known[0].files.items()):
         with without_collection():  # which would look at millions of parts again and again
             known[:] = [_Checker(path, load_dcp_index(data, path / DCP_INDEX_FILE, most), follow_links).index()]
     return known[0]
@@ -116,7 +133,7 @@ def _known_index(path: Path, data: bytes, follow_links: bool) -> list[DcpIndex]:
 def _most_bytes(directory: Path) -> int:
     """Of an index. A larger one is read if a manifest beside it has it: whoever saved it had it in memory, too."""
     path = directory / DCP_INDEX_FILE
-    size = _file_size(path, follow_links=True)
+    size = size_of_file(path, follow_links=True)
     if size is None or size <= MAX_INDEX_BYTES or not has_manifest(directory):
         return MAX_INDEX_BYTES
     record = read_metadata(directory).files.get(DCP_INDEX_FILE)
@@ -222,16 +239,17 @@ class _Checker:
     def size_of(self, name: str) -> int | None:
         """Size of a file in bytes, or None when there is no such file."""
         if name not in self.sizes:
-            if not _PLAIN_NAME.fullmatch(name):
-                raise UnsafeCheckpointError(self.directory / DCP_INDEX_FILE, f"names {name!r:.300}, no file beside it")
-            self.sizes[name] = _file_size(self.directory / name, self.follow_links)
+            require_plain_name(self.directory / DCP_INDEX_FILE, name)
+            self.sizes[name] = size_of_file(self.directory / name, self.follow_links)
         return self.sizes[name]
 
-    def containers(self) -> dict[str, tuple[str | int, ...]]:
+    def containers(self) -> dict[str, KeyPath]:
         paths = {name: self.saved.containers.get(name, (name,)) for name in self.saved.entries}
         for name, path in paths.items():
-            if not path or any(isinstance(step, int) and step > _MAX_LIST_INDEX for step in path):
-                raise self.corrupt(f"{name!r} has no usable place in the nested state dict")
+            try:
+                require_path(path)
+            except ValueError as error:
+                raise self.corrupt(f"{name!r} has no usable place in the nested state dict") from error
         return paths
 
     def report_missing(self) -> None:
@@ -250,7 +268,22 @@ def _called(name: str, offsets: Shape | None) -> str:
     return f"object {name!r}" if offsets is None else f"tensor {name!r}, chunk at {offsets}"
 
 
-def _file_size(path: Path, follow_links: bool) -> int | None:
+def require_path(path: Sequence[object]) -> KeyPath:
+    """Return a place in a nested state dict; ValueError if it is none that torch can make."""
+    steps = tuple(step for step in path if type(step) is str or (type(step) is int and 0 <= step <= _MAX_LIST_INDEX))
+    if not steps or len(steps) != len(path):
+        raise ValueError(f"no usable path of {len(path)} steps")
+    return steps
+
+
+def require_plain_name(index: Path, name: str) -> None:
+    """Raise UnsafeCheckpointError if what an index names is no file beside it."""
+    if not _PLAIN_NAME.fullmatch(name):
+        raise UnsafeCheckpointError(index, f"names {name!r:.300}, no file beside it")
+
+
+def size_of_file(path: Path, follow_links: bool) -> int | None:
+    """Return the size of a file in bytes; None if there is none. Raises UnsafeCheckpointError, CheckpointError."""
     try:
         status = path.stat(follow_symlinks=follow_links)
     except FileNotFoundError:

@@ -9,9 +9,40 @@ from typing import Any
 
 import torch
 
+from shardsmith.formats.dcp.box_index_writer import write_box_index
 from shardsmith.formats.dcp.shard_files import Place, PlannedChunk
+from shardsmith.ground.layout import BOX_INDEX_FILE, DCP_INDEX_FILE
 from shardsmith.tensors.checkpoint_keys import KeyPath
 from shardsmith.tensors.tensors import TensorSpec
+
+
+def write_indexes(
+    specs: Mapping[str, TensorSpec],
+    chunks: Sequence[PlannedChunk],
+    places: Mapping[int, Place],
+    *,
+    files: Sequence[str],
+    containers: Mapping[str, KeyPath],
+    attempt: str,
+    aliases: Mapping[str, str] | None = None,
+    objects: Mapping[str, Place] | None = None,
+) -> dict[str, bytes]:
+    """Return the content of ``.metadata``, and of ``.boxes``, which says the same to whoever loads; by name.
+
+    Args:
+        specs: By key.
+        chunks: The planned chunks.
+        places: Number of a chunk -> where it lies in the files.
+        files: Names of those.
+        containers: Key -> where it lies in a nested state dict.
+        attempt: Recorded as the save id, in ``.metadata`` alone.
+        aliases: Key -> the key whose chunks are its chunks, too.
+        objects: Values that are no tensors, by key.
+    """
+    aliases, objects = aliases or {}, objects or {}
+    index = write_index(specs, chunks, places, aliases=aliases, containers=containers, attempt=attempt, objects=objects)
+    boxes = write_box_index(specs, chunks, places, files=files, aliases=aliases, containers=containers, objects=objects)
+    return {DCP_INDEX_FILE: index, BOX_INDEX_FILE: boxes}
 
 
 def write_index(

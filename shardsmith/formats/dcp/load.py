@@ -97,7 +97,7 @@ class LocalLoad:
         Raises:
             MismatchError, CheckpointError: as ``load_into``.
         """
-        self._source = open_step(self.directory, follow_links=self._follow_links)
+        self._source = open_step(self.directory, follow_links=self._follow_links, to_load=True)
         owners = sorted(self._state_dict.items())
         self._state = {key: value.state_dict() if isinstance(value, Stateful) else value for key, value in owners}
         _materialize(self._state)

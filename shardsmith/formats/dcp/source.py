@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from shardsmith.errors import CheckpointNotFoundError, CorruptCheckpointError, UsageError
+from shardsmith.formats.dcp.box_grid import GridBoxes, finder_of
+from shardsmith.formats.dcp.box_index import load_index, specs_of
 from shardsmith.formats.dcp.index import DcpIndex, StoredChunk, read_index
 from shardsmith.formats.torch_files.archive import read_archived_object, read_archived_tensor
 from shardsmith.ground.file_tensor import FileTensor
@@ -30,14 +32,18 @@ class DcpSource:
         index: What the directory holds.
     """
 
-    def __init__(self, path: str | Path, *, follow_links: bool = False) -> None:
-        """Open a directory. Raises what ``read_index`` raises; see there for ``follow_links`` too."""
-        self.index: DcpIndex = read_index(path, follow_links=follow_links)
+    def __init__(self, path: str | Path, *, follow_links: bool = False, to_load: bool = False) -> None:
+        """Open a directory. Raises what ``read_index`` raises; see there for ``follow_links`` too.
+
+        With ``to_load`` of a save of ours only the entries are read that are asked for; see ``load_index``.
+        """
+        read = load_index if to_load else read_index
+        self.index: DcpIndex = read(path, follow_links=follow_links)
         self.path = self.index.path
-        self.specs: Mapping[str, TensorSpec] = {name: entry.spec for name, entry in self.index.tensors.items()}
+        self.specs: Mapping[str, TensorSpec] = specs_of(self.index)
         self._follow_links = follow_links
         self._files: dict[str, MappedFile] = {}
-        self._finders: dict[str, BoxFinder] = {}
+        self._finders: dict[str, tuple[BoxFinder | GridBoxes, Sequence[StoredChunk]]] = {}
         self._lock = threading.Lock()
         self._closed = False
         # Writers read a tensor block by block: the archive around it need not be looked at each time.
@@ -63,14 +69,14 @@ class DcpSource:
         Raises:
             CheckpointNotFoundError: when there is no such tensor.
         """
-        entry = self.index.tensors.get(name)
-        if entry is None:
-            raise CheckpointNotFoundError(self.path, f"has no tensor named {name!r}")
         finder = self._finders.get(name)
         if finder is None:
-            finder = self._finders.setdefault(name, BoxFinder([stored.chunk for stored in entry.chunks]))
-        for i, part in finder.meeting(box):
-            yield i, entry.chunks[i], part
+            entry = self.index.tensors.get(name)
+            if entry is None:
+                raise CheckpointNotFoundError(self.path, f"has no tensor named {name!r}")
+            finder = self._finders.setdefault(name, (finder_of(entry.chunks), entry.chunks))
+        for i, part in finder[0].meeting(box):
+            yield i, finder[1][i], part
 
     def read_object(self, key: str, *, allow_pickle: bool = False) -> Any:
         """Return a value that is no tensor, such as a learning rate or the state of a data loader.
@@ -106,6 +112,7 @@ class DcpSource:
             for file in self._files.values():
                 file.close()
             self._files.clear()
+        self.index.close()
         self._chunk.cache_clear()
 
     def _read_chunk(self, name: str, i: int) -> FileTensor | Tensor:

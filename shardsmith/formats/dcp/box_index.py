@@ -1,0 +1,374 @@
+"""Reads ``.boxes``, which a load reads in place of ``.metadata``: of it only the keys and boxes that are wanted.
+
+As with every index nothing in it is believed. What is wrong is an error when the entry at fault is looked at.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import struct
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import xxhash
+
+from shardsmith.errors import CorruptCheckpointError, IncompleteCheckpointError, UnsupportedFormatError
+from shardsmith.formats.dcp import box_index_writer as written
+from shardsmith.formats.dcp.box_blocks import Block, FilesOfRanks
+from shardsmith.formats.dcp.box_grid import GridBoxes
+from shardsmith.formats.dcp.index import (
+    DcpEntry,
+    DcpIndex,
+    StoredChunk,
+    StoredObject,
+    read_index,
+    require_plain_name,
+    size_of_file,
+)
+from shardsmith.ground.json_budget import require_json_budget
+from shardsmith.ground.layout import BOX_INDEX_FILE
+from shardsmith.ground.mapped import MappedFile
+from shardsmith.ground.remote_path import as_path
+from shardsmith.manifest.fields import count, typed
+from shardsmith.manifest.metadata import has_manifest, read_metadata
+from shardsmith.sharding.boxes import find_overlap
+from shardsmith.tensors.checkpoint_keys import KeyPath
+from shardsmith.tensors.tensors import Chunk, TensorSpec
+
+_MAX_HEAD_BYTES = 1 << 24
+_MAX_BLOCK_BYTES = 1 << 30
+_MAX_CELLS = 1 << 24
+
+_RANK_PART = re.compile(r"\.(?=rank-[0-9]{1,9}(?:\.|$))")
+
+T = TypeVar("T")
+
+
+def load_index(directory: str | Path, *, follow_links: bool = False) -> DcpIndex:
+    """Return what a DCP directory holds, to load from: by ``.boxes`` if its manifest lists one, else by ``.metadata``.
+
+    No communication. Args and errors are those of ``read_index``. By ``.boxes`` only the size of the files that are
+    wanted is looked at, and what is wrong with an entry is raised when it is looked up.
+    """
+    path = as_path(directory)
+    record = read_metadata(path).files.get(BOX_INDEX_FILE) if has_manifest(path) else None
+    if record is None or not (path / BOX_INDEX_FILE).exists():
+        return read_index(path, follow_links=follow_links)
+    file = MappedFile(path / BOX_INDEX_FILE, follow_links=follow_links)
+    if file.size != record.size:
+        raise CorruptCheckpointError(file.path, f"has {file.size} bytes, expected {record.size}")
+    return _BoxIndexFile(path, file, _known_blocks(path, record.xxh3_128), follow_links).index()
+
+
+def specs_of(index: DcpIndex) -> Mapping[str, TensorSpec]:
+    """Return the specs of all tensors, by key."""
+    if isinstance(index, BoxIndex):
+        return _Entries(lambda key: _spec(index.tensors.get(key)), lambda: iter(index.tensors))
+    return {name: entry.spec for name, entry in index.tensors.items()}
+
+
+@functools.lru_cache(maxsize=2)  # a resume opens the same index several times
+def _known_blocks(path: Path, hash_of_file: str) -> dict[tuple[str, int | None], Block]:  # noqa: ARG001
+    """A place for the blocks of a file that were read."""
+    return {}
+
+
+@dataclass(frozen=True, slots=True)
+class BoxIndex(DcpIndex):
+    """What a DCP directory holds, read entry by entry."""
+
+    source: _BoxIndexFile
+
+    def below(self, top: str) -> Iterator[tuple[str, KeyPath]]:
+        """As ``DcpIndex.below``."""
+        return self.source.below(top)
+
+    def top_keys(self) -> set[str]:
+        """As ``DcpIndex.top_keys``."""
+        return self.source.top_keys()
+
+    def is_of_rank(self, key: str) -> bool:
+        """As ``DcpIndex.is_of_rank``."""
+        return self.source.is_of_rank(key)
+
+    def beside(self, tensors: Mapping[str, DcpEntry]) -> BoxIndex:
+        """Return the same with tensors under flat keys that are in none of its files."""
+
+        def tensor(key: str) -> DcpEntry | None:
+            return tensors.get(key) or self.tensors.get(key)
+
+        def path(key: str) -> KeyPath | None:
+            return (key,) if key in tensors else self.containers.get(key)
+
+        return replace(
+            self,
+            tensors=_Entries(tensor, lambda: chain(tensors, self.tensors)),
+            containers=_Entries(path, lambda: chain(tensors, self.containers)),
+        )
+
+    def close(self) -> None:
+        """Close the file."""
+        self.source.file.close()
+
+
+class _Entries(Mapping[str, T]):
+    """What is found by key."""
+
+    def __init__(self, find: Callable[[str], T | None], names: Callable[[], Iterator[str]]) -> None:
+        self._find = find
+        self._names = names
+
+    def __getitem__(self, key: str) -> T:
+        found = self._find(key)
+        if found is None:
+            raise KeyError(key)
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return self._names()
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self._names())
+
+
+class _BoxIndexFile:
+    """The file, of which blocks are read once; its methods raise CheckpointError."""
+
+    def __init__(
+        self, directory: Path, file: MappedFile, blocks: dict[tuple[str, int | None], Block], follow_links: bool
+    ) -> None:
+        self.directory = directory
+        self.file = file
+        self._follow_links = follow_links
+        self._read = blocks
+        self._sizes: dict[str, int | None] = {}
+        self._entries: dict[str, DcpEntry] = {}
+        self._head = self.checked(self._read_head)
+
+    def index(self) -> BoxIndex:
+        return BoxIndex(
+            self.directory,
+            _Entries(self.tensor, lambda: self._keys(is_tensor=True)),
+            _Entries(self._object, lambda: self._keys(is_tensor=False)),
+            _Entries(self._path, lambda: self._keys(None)),
+            _Entries(self._size, self._names_of_files),
+            self,
+        )
+
+    def below(self, top: str) -> Iterator[tuple[str, KeyPath]]:
+        for block in self._blocks_below(top):
+            for i, name in enumerate(block.names):
+                yield name, self.checked(partial(block.path, i))
+        flat = self._block("", None)
+        if flat is None:
+            return
+        for i in np.flatnonzero(flat.rows[:, 0] < 0).tolist():
+            path = self.checked(partial(flat.path, i))
+            if path[0] == top:
+                yield flat.names[i], path
+        if top in flat.numbers:
+            yield top, (top,)
+
+    def top_keys(self) -> set[str]:
+        flat = self._block("", None)
+        names = (*self._head["blocks"], *self._head["ranks"], *(flat.names if flat else ()))
+        return {name.split(".", 1)[0] for name in names} - {""}
+
+    def _keys(self, is_tensor: bool | None) -> Iterator[str]:
+        for top in {"": None, **self._head["blocks"], **self._head["ranks"]}:
+            for block in self._blocks_below(top):
+                for name, layout in zip(block.names, block.rows[:, 1].tolist(), strict=True):
+                    if is_tensor is None or is_tensor == (layout >= 0):
+                        yield name
+
+    def _blocks_below(self, top: str) -> Iterator[Block]:
+        members = range(len(self._files)) if top in self._head["ranks"] else ()
+        for rank in (None, *members):
+            block = self._block(top, rank)
+            if block is not None:
+                yield block
+
+    def _find(self, key: str) -> tuple[Block, int] | None:
+        """The block that has a key, and its number in it. ``a.b.c`` is in ``a.b``, in ``a`` or among the flat keys."""
+        parts = key.split(".")
+        tops = (".".join(parts[:n]) for n in range(len(parts) - 1, 0, -1))
+        for top in (*tops, ""):
+            rest = key[len(top) + 1 :].split(".", 1)[0]
+            if top not in self._head["blocks"] and top not in self._head["ranks"]:
+                continue
+            of_rank = written.OF_RANK.fullmatch(rest) if top in self._head["ranks"] else None
+            for rank in (int(of_rank[1]), None) if of_rank else (None,):
+                block = self._block(top, rank)
+                if block is not None and key in block.numbers:
+                    return block, block.numbers[key]
+        return None
+
+    def _path(self, key: str) -> KeyPath | None:
+        found = self._find(key)
+        return found and self.checked(lambda: found[0].path(found[1]))
+
+    def _object(self, key: str) -> StoredObject | None:
+        found = self._find(key)
+        if found is None or found[0].rows[found[1], 1] >= 0:
+            return None
+
+        def read() -> StoredObject:
+            block, i = found
+            length, file, _, offset, _ = map(count, block.runs[count(int(block.rows[i, 2]))].tolist())
+            return StoredObject(self._files[file], offset, length)
+
+        place = self.checked(read)
+        self._require(f"object {key!r}", place.file, place.offset + place.length)
+        return place
+
+    def tensor(self, key: str) -> DcpEntry | None:
+        if key in self._entries:
+            return self._entries[key]
+        found = self._find(key)
+        if found is None or found[0].rows[found[1], 1] < 0:
+            return None
+        return self._entries.setdefault(key, self.checked(lambda: self._entry(key, *found)))
+
+    def is_of_rank(self, key: str) -> bool:
+        tops = (key[: match.start()] for match in _RANK_PART.finditer(key))
+        return any(top in self._head["ranks"] for top in tops)
+
+    def _entry(self, key: str, block: Block, i: int) -> DcpEntry:
+        number, at, count_ = map(int, block.rows[i, 1:])
+        layout = block.layout(number)
+        spec = TensorSpec(key, layout.shape, layout.dtype)
+        if layout.cuts is None:
+            return DcpEntry(spec, self._irregular(spec, count(at), count(count_)))
+        if layout.cells > _MAX_CELLS:
+            raise ValueError(f"{key!r} has {layout.cells} boxes")
+        runs = block.runs[count(at) : at + count(count_)].tolist()
+        if count_ and sum(count(run[0]) for run in runs) != layout.cells:
+            raise ValueError(f"{key!r} has other boxes than its grid")
+        return DcpEntry(spec, GridBoxes(self, spec, layout, runs, at))
+
+    def _irregular(self, spec: TensorSpec, at: int, number: int) -> tuple[StoredChunk, ...]:
+        """All boxes of a tensor, compared with each other as those of ``.metadata`` are."""
+        ndim = len(spec.shape)
+        width = 2 * ndim + 3
+        data = self.read(at, 8 * width * number)
+        rows = np.frombuffer(data, dtype="<i8").reshape(number, width).tolist() if number else []
+        chunks = []
+        for row in rows:
+            numbers = [*map(count, row)]
+            box = Chunk(tuple(numbers[:ndim]), tuple(numbers[ndim : 2 * ndim]))
+            if not box.numel or any(a + n > m for a, n, m in zip(box.offsets, box.sizes, spec.shape, strict=True)):
+                raise ValueError(f"{spec.name!r} of shape {spec.shape} has a box outside of it: {box}")
+            file, offset, length = numbers[2 * ndim :]
+            if length < box.numel * spec.dtype.itemsize:
+                raise ValueError(f"{spec.name!r}: {length} bytes cannot hold the box {box}")
+            chunks.append(StoredChunk(box, self._files[file], offset, length))
+        boxes = [stored.chunk for stored in chunks]
+        if find_overlap(boxes) or sum(box.numel for box in boxes) != spec.numel:
+            raise ValueError(f"the boxes of {spec.name!r} overlap or leave holes")
+        for one in chunks:
+            self.require_stored(spec.name, one)
+        return tuple(chunks)
+
+    def file_name(self, number: int) -> str:
+        """Raises IndexError or ValueError."""
+        return self._files[count(number)]
+
+    def require_stored(self, name: str, stored: StoredChunk) -> None:
+        """Raise IncompleteCheckpointError if the file does not reach so far."""
+        self._require(f"tensor {name!r}, box at {stored.chunk.offsets}", stored.file, stored.offset + stored.length)
+
+    def read(self, at: int, nbytes: int) -> bytes:
+        """Read a range, by its distance from the end of the head."""
+        return self.file.bytes(self._body + at, nbytes)
+
+    def _require(self, what: str, file: str, end: int) -> None:
+        size = self._size(file)
+        if size is None or size < end:
+            fault = "is missing" if size is None else f"ends at byte {size}, not {end} or later"
+            raise IncompleteCheckpointError(
+                self.directory,
+                f"{what}: its file {file} {fault}\nCopy the missing files again, or use another step.",
+            )
+
+    def _size(self, name: str) -> int | None:
+        if name not in self._sizes:
+            require_plain_name(self.file.path, name)
+            self._sizes[name] = size_of_file(self.directory / name, self._follow_links)
+        return self._sizes[name]
+
+    def _names_of_files(self) -> Iterator[str]:
+        return (name for name in self._files if self._size(name) is not None)
+
+    def _read_head(self) -> dict[str, Any]:
+        magic, length, digest = written.PREFIX.unpack(self.file.bytes(0, written.PREFIX.size))
+        if magic != written.MAGIC or length > _MAX_HEAD_BYTES:
+            raise ValueError("it does not begin as one")
+        text = self.file.bytes(written.PREFIX.size, length)
+        self._body = written.PREFIX.size + length
+        if xxhash.xxh3_128_digest(text) != digest:
+            raise ValueError("its head has changed since it was written")
+        require_json_budget(text)
+        head: dict[str, Any] = typed(json.loads(text), dict)
+        if head["version"] != written.VERSION:
+            raise UnsupportedFormatError(self.file.path, f"has version {head['version']!r:.20}, this reads 1")
+        names = head["files"]
+        self._files: Sequence[str] = FilesOfRanks(names) if type(names) is int else [*map(_text, typed(names, list))]
+        for what in ("blocks", "ranks"):
+            typed(head[what], dict)
+        return head
+
+    def _block(self, top: str, rank: int | None) -> Block | None:
+        """The entries of a kind; of a rank's own those of that rank. None without any."""
+        if (top, rank) not in self._read:
+            place = self.checked(lambda: self._place(top, rank))
+            if place is None:
+                return None
+            self._read[top, rank] = self.checked(lambda: self._parse(*place))
+        return self._read[top, rank]
+
+    def _place(self, top: str, rank: int | None) -> tuple[int, int, int, bytes] | None:
+        if rank is None:
+            if top not in self._head["blocks"]:
+                return None
+            at, stored, raw, digest = typed(self._head["blocks"][top], list)
+            return count(at), count(stored), count(raw), bytes.fromhex(typed(digest, str))
+        if rank >= len(self._files):
+            return None
+        row = self.read(count(self._head["ranks"][top]) + rank * written.BLOCK.size, written.BLOCK.size)
+        at, stored, raw, digest = written.BLOCK.unpack(row)
+        return (at, stored, raw, digest) if stored else None
+
+    def _parse(self, at: int, stored: int, raw: int, digest: bytes) -> Block:
+        if not stored <= raw <= min(stored * written.MAX_EXPANSION, _MAX_BLOCK_BYTES):
+            raise ValueError(f"{stored} bytes cannot be {raw}")
+        data = self.read(at, stored)
+        if xxhash.xxh3_128_digest(data) != digest:
+            raise ValueError(f"the block at {at} has changed since it was written")
+        if stored < raw:
+            data = zlib.decompressobj().decompress(data, raw)
+            if len(data) != raw:
+                raise ValueError(f"the block at {at} is cut off")
+        return Block.parse(data)
+
+    def checked(self, read: Callable[[], T]) -> T:
+        try:
+            return read()
+        except (KeyError, IndexError, TypeError, ValueError, RecursionError, struct.error, zlib.error) as error:
+            reason = f"is no index of boxes: {type(error).__name__}: {error!s:.300}"
+            raise CorruptCheckpointError(self.file.path, reason) from error
+
+
+def _spec(entry: DcpEntry | None) -> TensorSpec | None:
+    return None if entry is None else entry.spec
+
+
+def _text(value: Any) -> str:
+    return str(typed(value, str))

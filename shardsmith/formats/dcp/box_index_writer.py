@@ -1,0 +1,236 @@
+"""Writes ``.boxes``: what ``.metadata`` says, where a rank reads only what it loads. See docs/format.md."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+
+from shardsmith.formats.dcp.shard_files import Place, PlannedChunk
+from shardsmith.formats.torch_files.archive_writer import MOST_BYTES, archive_layout
+from shardsmith.tensors.checkpoint_keys import KeyPath
+from shardsmith.tensors.dtypes import dtype_name
+from shardsmith.tensors.tensors import TensorSpec
+
+MAGIC = b"SHSBOX\r\n"
+VERSION = 1
+PREFIX = struct.Struct("<8sQ16s")
+"""Magic, length of the head in bytes, XXH3-128 of the head."""
+BLOCK = struct.Struct("<3Q16s")
+"""Offset from the end of the head, stored bytes, bytes, XXH3-128 of the stored bytes. Of an absent block all zeros."""
+ROW = np.dtype([("file", "<u4"), ("offset", "<u8")])
+"""Where a box of a grid lies, if ``MAX_RUNS`` do not say it."""
+MAX_RUNS = 64
+MAX_CUTS = 1024
+MAX_EXPANSION = 256
+"""Of a compressed block; what would be more is stored as it is."""
+OF_RANK = re.compile(r"rank-(0|[1-9][0-9]{0,8})")
+"""Second element of the path of what a rank has for itself alone."""
+
+
+def write_box_index(
+    specs: Mapping[str, TensorSpec],
+    chunks: Sequence[PlannedChunk],
+    places: Mapping[int, Place],
+    *,
+    files: Sequence[str],
+    aliases: Mapping[str, str],
+    containers: Mapping[str, KeyPath],
+    objects: Mapping[str, Place],
+) -> bytes:
+    """Return the content of ``.boxes``.
+
+    The arguments are those of ``write_index``, and ``files``, the names of the files in which the chunks lie.
+    """
+    numbers: dict[str, list[int]] = {}
+    for i, chunk in enumerate(chunks):
+        numbers.setdefault(chunk.key, []).append(i)
+    writer = _Writer(files)
+    for key, kept in [*((key, key) for key in specs), *aliases.items()]:
+        found = [(chunks[i], places[i]) for i in numbers.get(kept, ()) if chunks[i].box.numel]
+        writer.add_tensor(key, containers.get(key, (key,)), specs[kept], found)
+    for key, place in objects.items():
+        writer.add_object(key, containers.get(key, (key,)), place)
+    return writer.content()
+
+
+@dataclass(slots=True)
+class _Block:
+    """Entries of one kind of keys, as they will be stored."""
+
+    names: list[str] = field(default_factory=list)
+    paths: list[KeyPath] = field(default_factory=list)
+    layouts: dict[str, int] = field(default_factory=dict)
+    """Dtype, shape and grid as JSON -> number."""
+    rows: list[tuple[int, int, int, int]] = field(default_factory=list)
+    runs: list[tuple[int, int, int, int, int]] = field(default_factory=list)
+
+    def add(self, key: str, path: KeyPath, layout: int, at: int, count: int) -> None:
+        code = len(path) - 1
+        if tuple(key.split(".", code)) != tuple(path):
+            self.paths.append(path)
+            code = -len(self.paths)
+        self.names.append(key)
+        self.rows.append((code, layout, at, count))
+
+    def content(self) -> bytes:
+        layouts = [json.loads(text) for text in self.layouts]
+        text = json.dumps(
+            {"names": self.names, "paths": self.paths, "layouts": layouts, "runs": len(self.runs)},
+            separators=(",", ":"),
+        ).encode()
+        numbers = [*(n for row in self.rows for n in row), *(n for run in self.runs for n in run)]
+        return struct.pack("<Q", len(text)) + text + np.array(numbers, dtype="<i8").tobytes()
+
+
+class _Writer:
+    def __init__(self, files: Sequence[str]) -> None:
+        self._files = files
+        self._numbers = {name: i for i, name in enumerate(files)}
+        self._blocks: dict[str, _Block] = {}
+        self._of_ranks: dict[str, dict[int, _Block]] = {}
+        self._rows: list[bytes] = []
+        self._rows_bytes = 0
+
+    def add_tensor(
+        self, key: str, path: KeyPath, spec: TensorSpec, found: Sequence[tuple[PlannedChunk, Place]]
+    ) -> None:
+        block = self._block(key, path)
+        ndim = len(spec.shape)
+        offsets = np.array([chunk.box.offsets for chunk, _ in found], dtype=np.int64).reshape(len(found), ndim)
+        sizes = np.array([chunk.box.sizes for chunk, _ in found], dtype=np.int64).reshape(len(found), ndim)
+        where = np.array([(self._numbers[p.file], p.offset, p.length) for _, p in found], dtype=np.int64).reshape(-1, 3)
+        grid = _grid(spec, offsets, sizes, where) if len(found) else None
+        text = json.dumps([dtype_name(spec.dtype), spec.shape, grid and grid[0]], separators=(",", ":"))
+        layout = block.layouts.setdefault(text, len(block.layouts))
+        if grid is None:
+            at = self._add_rows(np.concatenate([offsets, sizes, where], axis=1).astype("<i8").tobytes())
+            block.add(key, path, layout, at, len(found))
+            return
+        where = where[np.argsort(grid[1])]
+        runs = _runs(where[:, 0], where[:, 1])
+        if runs is None:
+            rows = np.empty(len(where), dtype=ROW)
+            rows["file"], rows["offset"] = where[:, 0], where[:, 1]
+            block.add(key, path, layout, self._add_rows(rows.tobytes()), 0)
+            return
+        block.add(key, path, layout, len(block.runs), len(runs))
+        block.runs += runs
+
+    def add_object(self, key: str, path: KeyPath, place: Place) -> None:
+        block = self._block(key, path)
+        block.add(key, path, -1, len(block.runs), 1)
+        block.runs.append((place.length, self._numbers[place.file], 0, place.offset, 0))
+
+    def content(self) -> bytes:
+        at, body = self._rows_bytes, [*self._rows]
+
+        def store(block: _Block) -> tuple[int, int, int, bytes]:
+            nonlocal at
+            raw = block.content()
+            packed = zlib.compress(raw, 1)
+            stored = packed if len(packed) * MAX_EXPANSION >= len(raw) > len(packed) else raw
+            body.append(stored)
+            at += len(stored)
+            return at - len(stored), len(stored), len(raw), xxhash.xxh3_128_digest(stored)
+
+        blocks = {name: store(block) for name, block in self._blocks.items()}
+        families = {}
+        for name, members in self._of_ranks.items():
+            stored = {rank: store(block) for rank, block in members.items()}
+            table = b"".join(
+                BLOCK.pack(*stored[i]) if i in stored else bytes(BLOCK.size) for i in range(len(self._files))
+            )
+            families[name] = at
+            body.append(table)
+            at += len(table)
+        head: dict[str, Any] = {
+            "version": VERSION,
+            "files": len(self._files) if _are_of_ranks(self._files) else list(self._files),
+            "blocks": {name: [*numbers[:3], numbers[3].hex()] for name, numbers in blocks.items()},
+            "ranks": families,
+        }
+        text = json.dumps(head, separators=(",", ":")).encode()
+        return b"".join([PREFIX.pack(MAGIC, len(text), xxhash.xxh3_128_digest(text)), text, *body])
+
+    def _block(self, key: str, path: KeyPath) -> _Block:
+        top = str(path[0])
+        if len(path) < 2 or not key.startswith(f"{top}."):
+            return self._blocks.setdefault("", _Block())
+        of_rank = OF_RANK.fullmatch(str(path[1]))
+        if of_rank and int(of_rank[1]) < len(self._files) and f"{key}.".startswith(f"{top}.{path[1]}."):
+            return self._of_ranks.setdefault(top, {}).setdefault(int(of_rank[1]), _Block())
+        return self._blocks.setdefault(top, _Block())
+
+    def _add_rows(self, rows: bytes) -> int:
+        self._rows.append(rows)
+        self._rows_bytes += len(rows)
+        return self._rows_bytes - len(rows)
+
+
+def rank_file_name(rank: int) -> str:
+    """Name of the file of a rank in a save; if all are called so, their number says all of them."""
+    return f"__{rank}_0.distcp"
+
+
+def _are_of_ranks(files: Sequence[str]) -> bool:
+    return all(name == rank_file_name(rank) for rank, name in enumerate(files))
+
+
+def _grid(spec: TensorSpec, offsets: Any, sizes: Any, where: Any) -> tuple[list[list[list[int]]], Any] | None:
+    """How often which size follows in each dimension, and the number of each box's cell; None if they are no grid."""
+    cuts, cells, counts = [], np.zeros(len(offsets), dtype=np.int64), 1
+    for dim, whole in enumerate(spec.shape):
+        starts, first, cell = np.unique(offsets[:, dim], return_index=True, return_inverse=True)
+        lengths = sizes[first, dim]
+        is_tight = starts[0] == 0 and np.array_equal(starts + lengths, [*starts[1:], whole])
+        pairs = _repeats(lengths)
+        if not is_tight or len(pairs) > MAX_CUTS or not np.array_equal(lengths[cell], sizes[:, dim]):
+            return None
+        cuts.append(pairs)
+        cells = cells * len(starts) + cell
+        counts *= len(starts)
+    if len(cells) != counts or len(np.unique(cells)) != counts:
+        return None
+    return (cuts, cells) if _are_archives_of_ours(spec.dtype, sizes, where[:, 2]) else None
+
+
+def _are_archives_of_ours(dtype: torch.dtype, sizes: Any, lengths: Any) -> bool:
+    """Whether the length of each follows from its shape."""
+    kinds, number = np.unique(sizes, axis=0, return_inverse=True)
+    shapes = [tuple(kind) for kind in kinds.tolist()]
+    if any(torch.Size(shape).numel() * dtype.itemsize > MOST_BYTES for shape in shapes):
+        return False
+    expected = np.array([archive_layout(shape, dtype).length for shape in shapes], dtype=np.int64)
+    return bool(np.array_equal(expected[number.reshape(-1)], lengths))
+
+
+def _repeats(lengths: Any) -> list[list[int]]:
+    """As pairs: a length, and how often it follows."""
+    ends = [*(np.flatnonzero(np.diff(lengths)) + 1).tolist(), len(lengths)]
+    return [[int(lengths[end - 1]), end - begin] for begin, end in zip([0, *ends], ends, strict=False)]
+
+
+def _runs(files: Any, offsets: Any) -> list[tuple[int, int, int, int, int]] | None:
+    """As boxes that follow each other with equal steps: count, file, step, offset, step. None if those are too many."""
+    by_file, by_offset = np.diff(files), np.diff(offsets)
+    changes = np.flatnonzero((np.diff(by_file) != 0) | (np.diff(by_offset) != 0)) + 1  # steps unlike the one before
+    runs: list[tuple[int, int, int, int, int]] = []
+    at = 0
+    while at < len(files):
+        if len(runs) == MAX_RUNS:
+            return None
+        later = changes[np.searchsorted(changes, at, side="right") :]
+        end = int(later[0]) if len(later) else len(files) - 1
+        steps = (int(by_file[at]), int(by_offset[at])) if at < end else (0, 0)
+        runs.append((end - at + 1, int(files[at]), steps[0], int(offsets[at]), steps[1]))
+        at = end + 1
+    return runs
