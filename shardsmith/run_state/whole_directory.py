@@ -12,8 +12,8 @@ from typing import Any, Self
 
 import numpy as np
 
-from shardsmith.formats.dcp.index import DcpEntry, DcpIndex
 from shardsmith.formats.dcp.box_index_writer import rank_file_name
+from shardsmith.formats.dcp.index import DcpEntry, DcpIndex
 from shardsmith.formats.dcp.index_writer import write_indexes
 from shardsmith.formats.dcp.rank_file import Piece, RankFile, RankFileWritten, moved, split
 from shardsmith.formats.dcp.shard_files import Place, PlannedChunk
