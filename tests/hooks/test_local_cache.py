@@ -212,7 +212,7 @@ def test_what_may_pass_is_repeated_within_the_upload(
     repeated = Counter(method for (method, path), count in about.items() if count > 1)
     assert any("list-type" in path for _, path in about)
     assert repeated["GET"] >= 2, "the manifest, and the listing"
-    assert fault == "cut" or repeated["PUT"] == 5, "of three files, the owner and the manifest"
+    assert fault == "cut" or repeated["PUT"] == 6, "of four files, the owner and the manifest"
     assert puts_of(requests, "step-10/metadata.json")[-1] < puts_of(requests, "step-15/metadata.json")[0]
 
 
@@ -244,7 +244,7 @@ def test_an_answer_that_is_late_does_not_hold_the_training_up(
         proxy.done = hold
 
     train_and_compare(object_server, posix, tmp_path, "late", arm)
-    assert went_on == [True] * 5
+    assert went_on == [True] * 6
 
 
 def appears(path: Path) -> bool:
