@@ -100,6 +100,7 @@ bench: $(READY)  ## us and what a user would pick instead, side by side (BENCH_A
 
 bench-scale: $(READY)  ## what ranks tell each other in saves of models too large for this machine, with made-up shards
 	$(BIN)/python -m benchmarks.scale
+	$(BIN)/python -m benchmarks.resume_index
 
 gpu:  ## tests and figures on this machine's GPU, with the torch that $(PYTHON) has (GPU_ARGS="--device cpu" without one)
 	$(PYTHON) -m tests.gpu $(GPU_ARGS)

@@ -36,7 +36,7 @@ from shardsmith.tensors.tensors import Chunk, Shape, TensorSpec
 
 from .scale import llama_405b, separate_experts
 
-MODELS = {"Llama 405B": (llama_405b, (8, 64, 512)), "48 x 128 separate experts": (separate_experts, (2, 8, 32))}
+MODELS = {"Llama 405B": (llama_405b, (8, 64, 512)), "48 x 128 separate experts": (separate_experts, (2, 8))}
 """What makes the shapes of each, and the numbers of ranks; the weights alone, and a scalar for each."""
 _MOST_GROWTH = 1.2
 

@@ -39,7 +39,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "metadata.json"])
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".boxes", ".metadata", "metadata.json"])
 @pytest.mark.parametrize("at", [0.0, 0.31, 0.77, 1.0])
 def test_a_flipped_bit_is_found_and_the_run_goes_on_from_the_step_before(
     straight: Path, tmp_path: Path, name: str, at: float
@@ -139,7 +139,7 @@ def test_a_checkpoint_that_torch_wrote_is_verified_and_loaded_all_the_same(strai
     reader = dcp.FileSystemReader(step)
     _load_state_dict(state, storage_reader=reader, planner=_EmptyStateDictLoadPlanner(), no_dist=True)
     record = json.loads((step / "metadata.json").read_text())
-    for file in (*step.glob("*.distcp"), step / ".metadata"):
+    for file in (*step.glob("*.distcp"), step / ".boxes", step / ".metadata"):
         file.unlink()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
