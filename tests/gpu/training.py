@@ -38,6 +38,8 @@ class Way:
     """With autocast and a GradScaler."""
     compiled: bool = False
     offloaded_average: bool = False
+    overlapped: bool = False
+    """Saves and exports copy while the training goes on."""
     backend: str = "gloo"
 
     def __str__(self) -> str:
@@ -46,6 +48,7 @@ class Way:
             "scaled": self.scaled,
             "compiled": self.compiled,
             "offloaded average": self.offloaded_average,
+            "overlapped": self.overlapped,
             self.backend: self.backend != "gloo",
         }
         return ", ".join([self.sharding, *(mark for mark, is_so in marks.items() if is_so)])
@@ -116,9 +119,10 @@ class Run:
         self.ema = EMA(self.model, decay=0.9, offload=way.offloaded_average)
         parts: dict[str, Any] = {"optimizer": self.optimizer, "stateful": {"scaler": self.scaler} if way.scaled else {}}
         when = every(SAVED_EVERY) | last()
+        parts["staging"] = staging = "overlap" if way.overlapped else "copy"
         self.save = ShardedSave(directory / "saves", model=self.model, ema=self.ema, when=when, **parts)
         self.export = HFExport(
-            directory / "exports", model=self.model, ema=self.ema, when=at(*EXPORTED), dtype="original"
+            directory / "exports", model=self.model, ema=self.ema, when=at(*EXPORTED), dtype="original", staging=staging
         )
         self.hooks = Hooks(self.ema, self.save, self.export)
 
