@@ -117,7 +117,7 @@ def _bench(rank: int, folder: Path, device: str, parameters: int, runs: int) -> 
     for name, body in contenders.items():
         try:
             ways[name] = _measure(body, runs, device, folder)
-            print(f"{name}: {ways[name]['seconds']:.2f} s", flush=True)
+            print(f"{name}: waits {ways[name]['stall']:.4f} s, in all {ways[name]['seconds']:.2f} s", flush=True)
         except KeyError:  # in the stager of torch 2.11 and 2.12
             if name != ASYNC:
                 raise
