@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +13,7 @@ from torch import nn
 from torch.distributed.checkpoint.stateful import Stateful
 
 from shardsmith.errors import UsageError
-from shardsmith.ground.ranks import Ranks
+from shardsmith.ground.ranks import Ranks, rank_and_size
 from shardsmith.ground.remote_path import RemotePath, as_path
 from shardsmith.hf.hf_directory import read_config
 from shardsmith.hooks import (
@@ -45,6 +46,7 @@ from .engine import Engine
 from .inner import InnerNames, find_held, refuse_replaced
 from .load import stored_keys
 from .lora import LoraAlone, MergedLora, find_lora
+from .lost_resumes import find_lost_resumes
 from .names import TorchTitanNames
 from .names_of_step import names_to_record
 from .one_write import files_of, refuse_unfit
@@ -52,6 +54,8 @@ from .options import CheckpointHooks
 from .router_bias import ROUTER_BIAS_FILE, RouterBias
 from .settings import refuse_other_settings
 from .united import united
+
+log = logging.getLogger(__name__)
 
 
 class Attached:
@@ -105,6 +109,12 @@ class Attached:
                 "checkpoint.enable and leave checkpoint.load_only off, or leave the option out"
             )
         self._trainer = states["train_state"]
+        if saves and (reason := find_lost_resumes(self._trainer, model_parts)) and rank_and_size()[0] == 0:
+            log.warning(
+                "no run can resume from the steps of this one, with or without checkpoint_hooks: %s. Its exports, and "
+                'the weights of its steps, can be used (docs/torchtitan.md, "What works with which model")',
+                reason,
+            )
         self.ema: EMA | None = None
         self.recorder: Recorder | None = None
         self.engine: Engine | None = None

@@ -116,6 +116,12 @@ def test_a_resumed_run_goes_on_as_the_uninterrupted_one(ran: Ran) -> None:
     assert digests_of(ran.resumed.run / "checkpoint" / "step-4") == digests_of(ran.step)
 
 
+def test_a_run_whose_steps_are_not_resumed_says_so_when_it_begins(ran: Ran) -> None:
+    warned = [line for line in log_of(ran.whole).splitlines() if "no run can resume from the steps" in line]
+    assert len(warned) == ran.way.not_resumed
+    assert all("the pipeline schedule InterleavedZeroBubble" in line for line in warned)
+
+
 def test_a_run_of_two_ranks_goes_on_from_its_step(ran: Ran) -> None:
     if ran.way.not_resumed:
         assert ran.way.refused in error_of(ran.elsewhere)

@@ -226,6 +226,9 @@ def test_average(ran: Ran) -> None:
 
 
 def test_resume(ran: Ran) -> None:
+    warned = [line for line in log_of(ran.jobs["whole"]).splitlines() if "no run can resume from the steps" in line]
+    assert len(warned) == ("resume" in ran.row.refused)
+    assert all("of its transformers_modeling_backend" in line for line in warned)
     if words := ran.row.refused.get("resume"):
         assert words in error_of(ran.jobs["resumed"])
         return
