@@ -1,13 +1,19 @@
 from __future__ import annotations
 
+import logging
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.multiprocessing.spawn import ProcessExitedException
 
+from shardsmith.ground import process_end
 from shardsmith.hooks import finish
 from tests.ranks import run_on_ranks
 
@@ -35,6 +41,79 @@ def run_without_the_last(limit: float) -> None:
 
 def test_a_rank_that_never_comes_is_not_waited_for_longer_than_was_said(tmp_path: Path) -> None:
     run_on_ranks(run_without_the_last, 2, tmp_path, 0.2)
+
+
+def warnings_of_finish(limit: float) -> list[str]:
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    log = logging.getLogger(process_end.__name__)
+    log.addHandler(handler)
+    finish(limit)
+    log.removeHandler(handler)
+    assert not dist.is_initialized()
+    return lines
+
+
+def run_without_one(folder: Path) -> None:
+    rank = dist.get_rank()
+    if rank == 2:
+        while len([*folder.iterdir()]) < 2:  # alive until the others have ended
+            time.sleep(0.05)
+        dist.destroy_process_group()
+        return
+    expected = ["not all ranks came to the end: no word of rank 2: a rank is late within 0.5 s"]
+    assert warnings_of_finish(0.5) == expected
+    (folder / str(rank)).touch()
+
+
+def test_all_ranks_say_which_one_did_not_come(tmp_path: Path) -> None:
+    folder = tmp_path / "ended"
+    folder.mkdir()
+    run_on_ranks(run_without_one, 3, tmp_path, folder)
+
+
+SERVER = (
+    "import torch.distributed as d, time; s = d.TCPStore('127.0.0.1', 0, is_master=True); print(s.port, flush=True)"
+)
+
+
+def run_with_store_of(port: int, server: int) -> None:
+    rank = dist.get_rank()
+    dist.destroy_process_group()
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    dist.barrier()
+    if rank == 0:
+        os.kill(server, signal.SIGSTOP)
+    dist.barrier()
+    process_end._ANSWER_SECS = 1.0
+    (line,) = warnings_of_finish(0.5)
+    assert line.endswith("the job's store, which rank 0 or the launcher holds, does not answer")
+
+
+def test_a_store_that_does_not_answer_is_not_waited_for_for_ever(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", SERVER], stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        try:
+            run_on_ranks(run_with_store_of, 2, tmp_path, int(server.stdout.readline()), server.pid)
+        finally:
+            server.kill()
+
+
+def run_with_a_pending_collective(ended: Path) -> None:
+    if dist.get_rank() == 1:
+        while not ended.exists():
+            time.sleep(0.05)
+        os._exit(0)
+    process_end._DESTROY_SECS, process_end._IDLE_SECS = 2.0, 0.1
+    dist.all_reduce(torch.ones(3), async_op=True)
+    finish(0.5)
+
+
+def test_groups_that_torch_cannot_end_end_the_process(tmp_path: Path) -> None:
+    with pytest.raises(ProcessExitedException, match="exit code 1"):
+        run_on_ranks(run_with_a_pending_collective, 2, tmp_path, tmp_path / "ended")
 
 
 @pytest.mark.long
