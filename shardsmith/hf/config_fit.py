@@ -25,6 +25,7 @@ from shardsmith.hf.config_entries import (
     with_values,
 )
 from shardsmith.hf.model_class import DIFFUSERS_KEY, Fit, ModelClass, find_model_class
+from shardsmith.hf.ties import tied_groups
 from shardsmith.tensors.dtypes import is_quantized
 from shardsmith.tensors.likeness import ending_alike, patterns_for
 from shardsmith.tensors.tensors import TensorSpec
@@ -168,8 +169,7 @@ class _Attempt:
         return lines
 
     def result(self, excused: _Excused) -> ConfigFit:
-        problems = self.problems(excused)
-        fit = self.fit
+        problems, fit = self.problems(excused), self.fit
         extra = self._without_place(problems, excused)
         return ConfigFit(
             config=copy.deepcopy(dict(self.config)),
@@ -288,7 +288,7 @@ def _said_to_be_one(
 
 def _tied(model_class: ModelClass, names: Mapping[str, str]) -> dict[str, str]:
     """Those of alias -> kept name that a class ties."""
-    return {a: k for a, k in names.items() if model_class.tied.get(a) == k or model_class.tied.get(k) == a}
+    return {a: k for a, k in names.items() if tied_groups(model_class.tied, {a, k})}
 
 
 def _is_quantized(config: Config) -> bool:
@@ -313,13 +313,14 @@ def _unquantized(state: _Attempt, _: _Excused) -> Iterator[tuple[Config, str]]:
 def _untied(state: _Attempt, _: _Excused) -> Iterator[tuple[Config, str]]:
     if not state.untied or state.model_class is None:
         return
-    paths = [path for path, value in entries(state.model_class.effective_config) if path[-1] == TIE and value is True]
+    said = dict(entries(state.model_class.effective_config))
+    paths = [path for path, value in said.items() if path[-1] == TIE and value is True]
     alias, kept = next(iter(state.untied.items()))
-    for chosen in _subsets(paths):
-        yield (
-            with_values(state.config, dict.fromkeys(chosen, False)),
-            f"{dotted(chosen)}: false, for {alias} is not {kept}",
-        )
+    rows = state.specs[alias].shape[:1]  # of a model in parts, the part that has this vocabulary says so as well
+    together = [path for path in paths if path == (TIE,) or (said.get((*path[:-1], "vocab_size")),) == rows]
+    for chosen in [together, *_subsets(paths)]:
+        changed = with_values(state.config, dict.fromkeys(chosen, False))
+        yield changed, f"{dotted(chosen)}: false, for {alias} is not {kept}"
 
 
 def _resized(state: _Attempt, excused: _Excused) -> Iterator[tuple[Config, str]]:
