@@ -6,9 +6,9 @@ import bisect
 import itertools
 import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, overload
+from typing import Any, NamedTuple, TypeVar, overload
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from shardsmith.ground.json_budget import require_json_budget
 from shardsmith.manifest.fields import count, known_dtype, shape, typed
 from shardsmith.tensors.checkpoint_keys import KeyPath
 from shardsmith.tensors.tensors import Shape
+
+T = TypeVar("T")
 
 _MAX_DIMS = 64
 
@@ -66,6 +68,16 @@ class Cuts:
         return self.first[i] + (element - self.starts[i]) // self.sizes[i]
 
 
+class Rows(NamedTuple):
+    """What the numbers of entries are, as lists: single elements of arrays take long."""
+
+    paths: list[int]
+    """How the path follows from the key."""
+    layouts: list[int]
+    at: list[int]
+    counts: list[int]
+
+
 @dataclass(slots=True)
 class Block:
     """Entries of one kind of keys."""
@@ -73,8 +85,8 @@ class Block:
     names: list[str]
     paths: list[Any]
     layouts: list[Any]
-    rows: Any
-    """(entries, 4) int64: how the path follows from the key, layout, where, count."""
+    rows: Rows
+    """One of each by entry."""
     runs: Any
     """(runs, 5) int64: count, file, step, offset, step."""
     numbers: dict[str, int]
@@ -92,7 +104,7 @@ class Block:
         values = np.frombuffer(data, dtype="<i8", offset=8 + length)
         if len(numbers) != len(names) or len(values) != 4 * len(names) + 5 * count(content["runs"]):
             raise ValueError("keys are there twice, or rows are missing")
-        rows, runs = values[: 4 * len(names)].reshape(-1, 4), values[4 * len(names) :].reshape(-1, 5)
+        rows, runs = Rows(*values[: 4 * len(names)].reshape(-1, 4).T.tolist()), values[4 * len(names) :].reshape(-1, 5)
         return cls(names, typed(content["paths"], list), typed(content["layouts"], list), rows, runs, numbers)
 
     def layout(self, number: int) -> Layout:
@@ -108,7 +120,7 @@ class Block:
 
     def path(self, i: int) -> KeyPath:
         """Raises ValueError, IndexError or TypeError."""
-        code = int(self.rows[i, 0])
+        code = self.rows.paths[i]
         if code >= 0:
             return tuple(self.names[i].split(".", code))
         return require_path(typed(self.paths[-code - 1], list))
@@ -133,3 +145,38 @@ class FilesOfRanks(Sequence[str]):
         if not 0 <= rank < self._number:
             raise IndexError(f"file {rank} of {self._number}")
         return rank_file_name(rank)
+
+
+class Entries(Mapping[str, T]):
+    """What is found by key."""
+
+    def __init__(
+        self, find: Callable[[str], T | None], has: Callable[[str], bool], names: Callable[[], Iterator[str]]
+    ) -> None:
+        self._find = find
+        self._has = has
+        self._names = names
+
+    @overload
+    def get(self, key: str, /) -> T | None: ...
+    @overload
+    def get(self, key: str, /, default: Any) -> Any: ...
+    def get(self, key: str, /, default: Any = None) -> Any:
+        """As of any mapping, without an exception for what is not there."""
+        found = self._find(key)
+        return default if found is None else found
+
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, str) and self._has(key)
+
+    def __getitem__(self, key: str) -> T:
+        found = self._find(key)
+        if found is None:
+            raise KeyError(key)
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return self._names()
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self._names())

@@ -22,7 +22,7 @@ import xxhash
 
 from shardsmith.errors import CorruptCheckpointError, IncompleteCheckpointError, UnsupportedFormatError
 from shardsmith.formats.dcp import box_index_writer as written
-from shardsmith.formats.dcp.box_blocks import Block, FilesOfRanks
+from shardsmith.formats.dcp.box_blocks import Block, Entries, FilesOfRanks
 from shardsmith.formats.dcp.box_grid import GridBoxes
 from shardsmith.formats.dcp.index import (
     DcpEntry,
@@ -71,7 +71,8 @@ def load_index(directory: str | Path, *, follow_links: bool = False) -> DcpIndex
 def specs_of(index: DcpIndex) -> Mapping[str, TensorSpec]:
     """Return the specs of all tensors, by key."""
     if isinstance(index, BoxIndex):
-        return _Entries(lambda key: _spec(index.tensors.get(key)), lambda: iter(index.tensors))
+        tensors = index.tensors
+        return Entries(lambda key: _spec(tensors.get(key)), tensors.__contains__, lambda: iter(tensors))
     return {name: entry.spec for name, entry in index.tensors.items()}
 
 
@@ -110,33 +111,17 @@ class BoxIndex(DcpIndex):
 
         return replace(
             self,
-            tensors=_Entries(tensor, lambda: chain(tensors, self.tensors)),
-            containers=_Entries(path, lambda: chain(tensors, self.containers)),
+            tensors=Entries(
+                tensor, lambda key: key in tensors or key in self.tensors, lambda: chain(tensors, self.tensors)
+            ),
+            containers=Entries(
+                path, lambda key: key in tensors or key in self.containers, lambda: chain(tensors, self.containers)
+            ),
         )
 
     def close(self) -> None:
         """Close the file."""
         self.source.file.close()
-
-
-class _Entries(Mapping[str, T]):
-    """What is found by key."""
-
-    def __init__(self, find: Callable[[str], T | None], names: Callable[[], Iterator[str]]) -> None:
-        self._find = find
-        self._names = names
-
-    def __getitem__(self, key: str) -> T:
-        found = self._find(key)
-        if found is None:
-            raise KeyError(key)
-        return found
-
-    def __iter__(self) -> Iterator[str]:
-        return self._names()
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self._names())
 
 
 class _BoxIndexFile:
@@ -156,10 +141,10 @@ class _BoxIndexFile:
     def index(self) -> BoxIndex:
         return BoxIndex(
             self.directory,
-            _Entries(self.tensor, lambda: self._keys(is_tensor=True)),
-            _Entries(self._object, lambda: self._keys(is_tensor=False)),
-            _Entries(self._path, lambda: self._keys(None)),
-            _Entries(self._size, self._names_of_files),
+            Entries(self.tensor, lambda key: self._is_there(key, True), lambda: self._keys(True)),
+            Entries(self._object, lambda key: self._is_there(key, False), lambda: self._keys(False)),
+            Entries(self._path, lambda key: self._find(key) is not None, lambda: self._keys(None)),
+            Entries(self._size, lambda name: self._size(name) is not None, self._names_of_files),
             self,
         )
 
@@ -170,7 +155,7 @@ class _BoxIndexFile:
         flat = self._block("", None)
         if flat is None:
             return
-        for i in np.flatnonzero(flat.rows[:, 0] < 0).tolist():
+        for i in (i for i, code in enumerate(flat.rows.paths) if code < 0):
             path = self.checked(partial(flat.path, i))
             if path[0] == top:
                 yield flat.names[i], path
@@ -185,7 +170,7 @@ class _BoxIndexFile:
     def _keys(self, is_tensor: bool | None) -> Iterator[str]:
         for top in {"": None, **self._head["blocks"], **self._head["ranks"]}:
             for block in self._blocks_below(top):
-                for name, layout in zip(block.names, block.rows[:, 1].tolist(), strict=True):
+                for name, layout in zip(block.names, block.rows.layouts, strict=True):
                     if is_tensor is None or is_tensor == (layout >= 0):
                         yield name
 
@@ -198,18 +183,29 @@ class _BoxIndexFile:
 
     def _find(self, key: str) -> tuple[Block, int] | None:
         """The block that has a key, and its number in it. ``a.b.c`` is in ``a.b``, in ``a`` or among the flat keys."""
-        parts = key.split(".")
-        tops = (".".join(parts[:n]) for n in range(len(parts) - 1, 0, -1))
-        for top in (*tops, ""):
-            rest = key[len(top) + 1 :].split(".", 1)[0]
-            if top not in self._head["blocks"] and top not in self._head["ranks"]:
-                continue
-            of_rank = written.OF_RANK.fullmatch(rest) if top in self._head["ranks"] else None
-            for rank in (int(of_rank[1]), None) if of_rank else (None,):
-                block = self._block(top, rank)
-                if block is not None and key in block.numbers:
-                    return block, block.numbers[key]
-        return None
+        dot = key.find(".")
+        while dot >= 0:
+            found = self._find_in(key[:dot], key)
+            if found is not None:
+                return found
+            dot = key.find(".", dot + 1) if self._has_dots else -1
+        return self._find_in("", key)
+
+    def _find_in(self, top: str, key: str) -> tuple[Block, int] | None:
+        block = self._read.get((top, None))
+        if block is None and top in self._head["blocks"]:
+            block = self._block(top, None)
+        if block is not None and (number := block.numbers.get(key)) is not None:
+            return block, number
+        if top not in self._head["ranks"]:
+            return None
+        of_rank = written.OF_RANK.fullmatch(key[len(top) + 1 :].split(".", 1)[0])
+        block = self._block(top, int(of_rank[1])) if of_rank else None
+        return (block, block.numbers[key]) if block is not None and key in block.numbers else None
+
+    def _is_there(self, key: str, is_tensor: bool) -> bool:
+        found = self._find(key)
+        return found is not None and is_tensor == (found[0].rows.layouts[found[1]] >= 0)
 
     def _path(self, key: str) -> KeyPath | None:
         found = self._find(key)
@@ -217,12 +213,12 @@ class _BoxIndexFile:
 
     def _object(self, key: str) -> StoredObject | None:
         found = self._find(key)
-        if found is None or found[0].rows[found[1], 1] >= 0:
+        if found is None or found[0].rows.layouts[found[1]] >= 0:
             return None
 
         def read() -> StoredObject:
             block, i = found
-            length, file, _, offset, _ = map(count, block.runs[count(int(block.rows[i, 2]))].tolist())
+            length, file, _, offset, _ = map(count, block.runs[count(block.rows.at[i])].tolist())
             return StoredObject(self._files[file], offset, length)
 
         place = self.checked(read)
@@ -233,7 +229,7 @@ class _BoxIndexFile:
         if key in self._entries:
             return self._entries[key]
         found = self._find(key)
-        if found is None or found[0].rows[found[1], 1] < 0:
+        if found is None or found[0].rows.layouts[found[1]] < 0:
             return None
         return self._entries.setdefault(key, self.checked(lambda: self._entry(key, *found)))
 
@@ -242,7 +238,7 @@ class _BoxIndexFile:
         return any(top in self._head["ranks"] for top in tops)
 
     def _entry(self, key: str, block: Block, i: int) -> DcpEntry:
-        number, at, count_ = map(int, block.rows[i, 1:])
+        number, at, count_ = block.rows.layouts[i], block.rows.at[i], block.rows.counts[i]
         layout = block.layout(number)
         spec = TensorSpec(key, layout.shape, layout.dtype)
         if layout.cuts is None:
@@ -323,6 +319,7 @@ class _BoxIndexFile:
         self._files: Sequence[str] = FilesOfRanks(names) if type(names) is int else [*map(_text, typed(names, list))]
         for what in ("blocks", "ranks"):
             typed(head[what], dict)
+        self._has_dots = any("." in top for top in (*head["blocks"], *head["ranks"]))
         return head
 
     def _block(self, top: str, rank: int | None) -> Block | None:
