@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -21,6 +22,8 @@ from shardsmith.tensors.fqn import clean_fqn, unwrapped
 from .ema import EMA
 from .held import HeldView, held_model
 from .view import MergedWeights, View
+
+log = logging.getLogger(__name__)
 
 
 class AdapterView(View):
@@ -152,6 +155,28 @@ def view_of(model: nn.Module, adapters: Literal["adapter", "merged"] | View, *, 
     if peft is not None and isinstance(bare, peft.PeftModel):
         return view(bare)
     found = held_model(model) if held else None
+    if found is None and held and peft is not None:
+        found = _held_beside_others(bare, peft.PeftModel)
     if found is not None and peft is not None and isinstance(found.inner, peft.PeftModel):
         return HeldAdapter(found, view(found.inner))
+    return found
+
+
+def _held_beside_others(module: nn.Module, kind: type[nn.Module]) -> HeldView | None:
+    """The model of peft in a module that has tensors of its own as well, such as those of a critic's head.
+
+    Raises UsageError if there are several.
+    """
+    parts = {clean_fqn(path, module): part for path, part in module.named_modules() if isinstance(part, kind)}
+    outer = [path for path in parts if not any(path.startswith(f"{other}.") for other in parts)]
+    if len(outer) > 1:
+        raise UsageError(f"there are several models of peft, {', '.join(outer)}: pass the one to export as model=")
+    if not outer:
+        return None
+    found = HeldView(outer[0], parts[outer[0]])
+    names = dict.fromkeys(clean_fqn(name, module) for name, _ in module.named_parameters())
+    others = [name for name in names if not name.startswith(found.prefix)]
+    if others:
+        more = f" and {len(others) - 5} more" if len(others) > 5 else ""
+        log.warning("only %s is exported; in no export: %s%s", outer[0], ", ".join(others[:5]), more)
     return found

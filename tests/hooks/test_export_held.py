@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
+from shardsmith.errors import UsageError
 from shardsmith.hooks import EMA, HFExport, Hooks, InitialLoad, ShardedSave, every
 
 
@@ -52,6 +53,23 @@ HELD: dict[str, Callable[[nn.Module], nn.Module]] = {
     "Fabric": lambda model: Holder("_forward_module", model, "_original_module"),
     "checkpointed layers": lambda model: Holder("model", with_wrapped_layers(checkpoint_wrapper)(model)),
     "compiled layers": lambda model: Holder("model", with_wrapped_layers(torch.compile)(model)),
+}
+
+
+class Critic(nn.Module):
+    """A model and a head of another's, which no base model has."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.policy = model
+        self.value = nn.Linear(16, 1)
+        self.scale = nn.Parameter(torch.ones(1))
+
+
+BESIDE: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "beside a head": Critic,
+    "beside a head, compiled": lambda model: torch.compile(Critic(model)),
+    "beside a head and held": lambda model: Holder("algorithm", Critic(Holder("actor", model))),
 }
 
 
@@ -151,13 +169,16 @@ def export_adapted(directory: Path, model: nn.Module, adapters: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")  # peft asks for it
 @pytest.mark.parametrize("adapters", ["adapter", "merged"])
-@pytest.mark.parametrize("how", ["model", "compiled and held", "held and compiled", "held twice", "Fabric"])
-def test_a_model_of_peft_that_is_held_is_exported_as_it_is_alone(how: str, adapters: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["model", "compiled and held", "held and compiled", "held twice", "Fabric", *BESIDE])
+def test_a_model_of_peft_that_is_held_is_exported_as_it_is_alone(
+    how: str, adapters: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     torch.manual_seed(1)
     tuned = with_adapter()
     twin = copy.deepcopy(tuned)
     export_adapted(tmp_path / "alone", tuned, adapters)
-    export_adapted(tmp_path / "held", HELD[how](twin), adapters)
+    export_adapted(tmp_path / "held", {**HELD, **BESIDE}[how](twin), adapters)
+    assert ("in no export: " in caplog.text) == (how in BESIDE)
     for step in ("step-1", "step-1-ema"):
         alone, held = ({path.name: path for path in (tmp_path / place / step).iterdir()} for place in ("alone", "held"))
         assert alone.keys() == held.keys()
@@ -165,3 +186,10 @@ def test_a_model_of_peft_that_is_held_is_exported_as_it_is_alone(how: str, adapt
         expected, found = load_file(alone[name]), load_file(held[name])
         assert expected.keys() == found.keys()
         assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
+def test_of_several_models_of_peft_none_is_chosen(tmp_path: Path) -> None:
+    both = nn.ModuleDict({"policy": with_adapter(), "reference": with_adapter()})
+    with pytest.raises(UsageError, match=r"several models of peft, policy, reference: pass the one to export"):
+        HFExport(tmp_path, model=both, when=every(1))
