@@ -137,7 +137,7 @@ def plan_directory(
         unwanted = _like(placed, options.drop)
         _refuse_idle(known.path, options.drop, [*named, *unwanted])
         dropped |= dict.fromkeys([*named, *unwanted])
-        opened = placed.without(unwanted)
+        opened = placed.without([*unwanted, *_unsaved(placed, model_class, specs)])  # as now named, in whatever module
         source = sources[model] = in_base_layout(opened, layouts)
         as_stored = _plan_model(source, model, stem, model_class, specs, base, replace(chosen, dtype=None), None, sizes)
         name_map = recorded or name_map or _choose_name_map(as_stored, base, config, specs, options)
@@ -197,10 +197,16 @@ def _open_model(
     heads = recorded_heads(known, opened, specs)
     opened = opened.without(heads)
     if model_class is not None:  # the names in memory, before any map has changed them
-        opened = opened.without(n for n in model_class.unsaved if n in opened.specs and n not in specs)
+        opened = opened.without(_unsaved(opened, model_class, specs))
         if not opened.aliases:
             opened = opened.tied(_ties(opened, model_class, specs, known.open, vocabulary))
     return opened, heads
+
+
+def _unsaved(source: ModelSource, model_class: ModelClass | None, base: Collection[str]) -> list[str]:
+    """What the class computes itself, and its files do not have."""
+    names = () if model_class is None else model_class.unsaved
+    return [name for name in names if name in source.specs and name not in base]
 
 
 def _refuse_strays(source: ModelSource, model: str) -> None:

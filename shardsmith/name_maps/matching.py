@@ -154,6 +154,7 @@ class _Matcher:
         if by_class.fits:
             return by_class
         guesses = [guess for guess in self._guesses() if guess.fits and self._has_shapes(guess)]
+        guesses.sort(key=lambda guess: guess.by_class)  # what the target does not list is called right without renames
         if guesses and all(guess.placed == guesses[0].placed for guess in guesses):
             return guesses[0]
         return min((plain, by_class, *self._common_prefixes()), key=lambda found: found.unplaced)
@@ -166,7 +167,7 @@ class _Matcher:
         # What the target does not list, such as a tied head, is called as the class calls it, if that was asked.
         called = self._renames.in_memory(chosen.forms.values()) if chosen.by_class and self._renames else {}
         names = {
-            own: chosen.placed.get(own, called.get(form, plain[own]) if form == self._forms[own] else form)
+            own: chosen.placed.get(own, called.get(form, plain[own] if form == self._forms[own] else form))
             for own, form in chosen.forms.items()
         }
         return names if len(set(names.values())) == len(names) else {name: name for name in names}
