@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import pickle
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from shardsmith.errors import RankFailedError, UsageError
 from shardsmith.formats.dcp import rank_file
+from shardsmith.formats.dcp.load import load_into
 from shardsmith.formats.dcp.source import DcpSource
 from shardsmith.ground.ranks import Ranks
 from shardsmith.manifest.checkpoints import find_damage
@@ -117,6 +119,19 @@ def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
             assert value == other[key], key
 
 
+def by_torch(state: dict[str, Any], checkpoint: Path) -> None:
+    dcp.load(state, checkpoint_id=checkpoint)
+
+
+def assert_loaded(checkpoint: Path) -> None:
+    """By torch, from ``.metadata``, and by us, from ``.boxes``."""
+    for load in (by_torch, partial(load_into, allow_pickle=True)):
+        loaded = everything()
+        spoil(loaded)
+        load(loaded, checkpoint)
+        assert_same(loaded, everything())
+
+
 def assert_same_index(ours: Path, theirs: Path) -> None:
     one, other = DcpSource(ours), DcpSource(theirs)
     assert_same_boxes(ours)
@@ -144,20 +159,14 @@ def run_every_layout(directory: Path) -> None:
             saved = pickle.loads((ours / ".metadata").read_bytes())  # from the second save on it is patched
             assert saved.storage_meta.save_id == read_metadata(ours).attempt
             assert_same_index(ours, directory / "torch")
-        loaded = everything()
-        spoil(loaded)
-        dcp.load(loaded, checkpoint_id=ours)
-        assert_same(loaded, everything())
+        assert_loaded(ours)
     share = Share(dist.get_rank())
     rank_file.MOST_BYTES = 32  # boxes in several archives
     cut = save(everything(), directory / "cut", share, buffer)
     if dist.get_rank() == 0:
         assert_same_index(cut, directory / "torch")
         assert max(len(entry.chunks) for entry in DcpSource(cut).index.tensors.values()) > 16
-    loaded = everything()
-    spoil(loaded)
-    dcp.load(loaded, checkpoint_id=cut)
-    assert_same(loaded, everything())
+    assert_loaded(cut)
 
 
 def test_tensors_that_are_more_than_their_bytes_are_refused_by_name_before_anything_is_written(tmp_path: Path) -> None:
