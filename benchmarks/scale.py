@@ -1,189 +1,250 @@
-"""What ranks tell each other in saves of models too large for this machine: real functions, made-up shards.
+"""What ranks tell each other in saves and exports of models too large for this machine: real functions, made-up shards.
 
-No tensor is made: each rank's boxes are those of FSDP, and agreement, receipts and index are what a save makes of them.
+No tensor is made: each rank's boxes are those of a real sharding, and agreement, reports and index are what a save
+makes of them. A row is computed in a process of its own, so that its memory is known.
 """
 
 from __future__ import annotations
 
+import json
 import math
+import multiprocessing
+import resource
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
 
-from shardsmith.formats.dcp.rank_file import RankFileWritten, encode
+from benchmarks.scale_models import (
+    COPIES,
+    LAYOUTS,
+    Model,
+    boxes_at,
+    entries_at,
+    lists_at,
+    llama_405b,
+    separate_experts,
+    stacked_experts,
+)
+from shardsmith.export.live_share import deal_boxes
+from shardsmith.export.syncs import deal_syncs
+from shardsmith.formats.dcp.rank_file import MOST_BYTES, RankFileWritten
+from shardsmith.formats.safetensors_files.plan import plan_files
 from shardsmith.ground import ranks as ground_ranks
 from shardsmith.ground.garbage import without_collection
 from shardsmith.ground.layout import DCP_INDEX_FILE
+from shardsmith.ground.sizes import parse_size
 from shardsmith.manifest.metadata import FileRecord
 from shardsmith.run_state.held import Entry
 from shardsmith.run_state.share import Share
-from shardsmith.run_state.whole_directory import OwnFile, to_receipt
+from shardsmith.run_state.whole_directory import to_receipt
+from shardsmith.sharding.holding import Boxes, numbered, pack, pack_lists, unpack_flags
 from shardsmith.tensors.digest import Digest
-from shardsmith.tensors.tensors import Chunk, Shape
+from shardsmith.tensors.tensors import TensorSpec
 
-_COPIES = ("", "optimizer.state.", "optimizer.second.", "ema_model.")
+MODELS: dict[str, Callable[[], Model]] = {
+    "Llama 3.1 405B": llama_405b,
+    "48 x 128 experts, stacked": stacked_experts,
+    "48 x 128 experts, separate": separate_experts,
+}
+RANKS = (8, 64, 512, 4096, 16384)
+_MOST_RANKS = {
+    ("48 x 128 experts, separate", "FSDP"): 4096,
+    ("48 x 128 experts, separate", "HSDP, 8 replicas"): 512,
+    ("48 x 128 experts, separate", "TP 8 x FSDP"): 512,
+}
+"""Where more would take minutes and gigabytes here."""
+_INDEX_RANKS = {"Llama 3.1 405B": (8, 64), "48 x 128 experts, stacked": (8, 64), "48 x 128 experts, separate": (2,)}
+_RANKS_OF_A_HOST = 8
 _MAX_EXPONENT = 1.1
-_PREDICTED = (1024, 4096, 16384)
+_GATES = {"first": "before the first save", "later": "in each later save", "opens": "files opened by an export"}
 
 
-def llama_405b() -> dict[str, Shape]:
-    """Return the shapes of Llama 3.1 405B."""
-    hidden, inner, cached, words = 16384, 53248, 1024, 128256
-    shapes: dict[str, Shape] = {"tok_embeddings.weight": (words, hidden), "norm.weight": (hidden,)}
-    shapes["output.weight"] = (words, hidden)
-    for layer in range(126):
-        own = {
-            "attention.wq": (hidden, hidden),
-            "attention.wk": (cached, hidden),
-            "attention.wv": (cached, hidden),
-            "attention.wo": (hidden, hidden),
-            "feed_forward.w1": (inner, hidden),
-            "feed_forward.w2": (hidden, inner),
-            "feed_forward.w3": (inner, hidden),
-            "attention_norm": (hidden,),
-            "ffn_norm": (hidden,),
-        }
-        shapes |= {f"layers.{layer}.{name}.weight": shape for name, shape in own.items()}
-    return shapes
+def measure(name: str, layout: str, ranks: int) -> dict[str, float]:
+    """Let made-up ranks agree on a first save and report a later one, and agree on an export; bytes and seconds."""
+    torch.set_num_threads(1)
+    model, spots = MODELS[name](), [LAYOUTS[layout](rank, ranks) for rank in range(ranks)]
+    kinds = [*dict.fromkeys(model.values())]
+    expected, _ = numbered((shape, boxes_at(shape, dim, spots[0])) for shape, dim in kinds)
+    number_of = dict(zip(kinds, expected, strict=True))
+    numbers = np.array([number_of[tensor] for tensor in model.values()], dtype=np.int32)
+    lists = [lists_at(model, spot, expected) for spot in spots]
+    lengths = [np.array([len(boxes) for boxes in own])[numbers] for own in lists]
+    before = _memory()
+    found = _save(entries_at(model, spots[0]), lists, [int(own.sum()) * len(COPIES) for own in lengths])
+    found["memory"] = _memory() - before
+    return {**found, **_export(model, numbers, lists, lengths)}
 
 
-def separate_experts() -> dict[str, Shape]:
-    """Return the shapes of a model of 48 layers with 128 experts, each of three tensors."""
-    shapes: dict[str, Shape] = {"embed.weight": (151936, 2048), "lm_head.weight": (151936, 2048)}
-    for layer in range(48):
-        for expert in range(128):
-            for name, shape in {"gate": (768, 2048), "up": (768, 2048), "down": (2048, 768)}.items():
-                shapes[f"layers.{layer}.mlp.experts.{expert}.{name}_proj.weight"] = shape
-    return shapes
+def _save(entries: list[Entry], lists: Sequence[list[Boxes]], counts: Sequence[int]) -> dict[str, float]:
+    """``counts``: how many boxes each rank holds."""
+    first = Share(0)
+    first.vote(entries)
+    description, text, _ = first.report(entries, [0])
+    reports = [[description, None if rank else text, pack_lists(own)] for rank, own in enumerate(lists)]
+    began = time.process_time()
+    with without_collection():
+        answers = first.settle(reports, [])
+    dealing = time.process_time() - began
+    first.accept(entries, answers[0])
+    pieces = [int(unpack_flags(answer, count).sum()) for answer, count in zip(answers, counts, strict=True)]
+    if any(box.numel * 4 > MOST_BYTES for own in lists for boxes in own for box in boxes):  # boxes of several archives
+        pieces = [len(first.whole.file(rank).pieces) for rank in range(len(lists))]
+    known = {count: _receipt(count) for count in {*pieces}}
+    began = time.process_time()
+    first.whole.measured([known[count] for count in pieces])
+    summing = time.process_time() - began
+    sizes = {count: _nbytes(receipt) for count, receipt in known.items()}
+    said = [*map(_nbytes, reports)]
+    return {
+        "boxes": sum(counts),
+        "written": sum(pieces),
+        "first": sum(said) + sum(map(_nbytes, answers)),
+        "later": sum(sizes[count] for count in pieces),
+        "largest": max(*said, *sizes.values()),
+        "deal": dealing,
+        "sums": summing,
+    }
 
 
-MODELS = {"Llama 405B": (llama_405b, (8, 32, 128)), "48 x 128 separate experts": (separate_experts, (2, 4))}
-"""What makes the shapes of each, and the numbers of ranks that are measured."""
+def _export(
+    model: Model, numbers: np.ndarray, lists: Sequence[list[Boxes]], lengths: Sequence[np.ndarray]
+) -> dict[str, float]:
+    """An export of the weights in bfloat16, each rank writing its slices of the files."""
+    shapes = {name: shape for name, (shape, _) in model.items()}
+    packed = pack(numbers.tobytes())
+    reports = [[packed, pack_lists(own)] for own in lists]
+    began = time.process_time()
+    with without_collection():
+        answers = deal_boxes(shapes, dict.fromkeys(shapes, 2), reports)
+    dealing = time.process_time() - began
+    specs = [TensorSpec(name, shape, torch.bfloat16) for name, shape in shapes.items()]
+    files = plan_files(specs, max_shard_bytes=parse_size("5GB")).files
+    place = {name: i for i, file in enumerate(files) for name in file.tensors}
+    where = np.array([place[name] for name in shapes])
+    said = []
+    for rank, (answer, counts) in enumerate(zip(answers, lengths, strict=True)):
+        mine = np.unique(np.repeat(where, counts)[unpack_flags(answer, int(counts.sum()))]).tolist()
+        # Rank 0 has made all files, and has them open. Each host has a cache of its own.
+        said.append((str(rank // _RANKS_OF_A_HOST), mine if rank else [*range(len(files))]))
+    return {
+        "export_first": sum(map(_nbytes, reports)) + sum(map(_nbytes, answers)),
+        "export_deal": dealing,
+        "files": len(files),
+        "opens": sum(len(mine) for _, mine in said),
+        "fsyncs": sum(map(len, deal_syncs(said))),
+    }
 
 
-def entries_of(shapes: dict[str, Shape], rank: int, ranks: int) -> list[Entry]:
-    """Return what a rank holds under FSDP: of each tensor its rows, four times over."""
-    found = []
-    for copy in _COPIES:
-        for name, shape in shapes.items():
-            rows = -(-shape[0] // ranks)
-            begin, end = min(rank * rows, shape[0]), min((rank + 1) * rows, shape[0])
-            box = Chunk((begin, *(0 for _ in shape[1:])), (end - begin, *shape[1:]))
-            boxes = (box,) if end > begin else ()
-            path = tuple(part for part in (copy.split(".", 1)[0], copy.partition(".")[2] + name) if part)
-            found.append(Entry(copy + name, path, shape, torch.float32, boxes))
-    return found
-
-
-def boxes_in_all(shapes: dict[str, Shape], ranks: int) -> int:
-    """Return how many boxes all ranks hold together, exactly."""
-    return len(_COPIES) * sum(-(-shape[0] // -(-shape[0] // ranks)) for shape in shapes.values())
-
-
-def measure(shapes: dict[str, Shape], ranks: int) -> dict[str, float]:
-    """Let made-up ranks agree on a first save and report a later one; bytes and processor seconds."""
-    held = [entries_of(shapes, rank, ranks) for rank in range(ranks)]
+def measure_index(name: str, ranks: int) -> dict[str, float]:
+    """The index of a first save and of a later one, under FSDP."""
+    model = MODELS[name]()
+    held = [entries_at(model, LAYOUTS["FSDP"](rank, ranks)) for rank in range(ranks)]
     shares = [Share(rank) for rank in range(ranks)]
     for share, entries in zip(shares, held, strict=True):
         share.vote(entries)
     reports = [share.report(entries, [0]) for share, entries in zip(shares, held, strict=True)]
-    said = [_nbytes(report) for report in reports]
-    began = time.process_time()
-    with without_collection():
-        dealt = shares[0].settle(reports, [])
-    dealing = time.process_time() - began
-    for share, entries, own in zip(shares, held, dealt, strict=True):
-        share.accept(entries, own)
-    receipts = [_receipt(share.own) for share in shares]
-    steady = [_nbytes(receipt) for receipt in receipts]
-    began = time.process_time()
-    shares[0].whole.measured(receipts)
-    merging = time.process_time() - began
+    for share, entries, answer in zip(shares, held, shares[0].settle(reports, []), strict=True):
+        share.accept(entries, answer)
+    receipts = [_receipt(len(share.own.pieces)) for share in shares]
     began = time.process_time()
     index = shares[0].whole.indexes(receipts, "0" * 16)[DCP_INDEX_FILE]
     first = time.process_time() - began
     began = time.process_time()
     shares[0].whole.indexes(receipts, "1" * 16)
-    return {
-        "boxes": sum(len(entry.boxes) for entries in held for entry in entries),
-        "first": sum(said) + sum(map(_nbytes, dealt)),
-        "steady": sum(steady),
-        "largest": max(*said, *steady),
-        "deal": dealing,
-        "merge": merging,
-        "index": len(index),
-        "index_first": first,
-        "index_later": time.process_time() - began,
-    }
+    boxes = sum(len(share.own.pieces) for share in shares)
+    return {"boxes": boxes, "index": len(index), "making": first, "patching": time.process_time() - began}
 
 
-def _receipt(own: OwnFile) -> dict[str, Any]:
+def _receipt(pieces: int) -> dict[str, Any]:
     """As of a rank that has written its file; digests are numbers like any other, but do not compress."""
-    record = FileRecord(size=1, xxh3_128="0" * 32)
-    digests = [Digest(hash((piece.key, 1)) % 2**64, hash((piece.key, 2)) % 2**64) for piece in own.pieces]
-    return to_receipt(RankFileWritten(record, digests, [len(encode(0)) for _ in own.file.objects]))
+    numbers = np.random.default_rng(0).integers(0, 2**63, (pieces, 2)).tolist()
+    return to_receipt(RankFileWritten(FileRecord(size=1, xxh3_128="0" * 32), [Digest(*one) for one in numbers], []))
 
 
 def _nbytes(value: Any) -> int:
     return len(ground_ranks._Outcome("", value).encode())
 
 
-def _exponent(sizes: Sequence[int], values: Sequence[float]) -> float:
-    """Of the power of the number of ranks by which values grow, between the first and the last."""
-    return math.log(values[-1] / values[0]) / math.log(sizes[-1] / sizes[0])
+def _memory() -> int:
+    """The most that this process has taken so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _rows(shapes: dict[str, Shape], sizes: Sequence[int]) -> Iterator[tuple[str, dict[str, float]]]:
-    found: dict[str, float] = {}
+def _apart(function: Callable[..., dict[str, float]], *args: Any) -> dict[str, float]:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+        return pool.submit(function, *args).result()
+
+
+def _exponent(rows: Sequence[tuple[int, dict[str, float]]], key: str) -> float:
+    """Of the power of the number of ranks by which a value grows: a straight line through the logarithms."""
+    return float(np.polyfit([math.log(ranks) for ranks, _ in rows], [math.log(row[key]) for _, row in rows], 1)[0])
+
+
+def _rows(name: str, layout: str, sizes: Sequence[int]) -> Iterator[tuple[int, dict[str, float]]]:
     for ranks in sizes:
-        found = measure(shapes, ranks)
-        yield f"{ranks}", found
-    for ranks in _PREDICTED:
-        factor = boxes_in_all(shapes, ranks) / found["boxes"]
-        yield f"{ranks}, predicted", {key: value * (1 if key == "largest" else factor) for key, value in found.items()}
+        if ranks <= _MOST_RANKS.get((name, layout), max(sizes)):
+            yield ranks, _apart(measure, name, layout, ranks)
 
 
-def main(models: tuple[str, ...] = tuple(MODELS), json_file: Path | None = None) -> None:
-    """Print what saves of large models cost in agreements and in the index, with its growth in the number of ranks.
+def _table(name: str, found: dict[str, list[tuple[int, dict[str, float]]]]) -> Table:
+    heads = ("sharding", "ranks", "boxes", "before the first save", "in each later save", "longest message")
+    rank_0 = ("rank 0: who writes what", "memory", "sums", "the same of an export")
+    table = Table(*heads, *rank_0, "files", "opens", "fsyncs", title=name)
+    for layout, rows in found.items():
+        for ranks, row in rows:
+            table.add_row(
+                layout,
+                f"{ranks:,}",
+                f"{row['boxes'] / 1e6:.2f} M",
+                *(f"{row[key] / 1e6:.2f} MB" for key in ("first", "later", "largest")),
+                f"{row['deal']:.2f} s",
+                f"{row['memory'] / 1e6:.0f} MB",
+                *(f"{row[key]:.2f} s" for key in ("sums", "export_deal")),
+                *(f"{row[key]:,}" for key in ("files", "opens", "fsyncs")),
+            )
+    return table
 
-    What cannot be measured here is predicted from the number of boxes, which is exact, and said to be.
+
+def main(
+    models: tuple[str, ...] = tuple(MODELS),
+    layouts: tuple[str, ...] = tuple(LAYOUTS),
+    ranks: tuple[int, ...] = RANKS,
+    json_file: Path | None = None,
+) -> None:
+    """Print what saves and exports of large models cost in agreements, with the growth in the number of ranks.
 
     Args:
         models: Which of them.
+        layouts: How they are sharded.
+        ranks: How many ranks.
         json_file: Also write the figures there.
     """
-    import json
-
-    console, failed = Console(soft_wrap=True, width=150), []
+    console, failed = Console(soft_wrap=True, width=190), []
     everything: dict[str, Any] = {}
     for name in models:
-        make, sizes = MODELS[name]
-        shapes = make()
-        rows = dict(_rows(shapes, sizes))
-        everything[name] = rows
-        heads = ("ranks", "boxes", "sent before the first save", "sent in each later save", "longest message")
-        rank_0 = ("rank 0: who writes what", "rank 0: sums")
-        table = Table(*heads, *rank_0, "index", "making it", "patching it", title=name)
-        for label, row in rows.items():
-            table.add_row(
-                label,
-                f"{row['boxes'] / 1e6:.2f} M",
-                *(f"{row[key] / 1e6:.1f} MB" for key in ("first", "steady", "largest")),
-                *(f"{row[key]:.2f} s" for key in ("deal", "merge")),
-                f"{row['index'] / 1e6:.0f} MB",
-                *(f"{row[key]:.2f} s" for key in ("index_first", "index_later")),
-            )
-        console.print(table)
-        for key, words in {"first": "before the first save", "steady": "in each later save"}.items():
-            exponent = _exponent(sizes, [rows[str(size)][key] for size in sizes])
-            console.print(f"bytes said {words} grow with ranks ** {exponent:.2f} (at most {_MAX_EXPONENT})")
-            failed += [f"{name}: {words}"] if exponent > _MAX_EXPONENT else []
+        found = {layout: [*_rows(name, layout, ranks)] for layout in layouts}
+        everything[name] = found
+        console.print(_table(name, found))
+        for layout, rows in found.items():
+            for key, words in _GATES.items():
+                exponent = _exponent(rows, key)
+                console.print(f"{layout}: {words}, ranks ** {exponent:.2f} (at most {_MAX_EXPONENT})")
+                failed += [f"{name}, {layout}: {words}"] if exponent > _MAX_EXPONENT else []
+    table = Table("model", "ranks", "boxes", "index", "making it", "patching it", title="index, FSDP")
+    for name in models:
+        for size in _INDEX_RANKS[name]:
+            row = everything[name][f"index, {size} ranks"] = _apart(measure_index, name, size)
+            words = f"{row['boxes'] / 1e6:.2f} M", f"{row['index'] / 1e6:.0f} MB"
+            table.add_row(name, f"{size}", *words, f"{row['making']:.2f} s", f"{row['patching']:.2f} s")
+    console.print(table)
     if json_file is not None:
         json_file.write_text(json.dumps(everything, indent=1))
     if failed:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from shardsmith.export.block_copy import copy_blocks
-from shardsmith.export.live_writers import Digests, SliceWriter, Staged, add_up, encode
+from shardsmith.export.live_writers import Digests, Staged, add_up, encode
 from shardsmith.export.place import create_file, deal_files
 from shardsmith.export.write import refuse_damage
 from shardsmith.formats.safetensors_files.writer import SafetensorsFileWriter
@@ -34,18 +34,34 @@ class CheckpointWriter:
         self._rank = rank
         self._size = size
         self._whole_files = whole_files
+        self._found: Any = None
 
     def make_files(self, plan: DirectoryPlan, directory: Path) -> None:
         """Make every file, unless those that write them do."""
-        if not self._whole_files:
-            SliceWriter().make_files(plan, directory)
+        for file in () if self._whole_files else (file for model in plan.models for file in model.weights.files):
+            with SafetensorsFileWriter.create(directory, file) as writer:
+                writer.sync()  # the ranks that write to it may be of other hosts
 
-    def write(self, plan: DirectoryPlan, staged: Staged, directory: Path) -> Any:  # noqa: ARG002
+    def write(self, plan: DirectoryPlan, staged: Staged, directory: Path) -> None:  # noqa: ARG002
         """Verify this rank's share of the checkpoint's files, and write this rank's share."""
         refuse_damage(self._checkpoint, find_damage(self._checkpoint, part=self._rank, parts=self._size))
         copy = self._write_files if self._whole_files else self._write_blocks
         digests = copy(plan, directory)
-        return encode({m: {n: d for n, d in found.items() if d != Digest()} for m, found in digests.items()})
+        self._found = encode({m: {n: d for n, d in found.items() if d != Digest()} for m, found in digests.items()})
+
+    def unsynced(self) -> list[int]:
+        """Return no file: ``write`` makes each durable."""
+        return []
+
+    def sync(self, files: Sequence[int]) -> None:
+        """Do nothing."""
+
+    def read_back(self) -> Any:
+        """Return what ``write`` has found."""
+        return self._found
+
+    def close(self) -> None:
+        """Do nothing."""
 
     def merge(self, plan: DirectoryPlan, receipts: Sequence[Any], directory: Path) -> Digests:  # noqa: ARG002
         """Return the sum of all shares."""

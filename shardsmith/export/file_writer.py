@@ -72,18 +72,33 @@ class FileWriter:
         self._group = process_group
         self._rank = rank
         self._size = size
+        self._found: Any = None
 
     def make_files(self, plan: DirectoryPlan, directory: Path) -> None:
         """Nothing: whoever writes a file makes it."""
 
-    def write(self, plan: DirectoryPlan, staged: Staged, directory: Path) -> Any:
+    def write(self, plan: DirectoryPlan, staged: Staged, directory: Path) -> None:
         """Send what others write, write what is this rank's to write, and read that back."""
         owned = deal_files(plan, self._size)
         _Delivery(Peers(self._group, self._rank, self._size), owned, staged, directory).run()
         found: Digests = {model.model: {} for model in plan.models}
         for model, file in owned[self._rank]:
             found[model].update(_digests_of(directory / file.name))
-        return {"staged": encode(shares(plan, staged)), "found": encode(found)}
+        self._found = {"staged": encode(shares(plan, staged)), "found": encode(found)}
+
+    def unsynced(self) -> list[int]:
+        """Return no file: ``write`` makes each durable."""
+        return []
+
+    def sync(self, files: Sequence[int]) -> None:
+        """Do nothing."""
+
+    def read_back(self) -> Any:
+        """Return what ``write`` has sent and read back."""
+        return self._found
+
+    def close(self) -> None:
+        """Do nothing."""
 
     def merge(self, plan: DirectoryPlan, receipts: Sequence[Any], directory: Path) -> Digests:
         """Return what the files hold, which must be what was staged."""

@@ -26,6 +26,7 @@ from shardsmith.errors import RanksDisagreeError
 from shardsmith.export.live_share import OwnBoxes, deal_boxes
 from shardsmith.export.live_writers import WeightsWriter
 from shardsmith.export.place import begin_export, fetch_weights, place_of_files
+from shardsmith.export.syncs import cache_of, deal_syncs
 from shardsmith.ground.commit import Attempt, sweep
 from shardsmith.ground.host_memory import require_memory
 from shardsmith.ground.ranks import Ranks
@@ -167,6 +168,7 @@ class JointExport:
         self._attempt: Attempt | RemoteDirectory | None = None
         self._writer = writer
         self._receipts: list[list[Any]] = []  # of each rank, one a window
+        self._own_receipts: list[Any] = []
         self._windows: WindowedCopy | None = None
         self._boxes: list[LiveBox] = []  # what it copies
         self._later: LaterCopy | None = None
@@ -223,9 +225,14 @@ class JointExport:
             RankFailedError: on all ranks, if it failed on any. Nothing was published.
         """
         name = self.plan.output.name
-        attempt = self._ranks.lead(f"making the files of {name}", self._make_files)
-        directory = place_of_files(self.plan.output, attempt)
-        self._receipts = self._ranks.gather(f"writing {name}", lambda: self._write(directory), large=True)
+        try:
+            attempt = self._ranks.lead(f"making the files of {name}", self._make_files)
+            directory = place_of_files(self.plan.output, attempt)
+            files = self._ranks.deal(f"writing {name}", lambda: self._write(directory), deal_syncs, large=True)
+            self._ranks.gather(f"making {name} durable", lambda: self._writer.sync(files))
+            self._receipts = self._ranks.gather(f"reading {name} back", self._read_back, large=True)
+        finally:
+            self._writer.close()
 
     def commit(self) -> Path:
         """Complete the directory and make it visible. Any thread, all ranks; communicates through the store.
@@ -264,27 +271,35 @@ class JointExport:
             staged[model].append(replace(box, name=name, values=copy))
         return staged
 
-    def _write(self, directory: Path) -> list[Any]:
+    def _write(self, directory: Path) -> tuple[str, list[int]]:
+        """Write, and say which files this rank or another of its host is to make durable."""
         if self._windows is not None:
-            return self._write_windows(self._windows, directory)
-        if self._later is not None:
-            self._later.copy()
-        receipt = self._writer.write(self.plan, self._staged, directory)
-        if self._later is not None:
-            self._later.result()
-        return [receipt]
+            self._write_windows(self._windows, directory)
+        else:
+            if self._later is not None:
+                self._later.copy()
+            self._writer.write(self.plan, self._staged, directory)
+            if self._later is not None:
+                self._later.result()
+        files = self._writer.unsynced()
+        return cache_of(directory, self._ranks.rank) if files else "", files
 
-    def _write_windows(self, windows: WindowedCopy, directory: Path) -> list[Any]:
-        boxes, receipts = iter(self._boxes), []
+    def _write_windows(self, windows: WindowedCopy, directory: Path) -> None:
+        """The values of a window are gone after it, so each is made durable and read back by itself."""
+        boxes, self._own_receipts = iter(self._boxes), []
         try:
             for copies in windows.take_windows():
                 staged = self._by_model(islice(boxes, len(copies)), copies)
-                receipts.append(self._writer.write(self.plan, staged, directory))
+                self._writer.write(self.plan, staged, directory)
+                self._writer.sync(self._writer.unsynced())
+                self._own_receipts.append(self._writer.read_back())
         finally:
             # Also after an error: the main thread may be waiting in ``feed`` for a window that nobody writes any more.
             windows.stop()
             self._boxes = []
-        return receipts
+
+    def _read_back(self) -> list[Any]:
+        return [self._writer.read_back()] if self._windows is None else self._own_receipts
 
     def _make_files(self) -> str:
         sweep(self.plan.output.parent)

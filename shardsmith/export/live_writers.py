@@ -8,7 +8,7 @@ file is to be written by one rank alone.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +17,6 @@ from torch import Tensor
 
 from shardsmith.errors import CorruptCheckpointError
 from shardsmith.formats.safetensors_files.plan import FilePlan
-from shardsmith.formats.safetensors_files.source import SafetensorsSource
 from shardsmith.formats.safetensors_files.writer import SafetensorsFileWriter
 from shardsmith.ground.memory import same_bits
 from shardsmith.hf.directory import DirectoryPlan, ModelPlan
@@ -29,6 +28,9 @@ from shardsmith.tensors.tensors import row_major_blocks
 _READ_BYTES = 1 << 20
 """Read back at once: with what it is compared with, it fits into a core's cache."""
 
+_MOST_OPEN = 256
+"""Files at a time, of each directory; what is written to more is made durable by each rank by itself."""
+
 Staged = Mapping[str, Sequence[LiveBox]]
 """By model, what this rank has staged. The boxes of all ranks cover each tensor exactly. Empty without live weights."""
 Digests = dict[str, dict[str, Digest]]
@@ -39,16 +41,36 @@ class WeightsWriter(Protocol):
     """A way to write the weight files of one directory. All ranks use the same."""
 
     def make_files(self, plan: DirectoryPlan, directory: Path) -> None:
-        """What rank 0 does before any rank writes. No communication. Raises WriteError."""
+        """What rank 0 does before any rank writes. No communication. Raises WriteError, and files may be open then."""
         ...
 
-    def write(self, plan: DirectoryPlan, staged: Staged, directory: Path) -> Any:
-        """Write and fsync this rank's part. All ranks; may communicate. What rank 0 must know of it, fit for JSON.
+    def write(self, plan: DirectoryPlan, staged: Staged, directory: Path) -> None:
+        """Write this rank's part, or a window of it. All ranks; may communicate.
 
         Raises:
             WriteError: a write failed.
             CorruptCheckpointError: a file does not hold what was written to it.
         """
+        ...
+
+    def unsynced(self) -> list[int]:
+        """Return the numbers of files that this rank has written to, and that are not known to be durable."""
+        ...
+
+    def sync(self, files: Sequence[int]) -> None:
+        """Make what all ranks of this host have written to these of ``unsynced`` durable. Raises WriteError."""
+        ...
+
+    def read_back(self) -> Any:
+        """Compare what was last written with what the files hold. What rank 0 must know of it, fit for JSON.
+
+        Raises:
+            CorruptCheckpointError: a file does not hold what was written to it.
+        """
+        ...
+
+    def close(self) -> None:
+        """Let go of files, at the end or after an error."""
         ...
 
     def merge(self, plan: DirectoryPlan, receipts: Sequence[Any], directory: Path) -> Digests:
@@ -61,22 +83,77 @@ class WeightsWriter(Protocol):
 
 
 class SliceWriter:
-    """Every rank writes its boxes to their final places in files that rank 0 has made. No communication."""
+    """Every rank writes its boxes to their final places in files that rank 0 has made. No communication.
+
+    Each file is opened once, and stays open until one rank has made it durable for all of its host, and all have
+    compared what it holds then.
+    """
+
+    def __init__(self) -> None:
+        self._open: dict[int, SafetensorsFileWriter] = {}
+        self._unsynced: set[int] = set()
+        self._written: list[tuple[Path, str, int, FilePlan, list[LiveBox]]] = []
+        self._models: list[str] = []
 
     def make_files(self, plan: DirectoryPlan, directory: Path) -> None:
-        """Make every file, at its full size."""
-        for model in plan.models:
-            for file in model.weights.files:
-                SafetensorsFileWriter.create(directory, file).close()
+        """Make every file, at its full size; it is durable when all that is written to it is."""
+        for number, (_, file) in enumerate(_files(plan)):
+            self._keep(number, SafetensorsFileWriter.create(directory, file))
 
-    def write(self, plan: DirectoryPlan, staged: Staged, directory: Path) -> Any:
-        """Write this rank's boxes, and compare them with what the files hold then."""
-        found: Digests = {model.model: {} for model in plan.models}
-        for model in plan.models:
-            for file in model.weights.files:
-                if mine := [box for box in staged[model.model] if box.name in file.tensors]:
-                    _add_shares(found[model.model], _write_slices(directory, file, mine))
+    def write(self, plan: DirectoryPlan, staged: Staged, directory: Path) -> None:
+        """Write this rank's boxes."""
+        self._models, self._written = [model.model for model in plan.models], []
+        for number, (model, file) in enumerate(_files(plan)):
+            if mine := [box for box in staged[model] if box.name in file.tensors]:
+                self._written.append((directory, model, number, file, mine))
+                writer = self._opened(directory, number, file)
+                with contextlib.ExitStack() as undo:
+                    undo.callback(writer.close)
+                    for box in mine:
+                        writer.write_box(box.name, box.box, box.values, box.shape)
+                    undo.pop_all()
+                self._keep(number, writer)
+
+    def unsynced(self) -> list[int]:
+        """Return the numbers of the files that are open, and were changed since they were last made durable."""
+        return sorted(self._unsynced)
+
+    def sync(self, files: Sequence[int]) -> None:
+        """Make these files durable."""
+        for number in files:
+            self._open[number].sync()
+        self._unsynced.clear()  # the others are for other ranks
+
+    def read_back(self) -> Any:
+        """Compare this rank's boxes with what the files hold."""
+        found: Digests = {model: {} for model in self._models}
+        for directory, model, number, file, mine in self._written:
+            with contextlib.ExitStack() as undo:
+                writer = self._opened(directory, number, file)
+                if number not in self._open:
+                    undo.callback(writer.close)
+                _add_shares(found[model], ((box.name, _compare_and_digest(writer, box)) for box in mine))
+        self._written = []
         return encode(found)
+
+    def _opened(self, directory: Path, number: int, file: FilePlan) -> SafetensorsFileWriter:
+        return self._open.get(number) or SafetensorsFileWriter.open_existing(directory, file)
+
+    def _keep(self, number: int, writer: SafetensorsFileWriter) -> None:
+        """Keep a file open that was written to; if there are too many, make it durable and close it."""
+        if number in self._open or len(self._open) < _MOST_OPEN:
+            self._open[number] = writer
+            self._unsynced.add(number)
+            return
+        with writer:
+            writer.sync()
+
+    def close(self) -> None:
+        """Close all files."""
+        self._unsynced.clear()
+        self._written = []
+        while self._open:
+            self._open.popitem()[1].close()
 
     def merge(self, plan: DirectoryPlan, receipts: Sequence[Any], directory: Path) -> Digests:  # noqa: ARG002
         """Return the sum of all shares; each rank has compared its own."""
@@ -112,28 +189,23 @@ def add_up(plan: DirectoryPlan, encoded: Sequence[Mapping[str, Mapping[str, str]
     return {model.model: of_model(model) for model in plan.models}
 
 
-def _write_slices(directory: Path, file: FilePlan, boxes: Sequence[LiveBox]) -> list[tuple[str, Digest]]:
-    """Write boxes to one file and look at what it holds then; what each contributes to the digest of its tensor."""
-    with SafetensorsFileWriter.open_existing(directory, file) as writer:
-        for box in boxes:
-            writer.write_box(box.name, box.box, box.values, box.shape)
-        writer.sync()
-    with contextlib.closing(SafetensorsSource(directory / file.name)) as source:
-        return [(box.name, _compare_and_digest(source, box)) for box in boxes]
+def _files(plan: DirectoryPlan) -> Iterator[tuple[str, FilePlan]]:
+    """All weight files, each with its model. Ranks call them by their place in this order."""
+    return ((model.model, file) for model in plan.models for file in model.weights.files)
 
 
-def _compare_and_digest(source: SafetensorsSource, box: LiveBox) -> Digest:
+def _compare_and_digest(writer: SafetensorsFileWriter, box: LiveBox) -> Digest:
     """Digest of what was staged, in the same pass in which it is compared with what the file holds, bit for bit.
 
     Raises:
         CorruptCheckpointError: that is something else.
         CheckpointError: it cannot be read.
     """
-    stored = source.stored(box.name, box.shape)
+    stored = writer.stored(box.name, box.shape)
 
     def compare(found: Tensor, staged: Tensor) -> None:
         if not same_bits(found, staged):
-            raise CorruptCheckpointError(source.path, f"{box.name}: {box.box} does not hold what was written to it")
+            raise CorruptCheckpointError(writer.path, f"{box.name}: {box.box} does not hold what was written to it")
 
     first = first_of_run(box.box, box.shape)
     if first is None:

@@ -14,6 +14,7 @@ import stat
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -79,6 +80,15 @@ class MappedFile:
             raise UnsafeCheckpointError(self.path, "is not a regular file; it was not read")
         self.size = status.st_size
         self._source = _map(self.path, descriptor.number, self.size) if self.is_mapped else descriptor
+
+    @classmethod
+    def of_descriptor(cls, path: Path, descriptor: int) -> Self:
+        """Read a regular file that the caller has open, and may close. It is not mapped."""
+        file = cls.__new__(cls)
+        file.path, file.is_mapped = path, False
+        file.size = os.fstat(descriptor).st_size
+        file._source = _Descriptor(os.dup(descriptor))
+        return file
 
     def tensor(self, offset: int, nbytes: int) -> Tensor:
         """Return a uint8 tensor (``nbytes``,) of a byte range, as ``view`` gives it.

@@ -172,6 +172,7 @@ class _Layout:
         self._groups: dict[Kind, dict[int, tuple[int, list[int]]]] = {}
         self._own: dict[int, list[tuple[int, list[int]]]] = {}
         self._slots: dict[Kind, tuple[list[int], np.ndarray]] = {}
+        self._picked: dict[tuple[bytes, bytes], tuple[np.ndarray, np.ndarray]] = {}
         for number, group in enumerate(groups):
             for (kind, rank), entries in group.places.items():
                 if rank < 0:
@@ -194,9 +195,12 @@ class _Layout:
                 numbers.append(number)
         parts = [alone[rank, number] for number in numbers]
         lengths = np.array([len(part) for part in parts], dtype=np.int64)
-        firsts, counts = np.cumsum(lengths) - lengths, lengths[slots]
-        starts = np.cumsum(counts) - counts
-        picked = np.repeat(firsts[slots] - starts, counts) + np.arange(counts.sum())
+        key = slots.tobytes(), lengths.tobytes()
+        if key not in self._picked:  # as large as a rank has boxes, and the same for most ranks
+            firsts, counts = np.cumsum(lengths) - lengths, lengths[slots]
+            starts = np.cumsum(counts) - counts
+            self._picked[key] = starts, np.repeat(firsts[slots] - starts, counts) + np.arange(counts.sum())
+        starts, picked = self._picked[key]
         return starts, np.concatenate([np.zeros(0, dtype=bool), *parts])[picked]
 
     def _slots_of(self, kind: Kind) -> tuple[list[int], np.ndarray]:

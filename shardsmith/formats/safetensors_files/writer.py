@@ -19,6 +19,8 @@ from shardsmith.errors import TargetExistsError, UsageError, WriteError
 from shardsmith.formats.safetensors_files.header import TensorPlacement
 from shardsmith.formats.safetensors_files.plan import FilePlan
 from shardsmith.ground.commit import writing
+from shardsmith.ground.file_tensor import FileTensor
+from shardsmith.ground.mapped import MappedFile
 from shardsmith.ground.memory import as_integers, memory_of
 from shardsmith.tensors.tensors import Chunk, Shape, row_major_blocks
 
@@ -136,6 +138,17 @@ class SafetensorsFileWriter:
             for _, part, block in _contiguous_blocks(values):
                 offsets = tuple(map(sum, zip(box.offsets, part.offsets, strict=True)))
                 self._write_block(placement, shape, Chunk(offsets, part.sizes), block)
+
+    def stored(self, name: str, shape: Shape | None = None) -> FileTensor:
+        """Return what the file holds of a tensor now, in another shape of as many elements if one is given.
+
+        Reading it raises CheckpointError if it cannot be read.
+        """
+        placement = self.plan.tensors[name]
+        with writing(self.path, "reading what was written"):
+            file = MappedFile.of_descriptor(self.path, self._descriptor)
+        shape = placement.spec.shape if shape is None else shape
+        return FileTensor.contiguous(file, placement.begin, shape, placement.spec.dtype)
 
     def sync(self) -> None:
         """Return when all that was written is on the disk. Raises WriteError."""
