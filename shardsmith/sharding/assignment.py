@@ -107,6 +107,8 @@ class _Group:
     itemsizes: list[int] = field(default_factory=list)
     places: dict[tuple[Kind, int], list[int]] = field(default_factory=dict)
     """By kind and rank, or -1 for all ranks of the kind: the positions of the names there."""
+    arrays: dict[tuple[Kind, int], np.ndarray] = field(default_factory=dict)
+    """The same, as far as ``entries`` was asked for it."""
     kinds: dict[int, tuple[Kind, int]] = field(default_factory=dict)
     """By rank that holds them, the key in ``places``."""
     counts: dict[int, int] = field(default_factory=dict)
@@ -116,7 +118,10 @@ class _Group:
 
     def entries(self, rank: int) -> np.ndarray:
         """Return the positions of the names in what a rank holds."""
-        return np.array(self.places[self.kinds[rank]], dtype=np.int64)
+        key = self.kinds[rank]
+        if key not in self.arrays:
+            self.arrays[key] = np.array(self.places[key], dtype=np.int64)
+        return self.arrays[key]
 
 
 def _groups(

@@ -78,9 +78,12 @@ class SharedBoxes:
             ledger, negative = of_size[sizes[begin]]
             load, run = loads[ledger], boxes[begin:end]
             for batch in self._batches(sets[run], run):
-                chosen = self._least_loaded(load, run[batch])
+                if len(batch) > 1 and sets[run[batch[0]]] == sets[run[batch[1]]]:
+                    chosen = self._fewest_first(load, run[batch], -negative)
+                else:
+                    chosen = self._least_loaded(load, run[batch])
                 found[begin + batch] = chosen
-                load[self._flat_ranks[chosen]] -= negative
+                np.add.at(load, self._flat_ranks[chosen], -negative)
         yield from self._by_rank(self._flat_ranks[found], boxes, tensors, self._flat_positions[found])
 
     def _in_order(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -107,16 +110,44 @@ class SharedBoxes:
             yield rank, self._entries[groups[begin]](rank)[tensors[mine]], positions[mine]
 
     def _batches(self, sets: np.ndarray, boxes: np.ndarray) -> Iterator[np.ndarray]:
-        """Yield positions of boxes of one size that can be given away at once, since no rank holds two of a batch."""
+        """Yield positions of boxes of one size that can be given away at once.
+
+        All of them are held by the same ranks, or no rank holds two of them.
+        """
         begins = np.concatenate([[0], np.flatnonzero(np.diff(sets)) + 1])
         ranks = np.concatenate([self._ranks[box] for box in boxes[begins]])
         if len(np.unique(ranks)) < len(ranks):  # sets that overlap: one box after the other
             yield from np.arange(len(boxes))[:, None]
             return
         lengths = np.diff(begins, append=len(boxes))
+        if lengths.max() > len(begins):  # as many batches as there are sets, or as a set has boxes
+            yield from np.split(np.arange(len(boxes)), begins[1:])
+            return
         turns = np.arange(len(boxes)) - np.repeat(begins, lengths)  # the how-manieth of its set
         order = _order(turns)
         yield from np.split(order, np.flatnonzero(np.diff(turns[order])) + 1)
+
+    def _fewest_first(self, load: np.ndarray, boxes: np.ndarray, nbytes: int) -> np.ndarray:
+        """As ``_least_loaded`` for one box after the other, all of them held by the same ranks.
+
+        What a rank would have after each box that it might get is an arithmetic progression; the boxes go to the
+        smallest of these numbers.
+        """
+        first, width = self._firsts[boxes[0]], self._widths[boxes[0]]
+        own, size, count = load[self._flat_ranks[first : first + width]], max(nbytes, 1), len(boxes)
+        low, high = int(own.min()), int(own.min()) + size * count
+        while low < high:  # the smallest level up to which there are enough numbers
+            level = (low + high) // 2
+            if np.maximum((level - own) // size + 1, 0).sum() < count:
+                low = level + 1
+            else:
+                high = level
+        terms = np.maximum((low - own) // size + 1, 0)
+        columns = np.repeat(np.arange(width), terms)
+        steps = np.arange(len(columns)) - np.repeat(np.cumsum(terms) - terms, terms)
+        chosen = columns[np.lexsort((columns, own[columns] + steps * size))[:count]]
+        found: np.ndarray = self._firsts[boxes] + chosen
+        return found
 
     def _least_loaded(self, load: np.ndarray, boxes: np.ndarray) -> np.ndarray:
         """Of the holders of each box the one with the least to do, by its place in the flat arrays."""
