@@ -9,8 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType, fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from shardsmith.errors import CheckpointError, IncompleteCheckpointError
 from shardsmith.formats.by_path import detect_checkpoint_format, model_names, open_source
@@ -45,6 +48,43 @@ def hsdp_state() -> dict[str, Any]:
     net = make_net()
     fully_shard(net, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
     return net.state_dict()
+
+
+def mesh_2d() -> DeviceMesh:
+    return init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("dp", "tp"))
+
+
+def tp_state() -> dict[str, Any]:
+    """Tensor parallel within FSDP2: rows are cut twice, by the inner mesh first."""
+    net, mesh = make_net(), mesh_2d()
+    parallelize_module(net, mesh["tp"], {"body": ColwiseParallel(), "head": RowwiseParallel()})
+    fully_shard(net, mesh=mesh["dp"])
+    return net.state_dict()
+
+
+def hsdp_tp_state() -> dict[str, Any]:
+    net = make_net()
+    mesh = init_device_mesh("cpu", (2, 2, 2), mesh_dim_names=("replicate", "shard", "tp"))
+    parallelize_module(net, mesh["tp"], {"body": ColwiseParallel(), "head": RowwiseParallel()})
+    fully_shard(net, mesh=mesh["replicate", "shard"])
+    return net.state_dict()
+
+
+def strided_otherwise() -> dict[str, Any]:
+    """Strides that no trainer makes: they are not guessed at."""
+    state = tp_state()
+    weight = state["body.weight"]
+    place = (_StridedShard(0, split_factor=3), Shard(0))
+    object.__setattr__(weight._spec, "placements", place)
+    return {"body.weight": weight}
+
+
+def cut_by_the_order_of_the_mesh() -> dict[str, Any]:
+    """Rows cut twice by DTensor itself: by the outer mesh first."""
+    mesh = mesh_2d()
+    placed = {"body.weight": [Shard(0), Shard(0)], "head.weight": [Shard(1), Shard(0)], "body.bias": [Shard(0)] * 2}
+    state: dict[str, Any] = make_net().state_dict()
+    return state | {name: distribute_tensor(state[name], mesh, placements) for name, placements in placed.items()}
 
 
 def fsdp1_state(kind: StateDictType) -> dict[str, Any]:
@@ -90,6 +130,11 @@ def read(folder: Path) -> dict[str, Tensor]:
         (2, VERL, fsdp2_state),
         (3, VERL, fsdp2_state),
         (4, VERL, hsdp_state),
+        (4, VERL, tp_state),
+        (6, VERL, tp_state),
+        (8, VERL, hsdp_tp_state),
+        (4, VERL, cut_by_the_order_of_the_mesh),
+        (6, VERL, cut_by_the_order_of_the_mesh),
         (2, VERL, sharded_state),
         (2, "model.rank_{rank}.pth", fsdp2_state),
         (2, "pytorch_model_rank{rank}.bin", sharded_state),
@@ -104,6 +149,12 @@ def test_the_files_of_ranks_are_put_together(tmp_path: Path, ranks: int, name: s
     found = read(folder)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[key], value) and found[key].dtype == value.dtype for key, value in expected.items())
+
+
+def test_other_strides_are_refused(tmp_path: Path) -> None:
+    folder = save(tmp_path, 4, VERL, strided_otherwise)
+    with pytest.raises(CheckpointError, match=r"body\.weight is no plain tensor: DTensor"):
+        open_source(folder)
 
 
 @pytest.mark.parametrize("name", ["model.rank_{rank}.pth", "pytorch_model_fsdp_0_rank{rank}.bin"])

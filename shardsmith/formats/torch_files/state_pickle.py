@@ -65,6 +65,8 @@ _SPECS = {
 }
 _PLACEMENTS = ("torch.distributed.tensor.placement_types", "torch.distributed._tensor.placement_types")
 _SPLIT = {Name(module, "Shard") for module in _PLACEMENTS}
+_STRIDED = {Name(module, "_StridedShard") for module in _PLACEMENTS}
+"""Of FSDP2 around tensor parallel: a cut of what later dimensions of the mesh have left."""
 _REPLICATED = {Name(module, "Replicate") for module in _PLACEMENTS}
 _SIZE = Name("torch", "Size")
 _BESIDE = {  # what sharded tensors carry with them and we have no use for
@@ -89,6 +91,7 @@ _NAMES = (
     | _DTENSORS
     | _SPECS
     | _SPLIT
+    | _STRIDED
     | _REPLICATED
     | _BESIDE
     | {_FROM_TYPE, _WRAPPER, _SHARDED, _SHARD, _SHARD_PLACE, _SHARDED_FACTS, _MESH, _SIZE}
@@ -198,6 +201,10 @@ def _stated_dtype(metadata: object) -> torch.dtype:
     return DTYPES[found]
 
 
+_Cut = tuple[int, int, object]
+"""Of one dimension of a mesh: its size, this rank's place in it, and the placement."""
+
+
 def _dtensor(state: object) -> SavedState:
     """The local tensor, and the spec that says how the mesh cuts the whole."""
     fields = state[1] if type(state) is tuple and len(state) == 2 else state
@@ -215,15 +222,17 @@ def _dtensor(state: object) -> SavedState:
 
 
 def _local_box(shape: Shape, mesh: dict[object, object], placements: object) -> Chunk:
-    """Where the local tensor lies: each dimension of the mesh in turn cuts what is left, as ``torch.chunk`` does."""
+    """Where the local tensor lies: each dimension of the mesh cuts what is left, as ``torch.chunk`` does.
+
+    They do so in turn, but for strided ones, which come after all later dimensions that cut the same one of the tensor.
+    """
     sizes, place = _mesh_sizes(mesh), _numbers(mesh.get("_coordinate_on_dim"))
     if type(placements) is not tuple or not len(sizes) == len(place) == len(placements):
         raise UnusualPickleError("a DTensor whose placements do not fit its mesh")
     offsets, extents = [0] * len(shape), list(shape)
-    for count, index, placement in zip(sizes, place, placements, strict=True):
-        if type(placement) is Made and placement.of in _REPLICATED:
-            continue
-        dim = _fields(placement, _SPLIT).get("dim")
+    cuts = [cut for cut in zip(sizes, place, placements, strict=True) if not _is_a(cut[2], _REPLICATED)]
+    for count, index, placement in _in_order(cuts):
+        dim = _fields(placement, _SPLIT | _STRIDED).get("dim")
         if type(dim) is not int or not 0 <= dim < len(shape) or not 0 <= index < count:
             raise UnusualPickleError("a DTensor that is cut along a dimension that it does not have")
         step = -(-extents[dim] // count)
@@ -231,6 +240,24 @@ def _local_box(shape: Shape, mesh: dict[object, object], placements: object) -> 
         offsets[dim] += start
         extents[dim] = min(step, extents[dim] - start)
     return Chunk(tuple(offsets), tuple(extents))
+
+
+def _is_a(value: object, kinds: set[Name]) -> bool:
+    return type(value) is Made and value.of in kinds
+
+
+def _in_order(cuts: list[_Cut]) -> list[_Cut]:
+    """The cuts in the order in which they were made: a strided one comes first in the mesh, and last here.
+
+    Raises UnusualPickleError for other strides than those of FSDP2 around tensor parallel.
+    """
+    if not any(_is_a(placement, _STRIDED) for _, _, placement in cuts):
+        return cuts
+    fields = _fields(cuts[0][2], _STRIDED)
+    later = [count for count, _, placement in cuts[1:] if _fields(placement, _SPLIT).get("dim") == fields.get("dim")]
+    if fields.get("split_factor") != math.prod(later):
+        raise UnusualPickleError("a DTensor that is cut in strides in another way than FSDP2 cuts it")
+    return [*cuts[1:], cuts[0]]
 
 
 def _mesh_sizes(mesh: dict[object, object]) -> Shape:
