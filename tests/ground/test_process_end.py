@@ -62,8 +62,9 @@ def run_without_one(folder: Path) -> None:
             time.sleep(0.05)
         dist.destroy_process_group()
         return
-    expected = ["not all ranks came to the end: no word of rank 2: a rank is late within 0.5 s"]
-    assert warnings_of_finish(0.5) == expected
+    first, *_ = warnings_of_finish(0.5)
+    assert first.startswith("not all ranks came to the end: no word of rank 2: ")
+    assert first.endswith(" within 0.5 s")
     (folder / str(rank)).touch()
 
 
@@ -73,9 +74,13 @@ def test_all_ranks_say_which_one_did_not_come(tmp_path: Path) -> None:
     run_on_ranks(run_without_one, 3, tmp_path, folder)
 
 
-SERVER = (
-    "import torch.distributed as d, time; s = d.TCPStore('127.0.0.1', 0, is_master=True); print(s.port, flush=True)"
-)
+SERVER = """
+import time
+import torch.distributed as dist
+store = dist.TCPStore("127.0.0.1", 0, is_master=True)
+print(store.port, flush=True)
+time.sleep(1000)
+"""
 
 
 def run_with_store_of(port: int, server: int) -> None:
@@ -88,8 +93,8 @@ def run_with_store_of(port: int, server: int) -> None:
         os.kill(server, signal.SIGSTOP)
     dist.barrier()
     process_end._ANSWER_SECS = 1.0
-    (line,) = warnings_of_finish(0.5)
-    assert line.endswith("the job's store, which rank 0 or the launcher holds, does not answer")
+    first, *_ = warnings_of_finish(0.5)
+    assert first.endswith("the job's store, which rank 0 or the launcher holds, does not answer")
 
 
 def test_a_store_that_does_not_answer_is_not_waited_for_for_ever(tmp_path: Path) -> None:
