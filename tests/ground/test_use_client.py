@@ -117,6 +117,7 @@ def test_a_client_of_ones_own_of_any_kind_keeps_the_rule(
 
 def test_an_address_without_tls_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(object_store, "_clients", {})
+    monkeypatch.delenv("AWS_ALLOW_HTTP", raising=False)  # of a server that another test has used in this process
     client = obstore.store.S3Store(
         "b", endpoint="http://127.0.0.1:9", access_key_id="a", secret_access_key="b", region="x"
     )
