@@ -34,9 +34,9 @@ from shardsmith.ground.mapped import MappedFile
 from shardsmith.manifest.metadata import CheckpointMetadata, FileRecord
 from shardsmith.tensors.tensors import Chunk, Shape, TensorSpec
 
-from .scale import llama_405b, separate_experts
+from .scale_models import Model, llama_405b, separate_experts
 
-MODELS = {"Llama 405B": (llama_405b, (8, 64, 512)), "48 x 128 separate experts": (separate_experts, (2, 8))}
+MODELS = {"Llama 405B": (llama_405b, (8, 64, 256)), "48 x 128 separate experts": (separate_experts, (2, 8))}
 """What makes the shapes of each, and the numbers of ranks; the weights alone, and a scalar for each."""
 _MOST_GROWTH = 1.2
 
@@ -51,6 +51,11 @@ class Found:
     """Of the processor."""
     memory: int
     """Growth of the peak, in bytes."""
+
+
+def shapes_of(model: Model) -> dict[str, Shape]:
+    """Return the shapes alone: FSDP does not ask which dimension tensor parallelism would cut."""
+    return {name: shape for name, (shape, _) in model.items()}
 
 
 def box_of(shape: Shape, rank: int, ranks: int) -> Chunk:
@@ -158,7 +163,7 @@ def main(models: tuple[str, ...] = tuple(MODELS), json_file: Path | None = None)
     console, failed, everything = Console(soft_wrap=True, width=150), [], {}
     for name in models:
         make, sizes = MODELS[name]
-        shapes = make()
+        shapes = shapes_of(make())
         found = {ranks: measure(shapes, ranks) for ranks in sizes}
         everything[name] = found
         table = Table("ranks", "boxes", "by .metadata: read, processor, memory", "by .boxes", title=name)

@@ -1,0 +1,25 @@
+"""What ``make bench-scale`` measures can be measured: here of a small model."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.resume_index import MODELS, box_of, measure, shapes_of
+from benchmarks.scale_models import Model
+
+SMALL: Model = {"embed.weight": ((16, 8), 0), "layers.0.wo.weight": ((8, 8), 1), "norm.weight": ((8,), None)}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_ranks_of_each_model_hold_all_of_each_tensor_together(name: str) -> None:
+    make, sizes = MODELS[name]
+    for shape in set(shapes_of(make()).values()):
+        boxes = [box_of(shape, rank, sizes[-1]) for rank in range(sizes[-1])]
+        assert sum(box.sizes[0] for box in boxes) == shape[0]
+
+
+def test_a_rank_reads_less_of_the_index_by_boxes() -> None:
+    found = {ranks: measure(shapes_of(SMALL), ranks) for ranks in (2, 8)}
+    assert found[8]["count"] > found[2]["count"]
+    for row in found.values():
+        assert 0 < row["by .boxes"]["nbytes"] < row["by .metadata"]["nbytes"]
