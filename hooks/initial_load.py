@@ -87,9 +87,9 @@ class InitialLoad(Hook):
             raise
         self.emit(event_of("verify", step, self.path, watch, self._ranks.size))
         if step > 0 and self._ranks.is_leader:
-            mended = f"; repaired {', '.join(repaired)}" if repaired else ""
+            note = f"; repaired {', '.join(repaired)}" if repaired else ""
             log.info(
-                "resumed at step %d: %s is not loaded, non-persistent buffers are right%s", step, self.path, mended
+                "resumed at step %d: %s is not loaded, non-persistent buffers are right%s", step, self.path, note
             )
 
     def _verify(self, step: int) -> Sequence[str]:

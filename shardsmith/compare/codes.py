@@ -15,7 +15,7 @@ class Code:
     severity: Severity
     effect: str
     """On the loss at the start of training."""
-    mend: str
+    fix: str
 
 
 _CONVERT = "convert again: shardsmith to-dcp --base-model MODEL --output-dir NEW"

@@ -34,14 +34,14 @@ class Finding:
         return CODES[self.code].effect
 
     @property
-    def mend(self) -> str:
-        """Cure."""
-        return CODES[self.code].mend
+    def fix(self) -> str:
+        """How to fix it."""
+        return CODES[self.code].fix
 
     def as_dict(self) -> dict[str, Any]:
         """Return the finding as plain values, for JSON."""
-        names = ("code", "severity", "where", "expected", "found", "effect", "mend")
-        return {name: getattr(self, name) for name in names}
+        names = ("code", "severity", "where", "expected", "found", "effect", "fix")
+        return {name: getattr(self, name) for name in names} | {"mend": self.fix}  # its older name
 
 
 @dataclass(frozen=True, slots=True)

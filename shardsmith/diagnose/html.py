@@ -94,7 +94,7 @@ def _finding(finding: Finding, diagnosis: Diagnosis) -> str:
         "expected": safe(finding.expected),
         "found": safe(finding.found),
         "effect on the loss": safe(finding.effect),
-        "how to mend it": safe(_filled_in(finding.mend, diagnosis)),
+        "how to fix it": safe(_filled_in(finding.fix, diagnosis)),
     }
     cells = "".join(f"<tr><th>{name}</th><td>{text}</td></tr>" for name, text in rows.items())
     title = f"{code_link(finding.code)} ({finding.severity})"
@@ -108,7 +108,7 @@ def _names(names: tuple[str, ...]) -> str:
     return f"<details><summary>{len(names)} of them</summary>{listed}</details>"
 
 
-def _filled_in(mend: str, diagnosis: Diagnosis) -> str:
-    """A cure with the paths of this checkpoint and this model in its commands."""
+def _filled_in(fix: str, diagnosis: Diagnosis) -> str:
+    """The fix with the paths of this checkpoint and this model in its commands."""
     words = {"MODEL": diagnosis.model, "CKPT": diagnosis.checkpoint, "NEW": f"{diagnosis.checkpoint}-converted"}
-    return re.sub(rf"\b({'|'.join(words)})\b", lambda match: shlex.quote(words[match[1]]), mend)
+    return re.sub(rf"\b({'|'.join(words)})\b", lambda match: shlex.quote(words[match[1]]), fix)

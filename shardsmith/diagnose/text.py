@@ -99,7 +99,7 @@ def _lines(finding: Finding) -> list[tuple[str, str]]:
         ("expected", shorten(finding.expected)),
         ("found", shorten(finding.found)),
         ("the loss", finding.effect),
-        ("mend", finding.mend),
+        ("fix", finding.fix),
     ]
 
 

@@ -52,7 +52,7 @@ def not_readable(path: Path, error: OSError) -> CheckpointError:
     elif error.errno in _FAILING:
         parts.append(
             "The disk or the network file system fails there: `dmesg` and whoever keeps it know more. Try again when "
-            "it is mended, or take another step or a copy on another disk"
+            "it is repaired, or take another step or a copy on another disk"
         )
     return CheckpointError(place, ". ".join(parts) + ".")
 

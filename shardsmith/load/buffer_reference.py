@@ -51,7 +51,7 @@ class BufferReference:
         return [fault for fault in faults if fault is not None]
 
     def repair(self, live: LiveWeights) -> list[str]:
-        """Overwrite those that are wrong and can be mended; their names. No communication."""
+        """Overwrite those that are wrong and can be repaired; return their names. No communication."""
         found = live.transient()
         mendable = [fault.name for fault in self.compare(live) if fault.code != "buffer-without-reference"]
         repaired = []

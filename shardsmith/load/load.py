@@ -167,8 +167,8 @@ def verify_buffers(
 
     def look() -> list[list[Any]]:
         reference = find_reference(live, as_path(path), read_record(as_path(path)), config, fresh)
-        mended = reference.repair(live) if repair_buffers else []
-        return [mended, [[fault.code, fault.name, fault.problem] for fault in reference.compare(live)]]
+        repaired = reference.repair(live) if repair_buffers else []
+        return [repaired, [[fault.code, fault.name, fault.problem] for fault in reference.compare(live)]]
 
     repaired, found = ranks.agree(
         "comparing buffers", look, lambda parts: [_united([part[i] for part in parts]) for i in (0, 1)]

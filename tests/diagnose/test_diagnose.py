@@ -380,7 +380,7 @@ def test_the_command_prints_a_report_json_and_html(
     assert main([*command, "--json"]) == 1
     (finding,) = json.loads(capsys.readouterr().out)["findings"]
     assert (finding["code"], finding["where"]) == ("extra-tensors", [evil])
-    assert all(finding[name] for name in ("severity", "expected", "found", "effect", "mend"))
+    assert all(finding[name] for name in ("severity", "expected", "found", "effect", "fix"))
 
 
 def test_a_good_checkpoint_exits_with_0_and_what_is_not_there_with_2(
