@@ -88,9 +88,7 @@ class InitialLoad(Hook):
         self.emit(event_of("verify", step, self.path, watch, self._ranks.size))
         if step > 0 and self._ranks.is_leader:
             note = f"; repaired {', '.join(repaired)}" if repaired else ""
-            log.info(
-                "resumed at step %d: %s is not loaded, non-persistent buffers are right%s", step, self.path, note
-            )
+            log.info("resumed at step %d: %s is not loaded, non-persistent buffers are right%s", step, self.path, note)
 
     def _verify(self, step: int) -> Sequence[str]:
         """The buffers that were repaired in a run that resumed."""
