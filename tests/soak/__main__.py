@@ -62,7 +62,7 @@ def _run(name: str, work: Path, until: float, chance: random.Random, options: ar
         return damage_all(work, until, chance, flips=options.flips)
     if name == "ends":
         return _ends(options.ends, until)
-    return inject_all(work, name, until)  # type: ignore[arg-type]
+    return inject_all(work, name, until, chance.randrange(4))  # type: ignore[arg-type]
 
 
 def _ends(count: int, until: float) -> Counter[str]:

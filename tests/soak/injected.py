@@ -43,17 +43,18 @@ class Injection:
     """Whether every event after it fails, too, until the step is over."""
 
 
-def inject_all(work: Path, kind: Literal["disk", "raise", "exit"], until: float) -> Counter[str]:
-    """Every point of both ranks, to the end or until a time of ``time.monotonic``."""
+def inject_all(work: Path, kind: Literal["disk", "raise", "exit"], until: float, first_error: int = 0) -> Counter[str]:
+    """Every point of both ranks, to the end or until a time of ``time.monotonic``. Errors of the disk take turns."""
     found: Counter[str] = Counter()
-    ways = [(error, lasting) for error in ERRORS for lasting in (False, True)] if kind == "disk" else [(0, False)]
-    open_ways = [(victim, *way) for victim in (0, 1) for way in ways]
+    lasting_or_not = (False, True) if kind == "disk" else (False,)
+    open_ways = [(victim, lasting) for victim in (0, 1) for lasting in lasting_or_not]
     point = 0
     while open_ways and time.monotonic() < until:
         for way in [*open_ways]:
             if time.monotonic() > until:
                 break
-            victim, error, lasting = way
+            victim, lasting = way
+            error = ERRORS[(first_error + point + 2 * lasting) % len(ERRORS)]
             if not _one(work, Injection(kind, victim, point, error, lasting), found):
                 open_ways.remove(way)
         point += 1
@@ -67,7 +68,7 @@ def _one(work: Path, injection: Injection, found: Counter[str]) -> bool:
     job.folder.mkdir(parents=True)
     started = time.monotonic()
     pids = start_ranks(2, partial(_train, job, injection), job.folder / "log", job.folder / "store")
-    ends = wait_for(pids, 60)
+    ends = wait_for(pids, 100)
     was_reached = (job.folder / "reached").exists()
     if was_reached:
         found[f"{injection.kind}: injected"] += 1
