@@ -1,16 +1,20 @@
-"""Many ends of a training script, interpreter teardown included, of each kind of process group.
+"""Many ends of a training script, interpreter teardown included: of each kind of process group, and of the examples.
 
 python -m tests.soak.ends COUNT [--bare]: ``--bare`` ends without ``finish``, to show what it is for.
 """
 
 from __future__ import annotations
 
+import functools
 import gc
+import importlib
 import os
+import runpy
 import shutil
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +28,10 @@ from shardsmith.hooks import EMA, HFExport, Hooks, ShardedSave, every, finish, l
 from tests.hooks.training import build
 from tests.soak.forked import start_ranks, wait_for
 
-KINDS = ("ddp", "fsdp1", "fsdp2", "accelerate")
+GROUPS = ("ddp", "fsdp1", "fsdp2", "accelerate")
+PLACE = Path(__file__).parents[2] / "examples"
+EXAMPLES = ("fsdp2_loop.py", "accelerate_loop.py", "transformers_trainer.py")
+KINDS = (*GROUPS, *EXAMPLES)
 RANKS = 2
 
 
@@ -64,13 +71,33 @@ def run_script(kind: str, folder: Path, *, bare: bool) -> None:
         accelerator.end_training()
 
 
+def run_example(name: str, folder: Path) -> None:
+    """Run the example as a launcher does, in a folder that has its text and tokenizer."""
+    sys.argv = [name, "--directory", str(folder), "--steps", "10"]
+    runpy.run_path(str(PLACE / name), run_name="__main__")
+
+
+@functools.cache
+def prepare() -> Callable[[Path], None]:
+    """Import what the examples import, before ranks are forked. Returns what makes their text, tokenizer and config."""
+    sys.path.insert(0, str(PLACE))
+    for name in EXAMPLES:
+        runpy.run_path(str(PLACE / name))
+    return importlib.import_module("fsdp2_loop").prepare
+
+
 def count_ends(kind: str, count: int, *, bare: bool) -> Counter[str]:
     """How the ranks of so many jobs ended."""
     ends: Counter[str] = Counter()
     for number in range(count):
         root = Path(tempfile.mkdtemp(prefix="ends-"))
-        script = partial(run_script, kind, root / "run", bare=bare)
-        found = wait_for(start_ranks(RANKS, script, root / "log", root / "store"), 100)
+        if kind in EXAMPLES:
+            prepare()(root / "run")
+            pids = start_ranks(RANKS, partial(run_example, kind, root / "run"), root / "log", None)
+        else:
+            script = partial(run_script, kind, root / "run", bare=bare)
+            pids = start_ranks(RANKS, script, root / "log", root / "store")
+        found = wait_for(pids, 100)
         ends.update(map(str, found))
         if any(found):
             print(f"{kind} {number}: {found}", *[(root / f"log.{rank}").read_text() for rank in range(RANKS)])
@@ -84,7 +111,7 @@ def main() -> int:
     import torch.profiler  # noqa: F401
 
     gc.freeze()
-    found = {kind: count_ends(kind, count, bare=bare) for kind in KINDS}
+    found = {kind: count_ends(kind, count, bare=bare) for kind in (GROUPS if bare else KINDS)}
     for kind, ends in found.items():
         print(f"{kind}: {dict(ends)}", flush=True)
     return any(set(ends) != {"0"} for ends in found.values())

@@ -14,12 +14,18 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from tests.ports import free_ports
+
 HUNG = "hung"
 
 
-def start_ranks(size: int, body: Callable[[], None], log: Path, store: Path) -> list[int]:
-    """Fork the ranks; each joins the job, calls ``body`` and ends as a script does. Returns their pids."""
-    return [_start(rank, size, body, Path(f"{log}.{rank}"), store) for rank in range(size)]
+def start_ranks(size: int, body: Callable[[], None], log: Path, store: Path | None) -> list[int]:
+    """Fork the ranks; each joins the job, calls ``body`` and ends as a script does. Returns their pids.
+
+    Without a store, ``body`` joins the job, as a script does under a launcher.
+    """
+    (port,) = free_ports(1)
+    return [_start(rank, size, body, Path(f"{log}.{rank}"), store, port) for rank in range(size)]
 
 
 def wait_for(pids: list[int], limit_secs: float) -> list[int | str]:
@@ -38,7 +44,7 @@ def wait_for(pids: list[int], limit_secs: float) -> list[int | str]:
     return [ends[pid] for pid in pids]
 
 
-def _start(rank: int, size: int, body: Callable[[], None], log: Path, store: Path) -> int:
+def _start(rank: int, size: int, body: Callable[[], None], log: Path, store: Path | None, port: int) -> int:
     sys.stdout.flush()
     if pid := os.fork():
         return pid
@@ -48,8 +54,13 @@ def _start(rank: int, size: int, body: Callable[[], None], log: Path, store: Pat
     faulthandler.enable()
     faulthandler.dump_traceback_later(95)  # not before it is held for hung: this can crash one that runs
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=30)
-    )
+    if store is None:
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in place.items()})
+    else:
+        dist.init_process_group(
+            "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=30)
+        )
     body()
     sys.exit(0)  # takes the interpreter down, as at the end of a script
