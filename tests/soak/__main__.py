@@ -18,7 +18,7 @@ from collections import Counter
 from pathlib import Path
 
 from tests.soak.damage import damage_all
-from tests.soak.ends import KINDS, count_ends
+from tests.soak.ends import EXAMPLES, GROUPS, count_ends
 from tests.soak.injected import inject_all
 from tests.soak.kills import kill_at_random
 from tests.soak.remote import kill_remote
@@ -67,10 +67,9 @@ def _run(name: str, work: Path, until: float, chance: random.Random, options: ar
 
 def _ends(count: int, until: float) -> Counter[str]:
     found: Counter[str] = Counter()
-    for number in range(count):
+    for kind in [*GROUPS] * count + [*EXAMPLES] * count:
         if time.monotonic() > until:
             break
-        kind = KINDS[number % len(KINDS)]
         for end, times in count_ends(kind, 1, bare=False).items():
             found[f"{kind}: ranks that ended with 0" if end == "0" else f"fault: {kind}: ended with {end}"] += times
     return found
@@ -81,7 +80,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--kills", type=int, default=1000)
     parser.add_argument("--remote-kills", type=int, default=200, help="of runs in an object store")
-    parser.add_argument("--ends", type=int, default=200 * len(KINDS))
+    parser.add_argument("--ends", type=int, default=200, help="of each kind, those of the examples last")
     parser.add_argument("--flips", type=int, default=40, help="of every file")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 32))
     parser.add_argument("--only", nargs="+", choices=[*SHARES], default=[*SHARES])

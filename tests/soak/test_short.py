@@ -9,7 +9,7 @@ import pytest
 
 pytestmark = pytest.mark.long
 
-SHORT = ["--minutes", "2", "--kills", "6", "--flips", "3", "--ends", "4", "--only", "kills", "damage", "ends"]
+SHORT = ["--minutes", "2", "--kills", "6", "--flips", "3", "--ends", "1", "--only", "kills", "damage", "ends"]
 
 
 def test_a_short_soak_finds_no_fault() -> None:
