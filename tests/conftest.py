@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with long tests first: processes that share the files then end at about the same time."""
     with_long = {item.path for item in items if item.get_closest_marker("long")}
     items.sort(key=lambda item: item.path not in with_long)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_environment() -> Iterator[None]:
+    """No file of tests leaves its variables, such as those of a server, to the next one."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 KINDS = (*FROM_TRANSFORMERS, "odd")
