@@ -33,6 +33,8 @@ _chance = random.Random()  # the training's own generator must go on as if nobod
 _LONG_SECS = 86400.0  # stores count milliseconds in 32 bits
 _PREFIX = "shardsmith/alive"
 _current: _Answering | None = None
+_silent: set[int] = set()
+"""Ranks of this job that gave no sign of life when they were last asked; nobody waits for them a second time."""
 
 
 def default_store() -> Any:
@@ -45,6 +47,7 @@ def answer_from_now_on() -> None:
     global _current
     store = default_store()
     if _current is None or _current.store is not store:
+        _silent.clear()  # they were of another job
         _current = _Answering(store, dist.get_rank())
 
 
@@ -68,7 +71,6 @@ def await_keys(
     ranks: Sequence[int],
     limit_secs: float,
     *,
-    known_dead: Sequence[int] = (),
     give_up: Callable[[], bool] = lambda: False,
 ) -> None:
     """Wait until every key is in the store.
@@ -78,7 +80,6 @@ def await_keys(
         keys: The keys to wait for.
         ranks: Which rank sets each key.
         limit_secs: How long to wait, in seconds.
-        known_dead: Ranks that gave no sign of life before; they are not waited for a second time.
         give_up: Asked about once a second, whether waiting has become pointless.
 
     Raises:
@@ -86,7 +87,8 @@ def await_keys(
     """
     rank_of = dict(zip(keys, ranks, strict=True))
     pending = list(keys)
-    deadline, look = time.monotonic() + limit_secs, time.monotonic() + (0 if known_dead else _FIRST_LOOK_SECS)
+    deadline = time.monotonic() + limit_secs
+    look = time.monotonic() + (_FIRST_LOOK_SECS if _silent.isdisjoint(ranks) else 0)
     wanted = pending[:_ASKED_AT_ONCE]
     while pending:
         if _are_there(store, wanted, min(look, deadline, time.monotonic() + _SLICE_SECS)):
@@ -95,12 +97,13 @@ def await_keys(
         else:
             late = time.monotonic() >= deadline or give_up()
             if late or time.monotonic() >= look:
-                limit = _KNOWN_DEAD_SECS if late or known_dead else ANSWER_SECS
-                _require_life(store, pending, rank_of, limit)
+                is_known = not _silent.isdisjoint(rank_of[key] for key in pending)
+                _require_life(store, pending, rank_of, _KNOWN_DEAD_SECS if late or is_known else ANSWER_SECS)
                 look = time.monotonic() + max(_FIRST_LOOK_SECS, len(ranks) / 500)
             if late:
                 raise SilenceError([], None)
             wanted = pending[:1]  # to ask for several again and again would cost the store each time
+    _silent.difference_update(ranks)
 
 
 def _are_there(store: Any, keys: list[str], until: float) -> bool:
@@ -153,7 +156,14 @@ def find_dead(ranks: Sequence[int], store: Any, limit_secs: float = ANSWER_SECS)
         time.sleep(pause)
         pause = min(0.25, pause * 2)
         silent = [rank for rank in silent if store.add(f"{_PREFIX}/{rank}", 0) == before[rank]]
+    _silent.difference_update(ranks)
+    remember_silent(silent)
     return silent
+
+
+def remember_silent(ranks: Sequence[int]) -> None:
+    """Take these ranks for dead until they are heard of again, since this rank or rank 0 has asked them in vain."""
+    _silent.update(ranks)
 
 
 def was_heard_of(rank: int, store: Any) -> bool:

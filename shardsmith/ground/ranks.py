@@ -25,6 +25,7 @@ from shardsmith.ground.liveness import (
     answer_from_now_on,
     await_keys,
     default_store,
+    remember_silent,
     was_heard_of,
 )
 
@@ -73,7 +74,6 @@ class Ranks:
         self._answered: list[str] = []
         self._read: list[str] = []  # by every rank, so nobody needs them any more
         self._deleting: threading.Thread | None = None
-        self._dead: list[int] = []
         self._store: Any = own_connection() if self.size > 1 else None
         self._second_store: Any = None
         if self.size > 1:
@@ -223,7 +223,7 @@ class Ranks:
         """What the other ranks say, in rank order."""
         keys = self._keys(key)
         try:
-            self._wait(keys, range(1, self.size), self.timeout_secs)
+            await_keys(self._store, keys, range(1, self.size), self.timeout_secs)
             heard = [_Outcome.decode(self._whole(name, data)) for name, data in self._values(keys)]
         except SilenceError as silence:
             missing = [rank for rank, key_of_rank in enumerate(keys, 1) if not self._has(key_of_rank)]
@@ -243,7 +243,7 @@ class Ranks:
         outcome = self._get(f"{key}/verdict", phase, self.timeout_secs * 1.1 + 5)
         if outcome.error is not None:
             missing, reason = outcome.value
-            self._dead = missing if reason else []
+            remember_silent(missing if reason else ())
             raise RankTimeoutError(phase, missing, self.timeout_secs, reason)
         verdict: dict[str, Any] = outcome.value
         return verdict
@@ -309,19 +309,10 @@ class Ranks:
     def _get(self, key: str, phase: str, limit_secs: float) -> _Outcome:
         """What rank 0 says under a key."""
         try:
-            self._wait([key], [0], limit_secs)
+            await_keys(self._store, [key], [0], limit_secs)
             return _Outcome.decode(self._whole(key, self._store.get(key)))
         except SilenceError as silence:
             raise RankTimeoutError(phase, [0], self.timeout_secs, silence.reason) from silence.__cause__
-
-    def _wait(self, keys: Sequence[str], ranks: Sequence[int], limit_secs: float) -> None:
-        """Wait until every key is there, each to be put by one rank. Raises SilenceError."""
-        try:
-            await_keys(self._store, keys, ranks, limit_secs, known_dead=self._dead)
-        except SilenceError as silence:
-            self._dead = silence.dead
-            raise
-        self._dead = []
 
 
 def _delete(store: Any, keys: list[str]) -> None:

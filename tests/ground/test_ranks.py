@@ -5,7 +5,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,9 @@ import torch.multiprocessing as mp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from shardsmith.errors import RankError, RankFailedError, RanksDisagreeError, RankTimeoutError
-from shardsmith.ground.liveness import SilenceError, await_keys
+from shardsmith.ground import liveness
+from shardsmith.ground.liveness import ANSWER_SECS, SilenceError, await_keys, find_dead
+from shardsmith.ground.process_end import meet
 from shardsmith.ground.ranks import _DELETED_AT_ONCE, Ranks
 from tests.ranks import run_on_ranks
 
@@ -321,6 +323,35 @@ def run_with_slow_then_dead_rank() -> None:
             ranks.gather("committing", lambda: 1)
         assert error.value.missing == [2]
     assert time.monotonic() - started < 3600 / 60
+
+
+def test_who_is_known_to_be_dead_is_not_waited_for_again_by_anybody(tmp_path: Path) -> None:
+    run_on_ranks(run_with_dead_rank_and_other_objects, 3, tmp_path)
+
+
+def run_with_dead_rank_and_other_objects() -> None:
+    saves, exports = Ranks(timeout_secs=3600.0), Ranks(timeout_secs=3600.0)
+    saves.gather("in step", lambda: 1)
+    if saves.rank == 2:
+        os._exit(0)
+    limits: list[float] = []
+
+    def noted(asked: Sequence[int], store: Any, limit_secs: float) -> list[int]:
+        limits.append(limit_secs)
+        return find_dead(asked, store, limit_secs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(liveness, "find_dead", noted)
+        with pytest.raises(RankTimeoutError, match="rank 2 did not respond: no heartbeat"):
+            saves.gather("saving", lambda: 1)
+        first = len(limits)
+        with pytest.raises(RankTimeoutError, match="rank 2 did not respond: no heartbeat"):
+            exports.gather("exporting", lambda: 1)
+        meet("the end", 3600.0)
+    if saves.is_leader:  # the other one waits for what rank 0 says
+        assert limits[0] == ANSWER_SECS
+        assert len(limits) == first + 2
+        assert max(limits[first:]) <= 1.0
 
 
 def _keep_others_waiting(seconds: float) -> None:
