@@ -43,6 +43,7 @@ def count_tensors(plan: ConversionPlan, written: Mapping[str, TensorSpec]) -> li
         plan: The plan of the checkpoint.
         written: All tensors of the checkpoint, by key, as its index has them.
     """
+    # A nested checkpoint has its keys below "model."; the model and the heads know them without it.
     paths = {key: path[-1] for key, path in plan.containers.items()}
     found = {paths.get(key, key): spec for key, spec in written.items()}
     heads = {key: spec for head in plan.heads for key, spec in head.specs.items()}
@@ -51,6 +52,7 @@ def count_tensors(plan: ConversionPlan, written: Mapping[str, TensorSpec]) -> li
         blueprint.state_dict if blueprint else {**plan.model.specs, **{a: plan.model.specs[k] for a, k in tied.items()}}
     )
     parameters = {name: spec for name, spec in state.items() if not (blueprint and name in blueprint.buffers)}
+    # By kind, so that each tensor is counted once, and what is missing can be named by its kind.
     kinds = {
         "model parameters" if blueprint else "tensors of the files": [n for n in parameters if n not in tied],
         "tied: the same under another name": list(tied),
@@ -59,6 +61,7 @@ def count_tensors(plan: ConversionPlan, written: Mapping[str, TensorSpec]) -> li
     }
     expected = {**state, **heads}
     counts = [_count(what, names, found, expected) for what, names in kinds.items()]
+    # What nothing asks for makes the sum differ, also where every kind by itself is complete.
     unexpected = [name for name in found if name not in expected]
     whole = _count(_MEASURE if blueprint else "in all", [*expected, *unexpected], found, expected)
     return [*counts, whole, *([_transient(plan)] if blueprint else [])]

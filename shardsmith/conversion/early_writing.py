@@ -59,20 +59,28 @@ class EarlyWriting:
         Raises:
             CheckpointError, WriteError: what failed in the child.
         """
+        # Chunks lie in the order of the tensors, and heads come last: all before ``done`` are in the files as planned.
         done = next((i for i, chunk in enumerate(chunks) if not self._has(streams[chunk.key])), len(chunks))
         used = {streams[chunk.key].name for chunk in chunks[:done]}
+        # Bytes in the shards that no index will name.
         wasted = sum(chunk.nbytes for chunk in self._chunks if chunk.key not in used)
+        # A planned tensor that the child has, but behind one that it
+        # lacks, would be written twice: give up the early part.
         if not done or wasted > _MOST_WASTE or any(self._has(streams[chunk.key]) for chunk in chunks[done:]):
+            # First end the child: it could make a file after the others were deleted.
             self.stop()
             for file in self.attempt.directory.iterdir():
                 file.unlink()
             return None
         written = self._receive(progress)
+        # The child numbered its own chunks, of all tensors of the
+        # files; the plan numbers those of the model, in its order.
         numbers = {(chunk.key, chunk.first): i for i, chunk in enumerate(self._chunks)}
         renamed = Written(written.measured)
         names = {chunk.key: streams[chunk.key].name for chunk in chunks[:done]}
         for i, chunk in enumerate(chunks[:done]):
             renamed.places[i] = written.places[numbers[names[chunk.key], chunk.first]]
+        # Before the clear below: ``renamed`` shares ``measured`` with ``written``. The files' hashes stay as they are.
         digests = {key: written.measured.digests[name] for key, name in names.items()}
         renamed.measured.digests.clear()
         renamed.measured.digests.update(digests)
@@ -90,6 +98,8 @@ class EarlyWriting:
 
     def _receive(self, progress: Callable[[int], None] | None) -> Written:
         try:
+            # Until "done" or "error"; EOFError comes when the child has
+            # ended, since this process closed its copy of the other end.
             while True:
                 kind, value = self._connection.recv()
                 if kind == "bytes" and progress:
@@ -119,24 +129,30 @@ def early_writing(directory: Path, output: Path, dtype: torch.dtype | None) -> I
         return
     specs = {spec.name: spec for spec in cast_specs([*files.specs.values()], dtype)}
     chunks = plan_chunks(specs.values())
+    # The specs have the planned dtype, so that a cast happens here as it would in the ordinary way.
     streams = {name: Stream(spec, files, name) for name, spec in specs.items()}
     nbytes = sum(spec.nbytes for spec in specs.values())
     sweep(output.parent)
     with Attempt(output) as attempt:
+        # Before the fork: a full disk is reported at once, in this process.
         require_space(attempt.directory, nbytes)
         here, there = multiprocessing.Pipe(duplex=False)
+        # A fork, and no new interpreter: the child starts at once,
+        # with the mapped files, and nothing has to be pickled.
         child = multiprocessing.get_context("fork").Process(
             target=_write, args=(there, here, streams, chunks, attempt.directory), daemon=True
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of threads, which we have none of
             child.start()
+        # Else ``recv`` would wait for ever for a child that was killed: the pipe ends with its last writing end.
         there.close()
         shapes = {name: (spec.shape, spec.dtype) for name, spec in specs.items()}
         early = EarlyWriting(attempt, nbytes, shapes, chunks, child, here)
         try:
             yield early
         finally:
+            # Before the attempt deletes its directory: nobody may write into it any longer.
             early.stop()
             here.close()
             files.close()
@@ -144,15 +160,18 @@ def early_writing(directory: Path, output: Path, dtype: torch.dtype | None) -> I
 
 def _files(directory: Path) -> ModelSource | None:
     """The files, if their tensors are most likely those of the model, and if this process can be forked safely."""
+    # Ranks divide the writing among themselves, and a process with a process group must not be forked.
     ranks = int(os.environ.get("WORLD_SIZE", "1")) > 1 or torch.distributed.is_initialized()
     if isinstance(directory, RemotePath):  # the client of a store has threads, which must not be forked
         return None
+    # A fork has the calling thread alone: a lock that another one holds would stay locked in the child.
     if ranks or threading.active_count() > 1 or not (directory / CONFIG_FILE).is_file():
         return None
     try:
         files = open_source(directory)
     except CheckpointError:
         return None  # the plan says it, and better
+    # Here the files' tensors are not those of the model, so all of what a child writes would be thrown away.
     if any(_EXPERT.search(name) for name in files.specs):
         files.close()
         return None
@@ -190,6 +209,7 @@ class _Reports:
         self._nbytes = 0
 
     def add(self, nbytes: int) -> None:
+        # Under the lock: messages of two threads would mix in the pipe.
         with self._lock:
             self._nbytes += nbytes
             if self._nbytes >= _REPORT_BYTES:

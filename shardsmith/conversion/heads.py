@@ -83,6 +83,7 @@ def find_version(version: str) -> int:
     if not Path(version).exists():
         raise UsageError(f"--future_predictor_version {version}: give 1, 2, or a checkpoint that has such a head")
     with contextlib.closing(open_source(Path(version))) as source:
+        # What is left is the same for flat and nested keys, and for those of a wrapper.
         names = {name.rpartition("future_predictor.")[2] for name in source.specs}
     if names.isdisjoint(("ffn.0.weight", "gate_proj.weight")):
         raise UsageError(f"--future_predictor_version {version}: this checkpoint has no head of type mlp to tell it by")
@@ -98,9 +99,11 @@ def make_head(name: str, make: Callable[[], nn.Module], seed: int, dtype: torch.
         seed: Seed of the random numbers.
         dtype: Of its floating-point tensors; None keeps theirs.
     """
+    # On the CPU, so that the values are the same on every machine; the caller's own random numbers go on as before.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         state = make().state_dict()
+    # Contiguous and on the CPU: the bytes are written from this memory as they lie.
     return Head(name, {key: _cast(value.detach().cpu().contiguous(), dtype) for key, value in state.items()})
 
 

@@ -84,16 +84,19 @@ def open_conversion_model(
     except UnsupportedFormatError as error:
         return _unknown(files, str(error))
     blueprint = describe(model)
+    # Files that were saved from the inner model lack the prefix that the names of the whole model begin with.
     as_saved, files = files, _prefixed(files, blueprint, getattr(model, "base_model_prefix", ""))
     missing = _differences(files.specs, blueprint)
     if not missing:
         return _identity(files, blueprint, {} if files is as_saved else files.keys)
+    # The names in memory are not those of the files: the class's own renames may say how the one becomes the other.
     converted = _transformers_names(directory, files)
     if converted is None:
         raise _mismatch(directory, missing)
     try:
         return _restored(files, blueprint, converted, "transformers")
     except MismatchError as error:
+        # Report the shorter list: where the renames explain less than plain names do, they are not the cause.
         if len(error.problems) < len(missing):
             raise
         raise _mismatch(directory, missing) from None
@@ -103,6 +106,7 @@ def _prefixed(files: ModelSource, blueprint: Blueprint, prefix: str) -> ModelSou
     """The files under the names of the whole model, where they were saved from its inner one."""
     wanted = blueprint.state_dict
     names = {f"{prefix}.{n}" if n not in wanted and f"{prefix}.{n}" in wanted else n: n for n in files.specs}
+    # Two names would become one: then the prefix is not what the names differ by.
     if all(new == old for new, old in names.items()) or len(names) < len(files.specs):
         return files
     return ModelSource(files, names, filled=frozenset(), aliases={})
@@ -120,6 +124,7 @@ def _identity(files: ModelSource, blueprint: Blueprint, saved: Mapping[str, str]
     for name in blueprint.state_dict:
         kept = blueprint.tied.get(name)
         if kept is None:
+            # Of tied names the files may have an alias only; then the kept name is read from that.
             stored[name] = next(n for n in [name, *_aliases(name, blueprint.tied)] if n in files.specs)
         else:
             tied[name] = kept
@@ -190,6 +195,7 @@ def _transformers_names(directory: Path, files: ModelSource) -> NameMap | None:
 def _differences(found: Mapping[str, TensorSpec], blueprint: Blueprint) -> list[str]:
     problems = []
     for name, spec in blueprint.state_dict.items():
+        # A tied tensor counts as there under any of its names.
         names = [name, blueprint.tied.get(name, name), *_aliases(name, blueprint.tied)]
         stored = next((found[n] for n in names if n in found), None)
         if stored is None:
@@ -219,6 +225,7 @@ def _quantization(path: Path) -> str:
     if not (path / CONFIG_FILE).is_file():
         return ""
     config = read_config(path)
+    # Of a model of several parts, each part has a config of its own, such as "text_config".
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
     schemes = [part["quantization_config"] for part in parts if isinstance(part.get("quantization_config"), dict)]
     return str(schemes[0].get("quant_method", "quantization_config")) if schemes else ""
@@ -234,6 +241,7 @@ def _refuse_unequal_ties(files: ModelSource, tied: Mapping[str, str], stored: Ma
 def _refuse_different(files: ModelSource, twice: Mapping[str, str]) -> None:
     if not twice:
         return
+    # By digests: each tensor is streamed once, and neither has to be in memory.
     names = {*twice, *twice.values()}
     digests = digest_source(files, {name: files.specs[name].dtype for name in sorted(names)})
     lines = [f"{alias} and {kept}" for alias, kept in twice.items() if digests[alias] != digests[kept]]

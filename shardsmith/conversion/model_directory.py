@@ -11,6 +11,7 @@ from shardsmith.ground.remote_path import RemotePath, as_path
 from shardsmith.manifest.checkpoints import hash_file
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+# Weights of other libraries, and a second copy of the same ones: none of them is read here.
 _OTHER_WEIGHTS = ["*.pth", "*.h5", "*.msgpack", "*.gguf", "*.onnx", "original/*", "consolidated*"]
 _TOKENIZER = (
     "tokenizer*.json",
@@ -37,6 +38,7 @@ def find_model(name: str, *, fetch: bool = True) -> Path:
         CheckpointNotFoundError: it is nothing of that kind.
     """
     path = as_path(name)
+    # A local directory comes before a name of the Hub: both may look alike, such as "org/model".
     if path.exists():
         return path
     if isinstance(path, RemotePath):
@@ -50,6 +52,7 @@ def find_model(name: str, *, fetch: bool = True) -> Path:
             path, "there is no such directory; for names of the Hub, pip install 'shardsmith[transformers]'"
         ) from None
     try:
+        # The cache first, and without the network: it is asked only if the cache lacks something.
         return Path(snapshot_download(name, local_files_only=True))
     except Exception as error:  # it is not in the cache, or only in part
         if not fetch:
@@ -82,6 +85,7 @@ def hash_tokenizer(directory: Path) -> dict[str, str]:
         return {}
     names = sorted(path.name for path in directory.iterdir() if any(fnmatchcase(path.name, p) for p in _TOKENIZER))
     try:
+        # A cache of the Hub holds links into a folder of blobs; ``hash_file`` follows none.
         return {name: hash_file((directory / name).resolve()) for name in names if (directory / name).is_file()}
     except OSError as error:
         raise CheckpointError(directory, f"a file of the tokenizer cannot be read: {error}") from error

@@ -53,16 +53,20 @@ def plan_conversion(model: str, output: Path, options: ConversionOptions) -> Con
     """
     directory = find_model(model)
     protect(output, directory)
+    # Before the model is opened, which may import transformers and take seconds.
     refuse_existing(output)
     found = open_conversion_model(directory, names=options.names, trust_remote_code=options.trust_remote_code)
     specs = {spec.name: spec for spec in cast_specs([*found.specs.values()], options.dtype)}
     heads = _make_heads(directory, found, specs, options)
+    # Before any stream is made: a second one of the same key would silently replace the first.
     _refuse_collisions([*specs, *found.tied], heads, options.layout)
     streams = {name: Stream(spec, found.source, found.stored[name]) for name, spec in specs.items()}
     streams |= {key: Stream(spec, head, key) for head in heads for key, spec in head.specs.items()}
     prefix = f"{_NESTED}." if options.layout == "nested" else ""
     placed = {prefix + name: _renamed(stream, prefix + name) for name, stream in streams.items()}
     names = [*streams, *found.tied]
+    # Ranks that are told these names read them from the files. A
+    # head's values are in this process only, so they plan alone.
     stored = {prefix + name: found.files[name] for name in specs} if found.files is not None and not heads else None
     return ConversionPlan(
         output=output,
@@ -97,6 +101,7 @@ def _make_heads(
 
 
 def _usual_dtype(specs: Mapping[str, TensorSpec]) -> torch.dtype | None:
+    # By elements, not by tensors: norms may be many and in float32, and still be a small part.
     """The floating-point dtype of most elements."""
     counts: dict[torch.dtype, int] = {}
     for spec in specs.values():
@@ -113,6 +118,7 @@ def _hidden_size(directory: Path, model: ConversionModel) -> int:
     config: Mapping[str, Any] = (model.blueprint.config if model.blueprint else None) or {}
     if not config and (directory / CONFIG_FILE).is_file():
         config = read_config(directory)
+    # Of a model of several parts the width is in the config of one of them, such as "text_config".
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
     sizes = (part[name] for part in parts for name in _WIDTHS if isinstance(part.get(name), int))
     size = next(sizes, None)
@@ -127,10 +133,12 @@ def _refuse_collisions(names: Sequence[str], heads: Sequence[Head], layout: Layo
     problems = []
     for head in heads:
         problems += [f"{key}: of {head.name} and of {owners[key]}" for key in head.tensors if key in owners]
+        # The heads are looked up among each other, too: two of them may have the same keys.
         owners |= dict.fromkeys(head.tensors, head.name)
     if problems:
         lines = "\n  ".join(problems)
         raise UsageError(f"{len(problems)} keys would be used twice; nothing was written\n  {lines}")
+    # In a flat checkpoint the model's keys lie beside those of the optimizer, the average and so on.
     taken = sorted(name for name in owners if name.split(".", 1)[0] in NOT_A_MODEL)
     if taken and layout == "flat":
         raise UsageError(

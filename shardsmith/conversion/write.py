@@ -46,8 +46,11 @@ def convert(
         CheckpointError, WriteError: reading or writing failed, with several ranks as RankFailedError. Nothing became
             visible.
     """
+    # Filled on rank 0 alone. A list, so that ``finally`` finds
+    # the attempt also if the phase then fails on another rank.
     attempt: list[AnyAttempt] = []
     try:
+        # Before there is a directory: parts of different plans would make an index that fits no rank's files.
         ranks.agree(f"planning {plan.output.name}", lambda: _fingerprint(plan), _refuse_disagreement)
         attempt_id = ranks.lead(f"making the directory for {plan.output.name}", lambda: _begin(plan, attempt, early))
         directory = attempt_directory(plan.output, attempt_id)
@@ -55,16 +58,19 @@ def convert(
             f"writing {plan.output.name}",
             lambda: _write(plan, directory, ranks, progress, early),
             lambda parts: [list(asdict(count).values()) for count in _commit(plan, attempt[0], parts, ranks.size)],
+            # A part names each tensor and each chunk, so it grows with the model.
             large=True,
         )
         return [Count(*count) for count in counts]
     finally:
         plan.close()
+        # After a commit this does nothing; else what was written is deleted.
         for unfinished in attempt:
             unfinished.__exit__()
 
 
 def _begin(plan: WritePlan, attempt: list[AnyAttempt], early: EarlyWriting | None) -> str:
+    # The child has made and locked this directory, and checked the space; it is with one rank only.
     if early is not None:
         attempt.append(early.attempt)
         return early.attempt.id
@@ -85,6 +91,7 @@ def _write(
     """This rank's part, as JSON."""
     written, mine = Written(), divide(plan.chunks, range(len(plan.chunks)), ranks.size)[ranks.rank]
     if early is not None and (done := early.finish(plan.streams, plan.chunks, progress)) is not None:
+        # The child's files come first, so the numbers of the rest begin behind them.
         written, mine = done[0], range(done[1], len(plan.chunks))
     files = written.measured.files
     if mine or not files:
@@ -101,6 +108,7 @@ def _commit(plan: WritePlan, attempt: AnyAttempt, parts: list[dict[str, Any]], w
 
     assert isinstance(plan, ConversionPlan), "rank 0 makes the plan"
     measured = Measured.merge(parts)
+    # JSON has strings for keys.
     places = {int(i): Place(**place) for part in parts for i, place in part["places"].items()}
     specs = {key: stream.spec for key, stream in plan.streams.items()}
     indexes = write_indexes(
@@ -112,11 +120,14 @@ def _commit(plan: WritePlan, attempt: AnyAttempt, parts: list[dict[str, Any]], w
         attempt=attempt.id,
         aliases=plan.aliases,
     )
+    # After the shards, and metadata.json after all others: it records their sizes and hashes.
     for name, content in indexes.items():
         size = attempt.write(name, content)
         measured.files[name] = FileRecord(size=size, xxh3_128=xxhash.xxh3_128_hexdigest(content))
+    # A tied tensor is stored once; its other name has the same values, and so the same digest.
     for alias, kept in plan.aliases.items():
         measured.digests[alias] = measured.digests[kept]
+    # Read back through the reader that loads use: what the disk has is counted, not what was meant to be written.
     source = DcpSource(attempt.directory)
     try:
         source.check_archives()
@@ -141,6 +152,7 @@ def _commit(plan: WritePlan, attempt: AnyAttempt, parts: list[dict[str, Any]], w
 
 
 def _fingerprint(plan: WritePlan) -> str:
+    # Whatever decides which rank writes which chunk, and what the index says. The values are each rank's to read.
     specs = [[key, list(stream.spec.shape), str(stream.spec.dtype)] for key, stream in plan.streams.items()]
     text = json.dumps([specs, sorted(plan.aliases.items()), sorted(plan.containers)])
     return str(xxhash.xxh3_128_hexdigest(text.encode()))

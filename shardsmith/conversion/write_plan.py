@@ -78,11 +78,13 @@ def plan_on_ranks(ranks: Ranks, model: str, output: Path, options: ConversionOpt
         RanksDisagreeError: this rank sees other files than rank 0.
         RankFailedError: planning failed on a rank. With one rank, what ``plan_conversion`` raises.
     """
+    # Filled once, by the function that makes the plan on this rank: ``lead`` on rank 0, else ``follow``.
     plans: list[WritePlan] = []
 
     def lead() -> dict[str, Any] | None:
         plan = _planned(model, output, options)
         plans.append(plan)
+        # None tells the other ranks to plan by themselves: their tensors are not those of the files.
         if plan.stored is None:
             return None
         return {
@@ -97,6 +99,7 @@ def plan_on_ranks(ranks: Ranks, model: str, output: Path, options: ConversionOpt
         if not plans:
             plans.append(_planned(model, output, options) if told is None else _followed(told, model, output, options))
 
+    # A phase of its own, so that an error of one rank reaches all of them before anything is made.
     ranks.gather(f"planning {output.name}", follow)
     return plans[0]
 
@@ -113,6 +116,7 @@ def _followed(told: Mapping[str, Any], model: str, output: Path, options: Conver
     directory = find_model(model)
     files = open_source(directory)
     specs = {spec.name: spec for spec in cast_specs([*files.specs.values()], options.dtype)}
+    # With other files here than on rank 0, this rank would write other tensors than the index says.
     missing = sorted(set(told["stored"].values()) - specs.keys())
     if missing:
         raise RanksDisagreeError(f"{directory} has no {', '.join(missing)} here, but on rank 0; nothing was written")
