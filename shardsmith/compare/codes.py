@@ -18,6 +18,7 @@ class Code:
     fix: str
 
 
+# The HTML page puts the paths of the diagnosis for MODEL, CKPT and NEW.
 _CONVERT = "convert again: shardsmith to-dcp --base-model MODEL --output-dir NEW"
 _REPAIR = "rebuild the buffers after to_empty(): shardsmith.hooks.InitialLoad(..., repair_buffers=True)"
 _RANDOM = "as high as what these tensors contribute; the whole model at random starts at ln(vocabulary)"

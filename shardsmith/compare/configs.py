@@ -12,6 +12,7 @@ from shardsmith.errors import UnsupportedFormatError
 from shardsmith.hf.hf_directory import CONFIG_FILE
 from shardsmith.manifest.metadata import read_json
 
+# None is a value that a setting may have, so it cannot stand for one that is not there.
 _ABSENT = object()
 _NOT_THE_MODEL = frozenset(
     {"_name_or_path", "transformers_version", "architectures", "auto_map", "id2label", "label2id"}
@@ -73,6 +74,7 @@ def compare_configs(model: Mapping[str, Any], other: Mapping[str, Any], origin: 
     mine, theirs = _flat(model), _flat(other)
     names = [name for name in dict.fromkeys([*mine, *theirs]) if _differs(name, mine, theirs)]
     groups: dict[str, list[str]] = {}
+    # One finding for each cause, with all of its settings.
     for name in names:
         groups.setdefault(_code(name), []).append(name)
     for code, settings in groups.items():
@@ -80,6 +82,7 @@ def compare_configs(model: Mapping[str, Any], other: Mapping[str, Any], origin: 
 
 
 def _differs(name: str, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
+    # The first segment: inside "text_config" these names are settings of the model again.
     if name.split(".", 1)[0] in _NOT_THE_MODEL:
         return False
     one_value, other = mine.get(name, _ABSENT), theirs.get(name, _ABSENT)
@@ -91,6 +94,7 @@ def _differs(name: str, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> b
     return bool(one_value != other)
 
 
+# The last segment: a part's config, such as "text_config", has the settings of a whole one.
 def _code(name: str) -> str:
     last = name.rsplit(".", 1)[-1]
     if last in _HARMLESS:
@@ -108,6 +112,8 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
             flat |= _flat(value, f"{prefix}{name}.")
         else:
             flat[f"{prefix}{name}"] = value
+    # transformers 5 moves the old setting when it fills in
+    # defaults; a config that it does not know is read as it stands.
     if f"{prefix}rope_theta" in flat:
         flat.setdefault(f"{prefix}rope_parameters.rope_theta", flat[f"{prefix}rope_theta"])
         del flat[f"{prefix}rope_theta"]

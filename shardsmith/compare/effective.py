@@ -31,10 +31,12 @@ def unknown_kind(config: Mapping[str, Any]) -> str | None:
 
     Without transformers nothing is known of any kind: None.
     """
+    # A config with an auto_map brings its own class, which trust_remote_code lets transformers use.
     kind = config.get("model_type")
     if not isinstance(kind, str) or config.get("auto_map"):
         return None
     try:
+        # This module alone: it lists the kinds and imports no model.
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     except ImportError:
         return None

@@ -75,6 +75,7 @@ class Diagnosis:
     def faults(self) -> tuple[Finding, ...]:
         """Findings that are no notes, errors first."""
         found = [finding for level in self.levels for finding in level.findings if finding.severity != "note"]
+        # As words, "error" comes before "warning"; the sort keeps the order of finding within each.
         return tuple(sorted(found, key=lambda finding: finding.severity))
 
     @property
@@ -95,11 +96,13 @@ class Diagnosis:
     @property
     def exit_code(self) -> int:
         """0 clean, 1 faults, 2 nothing wrong was found but not all could be looked at."""
+        # A fault is a result, whatever else was not looked at; 2 only says that none was found so far.
         return 1 if self.faults else 2 if self.unseen else 0
 
     @property
     def verdict(self) -> str:
         """In a sentence or two: what is wrong, or where else to look."""
+        # Here and not above: ``verdict`` needs the classes of this file.
         from shardsmith.compare.verdict import verdict_of
 
         return verdict_of(self)

@@ -94,12 +94,15 @@ def compare_sources(left: TensorSource, right: TensorSource, names: Iterable[str
         CheckpointError: from reading.
     """
     names = list(names)
+    # Reading and comparing release the interpreter's lock, so threads share the work.
     threads = min(_MOST_THREADS, os.cpu_count() or 1, len(names) or 1)
+    # So that the largest tensor is not begun when the other threads have nothing left to do.
     largest_first = sorted(names, key=lambda name: -left.specs[name].numel)
     with one_thread_per_operator(), ThreadPoolExecutor(threads, "shardsmith-compare") as pool:
         try:
             found = pool.map(lambda name: compare_tensor(left, right, name), largest_first)
             results = {comparison.name: comparison for comparison in found}
+        # Leaving the block waits for the pool; without this, all tensors that are still queued would be compared first.
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -108,6 +111,7 @@ def compare_sources(left: TensorSource, right: TensorSource, names: Iterable[str
 
 def compare_tensor(left: TensorSource, right: TensorSource, name: str) -> TensorComparison:
     """Compare one tensor, in this thread. Reads it once, and a second time only if the bytes turn out to differ."""
+    # Two dtypes never have the same bytes, so the sums are wanted from the first pass on.
     mine, other = left.specs[name], right.specs[name]
     sums = None if mine.dtype == other.dtype else _Sums(mine.dtype, other.dtype)
     equal = True
@@ -115,11 +119,14 @@ def compare_tensor(left: TensorSource, right: TensorSource, name: str) -> Tensor
     for _, box in row_major_blocks(mine.shape, _BLOCK_ELEMENTS):
         a, b = block_of(left, name, box), block_of(right, name, box)
         advance(a.nbytes + b.nbytes)
+        # ``aminmax`` gives NaN as soon as one element is NaN.
         extremes += torch.aminmax(_comparable(a))
         if sums is not None:
             sums.add(a, b)
+        # In the usual case, equal bytes, comparing them is all: no sums are worked out.
         else:
             equal = equal and same_bits(a, b)
+    # A second pass, for the blocks before the first difference: their elements count in cosine and lengths, too.
     if not equal:
         sums = _Sums(mine.dtype, other.dtype)
         for _, box in row_major_blocks(mine.shape, _BLOCK_ELEMENTS):
@@ -129,6 +136,7 @@ def compare_tensor(left: TensorSource, right: TensorSource, name: str) -> Tensor
 
 def block_of(source: TensorSource, name: str, box: Chunk) -> Tensor:
     """Return the values of a box, contiguous: a view on the file where they lie there in one piece, else a copy."""
+    # One stored piece that is the whole box: no copy is needed.
     pieces = list(source.pieces(name, box))
     if len(pieces) == 1 and pieces[0][0] == box and pieces[0][1].is_contiguous():
         return pieces[0][1]
@@ -170,11 +178,14 @@ class _Sums:
         self.roundings = _possible_roundings(left, right)
 
     def add(self, left: Tensor, right: Tensor) -> None:
+        # A dtype stays a candidate only as long as every block agrees in it.
         self.roundings = tuple(dtype for dtype in self.roundings if _equal_rounded(left, right, dtype))
+        # Within a block, float32 does for what has at most 24 bits of mantissa; over the blocks Python adds in double.
         wide = torch.float64 if _needs_double(left) or _needs_double(right) else torch.float32
         a, b = _comparable(left).to(wide).reshape(-1), _comparable(right).to(wide).reshape(-1)
         difference = a - b
         least, greatest = (float(value) for value in torch.aminmax(difference))
+        # NaN or infinity in either one, or a difference too large for the dtype.
         if not (math.isfinite(least) and math.isfinite(greatest)):
             self._add_unusual(a, b)
             return
@@ -185,11 +196,14 @@ class _Sums:
 
     def _add_unusual(self, a: Tensor, b: Tensor) -> None:
         """The same where something is infinite or no number: what both have is no difference."""
+        # NaN is unlike itself and infinity minus infinity is NaN: compared so, what both have alike is equal.
         apart = (a != b) & ~(a.isnan() & b.isnan())
         self.differing += int(apart.sum())
+        # What only one side has is infinitely far.
         difference = torch.where(apart, (a - b).abs(), 0).nan_to_num(nan=math.inf, posinf=math.inf)
         self.largest = max(self.largest, float(difference.max()))
         self.apart += float(torch.dot(difference, difference))
+        # Left out here, so that the cosine of all other elements remains a number.
         self._add_products(a.nan_to_num(0, 0, 0), b.nan_to_num(0, 0, 0))
 
     def _add_products(self, a: Tensor, b: Tensor) -> None:
@@ -198,6 +212,7 @@ class _Sums:
         self.right += float(torch.dot(b, b))
 
     def distance(self) -> Distance:
+        # Two roots and one product: the product of the two sums could exceed what a double holds.
         length = math.sqrt(self.left) * math.sqrt(self.right)
         cosine = self.dot / length if length > 0 else math.nan
         lengths = math.sqrt(self.left / self.right) if self.right > 0 else math.inf
@@ -211,7 +226,9 @@ def _possible_roundings(left: torch.dtype, right: torch.dtype) -> tuple[torch.dt
     if not (left.is_floating_point and right.is_floating_point):
         return ()
     if left == right:
+        # Of one dtype, both may have been rounded on the way to it, and then hold equal values at fewer bits.
         return tuple(dtype for dtype in _NARROW if dtype.itemsize < left.itemsize)
+    # Of two, the narrower one's values may be the other's, rounded: to that dtype, or before to a still narrower one.
     narrow = min(left, right, key=lambda dtype: dtype.itemsize)
     return (narrow, *(dtype for dtype in _NARROW if dtype != narrow and dtype.itemsize < narrow.itemsize))
 
@@ -221,6 +238,7 @@ def _equal_rounded(left: Tensor, right: Tensor, dtype: torch.dtype) -> bool:
 
 
 def _needs_double(values: Tensor) -> bool:
+    # float32 is exact for integers up to 2**24 only.
     return values.dtype.itemsize > 4 or not values.dtype.is_floating_point
 
 
@@ -236,5 +254,6 @@ def _comparable(values: Tensor) -> Tensor:
 def _extremes(found: list[Tensor]) -> Extremes:
     if not found:
         return Extremes()
+    # In double: extremes of integers and of float64 keep their value up to 2**53.
     values = torch.stack([value.double() for value in found])
     return Extremes(float(values.min()), float(values.max()))

@@ -16,6 +16,7 @@ _ELSEWHERE = (
 
 def verdict_of(diagnosis: Diagnosis) -> str:
     """Says which part is at fault, and that the others are not, as far as they were looked at."""
+    # The lowest level with a fault speaks: wrong names explain wrong values, and both explain wrong logits.
     wrong = {level.level: _faults(level) for level in diagnosis.levels}
     if wrong.get("structure"):
         more = f"; values: {_codes(wrong['values'])}" if wrong.get("values") else ""
@@ -37,6 +38,7 @@ def _weights(diagnosis: Diagnosis) -> str:
     compared, equal = facts.get("tensors compared", 0), facts.get("equal", 0)
     if not compared:
         return "Names, shapes and counts are right; no values were compared"
+    # Training moves weights: then equality is no measure, and what counts is that no fault was found.
     if any(note.code == "trained-weights" for note in diagnosis.notes):
         return f"The weights are fine: trained from the model's, {equal} of {compared} tensors still equal"
     how = "bit for bit" if equal == compared else f"{equal} bit for bit, the others but for their dtype"

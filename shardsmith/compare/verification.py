@@ -139,11 +139,13 @@ class OpenedPair:
     @property
     def base(self) -> Path | None:
         """The directory whose config says what model it is; None if neither has one."""
+        # B first: as usual it is the reference, under whose names A is brought.
         sides = (self.right, self.left)
         return next((side.path for side in sides if is_huggingface(side)), None)
 
     def common(self, wanted: Sequence[str] | None) -> list[str]:
         """Return the models to compare. Raises CheckpointNotFoundError for one that is not in both."""
+        # In both, before a tensor is read: a model that was asked for and lacks must be an error, not "the same".
         for side in (self.left, self.right):
             missing = [name for name in wanted or () if name not in side.models]
             if missing:
@@ -164,6 +166,7 @@ class OpenedPair:
         """One model of both, and what was done to the one to bring it beside the other."""
         left, right = self.left.models[model], self.right.models[model]
         how = (self.base, self.names, self.rules)
+        # Names become those of the side that says what model it is; where both do or neither does, those of B.
         if is_huggingface(self.right) or not is_huggingface(self.left):
             left, alignment = aligned_source(left, right.specs, *how)
         else:
@@ -183,8 +186,10 @@ def is_huggingface(side: OpenedCheckpoint) -> bool:
 
 def _verify_model(model: str, pair: OpenedPair, options: VerifyOptions) -> ModelVerification:
     left, right, alignment = pair.aligned(model)
+    # Without a config there is no class to say which names belong together; equal bytes do.
     renamed = same_under_other_names(left, right) if pair.base is None else {}
     right = _called(right, renamed) if renamed else right
+    # Names of a tie that only one side lists are no difference.
     tied = (*_repeated(left, right, pair.base), *_repeated(right, left, pair.base))
     differences = [*_only(left, right, "only in A", tied), *_only(right, left, "only in B", tied)]
     names = [name for name in left.specs if name in right.specs]
@@ -208,6 +213,7 @@ def _verify_model(model: str, pair: OpenedPair, options: VerifyOptions) -> Model
         alignment.layouts,
         tuple(sorted(differences, key=_by_effect)),
         renamed,
+        # Also of the equal ones: a page shows every tensor.
         {name: found.distance.relative if found.distance else 0.0 for name, found in compared.items()},
     )
 
@@ -224,16 +230,20 @@ def same_under_other_names(left: ModelSource, right: ModelSource) -> dict[str, s
     """
     mine = [name for name in left.specs if name not in right.specs and not is_transient(name)]
     theirs = {name for name in right.specs if name not in left.specs and not is_transient(name)}
+    # A renaming leaves nothing over; other numbers of tensors are two models.
     if not mine or len(mine) != len(theirs):
         return {}
     found: dict[str, str] = {}
     for name in mine:
+        # The likeliest first: each try reads both tensors.
         likely = sorted((n for n in theirs if _same_end(name, n)), key=lambda other: (-_common_end(name, other), other))
         pairs = (other for other in likely if list(same_as(left, right, {name: other})))
         other = next(pairs, None)
         if other is None:
+            # One tensor without a twin: then these are two models, and a half renaming would hide what is missing.
             return {}
         found[name] = other
+        # Two tensors of the same bytes, such as norms of ones, get one name each.
         theirs.remove(other)
     return found
 
@@ -259,6 +269,7 @@ def _by_value(
 ) -> Iterator[Difference]:
     for name, found in compared.items():
         distance = found.distance
+        # Negated, so that NaN counts as a difference.
         if distance is not None and name not in converted and not distance.largest <= options.tolerance:
             left, right = (_extent(spec.shape, dtype_name(spec.dtype)) for spec in (found.left, found.right))
             rounded = distance.rounding is not None
@@ -279,6 +290,7 @@ def _by_digest(
 ) -> Iterator[Difference]:
     """Reads only what has no recorded digest. Of tensors in two dtypes nothing can be told by digests."""
     dtypes = [name for name in names if left.specs[name].dtype != right.specs[name].dtype]
+    # A digest is of the bytes in one dtype: it cannot tell a cast from another value.
     for name in dtypes:
         yield Difference(name, "dtype", _spec(left, name), _spec(right, name), None, None)
     names = [name for name in names if name not in dtypes]
@@ -300,6 +312,7 @@ def digests_of(opened: OpenedCheckpoint, model: str, source: ModelSource, names:
 
 def _stored_key(whole: ModelSource, source: ModelSource, name: str) -> str:
     """Where a tensor is stored as it is here; "" where it was taken apart, joined or brought into another layout."""
+    # A recorded digest is that of the stored tensor: here nothing was renamed or cut.
     if source is whole:
         return source.keys[name]
     stored = source.keys[name]
@@ -311,6 +324,7 @@ def _recorded(opened: OpenedCheckpoint, model: str) -> dict[str, Digest]:
     """By key in the checkpoint."""
     if opened.metadata is not None:
         return {key: Digest.parse(record.digest) for key, record in opened.metadata.tensors.items()}
+    # No step of ours: it may be an export, which records digests under the names of its files.
     try:
         tensors = read_json(opened.path / layout.PROVENANCE_FILE)["models"][model]["tensors"]
         return {name: Digest.parse(record["digest"]) for name, record in tensors.items()}
@@ -335,10 +349,12 @@ def _repeated(source: ModelSource, other: ModelSource, base: Path | None) -> Ite
     """
     unlisted = [name for name in source.specs if name not in other.specs]
     declared = class_ties(base, other.specs, source.specs) if unlisted and base is not None else {}
+    # Two tensors of zeros are equal without being tied, so this is asked before any pair is compared.
     constant = scan_source(source, [name for name in unlisted if name not in declared])
     for name in unlisted:
         spec = source.specs[name]
         twins = [declared[name]] if name in declared else []
+        # Not a declared tie: then any tensor of that shape that both sides have may be the one it repeats.
         if name in constant and not constant[name].constant:
             twins += [twin for twin, kept in source.specs.items() if _alike(kept, spec) and twin in other.specs]
         if any(list(same_as(source, source, {name: twin})) for twin in twins if twin in source.specs):
