@@ -14,6 +14,7 @@ from shardsmith.manifest.initial import BufferRecord
 from shardsmith.tensors.fqn import clean_fqn
 from shardsmith.tensors.tensors import read_tensor
 
+# Relative: the same formula on another device or in another version differs in the last bits of float32.
 _TOLERANCE = 1e-5
 
 
@@ -50,10 +51,12 @@ def saved_buffers(file: Path) -> dict[str, Tensor]:
     source = SafetensorsSource(file)
     tensors = {clean_fqn(name): read_tensor(source, name) for name in source.specs}
     source.close()
+    # The tensors that were read stay valid after this.
     return tensors
 
 
 def _code(found: Tensor) -> str:
+    # In this order: NaN is "any" too.
     if not bool(found.isfinite().all()):
         return "buffer-not-finite"
     return "buffer-differs" if bool(found.any()) else "buffer-zero"
@@ -69,6 +72,7 @@ def _close(fresh: Tensor, found: Tensor) -> bool:
 
 
 def _text(values: Tensor) -> str:
+    # A buffer that is one value everywhere shows that better than its first four elements.
     flat = values.detach().reshape(-1)
     if len(flat) > 1 and bool((flat == flat[0]).all()):
         return f"{flat[0].item():.6g} everywhere"

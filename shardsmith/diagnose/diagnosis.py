@@ -22,10 +22,12 @@ def diagnose(checkpoint: AsAnyPath, model: AsAnyPath, questions: Questions) -> D
     Raises:
         CheckpointError: the model cannot be read, or the checkpoint is none that we read.
     """
+    # Without a model there is nothing to compare with: this error ends the command.
     reference = Reference.open(model)
     try:
         subject = Subject.open(checkpoint, reference, questions.trained, questions.names, questions.rules)
     except CheckpointError as error:
+        # A checkpoint that cannot be read is itself what was looked for, if the checkpoint is to blame.
         finding = unreadable(error)
         if finding is None:
             raise
@@ -35,6 +37,7 @@ def diagnose(checkpoint: AsAnyPath, model: AsAnyPath, questions: Questions) -> D
     levels = LEVELS if questions.level == "all" else tuple(dict.fromkeys(("structure", questions.level)))
     try:
         looked = [_look(level, subject, questions) for level in levels]
+        # What was asked for and not looked at must not pass for right: it makes the exit status 2.
         if "model" not in levels:
             unused = tuple(f"{option}: only the level model looks at it" for option in _of_the_model_level(questions))
             looked[-1] = replace(looked[-1], unseen=(*looked[-1].unseen, *unused))
@@ -51,6 +54,7 @@ def _of_the_model_level(questions: Questions) -> list[str]:
 
 def _look(level: Level, subject: Subject, questions: Questions) -> Looked:
     """One level; what fails there ends that level alone."""
+    # Lambdas: each level imports what it needs when it is looked at.
     looks: dict[Level, Callable[[], Looked]] = {
         "structure": lambda: look_at_structure(subject, questions.layout),
         "values": lambda: _values(subject),

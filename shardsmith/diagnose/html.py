@@ -21,6 +21,7 @@ def html_of(diagnosis: Diagnosis) -> str:
     """Return the whole page. Names and texts from the checkpoint are escaped."""
     relative = {model: found for level in diagnosis.levels for model, found in level.relative.items()}
     command = ["shardsmith", "diagnose", "--checkpoint", diagnosis.checkpoint, "--base-model", diagnosis.model]
+    # "error" comes before "warning"; within each, the tensors that are furthest from the model's.
     faults = sorted(diagnosis.faults, key=lambda one: (one.severity, -_effect(one, relative)))
     parts = [
         f"<p>{safe(diagnosis.format)}, against <code>{safe(diagnosis.model)}</code></p>",
@@ -29,6 +30,7 @@ def html_of(diagnosis: Diagnosis) -> str:
         *section("What is wrong", [_finding(finding, diagnosis) for finding in faults]),
         *section("What could not be looked at", [f"<p>{safe(line)}</p>" for line in diagnosis.unseen]),
         *section("What does not apply to such a model", [f"<p>{safe(line)}</p>" for line in diagnosis.inapplicable]),
+        # By number and not by name: an anchor has to be unique in the page and valid in HTML.
         *(
             part
             for number, model in enumerate(relative)
@@ -110,5 +112,6 @@ def _names(names: tuple[str, ...]) -> str:
 
 def _filled_in(fix: str, diagnosis: Diagnosis) -> str:
     """The fix with the paths of this checkpoint and this model in its commands."""
+    # Placeholders are whole words in capitals.
     words = {"MODEL": diagnosis.model, "CKPT": diagnosis.checkpoint, "NEW": f"{diagnosis.checkpoint}-converted"}
     return re.sub(rf"\b({'|'.join(words)})\b", lambda match: shlex.quote(words[match[1]]), fix)

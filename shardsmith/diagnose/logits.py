@@ -63,17 +63,20 @@ def verify_logits(
     """
     pair = OpenedPair(left, right, options.names)
     try:
+        # A base that was given counts; else the side that says what model it is, B first.
         base = base or pair.base
         if base is None:
             raise UsageError("neither is a Hugging Face directory: give one of the same kind of model as --model")
         pair.common([model])
         reference = Reference.open(base)
+        # Made once: each side only fills its weights into a second model of that class.
         made = LiveModel.of_directory(base, trust_remote_code=trust_remote_code)
         probe, image = Probe.for_model(made, base), Probe.of_image(made)
         answers: list[list[Tensor]] = []
         for side in (pair.left, pair.right):
             how = (base, _names(side, options.names), options.rules)
             source, _ = aligned_source(side.models[model], reference.specs, *how)
+            # The model's own tensors only: a head of the trainer's has no place in its class.
             loaded = [name for name in source.specs if name in reference.specs]
             filled = made.with_weights(source, loaded)
             answers.append([one.ask(filled) for one in (probe, image) if one is not None])
@@ -88,5 +91,6 @@ def verify_logits(
         pair.close()
 
 
+# A Hugging Face directory has its class's names already; the map is for the other side.
 def _names(side: OpenedCheckpoint, names: str) -> str:
     return "auto" if is_huggingface(side) else names

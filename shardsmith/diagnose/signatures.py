@@ -16,15 +16,25 @@ from torch import Tensor
 from shardsmith.compare.values import TensorComparison, scan_source
 from shardsmith.tensors.tensors import Chunk, TensorSource, read_into, read_tensor
 
+# Rows of a tensor that are looked up among all rows of the reference.
 _SAMPLED_ROWS = 64
+# Of the reference at a time: 16 MiB in float32.
 _BLOCK_ELEMENTS = 1 << 22
+# Of a tensor that is sorted as a whole: 256 MiB in float32, for each of the two.
 _SORTED_ELEMENTS = 1 << 26
+# Cosine from which two rows are one, rounded or trained a little.
 _SAME_DIRECTION = 0.95
+# Cosine of two tensors above which nothing can have moved.
 _RELATED = 0.9
+# Cosine of two tensors below which they have nothing in common: that of random ones is about 1 / sqrt(elements).
 _UNRELATED = 0.2
+# In a trained tensor of fewer elements, training may have turned it anywhere.
 _FEW = 256
+# A shorter row is like some other one by chance.
 _SHORTEST_ROW = 8
+# Moving values about does not change the length of a tensor; this is for rounding and a little training.
 _SIMILAR_LENGTHS = 0.05
+# Names of queries and keys, the only ones whose rows depend on the kind of RoPE.
 QUERY_KEY = re.compile(r"(^|[._])(q_proj|k_proj|q_norm|k_norm|wq|wk|query|key|q_lin|k_lin)([._]|$)")
 QK_NORM = re.compile(r"(^|[._])(q_norm|k_norm|q_layernorm|k_layernorm|query_norm|key_norm)([._]|$)")
 
@@ -62,6 +72,7 @@ def find_reordering(left: TensorSource, right: TensorSource, comparison: TensorC
     shape, distance = comparison.left.shape, comparison.distance
     if distance is None or abs(distance.lengths - 1) > _SIMILAR_LENGTHS:
         return None
+    # It points where the reference does, so nothing has moved. A vector of norms does so in any order.
     if len(shape) > 1 and distance.cosine > _RELATED:
         return None
     if len(shape) > 1 and shape[0] > 1 and math.prod(shape[1:]) >= _SHORTEST_ROW:
@@ -74,11 +85,13 @@ def find_reordering(left: TensorSource, right: TensorSource, comparison: TensorC
 
 
 def _moved_rows(left: TensorSource, right: TensorSource, name: str) -> Iterator[tuple[int, int]]:
+    # Spread over the whole tensor, the last row included.
     """Row here -> row of the reference, for some rows, if most of them lie elsewhere; nothing otherwise."""
     rows = left.specs[name].shape[0]
     chosen = torch.linspace(0, rows - 1, min(rows, _SAMPLED_ROWS), device="cpu").long().unique()
     sample = torch.stack([_unit(_rows(left, name, int(row), 1))[0] for row in chosen])
     best, place = _nearest(sample, right, name)
+    # Rows of zeros, such as those of padding tokens, are like no other and prove nothing.
     real = sample.isfinite().all(1) & sample.any(1)
     found = real & (best > _SAME_DIRECTION)
     # Rows that a model has twice are found at the first of them: the row's own place must be less good.
@@ -93,11 +106,13 @@ def _nearest(sample: Tensor, source: TensorSource, name: str) -> tuple[Tensor, T
     rows = source.specs[name].shape[0]
     step = max(1, _BLOCK_ELEMENTS // sample.shape[1])
     best, place = (
+        # Less than any cosine.
         torch.full((len(sample),), -2.0, device="cpu"),
         torch.zeros(len(sample), dtype=torch.int64, device="cpu"),
     )
     for start in range(0, rows, step):
         cosines = sample @ _unit(_rows(source, name, start, min(step, rows - start))).T
+        # A row that is not finite is nobody's.
         value, index = cosines.nan_to_num(-2.0).max(1)
         place = torch.where(value > best, index + start, place)
         best = torch.maximum(best, value)
@@ -117,6 +132,7 @@ def _unit(rows: Tensor) -> Tensor:
 
 
 def _same_values(left: TensorSource, right: TensorSource, comparison: TensorComparison) -> bool:
+    # In the narrower dtype of the two, so that rounding makes no difference of order or value.
     dtype = min(comparison.left.dtype, comparison.right.dtype, key=lambda kind: kind.itemsize)
     if not dtype.is_floating_point:
         return False
@@ -125,6 +141,7 @@ def _same_values(left: TensorSource, right: TensorSource, comparison: TensorComp
     a, b = (
         read_tensor(source, comparison.name).to(dtype).float().reshape(-1).sort().values for source in (left, right)
     )
+    # Tensors of one value everywhere are equal in any order.
     return torch.equal(a, b) and bool(a[0] != a[-1])
 
 

@@ -40,6 +40,7 @@ def look_at_structure(subject: Subject, wanted: Layout | None = None) -> Looked:
     findings: list[Finding] = []
     facts: dict[str, Any] = {}
     for name, (source, alignment) in subject.models.items():
+        # Aliases count once, as in the files.
         template = _parameters_of(subject.reference, source)
         findings += _renamings(name, alignment)
         findings += _compare_names(name, source, template, subject)
@@ -64,6 +65,7 @@ def unreadable(error: CheckpointError) -> Finding | None:
 def newer_steps(checkpoint: Path) -> Iterator[Finding]:
     """Whether other steps lie beside an initial checkpoint and outrank it when a trainer looks for the newest."""
     place = checkpoint.resolve()
+    # Only for a checkpoint to start from: a later step is meant to have others beside it.
     mine = _SIBLING.fullmatch(place.name)
     if mine is None or int(mine[1]) != 0:
         return
@@ -77,6 +79,7 @@ def newer_steps(checkpoint: Path) -> Iterator[Finding]:
 def head_type(names: Collection[str]) -> str | None:
     """Return the type of a future_predictor whose tensors, all without a prefix, these are."""
     rest = frozenset(names) - _HEAD_NORM
+    # A subset will do for biases, which a head may be made without.
     return next((kind for kind, keys in _HEADS.items() if rest and rest <= keys and _whole(rest, keys)), None)
 
 
@@ -115,7 +118,9 @@ def _compare_names(
     if known:
         pairs = ", ".join(f"{alias} = {kept}" for alias, kept in known.items())
         yield one("tied-weights", known, "one tensor under two names", pairs)
+    # What is tied under another name is there.
     missing = [name for name in template if name not in source.specs and name not in source.aliases]
+    # Tied names that only the checkpoint lists are a note above, and no surplus.
     extra = [name for name in source.specs if name not in template and name not in ties]
     transient = [name for name in extra if is_transient(name)]
     if transient:
@@ -125,6 +130,7 @@ def _compare_names(
     heads = subject.metadata.initial.heads if subject.metadata and subject.metadata.initial else {}
     for head, keys in heads.items():
         yield one("extra-head", keys, "the model alone", f"the head {head}, as metadata.json says")
+    # A head that metadata.json names is known, whatever it is called.
     known_extra = {*transient, *(key for keys in heads.values() for key in keys)}
     yield from _extra({name: source.specs[name] for name in extra if name not in known_extra}, model, template)
     if missing:
@@ -136,12 +142,14 @@ def _compare_names(
             f"{len(template)} tensors in {model}",
             f"{_many(missing)} not there, {elements:,} elements{hint}",
         )
+    # Scales beside whole numbers make them weights: the config says so.
     yield from _compare_specs(source, template, is_quantized="quantization_config" in subject.reference.config)
 
 
 def _extra(extra: Mapping[str, TensorSpec], model: str, template: Collection[str]) -> Iterator[Finding]:
     kind = head_type(extra)
     inner = extra["gate_proj.weight"].shape if "gate_proj.weight" in extra else ()
+    # The only head with a gate_proj has twice as many rows as columns there.
     if kind and len(inner) == 2 and inner[0] == inner[1]:
         found = f"gate_proj {inner}: a head of type mlp, version 2, has {(2 * inner[1], inner[1])}, and no other has it"
         yield one("extra-tensors", extra, "a head that its trainer can load", found)
@@ -169,6 +177,7 @@ def _compare_specs(source: ModelSource, template: Mapping[str, TensorSpec], *, i
         ("other-dtype", [mine.name for mine, _ in dtypes if is_quantized or mine not in lost]),
     ):
         if names:
+            # Each pair of dtypes once, however many tensors have it.
             pairs = {(dtype_name(template[name].dtype), dtype_name(source.specs[name].dtype)) for name in names}
             expected, found = (", ".join(sorted({pair[i] for pair in pairs})) for i in (0, 1))
             yield one(code, names, expected, found)
@@ -178,6 +187,7 @@ def _counts(source: ModelSource, template: Mapping[str, TensorSpec], reference: 
     """Tensors and elements on both sides; what is tied counts once."""
     ties = tied_names(reference, source.specs)
     mine = [spec for name, spec in source.specs.items() if name not in ties]
+    # Of tensors that are only in one of them, too: the difference shows a missing layer at once.
     expected, found = sum(spec.numel for spec in template.values()), sum(spec.numel for spec in mine)
     return {
         "tensors in the model": len(template),

@@ -71,6 +71,7 @@ def rows_of(facts: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def _print_level(level: Looked, console: Console) -> None:
+    # The last that holds counts: findings before gaps before what cannot be asked.
     wrong = sum(finding.severity != "note" for finding in level.findings)
     state = Text(f"{wrong} finding{'' if wrong == 1 else 's'}", "red") if wrong else Text("nothing wrong", "green")
     if level.inapplicable and not wrong:

@@ -11,6 +11,7 @@ from shardsmith.hf.hf_directory import ties_word_embeddings
 from shardsmith.tensors.tensors import TensorSpec
 
 _HEADS = (".lm_head.weight", ".embed_out.weight", ".output.weight")
+# The head of a layer, such as a multi-token predictor's, is not the output embedding.
 _IN_LAYER = re.compile(r"\.[0-9]+\.")
 _EMBEDDINGS = (
     "embed_tokens.weight",
@@ -40,6 +41,7 @@ def tied_names(reference: Reference, specs: Mapping[str, TensorSpec]) -> dict[st
     lack the output embedding.
     """
     guessed = _by_config(reference, specs)
+    # The class is asked last: it may mean importing transformers.
     if not guessed and all(name in reference.specs for name in specs):
         return {}
     tied = tied_in_class(reference.path)
@@ -51,6 +53,7 @@ def _by_config(reference: Reference, specs: Mapping[str, TensorSpec]) -> dict[st
     head = head_of(reference.specs) or head_of(specs)
     if embedding is None or head is None:
         return {}
+    # Of a config that says nothing, the files tell: without an output embedding in them it can only be tied.
     declared = ties_word_embeddings(dict(reference.config))
     silent = head not in reference.specs and "tie_word_embeddings" not in reference.config
     return {head: embedding} if declared or silent else {}

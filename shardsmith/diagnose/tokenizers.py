@@ -14,8 +14,10 @@ from shardsmith.manifest.metadata import read_json
 
 TOKENIZER_FILE = "tokenizer.json"
 _MODEL_FILES = (TOKENIZER_FILE, "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model")
+# What tokenizers treat differently: digits, spaces, tabs, accents, and characters of several bytes.
 _TEXT = "The capital of France is Paris. def f(x):\n\treturn x ** 2  # naïve café, 12345, 你好"
 _SHOWN = 5
+# Large vocabularies take tens of MB; what is beyond this is no tokenizer, and is not read into memory.
 _MOST_BYTES = 1 << 28
 _SETTINGS_FILE = "tokenizer_config.json"
 _SPECIAL = ("pad_token", "bos_token", "eos_token")
@@ -29,13 +31,16 @@ def compare_tokenizers(model: Path, other: Path) -> Iterator[Finding]:
         UnsupportedFormatError: one cannot be read.
     """
     mine, theirs = _files(model), _files(other)
+    # The same bytes: there is no need to open them.
     if mine and mine == theirs:
         return
+    # Without the one file that a library opens alone, only equal or not can be told.
     if TOKENIZER_FILE not in mine or TOKENIZER_FILE not in theirs:
         yield from compare_hashes(mine, theirs, str(other))
         return
     ours, used = _open(model), _open(other)
     wrong = _moved_tokens(ours.get_vocab(True), used.get_vocab(True))
+    # Ids first: where they differ, so does every text, and the list of tokens says more.
     if wrong:
         listed = ", ".join(f"{token!r} is {a}" for token, a, _ in wrong[:_SHOWN])
         found = ", ".join(f"{token!r} is {b}" for token, _, b in wrong[:_SHOWN])
@@ -54,6 +59,7 @@ def compare_hashes(recorded: Mapping[str, str], present: Mapping[str, str], orig
             ", ".join(f"{name} {recorded[name]}" for name in names),
             f"{', '.join(f'{name} {present[name]}' for name in names)} in {origin}",
         )
+    # Two kinds of files and none in common: nothing was compared, which must not pass for equal.
     elif set(recorded).isdisjoint(present):
         raise CheckpointNotFoundError(origin, "has no tokenizer file of the kind that the model has")
 
@@ -77,6 +83,7 @@ def special_ids(directory: Path) -> dict[str, int]:
         return {}
     named = {name: settings.get(name) for name in _SPECIAL}
     texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in named.items()}
+    # True: with the tokens that were added after training.
     vocabulary = _open(directory).get_vocab(True) if (directory / TOKENIZER_FILE).is_file() else {}
     return {name: vocabulary[text] for name, text in texts.items() if isinstance(text, str) and text in vocabulary}
 
@@ -130,6 +137,7 @@ def _moved_tokens(mine: Mapping[str, int], theirs: Mapping[str, int]) -> list[tu
 
 def _round_trip(ours: Any, used: Any, other: Path) -> Iterator[Finding]:
     """The model must read from the training's numbers the text that was meant."""
+    # What training sends is decoded as the model reads it.
     numbers, expected = used.encode(_TEXT).ids, ours.encode(_TEXT).ids
     if numbers != expected:
         meant, read = ours.decode(expected), ours.decode(numbers)

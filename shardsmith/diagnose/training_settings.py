@@ -50,6 +50,7 @@ class TrainingSettings:
         Raises:
             UsageError: one is no such flag.
         """
+        # Copies of the tables: those of ``self`` stay as the file has them.
         content = {name: dict(value) if isinstance(value, Mapping) else value for name, value in self.content.items()}
         for flag in flags:
             path, equals, value = flag.lstrip("-").partition("=")
@@ -60,6 +61,7 @@ class TrainingSettings:
                     "section.name alone for what is on, as checkpoint.enable"
                 )
             if not equals:
+                # Both sides use the old ``name``.
                 name, value = name.removeprefix("no-"), str(not name.startswith("no-"))
             known = {"true": True, "false": False}
             content.setdefault(section, {})[name.replace("-", "_")] = known.get(value.lower(), value)
@@ -73,6 +75,7 @@ class TrainingSettings:
     @property
     def tokenizer(self) -> Path | None:
         """Where the tokenizer is taken from."""
+        # As TorchTitan has called it up to 0.1, and since.
         return self._path("model", "tokenizer_path") or self._path("model", "hf_assets_path")
 
     @property
@@ -93,6 +96,7 @@ class TrainingSettings:
             found = f"initial_load_path = {settings['initial_load_path']!r}"
             yield one("another-checkpoint-loaded", where, str(subject.path.resolve()), found)
         yield from self._folder(settings)
+        # Settings that only newer versions have tell which layout will be looked for.
         if any(name in settings for name in _NEW_NAMES) and subject.opened.layout == "nested":
             yield one(
                 "wrong-layout",
@@ -103,6 +107,7 @@ class TrainingSettings:
 
     def _folder(self, settings: Mapping[str, Any]) -> Iterator[Finding]:
         """TorchTitan up to 0.2 takes an existing folder of its own, even an empty one, for a run to resume."""
+        # The defaults of TorchTitan.
         folder = settings.get("folder", "checkpoint")
         dump = self._table("job").get("dump_folder", "./outputs")
         if not isinstance(folder, str) or not isinstance(dump, str):
@@ -122,6 +127,7 @@ class TrainingSettings:
         return self._found(value) if isinstance(value, str) and value else None
 
     def _found(self, text: str) -> Path | None:
+        # The trainer starts in another directory, perhaps; the one of its settings is the likeliest.
         """A path as the trainer sees it from where it is started: here, or where the settings lie."""
         try:
             places = (Path(text), self.file.parent / text)

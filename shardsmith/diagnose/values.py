@@ -24,9 +24,13 @@ from shardsmith.tensors.dtypes import dtype_name
 from shardsmith.tensors.tensors import read_tensor
 
 _LAYER = re.compile(r"^(.*?(?:^|\.)(?:layers|h|blocks|block|layer)\.[0-9]+)\.")
+# Share of all matrices from which it is the whole load that failed, and no part of it.
 _MOST_OF = 0.9
+# Cosine of a matrix with the reference's: training leaves it above this.
 _RELATED = 0.5
+# Relative, of two factors that count as one, and of a factor that counts as 1.
 _SAME_FACTOR = 1e-3
+# Of 1 - cosine: rounding to bfloat16 stays within it.
 _SAME_DIRECTION = 1e-5
 
 Comparisons = Mapping[str, TensorComparison]
@@ -34,6 +38,7 @@ Comparisons = Mapping[str, TensorComparison]
 
 def look_at_values(subject: Subject) -> Looked:
     """Read every tensor of both and compare. Raises CheckpointError where one cannot be read."""
+    # Damaged files would show as many other faults; only our own checkpoints record hashes of files.
     if subject.opened.format == SHARDED and (damage := find_damage(subject.path, manifest=subject.metadata)):
         return Looked("values", (one("damaged-values", damage, "the recorded hash of each file", "; ".join(damage)),))
     findings: list[Finding] = []
@@ -50,6 +55,7 @@ def look_at_values(subject: Subject) -> Looked:
     reference = subject.reference
     unseen = () if reference.source else (f"{reference.path} {reference.lacks}: no values can be compared",)
     relative = {model: {name: _relative(one) for name, one in found.items()} for model, found in compared.items()}
+    # For the map of the HTML page, of every tensor that was compared.
     return Looked("values", tuple(findings), facts, unseen, relative=relative)
 
 
@@ -70,6 +76,7 @@ class _Sorted:
     def findings(self) -> Iterator[Finding]:
         # Infinities that the reference has, too, are meant, as those of a range without limits are; NaN never is.
         rest = {name: found for name, found in self.compared.items() if not found.equal or found.extremes.has_nan}
+        # ``_all`` runs up to its next finding only after this one's tensors are gone from ``rest``.
         for finding in self._all(rest):
             # Whatever one finding explains, no other needs to.
             for name in finding.where:
@@ -77,14 +84,20 @@ class _Sorted:
             yield finding
 
     def _all(self, rest: dict[str, TensorComparison]) -> Iterator[Finding]:
+        # From what is certain to what is likely, and from the
+        # particular to the general: the order decides what is said.
         yield from self._non_finite(rest)
+        # Rounding first: it explains a difference wholly, and often that of every tensor.
         yield from self._rounded(rest)
+        # Before the reorderings: a swapped tensor would be taken for
+        # one with its rows moved, or for one that was not loaded.
         yield from self._swapped(rest)
         yield from self._patches(rest)
         yield from self._reordered(rest)
         yield from self._scaled(rest)
         yield from self._not_loaded(rest)
         yield from self._constant(rest)
+        # What no other explanation took.
         yield from self._different(rest)
 
     def _non_finite(self, rest: Comparisons) -> Iterator[Finding]:
@@ -93,9 +106,11 @@ class _Sorted:
             yield self._one("not-finite", names, "finite numbers", "NaN or infinite values")
 
     def _rounded(self, rest: dict[str, TensorComparison]) -> Iterator[Finding]:
+        # Only the dtype differs: no fault, and a note of its own in the structure.
         for name in [name for name, found in rest.items() if _exactly_converted(found)]:
             del rest[name]
         groups: dict[str, list[str]] = {}
+        # Tensors that are one value everywhere last, when it is known whether others were rounded.
         for name, found in sorted(rest.items(), key=lambda item: item[1].extremes.constant):
             rounding = found.distance.rounding if found.distance else None
             # What was reset to one value may happen to lie near; that counts as rounding only where others are rounded.
@@ -113,6 +128,7 @@ class _Sorted:
         reference = self.subject.reference.source
         if reference is None:
             return
+        # A tensor of one value everywhere is like many others; what was reset is found below.
         unknown = {n: c for n, c in rest.items() if not c.extremes.constant and (not self.trained or _astray(c))}
         swapped = find_swapped(self.source, reference, unknown, trained=self.trained)
         if swapped:
@@ -120,6 +136,7 @@ class _Sorted:
             yield self._one(code, list(swapped), "each tensor under its own name", describe_swapped(swapped))
 
     def _scaled(self, rest: Comparisons) -> Iterator[Finding]:
+        # Training changes the length of everything, so a factor says nothing then.
         scaled = {} if self.trained else {n: c for n, c in rest.items() if c.distance and _is_scaled(c.distance)}
         factors = {name: d.lengths for name, found in scaled.items() if (d := found.distance)}
         # Any two vectors of nearly equal elements differ by a factor: those count beside a matrix of the same one.
@@ -133,6 +150,7 @@ class _Sorted:
     def _patches(self, rest: Comparisons) -> Iterator[Finding]:
         reference = self.subject.reference.source
         names = [
+            # Both in memory at once: a patch embedding is small.
             name
             for name in patch_embeddings(rest, self.subject.rules)
             if reference is not None
@@ -149,10 +167,13 @@ class _Sorted:
             return
         groups: dict[tuple[str, str], list[str]] = {}
         for name, found in rest.items():
+            # Training changes values but not their order by much: only
+            # what has nothing in common with its own is looked up.
             if not found.extremes.constant and (not self.trained or self._unrelated(found)):
                 moved = find_reordering(self.source, self.subject.reference.source, found)
                 if moved:
                     code = self._order_code(name, rows=moved.rows)
+                    # The text names the shift of the rows, which may differ between the two embeddings.
                     groups.setdefault((code, moved.described if code == "vocabulary-shifted" else ""), []).append(name)
         for (code, text), names in groups.items():
             yield self._one(code, names, "the model's rows in the model's order", text or _ORDERS[code])
@@ -169,6 +190,7 @@ class _Sorted:
             return
         matrices = [name for name, found in self.compared.items() if len(found.left.shape) > 1]
         reset = [name for name, found in rest.items() if found.extremes.constant]
+        # Matrices only: vectors of a new model, such as norms, may equal those of a trained one.
         if len(set(lost).intersection(matrices)) >= _MOST_OF * len(matrices):
             yield self._one(
                 "nothing-loaded", [*lost, *(n for n in reset if n not in lost)], "the model's values", _NOTHING
@@ -176,6 +198,7 @@ class _Sorted:
             return
         yield from self._lost_parts(lost, reset, matrices)
 
+    # Whole layers first, then the two embeddings by name, then single tensors.
     def _lost_parts(self, lost: list[str], reset: list[str], matrices: list[str]) -> Iterator[Finding]:
         layers = _whole_layers(lost, matrices)
         names = [name for name in dict.fromkeys([*lost, *reset]) if _layer_of(name) in layers]
@@ -193,6 +216,7 @@ class _Sorted:
             yield self._one("tensor-not-loaded", others, "the model's values", _NOTHING)
 
     def _constant(self, rest: Comparisons) -> Iterator[Finding]:
+        # Matrices of ones are no norms.
         ones = [name for name, found in rest.items() if is_all(found, 1.0) and len(found.left.shape) == 1]
         if ones:
             code = "qk-norms-dropped" if all(map(QK_NORM.search, ones)) else "norms-are-one"
@@ -200,6 +224,7 @@ class _Sorted:
         zeros = [name for name, found in rest.items() if is_all(found, 0.0)]
         if zeros:
             yield self._one("all-zero-tensor", zeros, "the model's values", "0 everywhere")
+        # A tensor of one element is always one value.
         constant = [name for name, found in rest.items() if name not in (*ones, *zeros) and _reset(found)]
         if constant:
             found = ", ".join(f"{rest[name].extremes.least:.6g} in {name}" for name in constant)
@@ -238,6 +263,7 @@ def _compare(source: ModelSource, reference: Reference) -> Comparisons:
 
 def _without_template(source: ModelSource, reference: Reference) -> Iterator[Finding]:
     """What the reference has nothing to compare with can still be no number."""
+    # The infinities of a buffer without a counterpart may be meant; NaN never is.
     names = [
         name
         for name, spec in source.specs.items()
@@ -253,6 +279,7 @@ def _broken_ties(subject: Subject) -> Iterator[Finding]:
     """Names that are tied and that hold different values all the same."""
     for model, ties, tensors in _stored_ties(subject):
         pairs = {alias: kept for alias, kept in ties.items() if alias in tensors.specs and kept in tensors.specs}
+        # Same bytes under both names: a load through either gives the same.
         intact = dict(same_as(tensors, tensors, pairs))
         broken = [alias for alias in pairs if alias not in intact and not _untied(subject.reference, alias, pairs)]
         if broken:
@@ -273,6 +300,7 @@ def _stored_ties(subject: Subject) -> Iterator[tuple[str, dict[str, str], ModelS
     source, _ = subject.models.get(MAIN, (None, None))
     if source is not None:
         yield MAIN, tied_names(subject.reference, source.specs), source
+    # Names that the record of the step ties, read under the keys in its files.
     stored = subject.opened.dcp
     if stored is not None and subject.metadata is not None and subject.metadata.tied:
         keys = find_models(stored.specs, stored.index.containers).get(MAIN, {})
