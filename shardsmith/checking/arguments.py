@@ -32,14 +32,17 @@ def checked(function: F) -> F:
     what is expected; and TypeError, as Python does, for names that it does not have.
     """
     signature = inspect.signature(function)
+    # A class method or plain function has no instance to name in an error.
     is_method = next(iter(signature.parameters), None) == "self"
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
             bound = signature.bind(*args, **kwargs)
+            # ``bind`` takes any keyword for ``**options``; which ones there are is in the TypedDict.
             _refuse_unknown(function, signature, kwargs)
         except TypeError as error:
+            # Python's own message has no nearest name; ``from None``, since the cause says the same.
             raise TypeError(_explain(function, signature, kwargs, error)) from None
         bound.arguments = _converted(
             _owner(function, args if is_method else ()), signature, _hints(function), bound.arguments
@@ -65,6 +68,7 @@ def check_options(owner: str, function: Callable[..., Any], options: Mapping[str
         name: Prefix of the arguments in the error: that of the mapping in which they came.
     """
     target = function.__init__ if isinstance(function, type) else function  # type: ignore[misc]
+    # ``inspect.signature`` sees through ``wraps``, and so does ``unwrap``: both are of the function that was written.
     parameters = [known for known in _keywords(inspect.unwrap(target), inspect.signature(target)) if known != "self"]
     problems = [
         f"{name}{option}: there is no such option{_did_you_mean(option, parameters)}"
@@ -105,8 +109,10 @@ def _converted(
             single = {f"{name}[{i}]": one for i, one in enumerate(value)}
         elif kind is inspect.Parameter.VAR_KEYWORD:
             single = dict(value)
+        # A keyword of ``**options`` has a hint of its own; an item of ``*args`` has that of the whole.
         found, wrong = _check({one: hints.get(one, hints.get(name, Any)) for one in single}, single)
         problems += wrong
+        # A refused value is missing in ``found``; ``_raise`` below ends the call before it is used.
         converted[name] = found.get(name)
         if kind is inspect.Parameter.VAR_POSITIONAL:
             converted[name] = tuple(found.values())
@@ -123,6 +129,7 @@ def _check(hints: Mapping[str, Any], values: Mapping[str, Any], prefix: str = ""
         try:
             converted[name] = convert(value, hints.get(name, Any))
         except RefusedError as refused:
+            # Inside a list or mapping the item at fault is shown, not all of the argument.
             at_fault = refused.value if refused.where else value
             problems.append(f"{prefix}{name}{refused.where}={shown(at_fault)}: {refused}")
     return converted, problems
@@ -136,6 +143,7 @@ def _raise(owner: str, problems: list[str]) -> None:
         raise UsageError(f"{owner}: {len(problems)} arguments cannot be used\n  {lines}\nNothing was done.")
 
 
+# Annotations are strings here, and each call of a public object would evaluate them anew.
 @functools.cache
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:
     """Annotations by name; those of ``**options: Unpack[...]`` each under its own name."""

@@ -44,16 +44,19 @@ def convert(value: Any, hint: Any) -> Any:
         return _converted(value, hint)
     except RefusedError:
         raise
+    # Whatever it is, a caller of a public object gets one kind of error, and knows which argument it was.
     except Exception as error:  # of the value's own methods, such as __eq__ or __iter__
         raise RefusedError(value, f"{name_of(hint)} is expected, and this raises {type(error).__name__}") from error
 
 
 def _converted(value: Any, hint: Any) -> Any:
     origin = get_origin(hint)
+    # A string is a forward reference that could not be evaluated: nothing is known to compare with.
     if hint is Any or hint is object or isinstance(hint, str):
         return value
     if origin is Annotated:
         base, *rules = get_args(hint)
+        # The rules see the converted value, so that each may count on its type.
         converted = convert(value, base)
         for rule in rules:
             converted = rule(converted)
@@ -62,8 +65,10 @@ def _converted(value: Any, hint: Any) -> Any:
         return _one_of(value, get_args(hint))
     if origin is Literal:
         return _choice(value, get_args(hint))
+    # Before the general cases: a ``str`` is an Iterable, too, and ``Path`` an object like any other.
     if hint in _SIMPLE:
         return _SIMPLE[hint](value)
+    # Before Iterable, which a Mapping is as well.
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return _mapping(value, hint)
     if isinstance(origin, type) and origin is not type and issubclass(origin, Iterable):
@@ -111,6 +116,7 @@ def _one_of(value: Any, hints: Sequence[Any]) -> Any:
             return convert(value, hint)
         except RefusedError as refused:
             refusals.append(refused)
+    # A refusal that says what to write, or where it is, helps more than a list of types.
     if best := next((refused for refused in refusals if refused.has_cure or refused.where), None):
         raise best
     raise RefusedError(value, f"{' or '.join(dict.fromkeys(map(name_of, hints)))} is expected")
@@ -118,6 +124,7 @@ def _one_of(value: Any, hints: Sequence[Any]) -> Any:
 
 def _choice(value: Any, allowed: Sequence[Any]) -> Any:
     for one in allowed:
+        # By type, too: True equals 1, and 1 equals 1.0.
         if type(value) is type(one) and value == one:
             return value
     words = " or ".join(f'"{one}"' if isinstance(one, str) else repr(one) for one in allowed)
@@ -128,8 +135,10 @@ def _choice(value: Any, allowed: Sequence[Any]) -> Any:
 
 def _int(value: Any) -> int:
     """Whole numbers of every kind. A float or tensor such as 1e3 counts as the whole number that it is."""
+    # ``operator.index`` would take True for 1; a flag that lands in a number is a mistake.
     if not _is_bool(value):
         try:
+            # Integers of numpy, and tensors of one integer, have ``__index__``.
             return operator.index(value)
         except (TypeError, ValueError):
             number = _float_or_none(value)
@@ -140,6 +149,7 @@ def _int(value: Any) -> int:
 
 def _float(value: Any) -> float:
     number = None if _is_bool(value) else _float_or_none(value)
+    # NaN compares as false with every limit, so no rule would refuse it.
     if number is None or math.isnan(number):
         raise RefusedError(value, "a number is expected")
     return number
@@ -155,6 +165,7 @@ def number_or_nan(value: Any) -> float:
 
 def _float_or_none(value: Any) -> float | None:
     """The number that this is; None of strings, of several numbers, and of anything else."""
+    # Arrays and tensors without dimensions are numbers; strings have no ``ndim``.
     is_number = isinstance(value, int | float) or getattr(value, "ndim", None) == 0
     try:
         return float(value) if is_number else None
@@ -169,6 +180,7 @@ def _bool(value: Any) -> bool:
 
 
 def _is_bool(value: Any) -> bool:
+    # By name, so that numpy need not be imported; numpy 2 calls it bool.
     return isinstance(value, bool) or type(value).__name__ in ("bool_", "bool")  # numpy's
 
 
@@ -190,6 +202,7 @@ def _path(value: Any) -> Path:
 
 
 def _signal(value: Any) -> signal.Signals:
+    # A name that a user can have meant: say how to write it.
     if isinstance(value, str) and value in signal.Signals.__members__:
         raise RefusedError(value, f"{name_of(signal.Signals)} is expected; write signal.{value}", has_cure=True)
     try:
@@ -220,7 +233,9 @@ def _mapping(value: Any, hint: Any) -> dict[Any, Any]:
 def _items(value: Any, hint: Any) -> Any:
     item_hint = (get_args(hint) or (Any,))[0]
     if isinstance(value, str) and item_hint is str:
+        # A string is an iterable of strings, and one letter an item would be no error anywhere.
         raise RefusedError(value, f"a list of strings is expected; write [{value!r}]", has_cure=True)
+    # A module or tensor is iterable as well; one that was given for a list of them is a mistake.
     if isinstance(value, str | bytes | Mapping | torch.nn.Module | torch.Tensor) or not isinstance(value, Iterable):
         raise RefusedError(value, f"{name_of(hint)} is expected")
     items = [_within(f"[{i}]", one, item_hint) for i, one in enumerate(value)]
@@ -231,18 +246,22 @@ def _within(where: str, value: Any, hint: Any) -> Any:
     try:
         return convert(value, hint)
     except RefusedError as refused:
+        # From the inside out: the place grows by one index at each level.
         where = f"{where}{refused.where}"
         raise RefusedError(refused.value, str(refused), where=where, has_cure=refused.has_cure) from None
 
 
 def _instance(value: Any, hint: Any) -> Any:
+    # A class has all methods of its instances, so it would pass for one below.
     if isinstance(value, type) and hint is not Callable:
         raise RefusedError(value, f"an object is expected, not a class; write {value.__name__}(...)", has_cure=True)
+    # ``isinstance`` works with a few protocols only; ask for the members instead.
     if getattr(hint, "_is_protocol", False):
         return _with_members(value, hint)
     if isinstance(value, hint):
         return value
     suggestion: Callable[[Any], str | None] | None = getattr(hint, "suggestion", None)
+    # A class may know what stands close to its instances, such as a number for a schedule of steps.
     if suggestion is not None and (cure := suggestion(value)) is not None:
         raise RefusedError(value, f"{name_of(hint)} is expected; write {cure}", has_cure=True)
     raise RefusedError(value, f"{name_of(hint)} is expected")
