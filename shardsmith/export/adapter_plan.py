@@ -43,7 +43,9 @@ def plan_adapter(
         UsageError: the adapter's config is missing, or peft is.
         CheckpointError: the checkpoint or the base cannot be used.
     """
+    # Opened for their names alone: these tell whether there is an adapter at all.
     opened = {model: checkpoint.open(_named(model, options)) for model in stems}
+    # With a model among them that has none, the directory is that of a model.
     if options.adapters != "adapter" or not all(map(is_peft, opened.values())):
         for source in opened.values():
             source.close()
@@ -56,6 +58,7 @@ def plan_adapter(
         plan_model(
             model,
             list(source.specs.values()),
+            # peft looks for ``adapter_model``; an average beside it keeps a name of its own.
             stem=layout.EMA_WEIGHTS if stems[model] == layout.EMA_WEIGHTS else ADAPTER_WEIGHTS,
             dtype=options.dtype,
             max_shard_size=None,  # peft reads one file
@@ -63,6 +66,7 @@ def plan_adapter(
         )
         for model, source in sources.items()
     )
+    # One config for all: main and average are of one run.
     write_config = next(iter(adapters.values())).write_config
     directory = DirectoryPlan(output, models, origin_of(checkpoint), None, companions=write_config)
     template = BaseTemplate(base, None, {}, "an adapter is compared with the layers that its config describes")

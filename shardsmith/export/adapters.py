@@ -25,6 +25,7 @@ ADAPTER_WEIGHTS = "adapter_model"
 """Stem of the weight files of an adapter, as peft names it."""
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 
+# Modules and parameters that peft puts between the names of the model's own.
 _PEFT_NAMES = re.compile(
     r"(^|\.)(base_model\.model\.|base_layer\.|modules_to_save\.|lora_[AB](\.|$)|lora_embedding_[AB])"
 )
@@ -49,10 +50,12 @@ class AdapterCheckpoint:
         """
         self.source = source
         self.directory = _directory_of(checkpoint, source)
+        # Part of the names of its tensors, as in "lora_A.default.weight", so the model is made with it.
         self.name = _adapter_name(source)
         self.model = _peft_model(self.directory, base, self.name)
         self.keys = _keys_by_fqn(source, self.name)
         places = self.model.state_dict()
+        # Names of the adapter that have no place: it belongs to another config. Other names may be buffers or heads.
         if lost := [name for fqn, name in self.keys.items() if fqn not in places and _PEFT_NAMES.search(fqn)]:
             problem = f"{len(lost)} tensors are not where adapter_config.json and the base model have them"
             advice = (
@@ -83,6 +86,7 @@ class AdapterCheckpoint:
         from peft import get_peft_model_state_dict
 
         fqns = {name: self.keys[name] for name in self.model.state_dict() if name in self.keys}
+        # peft chooses by its own rules, also which copies of modules belong to the adapter; values are names here.
         chosen = get_peft_model_state_dict(self.model, fqns, adapter_name=self.name, save_embedding_layers=False)
         if not chosen:
             problem = "no tensor belongs to the adapter that adapter_config.json describes"
@@ -105,15 +109,19 @@ class MergedSource:
         self._keys = adapter.keys
         inner = adapter.model.get_base_model()
         modules = dict(adapter.model.named_modules())
+        # Where peft holds the model; the names in the model's files do not have this prefix.
         self._prefix = next(path for path, part in modules.items() if part is inner) + "."
         self._layers: dict[str, Any] = {
             path: part for path, part in modules.items() if isinstance(part, BaseTunerLayer)
         }
+        # Modules that peft has replaced by trained copies: the copy is the model's, and the original is left out.
         self._copies = [path for path, part in modules.items() if isinstance(part, AuxiliaryTrainingWrapper)]
         if adapter.model.active_peft_config.is_prompt_learning or not all(
             hasattr(p, "merge") for p in self._layers.values()
         ):
+            # What has no ``merge`` changes the computation and no weights, as a prompt does.
             raise UsageError("an adapter of this kind cannot be merged: export it as it is, with --adapters adapter")
+        # One merged layer: the blocks of its tensors come one after the other.
         self._last: tuple[str, dict[str, Tensor]] = ("", {})
         self._places = self._find_places()
         self.specs: Mapping[str, TensorSpec] = {name: TensorSpec(name, *self._shape_of(name)) for name in self._places}
@@ -123,6 +131,7 @@ class MergedSource:
         """Names that the class ties and no layer of the adapter changes -> the one that the base model's files have."""
         groups = {frozenset((name, *others)) for name, others in _ties(self._adapter.model.get_base_model()).items()}
         untouched = [[name for name in self._places if name in group] for group in groups]
+        # A tie that the adapter has changed under one name is none any more: both are written.
         untouched = [names for names in untouched if not any(self._places[name][0] for name in names)]
         listed = self._base.specs if self._base is not None else {}
         kept = {name: next((n for n in names if n in listed), names[0]) for names in untouched for name in names}
@@ -134,6 +143,7 @@ class MergedSource:
             raise CheckpointNotFoundError(self.path, f"has no tensor named {name!r}")
         path, fqn = self._places[name]
         if path is not None:
+            # By its name below the layer, as the state dict of the merged base layer has it.
             values = self._merged(path)[fqn.removeprefix(f"{path}.")]
             yield box, values[tuple(slice(o, o + n) for o, n in zip(box.offsets, box.sizes, strict=True))]
             return
@@ -156,6 +166,7 @@ class MergedSource:
                 places[plain.removeprefix(self._prefix)] = (layer, fqn)
         lacking = [name for name, (_, fqn) in places.items() if not self._has(fqn)]
         alike = _ties(self._adapter.model.get_base_model())
+        # A tied tensor that is there under its other name is not missing.
         lacking = [
             name for name in lacking if not any(twin in places and twin not in lacking for twin in alike.get(name, ()))
         ]
@@ -187,9 +198,12 @@ class MergedSource:
     def _merged(self, path: str) -> dict[str, Tensor]:
         """Merge one layer of the adapter; by FQN below it."""
         if self._last[0] != path:
+            # A copy: the layer of the model has no data, and must stay so for the next one.
             layer = copy.deepcopy(self._layers[path])
             held = [name for name in layer.state_dict() if self._has(f"{path}.{name}")]
+            # Cloned: merging adds to the weight in place, and a read tensor is a view on a read-only file.
             state = {name: read_tensor(*self._holder(f"{path}.{name}")).clone() for name in held}
+            # ``assign``: the parameters are on the meta device, into which nothing can be copied.
             layer.load_state_dict(state, assign=True, strict=False)
             for parameter in layer.parameters():
                 parameter.requires_grad_(False)
@@ -219,6 +233,7 @@ def without_adapter(fqn: str, tuned: Iterable[str], replaced: Iterable[str], ada
         replaced: Paths of the modules of which it trains a copy.
         adapter: Its name.
     """
+    # Before the tuned layers: of a module with a copy, only that copy is the model's.
     for path in replaced:
         if fqn.startswith(f"{path}."):
             inside, active = fqn.removeprefix(f"{path}."), f"modules_to_save.{adapter}."
@@ -249,6 +264,7 @@ def _directory_of(checkpoint: Path, source: ModelSource) -> Path:
 
 
 def _adapter_name(source: ModelSource) -> str:
+    # The pattern also fits files of peft, which leave the adapter's name out: what follows is the parameter then.
     names = {match["name"] for name in source.specs if (match := _ADAPTER_NAME.search(name))} - {"weight", "bias"}
     if len(names) > 1:
         raise UsageError(f"{source.path} holds several adapters, {', '.join(sorted(names))}; one can be exported")
@@ -264,6 +280,7 @@ def _keys_by_fqn(source: ModelSource, adapter: str) -> dict[str, str]:
     keys: dict[str, str] = {}
     for name in source.specs:
         inner = _IN_FRONT.sub("", _WRAPPERS.sub("", name), count=1)
+        # peft puts the adapter's name there when it loads, and takes it out when it saves.
         keys[re.sub(r"\.(lora_(?:embedding_)?[AB])(\.weight)?$", rf".\1.{adapter}\2", inner)] = name
     return keys
 
@@ -277,11 +294,13 @@ def _peft_model(directory: Path, base: Path, name: str) -> Any:
         raise UsageError(f"{directory} holds an adapter, which needs peft: pip install peft") from error
     config = PeftConfig.from_pretrained(str(directory))
     start = getattr(config, "init_lora_weights", None)
+    # The base weights at hand are those before the run changed them: an adapter on top of them would be another model.
     if isinstance(start, str) and start.lower().startswith(_ON_ITS_OWN):
         raise UsageError(
             f"{directory / ADAPTER_CONFIG_FILE}: init_lora_weights={start!r} changed the base model's weights "
             "at the start of the run. Export it from the run itself (HFExport), or convert it with peft"
         )
+    # Its first values are overwritten by the checkpoint's, and some initialisations compute them from real weights.
     if hasattr(config, "init_lora_weights"):
         config.init_lora_weights = False
     try:

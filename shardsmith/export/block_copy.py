@@ -51,6 +51,7 @@ def copy_blocks(
     """
     copier = _Copier(source, writers, progress, part, parts)
     if threads == 1:
+        # In the caller's thread: a pool would need torch's setting of threads, which is one of the whole process.
         copier.work()
         return copier.digests
     threads = threads or useful_threads(copier.nbytes, copier.count)
@@ -60,6 +61,7 @@ def copy_blocks(
             for future in futures:
                 future.result()
         except BaseException:
+            # The block's end waits for the threads, which else would copy all blocks that are left.
             copier.stop()
             raise
     return copier.digests
@@ -79,6 +81,7 @@ class _Copier:
         self.digests = {name: Digest() for writer in writers for name in writer.plan.tensors}
         self._source = source
         blocks = [*_blocks(writers)]
+        # Consecutive blocks for each part: a rank reads and writes one stretch of each file.
         blocks = blocks[len(blocks) * part // parts : len(blocks) * (part + 1) // parts]
         self.count = len(blocks)
         self.nbytes = sum(box.numel * spec.dtype.itemsize for _, spec, _, box in blocks)
@@ -88,6 +91,7 @@ class _Copier:
         self._stopped = False
 
     def work(self) -> None:
+        # One for each thread, used again and again, so that it stays in cache.
         scratch = torch.empty(_BLOCK_BYTES, dtype=torch.uint8, device="cpu")
         try:
             while (block := self._next()) is not None:
@@ -101,6 +105,7 @@ class _Copier:
         self._stopped = True
 
     def _next(self) -> Block | None:
+        # An iterator must not be advanced by two threads at a time.
         with self._lock:
             return None if self._stopped else next(self._blocks, None)
 
@@ -109,6 +114,7 @@ class _Copier:
         share = digest_run(values, first)
         writer.write_run(spec.name, first, values)
         with self._lock:
+            # Two threads may have blocks of one tensor; adding up reads and writes the entry.
             self.digests[spec.name] += share
         if self._progress:
             self._progress(values.nbytes)

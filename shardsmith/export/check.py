@@ -81,6 +81,7 @@ class ExportCheck:
 def read_back(plan: ModelPlan, directory: Path, part: int, parts: int) -> dict[str, Digest]:
     """This share of the digests of what is in the files of a model. No communication."""
     digests: dict[str, Digest] = {}
+    # A file at a time: mapped pages of the one before can be given back.
     for file in plan.weights.files:
         source = SafetensorsSource(directory / file.name)
         digests |= digest_source(source, {n: t.spec.dtype for n, t in file.tensors.items()}, part=part, parts=parts)
@@ -139,8 +140,10 @@ def _check_model(
     for spec in model.specs:
         dtypes[dtype_name(spec.dtype)] = dtypes.get(dtype_name(spec.dtype), 0) + spec.numel
     same = None if model.model != EMA or main is None else [n for n, text in digests.items() if main.get(n) == text]
+    # What the base lacks, or has in another shape, cannot have its dtype.
     alike = [s for s in model.specs if (t := plan.template.specs.get(s.name)) is not None and t.shape == s.shape]
     shapes = {s.name for s in model.specs if s.name in plan.template.specs and s not in alike}
+    # Without a template nothing differs: ``^`` would give all names.
     differing = sorted(name for name in (names ^ plan.template.specs.keys()) | shapes if plan.template.specs)
     return ModelCheck(
         model=model.model,
@@ -164,12 +167,14 @@ def _check_model(
 def _remark(model: ModelPlan, same: Sequence[str] | None, plans: Sequence[ExportPlan]) -> str | None:
     """An average all of whose tensors are those of main is one that nobody has loaded, or one that never moved."""
     averaged = [spec.name for spec in model.specs if spec.name not in model.filled]
+    # Tensors from main are equal to it by definition.
     if same is None or not averaged or not set(averaged) <= set(same):
         return None
     sources = {name: source for plan in plans for name, source in plan.sources.items()}
     dtypes = {name: sources[EMA].specs[name].dtype for name in averaged}
     if any(sources[MAIN].specs[name].dtype != dtype for name, dtype in dtypes.items()):
         return "is equal to main as it was written; in the checkpoint they have different dtypes"
+    # In the checkpoint's own dtypes: this tells an average that is a copy from one that is near.
     if digest_source(sources[EMA], dtypes) == digest_source(sources[MAIN], dtypes):
         return "is equal to main in the checkpoint itself: it was never updated, or main was saved in its place"
     return "is equal to main once it is rounded; in the checkpoint it is not"
@@ -182,8 +187,10 @@ def _constant(plan: ModelPlan, directory: Path, digests: Mapping[str, str]) -> l
         source = SafetensorsSource(directory / file.name)
         for name, placement in file.tensors.items():
             spec = placement.spec
+            # The formula below is for words of 4 bytes, or two halves.
             if spec.numel > 1 and spec.dtype.is_floating_point and spec.dtype.itemsize in (2, 4):
                 ((_, first),) = source.pieces(name, Chunk((0,) * len(spec.shape), (1,) * len(spec.shape)))
+                # The digest is known already: one element and a sum tell what else a second pass would.
                 if str(_digest_of_constant(first, spec.numel)) == digests[name]:
                     found.append(name)
         source.close()
@@ -193,11 +200,14 @@ def _constant(plan: ModelPlan, directory: Path, digests: Mapping[str, str]) -> l
 def _digest_of_constant(first: Tensor, count: int) -> Digest:
     """The digest of a tensor of ``count`` elements equal to this one, of 2 or 4 bytes."""
     bits = int(first.reshape(1).view(torch.int16 if first.itemsize == 2 else torch.int32).item())
+    # As the words of a digest: all ``count`` are this one.
     if first.itemsize == 4:
         word, whole, rest = bits & 0xFFFFFFFF, count, 0
     else:
         half = bits & 0xFFFF
+        # Two elements make a word, the first in its low half; an odd last one is a word with zeros above it.
         word, whole, rest = half | half << 16, count // 2, half if count % 2 else 0
     total = whole * word + rest
+    # sum of (i + 1) * u[i]: the words are numbered from 1, and the odd one comes last.
     weighted = word * (whole * (whole + 1) // 2) + (whole + 1) * rest
     return Digest(total & _MASK, weighted & _MASK)

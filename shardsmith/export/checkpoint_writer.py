@@ -38,15 +38,18 @@ class CheckpointWriter:
 
     def make_files(self, plan: DirectoryPlan, directory: Path) -> None:
         """Make every file, unless those that write them do."""
+        # In a store a file enters whole: then there is nothing to make before.
         for file in () if self._whole_files else (file for model in plan.models for file in model.weights.files):
             with SafetensorsFileWriter.create(directory, file) as writer:
                 writer.sync()  # the ranks that write to it may be of other hosts
 
     def write(self, plan: DirectoryPlan, staged: Staged, directory: Path) -> None:  # noqa: ARG002
         """Verify this rank's share of the checkpoint's files, and write this rank's share."""
+        # Each rank verifies a share: together they read every file once.
         refuse_damage(self._checkpoint, find_damage(self._checkpoint, part=self._rank, parts=self._size))
         copy = self._write_files if self._whole_files else self._write_blocks
         digests = copy(plan, directory)
+        # A zero digest is the default of a missing one; leaving those out keeps what is sent small.
         self._found = encode({m: {n: d for n, d in found.items() if d != Digest()} for m, found in digests.items()})
 
     def unsynced(self) -> list[int]:
@@ -77,7 +80,9 @@ class CheckpointWriter:
                     for file in model.weights.files
                 ]
                 source = self._sources[model.model]
+                # threads=1: the process trains meanwhile, and torch's threads are the training's.
                 digests[model.model] = copy_blocks(source, writers, part=self._rank, parts=self._size, threads=1)
+                # Here, since each host has a cache of its own; no other rank could make these blocks durable.
                 for writer in writers:
                     writer.sync()
         return digests

@@ -56,6 +56,7 @@ def choose_writer(write_mode: str, ranks: Ranks) -> WeightsWriter:
         raise UsageError(f'write_mode="{write_mode}": it is "slices" or "files"')
     if write_mode == "slices":
         return SliceWriter()
+    # Gloo, and a group of its own: the exchange runs in a background thread, beside the training's collectives.
     timeout = timedelta(seconds=ranks.timeout_secs)
     group = dist.new_group(backend="gloo", timeout=timeout) if ranks.size > 1 else None
     return FileWriter(group, ranks.rank, ranks.size)
@@ -80,9 +81,11 @@ class FileWriter:
     def write(self, plan: DirectoryPlan, staged: Staged, directory: Path) -> None:
         """Send what others write, write what is this rank's to write, and read that back."""
         owned = deal_files(plan, self._size)
+        # Every rank takes part, also one that writes no file: it has boxes to send.
         _Delivery(Peers(self._group, self._rank, self._size), owned, staged, directory).run()
         found: Digests = {model.model: {} for model in plan.models}
         for model, file in owned[self._rank]:
+            # Read back by who wrote it: on NFS another host may still see older pages.
             found[model].update(_digests_of(directory / file.name))
         self._found = {"staged": encode(shares(plan, staged)), "found": encode(found)}
 
@@ -101,6 +104,7 @@ class FileWriter:
         """Do nothing."""
 
     def merge(self, plan: DirectoryPlan, receipts: Sequence[Any], directory: Path) -> Digests:
+        # What arrived is compared with what was sent: a box that was lost or mixed up on the way shows here.
         """Return what the files hold, which must be what was staged."""
         staged = add_up(plan, [receipt["staged"] for receipt in receipts])
         found = add_up(plan, [receipt["found"] for receipt in receipts])
@@ -126,6 +130,7 @@ class _Delivery:
     ) -> None:
         self._peers = peers
         self._files = [file for _, file in owned[peers.rank]]
+        # In the order of the files, so that one file is open at a time and, in a store, uploaded front to back.
         self._tasks = [
             [_Task(file, (model, name)) for model, file in files for name in file.tensors] for files in owned
         ]
@@ -150,14 +155,19 @@ class _Delivery:
                 raise error
 
     def _deliver(self) -> None:
+        # First who sends what: a rank must know the size of each tensor before it can receive it.
         coming = self._exchange_boxes()
+        # Round i: each writer takes its i-th tensor; the shorter lists are filled up with None.
         for tasks in itertools.zip_longest(*self._tasks):
             for rank in self._peers.others:
+                # All sends are begun before anything is received: else two writers could wait for each other.
                 for box in self._boxes_for(tasks[rank]):
                     self._peers.send(box.values, rank)
             if (task := tasks[self._peers.rank]) is not None:
+                # One box at a time, the own ones first: at most one that was received is in memory.
                 for box in itertools.chain(self._boxes_for(task), self._receive(task, coming)):
                     self._try(partial(self._write, task.file, box))
+            # What is being sent must not change or be freed; and no rank runs a round ahead of those that it sends to.
             self._peers.flush()
         self._try(self._finish)
 
@@ -165,10 +175,12 @@ class _Delivery:
         """Say what this rank will send; hear what the others will, by rank."""
         for rank in self._peers.others:
             boxes = [(i, box) for i, task in enumerate(self._tasks[rank]) for box in self._boxes_for(task)]
+            # Only a rank with tasks asks; what is sent and what is received must match in number and order.
             if self._tasks[rank]:
                 self._peers.send_json([(i, box.shape, box.box.offsets, box.box.sizes) for i, box in boxes], rank)
         mine = self._tasks[self._peers.rank]
         coming: dict[int, dict[Key, list[Coming]]] = {rank: {} for rank in self._peers.others}
+        # A rank that was lost says nothing; the others go on without its boxes, and it is reported in the end.
         for rank in self._peers.others if mine else ():
             for i, shape, offsets, sizes in self._peers.receive_json(rank) or ():
                 box = Chunk(tuple(offsets), tuple(sizes))
@@ -187,6 +199,7 @@ class _Delivery:
         for rank, boxes in coming.items():
             for shape, box in boxes.get(task.key, ()):
                 values = torch.empty(box.sizes, dtype=dtype, device="cpu")
+                # Also after an error of this rank: the sender waits until somebody has taken it.
                 if self._peers.receive(values, rank):
                     yield LiveBox(name, shape, box, values)
 
@@ -197,6 +210,7 @@ class _Delivery:
         self._open.write_box(box.name, box.box, box.values, box.shape)
 
     def _open_next(self, file: FilePlan) -> None:
+        # Durable before the next is begun: tensors come file by file.
         self._close()
         self._open = create_file(self._directory, file)
         self._unopened.remove(file)
@@ -211,6 +225,7 @@ class _Delivery:
         """Make the file durable that was written last."""
         if self._open is not None:
             with self._open as done:
+                # First forget it: if ``sync`` fails, ``run`` must not close it a second time.
                 self._open = None
                 done.sync()
 

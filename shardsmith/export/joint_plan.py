@@ -12,6 +12,7 @@ from shardsmith.export.plan import ExportPlan
 from shardsmith.ground.torchrun.process import was_started_by_torchrun
 from shardsmith.ground.torchrun.team import Alone, Team
 
+# Seconds: a plan may import transformers and read headers from a slow file system.
 TIMEOUT_SECS = 600.0
 
 
@@ -42,6 +43,7 @@ def plan_together(team: Team, make: Callable[[], list[ExportPlan]]) -> list[Expo
         plans.extend(make())
         return _signature(plans)
 
+    # Rank 0 first and alone: what is wrong with the arguments is said once, not by each rank.
     wanted = team.lead("planning", plan)
 
     def follow() -> None:
@@ -55,6 +57,7 @@ def plan_together(team: Team, make: Callable[[], list[ExportPlan]]) -> list[Expo
 def _signature(plans: list[ExportPlan]) -> str:
     files = [file for plan in plans for model in plan.directory.models for file in model.weights.files]
     digest = xxhash.xxh3_128()
+    # Names and headers: they say where every byte of every file goes, so equal ones make equal files.
     for file in files:
         digest.update(file.name.encode() + b"\0" + file.header)
     return digest.hexdigest()

@@ -37,13 +37,16 @@ class OwnBoxes:
 
     def __init__(self, shapes: Mapping[str, Shape], held: Sequence[LiveBox]) -> None:
         """``shapes``: of the tensors that the boxes are of, in the order of all ranks."""
+        # In the order that all ranks share, so that a number says which tensor is meant.
         where: dict[str, list[int]] = {name: [] for name in shapes}
         for i, box in enumerate(held):
             where[box.name].append(i)
+        # Positions in ``held``, in that order: the answer's flags are in it, too.
         self._order = [*chain.from_iterable(where.values())]
         numbers, lists = numbered(
             (shapes[name], tuple(held[i].box for i in positions)) for name, positions in where.items()
         )
+        # int32: numbers of lists, of which there are fewer than tensors.
         self.said = [pack(np.array(numbers, dtype=np.int32).tobytes()), pack_lists(lists)]
 
     def chosen(self, answer: str) -> list[int]:
@@ -59,6 +62,7 @@ def deal_boxes(
     Raises:
         RanksDisagreeError: they do not hold whole tensors together.
     """
+    # Ranks often hold the same: what is common to them is decoded once.
     texts = {text for text, _ in reports}
     kinds = {text: Kind([*shapes], np.frombuffer(unpack(text), dtype=np.int32)) for text in texts}
     holdings = [Holding(kinds[text], unpack_lists(lists)) for text, lists in reports]

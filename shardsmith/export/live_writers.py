@@ -97,6 +97,7 @@ class SliceWriter:
 
     def make_files(self, plan: DirectoryPlan, directory: Path) -> None:
         """Make every file, at its full size; it is durable when all that is written to it is."""
+        # Rank 0 keeps them open; it writes to them as well.
         for number, (_, file) in enumerate(_files(plan)):
             self._keep(number, SafetensorsFileWriter.create(directory, file))
 
@@ -108,6 +109,7 @@ class SliceWriter:
                 self._written.append((directory, model, number, file, mine))
                 writer = self._opened(directory, number, file)
                 with contextlib.ExitStack() as undo:
+                    # A file that failed to be written must not stay open; one that did not fail is kept below.
                     undo.callback(writer.close)
                     for box in mine:
                         writer.write_box(box.name, box.box, box.values, box.shape)
@@ -120,6 +122,7 @@ class SliceWriter:
 
     def sync(self, files: Sequence[int]) -> None:
         """Make these files durable."""
+        # Of those that it has written to: ``deal_syncs`` gives each file to one of the ranks of a host.
         for number in files:
             self._open[number].sync()
         self._unsynced.clear()  # the others are for other ranks
@@ -130,6 +133,7 @@ class SliceWriter:
         for directory, model, number, file, mine in self._written:
             with contextlib.ExitStack() as undo:
                 writer = self._opened(directory, number, file)
+                # Opened just for this: it was one too many to be kept.
                 if number not in self._open:
                     undo.callback(writer.close)
                 _add_shares(found[model], ((box.name, _compare_and_digest(writer, box)) for box in mine))
@@ -141,6 +145,7 @@ class SliceWriter:
 
     def _keep(self, number: int, writer: SafetensorsFileWriter) -> None:
         """Keep a file open that was written to; if there are too many, make it durable and close it."""
+        # Else as many descriptors as files, which a large model in small shards has by the hundred.
         if number in self._open or len(self._open) < _MOST_OPEN:
             self._open[number] = writer
             self._unsynced.add(number)
@@ -207,11 +212,13 @@ def _compare_and_digest(writer: SafetensorsFileWriter, box: LiveBox) -> Digest:
         if not same_bits(found, staged):
             raise CorruptCheckpointError(writer.path, f"{box.name}: {box.box} does not hold what was written to it")
 
+    # None: the box is no run of consecutive bytes, so it is compared block by block.
     first = first_of_run(box.box, box.shape)
     if first is None:
         for _, part in row_major_blocks(box.box.sizes, max(1, _READ_BYTES // box.values.element_size())):
             compare(stored[part.moved(box.box.offsets).slices], box.values[part.slices])
         return digest_box(box.values, box.box, box.shape)
+    # In bytes: the box is one run in the file, read into a scratch buffer that stays in cache.
     begin_of_run, staged = first * box.values.element_size(), box.values.view(-1).view(torch.uint8)
     scratch = torch.empty(min(_READ_BYTES, staged.numel()), dtype=torch.uint8, device="cpu")
 
@@ -221,4 +228,5 @@ def _compare_and_digest(writer: SafetensorsFileWriter, box: LiveBox) -> Digest:
             stored.read_bytes(begin_of_run + at, part)
             compare(part, staged[at : at + part.numel()])
 
+    # ``look`` is called for each stretch just before or after it is summed up, while it is in cache.
     return digest_run(box.values, first, look)

@@ -45,6 +45,7 @@ def compare_answers(
     if found.shape != expected.shape:
         shapes = f"{tuple(found.shape)}, the live model {tuple(expected.shape)}"
         raise CorruptCheckpointError(directory, f"loaded, it answers with a tensor of shape {shapes}")
+    # Of the finite elements: one masked logit would make the norm infinite, and any difference nothing.
     size = expected[expected.isfinite()].norm().clamp_min(torch.finfo(torch.float32).tiny)
     difference = float(apart(found, expected).norm() / size)
     if not difference <= tolerance:  # nor is NaN
@@ -54,6 +55,7 @@ def compare_answers(
 
 def apart(one: Tensor, other: Tensor) -> Tensor:
     """Return how far apart answers are, element by element: 0 where both are one infinity, as masked ones are."""
+    # Where they are equal the difference is not worked out: infinity minus infinity is NaN.
     return torch.where(one == other, torch.zeros_like(one), one - other)
 
 
@@ -63,11 +65,14 @@ def answer_of(directory: Path, inputs: Mapping[str, Tensor]) -> Tensor:
         given, answer = Path(folder, "inputs.pt"), Path(folder, "answer.pt")
         torch.save(dict(inputs), given)
         command = [sys.executable, "-m", "shardsmith.export.load_check", str(directory), str(given), str(answer)]
+        # Else the child would join the job's process group, or take a device of its own.
         environment = {name: value for name, value in os.environ.items() if not name.startswith(_OF_THE_JOB)}
+        # PYTHONSAFEPATH: the current directory must not come before the installed packages.
         environment |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "PYTHONSAFEPATH": "1"}
         ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if ran.returncode:
             lines = ran.stderr.strip().splitlines() or [f"exit status {ran.returncode}"]
+            # The last line is the exception; what is above is its way there.
             raise CorruptCheckpointError(directory, f"from_pretrained cannot load it: {lines[-1]}")
         found: Tensor = torch.load(answer, weights_only=True)
     return found
@@ -96,6 +101,7 @@ def main(directory: str, inputs: str, answer: str) -> None:
 
     config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
     kind = getattr(transformers, config.architectures[0])
+    # Safetensors only: the check must not pass by weights that a pickle beside them holds.
     model, info = kind.from_pretrained(
         directory, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
     )
@@ -108,6 +114,7 @@ def main(directory: str, inputs: str, answer: str) -> None:
         raise SystemExit("; ".join(problems))
     with torch.no_grad():
         output = model.eval()(**torch.load(inputs, weights_only=True))
+    # A copy: a view would save the whole storage behind it.
     torch.save(first_tensor(output).float().clone(), answer)
 
 

@@ -30,6 +30,7 @@ class Peers:
     def send(self, values: Tensor, rank: int) -> None:
         """Begin to send a contiguous CPU tensor; it must not change before ``flush``. Nothing is copied."""
         if rank not in self.lost:
+            # Kept until ``flush``: Gloo reads this memory in its own thread.
             data = _as_bytes(values)
             try:
                 self._sending.append((rank, dist.isend(data, rank, group=self._group), data))
@@ -38,6 +39,7 @@ class Peers:
 
     def flush(self) -> None:
         """Return when all that was sent is received, or its receiver lost."""
+        # First forget them: a second ``flush`` must not wait again for what has failed.
         sending, self._sending = self._sending, []
         for rank, sent, _ in sending:
             try:
@@ -49,6 +51,7 @@ class Peers:
         """Fill a contiguous CPU tensor with what ``rank`` sends next; False if that rank is lost."""
         if rank not in self.lost:
             try:
+                # ``recv`` waits up to the group's timeout; from then on this rank counts as lost.
                 dist.recv(_as_bytes(out), rank, group=self._group)
             except RuntimeError as error:
                 self.lost[rank] = error
@@ -57,6 +60,7 @@ class Peers:
     def send_json(self, value: Any, rank: int) -> None:
         """As ``send``."""
         text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        # The length first: the receiver has to make memory of that size.
         self.send(torch.tensor([len(text)], device="cpu"), rank)
         self.send(text, rank)
 
@@ -70,4 +74,5 @@ class Peers:
 
 
 def _as_bytes(values: Tensor) -> Tensor:
+    # As bytes, whatever the dtype: Gloo does not know all of them.
     return values.view(-1).view(torch.uint8)

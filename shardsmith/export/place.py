@@ -46,10 +46,12 @@ def begin_export(plan: DirectoryPlan, nbytes: int) -> Attempt | RemoteDirectory:
     try:
         if isinstance(attempt, RemoteDirectory):
             for file in weight_files(plan):
+                # Here they only describe the file for ``check_directory``; the ranks upload the contents.
                 SafetensorsFileWriter.create(attempt.directory, file).close()
                 attempt.put.add(file.name)
         else:
             require_space(attempt.directory, nbytes)
+    # Also for KeyboardInterrupt: nobody else knows of this attempt yet.
     except BaseException:
         attempt.abandon()
         raise
@@ -69,6 +71,7 @@ def fetch_weights(plan: DirectoryPlan, attempt: RemoteDirectory) -> None:
     Raises:
         WriteError, StorageError: there is no room here, or the store cannot be read.
     """
+    # Before the download: the sparse files take up hardly anything yet.
     require_space(attempt.directory, plan.nbytes)
     buffer = memoryview(bytearray(PART_BYTES))
     for file in weight_files(plan):
@@ -92,5 +95,6 @@ def deal_files(plan: DirectoryPlan, size: int) -> list[list[tuple[str, FilePlan]
     files = [(model.model, file) for model in plan.models for file in model.weights.files]
     owned: list[list[tuple[str, FilePlan]]] = [[] for _ in range(size)]
     for i, file in enumerate(files):
+        # Neighbouring files go to one rank; with fewer files than ranks the owners are spread over the hosts.
         owned[i * size // len(files)].append(file)
     return owned

@@ -52,17 +52,21 @@ def _token(config: Any) -> int | None:
 def _images(config: Any, wanted: Mapping[str, Any]) -> Iterator[tuple[dict[str, Tensor], int | None]]:
     """An image in each way in which models take one, and how many tokens it is where the way says so."""
     vision = getattr(config, "vision_config", None) or config
+    # 16 pixels and 3 channels are what most models have; a wrong guess is tried out and left out.
     patch, channels = _first(getattr(vision, "patch_size", 16)), _first(getattr(vision, "num_channels", None) or 3)
     if "image_grid_thw" in wanted:
         merge, frames = getattr(vision, "spatial_merge_size", 1), getattr(vision, "temporal_patch_size", 1)
+        # The smallest grid of which 2 by 2 patches are left when the model has merged them.
         side = 2 * merge
         pixels = _wave((side * side, getattr(vision, "in_channels", channels) * frames * patch * patch))
+        # 2 by 2 tokens.
         yield {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, side, side]], device="cpu")}, 4
         return
     size = _first(getattr(vision, "image_size", None) or 14 * patch)
     ways = [{"image_sizes": torch.tensor([[size, size]], device="cpu")}] if "image_sizes" in wanted else []
     for sizes in (*ways, {}):
         yield {"pixel_values": _wave((1, channels, size, size)), **sizes}, None
+        # With a dimension for several images in a row, as some models want it.
         yield {"pixel_values": _wave((1, 1, channels, size, size)), **sizes}, None
 
 
@@ -72,12 +76,14 @@ def _feature_count(model: Any, image: Mapping[str, Tensor]) -> int | None:
     known = inspect.signature(model.get_image_features).parameters
     given = {name: _on(device, value) for name, value in image.items() if name in known}
     try:
+        # Random numbers that a forward draws must not move those of whoever asks.
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             found = model.get_image_features(**given)
     except Exception:  # whatever it raises that wants something else
         return None
     found = getattr(found, "pooler_output", found)
     features = found if isinstance(found, list | tuple) else [found]
+    # The last dimension is the width of a feature.
     counts = [int(one.shape[:-1].numel()) for one in features if isinstance(one, Tensor) and one.dim() > 1]
     return sum(counts) if len(counts) == len(features) else None
 
@@ -92,4 +98,5 @@ def _first(value: Any) -> int:
 
 
 def _wave(shape: tuple[int, ...]) -> Tensor:
+    # No constant and nothing random: it depends on no generator, and each element counts.
     return torch.arange(torch.Size(shape).numel(), device="cpu").mul(0.37).sin().view(shape)

@@ -50,10 +50,12 @@ def _first_that_runs(model: Any, candidates: Iterable[dict[str, Tensor]]) -> dic
     problem = f"it wants {model.main_input_name}"
     device = next(model.parameters()).device
     for inputs in candidates:
+        # One kind after the other: which one a class takes cannot be seen from outside.
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
                 model(**{name: value.to(device) for name, value in inputs.items()})
         except Exception as error:  # whatever a forward raises that wants something else
+            # On the meta device an operation that needs values ends so; up to there the inputs fitted.
             if device.type == "meta" and "meta" in str(error):
                 return inputs
             problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
@@ -79,6 +81,7 @@ def made_up_tokens(config: Any, length: int, rows: int | None = None) -> Tensor:
     count = rows or int(getattr(text, "vocab_size", None) or getattr(config, "vocab_size", None) or _CHARACTERS)
     special = {value for part in (config, text) for value in _special_ids(part)}
     usual = [token for token in range(min(count, 4096)) if token not in special] or [0]
+    # 7919 is prime, so neighbours are far apart in the vocabulary and no id comes twice soon.
     return torch.tensor([[usual[i * 7919 % len(usual)] for i in range(length)]], device="cpu")
 
 
@@ -93,6 +96,7 @@ def _candidates(model: Any) -> Iterator[dict[str, Tensor]]:
     text = dict(_texts(config, wanted)) if "input_ids" in wanted or "decoder_input_ids" in wanted else {}
     decoder = {name: value for name, value in text.items() if name.startswith("decoder_")}
     main = {name: value for name, value in text.items() if name not in decoder}
+    # First of all, as a model that takes both is asked with both.
     yield from _with_image(model)
     if model.main_input_name == "input_ids" and text:
         yield text
@@ -116,6 +120,7 @@ def _texts(config: Any, wanted: Mapping[str, Any]) -> Iterator[tuple[str, Tensor
     if "attention_mask" in wanted and "input_ids" in wanted:
         yield "attention_mask", torch.ones_like(tokens)
     if "decoder_input_ids" in wanted and getattr(config, "is_encoder_decoder", False):
+        # Moved by one, as a decoder is given what it has said so far.
         yield "decoder_input_ids", tokens.roll(1, 1)
 
 
@@ -126,6 +131,7 @@ def _images(config: Any, wanted: Mapping[str, Any]) -> Iterator[dict[str, Tensor
     parts = [part for part in parts if part is not None]
     sizes = [size for part in parts for size in [getattr(part, "image_size", None)] if size]
     channels = next((n for part in parts for n in [getattr(part, "num_channels", None)] if isinstance(n, int)), 3)
+    # The size that the config names; else a small one, and the usual one.
     for size in [*sizes[:1], 64, 224]:
         height, width = size if isinstance(size, list | tuple) else (size, size)
         count = channels * height * width
@@ -137,8 +143,10 @@ def _images(config: Any, wanted: Mapping[str, Any]) -> Iterator[dict[str, Tensor
 def _sounds(config: Any, wanted: Mapping[str, Any]) -> Iterator[dict[str, Tensor]]:
     names = ("num_mel_bins", "input_feat_per_channel", "feature_size")
     bins = next((value for name in names if (value := getattr(config, name, 0))), 80)
+    # Whisper's encoder takes two frames for each position.
     frames = 2 * getattr(config, "max_source_positions", 64)
     shapes: dict[str, list[tuple[int, ...]]] = {
+        # Features before or behind the frames, and for models that take any length.
         "input_features": [(1, bins, frames), (1, frames, bins), (1, 64, bins)],
         "input_values": [(1, getattr(config, "max_length", frames), bins), (1, _SAMPLES), (1, 1, _SAMPLES)],
     }

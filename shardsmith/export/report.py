@@ -85,10 +85,12 @@ def _print_contents(console: Console, plan: ExportPlan) -> None:
     console.print(_files_table(plan))
     for change in plan.fitted.changes if plan.fitted else ():
         console.print(f"config.json: {change}")
+    # One for all of them: the list may be as long as the model.
     for ignored in (plan.fitted.ignored if plan.fitted else ())[:1]:
         count = len(plan.fitted.ignored) if plan.fitted else 0
         console.print(f"{count} tensors, {ignored} for one, are written, and the class passes over them when it loads")
     for name, reason in (plan.files.left_out if plan.files else {}).items():
+        # Weights of the base model itself are replaced; what lies in folders or is named otherwise may be missed.
         if "/" in name or not name.startswith(_PLAIN_WEIGHTS):
             console.print(f"{name} of the base model is not copied: {reason}")
     if plan.dropped:
@@ -140,6 +142,7 @@ def _checks_table(check: ExportCheck, has_template: bool) -> Table:
     for name in dict.fromkeys(name for m in check.models for name in (*m.rules, *m.orders)):
         rows[name] = [_layout_text(m, name) for m in check.models]
     for title, cells in rows.items():
+        # Without a template there is nothing to compare dtypes with.
         if has_template or not title.startswith("dtypes"):
             table.add_row(title, *cells)
     return table

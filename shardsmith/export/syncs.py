@@ -20,6 +20,7 @@ def cache_of(directory: Path, rank: int) -> str:
         boot = _BOOT.read_text().strip()
     except OSError:
         boot = f"rank {rank}"
+    # The boot id tells kernels apart, also of containers with one name; the device tells mounts apart.
     return f"{boot} {platform.node()} {os.stat(directory).st_dev}"
 
 
@@ -35,5 +36,6 @@ def deal_syncs(said: Sequence[tuple[str, Sequence[int]]]) -> list[list[int]]:
             writers.setdefault((cache, file), []).append(rank)
     mine: list[list[int]] = [[] for _ in said]
     for (_, file), ranks in writers.items():
+        # By the number of the file, so that the files are spread over a host's ranks.
         mine[ranks[file % len(ranks)]].append(file)
     return mine

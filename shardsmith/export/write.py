@@ -62,6 +62,8 @@ def write_directories(
         RankFailedError: one of these, with several ranks, on all of them.
     """
     with contextlib.ExitStack() as unfinished:
+        # Before the job's own: the stack ends in reverse order, so
+        # the attempts are deleted first and the sources closed last.
         for plan in plans:
             unfinished.callback(plan.close)
         job = _Job(plans, progress, team or Alone(), threads, unfinished)
@@ -118,6 +120,7 @@ class _Job:
         """Rank 0 makes all files, at their full size, in directories that are not visible yet."""
         attempts = self.team.lead("making the files", self._make_files)
         outputs = [plan.directory.output for plan in self.plans]
+        # Only rank 0 holds the attempts; their ids tell the others where to write.
         self._directories = [place_of_files(path, id_) for path, id_ in zip(outputs, attempts, strict=True)]
 
     def write(self) -> list[Texts]:
@@ -137,24 +140,30 @@ class _Job:
 
     def _make_files(self) -> list[str]:
         for parent in {plan.directory.output.parent for plan in self.plans}:
+            # Of dead attempts: they may take up the space that is asked for next.
             sweep(parent)
         for plan in self.plans:
+            # Of all directories: the files are sparse, so that what was planned before is not in use yet.
             nbytes = sum(plan.directory.nbytes for plan in self.plans)
             attempt = begin_export(plan.directory, nbytes)
+            # At once, so that a failure at the next directory deletes this one, too.
             self._unfinished.push(attempt)
             self._attempts.append(attempt)
             for file in weight_files(plan.directory) if isinstance(attempt, Attempt) else ():
+                # At full size before anybody writes: each rank writes to its own places in the same files.
                 SafetensorsFileWriter.create(attempt.directory, file).close()
         return [attempt.id for attempt in self._attempts]
 
     def _write(self) -> list[Texts]:
         checkpoints = {plan.checkpoint: plan.known for plan in self.plans if plan.verify}.values()
+        # Hashing and copying read the same files at the same time: what one has read, the other finds in memory.
         with ThreadPoolExecutor(1, "shardsmith-verify") as pool:
             verified = [pool.submit(verify_source, known, self.team.rank, self.team.size) for known in checkpoints]
             written = [
                 {model: _texts(digests) for model, digests in self._copy(plan, directory)}
                 for plan, directory in zip(self.plans, self._directories, strict=True)
             ]
+            # After the copy: a damaged source is reported before anything becomes visible.
             for verification in verified:
                 verification.result()
         return written
@@ -178,6 +187,7 @@ class _Job:
                     parts=self.team.size,
                     threads=self._threads,
                 )
+                # By each rank: ``fsync`` of another host would not cover its pages.
                 for writer in writers:
                     writer.sync()
             yield model.model, digests
@@ -185,6 +195,7 @@ class _Job:
     def _put(self, plan: ExportPlan, directory: ClaimedDirectory) -> dict[str, dict[str, Digest]]:
         """Upload some of the files, all of each, by the models that they belong to."""
         digests: dict[str, dict[str, Digest]] = {model.model: {} for model in plan.directory.models}
+        # An upload has no places to write to: each file is one rank's.
         for model, file in deal_files(plan.directory, self.team.size)[self.team.rank]:
             with create_file(directory, file) as writer:
                 digests[model] |= copy_blocks(plan.sources[model], [writer], self._progress, threads=1)
@@ -208,6 +219,7 @@ class _Job:
     def _commit(self, written: list[Texts], read: list[Texts]) -> list[ExportCheck]:
         made = list(zip(self.plans, self._attempts, written, read, strict=True))
         for plan, attempt, digests, found in made:
+            # All directories are compared, completed and checked before the first becomes visible.
             if plan.verify:
                 compare_read_back(attempt.directory, digests, found)
         checks = [
@@ -218,12 +230,14 @@ class _Job:
         ]
         for plan, attempt, _, _ in made:
             check_directory(plan.directory, attempt.directory)
+        # The first of them last: who sees it can rely on the others.
         for (_, attempt, _, _), files in reversed(list(zip(made, sizes, strict=True))):
             attempt.commit(files)
         return checks
 
 
 def _texts(digests: Mapping[str, Digest]) -> dict[str, str]:
+    # A share that is zero adds nothing; ``add_up_ranks`` fills it in.
     return {name: str(digest) for name, digest in digests.items() if digest != Digest()}
 
 
