@@ -57,7 +57,9 @@ _FOLDERS = re.compile(
 )
 """Beginnings of folders that are no part of a model: steps of a run, and what it logged."""
 _WRAPPER = re.compile(r"^(module|_orig_mod|model|base_model)\.")
+# Beginnings of torch's files: a zip archive, and a pickle of protocol 2, as before torch 1.6.
 _TORCH_MAGIC = (b"PK\3\4", b"\x80\2")
+# Share of the tensors, or of the model's matrices, from which a file is the model's.
 _MOSTLY = 0.5
 
 
@@ -98,7 +100,10 @@ def choose_files(
     for name in names:
         if _like(name, _WEIGHTS) and (reason := judge.reason_against(name)) is not None:
             left_out[name] = reason
+    # What a loader looks for is left out by its name alone,
+    # whatever it holds: it would be loaded beside the new weights.
     copies = {name for name in names if name not in left_out and not ("/" not in name and is_read_by_loaders(name))}
+    # An index goes with all of its files or not at all: a loader would fail at the first that is missing.
     copies -= {name for name in copies if _like(name, _INDEXES) and not _indexed(base / name) <= copies}
     weights = {name: (base / name).stat().st_size for name in sorted(copies) if name in judge.weights}
     return BaseFiles(tuple(sorted(copies)), weights, left_out)
@@ -116,6 +121,7 @@ class _Judge:
         self.weights: set[str] = set()
         self._base = base
         self._names = set(model)
+        # Vectors say nothing: many parts have some of the same length.
         self._shapes = Counter(spec.shape for spec in model.values() if len(spec.shape) > 1)
 
     def reason_against(self, name: str) -> str | None:
@@ -139,11 +145,13 @@ class _Judge:
         """By names; or, under names of another project, by the shapes of nearly all matrices."""
         if not specs:
             return False
+        # Half is enough: files may have fused or split tensors where the model has not.
         known = sum(name in self._names or _WRAPPER.sub("", name) in self._names for name in specs)
         return known >= _MOSTLY * len(specs) or self._has_shapes(spec.shape for spec in specs.values())
 
     def _has_shapes(self, shapes: Iterable[Shape]) -> bool:
         found = Counter(shape for shape in shapes if len(shape) > 1)
+        # As multisets: a shape counts as often as both have it.
         common = (found & self._shapes).total()
         return bool(common) and common >= 0.9 * found.total() and common >= _MOSTLY * self._shapes.total()
 
@@ -153,6 +161,7 @@ def _files(base: Path, *, trust_remote_code: bool) -> Iterable[str]:
     python = () if trust_remote_code else ("*.py",)
     of_checkpoint = _of_checkpoint(base)
     for folder, folders, names in names_below(base):
+        # In place: ``os.walk`` and what is like it do not go into a folder that was taken out of the list.
         folders[:] = sorted(name for name in folders if not _FOLDERS.match(name) and name not in of_checkpoint)
         top = folder == base
         unwanted = (PROVENANCE_FILE, ".*", *python, *_COPIES)
@@ -174,6 +183,7 @@ def _of_checkpoint(base: Path) -> set[str]:
 def _tensors_of(path: Path) -> Mapping[str, TensorSpec] | None:
     """The tensors in a file; None if it is no file of tensors. Raises CheckpointError if it cannot be read."""
     if path.suffix != ".safetensors":
+        # Suffixes such as .bin are used for other data, too; only files of torch begin so.
         if not first_bytes(path, 4).startswith(_TORCH_MAGIC):
             return None
         held = {".".join(map(str, keys)): one for keys, one in read_torch_file(path, follow_links=True).items()}
@@ -188,6 +198,7 @@ def _indexed(index: Path) -> set[str]:
     try:
         return set(read_json(index)["weight_map"].values())
     except (CheckpointError, KeyError, AttributeError, TypeError):
+        # An index that nobody can follow names a file that is never copied, so it is left out itself.
         return {""}  # no index that anyone could follow
 
 

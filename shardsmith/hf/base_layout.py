@@ -16,6 +16,7 @@ from shardsmith.tensors.tensors import read_tensor
 def in_base_layout(source: ModelSource | TranslatedModel, layouts: LayoutRules) -> ModelSource | TranslatedModel:
     """Return the model in the base model's layout: the same where no rule is needed."""
     targets = layouts.targets(source.specs)
+    # Nothing to do for any tensor: then the source stays what it is, with its fast ways to read whole boxes.
     if all(targets[name] == Slice.whole(spec) for name, spec in source.specs.items()):
         return source
     return TranslatedModel(source, layouts)
@@ -42,6 +43,7 @@ def orders_of_patches(
     problems = []
     for name in patch_embeddings(template.specs, rules):
         base = template.values(name)
+        # Each model by itself: an average may come from another place than main.
         for model, source in sources.items():
             if base is None or name not in source.specs:
                 continue

@@ -65,15 +65,19 @@ def without_weights() -> Iterator[None]:
 
     Random numbers and their generator are left alone.
     """
+    # The hook is one for all modules of the process; another thread may make a real model meanwhile.
     thread = threading.get_ident()
 
     def on_meta(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
         if parameter is None or parameter.is_meta or threading.get_ident() != thread:
             return None
+        # The initial values are thrown away here, before the next parameter is made: memory stays at one tensor.
         return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
 
+    # By torch's hook: a "meta" default device would put the buffers there, too, and their values would be lost.
     handle = register_module_parameter_registration_hook(on_meta)  # type: ignore[arg-type]  # it may return one
     try:
+        # On the CPU, whatever the default device is: a buffer computed elsewhere may differ in its last bits.
         with torch.random.fork_rng(devices=[]), torch.device("cpu"), _LeftBlank():
             yield
     finally:
@@ -96,6 +100,7 @@ def describe(model: nn.Module) -> Blueprint:
     What a checkpoint must hold is what ``get_model_state_dict`` of torch gives: names, shapes and dtypes.
     """
     transient = set(non_persistent_buffers(model))
+    # Also under further names: a buffer may be shared, as one rotary embedding by all layers.
     buffers = {clean_fqn(name, model): buffer.detach() for name, buffer in model.named_buffers(remove_duplicate=False)}
     state = {name: value for name, value in _state_dict(model).items() if isinstance(value, Tensor)}
     config: Any = getattr(model, "config", None)
@@ -103,6 +108,7 @@ def describe(model: nn.Module) -> Blueprint:
         model_class=type(model).__name__,
         config=plain_config(config) if hasattr(config, "to_json_string") else None,
         parameters=_specs({name: value for name, value in state.items() if name not in buffers}),
+        # Only the persistent ones are in a state dict.
         buffers=_specs({name: value for name, value in state.items() if name in buffers}),
         transient={name: buffer.cpu() for name, buffer in buffers.items() if name in transient},
         tied=tied_weights(model),
@@ -140,7 +146,9 @@ def model_of_directory(base: Path, *, trust_remote_code: bool = False) -> Any:
             )
             if trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
                 return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+            # ``_from_config`` of the class itself: the auto classes would choose another head than the config names.
             return getattr(transformers, config.architectures[0])._from_config(config)
+    # An error of reading is not one of the model: it keeps its type and its advice.
     except (StorageError, WriteError):
         raise
     except Exception as error:  # whatever a config that it does not know makes it raise
@@ -152,8 +160,10 @@ def model_of_directory(base: Path, *, trust_remote_code: bool = False) -> Any:
 def twin_of(live: Any, config: Any = None) -> Any:
     """Return a transformers model like a live one, made ``without_weights`` from its config, or from another one."""
     kind: Any = own_class(live)
+    # In the dtype of the live one, so that buffers which depend on it are computed alike.
     dtype = next((p.dtype for p in live.parameters() if p.is_floating_point()), torch.get_default_dtype())
     modern = int(sys.modules["transformers"].__version__.split(".")[0]) >= 5
+    # The argument has another name since transformers 5.
     options = {"dtype" if modern else "torch_dtype": dtype}
     with without_weights():
         return kind._from_config(copy.deepcopy(live.config if config is None else config), **options)
@@ -174,6 +184,7 @@ def transformers_parts(model: nn.Module, *, itself: bool = True) -> dict[str, An
         name = clean_fqn(prefix, model)
         if not name and not itself:
             continue
+        # Inside one that was found: modules come outermost first.
         inside = any(not outer or name == outer or name.startswith(f"{outer}.") for outer in found)
         if isinstance(module, modeling.PreTrainedModel) and not inside:
             found[name] = module
@@ -189,6 +200,7 @@ def plain_config(config: Any) -> dict[str, Any]:
         text = config.to_json_string(use_diff=False)
     except TypeError:
         text = json.dumps(config.to_dict(), default=_fields_of)
+    # ``parse_constant``: JSON has no infinity, and Python writes one that other readers refuse.
     content: dict[str, Any] = json.loads(text, parse_constant=str)
     return content
 

@@ -41,13 +41,16 @@ def complete_directory(plan: DirectoryPlan, directory: Path, digests: Digests) -
             sizes[name] = write_file(directory / name, _json(model.weights.index))
     if plan.config is not None:
         sizes[CONFIG_FILE] = write_file(directory / CONFIG_FILE, config_for(plan.config, _main_dtype(plan)))
+    # Before the base's files: a tokenizer that the trainer has goes before the base model's.
     if plan.companions is not None:
         sizes |= _write_companions(plan, directory)
     if plan.base is not None:
+        # Names that are there are skipped: nothing in the directory is written twice.
         sizes |= copy_files(plan.base, [name for name in plan.copies if name not in sizes], directory)
     if CARD_FILE not in sizes:  # the base model's, or one of the caller's, is kept
         sizes[CARD_FILE] = write_file(directory / CARD_FILE, model_card(plan, digests))
     weights = {file.name for model in plan.models for file in model.weights.files}
+    # Last, when every other file is there and durable: the record holds their sizes and hashes.
     with writing(directory, "hashing its files"):
         provenance = _provenance(plan, digests) | {"files": file_records(directory, sizes, weights)}
     sizes[layout.PROVENANCE_FILE] = write_file(directory / layout.PROVENANCE_FILE, sealed_json(provenance))
@@ -57,6 +60,7 @@ def complete_directory(plan: DirectoryPlan, directory: Path, digests: Digests) -
 def _write_companions(plan: DirectoryPlan, directory: Path) -> dict[str, int]:
     assert plan.companions is not None
     with writing(directory, "writing tokenizer, processor and other files"):
+        # Whatever has appeared since: nobody says which files ``save_pretrained`` of a tokenizer writes.
         before = _files_in(directory)
         plan.companions(directory)
         new = _files_in(directory) - before
@@ -73,6 +77,7 @@ def _main_dtype(plan: DirectoryPlan) -> torch.dtype:
     """The dtype of most floating-point elements that are not quantised: what the model computes in."""
     counts: dict[torch.dtype, int] = {}
     for spec in plan.models[0].specs:
+        # Scales and packed numbers of a quantisation are in no dtype that a model computes in.
         if spec.dtype in CASTABLE:
             counts[spec.dtype] = counts.get(spec.dtype, 0) + spec.numel
     return max(counts, key=lambda dtype: counts[dtype], default=torch.get_default_dtype())

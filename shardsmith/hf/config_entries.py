@@ -20,12 +20,14 @@ def entries(config: Config, path: Path = ()) -> Iterator[tuple[Path, Any]]:
     for key, value in config.items():
         here = (*path, key)
         yield here, value
+        # These stand and fall as a whole: a single entry of them means nothing.
         if isinstance(value, Mapping) and key not in (QUANTIZATION, *OF_THE_HEAD):
             yield from entries(value, here)
 
 
 def with_values(config: Config, values: Mapping[Path, Any]) -> dict[str, Any]:
     """Return a copy in which these entries have these values."""
+    # Deep: the parts of the original must not change with the copy.
     changed = copy.deepcopy(dict(config))
     for path, value in values.items():
         part_at(changed, path[:-1])[path[-1]] = value

@@ -146,6 +146,7 @@ def plan_model(
     Raises:
         UsageError: the size cannot be read, safetensors cannot hold the tensors, or a pattern of ``dtype`` is for none.
     """
+    # By the names in the files, so that a pattern of a user means what is written.
     specs = cast_specs([spec for spec in stored if spec.name not in aliases], dtype)
     limit = parse_size(max_shard_size) if max_shard_size else None
     return ModelPlan(model, specs, plan_files(specs, stem, limit), stem, dict(aliases), filled)

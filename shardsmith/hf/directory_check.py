@@ -29,17 +29,21 @@ def check_directory(plan: DirectoryPlan, directory: Path) -> Measure:
             loader would take.
         CorruptCheckpointError: the files do not hold the tensors that were planned.
     """
+    # What lies on disk, not the plan: this is the last look before it becomes visible.
     for model in plan.models:
         _check_headers(model, directory)
+    # Before the class: a loader that finds two files of weights may take the wrong one, however right ours is.
     _refuse_other_weights(plan, directory)
     config_file = directory / CONFIG_FILE
     if not config_file.is_file():
         return Measure(None, plan.measure.base, "it has no config.json")
     config = json.loads(config_file.read_text())
     wanted = main_stem(config)
+    # diffusers and transformers look for different names, and load nothing under the other's.
     if other := [m.stem for m in plan.models if m.stem in (MAIN_WEIGHTS, COMPONENT_WEIGHTS) and m.stem != wanted]:
         summary = "the weights are not called as the library of its config wants them"
         raise MismatchError(plan.output, summary, [f"{other[0]}: must be {wanted}"], "Nothing was written.")
+    # The same specs and the same config were judged for the plan, so the answer is remembered.
     for model in plan.models:
         found = fit_config(config, _specs(model), base=plan.template, allow=plan.allow)
         if found.changes or found.problems:
@@ -78,6 +82,7 @@ def _check_headers(model: ModelPlan, directory: Path) -> None:
 def _refuse_other_weights(plan: DirectoryPlan, directory: Path) -> None:
     """Raise MismatchError if a file that is none of ours would be loaded, or holds the model's weights."""
     ours = {name for model in plan.models for name in model.file_names}
+    # Beside an adapter its config is ours, and no stray.
     if any(model.stem.startswith("adapter_model") for model in plan.models):
         ours.add("adapter_config.json")
     lines = [
@@ -93,6 +98,7 @@ def _refuse_other_weights(plan: DirectoryPlan, directory: Path) -> None:
         raise MismatchError(plan.output, summary, lines, "Nothing was written. Leave these files out.")
 
 
+# What ``choose_files`` would not copy from a base model must not lie in a directory that we make.
 def _copies_of_the_model(directory: Path, specs: Mapping[str, TensorSpec], ours: set[str]) -> list[str]:
     try:
         found = choose_files(directory, specs, trust_remote_code=True).left_out

@@ -51,6 +51,7 @@ def find_export_damage(directory: Path, *, contents: bool = True) -> list[str]:
         contents: Also read every byte; otherwise only names and sizes.
     """
     try:
+        # Sealed: the record has a hash of itself, so that a change of it is found as well.
         record = read_json(directory / layout.PROVENANCE_FILE, sealed=True) if _is_ours(directory) else {}
         if "files" not in record:
             return []
@@ -77,10 +78,12 @@ def _is_ours(directory: Path) -> bool:
 def _damage(directory: Path, record: Mapping[str, Any], *, contents: bool) -> Iterator[str]:
     step = record["step"]
     if step is not None and step_in_name(directory, step) != count(step):
+        # A copy under the name of another step would be resumed from, or pushed, as that step.
         yield f"{layout.PROVENANCE_FILE} is of step {step}: the directory was copied or renamed"
     files = typed(record["files"], dict)
     for name in sorted(_names_in(directory) - {*files, *_of_checkpoint(directory), layout.PROVENANCE_FILE}):
         yield f"{name!r}: is not one of its files"
+    # Tensors are read only if sizes and headers are right; else their places in the files are unknown.
     sound = True
     for name, expected in sorted(files.items()):
         if problem := _file_problem(directory, name, expected, contents=contents):
@@ -101,15 +104,18 @@ def _of_checkpoint(directory: Path) -> set[str]:
 def _names_in(directory: Path) -> set[str]:
     if isinstance(directory, RemotePath):
         return {name for name in directory.objects_below() if not is_claim(name)}
+    # A link to a folder is not followed and counts as a file: it is none of ours.
     return {str(path.relative_to(directory)) for path in directory.rglob("*") if not path.is_dir() or path.is_symlink()}
 
 
 def _file_problem(directory: Path, name: str, expected: Any, *, contents: bool) -> str | None:
     path = directory / name
+    # The record is data that somebody may have changed: it must not lead out of the directory.
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise ValueError(f"{name!r} is not the name of a file in the directory")
     if _HEADER not in expected:
         return file_damage(path, file_record(expected), contents=contents)
+    # A hash of weights would be of bytes that their digests cover already.
     problem = file_damage(path, FileRecord(size=count(expected["size"]), xxh3_128=""), contents=False)
     if problem is None and contents and _hash_header(path) != digest_text(expected[_HEADER]):
         problem = "its header has changed since it was written"
@@ -120,6 +126,7 @@ def _hash_header(path: Path) -> str:
     """Of the bytes of a safetensors file before its tensors."""
     with contextlib.closing(open_file(path)) as file:
         length = _first_bytes(file, 8)
+        # The first 8 bytes are the header's length; capped, so that a damaged one does not ask for all memory.
         return xxhash.xxh3_128_hexdigest(_first_bytes(file, 8 + min(int.from_bytes(length, "little"), 100 << 20)))
 
 

@@ -38,6 +38,7 @@ def copy_files(base: Path, names: Iterable[str], directory: Path) -> dict[str, i
     for name in names:
         source, target = base / name, directory / name
         with writing(target, f"copying {source}"):
+            # Contents only: a base model in a cache of the Hub consists of links, with modes of their own.
             copy_file(source, target)
             sync(target)
             sizes[name] = target.stat().st_size
@@ -53,6 +54,7 @@ def read_config(base: Path) -> dict[str, Any]:
     """
     if not base.exists():
         advice = "give the directory of the base model"
+        # A name of the Hub looks like a relative path of two parts.
         if re.fullmatch(r"[\w.-]+/[\w.-]+", str(base)) and not base.parent.exists():
             advice += f". If this is its name on the Hugging Face Hub, run: hf download {base} --local-dir DIRECTORY"
         if isinstance(base, RemotePath):
@@ -93,6 +95,7 @@ def main_stem(config: Mapping[str, Any] | None) -> str:
 
 def ties_word_embeddings(config: dict[str, Any]) -> bool:
     """Whether the config says that input and output embeddings are one tensor, for the model or its text part."""
+    # A model of several parts says it in the config of its text part.
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
     return any(part.get("tie_word_embeddings") is True for part in parts)
 
@@ -109,13 +112,16 @@ def protect(output: Path, *inputs: Path) -> None:
                 output, f"lies in, is or holds {near[0]}, which is only read; choose another output"
             )
         return
+    # ``realpath``: what a link leads to is what would be written to.
     place = Path(os.path.realpath(output))
     itself = _identities([place])
+    # Also the folders above: an output below an input would be written into it.
     around_it = itself | _identities(place.parents)
     for given in inputs:
         if isinstance(given, RemotePath):
             continue  # which nothing here can be
         source = Path(os.path.realpath(given))
+        # By identity and by name: what does not exist yet has only a name.
         if source in (place, *place.parents) or around_it & _identities(_everything_in(source)):
             raise ProtectedPathError(output, f"lies in or is {given}, which is only read; choose another output")
         if place in source.parents or itself & _identities(source.parents):
@@ -145,6 +151,7 @@ def _with_dtype(config: dict[str, Any], name: str) -> dict[str, Any]:
         key: name
         if key in ("dtype", "torch_dtype") and isinstance(value, str)
         else _with_dtype(value, name)
+        # A quantisation has dtypes of its own, which say how its numbers are packed.
         if isinstance(value, dict) and key != "quantization_config"
         else value
         for key, value in config.items()

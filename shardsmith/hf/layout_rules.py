@@ -40,6 +40,7 @@ class Conv2dToLinear:
 
     def apply(self, whole: Slice, wanted: Shape) -> Slice:
         if len(whole.shape) == 4 and len(wanted) == 2:
+            # The vision tower's patches have the channels last: height and width come before them.
             return whole.permute(0, 2, 3, 1).reshape(*wanted)
         out, channels, height, width = wanted
         return whole.reshape(out, height, width, channels).permute(0, 3, 1, 2)
@@ -67,13 +68,16 @@ class Steps:
     inverse: tuple[tuple[str, tuple[int, ...]], ...]
 
     def apply(self, whole: Slice, wanted: Shape) -> Slice:
+        # Which of the two leads to the wanted shape is tried out: a rule is written once for both directions.
         for steps in (self.forward, self.inverse):
             found = whole
             try:
                 for operation, numbers in steps:
                     found = getattr(found, operation)(*numbers)
+            # A step that does not go with this shape means the other direction.
             except (ValueError, IndexError):
                 continue
+            # No steps: an empty inverse would lead nowhere and be taken for a way.
             if steps and found.shape == wanted:
                 return found
         raise ValueError(f"no way from {whole.shape} to {wanted}")
@@ -135,6 +139,7 @@ class LayoutRules:
     def _target(self, spec: TensorSpec) -> Slice:
         whole = Slice.whole(spec)
         wanted = self._template.get(spec.name)
+        # Another number of elements is no other layout, and stays an error.
         if wanted is None or wanted.shape == spec.shape or wanted.numel != spec.numel:
             return whole
         for rule in self._rules:
@@ -142,6 +147,7 @@ class LayoutRules:
                 try:
                     found = rule.transform.apply(whole, wanted.shape)
                 except (ValueError, IndexError):
+                    # The next rule that fits the name may lead there.
                     continue
                 if found.shape == wanted.shape:
                     self.used[spec.name] = rule
@@ -166,11 +172,14 @@ def order_of_patches(values: Tensor, base: Tensor, channels: int = 3) -> str:
     if values.shape != base.shape:
         return "undecided"
     ours, theirs = _linear(values), _linear(base)
+    # Of a linear layer the side of a patch is not recorded; patches are square.
     side = math.isqrt(ours.shape[1] // channels) if ours.dim() == 2 else 0
     if not side or side * side * channels != ours.shape[1]:
         return "undecided"
+    # What the values would be if the channels lay first: brought to channels last.
     as_conv = ours.view(-1, channels, side, side).permute(0, 2, 3, 1).reshape(ours.shape)
     here, there = (float((given - theirs).square().sum()) for given in (ours, as_conv))
+    # Of weights that do not descend from the base's, both distances are about equal.
     if min(here, there) > 0.8 * max(here, there):
         return "undecided"
     return "as in the base" if here < there else "channels first"
@@ -196,6 +205,7 @@ def _parse_rule(table: Mapping[str, Any]) -> LayoutRule:
     if unknown := sorted(table.keys() - {"pattern", "transform", "steps", "inverse"}):
         raise ValueError(f"unknown: {', '.join(unknown)}")
     pattern, transform = table["pattern"], table.get("transform")
+    # Exactly one of the two.
     if not isinstance(pattern, str) or (transform is None) == ("steps" not in table):
         raise ValueError("a rule has a pattern and either a transform or steps")
     if transform is not None:
@@ -209,6 +219,7 @@ def _parse_rule(table: Mapping[str, Any]) -> LayoutRule:
 def _parse_steps(steps: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, tuple[int, ...]], ...]:
     found = []
     for step in steps:
+        # Each step is a table of one entry.
         ((operation, numbers),) = step.items()
         if operation not in ("permute", "reshape") or any(type(n) is not int for n in numbers):
             raise ValueError(f"{dict(step)} is neither a permute nor a reshape to whole numbers")

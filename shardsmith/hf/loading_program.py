@@ -15,6 +15,7 @@ from shardsmith.ground.printable import printable
 from shardsmith.hf.directory import DirectoryPlan, ModelPlan
 from shardsmith.hf.model_class import DIFFUSERS_KEY
 
+# Only a plain name goes into the program: what a config says is text of somebody else.
 _CLASS_NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 
 
@@ -32,6 +33,7 @@ class LoadingProgram:
         first, *others = plan.models
         loads_model = True
         self.library: str | None = None
+        # The order is that of what would load it: peft, code of the author, a class of a library, tensors alone.
         if any(model.stem.startswith("adapter_model") for model in plan.models):
             self.library = "peft"
             lines = ["from peft import PeftModel", "", 'model = PeftModel.from_pretrained(base_model, "DIRECTORY")']
@@ -88,6 +90,7 @@ def _library_class(config: Mapping[str, Any]) -> tuple[str, str] | None:
     for library, name in named:
         if _has(library, name):
             return library, name
+    # Without a named class ``AutoModel`` takes the one of the model type.
     if not named and _knows_model_type(config.get("model_type")):
         return "transformers", "AutoModel"
     return None
@@ -104,6 +107,7 @@ def _named(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _has(library: str, name: str) -> bool:
     """Whether a library has a class that loads directories. One that is not installed is taken at the config's word."""
+    # Not installed here says nothing about the reader of the card.
     if importlib.util.find_spec(library) is None:
         return True
     try:
@@ -133,6 +137,7 @@ def _remote_class(config: Mapping[str, Any], copies: tuple[str, ...]) -> str | N
     for auto_class, target in auto_map.items() if isinstance(auto_map, dict) else ():
         if not isinstance(target, str) or not re.fullmatch(r"AutoModel\w*", auto_class, re.ASCII):
             continue
+        # As in "org/name--modeling.Class": code of a repository of the Hub; without it, of this directory.
         repository, _, reference = target.rpartition("--")
         module, _, name = reference.rpartition(".")
         if repository or f"{module}.py" in copies:

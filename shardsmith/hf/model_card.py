@@ -28,6 +28,7 @@ def is_own_card(path: Path) -> bool:
     """Return whether a file is a model card that an export has written, and so says nothing of any other weights."""
     if path.name != CARD_FILE or not path.is_file():
         return False
+    # At the beginning: the mark follows the front matter, and a card may be long.
     return _MARK.encode() in first_bytes(path, 4096)
 
 
@@ -89,6 +90,7 @@ def _base_name(plan: DirectoryPlan) -> str | None:
     """The base model as the Hub calls it, as far as its path tells; the name of its folder otherwise."""
     if plan.base is None:
         return None
+    # Through links: a cache of the Hub keeps the model's name in a folder above the snapshot.
     path = plan.base.resolve()
     cached = next((match for part in path.parts if (match := _CACHED.fullmatch(part))), None)
     name = "/".join(cached.groups()) if cached else path.name

@@ -129,6 +129,7 @@ def find_model_class(config: Mapping[str, Any]) -> tuple[ModelClass | None, str]
     library = "diffusers" if DIFFUSERS_KEY in config else "transformers"
     if library == "transformers" and not (config.get("architectures") or config.get("model_type")):
         return None, "config.json names no class"
+    # accelerate makes the models without data, by ``device_map``.
     needed = ("transformers", "accelerate") if library == "transformers" else ("diffusers",)
     if absent := [name for name in needed if importlib.util.find_spec(name) is None]:
         return None, f"{' and '.join(absent)} {'are' if absent[1:] else 'is'} not installed ({install_line(*absent)})"
@@ -147,9 +148,11 @@ class TransformersClass:
         import transformers
 
         self._version = transformers.__version__
+        # A quantised model has other modules; names and shapes are compared with those of the plain one.
         plain = {key: value for key, value in config.items() if key != "quantization_config"}
         self._config = _as_transformers_reads(plain)
         self._kinds = _classes_for(plain, self._config)
+        # ``architectures`` with one class, or all that could be meant; the first one gives names and config.
         with _quiet_transformers():
             self._model = _on_meta(self._kinds[0], self._config)
         self.name = self._full_name(self._kinds[0])
@@ -170,6 +173,7 @@ class TransformersClass:
         """As ``ModelClass``: what the class ties by name, and what is one parameter in it."""
         from shardsmith.tensors.fqn import tied_weights  # which imports what only a model needs
 
+        # What is declared may be tied by a load only; what is one parameter need not be declared.
         declared = dict(getattr(self._model, "all_tied_weights_keys", None) or {})
         return _with_file_names({**declared, **tied_weights(self._model)}, self._file_names, self.specs)
 
@@ -183,21 +187,26 @@ class TransformersClass:
         found: list[Fit] = []
         for kind in self._kinds:
             found.append(self._fit(kind, specs))
+            # Exact and nothing passed over: no other class can fit better.
             if found[-1].is_exact and not found[-1].ignored:
                 return found[-1]
+        # Errors last; then by tensors without a place, before those of another shape.
         return min(found, key=lambda fit: (fit.error is not None, fit.misplaced, fit.count))
 
     def _fit(self, kind: Any, specs: Mapping[str, TensorSpec]) -> Fit:
         fit = Fit(model_class=self._full_name(kind))
+        # On the meta device: the loader compares names and shapes, and no memory is asked for.
         state = {n: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for n, spec in specs.items()}
         try:
             with _quiet_transformers(), _all_keys(kind) as (missing, unexpected):
                 _, info = kind.from_pretrained(
                     None,
+                    # A copy: a load changes its config.
                     config=copy.deepcopy(self._config),
                     state_dict=state,
                     dtype=torch.get_default_dtype(),  # so that the default stays as it is, for all threads
                     device_map={"": "meta"},
+                    # Shapes are reported like the rest instead of raising at the first.
                     ignore_mismatched_sizes=True,
                     output_loading_info=True,
                 )
@@ -205,10 +214,12 @@ class TransformersClass:
             return replace(fit, error=f"from_pretrained raises {type(error).__name__}: {error}")
         return replace(
             fit,
+            # Before the class has taken out what it does not warn of; what it never saves is meant to be missing.
             missing=tuple(sorted((missing - self.unsaved) | info["missing_keys"])),
             unexpected=tuple(sorted(info["unexpected_keys"])),
             ignored=tuple(sorted(unexpected - info["unexpected_keys"])),
             shapes={name: (tuple(given), tuple(wanted)) for name, given, wanted in info["mismatched_keys"]},
+            # Names in memory are compared with those in files here: of the first class only, whose specs are known.
             kinds=_other_kinds(specs, self.specs) if kind is self._kinds[0] else {},
         )
 
@@ -237,6 +248,7 @@ class DiffusersClass:
         from shardsmith.tensors.fqn import tied_weights
 
         kind: Any = getattr(diffusers, str(config[DIFFUSERS_KEY]))
+        # diffusers has no initialisation apart from making the model, so the default device does it.
         with torch.device("meta"), _undisturbed():
             model = kind.from_config({k: v for k, v in config.items() if k != "quantization_config"})
         self.name = f"{kind.__name__} of diffusers {diffusers.__version__}"
@@ -247,6 +259,7 @@ class DiffusersClass:
 
     def fit(self, specs: Mapping[str, TensorSpec]) -> Fit:
         """As ``ModelClass``: diffusers loads by name alone."""
+        # Of a tie one name is enough, and which one the files have is not said.
         tied = {*self.tied, *self.tied.values()}
         return Fit(
             model_class=self.name,
@@ -265,6 +278,7 @@ def _as_transformers_reads(config: Mapping[str, Any]) -> Any:
     """The config object that ``from_pretrained`` makes of this config.json. Runs no code of a repository."""
     import transformers
 
+    # As a file: the same way in which ``from_pretrained`` reads it.
     with tempfile.TemporaryDirectory(prefix="shardsmith-config-") as place, _quiet_transformers():
         Path(place, "config.json").write_text(json.dumps(config))
         return transformers.AutoConfig.from_pretrained(place, trust_remote_code=False, local_files_only=True)
@@ -280,6 +294,7 @@ def _classes_for(plain: Mapping[str, Any], config: Any) -> Sequence[Any]:
     mappings = [m for name, m in vars(modeling_auto).items() if name.startswith("MODEL_") and name.endswith("_MAPPING")]
     found: dict[Any, None] = {}
     for mapping in mappings:
+        # The mappings are lazy: a class that this version lacks raises when it is asked for.
         with contextlib.suppress(KeyError, ValueError):
             kinds = mapping[type(config)]
             found |= dict.fromkeys(kinds if isinstance(kinds, tuple | list) else [kinds])
@@ -304,6 +319,7 @@ def _all_keys(kind: Any) -> Iterator[tuple[set[str], set[str]]]:
         yield missing, unexpected
         return
 
+    # transformers 5.0 gives two sets, later versions one object that holds them.
     def note(model: Any, *found: Any) -> Any:
         names = (found[0].missing_keys, found[0].unexpected_keys) if len(found) == 1 else found  # sets in 5.0
         missing.update(names[0])
@@ -321,6 +337,7 @@ def _with_file_names(
     found = dict(tied)
     for name in {*tied, *tied.values()}:
         in_files = file_names.get(name, name)
+        # A name in files may be that of another tensor in memory, as where a prefix was moved.
         if in_files not in in_memory:
             found[in_files] = tied.get(name, name)
     return found
@@ -363,6 +380,7 @@ def _undisturbed() -> Iterator[None]:
 
     Both are of the whole process: a thread beside the training leaves them alone. Models without data draw none.
     """
+    # ``warnings`` and the generator are of the whole process, so only the main thread may change them.
     if threading.current_thread() is not threading.main_thread():
         yield
         return

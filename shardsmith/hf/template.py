@@ -55,16 +55,19 @@ def read_template(base: Path) -> BaseTemplate:
     Raises:
         CheckpointError: it has weights that cannot be read, so that nothing could be compared with them.
     """
+    # In this order, since a base may have several: what a loader takes by default comes first.
     absent = "it comes without weights"
     for stem in (layout.MAIN_WEIGHTS, layout.COMPONENT_WEIGHTS, layout.EMA_WEIGHTS):
         index = base / layout.index_file_name(stem)
         single = f"{stem}.safetensors"
         if not (base / single).exists() and not index.exists():
             continue
+        # An index alone is no weights.
         if not (base / single).exists() and not _like(base, f"{stem}-*.safetensors"):
             absent = f"{index.name} is about files that are not there"
             continue
         source = open_safetensors_directory(base, stem)
+        # The specs are in memory; nothing is left open while an export runs.
         source.close()
         return BaseTemplate(base, stem, source.specs, ", ".join(source.headers))
     return _torch_template(base) or _variant(base) or BaseTemplate(base, None, {}, absent)
@@ -74,6 +77,7 @@ def _variant(base: Path) -> BaseTemplate | None:
     """The weights that ``from_pretrained(variant=...)`` loads: the same tensors, usually of another dtype."""
     for main in (layout.MAIN_WEIGHTS, layout.COMPONENT_WEIGHTS):
         for name in _like(base, f"{main}.*.safetensors*"):
+            # The part of a name that is not the variant: number of the shard, suffix, index.
             stem = re.sub(r"(-[0-9]{5}-of-[0-9]{5})?\.safetensors(\.index\.json)?$", "", name)
             with contextlib.suppress(CheckpointError):
                 source = open_safetensors_directory(base, stem)
@@ -87,6 +91,7 @@ def _like(base: Path, pattern: str) -> list[str]:
 
 
 def _torch_template(base: Path) -> BaseTemplate | None:
+    # They are read by maps of a local file.
     if isinstance(base, RemotePath):  # where such files are not read
         return None
     for name in _TORCH_FILES:

@@ -38,8 +38,10 @@ def find_ties(
         return _twins(names, template, vocabulary)
     aliases: dict[str, str] = {}
     for group in tied_groups(model_class.tied, source.specs):
+        # A name that the base's files list is never left out: a loader of theirs may ask for it.
         kept = next((name for name in group if name in template), group[0])
         unlisted = [name for name in group if name != kept and name not in template]
+        # The values decide: a model may have trained the two apart.
         aliases |= {name: kept for name in unlisted if names.equal(name, kept)}
     return aliases
 
@@ -56,6 +58,7 @@ def tied_groups(tied: Mapping[str, str], present: Container[str]) -> list[list[s
     groups: dict[str, list[str]] = {}
     for alias in tied:
         root = alias
+        # Through chains: an alias may be tied to a name that is an alias itself.
         while root in tied and tied[root] != root:
             root = tied[root]
         groups.setdefault(root, [root]).append(alias)
@@ -64,6 +67,7 @@ def tied_groups(tied: Mapping[str, str], present: Container[str]) -> list[list[s
 
 
 def _twins(names: _Digests, template: Mapping[str, TensorSpec], vocabulary: Collection[int]) -> dict[str, str]:
+    # Matrices with as many rows as the vocabulary: embeddings and heads.
     found = [n for n, spec in names.source.specs.items() if len(spec.shape) == 2 and spec.shape[0] in vocabulary]
     extra = [name for name in found if name not in template]
     listed = [name for name in found if name in template]
@@ -80,6 +84,7 @@ class _Digests:
 
     def equal(self, one: str, other: str) -> bool:
         """Return whether two tensors are the same, bit for bit."""
+        # The first rows differ in nearly every other pair, so whole tensors are rarely read.
         return self._begin_alike(one, other) and self._digest(one) == self._digest(other)
 
     def first_equal(self, name: str, others: Iterable[str]) -> str | None:
