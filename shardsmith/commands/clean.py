@@ -31,10 +31,12 @@ def clean(run: tyro.conf.Positional[Path], delete: bool = False, set_aside: bool
     from shardsmith.overview import find_leftovers, remove_leftovers
 
     run = as_path(run)
+    # Before anything is deleted: what is left then is told from what was found.
     everything = list(find_leftovers(run))
     found = [one for one in everything if set_aside or one.kind == "unfinished"]
     others = [one for one in everything if one not in found]
     gone = remove_leftovers(run, found) if delete else []
+    # In use: a running process holds a lock on it, or somebody else was faster.
     kept = [one for one in found if one not in gone]
     if json:
         listed = [{"path": one.path, "kind": one.kind, "bytes": one.nbytes, "deleted": one in gone} for one in found]

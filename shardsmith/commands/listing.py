@@ -33,6 +33,7 @@ def print_overview(overview: RunOverview, *, as_json: bool) -> None:
     console = new_console()
     console.print(printable(overview.path))
     table = Table("step", "checkpoint", "size", "models", "ranks", "age", "waited", "exports", "size", "health")
+    # ``groupby`` needs them in order, which the overview has: a row holds a step's checkpoint and its exports.
     for step, group in groupby(overview.steps, key=lambda one: one.step):
         table.add_row(str(step), *_row(list(group), verified=overview.verified))
     console.print(table)
@@ -54,10 +55,12 @@ def _outlook(overview: RunOverview) -> Iterator[str]:
         yield f"{printable(folder.path)} keeps {printable(folder.policy)}"
         sizes: Counter[int] = Counter()
         for one in overview.steps:
+            # A step may lie in several folders; only what lies in this one is removed there.
             sizes[one.step] += one.nbytes if str(Path(one.path).parent) == folder.path else 0
         listed = ", ".join(map(str, folder.removes))
         size = size_text(sum(sizes[step] for step in folder.removes))
         yield f"  the next one there removes {f'{listed}: {size}' if listed else 'nothing'}"
+        # Sorted by the reason first, since ``groupby`` joins neighbours only.
         for reason, group in groupby(sorted(folder.undecided, key=folder.undecided.__getitem__), folder.undecided.get):
             yield f"  open: {', '.join(map(str, sorted(group)))} ({printable(str(reason))})"
 
@@ -70,6 +73,7 @@ def _row(found: Sequence[StepSummary], *, verified: bool) -> list[str | Text]:
     return [
         ", ".join(_described(saves)),
         size_text(sum(one.nbytes for one in saves)) if saves else "",
+        # Reversed, so that main comes before ema.
         " ".join(sorted({model for one in found for model in one.models}, reverse=True)),
         str(first.world_size or ""),
         _age(first.saved_at),
@@ -99,6 +103,7 @@ def _health(found: Sequence[StepSummary], *, verified: bool) -> Text:
 def _age(saved_at: float) -> str:
     seconds = max(0.0, datetime.datetime.now().timestamp() - saved_at)
     for unit, name in _UNITS:
+        # From two units on: "1 days" would hide nearly a whole day.
         if seconds >= 2 * unit:
             return f"{seconds / unit:.0f} {name}"
     return f"{seconds:.0f} seconds"

@@ -40,6 +40,7 @@ def with_present_names(command: str, arguments: Sequence[str]) -> list[str]:
     found = []
     for argument in arguments:
         name, equals, value = argument.partition("=")
+        # Options are accepted with underscores as well, so they are compared with dashes.
         known = former.get(name.replace("_", "-"))
         found.append(argument if known is None else f"{known}{equals}{value}")
     return _without_former_values(FORMER_VALUES.get(command, {}), found)
@@ -51,6 +52,7 @@ def _without_former_values(former: Mapping[str, Mapping[str, str | None]], argum
         option, equals, value = argument.partition("=")
         if equals and value in former.get(option, ()):
             found.append(former[option][value])
+        # The value may be a word of its own, behind the option: then both words become one.
         elif found and (last := found[-1]) is not None and argument in former.get(last, ()):
             found[-1] = former[last][argument]
         else:
@@ -156,10 +158,12 @@ def checkpoint_of(path: Path, step: int | None) -> Path:
     from shardsmith.overview import is_run, newest_step
 
     if not is_run(path):
+        # Not ignored: whoever names a step expects just that one.
         if step is not None:
             raise UsageError(f"--step needs the folder of a run; {path} is none")
         return path
     found = newest_step(path, step)
+    # Once for all ranks of torchrun, which run the same command.
     if not is_other_rank():
         print(f"{path} is the folder of a run; its checkpoint {found} is taken", file=sys.stderr)
     return found
@@ -192,6 +196,7 @@ def choose_names(names: str, titan_model: str | None, titan_flavor: str | None) 
         return names
     if titan_model is None or titan_flavor is None:
         raise UsageError("--titan-model and --titan-flavor go together, as in --titan-model llama3 --titan-flavor 8B")
+    # "torchtitan" with a model named is the same wish in other words.
     if names not in ("auto", "torchtitan"):
         raise UsageError(f"--names {names} and --titan-model {titan_model} exclude each other")
     return f"torchtitan:{titan_model}/{titan_flavor}"

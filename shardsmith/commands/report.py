@@ -38,9 +38,11 @@ def print_watching(checkpoints: Path, output: Path) -> None:
 def print_outcome(outcome: Outcome, *, quiet: bool, as_json: bool = False) -> None:
     """Print a line about the export of a step, as soon as it is known; the whole text of a failure."""
     if as_json:
+        # Flushed: whoever reads the lines wants each when it happens.
         print(json.dumps(_plain_outcome(outcome)), flush=True)
     elif outcome.error is not None:
         kind = type(outcome.error).__name__
+        # On stderr, also when quiet: a failure is no part of the result.
         new_console(sys.stderr).print(f"{outcome.output.name} was not exported: {kind}\n{outcome.error}")
     elif not quiet:
         text = {

@@ -75,6 +75,7 @@ def to_dcp(
 
     output_dir = as_path(output_dir)
     if whole:
+        # Another kind of conversion: tensors, names and dtypes stay as the step has them.
         return _whole(as_path(base_model), output_dir, dry_run=dry_run, quiet=quiet, as_json=json)
     import_modules(imports)
     choice = parse_dtypes(dtype)
@@ -82,7 +83,9 @@ def to_dcp(
     names = _names_of(layout, titan_model, titan_flavor)
     with contextlib.ExitStack() as stack:
         early = None
+        # Before the imports below: a child writes while this process imports transformers, which takes about as long.
         if not dry_run and names is None:
+            # A name map changes tensors, so what the child would write of the files is not what is wanted.
             early = stack.enter_context(early_writing(find_model(base_model), output_dir, choice))
 
         from shardsmith.conversion.write import convert
@@ -101,6 +104,7 @@ def to_dcp(
         )
         ranks = stack.enter_context(joined_ranks())
         plan = plan_on_ranks(ranks, base_model, output_dir, options)  # takes seconds, while shards are written
+        # The other ranks have no plan of the whole, and say nothing.
         quiet = (quiet and not json) or not ranks.is_leader
         if dry_run:
             plan.close()

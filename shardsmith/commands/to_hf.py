@@ -54,6 +54,7 @@ def to_hf(
     from shardsmith.ground.remote_path import as_path
     from shardsmith.ground.threads import threads_per_process
 
+    # Before any file is opened: a wrong option costs no time then.
     options = export.options()
     base_model = as_path(base_model)
     checkpoint = checkpoint_of(as_path(checkpoint), step)
@@ -66,13 +67,16 @@ def to_hf(
             plan_export(known, as_path(f"{output_dir}{suffix}"), base_model, stem, options) for suffix, stem in stems
         ]
 
+    # Held from the planning on: retention of the run must not remove what the plans refer to.
     with hold(checkpoint), team_of_torchrun() as team:
         plans = plan_together(team, make_plans)
+        # One of the processes speaks, for all.
         speaks = team.rank == 0 and (json or not quiet)
         if dry_run:
             if speaks:
                 report_export.print_plans(plans, as_json=json)
             return 0
+        # With several processes the bar of one would show its share only.
         with report.progress_bar(plans, quiet=quiet or json or team.size > 1) as progress:
             checks = write_directories(plans, progress, team=team, threads=threads_per_process())
     if speaks:
@@ -91,6 +95,7 @@ def default_output(checkpoint: Path) -> Path:
 
     if isinstance(checkpoint, RemotePath):
         raise UsageError(f"{checkpoint} is in an object store; name the directory to make with --output-dir")
+    # ``abspath`` and not ``resolve``: beside the folder that the user named, also where that is a link.
     place = Path(os.path.abspath(checkpoint))
     if not place.parent.name:
         raise UsageError(f"{checkpoint} lies in no folder of a run; name the directory to make with --output-dir")

@@ -14,6 +14,7 @@ from shardsmith.diagnose.logits import LogitsVerification
 from shardsmith.ground.console import new_console
 from shardsmith.ground.printable import printable
 
+# Up to the first number between dots: a list of layers and the number in it.
 _LAYER = re.compile(r"(.*?\b[0-9]+)\.")
 
 

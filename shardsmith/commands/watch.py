@@ -51,12 +51,15 @@ def watch(
         export=export.options(), models=export.models, ema_as=export.ema_as, every=every, keep_latest=keep_latest
     )
     checkpoints, output_dir = as_path(checkpoints), as_path(output_dir)
+    # Before the first look: a signal from here on ends it after the current export.
     with stopped_by_signals() as stop:
         watcher = Watcher(checkpoints, output_dir, base_model, what)
         if not once and not quiet and not json:
             report.print_watching(checkpoints, output_dir)
+        # Both are generators: each line is printed when its export is done.
         for outcome in watcher.catch_up(stop) if once else watcher.follow(stop, interval_secs):
             report.print_outcome(outcome, quiet=quiet, as_json=json)
+    # 130, as a shell reports an interrupted command: not all that exists was exported.
     if once and stop.is_set():
         return 130
     return 1 if watcher.failed else 0

@@ -34,13 +34,17 @@ def chart(title: str, points: Sequence[Point], text: Callable[[float], str]) -> 
         return ""
     points = sorted(points, key=lambda point: point.x)
     low, high = points[0].x, points[-1].x
+    # Never 0: it is divided by.
     top = max(point.y for point in points) or 1.0
 
     def place(point: Point) -> tuple[float, float]:
+        # A single point lies in the middle.
         share = (point.x - low) / (high - low) if high > low else 0.5
         inner = _HEIGHT - _TOP - _BOTTOM
+        # 12 pixels stay free on the right, so that the last dot is whole. The vertical axis of SVG points down.
         return _LEFT + share * (_WIDTH - _LEFT - 12), _TOP + inner * (1 - point.y / top)
 
+    # Without the failed ones: a save that broke off says nothing about the usual time.
     line = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(point) for point in points if not point.failed))
     bottom = _HEIGHT - _BOTTOM
     return "".join(
@@ -53,6 +57,7 @@ def chart(title: str, points: Sequence[Point], text: Callable[[float], str]) -> 
             _label(_LEFT - 6, bottom, "0", "end"),
             _label(_LEFT, _HEIGHT - 8, f"step {low:g}", "start"),
             _label(_WIDTH - 12, _HEIGHT - 8, f"step {high:g}", "end") if high > low else "",
+            # Before the dots, which lie on top of the line.
             f'<polyline points="{line}" fill="none" stroke="var(--note)" stroke-width="1.5"/>',
             *(_dot(*place(point), point) for point in points),
             "</svg></figure>",

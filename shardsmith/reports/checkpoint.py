@@ -53,6 +53,7 @@ def _facts(found: Inspection) -> Iterator[tuple[str, str]]:
 
 
 def _model(number: int, tensors: Sequence[ListedTensor]) -> Iterator[str]:
+    # By numbers: names may hold what an anchor must not, and appear in several models.
     anchors = {tensor.name: f"m{number}t{i}" for i, tensor in enumerate(tensors)}
 
     def cells(value: dict[str, float | str | None]) -> list[Cell]:
@@ -97,6 +98,7 @@ def _row(tensor: ListedTensor) -> list[Value]:
 
 def _root_mean_square(tensor: ListedTensor) -> float | None:
     values = tensor.statistics
+    # The mean of the squares is mean**2 + std**2.
     return None if values is None else math.hypot(values.mean, values.std)
 
 

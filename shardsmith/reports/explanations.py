@@ -10,6 +10,7 @@ from importlib import resources
 
 from shardsmith.reports.page import safe, section
 
+# From a heading that is a code up to the next heading, or to the end.
 _SECTION = re.compile(r"^### `(?P<code>[a-z0-9-]+)`\n(?P<text>.*?)(?=^##|\Z)", re.DOTALL | re.MULTILINE)
 _LINK = re.compile(r"\[(?P<text>[^\]]*)\]\([^)]*\)")
 
@@ -28,6 +29,7 @@ def explanations(codes: Iterable[str], urls: Sequence[str] | None = None) -> lis
             documentation is, each explanation leads there.
     """
     sites = _sites(_project_urls() if urls is None else urls)
+    # Each once, in the order in which the page has them.
     return section("What the codes mean", [_explanation(code, sites) for code in dict.fromkeys(codes)])
 
 
@@ -43,7 +45,9 @@ def _texts() -> dict[str, str]:
     """By code, as HTML. Its links lead to other pages of the documentation, which are not here: their words stay."""
     from markdown_it import MarkdownIt
 
+    # Beside this module in the package; a clone has a link to docs/ there.
     text = resources.files(__package__).joinpath("troubleshooting.md").read_text(encoding="utf-8")
+    # No HTML of the text gets into the page: what looks like it is escaped.
     markdown = MarkdownIt("commonmark", {"html": False}).enable("table")
     return {one["code"]: markdown.render(_LINK.sub(r"\g<text>", one["text"])) for one in _SECTION.finditer(text)}
 

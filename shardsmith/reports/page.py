@@ -85,6 +85,7 @@ def make_page(title: str, parts: Iterable[str], command: Sequence[str]) -> str:
         parts: HTML, in order. Texts in it are escaped, by ``safe``.
         command: The command that makes the page, word by word.
     """
+    # UTC: the page is read elsewhere than where it was made.
     made = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     return "\n".join(
         [
@@ -94,6 +95,7 @@ def make_page(title: str, parts: Iterable[str], command: Sequence[str]) -> str:
             f"<h1>{safe(title)}</h1>",
             *parts,
             f"<footer>Shardsmith {_version()}, {made}: <code>{safe(shlex.join(command))}</code></footer>",
+            # Behind all tables: the script runs when it is reached.
             f"<script>{_SCRIPT}</script></body></html>\n",
         ]
     )

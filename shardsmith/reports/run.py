@@ -80,6 +80,7 @@ def _number(value: float) -> str:
 
 def _points(events: Events, field: str) -> list[Point]:
     return [
+        # Failed ones as well: a point says how long it took until the failure.
         Point(
             event["step"],
             event[field],
@@ -123,6 +124,7 @@ def _events(events: Events) -> list[str]:
         [
             event["step"],
             event["kind"],
+            # The step and the folder above it tell it apart; the rest of the path is the run's.
             "/".join(Path(event["path"]).parts[-2:]),
             event["seconds"],
             event["seconds_waited"],

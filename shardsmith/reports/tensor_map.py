@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from shardsmith.reports.page import safe
 
+# Of several numbers the first counts: those behind it, such as of experts, become "*" in the kind.
 _LAYER = re.compile(r"^(?P<stack>.*?)\.?\b(?P<layer>[0-9]+)\.(?P<kind>.+)$")
 _CELL = 15
 _MOST_COLUMNS = 60
@@ -58,8 +59,10 @@ def by_difference(value: float | str | None) -> str:
         return "var(--quiet)"
     if not isinstance(value, float) or math.isnan(value):
         return "#000"
+    # Green stands for exactly equal, and for nothing that only rounds to it.
     if value == 0:
         return "hsl(130 35% 55%)"
+    # Six decades, from 1e-6 to 1, from yellow (hue 50) to red (hue 0).
     share = min(1.0, max(0.0, (math.log10(value) + 6) / 6)) if math.isfinite(value) else 1.0
     return f"hsl({50 - 50 * share:.0f} 85% {62 - 20 * share:.0f}%)"
 
@@ -72,6 +75,7 @@ def by_size(values: Sequence[float]) -> Colour:
     def colour(value: float | str | None) -> str:
         if not isinstance(value, float | int) or not (value > 0 and math.isfinite(value)):
             return "var(--quiet)"
+        # All values equal: a middle blue.
         share = (math.log10(value) - low) / (high - low) if high > low else 0.5
         return f"hsl(215 70% {78 - 48 * share:.0f}%)"
 
@@ -80,6 +84,7 @@ def by_size(values: Sequence[float]) -> Colour:
 
 def by_kind(values: Sequence[str]) -> Colour:
     """Return a colouring that gives each of some words a hue of its own, in order of first use."""
+    # With more words than hues two share one.
     hues = {value: _PALETTE[i % len(_PALETTE)] for i, value in enumerate(dict.fromkeys(values))}
     return lambda value: f"hsl({hues[str(value)]} 50% 55%)" if str(value) in hues else "var(--quiet)"
 
@@ -102,6 +107,7 @@ def _stacks(cells: Sequence[Cell]) -> list[_Stack]:
         rows = stacks.setdefault(title, _Stack(title)).rows
         rows.setdefault(layer, {}).setdefault(kind, []).append(cell)
     for stack in stacks.values():
+        # By number: names in a file may be sorted as text. What is in no layer has no number.
         stack.rows = dict(sorted(stack.rows.items(), key=lambda row: int(row[0] or 0)))
     return list(stacks.values())
 
@@ -110,8 +116,10 @@ def _grid(stack: _Stack, colour: Colour) -> Iterator[str]:
     kinds = stack.kinds()[:_MOST_COLUMNS]
     above = [_label(kind) for kind in kinds]
     beside = [_label(f"{stack.title} {layer}".strip()) for layer in stack.rows]
+    # The width that the longest label takes; the labels above are turned by 50 degrees, so their height is less.
     left = 12 + _CHARACTER * max(map(len, beside))
     top = 16 + int(0.85 * _CHARACTER * max(map(len, above)))
+    # A turned label leans to the right, over the last column.
     width, height = left + _CELL * len(kinds) + top, top + _CELL * len(stack.rows) + 8
     label = safe(stack.title or "tensors outside of layers")
     yield f'<svg width="{width}" height="{height}" viewBox="0 0 {width} {height}" role="img" aria-label="{label}">'
@@ -135,6 +143,7 @@ def _label(text: str) -> str:
 def _cell(cells: Sequence[Cell], x: int, y: int, colour: Colour) -> str:
     """One square; of several tensors, such as the experts of a layer, the one with the greatest value is shown."""
     numbers = [cell for cell in cells if isinstance(cell.value, float)]
+    # What is worst, or NaN, must not be hidden by the many.
     shown = max(numbers, key=lambda cell: _order(cell.value)) if numbers else cells[0]
     more = f" (and {len(cells) - 1} more tensors)" if len(cells) > 1 else ""
     return (

@@ -36,6 +36,7 @@ def number_text(value: float) -> str:
 
 def _cell(value: Value) -> str:
     if value is None:
+        # Empty and not 0: the script sorts it behind all numbers.
         return '<td data-value=""></td>'
     if isinstance(value, str):
         return f'<td class="long">{safe(value)}</td>' if len(value) > _LONG else f"<td>{safe(value)}</td>"

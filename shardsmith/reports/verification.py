@@ -55,6 +55,7 @@ def _model(number: int, model: ModelVerification) -> Iterator[str]:
 
 def _names(model: ModelVerification) -> list[str]:
     """All tensors, in the order of A; those of which only one side has any last."""
+    # A set would lose the order; names of only one side have no relative difference.
     return list(dict.fromkeys([*model.relative, *(one.name for one in model.differences)]))
 
 
