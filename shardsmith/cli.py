@@ -36,9 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0 done, 1 findings, 2 refused or failed (nothing half-done stays on disk), 130 interrupted.
     """
     try:
+        # A read of a mapped file that has gone ends the process (SIGBUS) without a ``finally``; this cleans up before.
         with _fewer_collections(), reading_by_maps(_abandon_attempts):
             return _run_command(list(sys.argv[1:] if arguments is None else arguments))
     except ShardsmithError as error:
+        # Under torchrun all ranks raise the same; one of them says it.
         if not is_other_rank():
             print(f"shardsmith: {type(error).__name__}\n{error}{_advice(error)}", file=sys.stderr)
         return 2
@@ -47,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"shardsmith: {hint}", file=sys.stderr)
         return 2
+    # For ``run``: there is nobody left who would read a message.
     except BrokenPipeError:
         raise
     except OSError as error:  # unforeseen, such as a file that may not be read
@@ -80,6 +83,7 @@ def _advice(error: ShardsmithError) -> str:
 
 
 def _abandon_attempts() -> None:
+    # Not imported here: that takes time, and a command that wrote nothing has nothing to abandon.
     if commit := sys.modules.get("shardsmith.ground.commit"):  # else nothing was written
         commit.abandon_all()
 
@@ -94,6 +98,7 @@ def _run_command(arguments: list[str]) -> int:
         options = with_present_names(name, options)
         _refuse_urls(name, options)
         code = tyro.cli(COMMANDS[name], prog=f"shardsmith {name}", args=options, use_underscores=False, config=_CONFIG)
+    # Only here are all commands described to tyro, which takes longer than one.
     else:  # help, completion of a shell, or a mistake
         code = tyro.cli(
             _all_commands(),
@@ -108,11 +113,13 @@ def _run_command(arguments: list[str]) -> int:
 
 def _refuse_urls(command: str, options: Sequence[str]) -> None:
     """Raise UsageError if a path is where the command cannot reach it, such as ``hdfs://bucket/run``. By its name."""
+    # The common case: then the types below need not be imported.
     if not any("://" in option for option in options):
         return
     from shardsmith.checking.arguments import check_value
     from shardsmith.checking.types import AnyPath, LocalPath
 
+    # With the word before each: it says of which option a value is.
     for before, option in zip(["", *options], options, strict=False):
         name, _, value = option.partition("=") if option.startswith("-") else (before, "", option)
         if re.match(r"(?:[A-Za-z0-9+.-]+::)*[A-Za-z][A-Za-z0-9+.-]*://", value):
@@ -124,6 +131,7 @@ def _refuse_urls(command: str, options: Sequence[str]) -> None:
 def _all_commands() -> Any:
     """One type for all commands, each described by the first line of its docstring."""
     lines = {name: (run.__doc__ or "").splitlines()[0] for name, run in COMMANDS.items()}
+    # tyro makes subcommands of a Union; one of a tuple cannot be written with bars.
     return Union[  # noqa: UP007
         tuple(
             Annotated[Any, tyro.conf.subcommand(name=name, constructor=run, description=lines[name])]
@@ -136,6 +144,7 @@ def _all_commands() -> Any:
 def _fewer_collections() -> Iterator[None]:
     """Importing torch and transformers makes a million objects that stay; to search them for garbage takes 0.5 s."""
     before = gc.get_threshold()
+    # Objects until a search of the young ones, and searches of each generation until one of the next.
     gc.set_threshold(100_000, 50, 1000)
     try:
         yield
@@ -152,10 +161,12 @@ def run() -> NoReturn:
             code = main()
         except SystemExit as end:  # of tyro: help, or options that do not fit
             code = end.code if isinstance(end.code, int) else 2
+        # Before the end below: ``os._exit`` flushes nothing, and a closed pipe shows here.
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has seen enough, as in "shardsmith --help | head"
         code = _BROKEN_PIPE
     sys.stderr.flush()
+    # Nothing is left to do: files are closed or abandoned, and no thread of ours is waited for.
     os._exit(code)
 
 

@@ -81,11 +81,14 @@ def inspect_checkpoint(path: AnyPath, *, verify: bool = False) -> Inspection:
     found, in_folder = known.format, is_complete(path)
     metadata = known.manifest
     if metadata is None and in_folder:
+        # A trainer's folder is no checkpoint of ours; the record of its files is in a directory of ours within it.
         metadata = read_metadata(companion_of(path))
     models, damage = _summaries(known)
     if metadata is not None and verify:
+        # A folder has files of the trainer besides, which its record need not name.
         damage += find_folder_damage(path, manifest=metadata) if in_folder else find_damage(path, manifest=metadata)
     if metadata is not None and not in_folder:
+        # Files that nobody recorded are found without reading any.
         damage += find_foreign_files(path, metadata)
     if metadata is None and not isinstance(path, RemotePath) and path.is_dir():
         damage += find_export_damage(path, contents=verify)
@@ -111,6 +114,7 @@ def _summaries(known: KnownCheckpoint) -> tuple[list[ModelSummary], list[str]]:
     """The models that can be opened, or why they cannot."""
     try:
         models = [_summary(known, name) for name in known.models()]
+        # Named as damage: whoever inspects something must not be told that nothing is wrong with it.
         unknown = known.format.name == UNKNOWN
         return models, [f"{known.path}: is no checkpoint of a known format"] if unknown else []
     except CheckpointError as error:
@@ -140,12 +144,14 @@ def _beside(path: Path, manifest: CheckpointMetadata | None) -> dict[str, int]:
     """Bytes of tensors that belong to no model, by the first part of their path."""
     specs: dict[str, TensorSpec] = {}
     paths: Mapping[str, KeyPath] = {}
+    # A step whose weights are Hugging Face files has the rest in DCP files: then index and record are both needed.
     if has_index := (path / layout.DCP_INDEX_FILE).exists():
         index = read_index(path)
         specs, paths = {key: entry.spec for key, entry in index.tensors.items()}, index.containers
     if not has_index or (manifest is not None and manifest.weights is not None):
         written = (manifest or read_metadata(path)).tensors
         specs |= {key: record.spec(key) for key, record in written.items()}
+    # By their place in the nested state dict; a flat key says it by its first part.
     of_models = {key for names in find_models(specs, paths).values() for key in names.values()}
     sizes: dict[str, int] = {}
     for key, spec in specs.items():
@@ -159,6 +165,8 @@ def _files(path: Path, manifest: CheckpointMetadata | None) -> dict[str, int]:
     if path.is_file():
         return {path.name: path.stat().st_size}
     files = [file for file in sorted(path.iterdir()) if not file.is_dir()]
+    # Files in folders below, as of an average, are known from the record only.
     within = {} if manifest is None else {name: path / name for name in manifest.files if "/" in name}
     there = {**{file.name: file for file in files}, **within}
+    # A dangling link is there, and has a size of its own.
     return {name: file.lstat().st_size for name, file in there.items() if file.is_symlink() or file.exists()}

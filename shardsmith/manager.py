@@ -108,12 +108,15 @@ class ShardedCheckpointManager:
         self.average = _average(ema, ema_decay, ema_start_step)
         self._model = model
         self._optimizers = optimizer_list(optimizer)
+        # Before the ranks meet: the error is this rank's own, and names the optimizer that does not fit.
         check_optimizers("ShardedCheckpointManager", model, self._optimizers, scheduler)
         self._scheduler = scheduler
         self._backend = backend
         self._fresh = fresh
         self._ranks = Ranks(timeout_secs)
+        # Ranks that were made with other arguments would wait for each other in the first save.
         meet(self._ranks, "making ShardedCheckpointManager", {"directory": str(directory), "backend": backend})
+        # Kept from save to save: who writes what does not change as long as the state does not.
         self._share = Share(self._ranks.rank)
         self._all = self._state(Wanted())
         self._ranks.lead(f"preparing {self.directory}", self._prepare)
@@ -141,9 +144,11 @@ class ShardedCheckpointManager:
 
         def collect() -> Contents:
             contents = self._all.collect(step)
+            # One entry for each rank, so that all of them have keys of their own in the one checkpoint.
             contents.state_dict[DATA_STATUS] = {f"rank-{self._ranks.rank}": pack_object(data_status)}
             return contents
 
+        # While it is copied, the average must not be updated.
         with self.average.staging() if self.average else contextlib.nullcontext():
             if self._backend == "per_rank":
                 save_rank_shards(target, collect, self._ranks)
@@ -164,8 +169,10 @@ class ShardedCheckpointManager:
         Raises:
             IncompleteCheckpointError: there are some, but none that can be read or is sound. They are left as they are.
         """
+        # By rank 0: a listing on another host may be older, and then the ranks would load different steps.
         steps = self._ranks.lead("looking for checkpoints", lambda: loadable_steps(self.directory))
         damaged = []
+        # The newest first, and no further than the first sound one: each look reads a whole checkpoint.
         for step in reversed(steps):
             path = self.directory / layout.step_name(step)
             if not self._is_damaged(path):
@@ -221,6 +228,7 @@ class ShardedCheckpointManager:
             raise CheckpointNotFoundError(self.directory, "holds no checkpoint yet")
         wanted = Wanted(
             model=load_model,
+            # What this manager does not have is not asked for, so a checkpoint may lack it.
             ema=load_ema and self.average is not None,
             optimizer=load_optimizer and bool(self._optimizers),
             scheduler=load_scheduler and self._scheduler is not None,
@@ -229,10 +237,12 @@ class ShardedCheckpointManager:
         )
         found = self._detect(chosen)
         if found.name == SHARDED:
+            # Ours are loaded through their index and verified by their digests.
             step, proved, status = load_ours(chosen, self._state(wanted), wanted, self._ranks)
             loaded = Loaded(
                 path=chosen, format=SHARDED, step=step, parts=wanted.names, proved=proved, data_status=status
             )
+        # Of other projects' only names and shapes say what is what; loaded values are compared with the files.
         elif found.name in (DCP, ACCELERATE, BAGEL, BAGEL_SHARDED):
             loaded = self._foreign(allow_missing, allow_extra, allow_shape, repair_buffers).load_sharded(
                 chosen, found.name, wanted
@@ -328,6 +338,7 @@ class ShardedCheckpointManager:
     def _is_damaged(self, path: Path) -> bool:
         """Whether any rank finds something wrong in its share of the files."""
         rank, size = self._ranks.rank, self._ranks.size
+        # Each rank reads a share of the files, so together they read every byte once.
         return self._ranks.agree(f"verifying {path.name}", lambda: bool(find_damage(path, part=rank, parts=size)), any)
 
     def _facts(self) -> str:
@@ -349,6 +360,7 @@ class ShardedCheckpointManager:
         return loaded
 
     def _prepare(self) -> None:
+        # First the test, then the deletion: where nothing can be written, nothing is removed either.
         check_writable(self.directory)
         sweep(self.directory)
 

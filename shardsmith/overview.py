@@ -129,6 +129,7 @@ class RunOverview:
 
 def is_run(path: Path) -> bool:
     """Return whether a directory is no checkpoint itself, and has steps in it or one level below."""
+    # The cheap look first: it lists names, and a format may take opening files.
     return path.is_dir() and any(_steps_of(path)) and detect_checkpoint_format(path).name == UNKNOWN
 
 
@@ -152,6 +153,7 @@ def inspect_run(path: AnyPath, *, verify: bool = False) -> RunOverview:
     return RunOverview(
         path=str(run),
         steps=tuple(sorted(steps, key=lambda one: (one.step, one.kind, one.path))),
+        # Only listed: nothing is deleted or changed by an inspection.
         leftovers=tuple(find_leftovers(run)),
         verified=verify,
         free=free,
@@ -174,9 +176,11 @@ def newest_step(path: AsAnyPath, step: int | None = None) -> Path:
     Raises:
         CheckpointNotFoundError: there is no such step, or none is complete.
     """
+    # False sorts before True, so the greatest key is the newest checkpoint, or without any the newest export.
     found: dict[tuple[bool, int], Path] = {}
     refused: dict[int, str] = {}
     for number, folder in _steps_of(path):
+        # Every step is looked at, also after a complete one: they come in any order.
         if step in (None, number):
             summary = _summary(path, number, folder, (), verify=False)
             if not summary.models or summary.problems:
@@ -207,11 +211,13 @@ def find_leftovers(run: Path) -> Iterator[Leftover]:
 def _leftovers(run: Path) -> Iterator[Leftover]:
     for parent in _parents(run):
         if isinstance(parent, RemotePath):
+            # In a store there are no names of attempts: what no manifest refers to is found by its place.
             for place, kind, nbytes in remote_commit.find_remains(parent):
                 yield Leftover(str(place.relative_to(run)), kind, nbytes)
             continue
         for entry in sorted(parent.iterdir()):
             aside = _ASIDE.fullmatch(entry.name)
+            # A link is nobody's leftover, whatever it is called.
             if not (aside or layout.is_leftover(entry.name)) or not _is_folder(entry):
                 continue
             named = aside["kind"] if aside else "unfinished"
@@ -228,9 +234,11 @@ def remove_leftovers(run: Path, leftovers: Iterable[Leftover]) -> list[Leftover]
     for leftover in leftovers:
         path = run / leftover.path
         if leftover.kind == "unfinished":
+            # By the rule for all attempts: one whose process is alive holds a lock and is left alone.
             sweep(_parent_of(path))
         else:
             remove(path)
+        # What is there is asked of the disk: somebody may hold it, or have been faster.
         if not path.exists():
             gone.append(leftover)
     return gone
@@ -245,10 +253,12 @@ def _parent_of(unfinished: Path) -> Path:
 def _summary(run: Path, step: int, folder: Path, events: Sequence[Mapping[str, Any]], *, verify: bool) -> StepSummary:
     found = detect_checkpoint_format(folder)
     is_checkpoint = (folder / layout.METADATA_FILE).is_file()  # which may be a Hugging Face directory, too
+    # What a trainer resumes from is a checkpoint, even if its weights lie there as an export has them.
     is_export = not is_checkpoint and (
         (folder / layout.PROVENANCE_FILE).is_file()
         or (found.name == HUGGINGFACE and not is_complete(folder) and not (folder / _OF_TRAINERS).is_file())
     )
+    # With a problem and not without: an overview must not pass over what lies under a step's name.
     problems = [f"is no checkpoint of a known format: {found.reason}"] if found.name == UNKNOWN else []
     models: tuple[str, ...] = ()
     metadata = None
@@ -283,6 +293,7 @@ def _outlooks(run: Path, free: int | None) -> Iterator[RetentionOutlook]:
     for folder in _parents(run):
         if (noted := read_policy(folder)) is not None:
             steps = committed_steps(folder, noted.marker)
+            # The next step is taken to be as large as the last: some policies ask for free space.
             next_bytes = _bytes_in(folder / layout.step_name(steps[-1])) if steps else 0
             room = None if free is None else free - next_bytes
             found = expected_removals(noted, steps, folder, room)
@@ -299,6 +310,7 @@ def read_events(run: Path) -> list[dict[str, Any]]:
         with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that was cut off by a kill, or not ours
             event = json.loads(line)
             numbers = {name: kind(event[name]) for name, kind in _NUMBERS.items()}
+            # Infinity and NaN, which Python's JSON takes, would break charts and sums.
             if not all(map(math.isfinite, numbers.values())):
                 continue
             texts = {name: str(event[name]) for name in ("kind", "path")}
@@ -328,6 +340,7 @@ def _steps_of(run: Path) -> Iterator[tuple[int, Path]]:
                 continue
             if isinstance(entry, RemotePath) and not _has_mark(entry):
                 continue  # there a step exists once its last object does
+            # A bare number may be the name of anything, so it must be a checkpoint, too.
             if match["word"] or detect_checkpoint_format(entry).name != UNKNOWN:  # a number may be of anything
                 yield int(match["step"]), entry
 
@@ -337,6 +350,7 @@ def _parents(run: Path) -> list[Path]:
     if not run.is_dir():
         return []
     below = [entry for entry in sorted(run.iterdir()) if _is_folder(entry)]
+    # Not below steps: their folders are parts of them. Names with a dot are attempts and what was set aside.
     return [run, *(entry for entry in below if not _STEP.fullmatch(entry.name) and not entry.name.startswith("."))]
 
 

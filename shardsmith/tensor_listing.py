@@ -72,6 +72,7 @@ def list_tensors(path: AnyPath, patterns: Sequence[str] = (), *, statistics: boo
         tensor for model in model_names(path) for tensor in _of_model(path, model, patterns, statistics=statistics)
     ]
     if not found:
+        # A pattern that fits nothing is more likely a mistake than a wish for an empty list.
         raise CheckpointNotFoundError(path, f"holds no tensor whose name matches {' or '.join(patterns) or '*'}")
     return found
 
@@ -83,6 +84,7 @@ def _of_model(path: Path, model: str, patterns: Sequence[str], *, statistics: bo
             if _matches(name, patterns):
                 values = _statistics(source, name) if statistics else None
                 yield ListedTensor(model, name, spec.shape, dtype_name(spec.dtype), spec.nbytes, None, values)
+        # Aliases last: they have no bytes, and refer to a row above.
         for alias, kept in source.aliases.items():
             if _matches(alias, patterns):
                 spec = source.specs[kept]
@@ -101,9 +103,11 @@ def _statistics(source: TensorSource, name: str) -> Statistics | None:
     count, zeros, not_finite, low, high = 0, 0, 0, math.inf, -math.inf
     origin: float | None = None  # sums of differences from one of the elements lose no digits to a large mean
     total = squares = 0.0
+    # In stored pieces, whatever their order: no statistic here depends on it.
     for _, piece in source.pieces(name, Chunk.whole(spec.shape)):
         for values in _blocks(piece):
             advance(values.numel() * spec.dtype.itemsize)
+            # NaN would spread to every sum; the others count by themselves.
             finite = values[torch.isfinite(values)]
             not_finite += values.numel() - finite.numel()
             if not finite.numel():
@@ -115,8 +119,10 @@ def _statistics(source: TensorSource, name: str) -> Statistics | None:
             total, squares = total + float(finite.sum()), squares + float(finite.square().sum())
             count += finite.numel()
     if not count:
+        # Without a finite element there is nothing to say but how many are not.
         return Statistics(math.nan, math.nan, math.nan, math.nan, not_finite, zeros) if not_finite else None
     mean = total / count
+    # Never below 0: rounding may make it so for values that are all equal.
     spread = math.sqrt(max(0.0, squares / count - mean * mean))
     return Statistics(low, high, (origin or 0.0) + mean, spread, not_finite, zeros)
 
@@ -127,4 +133,5 @@ def _blocks(piece: Tensor) -> Iterator[Tensor]:
         if block.is_complex():
             yield block.abs().double()
         else:
+            # 8-bit floats by way of float32, which holds all of them exactly.
             yield (block.float() if block.is_floating_point() and block.dtype.itemsize == 1 else block).double()

@@ -81,6 +81,7 @@ class Stop:
 
     def __init__(self) -> None:
         self._set = False
+        # ``SimpleQueue.put`` is reentrant: a handler may call it while the same thread is in ``get``.
         self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
 
     def set(self) -> None:
@@ -95,6 +96,7 @@ class Stop:
     def wait(self, timeout_secs: float) -> None:
         """Return when it is set, or after this time."""
         if not self._set:
+            # A token that was put stays in the queue, so a signal just before this is not missed.
             with contextlib.suppress(queue.Empty):
                 self._wake.get(timeout=timeout_secs)
 
@@ -106,8 +108,10 @@ def stopped_by_signals() -> Iterator[Stop]:
 
     def handle(number: int, _: FrameType | None) -> None:
         stop.set()
+        # So that a second signal is not caught any more: the handler before may end the process at once.
         signal.signal(number, before[signal.Signals(number)])
 
+    # None stands for a handler that was not set from Python; it cannot be set again.
     before = {which: signal.getsignal(which) or signal.SIG_DFL for which in (signal.SIGINT, signal.SIGTERM)}
     for which in before:
         signal.signal(which, handle)
@@ -128,6 +132,7 @@ def pending_steps(
 ) -> list[int]:
     """The committed steps that are to be exported now, oldest first. None that ``keep_latest`` would remove again."""
     wanted = {step for step in committed if step not in failed and (every is None or step % every == 0)}
+    # From both folders: an export whose checkpoint is gone counts among the newest, too.
     kept = sorted(wanted.union(exported))[-keep_latest:] if keep_latest else wanted
     return sorted(wanted.intersection(kept).difference(exported))
 
@@ -158,15 +163,18 @@ class Watcher:
         self.base = base
         self.options = options
         self.failed: dict[int, Exception] = {}
+        # Read here, so that a base that cannot be used is reported now and not at the first step.
         choose_files(base)
         read_config(base)
         protect(output, checkpoints, base)
         check_writable(output)
+        # Of watchers that died; one that is alive holds a lock on what it writes.
         sweep(output)
 
     def follow(self, stop: Stop, interval_secs: float) -> Iterator[Outcome]:
         """Export what is there and what comes, until ``stop`` is set."""
         while not stop.is_set():
+            # A run that has not begun has no folder yet.
             yield from self.catch_up(stop, wait_for_folder=True)
             stop.wait(interval_secs)
 
@@ -178,8 +186,11 @@ class Watcher:
         """
         if not wait_for_folder and not self.checkpoints.is_dir():
             raise not_there(self.checkpoints, "directory")
+        # What failed for the disk is tried again in each round, and said again only if it fails in another way.
         known, self.failed = self.failed, self._still_bad()
+        # Looked up anew after each export: that may take long, and the run goes on meanwhile.
         while not stop.is_set() and (pending := self._pending()):
+            # The oldest first: retention of the run removes it first.
             outcome = self._export(pending[0])
             if outcome.error is not None:
                 self.failed[outcome.step] = outcome.error
@@ -203,9 +214,11 @@ class Watcher:
         began = time.monotonic()
         held = False
         try:
+            # Retention of the run leaves a held step alone; False where there are no locks, as in a store.
             with hold(checkpoint) as held:
                 nbytes = self._write(checkpoint, output)
         except (ShardsmithError, OSError) as error:
+            # Another watcher was faster: that is what was wanted.
             if isinstance(error, TargetExistsError) and _is_export(error.path):
                 return Outcome(step=step, output=output, status="elsewhere")
             if not held and not checkpoint.exists():
@@ -221,6 +234,7 @@ class Watcher:
         plans = [
             plan_export(known, path, self.base, names, self.options.export)
             for path, names in outputs
+            # The directory of the step itself appears last, so the others may be there without it.
             if path == output or not _is_export(path)  # a killed watcher may have made the others
         ]
         write_directories(plans)
@@ -228,7 +242,10 @@ class Watcher:
 
     def _remove_old(self) -> None:
         count = self.options.keep_latest
+        # A slice up to ``-count``: all but the newest.
         for step in committed_steps(self.output, PROVENANCE_FILE)[:-count] if count else []:
+            # The average's directory goes before the step's own: what is
+            # left is a step without a second model, and no stray.
             for path in (self.output / f"{step_name(step)}{suffix}" for suffix in _SUFFIXES):
                 try:
                     if _is_export(path):
@@ -244,4 +261,5 @@ def _is_export(path: Path) -> bool:
 
 def _may_pass(error: Exception) -> bool:
     """Whether an error says nothing about the step: a full disk, a file system that was away."""
+    # Not ours, such as an OSError while reading: the disk, or a file system that was away.
     return isinstance(error, WriteError) or not isinstance(error, ShardsmithError)
