@@ -88,7 +88,9 @@ def main(
     figures: dict[str, Any] = {}
     size = parse_size(parameters)
     bagel = parse_size(bagel_parameters) if bagel_parameters else 2 * size
+    # Values are compared tensor by tensor: beyond a GB the rate stays the same.
     compared = min(4 * size, 1 << 30)
+    # Bytes by the number of parameters: a state in float32 with AdamW and an average takes 16 for each.
     sections: dict[Name, Section] = {
         "save": Section(
             lambda work: compare_saves(
@@ -111,6 +113,7 @@ def main(
         ),
     }
     here = torch.accelerator.current_accelerator(check_available=True)
+    # "cpu" only where it is asked for: it shows that the section works, and no figure of a device.
     if kind := device or (here.type if here else "cpu" if only == "device" else None):
         sections["device"] = Section(lambda work: measure_device(console, work, kind, size, runs), 30 * size, 30 * size)
     if directory:
@@ -119,6 +122,7 @@ def main(
         for name, section in sections.items():
             if only not in ("all", name):
                 continue
+            # Before each section: the ones before it have given back what they took.
             lack = why_not(Path(work), section.disk_bytes, section.memory_bytes)
             if lack:
                 console.print(f"{name}: not run, {lack}")

@@ -36,6 +36,7 @@ def torchrun(processes: int) -> tuple[str, ...]:
 
 TO_HF = ("-m", "shardsmith.cli", "to-hf", "--quiet")
 CONTENDERS = {
+    # taskset limits the process to one core; threads that it starts share that.
     ONE_CORE: ("taskset", "--cpu-list", "0", sys.executable, *TO_HF),
     OURS: (sys.executable, *TO_HF),
     f"{OURS}, 2 processes": (*torchrun(2), *TO_HF),
@@ -46,16 +47,19 @@ CONTENDERS = {
 
 def disk_needed(parameters: int) -> float:
     """Bytes: main weights and average in float32, and one output in bfloat16."""
+    # Two models of 4 bytes an element, and 2 bytes of each in the output.
     return parameters * 2 * (4 + 2)
 
 
 def memory_needed(parameters: int) -> float:
     """Bytes: one model at a time is made, sharded over all ranks; everything of ours takes less."""
+    # Sharded over the ranks, so it is one model altogether.
     return parameters * 4 + RANKS * _PROCESS_BYTES
 
 
 def memory_to_gather(parameters: int) -> float:
     """Bytes: its shards, all of it once more on rank 0, and on every rank the tensor that is being gathered."""
+    # 4 bytes of the shards, 4 of the gathered model, 2 of the cast one.
     return parameters * 10 + RANKS * _PROCESS_BYTES
 
 
@@ -66,14 +70,17 @@ def compare_bagel(console: Console, work: Path, parameters: int, runs: int) -> d
     places = ["--checkpoint_dir", checkpoint, "--output_dir", output, "--base_model_path", base]
     arguments = [str(place) for place in places]
     make = (*torchrun(RANKS), "-m", "benchmarks.bagel_contender", "make", "--parameters", str(parameters))
+    # In processes of their own: nothing that making the checkpoint has imported or cached helps the first contender.
     measure([*make, *arguments])
     results: dict[str, list[Measurement]] = {name: [] for name in CONTENDERS}
     for turn in range(runs):
         for name, command in CONTENDERS.items():
+            # A third of the space is the output; two thirds are the checkpoint, which is there.
             lack = why_not(work, disk_needed(parameters) / 3, memory_to_gather(parameters)) if name == GATHER else None
             if lack:
                 console.print(f"run {turn + 1}: {name}: not run, {lack}")
                 continue
+            # The one that ran before has left the files in the page cache.
             forget_cached(checkpoint)
             results[name].append(measure([*command, *arguments]))
             console.print(f"run {turn + 1}: {name}: {results[name][-1].seconds:.2f} s")

@@ -28,12 +28,14 @@ MODELS = ("model", "ema")
 
 def sizes_of(parameters: int) -> Sizes:
     """BAGEL, a half to a sixteenth as wide, with as many layers as make about that many parameters."""
+    # Least number of parameters -> divisor of the widths, and numbers of heads that divide what is left.
     widths = {500_000_000: (2, 14, 2, 8), 100_000_000: (4, 7, 1, 4), 0: (16, 7, 1, 4)}
     part, heads, kv_heads, vit_heads = next(width for least, width in widths.items() if parameters >= least)
     narrow = {
         name: getattr(FULL_SIZE, name) // part for name in ("vocab", "hidden", "inner", "vit_hidden", "vit_inner")
     }
     sizes = replace(FULL_SIZE, **narrow, heads=heads, kv_heads=kv_heads, vit_heads=vit_heads, layers=1)
+    # Two sizes give the parameters of a layer, and what there is besides.
     with torch.device("meta"):
         one, two = (
             sum(tensor.numel() for tensor in build(replace(sizes, layers=layers)).state_dict().values())
@@ -47,6 +49,7 @@ def sharded(sizes: Sizes) -> nn.Module:
     with torch.device("meta"):
         model = build(sizes)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))  # also where there are GPUs
+    # Inner modules first: ``fully_shard`` of an outer one takes what no inner one has.
     for module in [*(part for part in reversed(list(model.modules())) if type(part) in WRAPPED), model]:
         fully_shard(module, mesh=mesh)
     return model.to_empty(device="cpu")
@@ -56,12 +59,14 @@ def make(options: argparse.Namespace) -> None:
     """Save random weights and an average, one after the other, and the configs of a base model."""
     sizes = sizes_of(options.parameters)
     for seed, stem in enumerate(MODELS):
+        # Another seed for each rank and model, so that no two shards are equal.
         generator = torch.Generator().manual_seed(10 * dist.get_rank() + seed)
         model = sharded(sizes)
         for parameter in model.parameters():
             parameter.data.to_local().normal_(std=0.02, generator=generator)
         dcp.save(get_model_state_dict(model), checkpoint_id=options.checkpoint_dir / f"{stem}_sharded")
         del model
+        # Before the next model is made: both at once would double the memory.
         gc.collect()
     if dist.get_rank() == 0:
         facts = {"train_steps": 1, "world_size": dist.get_world_size(), "checkpoint_type": "sharded", "has_ema": True}

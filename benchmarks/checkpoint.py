@@ -28,6 +28,7 @@ from shardsmith.run_state.save import SaveInProgress
 def config_of(parameters: int) -> LlamaConfig:
     """A Llama of about that many parameters, by its number of layers."""
     hidden, inner, vocabulary = (2048, 5632, 32000) if parameters >= 250_000_000 else (512, 1408, 8000)
+    # Two embeddings, and for each layer four square projections and three of the feed-forward part.
     layers = round((parameters - 2 * vocabulary * hidden) / (4 * hidden**2 + 3 * hidden * inner))
     return LlamaConfig(
         vocab_size=vocabulary,
@@ -42,12 +43,14 @@ def config_of(parameters: int) -> LlamaConfig:
 
 def sharded_llama(parameters: int) -> nn.Module:
     """A float32 Llama of about that many parameters, sharded over all ranks by FSDP2, with random weights."""
+    # On the meta device, so that no rank ever holds a whole model.
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config_of(parameters))
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))  # also where there are GPUs
     for layer in [*model.model.layers, model]:
         fully_shard(layer, mesh=mesh)
     model.to_empty(device="cpu")
+    # Other numbers on each rank, so that no two shards are equal.
     generator = torch.Generator().manual_seed(dist.get_rank())
     for parameter in model.parameters():
         parameter.data.to_local().normal_(std=0.02, generator=generator)
@@ -71,6 +74,7 @@ if __name__ == "__main__":
     target, base, count, ranks = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     config_of(count).save_pretrained(base)
     with tempfile.TemporaryDirectory() as folder:
+        # Spawned, as CUDA and threads of torch do not survive a fork.
         mp.start_processes(_save, (target, count, ranks, f"{folder}/store"), nprocs=ranks, start_method="spawn")
     with torch.device("meta"):
         largest = max(tensor.nbytes for tensor in AutoModelForCausalLM.from_config(config_of(count)).parameters())

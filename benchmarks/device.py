@@ -29,8 +29,10 @@ from benchmarks.rank_processes import spawn_ranks
 from benchmarks.steps import Stepping
 from shardsmith.hooks import HFExport, ShardedSave, at
 
+# Enough of a contender once this much time has passed; on a fast disk all runs are made.
 _ENOUGH_SECS = 12
 """Of one contender, on a slow disk."""
+# Never by itself: the benchmark says when.
 NEVER = at(10**9)
 BARE_EXPORT = "a bare copy of the weights into pinned memory"
 BARE_SAVE = "a bare copy of weights and moments into pinned memory"
@@ -50,6 +52,7 @@ def measure_device(console: Console, work: Path, device: str, parameters: int, r
     console.print(
         f"a transformer of about {parameters / 1e6:.0f} M parameters in bfloat16 on {device}, one rank, in {work}"
     )
+    # Both backends: the hooks use Gloo beside the training's own group.
     backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
     found = spawn_ranks(_bench, 1, work / "device", device, parameters, runs, backend=backend)
     table = Table("way", "training waits", "in all")
@@ -91,10 +94,12 @@ class _Transformer(nn.Module):
 
 def _model(parameters: int, device: str) -> nn.Module:
     width, words = (2048, 32000) if parameters >= 250_000_000 else (256, 1000)
+    # Each layer: 4 * width**2 of attention, 8 * width**2 of the feed-forward part.
     layers = max(1, round((parameters - 2 * width * words) / (12 * width**2)))
     with torch.device("meta"):
         model = _Transformer(layers, width, words).bfloat16()
     mesh = init_device_mesh(device, (1,))
+    # Inner modules first: the outer one takes what is left.
     for layer in [*model.layers, model]:
         fully_shard(layer, mesh=mesh)
     model.to_empty(device=device)
@@ -109,6 +114,7 @@ def _bench(rank: int, folder: Path, device: str, parameters: int, runs: int) -> 
     model = _model(parameters, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     stepping = Stepping(model, optimizer, device)
+    # Without moments a save would have nothing of the optimizer to write.
     stepping.run(3)  # the optimizer has its moments then
     export = HFExport(folder / "hf", model=model, when=NEVER, dtype="bfloat16")
     save = ShardedSave(folder / "saves", model=model, optimizer=optimizer, when=NEVER)
@@ -121,6 +127,7 @@ def _bench(rank: int, folder: Path, device: str, parameters: int, runs: int) -> 
         except KeyError:  # in the stager of torch 2.11 and 2.12
             if name != ASYNC:
                 raise
+    # The same steps with and without something beside them, on the same model.
     steps = {
         "alone": stepping.measure(),
         "while an export is written": stepping.measure(export.export, lambda _: export.in_flight > 0),
@@ -150,6 +157,7 @@ def _overlapped(
         def body(step: int) -> tuple[float, float]:
             begin(step)
             stepping.run(1)
+            # A step alone takes this long; what is more is due to the copies.
             stall = time.perf_counter() - step_alone
             end(step)
             return stall, time.perf_counter() - step_alone
@@ -180,6 +188,7 @@ def _contenders(
     bare = {BARE_EXPORT: _bare_copy(weights), BARE_SAVE: _bare_copy([*weights, *moments])}
     pinned = torch.accelerator.is_available()
     stagers = {
+        # Pinned memory, shared memory, staging in a thread, non-blocking copies.
         ASYNC: DefaultStager(StagingOptions(pinned, False, False, pinned)),
         ASYNC_BLOCKING: BlockingAsyncStager(cache_staged_state_dict=pinned),  # which pins what it keeps
     }
@@ -201,6 +210,7 @@ def _contenders(
             state = {**get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
             written = dcp.async_save(state, checkpoint_id=folder / f"async-{step}", async_stager=stager)
             stall = time.perf_counter()
+            # One future, or a response that holds it beside that of the staging.
             (written if hasattr(written, "result") else written.upload_completion).result()
             return stall, time.perf_counter()
 
@@ -231,6 +241,7 @@ def _bare_copy(tensors: list[Tensor]) -> Callable[[int], tuple[float, float]]:
     here = torch.empty(there.shape, dtype=torch.uint8, pin_memory=not there.is_cpu)
 
     def copy(step: int) -> tuple[float, float]:  # noqa: ARG001
+        # Non-blocking and then waited for: as fast as one copy can be.
         here.copy_(there, non_blocking=True)
         _synchronize(there.device.type)
         return (time.perf_counter(),) * 2
@@ -254,12 +265,14 @@ def _plain_write(folder: Path, nbytes: int) -> Callable[[int], tuple[float, floa
 
 def _measure(body: Callable[[int], tuple[float, float]], runs: int, device: str, folder: Path) -> dict[str, float]:
     stalls, wholes = [], []
+    # One more than the runs: the first round makes buffers and is not counted.
     for step in range(1, runs + 2):
         _synchronize(device)
         began = time.perf_counter()
         stall, end = body(step)
         stalls.append(stall - began)
         wholes.append(end - began)
+        # Each round finds the disk as the one before did.
         for path in [*folder.glob("*-*"), *folder.glob("*/step-*")]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         if step > 1 and sum(wholes) > _ENOUGH_SECS:
@@ -286,6 +299,7 @@ def _ratios(ways: dict[str, dict[str, float]], steps: dict[str, dict[str, float]
 
 def _casts(nbytes: int, device: str) -> dict[str, str]:
     """Whether to cast float32 to bfloat16 on the device before the copy, or on the host after it."""
+    # As many elements as the weights have, and at most 2**28: the ratio does not change any more.
     count = min(nbytes // 2, 1 << 28)
     there = torch.randn(count, device=device)
     pinned = {"pin_memory": device != "cpu"}
@@ -307,6 +321,7 @@ def _casts(nbytes: int, device: str) -> dict[str, str]:
             began = time.perf_counter()
             body()
             times.append(time.perf_counter() - began)
+        # Without the first, which allocates.
         return statistics.median(times[1:])
 
     return {

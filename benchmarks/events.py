@@ -16,8 +16,10 @@ from torch import nn
 from shardsmith.hooks import HFExport, Hooks, ShardedSave, every, json_lines, metrics_to
 from shardsmith.hooks.events import Listener
 
+# So many that the clock's resolution and the loop itself count for nothing.
 _STEPS = 20_000
 _WORK_STEPS = 20
+# A schedule that is asked in each step, and never says yes.
 _NEVER = every(10**9)
 
 
@@ -67,11 +69,13 @@ def _training_step() -> float:
             optimizer.step()
             optimizer.zero_grad()
 
+    # The first steps make the optimizer's moments.
     train(3)
     return _cpu_seconds(train, _WORK_STEPS)
 
 
 def _cpu_seconds(body: Callable[[int], object], count: int) -> float:
+    # Processor time: what else runs on the machine does not count.
     began = time.process_time()
     body(count)
     return (time.process_time() - began) / count

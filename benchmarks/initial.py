@@ -57,7 +57,9 @@ def compare_initial(console: Console, work: Path, parameters: int, ranks: int, r
     results = _run_all(console, ways(ranks), model, runs)
     shutil.rmtree(model)
     console.print(_table(results, nbytes))
+    # Memory was summed over all ranks.
     per_rank = _median(results[f"{OURS}, {ranks} ranks"], "peak_bytes") / ranks
+    # The aim: a fifth more than the shard, and what an interpreter with torch takes.
     bound = 1.2 * nbytes / ranks + 300e6
     against = {name: _median(results[OURS], "seconds") / _median(found, "seconds") for name, found in results.items()}
     console.print(
@@ -85,6 +87,7 @@ def _run_all(console: Console, chosen: Sequence[Way], model: Path, runs: int) ->
     results: dict[str, list[Measurement]] = {way.name: [] for way in chosen}
     for turn in range(runs):
         for way in chosen:
+            # The words MODEL and OUTPUT of a command stand for the places.
             found = measure([places.get(word, word) for word in way.command])
             results[way.name].append(found)
             console.print(f"run {turn + 1}: {way.name}: {found.seconds:.2f} s", highlight=False)

@@ -73,6 +73,7 @@ def compare_live(console: Console, work: Path, parameters: int, ranks: int, runs
 def _bench(rank: int, folder: Path, parameters: int, runs: int) -> dict[str, Any]:
     model = sharded_llama(parameters)
     export = HFExport(folder / "hf", model=model, when=at(10**9))
+    # Bytes of a rank's share in bfloat16: as many files as ranks, so that each has one to write.
     share = f"{sum(parameter.numel() for parameter in model.parameters()) * 2 // dist.get_world_size()}"
     files = HFExport(folder / "hf", model=model, when=at(10**9), write_mode="files", max_shard_size=share)
     found: dict[str, list[dict[str, float]]] = {}
@@ -105,11 +106,13 @@ def _bench(rank: int, folder: Path, parameters: int, runs: int) -> dict[str, Any
 
 def _measure(body: Callable[[], float]) -> dict[str, float]:
     """All ranks run ``body``, which returns how long the training waited; the slowest and the largest count."""
+    # All begin together, and none is measured while another one still works.
     dist.barrier()
     before, began = anonymous_bytes("self"), time.perf_counter()
     with Peak() as peak:
         stall = body()
         dist.barrier()
+    # One collective for all three numbers.
     worst = torch.tensor([time.perf_counter() - began, stall, float(peak.bytes - before)], dtype=torch.float64)
     dist.all_reduce(worst, dist.ReduceOp.MAX)
     return dict(zip(("seconds", "stall", "extra_bytes"), worst.tolist(), strict=True))
@@ -145,6 +148,7 @@ def _gather(model: nn.Module, output: Path) -> float:
 def _cast(model: nn.Module) -> float:
     """The least that any staging can take."""
     local = [value.to_local() for value in get_model_state_dict(model).values() if isinstance(value, DTensor)]
+    # ``zeros`` and not ``empty``: the pages are there before the clock runs.
     buffers = [torch.zeros(value.shape, dtype=torch.bfloat16) for value in local]
     began = time.perf_counter()
     for buffer, value in zip(buffers, local, strict=True):
@@ -155,6 +159,7 @@ def _cast(model: nn.Module) -> float:
 def _pwrite(model: nn.Module, output: Path) -> float:
     """The least that any writing can take: as many bytes, in one call, from memory that is warm."""
     nbytes = sum(value.to_local().numel() * 2 for value in get_model_state_dict(model).values())
+    # A bytearray is written with zeros, so its pages are there before the clock runs.
     data = memoryview(bytearray(nbytes))
     output.mkdir(exist_ok=True)
     descriptor = os.open(output / "all", os.O_CREAT | os.O_WRONLY)
@@ -171,6 +176,7 @@ def _clean(folder: Path) -> None:
     dist.barrier()
     if dist.get_rank() == 0:
         for path in folder.iterdir():
+            # "hf" itself stays: the hooks have checked once that they can write there.
             if path.name != "hf":
                 shutil.rmtree(path)
         for path in (folder / "hf").iterdir():

@@ -14,6 +14,7 @@ from torch import nn
 from benchmarks.checkpoint import sharded_llama
 from shardsmith.hooks import HFExport, at
 
+# Steps of a quiet training; the first two warm up and do not count.
 _QUIET_STEPS = 8
 _TRAINED = 10_000_000
 _TOKENS = torch.arange(64)[None]
@@ -35,6 +36,7 @@ def _measure_pauses(export: HFExport) -> dict[str, float]:
     ticks = [time.perf_counter()]
     while export.in_flight:
         time.sleep(0.001)
+        # Asks for 1 ms; what it takes longer is time in which another thread held the interpreter's lock.
         ticks.append(time.perf_counter())
     export.wait()
     pauses = sorted(later - earlier - 0.001 for earlier, later in itertools.pairwise(ticks))
@@ -51,8 +53,10 @@ def measure_steps(export: HFExport) -> dict[str, float]:
     optimizer = torch.optim.AdamW(model.parameters())
     quiet = [_step(model, optimizer) for _ in range(_QUIET_STEPS)]
     busy = []
+    # Numbers that no other part of this benchmark exports.
     for step in (10**6, 10**6 + 1):
         export.export(step)
+        # All ranks ask: one that went on alone would wait in a collective of its step.
         while _any(export.in_flight > 0):
             busy.append(_step(model, optimizer))
         export.wait()

@@ -31,6 +31,7 @@ def measure(command: Sequence[str]) -> Measurement:
     process = subprocess.Popen(command)
     peak = 0
     while process.poll() is None:
+        # Polled from outside: a contender need not know of it, and children count as well.
         peak = max(peak, sum(anonymous_bytes(pid) for pid in _family(process.pid)))
         time.sleep(_POLL_SECS)
     seconds = time.perf_counter() - began
@@ -62,12 +63,14 @@ def anonymous_bytes(pid: int | str) -> int:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
         return 0
+    # RssAnon alone: pages of mapped files can be dropped by the kernel at any time.
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
 
 
 def cpu_seconds_of(pid: int | None) -> float:
     """Processor time that a process has used until now; 0 if it is gone."""
     try:
+        # Behind the name, which may hold spaces and brackets; then utime and stime are fields 11 and 12.
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return 0.0
@@ -89,5 +92,6 @@ class Peak:
         self._thread.join()
 
     def _watch(self) -> None:
+        # 5 ms apart: shorter peaks go unseen, for all contenders alike.
         while not self._done.wait(0.005):
             self.bytes = max(self.bytes, anonymous_bytes("self"))

@@ -50,11 +50,13 @@ def compare_offline(console: Console, work: Path, parameters: int, shards: int, 
     checkpoint, base = work / "checkpoint", work / "base"
     console.print(f"saving a Llama of about {parameters / 1e6:.0f} M float32 parameters from {shards} ranks in {work}")
     make = [sys.executable, "-m", "benchmarks.checkpoint", str(checkpoint), str(base), str(parameters), str(shards)]
+    # The last thing that it prints; the models themselves were made in that process.
     largest = json.loads(subprocess.run(make, check=True, stdout=subprocess.PIPE).stdout)["largest_tensor"]
     nbytes = sum(file.stat().st_size for file in checkpoint.iterdir())
     results = _run_all(console, runs, checkpoint, base, work / "output")
     shutil.rmtree(checkpoint)
     console.print(_table(results, nbytes))
+    # The aim: what an interpreter with torch takes, and room for two copies of the largest tensor.
     peak, bound = _median(results[OURS], "peak_bytes"), 400e6 + 2 * largest
     console.print(
         f"anonymous memory of {OURS}: {peak / 1e6:.0f} MB; the aim is at most 400 MB + 2 x the largest tensor "

@@ -13,6 +13,7 @@ _BLOCK_BYTES = 1 << 20
 def copy(directory: Path, output: Path) -> None:
     """Read, hash and write each file once, in one thread. Nothing is synced."""
     output.mkdir()
+    # Reads go into this memory again and again: nothing is allocated on the way.
     block = memoryview(bytearray(_BLOCK_BYTES))
     for path in directory.iterdir():
         digest = xxhash.xxh3_128()

@@ -61,6 +61,7 @@ def compare_one_write(console: Console, work: Path, parameters: int, ranks: int,
 def _bench(rank: int, folder: Path, parameters: int, runs: int) -> dict[str, Any]:  # noqa: ARG001
     model = sharded_llama(parameters)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    # A step with zero gradients makes the moments and changes no weight but by the decay.
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
@@ -99,9 +100,11 @@ def _bench(rank: int, folder: Path, parameters: int, runs: int) -> dict[str, Any
         RESUME_ONE: lambda step: resume(one, step),
     }
     found: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
+    # One more than the runs: the first round makes buffers.
     for step in range(1, runs + 2):
         for name, body in ways.items():
             found[name].append(_measure(body, step, folder))
+            # What was saved is resumed from before it is removed.
             if name in (RESUME, BOTH, RESUME_ONE):
                 _remove_files(folder)
     for hook in (save, one, export):
@@ -119,6 +122,7 @@ def _measure(body: Callable[[int], float], step: int, folder: Path) -> dict[str,
     stall = body(step)
     dist.barrier()
     worst = torch.tensor([time.perf_counter() - began, stall], dtype=torch.float64)
+    # Seconds of the slowest rank, processor seconds of all: the ranks share the machine's cores.
     dist.all_reduce(worst, dist.ReduceOp.MAX)
     total = torch.tensor(_cpu_seconds() - cpu, dtype=torch.float64)
     dist.all_reduce(total)

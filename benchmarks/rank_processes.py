@@ -25,6 +25,7 @@ def spawn_ranks(
     # A TCP store in this process, as torchrun has it; a file store would be slower than any export.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     given = (body, ranks, store.port, backend, folder, result, arguments)
+    # A spawned rank has imported nothing and has no threads of this process.
     mp.start_processes(_rank, given, ranks, start_method="spawn")
     shutil.rmtree(folder)
     content: dict[str, Any] = json.loads(result.read_text())
@@ -42,9 +43,11 @@ def _rank(
     arguments: Any,
 ) -> None:
     warnings.filterwarnings("ignore")
+    # One thread a rank: all ranks share the cores of this machine.
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     dist.init_process_group(backend, store=store, rank=rank, world_size=ranks)
+    # Returned through a file: it outlives this process, whatever its size.
     found = body(rank, folder, *arguments)
     if rank == 0:
         result.write_text(json.dumps(found))

@@ -73,6 +73,7 @@ def _bench(rank: int, folder: Path, server: ObjectServer, parameters: int, runs:
     save = ShardedSave(server.url("save"), **state)
     cached = ShardedSave(server.url("cached"), local_cache=folder / "cache", **state)
     assert cached.local_cache is not None
+    # One byte, until the first save shows how long a rank's file is.
     client, data = server.client(), os.urandom(1)
 
     def save_one(hook: ShardedSave, step: int) -> float:
@@ -81,6 +82,7 @@ def _bench(rank: int, folder: Path, server: ObjectServer, parameters: int, runs:
         stall = time.perf_counter() - began
         hook.saving(step).result()
         if hook.local_cache is not None:
+            # The save is done when the step is in the store, and not when it is on the local disk.
             hook.local_cache.wait()
         return stall
 
@@ -89,6 +91,7 @@ def _bench(rank: int, folder: Path, server: ObjectServer, parameters: int, runs:
         return 0.0
 
     def plain(step: int) -> float:
+        # With parts of our size and four at a time, as our own uploads have them.
         options: dict[str, Any] = {"use_multipart": True, "chunk_size": PART_BYTES, "max_concurrency": 4}
         obstore.put(client, f"plain/step-{step}/{rank}", data, **options)
         return 0.0
@@ -114,6 +117,7 @@ def _bench(rank: int, folder: Path, server: ObjectServer, parameters: int, runs:
             found[name].append(_measure(body, step))
             if name == SAVE and step == 1:
                 sizes = as_path(server.url(f"save/step-{step}")).sizes()  # type: ignore[attr-defined]
+                # Random bytes, which no layer in between can compress.
                 data = os.urandom(sizes[f"__{rank}_0.distcp"])
     for hook in (save, cached):
         hook.close()

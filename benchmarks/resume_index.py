@@ -38,6 +38,7 @@ from .scale_models import Model, llama_405b, separate_experts
 
 MODELS = {"Llama 405B": (llama_405b, (8, 64, 256)), "48 x 128 separate experts": (separate_experts, (2, 8))}
 """What makes the shapes of each, and the numbers of ranks; the weights alone, and a scalar for each."""
+# From the fewest ranks to the most: what a rank reads must hardly depend on their number.
 _MOST_GROWTH = 1.2
 
 
@@ -60,6 +61,7 @@ def shapes_of(model: Model) -> dict[str, Shape]:
 
 def box_of(shape: Shape, rank: int, ranks: int) -> Chunk:
     """Return what FSDP gives a rank; empty where there are fewer rows."""
+    # Rounded up, as FSDP2 does it: the last ranks may have fewer rows, or none.
     rows = -(-shape[0] // ranks)
     begin, end = min(rank * rows, shape[0]), min((rank + 1) * rows, shape[0])
     return Chunk((begin, *(0 for _ in shape[1:])), (end - begin, *shape[1:]))
@@ -74,6 +76,7 @@ def write(directory: Path, shapes: dict[str, Shape], ranks: int) -> dict[str, in
     for rank in range(ranks):
         boxes = ((key, shape, box_of(shape, rank, ranks)) for key, shape in shapes.items())
         pieces = [Piece(key, shape, torch.bfloat16, box) for key, shape, box in boxes if box.numel]
+        # Each rank writes some of the scalars.
         scalars = list(shapes)[rank::ranks]
         pieces += [Piece(f"optimizer.state.{key}.step", (), torch.float32, Chunk((), ())) for key in scalars]
         file = RankFile(f"__{rank}_0.distcp", tuple(pieces), ())
@@ -82,6 +85,7 @@ def write(directory: Path, shapes: dict[str, Shape], ranks: int) -> dict[str, in
         chunks += [PlannedChunk(piece.key, 0, piece.box, 0) for piece in pieces]
         specs |= {piece.key: TensorSpec(piece.key, piece.shape, piece.dtype) for piece in pieces}
         with (directory / file.name).open("wb") as out:
+            # At its full length but without content: nothing of it is read.
             out.truncate(found[-1].offset + found[-1].length)
         files.append(file.name)
     paths = {key: ("optimizer", key.partition(".")[2]) if key.startswith("optimizer.") else (key,) for key in specs}
@@ -119,16 +123,20 @@ def look_up(directory: Path, shapes: dict[str, Shape], ranks: int, *, by_boxes: 
         nbytes += length
         return read(file, offset, length)
 
+    # Counts all that is read from mapped files, whoever asks.
     MappedFile.bytes = counted  # type: ignore[method-assign]
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     assert (load_index if by_boxes else read_index)(directory)
     source = DcpSource(directory, to_load=by_boxes)
     with without_collection():
+        # Without the collector of garbage, as in a resume.
         for key, shape in shapes.items():
+            # A rank in the middle: neither the first nor the last entry of any list.
             box = box_of(shape, ranks // 2, ranks)
             assert sum(part.numel for _, _, part in source.stored(key, box)) == box.numel
             assert len([*source.stored(f"optimizer.state.{key}.step", Chunk((), ()))]) == 1
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    # ``ru_maxrss`` is in KiB on Linux.
     return Found(nbytes, time.process_time() - began, memory * 1024)
 
 

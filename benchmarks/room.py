@@ -19,6 +19,7 @@ def working_directory() -> Path:
 def why_not(directory: Path, disk_bytes: float, memory_bytes: float) -> str | None:
     """Why so much cannot be had now, with the numbers; None if it can. Files on tmpfs count as memory."""
     if is_in_memory(directory):
+        # There both are taken from one store.
         memory_bytes += disk_bytes
     status = os.statvfs(directory)
     needs = (("disk", disk_bytes, status.f_bavail * status.f_frsize), ("memory", memory_bytes, _available_memory()))
@@ -35,6 +36,7 @@ def forget_cached(directory: Path) -> None:
     for path in directory.rglob("*"):
         if path.is_file():
             descriptor = os.open(path, os.O_RDONLY)
+            # Dirty pages cannot be dropped, so they are written first.
             os.fsync(descriptor)
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             os.close(descriptor)
@@ -44,6 +46,7 @@ def is_in_memory(directory: Path) -> bool:
     """Whether a directory lies on a file system that has no disk."""
     place = os.path.realpath(directory)
     mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
+    # The mount with the longest path is the one that holds the directory.
     around = [(len(mount[1]), mount[2]) for mount in mounts if f"{place}/".startswith(f"{mount[1].rstrip('/')}/")]
     return max(around, default=(0, ""))[1] in ("tmpfs", "ramfs")
 

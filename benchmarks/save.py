@@ -67,6 +67,7 @@ def compare_saves(
     events, shard_bytes, pauses = found.pop("events"), found.pop("shard_bytes"), found.pop("pauses")
     table = Table("way", "seconds", "times ours", "training waits", "processor seconds", "extra memory of a rank")
     for name, figures in found.items():
+        # Each way against ours of its kind: loads against loads, overlapped saves against overlapped ones.
         ours = found[RESUME if name in (TORCH_LOAD, RESUME) else OVERLAP if name == OVERLAP else OURS]
         table.add_row(
             name,
@@ -123,6 +124,7 @@ def _bench(rank: int, folder: Path, parameters: int, runs: int, small_tensors: i
     run = SavedRun(folder, parameters, small_tensors)
     events: list[Event] = []
     found: dict[str, list[dict[str, float]]] = {}
+    # Does not work with this torch, on any rank: left out from then on.
     broken: set[str] = set()
     for step in range(1, runs + 2):
         contenders: dict[str, Callable[[int], float]] = {
@@ -140,6 +142,7 @@ def _bench(rank: int, folder: Path, parameters: int, runs: int, small_tensors: i
             if name in broken:
                 continue
             with recorded(rank) as seen:
+                # The events of the last round are drawn.
                 try:
                     figures = measure(body, step)
                 except KeyError:  # in the stager of torch 2.11 and 2.12, on all ranks
@@ -163,6 +166,7 @@ def _bench(rank: int, folder: Path, parameters: int, runs: int, small_tensors: i
     }
     run.close()
     everywhere: list[list[Event]] = [[] for _ in range(dist.get_world_size())]
+    # The events of all ranks, which one clock orders.
     dist.all_gather_object(everywhere, events)
     summary: dict[str, Any] = {
         name: {what: statistics.median(figures[what] for figures in rounds[1:]) for what in rounds[0]}
@@ -201,6 +205,7 @@ def _cpu_seconds() -> float:
 
 def room_needed(parameters: int, ranks: int) -> tuple[float, float]:
     """Return what the section takes at its peak, in bytes: of disk, and of memory."""
+    # 4 floats of 4 bytes for each parameter.
     state = 16 * parameters  # weights, two moments and the average in float32
     # the state, and five copies that stay: for the limits, of torch's stager, of two hooks; the weights gathered
     return 1.1 * state, 5.5 * state + 4 * parameters * ranks + 0.4e9 * ranks

@@ -41,17 +41,22 @@ class SavedRun:
         self._model = _small_model(small_tensors) if small_tensors else sharded_llama(parameters)
         self._optimizer = torch.optim.AdamW(self._model.parameters(), lr=1e-4)
         for parameter in self._model.parameters():
+            # A step with zero gradients makes the moments.
             parameter.grad = torch.zeros_like(parameter)
         self._optimizer.step()
         self._optimizer.zero_grad()
         self._ema = EMA(self._model)
         self._hook = self._made_hook("ours", "copy")
         self._step_began = self._step_waited = 0.0
+        # Hooks of a step run in the order in which they were
+        # registered: these two stand around the save's, which waits.
         self._optimizer.register_step_pre_hook(self._note_begin)
         self._overlapping = self._made_hook("overlap", "overlap")
         self._optimizer.register_step_pre_hook(self._note_wait)
+        # Neither pinned nor shared memory, and no asynchronous copy: what works on a CPU.
         self._stager = DefaultStager(StagingOptions(False, False, False, False))
         self._shared_stager = DefaultStager(StagingOptions(False, True, False, False))
+        # A group of its own: ``async_save`` runs collectives in a thread beside the training's.
         self._group = dist.new_group(backend="gloo")
         tensors = [value for part in self._state().values() for value in part.values() if isinstance(value, Tensor)]
         shards = [held for tensor in tensors for _, held in local_boxes(tensor)]
@@ -126,11 +131,13 @@ class SavedRun:
         began = time.perf_counter()
         self._overlapping.save(step)
         stall = time.perf_counter() - began
+        # The small model is a list of parameters and computes nothing.
         if hasattr(self._model, "config"):
             self._model(torch.randint(1000, (1, 64))).logits.sum().backward()
         self._optimizer.step()
         self._optimizer.zero_grad()
         self._overlapping.saving(step).result()
+        # The call, and what the optimizer's step waited for the rest of the copies.
         return stall + self._step_waited
 
     def load_by_torch(self, step: int) -> float:
@@ -200,6 +207,7 @@ def _waited(begin: Callable[[int], Future[Any]], step: int) -> float:
 
 def _views(memory: Tensor, shards: list[Tensor]) -> Iterator[Tensor]:
     """Parts of one memory with the dtypes and shapes of the shards."""
+    # Largest elements first, so each view begins at a multiple of its element's size.
     at = 0
     for shard in shards:
         yield memory[at : at + shard.nbytes].view(shard.dtype).view(shard.shape)

@@ -28,16 +28,19 @@ def measure_pauses(
         step: The first that is not saved yet.
         remove_files: Removes what was saved.
     """
+    # 128 x 128: some ten microseconds each, so that the launching thread is what limits.
     work = [torch.randn(128, 128) for _ in range(8)]
     seconds: list[float] = []
     for number in range(_SAVES):
         future = begin(step + number) if begin is not None else None
+        # While the save is written, or until there are enough steps without one.
         while not future.done() if future is not None else len(seconds) < _QUIET_STEPS:
             seconds.append(_step(work))
         if future is not None:
             future.result()
         remove_files()
     usual = statistics.median(seconds)
+    # How much later than usual: a step is always of the same work.
     late = sorted(max(0.0, one - usual) for one in seconds)
     found = torch.tensor(
         [usual, sorted(seconds)[int(len(seconds) * 0.99)], late[int(len(late) * 0.99)]], dtype=torch.float64

@@ -63,6 +63,7 @@ _MOST_RANKS = {
 """Where more would take minutes and gigabytes here."""
 _INDEX_RANKS = {"Llama 3.1 405B": (8, 64), "48 x 128 experts, stacked": (8, 64), "48 x 128 experts, separate": (2,)}
 _RANKS_OF_A_HOST = 8
+# Of the power of the number of ranks: linear, and a little for text that grows with the numbers.
 _MAX_EXPONENT = 1.1
 _GATES = {"first": "before the first save", "later": "in each later save", "opens": "files opened by an export"}
 
@@ -70,10 +71,12 @@ _GATES = {"first": "before the first save", "later": "in each later save", "open
 def measure(name: str, layout: str, ranks: int) -> dict[str, float]:
     """Let made-up ranks agree on a first save and report a later one, and agree on an export; bytes and seconds."""
     torch.set_num_threads(1)
+    # Every rank's place; the boxes of most ranks look alike and are worked out by kind.
     model, spots = MODELS[name](), [LAYOUTS[layout](rank, ranks) for rank in range(ranks)]
     kinds = [*dict.fromkeys(model.values())]
     expected, _ = numbered((shape, boxes_at(shape, dim, spots[0])) for shape, dim in kinds)
     number_of = dict(zip(kinds, expected, strict=True))
+    # A number for each tensor: which of the lists of boxes it has.
     numbers = np.array([number_of[tensor] for tensor in model.values()], dtype=np.int32)
     lists = [lists_at(model, spot, expected) for spot in spots]
     lengths = [np.array([len(boxes) for boxes in own])[numbers] for own in lists]
@@ -95,8 +98,10 @@ def _save(entries: list[Entry], lists: Sequence[list[Boxes]], counts: Sequence[i
     dealing = time.process_time() - began
     first.accept(entries, answers[0])
     pieces = [int(unpack_flags(answer, count).sum()) for answer, count in zip(answers, counts, strict=True)]
+    # A box of more than an archive's size becomes several pieces, which only the file of a rank counts.
     if any(box.numel * 4 > MOST_BYTES for own in lists for boxes in own for box in boxes):  # boxes of several archives
         pieces = [len(first.whole.file(rank).pieces) for rank in range(len(lists))]
+    # Receipts of one length are equal in size, so one of each is enough.
     known = {count: _receipt(count) for count in {*pieces}}
     began = time.process_time()
     first.whole.measured([known[count] for count in pieces])
@@ -133,6 +138,7 @@ def _export(
     for rank, (answer, counts) in enumerate(zip(answers, lengths, strict=True)):
         mine = np.unique(np.repeat(where, counts)[unpack_flags(answer, int(counts.sum()))]).tolist()
         # Rank 0 has made all files, and has them open. Each host has a cache of its own.
+        # A rank opens the files that it writes to.
         said.append((str(rank // _RANKS_OF_A_HOST), mine if rank else [*range(len(files))]))
     return {
         "export_first": sum(map(_nbytes, reports)) + sum(map(_nbytes, answers)),
@@ -155,6 +161,7 @@ def measure_index(name: str, ranks: int) -> dict[str, float]:
         share.accept(entries, answer)
     receipts = [_receipt(len(share.own.pieces)) for share in shares]
     began = time.process_time()
+    # The first has everything to make; a later one only other digests and offsets.
     index = shares[0].whole.indexes(receipts, "0" * 16)[DCP_INDEX_FILE]
     first = time.process_time() - began
     began = time.process_time()
@@ -170,6 +177,7 @@ def _receipt(pieces: int) -> dict[str, Any]:
 
 
 def _nbytes(value: Any) -> int:
+    # As it goes through the store.
     return len(ground_ranks._Outcome("", value).encode())
 
 
@@ -179,12 +187,14 @@ def _memory() -> int:
 
 
 def _apart(function: Callable[..., dict[str, float]], *args: Any) -> dict[str, float]:
+    # Forked: what is imported is there.
     with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
         return pool.submit(function, *args).result()
 
 
 def _exponent(rows: Sequence[tuple[int, dict[str, float]]], key: str) -> float:
     """Of the power of the number of ranks by which a value grows: a straight line through the logarithms."""
+    # log(value) = exponent * log(ranks) + constant.
     return float(np.polyfit([math.log(ranks) for ranks, _ in rows], [math.log(row[key]) for _, row in rows], 1)[0])
 
 

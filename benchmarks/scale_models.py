@@ -21,6 +21,7 @@ Model = dict[str, tuple[Shape, int | None]]
 
 def llama_405b() -> Model:
     """Return the tensors of Llama 3.1 405B."""
+    # Hidden size, feed-forward size, keys and values of 8 heads of 128, vocabulary.
     hidden, inner, cached, words = 16384, 53248, 1024, 128256
     model: Model = {
         "tok_embeddings.weight": ((words, hidden), 0),
@@ -77,6 +78,7 @@ class Spot(NamedTuple):
 LAYOUTS: dict[str, Callable[[int, int], Spot]] = {
     "FSDP": lambda rank, ranks: Spot(rank, ranks),
     "HSDP, 8 replicas": lambda rank, ranks: Spot(rank % (ranks // REPLICAS), ranks // REPLICAS),
+    # Neighbouring ranks are slices of one shard, as on the GPUs of a host.
     "TP 8 x FSDP": lambda rank, ranks: Spot(rank // TENSOR_PARALLEL, ranks // TENSOR_PARALLEL, rank % 8, 8),
 }
 """What tells from a rank and the number of ranks where it is."""
@@ -87,12 +89,14 @@ def boxes_at(shape: Shape, dim: int | None, spot: Spot) -> Boxes:
     begin, end = [0] * len(shape), [*shape]
     if dim is not None:
         begin[dim], end[dim] = _cut(0, shape[dim], spot.slice, spot.slices)
+    # FSDP cuts the rows of what tensor parallelism has left.
     begin[0], end[0] = _cut(begin[0], end[0], spot.shard, spot.shards)
     sizes = tuple(stop - start for start, stop in zip(begin, end, strict=True))
     return () if 0 in sizes else (Chunk(tuple(begin), sizes),)
 
 
 def _cut(begin: int, end: int, number: int, parts: int) -> tuple[int, int]:
+    # Rounded up: the last parts may be smaller or empty.
     rows = -(-(end - begin) // parts)
     return min(begin + number * rows, end), min(begin + (number + 1) * rows, end)
 
@@ -103,6 +107,7 @@ def entries_at(model: Model, spot: Spot) -> list[Entry]:
     for copy in COPIES:
         for name, (shape, dim) in model.items():
             path = tuple(part for part in (copy.split(".", 1)[0], copy.partition(".")[2] + name) if part)
+            # ("optimizer", "state.<name>"): one level, and the rest as a flat key.
             found.append(Entry(copy + name, path, shape, torch.float32, boxes_at(shape, dim, spot)))
     return found
 

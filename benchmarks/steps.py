@@ -12,6 +12,7 @@ from torch import nn
 
 _ENOUGH_STEPS = 30
 _MOST_STEPS = 100
+# Batch and length: a step of some tens of milliseconds on an accelerator, and a short one on a CPU.
 _TOKENS = (4, 2048)
 _FEW_TOKENS = (1, 32)
 
@@ -22,9 +23,11 @@ class Stepping:
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, device: str) -> None:
         self._model = model
         self._optimizer = optimizer
+        # Far from the numbers of other steps.
         self._begun = 10**6
         self._on_accelerator = device != "cpu"
         shape = _TOKENS if self._on_accelerator else _FEW_TOKENS
+        # 997 is prime and below every vocabulary here, so the tokens vary.
         self._tokens = torch.arange(shape[0] * shape[1], device=device).view(shape) % 997
 
     def run(self, count: int) -> None:
@@ -41,6 +44,7 @@ class Stepping:
         does not look at what was there before: its pauses, of a fifth of a second, come with and without a save.
         """
         gc.collect()
+        # What is there now is not searched again; only what the steps make is.
         gc.freeze()
         steps: list[float] = []
         launches: list[float] = []
@@ -51,6 +55,7 @@ class Stepping:
                 began = time.perf_counter()
                 launches.append(self._step())
                 steps.append(time.perf_counter() - began)
+                # At least one step, also where the save was faster.
                 if not is_going_on(self._begun) or len(steps) >= _MOST_STEPS:
                     break
         usual = statistics.median(launches)
@@ -70,5 +75,6 @@ class Stepping:
         self._optimizer.zero_grad()
         launched = time.perf_counter() - began
         if self._on_accelerator:
+            # Else the next step would be launched while this one still runs, and take its time.
             torch.accelerator.synchronize()
         return launched

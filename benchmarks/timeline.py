@@ -40,6 +40,7 @@ def recorded(rank: int) -> Iterator[list[Event]]:
     events: list[Event] = []
     before = {name: getattr(SaveInProgress, name) for name in _PHASES}
     for name, method in before.items():
+        # On the class: hooks make an object for each save.
         setattr(SaveInProgress, name, _recording(method, _PHASES[name][0], rank, events))
     try:
         yield events
@@ -72,6 +73,7 @@ def draw(events: Sequence[Event], waits: float, title: str) -> str:
     """
     start = min(event.begin for event in events)
     span = max(event.end for event in events) - start
+    # The training's lane above the background's, rank by rank.
     lanes = sorted({event.lane for event in events}, key=lambda lane: (lane.split(",")[0], "background" in lane))
     height = _TOP + _LANE * len(lanes) + 58
 
@@ -89,6 +91,7 @@ def draw(events: Sequence[Event], waits: float, title: str) -> str:
         lines.append(f'<text x="10" y="{y + 17}">{escape(lane)}</text>')
         for event in events:
             if event.lane == lane:
+                # At least a pixel: a phase that took no time is still to be seen.
                 left, width = x(event.begin - start), max(1.0, _WIDTH * (event.end - event.begin) / span)
                 colour = dict(_PHASES.values())[event.phase]
                 lines.append(
@@ -103,5 +106,6 @@ def draw(events: Sequence[Event], waits: float, title: str) -> str:
     for name, colour in (*_PHASES.values(), ("the training waits", "#fbe9e7")):
         lines.append(f'<rect x="{at}" y="{below + 30}" width="12" height="12" fill="{colour}"/>')
         lines.append(f'<text x="{at + 17}" y="{below + 40}">{escape(name)}</text>')
+        # About the width of the text.
         at += 42 + 6.4 * len(name)
     return "\n".join([*lines, "</svg>", ""])

@@ -29,6 +29,7 @@ def compare_titan(console: Console, work: Path, parameters: int, ranks: int, run
     console.print(f"TorchTitan's saves of a Llama of about {parameters / 1e6:.0f} M parameters on {ranks} ranks")
     result = work / "titan.json"
     given = [*map(str, (parameters, ranks, runs, work, result))]
+    # In the environment that has TorchTitan, whose versions of torch are others than here.
     subprocess.run([PYTHON, "-m", "benchmarks.titan_saves", *given], check=True)
     found: dict[str, Any] = json.loads(result.read_text())
     table = Table("TorchTitan's step", "seconds", "training waits", "processor seconds", "extra memory of a rank")

@@ -25,6 +25,7 @@ from benchmarks.save import measure
 from shardsmith.integrations.torchtitan.manager_0_3 import HookedCheckpointManager
 from shardsmith.integrations.torchtitan.options import CheckpointHooks
 
+# What this compares is the writing alone.
 _HOOKS = CheckpointHooks(engine=True, prove_load=False, save_on_sigterm=False)
 WAYS: dict[str, dict[str, Any]] = {
     "TorchTitan": {"async_mode": "disabled"},
@@ -47,6 +48,7 @@ class _Counter:
 
 
 def _bench(rank: int, folder: Path, parameters: int, runs: int) -> dict[str, Any]:
+    # TorchTitan logs each save, at the price of its time.
     logging.disable()
     model = sharded_llama(parameters)
     group = ParamGroupConfig(pattern=".*", optimizer_name="AdamW", optimizer_kwargs={"lr": 1e-4})
@@ -61,6 +63,7 @@ def _bench(rank: int, folder: Path, parameters: int, runs: int) -> dict[str, Any
         for name, options in WAYS.items()
     }
     found: dict[str, list[dict[str, float]]] = {name: [] for name in WAYS}
+    # The trainer's step and the round are one number, which the manager saves, too.
     for counter.step in range(1, runs + 2):
         for name, manager in managers.items():
 
@@ -75,6 +78,7 @@ def _bench(rank: int, folder: Path, parameters: int, runs: int) -> dict[str, Any
             if rank == 0:
                 found[name].append(figures)
                 print(f"round {counter.step} of {runs + 1}, {name}: {figures['seconds']:.2f} s", flush=True)
+                # All steps of this way: the next begins with an empty folder.
                 shutil.rmtree(manager.folder)
                 Path(manager.folder).mkdir()
             dist.barrier()
