@@ -91,8 +91,10 @@ def diagnose(
         reference_loss=reference_loss,
         trust_remote_code=trust_remote_code,
     )
+    # Nothing is downloaded for a diagnosis: the model must be here, or in the cache.
     reference = find_model(base_model, fetch=False)
     if html is not None:
+        # Before the long part: the page must not overwrite what is read.
         protect(html, checkpoint, reference)
     with console.reading_bar("diagnosing", quiet=json):
         found = look(checkpoint, reference, questions)

@@ -55,14 +55,17 @@ def inspect(
         raise UsageError("--statistics needs --tensors or --html")
     if html is not None and not is_run(checkpoint):
         protect(html, checkpoint)
+    # Shown in the page: the command that makes it again.
     command = ["shardsmith", "inspect", str(checkpoint), *["--verify"] * verify, *["--statistics"] * statistics]
     command += ["--html", str(html)]
+    # Without these options only indexes are read, which takes no bar.
     quiet = json or not (verify or statistics)
     with console.reading_bar(checkpoint.name, quiet=quiet):
         if is_run(checkpoint):
             if step is None and tensors is None:
                 overview = inspect_run(checkpoint, verify=verify)
                 if html is not None:
+                    # Now that the steps are known: no file of a checkpoint may be overwritten by the page.
                     protect(html, *(checkpoint / one.path for one in overview.steps), checkpoint / EVENTS_FILE)
                     html.write_text(run_page(overview, read_events(checkpoint), command), encoding="utf-8")
                 print_overview(overview, as_json=json)
@@ -78,6 +81,7 @@ def inspect(
             return 0
         inspection = inspect_checkpoint(checkpoint, verify=verify)
         if html is not None:
+            # What is no checkpoint has no tensors to list; the page then says why.
             listed = list_tensors(checkpoint, statistics=statistics) if inspection.models else []
             html.write_text(checkpoint_page(inspection, listed, command), encoding="utf-8")
     report.print_inspection(inspection, as_json=json)

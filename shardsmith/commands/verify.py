@@ -69,6 +69,7 @@ def verify(
         names=naming.name_map,
         rules=naming.layout_rules,
         by="digests" if digests else "values",
+        # Logits are sums of many products, so they are never equal to the last bit.
         tolerance=tolerance if tolerance is not None else 1e-3 if logits else 0.0,
         rounding=rounding,
     )
@@ -103,6 +104,7 @@ def _verify_alone(path: Path, *, as_json: bool) -> int:
     with console.reading_bar(path.name, quiet=as_json):
         inspection = inspect_checkpoint(path, verify=True)
     report.print_inspection(inspection, as_json=as_json)
+    # Undamaged as far as names and sizes tell, which must not pass for verified.
     if not inspection.damage and not inspection.verified:
         raise UnsupportedFormatError(
             path, "records no hashes of its files, so it cannot be verified alone; compare it with what it was made of"

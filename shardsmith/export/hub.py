@@ -27,6 +27,7 @@ REVISION = "step-{step}"
 """Branch that a push goes to, where none is named."""
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _BRANCH = re.compile(r"[A-Za-z0-9][\w./-]*", re.ASCII)
+# With the pauses below: after half to one times 2, 6 and 18 seconds.
 _ATTEMPTS = 4
 _PAUSE_SECS = 2.0
 _chance = random.Random()  # the training's own generator must go on as if nothing had been repeated
@@ -113,6 +114,7 @@ class _Push:
 
     def __init__(self, directory: Path, repository: str, branch: str, step: int | None, private: bool) -> None:
         check_client()
+        # Imported here: most exports are never pushed.
         from huggingface_hub import HfApi
 
         self._api = HfApi()
@@ -153,6 +155,7 @@ class _Push:
         """Whether the branch holds this export: commits are whole, so its own record of it tells."""
         from huggingface_hub.errors import EntryNotFoundError
 
+        # Only the record is fetched: it names every file with its hash.
         try:
             path = self._api.hf_hub_download(self._repository, PROVENANCE_FILE, revision=self._branch)
         except EntryNotFoundError:
@@ -166,10 +169,12 @@ class _Push:
             except ShardsmithError:
                 raise
             except Exception as error:
+                # ``from None``: the client's own error may hold a signed address.
                 if attempt == _ATTEMPTS or not _may_pass(error):
                     place = f"{self._repository} on the Hub, branch {self._branch}"
                     raise StorageError(place, f"{doing} failed: {_reason(error)}") from None
                 log.info("%s of %s failed (%s); trying again", doing, self._repository, _reason(error))
+            # Spread at random, so that runs which failed together do not come back together.
             time.sleep(_chance.uniform(0.5, 1.0) * _PAUSE_SECS * 3 ** (attempt - 1))
         raise AssertionError
 
@@ -187,10 +192,12 @@ def _status_of(error: Exception) -> int | None:
 def _may_pass(error: Exception) -> bool:
     status = _status_of(error)
     if status is None:
+        # No answer at all: the network, or the Hub itself.
         return isinstance(error, OSError | RuntimeError) or type(error).__module__.split(".")[0] in (
             "httpx",
             "requests",
         )
+    # 408 and 429 ask to try again; 5xx says nothing about the request.
     return status in (408, 429) or status >= 500
 
 
