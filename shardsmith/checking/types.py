@@ -78,9 +78,11 @@ def _directory(value: str | Path, also: str = "") -> Path:
     path = _local(value, also)
     for place in (path, *path.parents):
         if os.path.lexists(place):
+            # The nearest that is there must be a directory: what is below it can be made.
             if not place.is_dir():
                 what = "a file" if place.exists() else "a broken link"
                 raise RefusedError(value, f"a directory is expected, but {place} is {what}", has_cure=True)
+            # No further up: a directory that is there has directories above it.
             break
     return path
 
@@ -159,6 +161,7 @@ NAMES |= {
 
 
 def _scheduler(value: Any) -> Any:
+    # An optimizer has the methods of a schedule, so only its type tells.
     if isinstance(value, torch.optim.Optimizer | torch.nn.Module):
         raise RefusedError(value, "a schedule of the learning rate is expected", has_cure=True)
     return value

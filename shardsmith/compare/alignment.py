@@ -38,6 +38,7 @@ def aligned_source(
     """
     classes = ClassNames.of_directory(base) if base is not None else None
     config = read_config(base) if base is not None else None
+    # First the names, since a layout rule is looked up by the name of the model that is compared with.
     named, found = matched_source(source, template, classes, names, config)
     if config is not None and named.specs.keys() - template.keys():
         model_class, _ = model_class_of(config)  # what it computes itself is in a state dict, and in no files
@@ -45,8 +46,10 @@ def aligned_source(
         named = named.without(name for name in unsaved if name in named.specs and name not in template)
     layouts = LayoutRules(template, rules)
     laid_out = in_base_layout(named, layouts)
+    # No rule was needed: the source is the same object.
     if isinstance(laid_out, ModelSource):
         return laid_out, found
     used = {name: rule.name for name, rule in layouts.used.items()}
+    # Its tensors have their final names: they are matched with themselves, which only wraps the source.
     plain = renamed(laid_out, match_names(laid_out.specs, laid_out.specs, None, laid_out.aliases))
     return plain, replace(found, layouts=used)

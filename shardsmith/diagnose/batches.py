@@ -84,6 +84,7 @@ def read_batch(file: Path) -> Batch:
     for name, other in (("labels", labels), ("position_ids", positions), ("attention_mask", mask)):
         if other is not None and other.shape != tokens.shape:
             raise CorruptCheckpointError(file, f"{name} is {list(other.shape)}, input_ids {list(tokens.shape)}")
+    # Two tokens have one prediction; shifted twice, nothing would be left of them.
     if tokens.shape[1] < 3:
         raise CorruptCheckpointError(file, f"input_ids is {list(tokens.shape)}; sequences of 3 tokens are the least")
     return Batch(
@@ -101,6 +102,7 @@ def fixed_batch(model: Path, vocabulary: int, longest: int | None, make: Callabl
         make: Makes up so many tokens [1, length].
     """
     numbers = encode(model)
+    # Ids beyond the vocabulary: the tokenizer is of another model.
     if numbers and max(numbers) < vocabulary and len(numbers) > 2:
         tokens, origin = torch.tensor([numbers[:longest]], device="cpu"), "a fixed text"
     else:
@@ -129,12 +131,15 @@ def _rows(file: Path, name: str, values: Any) -> Tensor:
             raise ValueError(f"{list(tensor.shape)} of {tensor.dtype}")
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise CorruptCheckpointError(file, f"{name} is no [batch, length] of integers: {error}") from error
+    # One row is a batch, too.
     return tensor.long().reshape(-1, tensor.shape[-1])
 
 
 def _unshifted(tokens: Tensor, labels: Tensor) -> Tensor:
     """Labels that say at each place which token stands there."""
+    # Shifted by one, each label is the token behind; where no loss is taken, any token agrees.
     shifted = torch.where(labels[:, :-1] == IGNORED, tokens[:, 1:], labels[:, :-1])
+    # Equal to the tokens, or anything but shifted: then the labels are taken as they stand.
     if torch.equal(labels, tokens) or not torch.equal(shifted, tokens[:, 1:]):
         return labels
     first = torch.full_like(labels[:, :1], IGNORED)
@@ -146,6 +151,7 @@ def check_batch(batch: Batch, vocabulary: int, longest: int | None, origin: Path
     highest, lowest = int(batch.tokens.max()), int(batch.tokens.min())
     if highest >= vocabulary or lowest < 0:
         raise CheckpointError(origin, f"has token ids from {lowest} to {highest}, but the model has {vocabulary}")
+    # By document: each begins at position 0 again, so the sum of them may be longer.
     length = max(max(lengths) for lengths in batch.document_lengths())
     if longest is not None and length > longest:
         raise CheckpointError(origin, f"has sequences of {length} tokens, but the model has {longest} positions")

@@ -35,6 +35,7 @@ class LiveModel:
             UnsupportedFormatError: it does not.
         """
         try:
+            # A class reads a local directory only; one in a store is fetched, with its weights, and goes afterwards.
             with _quiet(), on_this_machine(directory, weights=True) as place:
                 kind, options = _class_of(place, trust_remote_code=trust_remote_code)
                 module = kind.from_pretrained(str(place), dtype=torch.float32, local_files_only=True, **options)
@@ -64,6 +65,7 @@ class LiveModel:
         state = {name: _wide(read_tensor(source, name), rounded.get(name)) for name in names}
         try:
             with _quiet():
+                # The class of the first one: both then compute alike, whatever the checkpoint's own config says.
                 module, info = type(self.module).from_pretrained(
                     None, config=config or self.module.config, state_dict=state, output_loading_info=True
                 )
@@ -71,6 +73,7 @@ class LiveModel:
             raise _unusable(source.path, error) from error
         if missing := sorted(info["missing_keys"]):
             raise UnsupportedFormatError(source.path, f"lacks {', '.join(missing)}, so the model cannot run")
+        # ``float``: a load may leave some parameters in the dtype that the config says.
         return LiveModel(module.float().eval())
 
     @property
@@ -81,6 +84,7 @@ class LiveModel:
             return False
         if not self._tables:  # several at once, as of a codec's tokens
             return False
+        # The bases count: a model's own class may derive from one that the library lists.
         names = [kind.__name__ for kind in type(self.module).__mro__]
         known = any(name.endswith(("ForCausalLM", "LMHeadModel")) or name in _language_models() for name in names)
         return known or "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
@@ -88,6 +92,7 @@ class LiveModel:
     @property
     def vocabulary(self) -> int:
         """How many tokens it both takes and predicts: an embedding may have more rows, such as prompts of its own."""
+        # The smaller one: an id must have a row in the embedding, and a place among the logits.
         return min(int(table.shape[0]) for table in self._tables)
 
     @property
@@ -106,6 +111,7 @@ class LiveModel:
         import transformers
 
         kind = type(self.module)
+        # The same object under its name in the library: a copy of the code would be another class.
         return getattr(transformers, kind.__name__, None) is kind
 
     @torch.no_grad()
@@ -189,6 +195,7 @@ def _class_of(directory: Path, *, trust_remote_code: bool) -> tuple[Any, dict[st
     own = [name for name in getattr(config, "auto_map", None) or {} if name.startswith("AutoModel")]
     if trust_remote_code and own:
         return getattr(transformers, own[0]), {"trust_remote_code": True}
+    # A list, of which the first is the model that was saved.
     named = (config.architectures or [""])[0]
     return getattr(transformers, named, transformers.AutoModelForCausalLM), {}
 

@@ -41,7 +41,9 @@ from shardsmith.manifest.initial import InitialRecord
 from shardsmith.tensors.checkpoint_keys import MAIN
 from shardsmith.tensors.tensors import TensorSource
 
+# Two ways to the same loss, in float32, differ by less.
 _SAME_LOSS = 1e-3
+# Of the largest logit: what the order of a sum may change.
 _SAME_LOGITS = 1e-3
 
 
@@ -103,6 +105,7 @@ class _Look:
         embedding = embedding_of(self.subject.reference.specs)
         rows = self.subject.reference.specs[embedding].shape[0] if embedding else None
         places = [self.questions.tokenizer, self.training.tokenizer if self.training else None]
+        # The same place may be given twice: once by option, once by the trainer's settings.
         for place in dict.fromkeys(place for place in places if place is not None):
             yield from compare_tokenizers(model, place)
             yield from compare_special_ids(model, place)
@@ -119,6 +122,7 @@ class _Look:
             found.append((str(self.questions.buffers), saved_buffers(self.questions.buffers)))
         if found:
             trust = self.questions.trust_remote_code
+            # Made once for all origins: it takes seconds.
             fresh = describe(model_of_directory(self.subject.reference.path, trust_remote_code=trust)).transient
             for origin, buffers in found:
                 yield from compare_buffers(fresh, buffers, origin)
@@ -187,12 +191,14 @@ class _Look:
         source, _ = self.subject.models.get(MAIN, (None, None))
         if source is None:
             return
+        # The model's own tensors; heads of a trainer have no place in its class.
         names = [name for name in source.specs if name in self.subject.reference.specs]
         loaded = model.with_weights(source, names)
         for asked, answer in zip(probes, expected, strict=True):
             found = asked.ask(loaded)
             if asked is probe:
                 self.facts |= _measured(answer, found, asked)
+            # After training other logits are meant.
             if not self.subject.trained and not _same_logits(answer, found):
                 yield from self._differing(model, asked, names)
         for place in self._config_places():
@@ -264,6 +270,7 @@ def _measured(expected: Tensor, found: Tensor, probe: Probe) -> dict[str, Any]:
 
 def _same_logits(expected: Tensor, found: Tensor) -> bool:
     finite = expected[expected.isfinite()].abs()
+    # Relative to the largest finite logit: masked ones are infinite, and small ones may be all there is.
     largest = max(1.0, float(finite.max())) if finite.numel() else 1.0
     return float(apart(expected, found).abs().max()) <= _SAME_LOGITS * largest
 
@@ -277,7 +284,9 @@ def _own_loss(model: LiveModel, batch: Batch, right: float) -> Iterator[Finding]
     if batch.positions is not None or model.is_library_class:
         return  # the library's classes are the measure; some of them take labels that are shifted already
     reported = model.reported_loss(batch)
+    # Some models add it to the loss that they report, as the config says.
     if getattr(model.module.config, "output_router_logits", False):
         right += model.auxiliary_loss(batch) or 0.0
+    # Negated, so that NaN is a difference.
     if not abs(reported - right) <= _SAME_LOSS * max(1.0, right):
         yield one("loss-differs-from-logits", ["forward(labels=...)"], f"{right:.4f}", f"{reported:.4f}")

@@ -52,6 +52,7 @@ class Reference:
             raise CheckpointNotFoundError(path, "is no directory; give that of a Hugging Face model")
         config = read_config(path)
         models = model_names(path)
+        # Main before an average: training starts from the weights, unless there is an average alone.
         source = open_source(path, MAIN if MAIN in models else models[0]) if models else None
         return cls(path, config, source, source.specs if source else _specs_by_config(path))
 
@@ -61,9 +62,11 @@ class Reference:
         Training starts from plain weights there, whose names and shapes are those of the class. Raises CheckpointError.
         """
         held = [spec for model in models for spec in model.specs.values()]
+        # Only where one side is quantised: both quantised compare as they are.
         if not any(map(is_quantized, self.specs.values())) or any(map(is_quantized, held)):
             return self
         specs = _specs_by_config(self.path)
+        # Its values cannot be compared with plain ones, so its files are not needed any more.
         if self.source is not None:
             self.source.close()
         return replace(self, source=None, specs=specs, lacks="has quantized weights, and the checkpoint plain ones")
@@ -112,6 +115,7 @@ class Subject:
             for name, found in opened.models.items()
         }
         step = opened.metadata.step if opened.metadata else _step(checkpoint)
+        # Without a step, an optimizer's state tells that a training has written it.
         moved = bool(step) if step is not None else opened.has_optimizer
         return cls(opened, reference, aligned, step, moved if trained is None else trained, rules)
 
@@ -137,8 +141,10 @@ def _step(checkpoint: Path) -> int | None:
     try:
         step = read_json(checkpoint / layout.PROVENANCE_FILE).get("step")
     except CheckpointError:
+        # Other projects' steps are known by the names of their directories only.
         match = _STEP_NAME.fullmatch(checkpoint.resolve().name)
         step = int(match[1] or match[2]) if match else None
+    # ``type``: True is an int as well.
     return step if type(step) is int else None
 
 

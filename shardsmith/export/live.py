@@ -123,18 +123,22 @@ class LiveExporter:
             models.extend(collect())
             held.update({model.plan.model: model.boxes() for model in models})
             share = self._shares.get(kind)
+            # The same plan objects mean that nothing has changed: the boxes need not be described again.
             if share is not None and _are_same(share.plans, models):
                 return True, share.global_signature
             return share is not None and share.signature == _signature(models, held), _global_signature(models)
 
         are_known = self._ranks.agree(phase, look, _all_know)
+        # None: the ranks would write different files. A second exchange names what differs; it may be long.
         if are_known is None:
             self._ranks.agree(phase, lambda: _described(models), _refuse, large=True)
         if not are_known:
+            # All ranks come here or none: ``_settle`` is an exchange of its own for each model.
             mine = {model.plan.model: self._settle(phase, model, held[model.plan.model]) for model in models}
             plans = [model.plan for model in models]
             self._shares[kind] = _Share(plans, _signature(models, held), _global_signature(models), mine)
         mine = self._shares[kind].mine
+        # As they are now: the same positions, other tensors.
         return [model.plan for model in models], {name: [boxes[i] for i in mine[name]] for name, boxes in held.items()}
 
     def _settle(self, phase: str, model: LiveModel, held: Sequence[LiveBox]) -> list[int]:
@@ -311,13 +315,16 @@ class JointExport:
     def _commit(self) -> None:
         assert self._attempt is not None
         directory = self._attempt.directory
+        # First of all: what the files hold must be what was staged, whoever wrote it.
         digests = self._writer.merge(self.plan, [*chain.from_iterable(self._receipts)], directory)
         sizes = complete_directory(self.plan, directory, digests)
         self.measure = check_directory(self.plan, directory)
         if self.check is not None:
+            # A store has the weights only; a check loads a directory of this machine.
             if isinstance(self._attempt, RemoteDirectory):
                 fetch_weights(self.plan, self._attempt)
             self.measure = replace(self.measure, answers=self.check(directory, self.plan.dtypes))
+        # Last: from here on others see it.
         self._attempt.commit(sizes)
 
     def __enter__(self) -> Self:
