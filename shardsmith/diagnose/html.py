@@ -112,6 +112,5 @@ def _names(names: tuple[str, ...]) -> str:
 
 def _filled_in(fix: str, diagnosis: Diagnosis) -> str:
     """The fix with the paths of this checkpoint and this model in its commands."""
-    # Placeholders are whole words in capitals.
     words = {"MODEL": diagnosis.model, "CKPT": diagnosis.checkpoint, "NEW": f"{diagnosis.checkpoint}-converted"}
     return re.sub(rf"\b({'|'.join(words)})\b", lambda match: shlex.quote(words[match[1]]), fix)
