@@ -101,8 +101,8 @@ def _make_heads(
 
 
 def _usual_dtype(specs: Mapping[str, TensorSpec]) -> torch.dtype | None:
-    # By elements, not by tensors: norms may be many and in float32, and still be a small part.
     """The floating-point dtype of most elements."""
+    # By elements, not by tensors: norms may be many and in float32, and still be a small part.
     counts: dict[torch.dtype, int] = {}
     for spec in specs.values():
         if spec.dtype.is_floating_point:

@@ -70,7 +70,7 @@ def convert(
 
 
 def _begin(plan: WritePlan, attempt: list[AnyAttempt], early: EarlyWriting | None) -> str:
-    # The child has made and locked this directory, and checked the space; it is with one rank only.
+    # Made and locked before the child was forked, and its space is checked; this is with one rank only.
     if early is not None:
         attempt.append(early.attempt)
         return early.attempt.id

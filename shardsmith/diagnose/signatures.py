@@ -85,8 +85,8 @@ def find_reordering(left: TensorSource, right: TensorSource, comparison: TensorC
 
 
 def _moved_rows(left: TensorSource, right: TensorSource, name: str) -> Iterator[tuple[int, int]]:
-    # Spread over the whole tensor, the last row included.
     """Row here -> row of the reference, for some rows, if most of them lie elsewhere; nothing otherwise."""
+    # Spread over the whole tensor, the last row included.
     rows = left.specs[name].shape[0]
     chosen = torch.linspace(0, rows - 1, min(rows, _SAMPLED_ROWS), device="cpu").long().unique()
     sample = torch.stack([_unit(_rows(left, name, int(row), 1))[0] for row in chosen])

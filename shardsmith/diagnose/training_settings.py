@@ -127,8 +127,8 @@ class TrainingSettings:
         return self._found(value) if isinstance(value, str) and value else None
 
     def _found(self, text: str) -> Path | None:
-        # The trainer starts in another directory, perhaps; the one of its settings is the likeliest.
         """A path as the trainer sees it from where it is started: here, or where the settings lie."""
+        # The trainer starts in another directory, perhaps; the one of its settings is the likeliest.
         try:
             places = (Path(text), self.file.parent / text)
             return next((place for place in places if place.exists()), None)

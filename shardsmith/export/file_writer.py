@@ -104,8 +104,8 @@ class FileWriter:
         """Do nothing."""
 
     def merge(self, plan: DirectoryPlan, receipts: Sequence[Any], directory: Path) -> Digests:
-        # What arrived is compared with what was sent: a box that was lost or mixed up on the way shows here.
         """Return what the files hold, which must be what was staged."""
+        # What arrived is compared with what was sent: a box that was lost or mixed up on the way shows here.
         staged = add_up(plan, [receipt["staged"] for receipt in receipts])
         found = add_up(plan, [receipt["found"] for receipt in receipts])
         wrong = [name for model in found for name in found[model] if found[model][name] != staged[model][name]]
