@@ -66,6 +66,7 @@ def adopt(
     size = ranks.size if ranks else 1
 
     def write(parts: list[dict[str, Any]]) -> None:
+        # Opened anew on the rank that writes: the index is checked once more against the files as they are now.
         source = DcpSource(directory)
         source.close()
         metadata = describe(
@@ -79,12 +80,14 @@ def adopt(
             mesh=mesh,
             names=names,
         )
+        # The entries of the data files must be durable before the file that calls the directory complete.
         with writing(directory, "fsync of the directory"):
             sync(directory)
         place_file(path, metadata.to_json())
         log.info("recorded %s", directory)
 
     def measure(rank: int) -> dict[str, Any]:
+        # On each rank before it reads anything, so that the answer does not take minutes.
         refuse_existing(path)
         return _measure(directory, rank, size)
 
@@ -107,6 +110,7 @@ def _measure(directory: Path, part: int, parts: int) -> dict[str, Any]:
     """Hash and digest the files that fall to one rank, and make them durable."""
     source = DcpSource(directory)
     try:
+        # A deal that needs no message: each rank computes it from the same index.
         names = [layout.DCP_INDEX_FILE, *sorted(source.index.files)]
         mine = {name for i, name in enumerate(names) if _owner(name, i) % parts == part}
         measured = Measured()
@@ -125,6 +129,7 @@ def _digest(source: DcpSource, files: set[str], measured: Measured) -> None:
     for key, entry in source.index.tensors.items():
         measured.add(key, Digest())  # also of a tensor without elements
         for stored in entry.chunks:
+            # Each file falls to one rank, so each chunk is digested once and the shares add up.
             if stored.file in files:
                 for box, values in source.pieces(key, stored.chunk):
                     measured.add(key, digest_box(values, box, entry.spec.shape))

@@ -79,6 +79,7 @@ def detect_fork(path: Path) -> DetectedFormat | None:
         manifest = read_fork_manifest(path)
     except CheckpointError as error:
         return DetectedFormat(INCOMPLETE, reason_of(error, path))
+    # All problems are named at once: who copies files again wants to know all that are missing.
     problems = [*_missing(path, manifest), *_foreign(names, manifest)]
     problems += [line for model in _promised(manifest) for line in _model_problems(path, model, manifest)]
     if problems:
@@ -115,6 +116,7 @@ def _claims_to_be_sharded(path: Path) -> bool:
     except CheckpointError:
         return False
     is_dcp = (path / layout.DCP_INDEX_FILE).exists()
+    # Ours has no train_steps; a DCP directory of somebody else is no step of the fork, whatever its manifest says.
     return content.get("checkpoint_type") == CHECKPOINT_TYPE and "train_steps" in content and not is_dcp
 
 

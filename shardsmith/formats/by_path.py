@@ -60,6 +60,8 @@ __all__ = [
     "open_source",
 ]
 
+# Ours before DCP, since a step of ours is a DCP directory, too; the fork's manifest before Hugging Face files beside
+# it.
 _WITHOUT_OURS = (
     OURS_READER,
     DCP_READER,
@@ -177,6 +179,7 @@ def _detect(path: Path) -> tuple[DetectedFormat, FormatReader | None]:
 
 def _detect_local(path: Path) -> tuple[DetectedFormat, FormatReader | None]:
     if path.is_dir():
+        # By the name and before any reader: such a directory may look complete and be deleted the next moment.
         if layout.is_leftover(path.name):
             return DetectedFormat(INCOMPLETE, "its name says that it was being written or deleted"), None
         for reader in _DIRECTORIES:
@@ -192,6 +195,7 @@ def _detect_local(path: Path) -> tuple[DetectedFormat, FormatReader | None]:
 
 def _detect_remote(path: RemotePath) -> tuple[DetectedFormat, FormatReader | None]:
     """Of what is in an object store our steps and exports are read, and other directories of safetensors files."""
+    # A store has no directories of its own: what a path is shows only in the objects below it.
     for reader in (OURS_READER, HUGGINGFACE_READER):
         if (found := reader.detect(path)) is not None:
             return found, reader

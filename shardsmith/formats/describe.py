@@ -26,6 +26,7 @@ class Measured:
 
     def add(self, key: str, share: Digest) -> None:
         """Add the share of a box to the digest of its tensor."""
+        # Digests are sums over elements, so shares add up in any order, from any rank.
         self.digests[key] = self.digests.get(key, Digest()) + share
 
     def to_plain(self) -> dict[str, Any]:
@@ -64,6 +65,7 @@ def describe(
     Raises:
         IncompleteCheckpointError: a tensor of the index was not measured.
     """
+    # A tensor without elements has a digest, too (zeros): absent means that a rank did not write its share.
     unmeasured = sorted(key for key in index.tensors if key not in measured.digests)
     if unmeasured:
         raise IncompleteCheckpointError(index.path, f"no rank wrote {', '.join(unmeasured)}")

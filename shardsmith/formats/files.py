@@ -48,6 +48,7 @@ def has_safetensors(path: Path, stem: str) -> bool:
     is_alone = not any((path / f"{other}.safetensors").is_file() for other in stems)
     if not (path / layout.index_file_name(stem)).is_file():
         return False
+    # The shards themselves decide: an index without any file of its series is a leftover of the release.
     return is_alone or any(fnmatchcase(one.name, f"{stem}-*.safetensors") for one in path.iterdir())
 
 
@@ -68,6 +69,7 @@ def detect_huggingface(path: Path) -> DetectedFormat | None:
 def safetensors_models(path: Path) -> list[str]:
     """Return which models a directory has safetensors files of, or in them."""
     found = [model for model in _STEMS if _stem(path, model) is not None]
+    # Files of the average under a name of their own come first; else it may lie in the same files with a prefix.
     if found == [MAIN]:
         source = open_safetensors_directory(path, _stem(path, MAIN) or "")
         found = _models_in(source)
@@ -128,6 +130,7 @@ def detect_file(path: Path) -> DetectedFormat:
         return DetectedFormat(SAFETENSORS, f"a header of {len(source.specs)} tensors")
     with path.open("rb") as file:
         magic = file.read(4)
+    # Only zips can be looked into without reading all of the file, so of an older one only the kind is said here.
     if path.suffix in _TORCH_SUFFIXES and magic.startswith(_PICKLE):
         return DetectedFormat(TORCH, f"a {path.suffix} file of torch before 1.6, which is read into memory as a whole")
     if path.suffix in _TORCH_SUFFIXES and magic == _ZIP:

@@ -47,7 +47,9 @@ def record_folder(ranks: Ranks, folder: Path, step: int, live: LiveModel) -> Fol
     sharded = ranks.lead(f"looking into {folder.name}", lambda: (folder / SHARDED_MODEL).is_dir())
     files = _adopt_model(ranks, folder, step, live) if sharded else {}
     skipped = f"{SHARDED_MODEL}/" if sharded else None
+    # One rank lists, for all: two listings could differ while a file system is slow to show new files.
     names = ranks.lead(f"listing {folder.name}", lambda: _list_files(folder, skipped))
+    # Largest first and dealt in turn, so each rank reads about as much.
     mine = names[ranks.rank :: ranks.size]
 
     def look() -> dict[str, list[Any]]:
@@ -80,6 +82,8 @@ def _list_files(folder: Path, skipped: str | None) -> list[str]:
     found = []
     for parent, folders, names in os.walk(folder):
         if Path(parent) == folder:
+            # In place, which is how os.walk is told not to go into a folder. Ours is not the trainer's, and grows
+            # meanwhile.
             folders[:] = [name for name in folders if name != layout.COMPANION and not layout.is_leftover(name)]
         paths = [Path(parent, name) for name in names]
         found += [(path.stat().st_size, path) for path in paths if path.is_file() and not path.is_symlink()]
@@ -92,6 +96,7 @@ def _record_files(folder: Path, names: Iterable[str]) -> dict[str, FileRecord]:
 
     def record(name: str) -> FileRecord:
         path = folder / name
+        # Before the hash: a hash of bytes that a crash then loses would call the folder complete.
         sync(path)  # the trainer has left it to the page cache
         return FileRecord(size=path.stat().st_size, xxh3_128=hash_file(path))
 

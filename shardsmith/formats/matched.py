@@ -46,9 +46,11 @@ def matched_source(
         CheckpointError, UsageError: a map that was asked for cannot be used.
         ComputedTensorsError: the class computes what it writes, so that the two cannot be put side by side.
     """
+    # A map of a package takes the model's own names: wrappers' segments are removed first.
     if names not in ("auto", "identity", "transformers"):
         plain = renamed(source, match_names(source.specs, {}, None, source.aliases))
         return _in_place(TranslatedModel(plain, find_name_map(names, config)), target, classes)
+    # What the run recorded is certain, so it is tried before anything is guessed from a class.
     recorded = names_of_the_run(source, target, lambda: _manifest_of(source.path)) if names == "auto" else None
     if recorded is not None:
         return _in_place(TranslatedModel(source, recorded), target, classes)
@@ -57,7 +59,9 @@ def matched_source(
     if names == "transformers":
         return _cut(*_in_place(source, classes.specs, classes), target, classes)
     found = _in_place(source, target, classes)
+    # Each other way must leave fewer tensors without a partner than the one before; a tie keeps the simpler way.
     fewest = _unplaced(found[0], target)
+    # All names fit, but the class may write other elements of a tensor under one of them: then its cut decides.
     if not fewest and found[1].by_class and _is_rearranged(source, found[1], target, classes):
         return _cut(*_in_place(source, classes.specs, classes), target, classes)
     computed: ComputedTensorsError | None = None

@@ -172,6 +172,7 @@ def choose_model(
     named = [*averages, *find_twins(source.specs, paths)] if average else []
     if average and average not in named:
         average = _like(average, named)
+    # Without a name, or with the empty one that _like returns for our own average: the first average that there is.
     models = find_models(source.specs, paths, average or None)
     if average and EMA not in models:
         found = f"it holds {', '.join(named)}" if named else "none in it has a name"
@@ -216,7 +217,9 @@ def _choose(
     own = models[model]
     filled = frozenset(name for name in main if name not in own) if model == EMA else frozenset()
     names = list(dict.fromkeys([*main, *own])) if model == EMA else list(own)
+    # A tie counts only if both names are there: otherwise the alias is the only copy.
     aliases = {alias: kept for alias, kept in tied.items() if alias in names and kept in names}
+    # What the average lacks (frozen weights, buffers) is read from main, and named in ``filled``.
     keys = {name: own.get(name) or main[name] for name in names if name not in aliases}
     return ModelSource(source, keys, filled=filled - aliases.keys(), aliases=aliases, **beside)
 

@@ -66,6 +66,7 @@ def open_checkpoint(path: AsAnyPath) -> OpenedCheckpoint:
     """
     known = known_checkpoint(path)
     names = known.models()
+    # All models share one open source and so one index: known.open would read it once for each.
     if (path / layout.DCP_INDEX_FILE).exists():
         return _open_dcp(known)
     if not names:

@@ -71,10 +71,12 @@ def _saves(path: Path) -> list[_Save]:
     for name in sorted(os.listdir(path)):
         match = _NAME.fullmatch(name)
         if match and not _BESIDE.match(match["stem"]):
+            # Files of one save agree in all but the rank: what differs in the world size is of another save.
             key = (match["stem"], match["size"] or match["of"] or "", match["suffix"])
             groups.setdefault(key, {})[int(match["rank"])] = name
     called = {key: ranks for key, ranks in groups.items() if _MODEL.match(key[0])}
     groups = called or groups
+    # Without a size in the names, missing ranks at the end cannot be seen here; the shards' boxes then show the hole.
     return [_save(ranks, int(size) if size else max(ranks) + 1) for (_, size, _), ranks in groups.items()]
 
 

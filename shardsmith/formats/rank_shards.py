@@ -81,6 +81,7 @@ class RankShards(TorchSource):
             raise CheckpointNotFoundError(directory, "holds no files of single ranks")
         self.objects: set[str] = set()
         merged = merge_ranks(directory, [(name, _read(directory / name, self.objects)) for name in names])
+        # Before anything is read: the header of a file of another step would be valid, too.
         _compare(directory, merged, metadata)
         super().__init__(directory, merged)
 
@@ -97,6 +98,7 @@ def pack_object(value: Any) -> Tensor:
     torch.save(value, buffer)
     packed = torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
     try:
+        # Read back at the save, where it can be changed, and not at a resume, where it is lost.
         unpack_object(packed)
     except Exception as error:
         raise UsageError(
@@ -122,6 +124,7 @@ def _read(path: Path, objects: set[str]) -> dict[KeyPath, HeldTensor]:
             box = Chunk(tuple(offsets), tuple(sizes))
             if spec.shape != box.sizes:
                 raise ValueError(f"{name} is {spec.shape}, not {box.sizes}")
+            # A tensor may be in several parts of one file; a box without elements only says shape and dtype.
             mine = [(box, source.stored(name))] if box.numel else []
             held = found.get((key,))
             before = held.parts if held else ()

@@ -55,10 +55,12 @@ class Exceptions:
         packed: dict[str, Tensor] = {}
         for name, found in self._found.items():
             indices, corrections = (np.concatenate(part) for part in zip(*found, strict=True))
+            # Boxes come in any order; sorted indices have small differences, which zlib packs well.
             order = np.argsort(indices, kind="stable")
             steps = np.diff(indices[order], prepend=0)
             packed[name + _AT], packed[name + _BY] = _pack(steps), _pack(corrections[order])
         specs = [TensorSpec(name, tuple(data.shape), data.dtype) for name, data in packed.items()]
+        # One file: without a limit plan_files makes no more. Without exceptions there is none at all.
         for plan in plan_files(specs, exceptions_file(rank).removesuffix(".safetensors")).files if specs else ():
             with contextlib.closing(SafetensorsFileWriter.create(directory, plan)) as file:
                 for name, data in packed.items():
@@ -117,6 +119,7 @@ def _outer(indices: _Indices, box: Chunk, whole: Chunk) -> _Indices:
     found = np.zeros(len(indices), np.int64)
     stride = 1
     for offset, size, extent in zip(*(reversed(one) for one in (box.offsets, box.sizes, whole.sizes)), strict=True):
+        # From the last dimension outward: the remainder is the index in it, the quotient goes on to the next.
         indices, at = np.divmod(indices, size)
         found += (at + offset) * stride
         stride *= extent
@@ -132,6 +135,7 @@ def _inner(indices: _Indices, corrections: _Corrections, box: Chunk, whole: Chun
     found, is_inside, left, stride = np.zeros(len(indices), np.int64), np.ones(len(indices), bool), indices, 1
     for offset, size, extent in zip(*(reversed(one) for one in (box.offsets, box.sizes, whole.sizes)), strict=True):
         left, at = np.divmod(left, extent)
+        # A box that is not one run has elements of others between its first and its last one.
         is_inside &= (at >= offset) & (at < offset + size)
         found += (at - offset) * stride
         stride *= size
@@ -144,6 +148,8 @@ def _read_exceptions(folder: Path, specs: Mapping[str, TensorSpec]) -> dict[str,
     for path in sorted(path for path in folder.iterdir() if _FILE.fullmatch(path.name)):
         with contextlib.closing(SafetensorsSource(path)) as source:
             for name in (one.removesuffix(_AT) for one in source.specs if one.endswith(_AT)):
+                # Bounds what is decompressed: 8 and 2 bytes for each element at most. A tensor that is not there may
+                # have none.
                 most = specs[name].numel if name in specs else 0
                 steps: _Indices = np.frombuffer(_unpack(source, name + _AT, 8 * most), np.int64)
                 corrections: _Corrections = np.frombuffer(_unpack(source, name + _BY, 2 * most), np.uint16)
@@ -168,6 +174,7 @@ def _unpack(source: SafetensorsSource, name: str, most: int) -> bytes:
     """Raises CorruptCheckpointError if it is more than ``most`` bytes, or cannot be read."""
     try:
         unpacker = zlib.decompressobj()
+        # One byte more than allowed is enough to see that there are too many.
         data = unpacker.decompress(read_tensor(source, name).numpy().tobytes(), most + 1)
     except zlib.error as error:
         raise CorruptCheckpointError(source.path, f"{name} cannot be read: {error}") from error

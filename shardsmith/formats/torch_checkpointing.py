@@ -64,6 +64,8 @@ def detect_torch_checkpointing(path: Path) -> DetectedFormat | None:
 
 def _files(path: Path, ranks: set[int]) -> list[str]:
     """The files of the model, rank by rank: as metadata.pkl says it, else as many as there must be."""
+    # Without metadata.pkl the largest number of a rank is all that is known: later ranks may be missing, which their
+    # DTensors then show.
     content = _read_metadata(path)
     if content is None:
         return [f"model_{rank}.pt" for rank in range(max(ranks) + 1)]
@@ -71,6 +73,7 @@ def _files(path: Path, ranks: set[int]) -> list[str]:
         items: Mapping[str, Any] = content["metadata"]
         size = content["world_size"]
         layouts = items[_MODEL]["rank_to_layout_info"] if _MODEL in items else {}
+        # A bound, since a list of that length is made.
         if type(size) is not int or not 0 < size <= 1 << 20:
             raise TypeError(f"world size {size!r}")
         return [_file(path, rank, layouts.get(rank)) for rank in range(size)]
@@ -82,6 +85,7 @@ def _file(path: Path, rank: int, layout: Mapping[str, Any] | None) -> str:
     if layout is None:
         return f"model_{rank}.pt"
     name, form = layout["file_path"], layout["serialization_format"]["type"]
+    # Path(name).name differs from name if it leads into another directory.
     if form != "TorchSerialization" or not isinstance(name, str) or Path(name).name != name:
         raise UnsupportedFormatError(
             path, f"its model is written by {form} as {name!r}; only files of torch.save are read"

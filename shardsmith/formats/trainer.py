@@ -55,6 +55,7 @@ def trainer_reader(readers: Sequence[FormatReader]) -> FormatReader:
         return None
 
     def detect(path: Path) -> DetectedFormat | None:
+        # Without our complete record the folder is the trainer's alone, and the other readers judge it.
         known = find(path) if is_complete(path) else None
         if known is None:
             return None
@@ -90,6 +91,7 @@ def _open_average(path: Path, main: ModelSource, tied: Mapping[str, str]) -> Mod
     if not averages:
         raise CheckpointNotFoundError(path, "has no average")
     theirs = _as_in_memory(path, main, averages, tied)
+    # In the trainer's order; what only the average has comes last.
     names = dict.fromkeys([*theirs.specs, *averages])
     aliases = {alias: kept for alias, kept in tied.items() if kept in names}
     filled = frozenset(name for name in theirs.specs if name not in averages and name not in aliases)
@@ -98,6 +100,7 @@ def _open_average(path: Path, main: ModelSource, tied: Mapping[str, str]) -> Mod
         for name in names
         if name not in aliases
     }
+    # Prefixes keep names apart that both sources have.
     joined = JoinedSource(path, {"ours/": ours, "theirs/": theirs})
     return ModelSource(joined, keys, filled=filled, aliases=aliases)
 

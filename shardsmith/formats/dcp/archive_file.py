@@ -63,11 +63,13 @@ class ArchiveFile:
         """Make the file durable; what it is."""
         self._flush()
         self._wait()  # an error of the disk is told once only
+        # This fsync is the one that counts: the earlier ones only leave less for it to do.
         self._file.finish()
         return FileRecord(size=self._size, xxh3_128=self._hash.hexdigest())
 
     def _start_sync(self) -> None:
         is_due = self._size - self._synced_size >= _SYNCED_BYTES
+        # At most one fsync of a file runs at a time: while the disk is slow, the writer goes on without more of them.
         if is_due and (self._synced is None or self._synced.done()):
             self._wait()
             self._synced = self._syncing.submit(self._file.sync)
@@ -79,6 +81,7 @@ class ArchiveFile:
 
     def _write(self, memory: memoryview) -> None:
         self._size += len(memory)
+        # What was gathered goes first: the hash needs the bytes in the order of the file.
         if len(memory) >= _SMALL_BYTES:
             self._flush()
             self._write_out(memory)
@@ -100,6 +103,9 @@ class ArchiveFile:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        # After an error, too: the thread may still be in fsync, and must not do that on a number that another file has
+        # by then.
+        # After an error, too: a thread in fsync must not find its descriptor closed, or taken by another file.
         if self._synced is not None:
             wait([self._synced])
         self._file.close()

@@ -56,11 +56,15 @@ class BesideWeights(DcpSource):
         super().__init__(path, follow_links=follow_links, to_load=to_load)
         self._models: dict[str, RestoredModel] = {}
         self._places: dict[str, tuple[str, str]] = {}  # key -> model, name in it
+        # Entries of single ranks are in the DCP part by definition; to look each of them up would read a block per
+        # rank.
         shared = {key: record for key, record in metadata.tensors.items() if not self.index.is_of_rank(key)}
         own = {key: record.spec(key) for key, record in shared.items() if key not in self.index.tensors}
+        # If a later file cannot be opened, the ones opened so far are closed; on success they stay open.
         with contextlib.ExitStack() as opened:
             opened.callback(self.close)
             for model, record in (metadata.weights or {}).items():
+                # ``tied`` names keys of the main model only.
                 self._open(model, record, own, metadata.tied if model == MAIN else {})
             if lost := [key for key in own if key not in self._places]:
                 raise CorruptCheckpointError(self.path, f"no file holds {', '.join(lost[:5])}, which it lists")
@@ -82,6 +86,7 @@ class BesideWeights(DcpSource):
     def fill(self, boxes: Iterable[Box]) -> None:
         """Fill boxes of tensors that are in Hugging Face files, several at a time. Raises CheckpointError."""
         boxes = list(boxes)
+        # Each thread reads boxes of its own: no two write to the same memory.
         threads = useful_threads(sum(out.nbytes for _, _, out in boxes), len(boxes)) or 1
 
         @torch.no_grad()
@@ -102,6 +107,7 @@ class BesideWeights(DcpSource):
     def _open(self, model: str, record: WeightsRecord, own: Mapping[str, TensorSpec], tied: Mapping[str, str]) -> None:
         prefix = layout.EMA_PREFIX if model == EMA else ""
         keys = {key.removeprefix(prefix): key for key in own if key.startswith(layout.EMA_PREFIX) == (model == EMA)}
+        # A tied pair of which one name lies in the DCP part is no alias within the files.
         aliases = {alias: kept for alias, kept in tied.items() if alias in keys and kept in keys}
         specs = {
             name: TensorSpec(name, own[key].shape, own[key].dtype) for name, key in keys.items() if name not in aliases
@@ -120,6 +126,7 @@ class BesideWeights(DcpSource):
 
     def _add(self, own: Mapping[str, TensorSpec], order: list[str]) -> None:
         """Take the tensors of the files into the index, in the order of metadata.json if that is read as a whole."""
+        # A load by .boxes keeps looking entries up one by one, so their order is not known and does not matter.
         if isinstance(self.index, BoxIndex):
             self.index = self.index.beside({key: DcpEntry(spec, ()) for key, spec in own.items()})
             self.specs = specs_of(self.index)

@@ -48,9 +48,11 @@ class Cuts:
     def __init__(self, pairs: Any, whole: int) -> None:
         self.sizes = [count(size) for size, _ in typed(pairs, list)]
         repeats = [count(number) for _, number in pairs]
+        # Parallel prefix sums, by pair: the first cell that has this size, and the element at which that cell begins.
         self.first = [0, *itertools.accumulate(repeats)]
         self.starts = [0, *itertools.accumulate(a * b for a, b in zip(self.sizes, repeats, strict=True))]
         self.count = self.first[-1]
+        # A size of zero would be a division by zero in _at, and cells that are empty.
         if 0 in self.sizes or 0 in repeats or self.starts[-1] != whole:
             raise ValueError(f"cuts {pairs!r:.100} of {whole} elements")
 
@@ -64,6 +66,7 @@ class Cuts:
         return range(self._at(begin), self._at(end - 1) + 1)
 
     def _at(self, element: int) -> int:
+        # The element is in the stretch i of cells of one size, so a division finds its cell.
         i = bisect.bisect_right(self.starts, element) - 1
         return self.first[i] + (element - self.starts[i]) // self.sizes[i]
 
@@ -101,9 +104,11 @@ class Block:
         content = json.loads(text)
         names = typed(content["names"], list)
         numbers = {typed(name, str): i for i, name in enumerate(names)}
+        # Four numbers by key, then five by run; the offset need not be a multiple of 8.
         values = np.frombuffer(data, dtype="<i8", offset=8 + length)
         if len(numbers) != len(names) or len(values) != 4 * len(names) + 5 * count(content["runs"]):
             raise ValueError("keys are there twice, or rows are missing")
+        # The file has the four numbers of a key together; transposed, each kind is one list.
         rows, runs = Rows(*values[: 4 * len(names)].reshape(-1, 4).T.tolist()), values[4 * len(names) :].reshape(-1, 5)
         return cls(names, typed(content["paths"], list), typed(content["layouts"], list), rows, runs, numbers)
 

@@ -70,7 +70,9 @@ class GridBoxes(Sequence[StoredChunk]):
         """As ``BoxFinder.meeting``."""
         if not box.numel:
             return
+        # The cells that meet a box are a range in each dimension, so no cell of another rank is looked at.
         spans = [cut.meeting(a, a + n) for cut, a, n in zip(self._cuts, box.offsets, box.sizes, strict=True)]
+        # The product of ascending ranges is in ascending order of the cells, which _read_rows needs.
         cells = [self._number(place) for place in itertools.product(*spans)]
         self._file.checked(lambda: self._read_rows(cells))
         for cell in cells:
@@ -81,11 +83,13 @@ class GridBoxes(Sequence[StoredChunk]):
     def _number(self, place: Sequence[int]) -> int:
         number = 0
         for i, cut in zip(place, self._cuts, strict=True):
+            # Row-major: the last dimension runs fastest, as in _grid of the writer.
             number = number * cut.count + i
         return number
 
     def _stored(self, cell: int) -> StoredChunk:
         spans, rest = [], cell
+        # The inverse of _number: the fastest dimension is the remainder of the first division.
         for cut in reversed(self._cuts):
             rest, i = divmod(rest, cut.count)
             spans.append(cut.span(i))
@@ -93,6 +97,8 @@ class GridBoxes(Sequence[StoredChunk]):
         if box.numel * self._spec.dtype.itemsize > MOST_BYTES:
             raise ValueError(f"{self._spec.name!r} has a box of {box.numel} elements")
         file, offset = self._place(cell)
+        # The index has no lengths of a grid's boxes: the writer made a grid only where each follows from shape and
+        # dtype.
         length = archive_layout(box.sizes, self._spec.dtype).length
         stored = StoredChunk(box, self._file.file_name(file), count(offset), length)
         self._file.require_stored(self._spec.name, stored)
@@ -103,6 +109,7 @@ class GridBoxes(Sequence[StoredChunk]):
             if cell not in self._places:
                 self._read_rows([cell])
             return self._places[cell]
+        # _ends[i] is the cell after run i, so the position in the run counts back from there.
         i = bisect.bisect_right(self._ends, cell)
         number, file, by_file, offset, by_offset = self._runs[i]
         nth = cell - self._ends[i] + number
@@ -112,6 +119,7 @@ class GridBoxes(Sequence[StoredChunk]):
         """Read where cells lie, in ascending order, in as few ranges as reasonable."""
         missing = [] if self._runs else [cell for cell in cells if cell not in self._places]
         while missing:
+            # How many of the missing cells lie close enough to be read as one range.
             number = next((i for i in range(1, len(missing)) if missing[i] - missing[i - 1] > _GAP), len(missing))
             first, last = missing[0], missing[number - 1]
             size = ROW.itemsize

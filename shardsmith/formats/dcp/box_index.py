@@ -43,6 +43,7 @@ from shardsmith.sharding.boxes import find_overlap
 from shardsmith.tensors.checkpoint_keys import KeyPath
 from shardsmith.tensors.tensors import Chunk, TensorSpec
 
+# Bounds on what a file of a stranger makes a reader allocate; a save of ours stays far below them.
 _MAX_HEAD_BYTES = 1 << 24
 _MAX_BLOCK_BYTES = 1 << 30
 _MAX_CELLS = 1 << 24
@@ -60,9 +61,12 @@ def load_index(directory: str | Path, *, follow_links: bool = False) -> DcpIndex
     """
     path = as_path(directory)
     record = read_metadata(path).files.get(BOX_INDEX_FILE) if has_manifest(path) else None
+    # Without a recorded hash nothing says that .boxes and .metadata are of the same save.
     if record is None or not (path / BOX_INDEX_FILE).exists():
         return read_index(path, follow_links=follow_links)
     file = MappedFile(path / BOX_INDEX_FILE, follow_links=follow_links)
+    # Only the size: the head and each block have hashes of their own, so a rank does not read the rest to verify its
+    # part.
     if file.size != record.size:
         raise CorruptCheckpointError(file.path, f"has {file.size} bytes, expected {record.size}")
     return _BoxIndexFile(path, file, _known_blocks(path, record.xxh3_128), follow_links).index()
@@ -77,6 +81,7 @@ def specs_of(index: DcpIndex) -> Mapping[str, TensorSpec]:
 
 
 @functools.lru_cache(maxsize=2)  # a resume opens the same index several times
+# The hash is part of the key: a step that was replaced under the same name has other blocks.
 def _known_blocks(path: Path, hash_of_file: str) -> dict[tuple[str, int | None], Block]:  # noqa: ARG001
     """A place for the blocks of a file that were read."""
     return {}
@@ -106,6 +111,7 @@ class BoxIndex(DcpIndex):
         def tensor(key: str) -> DcpEntry | None:
             return tensors.get(key) or self.tensors.get(key)
 
+        # Weights in Hugging Face files are always flat here, whatever the names of the DCP part look like.
         def path(key: str) -> KeyPath | None:
             return (key,) if key in tensors else self.containers.get(key)
 
@@ -149,9 +155,11 @@ class _BoxIndexFile:
         )
 
     def below(self, top: str) -> Iterator[tuple[str, KeyPath]]:
+        # Without the flat keys, which come below: only a few of them can belong to this top.
         for block in self._blocks_below(top):
             for i, name in enumerate(block.names):
                 yield name, self.checked(partial(block.path, i))
+        # Keys whose path does not begin as the key does are among the flat ones, with a path of their own (code < 0).
         flat = self._block("", None)
         if flat is None:
             return
@@ -159,6 +167,7 @@ class _BoxIndexFile:
             path = self.checked(partial(flat.path, i))
             if path[0] == top:
                 yield flat.names[i], path
+        # A value at the top level itself: its key has no second element, so it has no block.
         if top in flat.numbers:
             yield top, (top,)
 
@@ -168,6 +177,7 @@ class _BoxIndexFile:
         return {name.split(".", 1)[0] for name in names} - {""}
 
     def _keys(self, is_tensor: bool | None) -> Iterator[str]:
+        # A dict and not a set: the order of the keys must be the same on all ranks.
         for top in {"": None, **self._head["blocks"], **self._head["ranks"]}:
             for block in self._blocks_below(top):
                 for name, layout in zip(block.names, block.rows.layouts, strict=True):
@@ -175,6 +185,7 @@ class _BoxIndexFile:
                         yield name
 
     def _blocks_below(self, top: str) -> Iterator[Block]:
+        # None is the block that all ranks share.
         members = range(len(self._files)) if top in self._head["ranks"] else ()
         for rank in (None, *members):
             block = self._block(top, rank)
@@ -183,6 +194,7 @@ class _BoxIndexFile:
 
     def _find(self, key: str) -> tuple[Block, int] | None:
         """The block that has a key, and its number in it. ``a.b.c`` is in ``a.b``, in ``a`` or among the flat keys."""
+        # Block names with a dot in them are rare: without any, one look at the part before the first dot is enough.
         dot = key.find(".")
         while dot >= 0:
             found = self._find_in(key[:dot], key)
@@ -192,6 +204,7 @@ class _BoxIndexFile:
         return self._find_in("", key)
 
     def _find_in(self, top: str, key: str) -> tuple[Block, int] | None:
+        # The usual case without a call: a resume asks for a key up to a million times.
         block = self._read.get((top, None))
         if block is None and top in self._head["blocks"]:
             block = self._block(top, None)
@@ -218,6 +231,7 @@ class _BoxIndexFile:
 
         def read() -> StoredObject:
             block, i = found
+            # The run of an object has its length where the run of a tensor has the number of boxes.
             length, file, _, offset, _ = map(count, block.runs[count(block.rows.at[i])].tolist())
             return StoredObject(self._files[file], offset, length)
 
@@ -234,6 +248,7 @@ class _BoxIndexFile:
         return self._entries.setdefault(key, self.checked(lambda: self._entry(key, *found)))
 
     def is_of_rank(self, key: str) -> bool:
+        # No block is read for this: a rank would otherwise read the blocks of all others to know what is theirs.
         tops = (key[: match.start()] for match in _RANK_PART.finditer(key))
         return any(top in self._head["ranks"] for top in tops)
 
@@ -243,9 +258,11 @@ class _BoxIndexFile:
         spec = TensorSpec(key, layout.shape, layout.dtype)
         if layout.cuts is None:
             return DcpEntry(spec, self._irregular(spec, count(at), count(count_)))
+        # cells is a product of counts from the file, and may be any number.
         if layout.cells > _MAX_CELLS:
             raise ValueError(f"{key!r} has {layout.cells} boxes")
         runs = block.runs[count(at) : at + count(count_)].tolist()
+        # With count_ 0 the places are rows of the file, which are read when a box is asked for.
         if count_ and sum(count(run[0]) for run in runs) != layout.cells:
             raise ValueError(f"{key!r} has other boxes than its grid")
         return DcpEntry(spec, GridBoxes(self, spec, layout, runs, at))
@@ -253,6 +270,7 @@ class _BoxIndexFile:
     def _irregular(self, spec: TensorSpec, at: int, number: int) -> tuple[StoredChunk, ...]:
         """All boxes of a tensor, compared with each other as those of ``.metadata`` are."""
         ndim = len(spec.shape)
+        # Offsets and sizes by dimension, then file, offset in it, length.
         width = 2 * ndim + 3
         data = self.read(at, 8 * width * number)
         rows = np.frombuffer(data, dtype="<i8").reshape(number, width).tolist() if number else []
@@ -304,6 +322,8 @@ class _BoxIndexFile:
         return (name for name in self._files if self._size(name) is not None)
 
     def _read_head(self) -> dict[str, Any]:
+        # The checks come before the head is parsed: magic and length first, so that no more than 16 MiB is read of a
+        # wrong file.
         magic, length, digest = written.PREFIX.unpack(self.file.bytes(0, written.PREFIX.size))
         if magic != written.MAGIC or length > _MAX_HEAD_BYTES:
             raise ValueError("it does not begin as one")
@@ -319,6 +339,7 @@ class _BoxIndexFile:
         self._files: Sequence[str] = FilesOfRanks(names) if type(names) is int else [*map(_text, typed(names, list))]
         for what in ("blocks", "ranks"):
             typed(head[what], dict)
+        # Only then can a key lie in a block whose name has more than one of its elements.
         self._has_dots = any("." in top for top in (*head["blocks"], *head["ranks"]))
         return head
 
@@ -339,17 +360,20 @@ class _BoxIndexFile:
             return count(at), count(stored), count(raw), bytes.fromhex(typed(digest, str))
         if rank >= len(self._files):
             return None
+        # The table has one entry per rank, so a rank reads 40 bytes and its own block, whatever the number of ranks.
         row = self.read(count(self._head["ranks"][top]) + rank * written.BLOCK.size, written.BLOCK.size)
         at, stored, raw, digest = written.BLOCK.unpack(row)
         return (at, stored, raw, digest) if stored else None
 
     def _parse(self, at: int, stored: int, raw: int, digest: bytes) -> Block:
+        # Before anything is decompressed: a small block must not become gigabytes.
         if not stored <= raw <= min(stored * written.MAX_EXPANSION, _MAX_BLOCK_BYTES):
             raise ValueError(f"{stored} bytes cannot be {raw}")
         data = self.read(at, stored)
         if xxhash.xxh3_128_digest(data) != digest:
             raise ValueError(f"the block at {at} has changed since it was written")
         if stored < raw:
+            # The second argument bounds the output: what a stream has beyond the recorded size is never made.
             data = zlib.decompressobj().decompress(data, raw)
             if len(data) != raw:
                 raise ValueError(f"the block at {at} is cut off")

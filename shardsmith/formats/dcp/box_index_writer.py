@@ -28,6 +28,7 @@ BLOCK = struct.Struct("<3Q16s")
 """Offset from the end of the head, stored bytes, bytes, XXH3-128 of the stored bytes. Of an absent block all zeros."""
 ROW = np.dtype([("file", "<u4"), ("offset", "<u8")])
 """Where a box of a grid lies, if ``MAX_RUNS`` do not say it."""
+# A run takes 40 bytes of its block, which a reader parses as a whole; a row takes 12 outside of it, read where wanted.
 MAX_RUNS = 64
 MAX_CUTS = 1024
 MAX_EXPANSION = 256
@@ -55,6 +56,7 @@ def write_box_index(
         numbers.setdefault(chunk.key, []).append(i)
     writer = _Writer(files)
     for key, kept in [*((key, key) for key in specs), *aliases.items()]:
+        # Boxes without elements are left out: a rank without rows has one, and no grid has a cell of size zero.
         found = [(chunks[i], places[i]) for i in numbers.get(kept, ()) if chunks[i].box.numel]
         writer.add_tensor(key, containers.get(key, (key,)), specs[kept], found)
     for key, place in objects.items():
@@ -74,6 +76,7 @@ class _Block:
     runs: list[tuple[int, int, int, int, int]] = field(default_factory=list)
 
     def add(self, key: str, path: KeyPath, layout: int, at: int, count: int) -> None:
+        # Most paths are the key divided at its first dots: then the number of dots is enough.
         code = len(path) - 1
         if tuple(key.split(".", code)) != tuple(path):
             self.paths.append(path)
@@ -108,6 +111,7 @@ class _Writer:
         offsets = np.array([chunk.box.offsets for chunk, _ in found], dtype=np.int64).reshape(len(found), ndim)
         sizes = np.array([chunk.box.sizes for chunk, _ in found], dtype=np.int64).reshape(len(found), ndim)
         where = np.array([(self._numbers[p.file], p.offset, p.length) for _, p in found], dtype=np.int64).reshape(-1, 3)
+        # Chunks may come in any order: grid[1] is the cell of each, by which they are sorted below.
         grid = _grid(spec, offsets, sizes, where) if len(found) else None
         text = json.dumps([dtype_name(spec.dtype), spec.shape, grid and grid[0]], separators=(",", ":"))
         layout = block.layouts.setdefault(text, len(block.layouts))
@@ -118,6 +122,7 @@ class _Writer:
         where = where[np.argsort(grid[1])]
         runs = _runs(where[:, 0], where[:, 1])
         if runs is None:
+            # No lengths: _grid has checked that they follow from shape and dtype.
             rows = np.empty(len(where), dtype=ROW)
             rows["file"], rows["offset"] = where[:, 0], where[:, 1]
             block.add(key, path, layout, self._add_rows(rows.tobytes()), 0)
@@ -136,6 +141,8 @@ class _Writer:
         def store(block: _Block) -> tuple[int, int, int, bytes]:
             nonlocal at
             raw = block.content()
+            # Level 1: names of layers repeat so much that more effort gains little. A block that shrinks too well is
+            # stored as it is, since readers refuse an expansion beyond MAX_EXPANSION.
             packed = zlib.compress(raw, 1)
             stored = packed if len(packed) * MAX_EXPANSION >= len(raw) > len(packed) else raw
             body.append(stored)
@@ -146,6 +153,7 @@ class _Writer:
         families = {}
         for name, members in self._of_ranks.items():
             stored = {rank: store(block) for rank, block in members.items()}
+            # Fixed size by rank, zeros for a rank without a block, so that a reader finds its entry by arithmetic.
             table = b"".join(
                 BLOCK.pack(*stored[i]) if i in stored else bytes(BLOCK.size) for i in range(len(self._files))
             )
@@ -165,6 +173,7 @@ class _Writer:
         top = str(path[0])
         if len(path) < 2 or not key.startswith(f"{top}."):
             return self._blocks.setdefault("", _Block())
+        # Only where the key itself begins with the path, since a reader derives the block from the key alone.
         of_rank = OF_RANK.fullmatch(str(path[1]))
         if of_rank and int(of_rank[1]) < len(self._files) and f"{key}.".startswith(f"{top}.{path[1]}."):
             return self._of_ranks.setdefault(top, {}).setdefault(int(of_rank[1]), _Block())
@@ -191,13 +200,16 @@ def _grid(spec: TensorSpec, offsets: Any, sizes: Any, where: Any) -> tuple[list[
     for dim, whole in enumerate(spec.shape):
         starts, first, cell = np.unique(offsets[:, dim], return_index=True, return_inverse=True)
         lengths = sizes[first, dim]
+        # The cuts cover the dimension without a gap; every box between two cuts must be as long as the cell.
         is_tight = starts[0] == 0 and np.array_equal(starts + lengths, [*starts[1:], whole])
         pairs = _repeats(lengths)
         if not is_tight or len(pairs) > MAX_CUTS or not np.array_equal(lengths[cell], sizes[:, dim]):
             return None
         cuts.append(pairs)
+        # Number of each box's cell in row-major order, a dimension at a time.
         cells = cells * len(starts) + cell
         counts *= len(starts)
+    # Each cell has exactly one box: as many boxes as cells, and no cell twice.
     if len(cells) != counts or len(np.unique(cells)) != counts:
         return None
     return (cuts, cells) if _are_archives_of_ours(spec.dtype, sizes, where[:, 2]) else None
@@ -205,6 +217,7 @@ def _grid(spec: TensorSpec, offsets: Any, sizes: Any, where: Any) -> tuple[list[
 
 def _are_archives_of_ours(dtype: torch.dtype, sizes: Any, lengths: Any) -> bool:
     """Whether the length of each follows from its shape."""
+    # A tensor has few different box sizes, whatever the number of ranks: one layout for each.
     kinds, number = np.unique(sizes, axis=0, return_inverse=True)
     shapes = [tuple(kind) for kind in kinds.tolist()]
     if any(torch.Size(shape).numel() * dtype.itemsize > MOST_BYTES for shape in shapes):
@@ -228,6 +241,7 @@ def _runs(files: Any, offsets: Any) -> list[tuple[int, int, int, int, int]] | No
     while at < len(files):
         if len(runs) == MAX_RUNS:
             return None
+        # A change at i means that the step from box i to i + 1 is another one: box i is the last of its run.
         later = changes[np.searchsorted(changes, at, side="right") :]
         end = int(later[0]) if len(later) else len(files) - 1
         steps = (int(by_file[at]), int(by_offset[at])) if at < end else (0, 0)

@@ -45,6 +45,7 @@ class FileStream:
         self.path = path
         self._file = open_file(path, follow_links=follow_links)
         self.size = self._file.size
+        # From an object store the ranges are requested ahead of the reads; a local disk needs no hint.
         self._file.expect([(0, self.size)] if hashed else ranges)
         self._hash = xxhash.xxh3_128() if hashed else None
         self._block = memoryview(bytearray(BLOCK_BYTES))
@@ -76,12 +77,17 @@ class FileStream:
 
     def _advance(self, offset: int, nbytes: int) -> None:
         """Have a range in the block: what it holds of it already stays."""
+        # With a hash what lies before the range is read, too; without one it is jumped over.
         while self._hash is not None and self._end < offset:
             self._begin = self._end
             self._fill(0, min(BLOCK_BYTES, self.size - self._end))
+        # What of the range was read already moves to the front of the block: it is not hashed a second time.
         kept = max(0, self._end - offset)
         self._block[:kept] = self._block[self._end - self._begin - kept : self._end - self._begin]
+        # _fill reads from _end on, so _end is set before.
         self._begin, self._end = offset, offset + kept
+        # With a hash the block is filled to its end, since all of the file is read anyway; without one only what is
+        # wanted.
         self._fill(kept, nbytes - kept if self._hash is None else min(BLOCK_BYTES - kept, self.size - self._end))
         if self._end < offset + nbytes:
             raise OSError(0, f"ends at byte {self._end}")

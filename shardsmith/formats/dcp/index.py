@@ -116,8 +116,11 @@ def read_index(directory: str | Path, *, follow_links: bool = False) -> DcpIndex
     """
     path = as_path(directory)
     most = _most_bytes(path)
+    # The bytes are read each time: the cache below is by content, so an index that was replaced is never taken for the
+    # old.
     data = _read_bytes(path / DCP_INDEX_FILE, follow_links, most)
     known = _known_index(path, data, follow_links)
+    # The index may be the same while a data file was removed or cut: the sizes are looked at again.
     if not known or any(size_of_file(path / name, follow_links) != n for name, n in known[0].files.items()):
         with without_collection():  # which would look at millions of parts again and again
             known[:] = [_Checker(path, load_dcp_index(data, path / DCP_INDEX_FILE, most), follow_links).index()]
@@ -137,6 +140,7 @@ def _most_bytes(directory: Path) -> int:
     if size is None or size <= MAX_INDEX_BYTES or not has_manifest(directory):
         return MAX_INDEX_BYTES
     record = read_metadata(directory).files.get(DCP_INDEX_FILE)
+    # The hash shows that a save of ours wrote it. Any other large index keeps the smaller limit and is refused.
     if record is None or size > MAX_KNOWN_INDEX_BYTES or hash_file(path) != record.xxh3_128:
         return MAX_INDEX_BYTES
     return size
@@ -187,6 +191,7 @@ class _Checker:
         spec = TensorSpec(name, entry.shape, entry.dtype)
         boxes = self.boxes(spec, entry.chunks)
         self.check_apart(spec, boxes)
+        # The boxes lie in the tensor and do not overlap, so equal counts mean that nothing is missing.
         absent = spec.numel - sum(box.numel for box in boxes)
         if absent:
             self.holes.append(f"tensor {name!r}: {absent} of {spec.numel} elements are in no chunk")
@@ -201,6 +206,7 @@ class _Checker:
             if any(start + n > whole for start, n, whole in zip(box.offsets, box.sizes, spec.shape, strict=True)):
                 raise self.corrupt(f"tensor {spec.name!r} of shape {spec.shape} has a chunk outside of it: {box}")
             if box.numel:
+                # A dict keeps the order and drops replicas: some writers list the same chunk for several ranks.
                 boxes[box] = None
         return list(boxes)
 
@@ -208,6 +214,7 @@ class _Checker:
         place = self.place(spec.name, box.offsets)
         if place is None:
             return None
+        # At least: an archive has a head and a directory beside the values.
         if place.length < box.numel * spec.dtype.itemsize:
             raise self.corrupt(f"tensor {spec.name!r}: {place.length} bytes cannot hold the chunk {box}")
         return StoredChunk(box, place.file, place.offset, place.length)
@@ -226,6 +233,7 @@ class _Checker:
         if place is None:
             self.holes.append(f"{_called(name, offsets)}: was never written")
             return None
+        # torch's stream extensions, such as compression, list themselves here; the bytes are then no archive.
         if place.transforms:
             reason = f"{_called(name, offsets)} was saved through {list(place.transforms)}; only plain data is read"
             raise UnsupportedFormatError(self.directory, reason)
@@ -239,6 +247,7 @@ class _Checker:
     def size_of(self, name: str) -> int | None:
         """Size of a file in bytes, or None when there is no such file."""
         if name not in self.sizes:
+            # Before the path is touched: a name such as ../x would look outside of the directory.
             require_plain_name(self.directory / DCP_INDEX_FILE, name)
             self.sizes[name] = size_of_file(self.directory / name, self.follow_links)
         return self.sizes[name]
@@ -285,6 +294,7 @@ def require_plain_name(index: Path, name: str) -> None:
 def size_of_file(path: Path, follow_links: bool) -> int | None:
     """Return the size of a file in bytes; None if there is none. Raises UnsafeCheckpointError, CheckpointError."""
     try:
+        # lstat unless links are accepted: a link could name any file of the machine, a FIFO would block the reader.
         status = path.stat(follow_symlinks=follow_links)
     except FileNotFoundError:
         return None

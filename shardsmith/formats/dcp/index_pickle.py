@@ -110,6 +110,7 @@ class _IndexDecoder:
 
     def __init__(self, path: Path, nbytes: int) -> None:
         self.path = path
+        # Each honest part takes more than a byte of the file, so an honest index never comes near this.
         self.budget = 4 * nbytes
 
     def index(self, value: object) -> SavedIndex:
@@ -137,6 +138,7 @@ class _IndexDecoder:
         """Of a tensor's properties only this means something here; the sixth, from torch 2.15 on, are its strides."""
         if type(value) is not Made or value.of not in _PROPERTIES or type(value.state) is not tuple:
             self.fail("tensor properties", value)
+        # The tuple that TensorProperties.__getstate__ returns: dtype, layout, requires_grad, memory format, pin_memory.
         dtype, layout = value.state[:2] if len(value.state) in (5, 6) else (None, None)
         if type(layout) is not Made or layout.of != _LAYOUT or type(dtype) is not Name or dtype not in DTYPES:
             self.fail("dtype and layout", value.state)
@@ -149,6 +151,7 @@ class _IndexDecoder:
         return Chunk(offsets=self.size(fields.get("offsets")), sizes=self.size(fields.get("sizes")))
 
     def place(self, value: object) -> tuple[str, Shape | None]:
+        # MetadataIndex has a third field, the position of the chunk: a hint for torch's planner that is not needed.
         fields = self.fields(value, {_INDEX})
         offsets = fields.get("offset")
         return self.text(fields.get("fqn")), None if offsets is None else self.size(offsets)
@@ -180,6 +183,7 @@ class _IndexDecoder:
         return tuple(map(self.number, numbers))
 
     def fields(self, value: object, kinds: set[Name]) -> dict[str | int | Made, object]:
+        # Parts may be shared, so each visit costs, not each part.
         self.spend(1)
         if type(value) is not Made or value.of not in kinds or value.args:
             self.fail(" or ".join(kind.name for kind in sorted(kinds)), value)
@@ -203,6 +207,7 @@ class _IndexDecoder:
         return value
 
     def number(self, value: object) -> int:
+        # type() and not isinstance(): True is an int, too.
         if type(value) is not int or not 0 <= value < 1 << 63:
             self.fail("a number from 0 to 2**63 - 1", value)
         return value

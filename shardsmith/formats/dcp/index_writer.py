@@ -66,6 +66,7 @@ def write_index(
         attempt: Recorded as the save id.
         objects: Values that are no tensors, by key.
     """
+    # Imported here: torch.distributed.checkpoint takes long to import, and commands that write no index do without.
     from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
     from torch.distributed.checkpoint.metadata import (
         BytesStorageMetadata,
@@ -84,11 +85,13 @@ def write_index(
     for key, kept in [*((key, key) for key in specs), *aliases.items()]:
         boxes = [
             ChunkStorageMetadata(torch.Size(chunks[i].box.offsets), torch.Size(chunks[i].box.sizes))
+            # Empty chunks are listed, too, as torch's planner does.
             for i in numbers[kept]
         ]
         properties = TensorProperties(dtype=specs[kept].dtype)
         metadata.state_dict_metadata[key] = TensorStorageMetadata(properties, torch.Size(specs[kept].shape), boxes)
         metadata.planner_data[key] = containers.get(key, (key,))
+        # The key is (fqn, offsets); the position is torch's hint where in the chunk list to look first.
         for position, i in enumerate(numbers[kept]):
             place = places[i]
             index = MetadataIndex(key, chunks[i].box.offsets, position)
@@ -99,6 +102,7 @@ def write_index(
         metadata.storage_data[MetadataIndex(key)] = _StorageInfo(place.file, place.offset, place.length)
     out = _Pieces()
     pickler = pickle.Pickler(out)
+    # Only for this pickler: copyreg itself is of the whole process.
     pickler.dispatch_table = copyreg.dispatch_table | {TensorProperties: _reduced}
     pickler.dump(metadata)
     return b"".join(out.pieces)

@@ -59,6 +59,8 @@ class RankFile:
         end = 0
         lengths = (archive_layout(piece.box.sizes, piece.dtype).length for piece in self.pieces)
         for length in (*lengths, *object_lengths):
+            # Must be what ArchiveFile does: the index is made from these numbers, not from where the writer says that
+            # it is.
             start = -(-end // ALIGNMENT) * ALIGNMENT
             yield Place(self.name, start, length)
             end = start + length
@@ -91,6 +93,7 @@ def moved(part: Chunk, outer: Chunk) -> Chunk:
 def encode(value: Any) -> bytes:
     """Return a value that is no tensor as torch.distributed.checkpoint stores it."""
     is_plain = type(value) in _PLAIN or (type(value) is tuple and all(type(item) in _PLAIN for item in value))
+    # Pickled and not the value itself as the key of the cache: 1, 1.0 and True are equal and are saved differently.
     return _encode_plain(pickle.dumps(value)) if is_plain else _encode(value)
 
 
@@ -108,9 +111,11 @@ def write_rank_file(
     Raises:
         WriteError: it could not be written.
     """
+    # Without the objects, which are small: an upload only chooses the size of its parts by this number.
     path = directory / file.name
     expected = sum(archive_layout(piece.box.sizes, piece.dtype).length for piece in file.pieces)
     with (
+        # Entered first and so left last: no fsync is running when the file is closed.
         ThreadPoolExecutor(1, "shardsmith-sync") as syncing,
         writing(path, "write"),
         ArchiveFile(path, syncing, expected) as out,
@@ -126,8 +131,12 @@ def write_rank_file(
 def _write_piece(file: ArchiveFile, piece: Piece, held: Tensor) -> Digest:
     archive = archive_layout(piece.box.sizes, piece.dtype)
     file.begin(archive)
+    # The file has the values and no flags: conjugation and negation are carried out, and a view is laid out in
+    # row-major order.
     values = held.detach().resolve_conj().resolve_neg().cpu().contiguous()
     memory = memory_of(values)
+    # None if the box is not one run of the global tensor, such as a column shard: the digest weighs elements by where
+    # they lie in the global tensor.
     first = first_of_run(piece.box, piece.shape)
     if first is not None:
         digest = digest_run(values, first, lambda begin, end: file.write_payload(memory[begin:end]))

@@ -85,6 +85,7 @@ def plan_chunks(specs: Iterable[TensorSpec]) -> list[PlannedChunk]:
     chunks = []
     for spec in specs:
         size = spec.dtype.itemsize
+        # A tensor without elements has no block, but DCP wants an entry with a chunk for it.
         boxes = list(row_major_blocks(spec.shape, CHUNK_BYTES // size)) or [(0, Chunk.whole(spec.shape))]
         chunks += [PlannedChunk(spec.name, first, box, box.numel * size) for first, box in boxes]
     return chunks
@@ -96,7 +97,9 @@ def divide(chunks: Sequence[PlannedChunk], numbers: range, parts: int) -> list[r
     total = ends[-1] if ends else 0
     cuts, start = [], numbers.start
     for part in range(parts):
+        # The number of chunks that end within the first (part + 1) / parts of the bytes.
         stop = numbers.start + sum(end * parts <= total * (part + 1) for end in ends)
+        # The last part takes what rounding has left over.
         stop = numbers.stop if part == parts - 1 else max(start, stop)
         cuts.append(range(start, stop))
         start = stop
@@ -128,9 +131,12 @@ def write_shard_files(
     """
     nbytes = sum(chunks[i].nbytes for i in mine)
     most = threads_per_process() or os.cpu_count() or 1
+    # Each thread writes a file of its own: a share of less than 16 MiB is not worth one.
     threads = max(1, min(_MOST_THREADS, most, nbytes // _LEAST_FILE_BYTES))
     shares = [part for part in divide(chunks, mine, threads) if part]
     with (
+        # The threads are the parallelism: an operator of torch that starts its own threads in each would only
+        # oversubscribe cores.
         one_thread_per_operator(),
         ThreadPoolExecutor(1, "shardsmith-sync") as syncing,
         ThreadPoolExecutor(threads, "shardsmith-shards") as pool,
@@ -143,6 +149,7 @@ def write_shard_files(
             for future in futures:
                 future.result()
         except BaseException:
+            # The pool waits for its threads when it is left: they look at this after each block and stop soon.
             job.stopped = True
             raise
     return job.written
@@ -192,9 +199,11 @@ class _Job:
         for values in _runs(stream, chunk.box):
             digest += digest_run(values, first, partial(self._pass_on, file, memory_of(values)))
             first += values.numel()
+            # Another thread has failed: the file is given up, so the archive need not be ended.
             if self.stopped:
                 return
         file.end(archive)
+        # Several threads may have chunks of the same tensor, whose digests add up.
         with self._lock:
             self.written.places[number] = Place(name, offset, archive.length)
             self.written.measured.add(chunk.key, digest)
@@ -214,12 +223,14 @@ def _runs(stream: Stream, chunk: Chunk) -> Iterator[Tensor]:
     Views on a mapped source that has them in one piece; else each lies where the one before it lay.
     """
     dtype = stream.spec.dtype
+    # Mapped and in the wanted dtype: views without a copy. Pages are mapped some MiB at a time, not one fault per page.
     if (values := _view(stream, chunk)) is not None:
         for part in values.split(_MAPPED_BYTES // dtype.itemsize):
             map_pages(part)
             yield part
         return
     count = _CAST_BYTES // dtype.itemsize
+    # One buffer for all runs: a run must be written before the next one is asked for.
     scratch = torch.empty(min(count, chunk.numel), dtype=dtype, device="cpu")
     for _, box in row_major_blocks(chunk.sizes, count):
         out = scratch[: box.numel].view(box.sizes)

@@ -46,11 +46,13 @@ class Wanted:
         head = self.stored.offset + len(archive_layout(chunk.sizes, self.dtype).head)
         yield self.stored.offset, head
         block = max(1, BLOCK_BYTES // size)
+        # Whole blocks, as _fill_chunk takes them: a block of which one element is wanted is read as a whole.
         first, last = (_position(self.part, chunk, end) // block for end in (0, 1))
         yield head + first * block * size, head + min((last + 1) * block, chunk.numel) * size
 
     def copy(self, values: Tensor, block: Chunk) -> None:
         """Take what is wanted of a block of the global tensor."""
+        # The usual case, of a resume on the same ranks with boxes of at most a block: no slices are made.
         if block == self.box:
             self.out.copy_(values)
         elif (common := self.part.intersect(block)) is not None:
@@ -61,6 +63,7 @@ def _position(part: Chunk, outer: Chunk, end: int) -> int:
     """Number of the first element of a box in an outer one, or with ``end=1`` of the last, in row-major order."""
     position = 0
     for a, n, b, whole in zip(part.offsets, part.sizes, outer.offsets, outer.sizes, strict=True):
+        # Horner's scheme for the row-major index of the corner, in the outer box's own sizes.
         position = position * whole + a - b + end * (n - 1)
     return position
 
@@ -84,6 +87,7 @@ def find_wanted(source: DcpSource, tensors: Iterable[tuple[str, Chunk, Tensor]])
         if filled != box.numel:
             raise CheckpointError(source.path, f"{key}: only {filled} of {box.numel} elements of {box} are stored")
     for wanted in found.values():
+        # FileStream goes forward only; a stable sort keeps the takers of one chunk together.
         wanted.sort(key=lambda one: one.stored.offset)
     return found
 
@@ -102,6 +106,7 @@ def read_files(
     Raises:
         CheckpointError: something could not be read of a file that is not to be verified, or is no such tensor.
     """
+    # Files that are only verified are read as well: each file of a step is hashed by exactly one rank.
     names = sorted({*wanted, *verified})
     nbytes = sum(source.index.files.get(name, 0) for name in names)
     threads = min(len(names), useful_threads(nbytes, len(names))) or 1
@@ -118,6 +123,7 @@ def _read(
 ) -> str | None:
     """What is wrong with a file, if it is verified."""
     try:
+        # If the file is hashed, all of it is read in any case and there are no ranges to request.
         hashed = record is not None
         ranges = [] if hashed else [span for one in wanted for span in one.spans()]
         with FileStream(source.path / name, hashed=hashed, follow_links=follow_links, ranges=ranges) as file:
@@ -132,6 +138,7 @@ def _read(
         if size != record.size:
             return f"has {size} bytes, expected {record.size}"
         return f"has changed since it was written: XXH3-128 {found}, expected {record.xxh3_128}"
+    # Only after the hash was found right: a foreign archive is read a second time by its own directory.
     if not are_ours:
         _fill_foreign(source, wanted)
     return None
@@ -157,11 +164,14 @@ def _fill_chunk(file: FileStream, wanted: Sequence[Wanted]) -> bool:
     if chunk.numel * dtype.itemsize > MOST_BYTES:
         return False
     layout = archive_layout(chunk.sizes, dtype)
+    # An archive of ours for this shape and dtype has exactly these bytes in front. If they match, the payload is where
+    # we put it and nothing has to be parsed.
     if layout.length != stored.length or file.take(stored.offset, len(layout.head)) != layout.head:
         return False
     payload = stored.offset + len(layout.head)
     for first, part in row_major_blocks(chunk.sizes, BLOCK_BYTES // dtype.itemsize):
         block = moved(part, chunk)
+        # Several boxes may share a block, as tied tensors do under two keys.
         takers = [one for one in wanted if one.part.intersect(block) is not None]
         if takers:
             values = file.take_values(payload + first * dtype.itemsize, part.numel, dtype).view(part.sizes)
@@ -187,6 +197,8 @@ def deal_files(wanted_bytes: Sequence[Mapping[str, int]], sizes: Mapping[str, in
     """
     dealt: list[list[str]] = [[] for _ in wanted_bytes]
     load = [0] * len(wanted_bytes)
+    # Large files first, so that the small ones even out the load. All ranks compute the same deal from the same
+    # numbers.
     for name in sorted(sizes, key=lambda name: -sizes[name]):
         counts = [wanted.get(name, 0) for wanted in wanted_bytes]
         most = max(counts)

@@ -44,6 +44,7 @@ class DcpSource:
         self._follow_links = follow_links
         self._files: dict[str, MappedFile] = {}
         self._finders: dict[str, tuple[BoxFinder | GridBoxes, Sequence[StoredChunk]]] = {}
+        # Protects _files and _closed. Finders and chunks need none: two threads that make the same one make equal ones.
         self._lock = threading.Lock()
         self._closed = False
         # Writers read a tensor block by block: the archive around it need not be looked at each time.
@@ -74,6 +75,7 @@ class DcpSource:
             entry = self.index.tensors.get(name)
             if entry is None:
                 raise CheckpointNotFoundError(self.path, f"has no tensor named {name!r}")
+            # Made at the first use: with .boxes, to look an entry up may read a block.
             finder = self._finders.setdefault(name, (finder_of(entry.chunks), entry.chunks))
         for i, part in finder[0].meeting(box):
             yield i, finder[1][i], part
@@ -107,6 +109,7 @@ class DcpSource:
 
     def close(self) -> None:
         """Close the files. Tensors that were read stay valid. A second call does nothing."""
+        # Closed first: a read in another thread then gets a UsageError and does not open the file again.
         with self._lock:
             self._closed = True
             for file in self._files.values():

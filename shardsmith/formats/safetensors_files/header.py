@@ -98,6 +98,7 @@ def place_tensors(specs: Iterable[TensorSpec], data_begin: int) -> dict[str, Ten
     specs = list(specs)
     _check_writable(specs)
     tensors = {}
+    # The library sorts by dtype, wide first, so that each tensor is aligned without padding.
     begin = data_begin
     for spec in sorted(specs, key=lambda spec: (-_RANKS[spec.dtype], spec.name)):
         tensors[spec.name] = TensorPlacement(spec, begin)
@@ -116,6 +117,7 @@ def build_header(specs: Iterable[TensorSpec], metadata: Mapping[str, str] = PT_M
         shape, dtype = _stored_shape(tensor.spec), _NAMES[tensor.spec.dtype]
         document[name] = {"dtype": dtype, "shape": shape, "data_offsets": [tensor.begin, tensor.end]}
     text = json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
+    # The prefix has 8 bytes, so the data begins at a multiple of 8, too.
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER_BYTES:
         raise UsageError(f"{len(document) - 1} tensors need a header of {len(text)} bytes; use more, smaller shards")
@@ -137,6 +139,7 @@ def read_header(path: str | Path, size: int, read: Callable[[int, int], bytes]) 
     """
     try:
         text = _read_text(path, size, read)
+        # JSON before types, types before sizes: each step can rely on what the one before has checked.
         document = _parse_json(text)
         metadata = _parse_metadata(document.pop(_METADATA_KEY, {}))
         tensors = _parse_tensors(document, _PREFIX_BYTES + len(text))
@@ -151,6 +154,7 @@ def read_header(path: str | Path, size: int, read: Callable[[int, int], bytes]) 
 def unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """For ``json.loads(object_pairs_hook=...)``: a dict, or ValueError where JSON would let a key be there twice."""
     found = dict(pairs)
+    # json keeps the last of two equal keys: another reader may keep the first and see another tensor.
     if len(found) != len(pairs):
         raise ValueError("duplicate keys")
     return found
@@ -195,6 +199,7 @@ def _parse_json(text: bytes) -> dict[str, Any]:
 
 
 def _natural(digits: str) -> int:
+    # Before int(): converting a number of millions of digits takes quadratic time.
     if digits.startswith("-") or len(digits) > len(str(_MAX_BYTES)):
         _refuse_number(digits)
     return int(digits)
@@ -215,7 +220,10 @@ def _parse_metadata(value: object) -> dict[str, str]:
 def _parse_tensors(document: dict[str, Any], data_begin: int) -> dict[str, TensorPlacement]:
     entries = [_parse_entry(name, entry) for name, entry in document.items()]
     tensors = {}
+    # The format allows no holes: bytes that no tensor owns could hide anything, and no overlap, which would tie
+    # tensors.
     expected = 0
+    # By begin and end: an empty tensor comes before the one that begins at the same byte.
     for begin, end, spec in sorted(entries, key=lambda entry: entry[:2]):
         if begin != expected:
             fault = "overlap" if begin < expected else "leave a hole"

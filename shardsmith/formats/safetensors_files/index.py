@@ -65,6 +65,7 @@ def resolve(directory: Path, name: str) -> Path:
     if isinstance(directory, RemotePath):  # where there are no links
         return directory / name
     root = Path(os.path.realpath(directory))
+    # The cache of huggingface_hub keeps snapshots/<revision>/<file> as links to ../../blobs/<hash>.
     found = Path(os.path.realpath(root / name))
     if not found.is_relative_to(root) and found.parent != _cache_blobs(root):
         raise UnsafeCheckpointError(directory / name, f"links to {found}, out of its directory; it was not read")
@@ -96,6 +97,7 @@ def _checked_weight_map(index: Path, content: Any, suffix: str) -> dict[str, str
         kind = suffix.removeprefix(".")
         lines = "\n  ".join([f"names what is no {kind} file beside it; nothing was read", *map(quote, outside)])
         raise UnsafeCheckpointError(index, lines)
+    # A shard that no tensor is listed for is a sign of an index that was cut or edited.
     if gaps := _gaps(set(weight_map.values())):
         raise CorruptCheckpointError(index, "\n  ".join(["does not list all files of a numbered series", *gaps]))
     return weight_map

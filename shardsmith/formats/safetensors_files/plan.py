@@ -77,12 +77,14 @@ def _plan_file(name: str, specs: list[TensorSpec]) -> FilePlan:
 def _balanced_shards(specs: list[TensorSpec], limit: int) -> Iterator[list[TensorSpec]]:
     """Cut into as few runs of neighbours as the limit allows, each as near to an equal share as it can be."""
     ends = [0, *itertools.accumulate(spec.nbytes for spec in specs)]
+    # For each tensor the end of the longest run that begins there; a tensor over the limit is a run of its own.
     reach = [max(i + 1, bisect.bisect_right(ends, ends[i] + limit) - 1) for i in range(len(specs))]
     fewest = [0] * len(ends)  # fewest[i]: how many runs the tensors from i on need
     for i in reversed(range(len(specs))):
         fewest[i] = 1 + fewest[reach[i]]
     start = 0
     for left in range(fewest[0], 0, -1):
+        # What is left, divided equally. Only cuts are considered that still allow the fewest files.
         share = ends[start] + (ends[-1] - ends[start]) / left
         stops = (stop for stop in range(start + 1, reach[start] + 1) if fewest[stop] == left - 1)
         stop = min(stops, key=lambda stop: abs(ends[stop] - share))

@@ -92,6 +92,7 @@ class SafetensorsSource:
         self.headers[file] = header
         for name, placement in header.tensors.items():
             first = self.file_of.setdefault(name, file)
+            # Readers differ in which one of two such tensors they take.
             if first != file:
                 raise CorruptCheckpointError(self.path, f"tensor {quote(name)} is in both {first} and {file}")
             self.specs[name] = placement.spec
@@ -118,6 +119,7 @@ def open_safetensors_directory(directory: str | Path, stem: str | None = None) -
     directory = as_path(directory)
     stem = stem or _find_stem(directory)
     single, index = f"{stem}.safetensors", index_file_name(stem)
+    # A dangling link counts as there: the error then names it, and no other weights are taken instead.
     if is_there(directory / single):
         return SafetensorsSource(directory, {single: resolve(directory, single)})
     if not is_there(directory / index):

@@ -44,6 +44,7 @@ class SafetensorsUpload:
         """Write consecutive elements of a tensor. Raises UsageError, WriteError."""
         placement = self._begin(name)
         bits = as_integers(values.contiguous()).view(-1)
+        # The run goes on where the last one ended: it is sent on without being held in memory.
         if self._collected is None and self._written == placement.begin + first_element * bits.itemsize:
             self._append(memory_of(bits))
         else:
@@ -63,6 +64,8 @@ class SafetensorsUpload:
         if self._written != self.plan.size:
             raise UsageError(f"{self.path}: {self._written} bytes were written of {self.plan.size}")
         with writing(self.path, "upload"):
+            # A job that was paused may come back when another has taken over its target: it must not publish its file
+            # then.
             require_claim(self._directory, self._directory.attempt)
             self._file.finish()
 
@@ -80,6 +83,7 @@ class SafetensorsUpload:
     def _begin(self, name: str) -> TensorPlacement:
         """Go on to a tensor, unless it is the one that is being written."""
         placement = self.plan.tensors[name]
+        # Tensors come in the order of the plan, so the one before is complete now.
         if placement is not self._current:
             self._end()
             if self._written != placement.begin:

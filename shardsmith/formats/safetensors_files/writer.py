@@ -58,6 +58,8 @@ class SafetensorsFileWriter:
         with writing(path, f"making a file of {plan.size} bytes"), contextlib.ExitStack() as undo:
             descriptor = _open_new(path)
             undo.callback(os.close, descriptor)
+            # At full size from the start: ranks write at their offsets in any order, and open_existing compares the
+            # size.
             os.ftruncate(descriptor, plan.size)
             _write_at(descriptor, memoryview(plan.header), 0)
             undo.pop_all()
@@ -128,6 +130,7 @@ class SafetensorsFileWriter:
         """
         placement = self._placement(name, values)
         shape = placement.spec.shape if shape is None else shape
+        # Every check comes before the first write, so that a wrong call changes nothing in the file.
         inside = len(box.offsets) == len(box.sizes) == len(shape) and all(
             0 <= offset <= extent - size for offset, size, extent in zip(box.offsets, box.sizes, shape, strict=True)
         )
@@ -194,6 +197,7 @@ def _open_new(path: Path) -> int:
 
 
 def _check_planned(path: Path, descriptor: int, plan: FilePlan) -> None:
+    # fstat of the open file, not stat of the path: the path may name another file by now.
     found = os.fstat(descriptor)
     if not stat.S_ISREG(found.st_mode):
         raise WriteError(f"{path}: is not a regular file")
@@ -203,6 +207,7 @@ def _check_planned(path: Path, descriptor: int, plan: FilePlan) -> None:
 
 def _write_at(descriptor: int, memory: memoryview, offset: int) -> None:
     """Write all of it, however little the system takes at a time. Python itself repeats interrupted calls."""
+    # pwrite may take less than it is given: on Linux at most 2 GiB - 4 KiB per call.
     while memory:
         written = os.pwrite(descriptor, memory, offset)
         if written == 0:
@@ -224,6 +229,7 @@ def _contiguous_blocks(values: Tensor) -> Iterator[tuple[int, Chunk, Tensor]]:
 
 def _contiguous_runs(shape: Shape, box: Chunk) -> tuple[int, Iterator[int]]:
     """How a box that is not empty lies in a row-major tensor: elements per run, and the flat index of each run."""
+    # The innermost dimension that the box does not fill: from there on inward its elements are one run.
     depth = next((d for d in reversed(range(len(shape))) if box.sizes[d] != shape[d]), 0)
     strides = [math.prod(shape[d + 1 :]) for d in range(len(shape))]
     first = sum(offset * stride for offset, stride in zip(box.offsets, strides, strict=True))

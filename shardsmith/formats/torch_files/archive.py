@@ -72,10 +72,13 @@ def read_archived_object(file: MappedFile, offset: int, length: int, *, allow_pi
     where = f"bytes {offset} to {offset + length}"
     try:
         if length <= _SMALL_BYTES and not allow_pickle:
+            # The cached value is shared: a caller that changes its copy must not change that of the next one.
             return copy.deepcopy(_load_small(file.path, data))
+        # With allow_pickle the author is trusted, and a budget would only refuse large honest objects.
         if not allow_pickle:
             require_budget(file.path, data)
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=not allow_pickle)
+    # From the budget: already says what is wrong, and is not to be turned into damage.
     except CheckpointError:
         raise
     except pickle.UnpicklingError as error:

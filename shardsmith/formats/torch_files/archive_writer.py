@@ -26,6 +26,7 @@ ALIGNMENT = 64
 MOST_BYTES = 1 << 31
 """Of a payload: larger ones would need another kind of zip."""
 
+# As in zip.py, but here sizes are 32 bits wide: MOST_BYTES keeps all of them below that, without a zip64 record.
 _ENTRY = struct.Struct("<4s6H3I5H2I")
 _LOCAL = struct.Struct("<4s5H3I2H")
 _DESCRIPTOR = struct.Struct("<4s3I")
@@ -53,19 +54,25 @@ class ArchiveLayout:
         members = {
             "archive/data.pkl": _pickled(tuple(shape), dtype),
             "archive/byteorder": b"little",
+            # The format version of torch's own writer; its reader refuses an archive without one.
             "archive/version": b"3\n",
         }
         out = io.BytesIO()
+        # The directory repeats for each member where its local header begins.
         self._entries = []
         for name, content in members.items():
             self._entries.append(_entry(name, 0, _crc(content), len(content), out.tell()))
             out.write(_local(name, 0, _crc(content), len(content), b"") + content)
         self._payload_at = out.tell()
         payload = "archive/data/0"
+        # 4 bytes are the head of the extra field itself, kind and length; its content is what moves the payload to the
+        # boundary.
         unpadded = self._payload_at + _LOCAL.size + len(payload) + 4
         padding = struct.pack("<2H", _PADDING, -unpadded % ALIGNMENT) + bytes(-unpadded % ALIGNMENT)
+        # Checksum and sizes are zero here, as the flag says: they follow the payload in the descriptor.
         out.write(_local(payload, _CHECKSUM_FOLLOWS, 0, 0, padding))
         self.head = out.getvalue()
+        # The tail has the same length whatever the checksum is.
         self.length = len(self.head) + self.nbytes + len(self.tail(0))
 
     def tail(self, crc32: int) -> bytes:
@@ -73,6 +80,7 @@ class ArchiveLayout:
         descriptor = _DESCRIPTOR.pack(b"PK\7\x08", crc32, self.nbytes, self.nbytes)
         entry = _entry("archive/data/0", _CHECKSUM_FOLLOWS, crc32, self.nbytes, self._payload_at)
         directory = b"".join([*self._entries, entry])
+        # All positions in a zip count from the start of the archive, not of the file that it is a part of.
         start = len(self.head) + self.nbytes + len(descriptor)
         count = len(self._entries) + 1
         return descriptor + directory + _END.pack(b"PK\5\6", 0, 0, count, count, len(directory), start, 0)
@@ -96,8 +104,10 @@ class _Described:
         self._dtype = dtype
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # The meta device gives the strides of a contiguous tensor without its memory.
         strides = torch.empty(self._shape, device="meta").stride()
         arguments: tuple[Any, ...] = (_Storage(), 0, self._shape, strides, False, collections.OrderedDict())
+        # v3 states the dtype as its last argument; v2 has it from the class of the storage.
         if _storage_class(self._dtype) is None:
             return _rebuild_tensor_v3, (*arguments, self._dtype)
         return _rebuild_tensor_v2, arguments
@@ -105,8 +115,10 @@ class _Described:
 
 class _Pickler(pickle.Pickler):
     def __init__(self, file: io.BytesIO, numel: int, dtype: torch.dtype) -> None:
+        # The protocol that torch.save uses by default.
         super().__init__(file, protocol=2)
         typed = _storage_class(dtype)
+        # torch counts a typed storage in elements and an untyped one in bytes.
         count = numel if typed else numel * dtype.itemsize
         self._storage = ("storage", typed or torch.UntypedStorage, "0", "cpu", count)
 

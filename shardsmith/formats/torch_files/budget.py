@@ -19,6 +19,7 @@ from shardsmith.ground.printable import printable
 
 MAX_INSTRUCTIONS = 2_000_000
 """Of one file's pickles; each makes up to some 70 bytes. A tensor takes about 35."""
+# Python hashes an integer modulo 2**61 - 1, so numbers of 8 bytes can collide at will.
 _MAX_LARGE_NUMBERS = 2_000
 _LARGE_BYTES = 8
 """Numbers of so many bytes can be chosen so that all have one hash; so many of them still take no time."""
@@ -40,6 +41,7 @@ def require_budget(path: Path, data: bytes | None = None) -> None:
         CorruptCheckpointError: its pickles ask for too much, or it is no such file.
     """
     with path.open("rb") if data is None else io.BytesIO(data) as file:
+        # torch before 1.6 wrote several pickles one behind the other, with the storages' bytes after them.
         if file.read(2) != b"PK":
             file.seek(0)
             _require_few(path, file.read(_MAX_PICKLE_BYTES), _LEGACY_PICKLES)
@@ -55,6 +57,8 @@ def _state_of_zip(path: Path, file: BinaryIO) -> bytes:
                     name = printable(member.filename)
                     raise UnsupportedFormatError(path, f"{name} is compressed, which torch.save never does")
             pickles = [member for member in archive.infolist() if member.filename.endswith("data.pkl")]
+            # torch reads the data.pkl below the first root folder; with two of them it might read the one that was not
+            # counted.
             if len(pickles) != 1 or pickles[0].file_size > _MAX_PICKLE_BYTES:
                 raise CorruptCheckpointError(path, "holds no data.pkl, several, or one that is too large")
             return archive.read(pickles[0])
@@ -64,6 +68,7 @@ def _state_of_zip(path: Path, file: BinaryIO) -> bytes:
 
 def _require_few(path: Path, data: bytes, pickles: int) -> None:
     """Walk through pickles without making anything. What is malformed is left to torch to refuse."""
+    # By the bytes, without decoding: a name that only looks like it is refused, too, which costs nothing.
     if _PREALLOCATED in data:
         raise UnsupportedFormatError(path, f"holds a {_PREALLOCATED.decode()}, which no tensor needs")
     position = instructions = large = stops = 0
@@ -76,12 +81,14 @@ def _require_few(path: Path, data: bytes, pickles: int) -> None:
             if skip >= 0:
                 position += skip
                 stops += code == _STOP
+            # Opcodes of protocol 0 with a line of text; GLOBAL has two of them, module and name.
             elif skip == _LINES:
                 position = data.index(b"\n", position) + 1
                 if code == _GLOBAL:
                     position = data.index(b"\n", position) + 1
             else:
                 width = _WIDTHS[skip]
+                # A length that leads beyond the end becomes an IndexError at the next instruction.
                 length = int.from_bytes(data[position : position + width], "little")
                 position += width + length
                 large += code in _NUMBERS and length >= _LARGE_BYTES

@@ -65,6 +65,7 @@ def read_torch_file(path: Path, *, follow_links: bool = False) -> dict[KeyPath, 
     held = _stored_tensors(file)
     if held is None:
         held = {keys: _plain(path, keys, value) for keys, value in _tensors_in(_load(file), ())}
+    # A flat parameter of FSDP1 is a padded piece of several concatenated tensors; the file has none of their shapes.
     if flat := [keys for keys in held if _FLAT & set(str(keys[-1]).split("."))]:
         raise UnsupportedFormatError(
             path,
@@ -116,6 +117,7 @@ def merge_ranks(path: Path, ranks: Sequence[tuple[str, Mapping[KeyPath, HeldTens
     for name, held in ranks:
         for keys, tensor in held.items():
             merged.setdefault(keys, MergedTensor(tensor.shape, tensor.dtype)).add(path, keys, name, tensor)
+    # Copies are by box, so replicas do not count twice. Parts that overlap are found when the tensors are opened.
     holes = [line for keys, tensor in merged.items() if (line := tensor.hole(_joined(keys)))]
     if holes:
         raise IncompleteCheckpointError(path, "\n  ".join([f"{len(holes)} tensors are not all there", *holes]))
@@ -139,6 +141,7 @@ class MergedTensor:
         """Take in what a file holds of it."""
         if (tensor.shape, tensor.dtype) != (self.shape, self.dtype):
             found = f"{tensor.shape} {tensor.dtype} in {file}, {self.shape} {self.dtype} in another"
+            # Plain tensors of different shapes under one key: LOCAL_STATE_DICT, or tensor parallel without DTensor.
             if not tensor.is_sharded and tensor.dtype == self.dtype:
                 raise UnsupportedFormatError(
                     path,
@@ -176,9 +179,11 @@ def _stored_tensors(file: MappedFile) -> dict[KeyPath, HeldTensor] | None:
 
 def _load(file: MappedFile) -> Any:
     """What torch makes of a file with ``weights_only``: mapped if the file is, and a zip; else all of it in memory."""
+    # torch.load would try its legacy readers, tar among them, on a file of any other kind.
     magic = file.bytes(0, min(4, file.size))
     if not magic.startswith((_ZIP, _PICKLE)):
         raise CorruptCheckpointError(file.path, f"begins with {magic!r}, as no file of torch.save does")
+    # A budget on what torch is about to build from it.
     require_budget(file.path)
     try:
         return torch.load(file.path, map_location="cpu", weights_only=True, mmap=file.is_mapped and magic == _ZIP)

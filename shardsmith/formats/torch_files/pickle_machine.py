@@ -35,6 +35,7 @@ class Made:
         self.of = of
         self.args = args
         is_dict = of.name == "OrderedDict" and of == ORDERED_DICT and not args
+        # Any other object takes no items: a class with __setitem__ of its own could do anything with them.
         self.items: dict[str | int | Made, object] | None = {} if is_dict else None
         self.state: object = None
 
@@ -90,6 +91,7 @@ class _Machine:
         self.memo: dict[int, object] = {}  # not a list: a pickle may number an entry 2**32 - 1
 
     def run(self) -> object:
+        # PROTO is the first instruction from protocol 2 on; protocols 0 and 1 are text and have none.
         if self.data[:1] != b"\x80" or not 2 <= self.data[1] <= 5:
             raise self.corrupt("it does not begin with a pickle protocol of 2 to 5")
         self.position = 2
@@ -98,6 +100,7 @@ class _Machine:
             if handler is None:
                 raise self.refused(code)
             handler(self)
+        # A second pickle behind the first would be read by nobody, or by another reader than this one.
         if len(self.stack) != 1 or self.outer or self.position != len(self.data):
             raise self.corrupt("something is left over behind its end")
         return self.stack[0]
@@ -107,6 +110,7 @@ class _Machine:
 
         Their entries in ``_INSTRUCTIONS`` say the same.
         """
+        # Locals are faster than attributes, and this loop runs once for each instruction of a large index.
         data, stack, memo, position = self.data, self.stack, self.memo, self.position
         try:
             while True:
@@ -139,6 +143,7 @@ class _Machine:
                     position += 4
                 elif code == _MARK:
                     self.outer.append(stack)
+                    # The local name stays an alias of self.stack, which the handlers of rare instructions use.
                     stack = self.stack = []
                 elif code in (_NEWOBJ, _REDUCE):
                     args, of = stack.pop(), stack[-1]
@@ -154,8 +159,10 @@ class _Machine:
                         return code
                     target.state = state
                 elif code == _SETITEMS:
+                    # update_dict names the position in its errors.
                     self.position = position
                     self.update_dict(self.pop_mark())
+                    # pop_mark has put the stack below the mark back in place.
                     stack = self.stack
                 else:
                     return code
@@ -193,6 +200,7 @@ class _Machine:
         return int.from_bytes(self.take(length), "little")
 
     def line(self) -> str:
+        # At most 200 bytes: without a bound each of many unfinished names would be searched for in the whole file.
         end = self.data.find(b"\n", self.position, self.position + 200)
         if end < 0:
             raise self.corrupt("a name does not end")
@@ -226,6 +234,7 @@ class _Machine:
         """Return what protocols before 4 write for a known class inside a class: getattr(outer, "inner")."""
         if of.name != "getattr":
             return None
+        # Exactly getattr with one known outer class and a text; the inner class must be known by its full name, too.
         match of, args:
             case Name(module="__builtin__" | "builtins", name="getattr"), (Name(module=module, name=outer), str(inner)):
                 found = Name(module, f"{outer}.{inner}")
@@ -250,6 +259,7 @@ class _Machine:
             target = target.items
         if type(target) is not dict or len(items) % 2:
             raise self.corrupt("an item is put into what is no dict")
+        # The items are a flat list of keys and values in turn.
         for key, value in zip(*[iter(items)] * 2, strict=True):
             if type(key) not in _KEY_TYPES or (type(key) is int and abs(key) > _MAX_KEY) or key in target:
                 raise self.corrupt("a key of a dict occurs twice or is neither a string, a number nor a record")
@@ -284,6 +294,7 @@ _KEY_TYPES = (str, int, Made)
 _MAX_KEY = 1 << 31  # larger ones may be chosen so that all have one hash, and a dict of them takes quadratic time
 _CONTAINERS = (pickle.EMPTY_DICT, pickle.EMPTY_LIST)
 _OTHERS = (pickle.MARK, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3)
+# Small pickles have no lower bound of bytes per object: so many objects take a few MB at most.
 _FREE_OBJECTS = 100_000
 _STOP = pickle.STOP[0]
 _MEMOIZE = pickle.MEMOIZE[0]

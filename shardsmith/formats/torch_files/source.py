@@ -51,10 +51,13 @@ class TorchSource:
         copies = self._tensors[name].copies
         boxes = list(copies)
         for i, part in self._finders[name].meeting(box):
+            # Each file that has this box is read and compared: nothing else would show that files are of different
+            # saves.
             index = part.within(boxes[i])
             (file, values), *replicas = copies[boxes[i]]
             found = values[index]
             for other, replica in replicas:
+                # By bytes: NaN is not equal to itself, and -0.0 is equal to 0.0.
                 if not torch.equal(_as_bytes(found), _as_bytes(replica[index])):
                     raise CorruptCheckpointError(self.path, f"{name}: {file} and {other} hold different values of it")
             yield part, found
@@ -94,6 +97,7 @@ def _directory_source(directory: Path, single: str) -> TorchSource:
     if not index.is_file():
         raise CheckpointNotFoundError(directory, f"has neither {single} nor {index.name}")
     weight_map = read_weight_map(index, Path(single).suffix)
+    # After read_weight_map has refused names that lead out of the directory.
     files = resolve_shards(directory, weight_map)
     check_weight_map(
         index, weight_map, {".".join(map(str, keys)): name for name in files for keys in read_torch_file(files[name])}

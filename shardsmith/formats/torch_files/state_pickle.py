@@ -108,6 +108,7 @@ def read_state_pickle(data: bytes, path: Path) -> dict[KeyPath, SavedState]:
     """
     state = read_pickle(data, path, _NAMES, persistent_ids=True)
     # The parts of a pickle may be shared, so a short one can describe a dict of any size.
+    # An honest entry takes more than one byte of the pickle.
     budget = len(data)
     found: dict[KeyPath, SavedState] = {}
     for keys, value in _leaves(state, ()):
@@ -162,6 +163,7 @@ def _saved(value: object) -> SavedState | None:
         record = tensor_record(value)
         parts = (SavedPart(Chunk.whole(record.size), record),) if math.prod(record.size) else ()
         return SavedState(record.size, record.dtype, parts, is_sharded=False)
+    # torch pickles a subclass of Tensor as _rebuild_from_type_v2(function, class, arguments, state).
     if type(value) is not Made or value.of != _FROM_TYPE or len(value.args) != 4:
         return None
     _, kind, _, state = value.args
@@ -179,12 +181,14 @@ def _sharded_tensor(state: object) -> SavedState:
     shape = _numbers(_fields(state[1], {_SHARDED_FACTS}).get("size"))
     parts = []
     dtype: torch.dtype | None = None
+    # A rank may hold several shards of a tensor, or none.
     for shard in state[0]:
         fields = _fields(shard, {_SHARD})
         place = _fields(fields.get("metadata"), {_SHARD_PLACE})
         box = Chunk(_numbers(place.get("shard_offsets")), _numbers(place.get("shard_sizes")))
         parts.append(_part(box, shape, tensor_record(fields.get("tensor"))))
         dtype = parts[-1].record.dtype
+    # Without a local shard only the metadata says the dtype.
     if dtype is None:
         dtype = _stated_dtype(state[1])
     return SavedState(shape, dtype, tuple(part for part in parts if part.box.numel), is_sharded=True)
@@ -207,6 +211,7 @@ _Cut = tuple[int, int, object]
 
 def _dtensor(state: object) -> SavedState:
     """The local tensor, and the spec that says how the mesh cuts the whole."""
+    # Either __dict__ alone, or (__dict__, slots): the spec and the local tensor are slots of DTensor.
     fields = state[1] if type(state) is tuple and len(state) == 2 else state
     if type(fields) is not dict:
         raise UnusualPickleError("a DTensor without state")
@@ -230,11 +235,13 @@ def _local_box(shape: Shape, mesh: dict[object, object], placements: object) -> 
     if type(placements) is not tuple or not len(sizes) == len(place) == len(placements):
         raise UnusualPickleError("a DTensor whose placements do not fit its mesh")
     offsets, extents = [0] * len(shape), list(shape)
+    # A replicated dimension of the mesh cuts nothing: each of its ranks has the same box.
     cuts = [cut for cut in zip(sizes, place, placements, strict=True) if not _is_a(cut[2], _REPLICATED)]
     for count, index, placement in _in_order(cuts):
         dim = _fields(placement, _SPLIT | _STRIDED).get("dim")
         if type(dim) is not int or not 0 <= dim < len(shape) or not 0 <= index < count:
             raise UnusualPickleError("a DTensor that is cut along a dimension that it does not have")
+        # torch.chunk: parts of equal size, rounded up; the last ones may be short or empty.
         step = -(-extents[dim] // count)
         start = min(index * step, extents[dim])
         offsets[dim] += start
@@ -254,6 +261,8 @@ def _in_order(cuts: list[_Cut]) -> list[_Cut]:
     if not any(_is_a(placement, _STRIDED) for _, _, placement in cuts):
         return cuts
     fields = _fields(cuts[0][2], _STRIDED)
+    # FSDP2 shards what tensor parallel has left, so its cut comes last although its mesh dimension comes first;
+    # split_factor is how many parts the later ones make.
     later = [count for count, _, placement in cuts[1:] if _fields(placement, _SPLIT).get("dim") == fields.get("dim")]
     if fields.get("split_factor") != math.prod(later):
         raise UnusualPickleError("a DTensor that is cut in strides in another way than FSDP2 cuts it")
@@ -283,6 +292,7 @@ def _part(box: Chunk, shape: Shape, record: TensorRecord) -> SavedPart:
 def _fields(value: object, kinds: set[Name]) -> dict[object, object]:
     """The attributes of an object: those of its __dict__, or of its slots."""
     state = value.state if type(value) is Made and value.of in kinds else None
+    # pickle writes (__dict__ or None, slots) for a class with __slots__.
     if type(state) is tuple and len(state) == 2 and type(state[1]) is dict:
         state = state[1]
     if type(state) is not dict:

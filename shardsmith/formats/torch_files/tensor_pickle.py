@@ -13,6 +13,7 @@ from shardsmith.errors import CheckpointError
 from shardsmith.formats.dcp.index_pickle import DTYPES, MAX_DIMS
 from shardsmith.formats.torch_files.pickle_machine import ORDERED_DICT, PERSISTENT, Made, Name, read_pickle
 
+# The pickle of one tensor has some hundred bytes.
 MAX_TENSOR_PICKLE_BYTES = 1 << 14
 
 
@@ -98,9 +99,11 @@ def tensor_record(value: object) -> TensorRecord:
     kind, args = _made(value)
     if kind == _PARAMETER and len(args) == 3:
         _no_hooks(args[2])
+        # A parameter wraps a tensor: (tensor, requires_grad, hooks).
         kind, args = _made(args[0])
     dtype = None
     if kind == _TENSOR_WITH_DTYPE and len(args) == 7:
+        # The other six are those of v2.
         dtype, args = _dtype(args[6]), args[:6]
     if len(args) != 6 or kind != (_TENSOR if dtype is None else _TENSOR_WITH_DTYPE):
         raise UnusualPickleError
@@ -109,6 +112,7 @@ def tensor_record(value: object) -> TensorRecord:
     record = TensorRecord(*_storage(storage, dtype), _number(offset), _numbers(size), _numbers(stride))
     if len(record.size) != len(record.stride) or math.prod(record.size) >= 1 << 63:
         raise UnusualPickleError
+    # Strides are free: a tensor may overlap itself, but must not reach beyond its storage.
     if record.end > record.storage_nbytes:
         raise UnusualPickleError
     return record
@@ -118,12 +122,14 @@ def _storage(value: object, dtype: torch.dtype | None) -> tuple[torch.dtype, str
     """Element type, name and size in bytes of a payload. ``dtype`` is None where the storage class implies it."""
     kind, args = _made(value)
     match args:
+        # The tuple of torch's persistent_id: tag, class, key of the member in data/, device, number of elements.
         case [("storage", Name() as storage_class, str() as key, str() as location, int() as count)]:
             typed = dtype or _STORAGE_DTYPES.get(storage_class)
         case _:
             raise UnusualPickleError
     if kind != PERSISTENT or typed is None or location == "meta" or (dtype and storage_class != _UNTYPED):
         raise UnusualPickleError
+    # With a dtype of its own the storage is untyped, and its number counts bytes.
     return typed, key, _number(count) * (1 if dtype else typed.itemsize)
 
 

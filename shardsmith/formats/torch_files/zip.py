@@ -74,6 +74,7 @@ class TorchZip:
             raise UnusualArchiveError
         header, nbytes = self._members[name]
         fields = _LOCAL.unpack(self._bytes(header, _LOCAL.size))  # so many bytes, or _bytes has raised
+        # Name and extra field of the local header: their lengths may differ from those in the directory.
         start = header + _LOCAL.size + fields[9] + fields[10]
         if fields[0] != b"PK\3\4" or start + nbytes > self._length:
             raise UnusualArchiveError
@@ -81,10 +82,12 @@ class TorchZip:
 
     def _directory(self) -> tuple[int, int, int]:
         """Number of entries, length and start of the central directory."""
+        # torch writes no comment, so the end record is at a known place and need not be searched for.
         end = self._length - _END.size
         signature, *_, count, size, start, comment = _END.unpack(self._bytes(end, _END.size))
         if signature != b"PK\5\6" or comment:
             raise UnusualArchiveError
+        # In zip64 the real numbers are in a second end record, found through a locator in front of the first.
         if count == _FULL16 or size == _FULL32 or start == _FULL32:
             _, _, end64, _ = _END64_LOCATOR.unpack(self._bytes(end - _END64_LOCATOR.size, _END64_LOCATOR.size))
             signature, *_, count, size, start = _END64.unpack(self._bytes(end64, _END64.size))
@@ -110,9 +113,11 @@ def _entries(directory: bytes, count: int) -> Iterator[tuple[str, tuple[int, int
         extra_end = name_end + fields[11]
         if _FULL32 in (packed, nbytes, header):
             nbytes, packed, header = _zip64_numbers(directory[name_end:extra_end], nbytes, packed, header)
+        # Bit 0 of the flags is encryption; a compressed or encrypted member is no plain byte range.
         if fields[0] != b"PK\1\2" or method or flags & 1 or packed != nbytes or nbytes < 0:
             raise UnusualArchiveError
         name = directory[position + _ENTRY.size : name_end].decode()
+        # All members lie in one folder, named after the file; its name differs from file to file.
         root = root or name.partition("/")[0] + "/"
         yield name.removeprefix(root), (header, nbytes)
         position = extra_end + fields[12]
@@ -125,6 +130,7 @@ def _zip64_numbers(extra: bytes, *numbers: int) -> list[int]:
         kind, length = struct.unpack_from("<2H", extra, position)
         if kind == 1:
             wide = iter(struct.unpack_from(f"<{length // 8}Q", extra, position + 4))
+            # -1 where the field has too few numbers: the caller refuses negative ones.
             return [next(wide, -1) if n == _FULL32 else n for n in numbers]
         position += 4 + length
     raise UnusualArchiveError
