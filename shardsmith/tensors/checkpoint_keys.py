@@ -67,7 +67,9 @@ def find_models(
     copies = _copies(_without(keys, known, paths), main, lambda dicts: _is_average(dicts) or ".".join(dicts) == average)
     fqns = _FqnFinder(main)
     names = {fqns.find(name, EMA) or name: key for name, key in _average(known, copies, average).items()}
+    # What an average or a twin holds is not main, even where a flat key could be read as one of the model's.
     beside = {key for found in (*known.values(), *copies.values()) for key in found.values()}
+    # Of a dict that is an average nothing is main: also not tensors for which the model has no name.
     roots = {_root(name) for name in copies if _is_average([_root(name)])}
     models = {
         MAIN: {fqn: key for fqn, key in main.items() if key not in beside and _root(fqn) not in roots},
@@ -129,6 +131,7 @@ def find_strays(keys: Iterable[str], paths: Mapping[str, KeyPath], average: str 
 def _main(keys: list[str], paths: Mapping[str, KeyPath]) -> dict[str, str]:
     """FQN -> key of all that is not known to lie beside the model; averages in the model's own dict included."""
     paths_of = {key: paths.get(key, (key,)) for key in keys}
+    # One key below a dict called "model" decides for all: then the flat ones lie beside the model.
     nested = any(_model_depth(path) is not None for path in paths_of.values())
     named = {key: _nested_fqn(path) if nested else _flat_fqn(key) for key, path in paths_of.items()}
     return {fqn: key for key, fqn in named.items() if fqn is not None}
@@ -174,8 +177,10 @@ def _copies(
     groups: dict[str, dict[str, str]] = {}
     for key, path in paths.items():
         segments = (of_main.get(key) or ".".join(map(str, path))).split(".")
+        # Moments of an optimizer are under the model's names, too.
         if segments[0] in _NEVER_AVERAGES:
             continue
+        # The shortest prefix first: what is behind it must be a name of the model.
         for depth in range(1, min(_MAX_DEPTH, len(segments) - 1) + 1):
             prefix = ".".join(segments[:depth])
             fqn = fqns.find(".".join(segments[depth:]), prefix) if is_wanted(segments[:depth]) else None
@@ -194,9 +199,12 @@ class _FqnFinder:
     that the model is in, or without dots (what is registered as a buffer cannot have any)."""
 
     def __init__(self, main: Iterable[str]) -> None:
+        # An average in the model's own dict would make each of its names one of the model's.
         self._main = {fqn for fqn in main if not _is_average([_root(fqn)])}
         self._known: dict[str, str] = {}
         plain = {fqn for fqn in self._main if not _is_average(fqn.split(".")[:_MAX_DEPTH])}
+        # First without wrappers, then with less and less in front. An earlier form keeps a name; one that two tensors
+        # share is not used.
         for names in [*_forms(plain), *_forms(self._main - plain)]:
             counts = Counter(names.values())
             self._known |= {n: fqn for fqn, n in names.items() if counts[n] == 1 and n not in self._known}
@@ -208,6 +216,7 @@ class _FqnFinder:
         found = name if name in self._main else self._known.get(without_segments(name))
         if found is None and "." not in name:
             found = self._plain.get(name)
+        # A name that stands below the prefix is the tensor itself, or another one of the same dict.
         return None if found is None or found == f"{prefix}.{name}" or found.startswith(f"{prefix}.") else found
 
 

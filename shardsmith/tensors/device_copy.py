@@ -32,6 +32,7 @@ def copy_to_host(tensors: Sequence[Tensor], copies: Sequence[Tensor], window_byt
     by_memory: dict[Any, list[tuple[Tensor, Tensor]]] = {}
     for tensor, copy in zip(tensors, copies, strict=True):
         if copy.numel():
+            # One copy per window needs a window that is consecutive in one memory of the host.
             by_memory.setdefault((tensor.device, copy.untyped_storage().data_ptr()), []).append((tensor, copy))
     running: list[_Copy] = []
     try:
@@ -92,8 +93,10 @@ class Window:
 
 def windows(pairs: Sequence[tuple[Tensor, Tensor]], most_bytes: int) -> Iterator[Window]:
     """Cut tensors, whose copies all lie in one memory, into windows of at most this size."""
+    # All of the storage as bytes: copies of several dtypes lie in it side by side.
     memory = torch.empty(0, dtype=torch.uint8, device="cpu").set_(pairs[0][1].untyped_storage())
     window = Window(memory)
+    # Less one line, since a window may begin up to 63 bytes before its first piece.
     for piece in _pieces(pairs, most_bytes - _LINE):
         if not window.takes(piece, most_bytes):
             yield window
@@ -106,6 +109,7 @@ def _pieces(pairs: Sequence[tuple[Tensor, Tensor]], most_bytes: int) -> Iterator
     for tensor, copy in pairs:
         shape, size = tuple(tensor.shape), copy.element_size()
         for first, box in row_major_blocks(shape, most_bytes // size):
+            # In bytes: storage offset and flat index both count elements of the copy.
             begin = (int(copy.storage_offset()) + first) * size
             yield Piece(tensor[box.within(Chunk.whole(shape))], copy.dtype, begin, begin + box.numel * size)
 
@@ -117,15 +121,18 @@ class _Copy:
         self._device = device
         self._windows = windows
         largest = max(window.end - window.base for window in windows)
+        # Two buffers in turn: one is copied to the host while the other is filled.
         self._casts = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in windows[:2]]
         self._casting, self._copying = torch.Stream(device=device), torch.Stream(device=device)
 
     def launch(self) -> None:
         """Begin, behind everything that the current stream of the device has to do."""
+        # Behind the kernels that still write the tensors, on the stream of the caller.
         self._casting.wait_stream(torch.accelerator.current_stream(self._device))
         copied: list[Any] = [None, None]
         for i, window in enumerate(self._windows):
             casts = self._casts[i % 2]
+            # The buffer may be filled again only when the copy out of it has ended.
             if copied[i % 2] is not None:
                 self._casting.wait_event(copied[i % 2])
             with self._casting:
@@ -133,6 +140,7 @@ class _Copy:
             self._copying.wait_stream(self._casting)
             with self._copying:
                 target = window.memory[window.begin : window.end]
+                # Asynchronous only into pinned memory.
                 target.copy_(casts[window.begin - window.base : window.end - window.base], non_blocking=True)
             copied[i % 2] = self._copying.record_event()
 

@@ -111,6 +111,7 @@ def first_of_run(box: Chunk, shape: Shape) -> int | None:
 
 def plain_values(values: Tensor) -> Tensor:
     """Return the values as they would stand in a file: contiguous, no conjugation or negation put off."""
+    # torch keeps conjugation and negation as flags of a view: the memory has other bits than the values.
     plain = values.detach().resolve_conj().resolve_neg().contiguous()
     # of one element any strides are contiguous, but not for a view of another size
     return plain.as_strided(plain.shape, (1,) * plain.ndim) if plain.numel() == 1 else plain
@@ -118,6 +119,7 @@ def plain_values(values: Tensor) -> Tensor:
 
 def _run_dimension(box: Chunk, shape: Shape) -> int:
     """The outermost dimension below which the box covers the tensor's full extent."""
+    # Inner dimensions that the box fills belong to one run; the first one that it does not fill does, too.
     depth = len(shape)
     while depth > 0 and box.sizes[depth - 1] == shape[depth - 1]:
         depth -= 1
@@ -129,6 +131,7 @@ def _run_starts(box: Chunk, shape: Shape, depth: int) -> Tensor:
     strides = [math.prod(shape[d + 1 :]) for d in range(len(shape))]
     starts = torch.tensor([sum(o * s for o, s in zip(box.offsets, strides, strict=True))], device="cpu")
     for size, stride in zip(box.sizes[:depth], strides[:depth], strict=True):
+        # Row-major: each further dimension multiplies the starts found so far.
         starts = (starts[:, None] + torch.arange(size, device="cpu") * stride).reshape(-1)
     return starts
 
@@ -139,6 +142,7 @@ def _look_away(begin: int, end: int) -> None:
 
 def _digest_run(data: Tensor, start: int, look: Callable[[int, int], None] = _look_away) -> Digest:
     """Share of consecutive bytes that begin at byte ``start`` of the tensor. ``data``: uint8, 1-D."""
+    # numpy reads the memory of CPU tensors without a copy; a tensor on a device is summed there.
     if not data.is_cpu:
         return _digest_blocks(data, start, look)
     return _digest_here(data, start, look)
@@ -150,17 +154,22 @@ def _digest_here(data: Tensor, start: int, look: Callable[[int, int], None]) -> 
     result, done, size = Digest(), 0, source.size
     moved: npt.NDArray[np.uint8] | None = None
     while done < size:
+        # The first byte of the block has this place in its 64-bit word of the tensor, not of the block.
         lead = (start + done) % 8
+        # The first block is shorter, so that all later ones begin at a word.
         stop = min(size, done + _HERE_BLOCK_BYTES - lead)
         look(done, stop)
         block = source[done:stop]
         tail = -(lead + len(block)) % 8
+        # Only then are the bytes moved: zeros before and behind do not change the sums.
         if lead or tail or not aligned or done % 8:
+            # One scratch buffer for all blocks; 16 bytes are room for the zeros at both ends.
             moved = np.empty(min(size, _HERE_BLOCK_BYTES) + 16, np.uint8) if moved is None else moved
             end = lead + len(block)
             moved[lead:end] = block
             moved[:lead] = moved[end : end + tail] = 0
             block = moved[: end + tail]
+        # The block begins at a word now: its place counts in words from the start of the tensor.
         result += _digest_words_here(block.view(np.uint64), (start + done) // 8)
         done = stop
     return result
@@ -199,6 +208,7 @@ def _digest_block(block: Tensor, start: int) -> Digest:
     """Share of at most a block of consecutive bytes, all but the last few as one matrix of words."""
     lead = start % 8
     if lead or block.storage_offset() % 8 or block.data_ptr() % 8:
+        # Also copies: a view as int64 needs an offset and an address that are multiples of 8.
         block = torch.nn.functional.pad(block, (lead, 0))
     whole = len(block) // (8 * _ROW_WORDS) * (8 * _ROW_WORDS)
     result = Digest()
@@ -222,6 +232,7 @@ def _digest_rows(rows: Tensor, starts: Tensor) -> Digest:
     if rows.shape[1] % 8 == 0 and not bool(leads.any()):
         return _digest_words(rows.view(torch.int64), starts // 8)
     result = Digest()
+    # Runs with the same place in their first word are padded alike, and so are one matrix.
     for lead in leads.unique().tolist():
         (chosen,) = torch.nonzero(leads == lead, as_tuple=True)
         for index in chosen.split(max(1, _BLOCK_BYTES // rows.shape[1])):
@@ -251,7 +262,9 @@ def _sum_block(words: Tensor, bases: Tensor) -> Digest:
 
 def _sum_on_device(words: Tensor, bases: Tensor) -> Digest:
     """As ``_sum_block``; waits for the device once."""
+    # int64 shifts copy the sign: the mask takes those bits away. Sums in int64 wrap around as those of uint64 do.
     high = (words >> 32).bitwise_and_(_LOW_WORD)
+    # One transfer for all four numbers: each .tolist() waits for the device.
     return _combined(*torch.stack([*_sums(words, bases), *_sums(high, bases)]).tolist())
 
 
@@ -269,9 +282,11 @@ def _sum_row(words: Words, first: int) -> Digest:
 
 
 def _combined(sum_words: int, place_words: int, sum_high: int, place_high: int) -> Digest:
+    # A word is low + 2**32 * high, so what is left of the words' sums are those of the low halves.
     sum_low = sum_words - (sum_high << 32)
     place_low = place_words - (place_high << 32)
     total = sum_low + sum_high
+    # The sum of (2j + 1) * low[j] and (2j + 2) * high[j].
     weighted = 2 * (place_low + place_high) + sum_low + 2 * sum_high
     return Digest(total & _MASK, weighted & _MASK)
 

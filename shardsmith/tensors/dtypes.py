@@ -75,6 +75,7 @@ def cast_specs(specs: Sequence[TensorSpec], choice: DtypeChoice) -> tuple[Tensor
 
 def is_quantized(spec: TensorSpec) -> bool:
     """Return whether a tensor is of a dtype that only quantised weights have."""
+    # Floating point of one byte is float8 (or a packed float4): nothing else has a use for it.
     if spec.dtype.is_floating_point:
         return spec.dtype.itemsize == 1
     return spec.dtype in _PACKED and len(spec.shape) > 1
@@ -83,6 +84,7 @@ def is_quantized(spec: TensorSpec) -> bool:
 def _scaling(specs: Iterable[TensorSpec]) -> set[str]:
     """What belongs to a quantised weight, such as its scales: rounded, it would change every value of the weight."""
     specs = list(specs)
+    # Scales lie in the module of their weight; its bias is not scaled and may be cast.
     modules = {spec.name.rpartition(".")[0] for spec in specs if is_quantized(spec)}
     return {s.name for s in specs if s.name.rpartition(".")[0] in modules and not s.name.endswith(".bias")}
 

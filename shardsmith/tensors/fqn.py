@@ -34,6 +34,7 @@ def clean_fqn(name: str, model: nn.Module | None = None) -> str:
         of_ddp = segment == DDP and isinstance(here, DistributedDataParallel)
         if not of_ddp and segment not in WRAPPERS:
             kept.append(segment)
+        # Followed through the model: only the module itself shows whether its "module" is that of DDP.
         here = getattr(here, segment, None)
     return ".".join(kept)
 
@@ -80,6 +81,7 @@ def tied_weights(model: nn.Module) -> dict[str, str]:
     """
     names_of: dict[int, dict[str, None]] = {}
     for name, tensor in _saved_tensors(model):
+        # By identity: tied tensors are one object. The dict keeps the model's order of the names.
         names_of.setdefault(id(tensor), {})[clean_fqn(name, model)] = None
     declared = _declared_aliases(model)
     kept: dict[str, str] = {}
@@ -101,6 +103,7 @@ def non_persistent_buffers(model: nn.Module) -> list[str]:
 
 def _saved_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters, then persistent buffers, under every name that they have."""
+    # torch leaves out every name of a tensor but the first unless it is told not to.
     yield from model.named_parameters(remove_duplicate=False)
     transient = set(non_persistent_buffers(model))
     for name, buffer in model.named_buffers(remove_duplicate=False):
@@ -127,6 +130,7 @@ def _choose(names: list[str], declared: list[re.Pattern[str]]) -> dict[str, str]
 
     There, what matches a declaration is left out, in sorted order, except for the last if all of them match.
     """
+    # At least one name must stay, so at most len(names) - 1 are dropped.
     matching = sorted(name for name in names if any(pattern.search(name) for pattern in declared))
     dropped = set(matching[: len(names) - 1])
     kept = next(name for name in names if name not in dropped)

@@ -42,8 +42,10 @@ def round_off(tensor: Tensor) -> Rounded:
     halves = held.view(torch.int16).numpy().view(np.uint16)
     lower, upper = np.ascontiguousarray(halves[0::2]), halves[1::2]  # memory is little-endian here
     values = held.to(torch.bfloat16)
+    # What a reader will compute: what differs from it is an exception, whatever the reason.
     made = upper_half(values, lower)
     exceptions = np.flatnonzero(made != upper)
+    # uint16 arithmetic wraps around, as the correction of the reader does.
     corrections = upper[exceptions] - made[exceptions]
     rest = torch.from_numpy(lower.view(np.int16))
     return Rounded(values.reshape(tensor.shape), rest.reshape(tensor.shape), exceptions, corrections)
@@ -55,6 +57,7 @@ def put_together(
     """Return the float32 tensor of such parts, which are on the CPU and contiguous."""
     lower = rest.reshape(-1).numpy().view(np.uint16)
     upper = upper_half(values.reshape(-1), lower)
+    # Indices are unique, so each correction is added once.
     upper[exceptions] += corrections
     bits = np.empty(2 * len(lower), np.uint16)
     bits[0::2], bits[1::2] = lower, upper
@@ -63,5 +66,6 @@ def put_together(
 
 def upper_half(values: Tensor, lower: Halves) -> Halves:
     """Return the upper half of the bits of elements that were rounded to ``values``; of an exception, another."""
+    # A lower half above the tie was rounded up, which carried 1 into the upper half: it is taken back.
     found: Halves = values.view(torch.int16).numpy().view(np.uint16) - (lower > _TIE)
     return found

@@ -60,6 +60,7 @@ class Chunk:
         """Return the box that both share, or None when it would be empty."""
         start = tuple(map(max, self.offsets, other.offsets))
         stop = tuple(min(a + m, b + n) for a, m, b, n in self._with(other))
+        # Boxes of a 0-dim tensor have no dimension in which they could be apart: each is the whole tensor.
         if any(b <= a for a, b in zip(start, stop, strict=True)):
             return None
         return Chunk(start, tuple(b - a for a, b in zip(start, stop, strict=True)))
@@ -130,6 +131,7 @@ def read_into(source: TensorSource, name: str, box: Chunk, out: Tensor) -> Tenso
     for part, values in source.pieces(name, box):
         out[part.within(box)].copy_(values)
         filled += part.numel
+    # Parts do not overlap, so their sum is enough to know that nothing of ``out`` kept its old values.
     if filled != box.numel:
         raise CheckpointError(source.path, f"{name}: only {filled} of {box.numel} elements of {box} are stored")
     return out
@@ -158,8 +160,10 @@ def row_major_blocks(shape: Shape, max_elements: int) -> Iterator[tuple[int, Chu
     if math.prod(shape) <= max_elements:
         yield 0, Chunk.whole(shape)
         return
+    # The outermost dimension whose rows fit: everything inside of it is taken whole, so each box is one run of memory.
     depth = next(d for d in range(len(shape)) if math.prod(shape[d + 1 :]) <= max_elements)
     tail = shape[depth + 1 :]
+    # As many rows as fit; dimensions outside of ``depth`` are walked index by index.
     rows = max_elements // math.prod(tail)
     flat = 0
     for outer in itertools.product(*map(range, shape[:depth])):
