@@ -43,6 +43,7 @@ def assign_boxes(
         for name, box in boxes:
             of_tensor[name] = (*of_tensor.get(name, ()), box)
         numbers, lists = numbered((shapes[name], own) for name, own in of_tensor.items())
+        # Ranks that hold the same tensors share one Kind object: groups are made by kind, not by rank.
         kind = known.setdefault((tuple(of_tensor), tuple(numbers)), Kind([*of_tensor], np.array(numbers, dtype=int)))
         holdings.append(Holding(kind, lists))
     order = {name: i for i, name in enumerate(shapes)}
@@ -72,6 +73,7 @@ def deal(
     """
     groups = _groups(holdings, shapes, itemsizes)
     _check_coverage(groups, shapes)
+    # Two ledgers: bytes of tensors, and the number of things that are only counted.
     loads = np.zeros((2, len(holdings)), dtype=np.int64)
     alone: dict[tuple[int, int], np.ndarray] = {}
     shared = SharedBoxes()
@@ -81,6 +83,7 @@ def deal(
         in_all = sum(group.itemsizes)
         replicated = []
         for box, holders in group.holders.items():
+            # A box of one rank has no choice, so its bytes are known before any replica is dealt out.
             if len(holders) > 1 or group.is_counted:
                 replicated.append((1 if group.is_counted else box.numel, holders))
             else:
@@ -90,6 +93,7 @@ def deal(
         if replicated:
             shared.add(int(group.is_counted), replicated, group.itemsizes, group.entries)
     layout = _Layout(groups)
+    # The flags of boxes that one rank holds are set here; those of shared boxes follow in the order of ``choose``.
     starts, flags = zip(*(layout.flags(rank, one, alone) for rank, one in enumerate(holdings)), strict=True)
     for rank, entries, positions in shared.choose(loads):
         flags[rank][starts[rank][entries] + positions] = True
@@ -127,6 +131,7 @@ class _Group:
 def _groups(
     holdings: Sequence[Holding], shapes: Mapping[str, Shape], itemsizes: Mapping[str, int | None]
 ) -> list[_Group]:
+    # What ranks of a kind hold alike is entered once for all of them (-1); only names of their own are entered by rank.
     ranks_of: dict[Kind, list[int]] = {}
     for rank, holding in enumerate(holdings):
         ranks_of.setdefault(holding.kind, []).append(rank)
@@ -142,6 +147,8 @@ def _groups(
     groups: dict[tuple[object, ...], _Group] = {}
     for name, found in where.items():
         itemsize = itemsizes[name]
+        # Equal keys: the same shape, held by the same ranks in the same lists. So one look at the boxes does for all of
+        # them.
         key = (shapes[name], itemsize is None, *(one[:3] for one in found))
         group = groups.get(key)
         if group is None:
@@ -163,6 +170,7 @@ def _add_holders(
     members = (
         (one, number, kind, rank) for kind, rank, number, _ in found for one in (ranks_of[kind] if rank < 0 else [rank])
     )
+    # By rank: all ranks compute the same order of holders, and with it the same deal.
     for one, number, kind, rank in sorted(members, key=lambda member: member[0]):
         boxes = holdings[one].lists[number]
         group.kinds[one], group.counts[one] = (kind, rank), len(boxes)
@@ -193,6 +201,7 @@ class _Layout:
         ``alone`` has that by rank and group.
         """
         numbers, slots = self._slots_of(holding.kind)
+        # A copy: the arrays of the kind are shared by its other ranks.
         if rank in self._own:
             numbers, slots = [*numbers], slots.copy()
             for number, entries in self._own[rank]:
@@ -202,8 +211,11 @@ class _Layout:
         lengths = np.array([len(part) for part in parts], dtype=np.int64)
         key = slots.tobytes(), lengths.tobytes()
         if key not in self._picked:  # as large as a rank has boxes, and the same for most ranks
+            # Exclusive sums: where each part begins in the concatenation of parts, and each tensor in the flags of the
+            # rank.
             firsts, counts = np.cumsum(lengths) - lengths, lengths[slots]
             starts = np.cumsum(counts) - counts
+            # For each flag its place in that concatenation: the begin of its part, and the position within the tensor.
             self._picked[key] = starts, np.repeat(firsts[slots] - starts, counts) + np.arange(counts.sum())
         starts, picked = self._picked[key]
         return starts, np.concatenate([np.zeros(0, dtype=bool), *parts])[picked]
@@ -235,6 +247,7 @@ def _check_coverage(groups: Sequence[_Group], shapes: Mapping[str, Shape]) -> No
 
 
 def _problem(boxes: Sequence[Chunk], shape: Shape) -> str | None:
+    # Overlaps are looked for first: with them a sum of elements says nothing about holes.
     absent = math.prod(shape) - sum(box.numel for box in boxes)
     if overlap := find_overlap(boxes):
         return f"ranks hold {overlap[0]} and {overlap[1]}, which overlap"

@@ -32,6 +32,7 @@ class BoxFinder:
     def meeting(self, box: Chunk) -> Iterator[tuple[int, Chunk]]:
         """Position and common part of each of the boxes that shares something with ``box``."""
         start, length = self._span(box)
+        # A box that begins a longest length or more before this one ends before it begins.
         first = bisect_right(self._starts, start - self._longest)
         last = bisect_left(self._starts, start + length)
         for i in self._order[first:last]:
@@ -57,8 +58,11 @@ def find_overlap(boxes: Sequence[Chunk]) -> tuple[Chunk, Chunk] | None:
     dim = _busiest_dim(boxes)
     comparisons = 0
     near: list[Chunk] = []  # boxes that reach beyond the start of the current one
+    # A sweep along one dimension: only boxes that have begun and not yet ended can meet the current one.
     for box in sorted(boxes, key=lambda b: b.offsets[dim]):
         near = [other for other in near if other.offsets[dim] + other.sizes[dim] > box.offsets[dim]]
+        # A file of a stranger may have boxes that all lie beside each other in this dimension: then each meets all
+        # others.
         comparisons += len(near)
         if comparisons > _MAX_COMPARISONS * len(boxes):
             raise IrregularBoxesError(f"{len(boxes)} boxes")
@@ -72,6 +76,8 @@ def find_overlap(boxes: Sequence[Chunk]) -> tuple[Chunk, Chunk] | None:
 def _is_grid(boxes: Sequence[Chunk]) -> bool:
     """Whether they are cells of one grid, so that different ones are apart. The usual case, told without comparing."""
     for dim in range(len(boxes[0].sizes)):
+        # Distinct spans that do not overlap in any dimension: two different boxes differ in one of them, and so are
+        # apart.
         spans = sorted({(box.offsets[dim], box.sizes[dim]) for box in boxes})
         if any(start + length > later for (start, length), (later, _) in itertools.pairwise(spans)):
             return False

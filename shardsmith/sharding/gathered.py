@@ -15,6 +15,7 @@ def forget_gathered(model: nn.Module) -> None:
     Call it after every load into FSDP1, too: see ``_move_to_pinned``.
     """
     for module in model.modules():
+        # FSDP2's reshard frees what is gathered; without anything gathered it does nothing.
         if isinstance(module, FSDPModule):
             module.reshard()
         elif isinstance(module, FullyShardedDataParallel):
@@ -35,6 +36,7 @@ def _has_unused_copy(module: FullyShardedDataParallel) -> bool:
     handle = module._handle
     if handle is None or not handle._offload_params or module._is_root is None:
         return False
+    # Two memories on one device: FSDP1 has made its pinned copy and still computes from the old one.
     pinned, used = handle.flat_param._local_shard, handle.flat_param.data
     return used.device == pinned.device and used.data_ptr() != pinned.data_ptr()
 

@@ -46,6 +46,7 @@ def numbered(boxes: Iterable[tuple[Hashable, Boxes]]) -> tuple[list[int], list[B
         boxes: Of each tensor its shape and the boxes that this rank holds. Only tensors of one shape have one list: so
             ranks that hold nothing of some tensors number the others as all ranks do.
     """
+    # A dict numbers its entries by first appearance: setdefault evaluates len(known) before it inserts.
     known: dict[tuple[Hashable, Boxes], int] = {}
     numbers = [known.setdefault(one, len(known)) for one in boxes]
     return numbers, [own for _, own in known]
@@ -53,6 +54,7 @@ def numbered(boxes: Iterable[tuple[Hashable, Boxes]]) -> tuple[list[int], list[B
 
 def pack_lists(lists: Sequence[Boxes]) -> str:
     """Return lists of boxes as text."""
+    # Number of lists; then for each list its length and number of dimensions, and offsets and sizes of each box.
     numbers = [len(lists)]
     for boxes in lists:
         numbers += [len(boxes), len(boxes[0].sizes) if boxes else 0]
@@ -68,6 +70,7 @@ def unpack_lists(text: str) -> list[Boxes]:
     for _ in range(numbers[0]):
         count, ndim = numbers[at : at + 2]
         begin, at = at + 2, at + 2 + 2 * ndim * count
+        # A 0-dim box has no numbers, so only their count says how many there are.
         firsts = range(begin, at, 2 * ndim) if ndim else [begin] * count
         lists.append(
             tuple(
@@ -95,4 +98,5 @@ def pack_flags(flags: np.ndarray) -> str:
 
 def unpack_flags(text: str, count: int) -> np.ndarray:
     """Return what ``pack_flags`` packed: ``count`` bools."""
+    # packbits fills the last byte up with zeros, which ``count`` cuts off.
     return np.unpackbits(np.frombuffer(unpack(text), dtype=np.uint8), count=count).astype(bool)

@@ -81,9 +81,11 @@ def _add_up(
     shares: list[tuple[str, Chunk, str]] = []
     held: list[list[Held]] = []
     for said, boxes in reports:
+        # ``| specs`` last: of a tensor on several ranks the lowest rank's description counts.
         specs = {name: (tuple(shape), dtype) for name, (shape, dtype) in said.items()} | specs
         held.append([(name, Chunk(tuple(offsets), tuple(sizes))) for name, offsets, sizes, _ in boxes])
         shares += [(*box, text) for box, (*_, text) in zip(held[-1], boxes, strict=True)]
+    # Only for its check that boxes do not overlap and leave no hole; who would write what is not used.
     assign_boxes(held, {name: shape for name, (shape, _) in specs.items()}, dict.fromkeys(specs, 1))
     totals = add_up_boxes(shares).digests
     return {name: (shape, dtype, str(totals.get(name, Digest()))) for name, (shape, dtype) in specs.items()}

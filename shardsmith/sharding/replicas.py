@@ -74,15 +74,18 @@ class SharedBoxes:
         sets = np.array(self._sets, dtype=np.int64)
         found = np.empty(len(boxes), dtype=np.int64)  # where the chosen rank is in the flat arrays
         of_size = sorted(self._sizes)
+        # Boxes of one size in one ledger at a time: each adds the same to a load, so many can be given away at once.
         for begin, end in _runs(sizes):
             ledger, negative = of_size[sizes[begin]]
             load, run = loads[ledger], boxes[begin:end]
             for batch in self._batches(sets[run], run):
+                # A batch is either of one set of ranks, or of sets without a rank in common.
                 if len(batch) > 1 and sets[run[batch[0]]] == sets[run[batch[1]]]:
                     chosen = self._fewest_first(load, run[batch], -negative)
                 else:
                     chosen = self._least_loaded(load, run[batch])
                 found[begin + batch] = chosen
+                # add.at and not +=: a rank may get several boxes of a batch, and += would add the bytes once.
                 np.add.at(load, self._flat_ranks[chosen], -negative)
         yield from self._by_rank(self._flat_ranks[found], boxes, tensors, self._flat_positions[found])
 
@@ -91,6 +94,7 @@ class SharedBoxes:
         lengths = [len(tensors) for tensors in self._tensors]
         order = np.argsort(np.concatenate([_NONE, *self._turns]), kind="stable")
         self._turns = []
+        # Sizes are numbered as they come; ``ranked`` has each one's position by ledger and size, the largest first.
         ranked = np.empty(len(self._sizes), dtype=np.int64)
         ranked[[number for _, number in sorted(self._sizes.items())]] = np.arange(len(self._sizes))
         sizes = ranked[np.concatenate([_NONE, *self._size_of])[order]]
@@ -103,6 +107,7 @@ class SharedBoxes:
     ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         groups = np.array(self._groups, dtype=np.int64)[boxes]
         order = _order(groups)
+        # Two stable sorts, by group and then by writer: what each rank writes comes in one run per group.
         order = order[_order(writers[order])]
         writers, groups = writers[order], groups[order]
         for begin, end in _runs(writers * max(1, len(self._entries)) + groups):
@@ -135,6 +140,7 @@ class SharedBoxes:
         """
         first, width = self._firsts[boxes[0]], self._widths[boxes[0]]
         own, size, count = load[self._flat_ranks[first : first + width]], max(nbytes, 1), len(boxes)
+        # Binary search for the load up to which ``count`` boxes fit, instead of one step per box.
         low, high = int(own.min()), int(own.min()) + size * count
         while low < high:  # the smallest level up to which there are enough numbers
             level = (low + high) // 2
@@ -145,6 +151,7 @@ class SharedBoxes:
         terms = np.maximum((low - own) // size + 1, 0)
         columns = np.repeat(np.arange(width), terms)
         steps = np.arange(len(columns)) - np.repeat(np.cumsum(terms) - terms, terms)
+        # The smallest loads first, and among equal ones the first rank, as argmin takes it for one box after the other.
         chosen = columns[np.lexsort((columns, own[columns] + steps * size))[:count]]
         found: np.ndarray = self._firsts[boxes] + chosen
         return found
@@ -154,6 +161,7 @@ class SharedBoxes:
         firsts, widths = self._firsts[boxes], self._widths[boxes]
         found = np.empty(len(boxes), dtype=np.int64)
         for width in np.unique(widths):
+            # Boxes with equally many holders are one matrix, of which argmin takes each row at once.
             alike = firsts[widths == width]
             found[widths == width] = alike + load[self._flat_ranks[alike[:, None] + np.arange(width)]].argmin(axis=1)
         return found

@@ -26,6 +26,7 @@ def add_up_boxes(shares: Iterable[tuple[str, Hashable, str]]) -> Totals:
             boxes of a tensor are the same or do not overlap.
     """
     first: dict[tuple[str, Hashable], str] = {}
+    # setdefault keeps the share of the lowest rank and shows at once whether a later one differs.
     differing = [name for name, box, text in shares if first.setdefault((name, box), text) != text]
     digests: dict[str, Digest] = {}
     for (name, _), text in first.items():

@@ -42,6 +42,7 @@ def digest_source(
     threads = useful_threads(sum(box.numel * dtypes[name].itemsize for name, _, box in mine), len(mine))
     with one_thread_per_operator(), ThreadPoolExecutor(threads, "shardsmith-digest") as pool:
         digest = partial(_share, source, dtypes)
+        # In the order of the blocks either way: each share is paired with its own block.
         shares = map(digest, mine) if threads == 1 else pool.map(digest, mine)
         for (name, _, box), share in zip(mine, shares, strict=True):
             digests[name] += share
@@ -52,6 +53,7 @@ def digest_source(
 def _blocks(source: TensorSource, dtypes: Mapping[str, torch.dtype]) -> Iterator[Block]:
     for name, dtype in dtypes.items():
         spec = source.specs[name]
+        # A block fits the bound both as it is read and as it is digested.
         size = max(dtype.itemsize, spec.dtype.itemsize)
         for first, box in row_major_blocks(spec.shape, _BLOCK_BYTES // size):
             yield name, first, box
@@ -59,6 +61,7 @@ def _blocks(source: TensorSource, dtypes: Mapping[str, torch.dtype]) -> Iterator
 
 def _share_of_blocks(blocks: list[Block], part: int, parts: int) -> list[Block]:
     """Consecutive blocks with about one of ``parts`` shares of the elements."""
+    # By elements and not by tensors: one large tensor is divided among all ranks.
     starts = [0, *itertools.accumulate(box.numel for _, _, box in blocks)]
     return [block for block, start in zip(blocks, starts, strict=False) if start * parts // starts[-1] == part]
 
@@ -70,6 +73,7 @@ def _share(source: TensorSource, dtypes: Mapping[str, torch.dtype], block: Block
 
 def _values(source: TensorSource, name: str, box: Chunk, dtype: torch.dtype) -> Tensor:
     if source.specs[name].dtype == dtype:
+        # Without a cast a view of the source is digested as it is; only a cast needs memory of its own.
         pieces = list(source.pieces(name, box))
         if len(pieces) == 1 and pieces[0][0] == box and pieces[0][1].is_contiguous():
             return pieces[0][1]
