@@ -94,6 +94,7 @@ def only_step(directory: Path, steps: Sequence[int], step: int) -> int:
 def refuse_within_step(directory: Path) -> None:
     """Raise UsageError if a directory for steps is itself one of a committed step, or lies in one."""
     if isinstance(directory, RemotePath):
+        # A store has no directories that could be looked into: the name alone decides.
         inside = any(layout.parse_step(name) is not None for name in directory.parts)
         if inside:
             raise UsageError(f"{directory} is in the directory of one step: give the one that the steps are in")
@@ -134,7 +135,9 @@ def find_damage(
     if metadata.step != (named := step_in_name(checkpoint, metadata.step)):
         return [f"{layout.METADATA_FILE} is of step {metadata.step}, not of step {named}: it was copied or renamed"]
     files = metadata.files
+    # Sorted, so that all ranks divide the files in the same way without a message.
     chosen = sorted(files)[part::parts]
+    # Before any file is opened: a name such as ../x, or one behind a link, would be read.
     if foreign := [name for name in chosen if not _is_in(checkpoint, name)]:
         return [f"{name!r}: is not the name of a file in it" for name in foreign]
     with ThreadPoolExecutor(min(len(chosen), os.cpu_count() or 1) or 1, "shardsmith-verify") as pool:
@@ -197,6 +200,7 @@ def set_aside(checkpoint: Path) -> Path:
     """Rename a damaged checkpoint so that it counts no more and its step can be saved again; the new path."""
     if isinstance(checkpoint, RemotePath):
         return remote_commit.set_aside(checkpoint, "damaged")
+    # A rename and no delete: the files may be the only copy, and a person may still recover them.
     aside = layout.damaged_path(checkpoint, layout.new_attempt_id())
     checkpoint.rename(aside)
     return aside
@@ -224,8 +228,10 @@ def hash_file(path: Path) -> str:
     """XXH3-128 of a file's bytes, 32 hexadecimal digits. Raises OSError."""
     digest = xxhash.xxh3_128()
     with contextlib.closing(open_file(path)) as file:
+        # Lets a file in an object store be requested ahead; on a disk the system reads ahead.
         file.expect([(0, file.size)])
         buffer, read = memoryview(bytearray(_READ_BYTES)), 0
+        # Read and not mapped: a page that a bad disk cannot read would end the process.
         while count := file.read_at(buffer, read):
             digest.update(buffer[:count])
             advance(count)
@@ -236,9 +242,11 @@ def hash_file(path: Path) -> str:
 def file_damage(path: Path, expected: FileRecord, *, contents: bool = True) -> str | None:
     """Return what is wrong with one file, or None; see ``find_damage``."""
     try:
+        # lstat: a link in the place of a file is damage, even if it leads to the right bytes.
         status = path.lstat()
         if not stat.S_ISREG(status.st_mode):
             return f"is not a regular file ({stat.filemode(status.st_mode)})"
+        # The size first: it costs no read, and finds a file that was cut.
         if status.st_size != expected.size:
             return f"has {status.st_size} bytes, expected {expected.size}"
         if contents and (found := hash_file(path)) != expected.xxh3_128:

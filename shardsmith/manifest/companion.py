@@ -119,6 +119,7 @@ def find_folder_damage(
     if record.step != (named := _step_in_name(folder, record.step)):
         return [f"{layout.FOLDER_FILE} is of step {record.step}, not of step {named}: it was copied or renamed"]
     files = record.files
+    # All ranks list in the same order and take every parts-th file.
     chosen = [name for name in files if not weights_only or name.startswith(_WEIGHTS)][part::parts]
     with ThreadPoolExecutor(_threads(chosen), "shardsmith-verify") as pool:
         problems = pool.map(lambda name: file_damage(folder / name, files[name], contents=contents), chosen)
@@ -142,6 +143,7 @@ def _threads(names: list[str]) -> int:
 def _parse(content: Mapping[str, Any]) -> FolderRecord:
     for name in typed(content["files"], dict):
         path = PurePosixPath(name)
+        # A record may come from a stranger, and each of these files will be read.
         if path.is_absolute() or ".." in path.parts:
             raise ValueError(f"{name!r} is not the name of a file in the folder")
     return FolderRecord(

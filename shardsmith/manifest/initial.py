@@ -85,6 +85,7 @@ class BufferRecord:
         wanted = torch.Size(self.shape).numel() * dtype.itemsize
         if len(data) != wanted:
             raise ValueError(f"values of a buffer have {len(data)} bytes, expected {wanted}")
+        # frombuffer refuses an empty buffer.
         flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype, device="cpu")
         return flat.reshape(self.shape)
 

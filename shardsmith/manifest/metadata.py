@@ -161,10 +161,12 @@ def sealed_json(content: Mapping[str, Any]) -> bytes:
 
 def require_seal(path: Path, data: bytes, content: dict[str, Any]) -> None:
     """Take the seal out; CorruptCheckpointError if a file has changed since ``sealed_json``. Older ones have none."""
+    # A file whose end looks like a seal must have one: a damaged name of the field must not pass for an older file.
     if content.pop(SEAL, None) is None and not _ENDS_AS_SEALED.search(data):
         return
     at = len(data) - len(_SEAL_END)
     found = data[at : at + 32]
+    # The bytes themselves, not the parsed JSON: whitespace or another order of keys is a change, too.
     if data[at + 32 :] != _SEAL_END[32:] or found != _seal_of(data[:at] + _SEAL_END):
         raise CorruptCheckpointError(path, f"has changed since it was written: it does not have its own {SEAL}")
 
@@ -238,6 +240,7 @@ def find_metadata(directory: Path) -> CheckpointMetadata | None:
     found = _known_metadata(path, _read_bytes(path))
     if found is None:
         return None
+    # The cached object is shared: callers may change their own dicts.
     return dataclasses.replace(found, files=dict(found.files), tensors=dict(found.tensors), tied=dict(found.tied))
 
 
@@ -249,6 +252,7 @@ def _known_metadata(path: Path, data: bytes) -> CheckpointMetadata | None:
 
 def _metadata_of(path: Path, data: bytes) -> CheckpointMetadata | None:
     content = _object(path, data)
+    # The version comes before the seal: a newer version may seal in another way.
     if not _is_ours(content):
         return None
     found = content["schema_version"]
@@ -332,6 +336,7 @@ def _parse(content: Mapping[str, Any]) -> CheckpointMetadata:
         files={name: file_record(record) for name, record in typed(content["files"], dict).items()},
         tensors={name: tensor_record(record) for name, record in typed(content["tensors"], dict).items()},
         libraries=texts(content["libraries"]),
+        # Version 2 was made for ``initial`` and has it always; in all others it may be null.
         initial=None if schema != 2 and content["initial"] is None else InitialRecord.parse(content["initial"]),
         weights=_weights(content["weights"], schema),
         names=typed_or_none(content["names"], dict),

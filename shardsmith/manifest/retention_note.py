@@ -60,6 +60,7 @@ def note_policy(directory: Path, policy: Retention | None, marker: str) -> bool:
         withdraw_file(note)
         return True
     text = json.dumps(_fields(policy, marker), indent=1, allow_nan=False).encode()
+    # Unchanged, as at most resumes: nothing is written.
     with contextlib.suppress(OSError, ValueError):
         if read_bounded(note, _MOST_BYTES) == text:
             return True
@@ -108,7 +109,9 @@ def _reasons(
     if policy is None:
         yield noted.text
         return
+    # As if the next step were there: it counts as one of the newest and pushes an older one out.
     upcoming = [*steps, max(steps) + 1]
+    # A policy of low_disk alone keeps all steps until the disk is short.
     if policy == Retention(low_disks=policy.low_disks) and policy.low_disks and not noted.conditions:
         yield _short_of_room(policy, room)
         return
@@ -121,6 +124,7 @@ def _reasons(
         yield f"{Retention(newer_secs=policy.newer_secs)} for {left / 3600:.1f} hours more"
     metrics = read_metrics(directory) if policy.bests else {}
     for one in policy.bests:
+        # Without a value yet, the metric may still make this step one of the best.
         if step in one.keep(upcoming, metrics) or one.metric not in metrics.get(step, {}):  # which may still come
             yield repr(Retention(bests=frozenset([one])))
     yield from (f"keep_if({name})" for name in noted.conditions)
@@ -139,6 +143,7 @@ def _replace(note: Path, text: bytes) -> None:
         return
     temporary = temporary_path(note, new_attempt_id())
     with contextlib.ExitStack() as on_error, writing(note, "writing down what is kept"):
+        # After the rename there is nothing left to unlink: the callback then does nothing.
         on_error.callback(temporary.unlink, missing_ok=True)
         write_file(temporary, text)
         temporary.replace(note)

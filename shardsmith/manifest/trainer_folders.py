@@ -42,7 +42,9 @@ def last_checkpoint(parent: LocalPath, *, verify: bool = False) -> str | None:
             log.warning("%s is passed over: %s", folder, "; ".join(found))
         return bool(found)
 
+    # Rank 0 lists, for all: the ranks must look at the same folders in the same order.
     for folder in map(Path, ranks.lead("looking for checkpoints", lambda: _newest_first(Path(parent)))):
+        # Each rank looks at its share of the files; damage that one of them finds counts for all.
         if not ranks.agree(f"looking at {folder.name}", functools.partial(find_damage, folder), any):
             return str(folder)
     return None

@@ -28,6 +28,7 @@ class WeightsRecord:
         """From JSON. Raises KeyError, TypeError or ValueError if it is none."""
         require_fields(record, cls)
         folder, stem = typed(record["folder"], str), typed(record["stem"], str)
+        # A manifest may come from a stranger: folder and stem must not lead out of the checkpoint.
         if (folder and not _is_name(folder)) or not _is_name(stem):
             raise ValueError(f"weights are in {folder!r} as {stem!r}, which are no names of a folder and of files")
         return cls(folder=folder, stem=stem, slices=typed(record["slices"], dict), rest=typed(record["rest"], bool))
