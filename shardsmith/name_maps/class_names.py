@@ -78,9 +78,11 @@ class ClassNames:
         """
         if self._model is None:
             return {}
+        # These are the names in memory already: nothing is to be renamed.
         if all(name in self._state for name in names):
             return {name: name for name in names}
         renamed = _renamed(self._model, names, self._state)
+        # Two names that become one cannot both be right: then nothing is known.
         return renamed if len(set(renamed.values())) == len(renamed) else {}
 
     def to_files(self, files: Mapping[str, TensorSpec]) -> TransformersNames:
@@ -111,5 +113,6 @@ def _renamed(model: Any, names: Collection[str], state: dict[str, Any]) -> dict[
     from transformers.core_model_loading import WeightRenaming, dot_natural_key, rename_source_key
 
     renamings = [found for found in get_model_conversion_mapping(model) if isinstance(found, WeightRenaming)]
+    # In the order of from_pretrained: what a conversion has met decides what it does with later names.
     ordered = sorted(names, key=dot_natural_key)
     return {name: rename_source_key(name, renamings, [], model.base_model_prefix, state)[0] for name in ordered}

@@ -35,6 +35,7 @@ def find_uncovered(slices: Iterable[Slice], specs: Mapping[str, TensorSpec]) -> 
         grids.setdefault(part.source, []).append(part.grid)
     for source, spec in specs.items():
         found = grids.get(source)
+        # Nothing is outside (find_impossible) and nothing overlaps, so the sum says whether all is there.
         absent = spec.numel - sum(grid.numel for grid in found or ())
         if found is None:
             yield f"{source}: used by no target"
@@ -48,10 +49,13 @@ def _overlap(grids: Sequence[Grid], shape: Shape) -> bool:
     """Whether an element is in two of them, or they are so irregular that telling would take minutes."""
     if len(grids) < 2:
         return False
+    # A grid that fills its cover is a box, and boxes are compared without enumerating elements.
     covers = [grid.cover(Chunk.whole(grid.shape)) for grid in grids]
     if all(grid.numel == cover.numel for grid, cover in zip(grids, covers, strict=True)):
         try:
+            # find_overlap takes different boxes only, so equal ones are found first.
             return len(set(covers)) < len(covers) or find_overlap(covers) is not None
+        # Counts as an overlap: a map that cannot be verified must not be used.
         except IrregularBoxesError:
             return True
     return not _are_cells(grids, shape) and _any_meet(grids, covers)
@@ -63,6 +67,7 @@ def _are_cells(grids: Sequence[Grid], shape: Shape) -> bool:
     if len(set(keys)) < len(keys):
         return False
     for dim, size in enumerate(shape):
+        # How many distinct index sets use each index: more than one means that two of them partly overlap.
         uses = torch.zeros(size, dtype=torch.int64, device="cpu")
         for indices in {key[dim] for key in keys}:
             uses[_enumerate(indices)] += 1
@@ -76,6 +81,7 @@ def _any_meet(grids: Sequence[Grid], covers: Sequence[Chunk]) -> bool:
     pairs = ((i, j) for i, cover in enumerate(covers) for j, _ in finder.meeting(cover) if i < j)
     for count, (i, j) in enumerate(pairs):
         dims = zip(_indices(grids[i]), _indices(grids[j]), strict=True)
+        # Grids are products of their dimensions: they meet only if they share an index in each.
         if count >= _MAX_COMPARISONS or all(_share_one(a, b) for a, b in dims):
             return True
     return False

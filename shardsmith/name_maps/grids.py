@@ -64,9 +64,11 @@ class Grid:
             return False
         if not self.numel:
             return True
+        # An index into ``start`` by a dimension that is not there would raise in ``cover``.
         if not {axis.dim for axis in self.axes} <= set(range(len(shape))):
             return False
         cover = self.cover(Chunk.whole(self.shape))
+        # The first and the last element lie inside, and all others lie between them.
         inside = Chunk.whole(shape).intersect(cover) == cover
         return inside and all(
             wide.step >= _reach(finer) for _, axes in self.along_dims() for wide, *finer in _tails(axes)
@@ -81,6 +83,7 @@ class Grid:
         offsets, sizes = list(self.start), [1] * len(self.start)
         for axis, first, count in zip(self.axes, part.offsets, part.sizes, strict=True):
             offsets[axis.dim] += first * axis.step
+            # Several axes along one dimension add up: each reaches count - 1 steps from the first element.
             sizes[axis.dim] += (count - 1) * axis.step
         return Chunk(tuple(offsets), tuple(sizes))
 
@@ -92,6 +95,7 @@ class Grid:
         for dim, (start, low, size) in enumerate(zip(self.start, box.offsets, box.sizes, strict=True)):
             places = self._along(dim)
             ranges = list(_ranges([self.axes[i] for i in places], low - start, low + size - start))
+            # The cartesian product over the dimensions: each range of one dimension with each of the others.
             found = [_with(part, places, chosen) for part in found for chosen in ranges]
         return [Chunk(tuple(offsets), tuple(sizes)) for offsets, sizes in found]
 
@@ -109,11 +113,13 @@ class Grid:
         strides = values.stride()
         place = values.storage_offset()
         for start, offset, stride in zip(self.start, box.offsets, strides, strict=True):
+            # May point outside of the box for now; the first element of the part brings it back inside.
             place += (start - offset) * stride
         steps = []
         for axis, first in zip(self.axes, part.offsets, strict=True):
             steps.append(axis.step * strides[axis.dim])
             place += first * steps[-1]
+        # as_strided and no indexing: several axes along one dimension are no slice of it.
         return values.as_strided(part.sizes, steps, place)
 
     def boxes(self, part: Chunk) -> Iterator[Chunk]:
@@ -122,6 +128,7 @@ class Grid:
         if place is None:
             yield part
             return
+        # One index of the axis with gaps at a time; the finer axes inside of it are then looked at again.
         sizes = (*part.sizes[:place], 1, *part.sizes[place + 1 :])
         for i in range(part.sizes[place]):
             step = (*(0,) * place, i, *(0,) * (len(sizes) - place - 1))
@@ -129,6 +136,7 @@ class Grid:
 
     def as_box(self, values: Tensor, part: Chunk) -> Tensor:
         """Return the values of a part that is all of its ``cover``, in the cover's shape: a view, or else a copy."""
+        # Dimension by dimension, widest step first: row-major order of the cover.
         order = [i for dim in range(len(self.start)) for i in self._along(dim)]
         return values.permute(order).reshape(self.cover(part).sizes)
 
@@ -176,8 +184,10 @@ def _ranges(axes: Sequence[Axis], low: int, high: int) -> Iterator[tuple[Range, 
         return
     wide, finer = axes[0], axes[1:]
     step, reach = wide.step, _reach(finer)
+    # The steps of the widest axis of which anything lies between low and high; full to after are those with everything.
     first, last = max(0, (low - reach) // step + 1), min(wide.size, -(-high // step))
     full, after = max(first, -(-low // step)), min(last, (high - reach) // step + 1)
+    # No step is complete: all of them are partial, in one run.
     if full >= after:
         full = after = last
     for i in range(first, full):

@@ -76,6 +76,7 @@ def find_name_map(name: str, config: dict[str, Any] | None) -> NameMap:
     if kind not in offered:
         known = ", ".join(["auto", "identity", *sorted(offered)])
         raise UsageError(f"there is no name map {kind!r}. Known are: {known}; packages add more as {ENTRY_POINTS}")
+    # Only the package that was asked for is imported.
     make = offered[kind].load()
     found: NameMap = make(config, argument) if colon else make(config)
     return found
@@ -102,12 +103,14 @@ class Translation:
         if problems := [*find_impossible(named, specs)] or [*find_uncovered(slices, specs)]:
             lines = "\n  ".join(problems)
             raise UsageError(f"the name map {type(name_map).__name__} cannot be used; nothing was written\n  {lines}")
+        # By source, with a finder: a shard asks which targets its box meets, and there may be thousands of experts.
         self._pieces = {source: (found, BoxFinder(covers)) for source, found, covers in _by_source(pieces)}
 
     def translate(self, specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
         """The targets, with the dtypes that their sources have here: those that the map was asked about, or such."""
         found = {}
         for name, target in self.targets.items():
+            # A joined target may have parts of different dtypes; promote_types holds the values of all of them.
             dtypes = [specs[source].dtype for source in target.sources]
             found[name] = TensorSpec(name, target.shape, functools.reduce(torch.promote_types, dtypes))
         return found

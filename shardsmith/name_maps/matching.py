@@ -147,6 +147,7 @@ class _Matcher:
 
     def best(self) -> _Try:
         """Return the class's renames before any guess, and a guess only if it is certain."""
+        # The cheapest first: without a class nothing of transformers is imported.
         plain = self._try(self._forms)
         if plain.fits or not self._target:
             return plain
@@ -155,6 +156,7 @@ class _Matcher:
             return by_class
         guesses = [guess for guess in self._guesses() if guess.fits and self._has_shapes(guess)]
         guesses.sort(key=lambda guess: guess.by_class)  # what the target does not list is called right without renames
+        # Several guesses that fit must agree on every name; otherwise none of them is certain.
         if guesses and all(guess.placed == guesses[0].placed for guess in guesses):
             return guesses[0]
         return min((plain, by_class, *self._common_prefixes()), key=lambda found: found.unplaced)
@@ -190,12 +192,14 @@ class _Matcher:
         ours = self._renames.in_memory(plain.forms.values()) if self._renames else {}
         if not self._renames or not ours:
             return plain
+        # Computed once for the target: names in memory -> the target's own.
         if self._memory is None:
             theirs = self._renames.in_memory(self._places)
             self._memory = {called: self._places[form] for form, called in theirs.items()}
         placed = {n: self._memory[ours[form]] for n, form in plain.forms.items() if ours[form] in self._memory}
         missing = frozenset(self._target).difference(placed.values())
         found = replace(plain, placed=placed, missing=missing, by_class=True)
+        # Renames that bring nothing together are not reported as needed.
         return found if found.unplaced < plain.unplaced else plain
 
     def _guesses(self) -> Iterator[_Try]:
@@ -206,6 +210,7 @@ class _Matcher:
             yield self._by_class(plain)
         for head in _heads(self._places):
             yield self._try({name: head + form for name, form in self._forms.items()}, added=head)
+            # Where only a part of the names lacks the prefix, as of a model whose head lies beside it.
             some = {n: form if form in self._places else head + form for n, form in self._forms.items()}
             yield self._try(some, added=head)
 
@@ -242,6 +247,7 @@ def _heads(names: Iterable[str]) -> list[str]:
     split = [name.split(".") for name in names]
     found: list[str] = []
     for depth in range(1, _DEEPEST + 1):
+        # Many different beginnings are names of layers or modules, and none of them is a wrapper's.
         heads = {".".join(parts[:depth]) + "." for parts in split if len(parts) > depth}
         found += sorted(heads) if len(heads) <= _MOST_HEADS else []
     return found

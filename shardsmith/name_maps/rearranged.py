@@ -45,6 +45,7 @@ def read_linked(
         CheckpointError: the source does not have all of a box that has to be put together.
     """
     found = [part for link in links for part in _find(source, link, box)]
+    # Each part fills its cover, so it is a box of the target and can be handed out as a view.
     if all(part.place.numel == part.part.numel for part in found):
         yield from ((part.place, part.grid.as_box(part.values, part.part).to(dtype)) for part in found)
     else:
@@ -53,6 +54,7 @@ def read_linked(
 
 def _find(source: TensorSource, link: Link, box: Chunk) -> Iterator[_Found]:
     for wanted in link.there.cut(box):
+        # The cover of a grid may have elements of other targets between its own; ``cut`` takes them out again.
         for chunk, values in source.pieces(link.name, link.here.cover(wanted)):
             for held in link.here.cut(chunk):
                 part = held.intersect(wanted)
@@ -61,6 +63,7 @@ def _find(source: TensorSource, link: Link, box: Chunk) -> Iterator[_Found]:
 
 
 def _assembled(source: TensorSource, found: Sequence[_Found], box: Chunk, dtype: torch.dtype) -> Tensor:
+    # Parts do not overlap: the translation was verified for that.
     filled = sum(part.values.numel() for part in found)
     if filled != box.numel:
         raise CheckpointError(source.path, f"has only {filled} of {box.numel} elements of what {box} is made of")

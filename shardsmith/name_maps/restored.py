@@ -58,9 +58,11 @@ class RestoredModel:
         wanted = self._translation.translate(specs)
         twins = self._translation.translate_aliases(self.aliases, specs)
         self._stored = {name: name for name in wanted}
+        # Files may hold a tied tensor under the alias only: then it is read from there.
         self._stored |= {kept: alias for alias, kept in twins.items() if kept not in files.specs}
         self.unused = tuple(name for name in files.specs if name not in wanted and name not in twins)
         self.twice = {alias: kept for alias, kept in twins.items() if alias in files.specs and kept in files.specs}
+        # Before any value is read: all missing names are reported at once.
         self._check(wanted)
         self.specs: Mapping[str, TensorSpec] = {
             name: TensorSpec(name, spec.shape, self._dtype(name, spec))

@@ -106,9 +106,11 @@ class Slice:
         """
         wanted, numel = list(shape), math.prod(self.shape)
         if -1 in shape:
+            # The -1 itself makes the product of the shape negative.
             wanted[shape.index(-1)] = numel // max(1, -math.prod(shape))
         if math.prod(wanted) != numel or min(wanted, default=1) < 0:
             raise ValueError(f"a tensor of shape {self.shape} cannot have the shape {shape}")
+        # Without elements every shape is regular.
         if not numel:
             return self.of_axes(self.source, self.start, _axes(wanted))
         axes = list(self.grid.axes)
@@ -177,6 +179,7 @@ def _narrowed(axes: tuple[Axis, ...], item: int | slice) -> tuple[list[Axis], li
     chosen = index if isinstance(index, range) else range(index, index + 1)
     if not chosen:
         return [Axis(0, 1, 0)], [0] * len(axes)
+    # A single element has any step; 1 keeps the slice normal.
     step = chosen.step if len(chosen) > 1 else 1
     if len(axes) == 1 and step > 0:
         return [Axis(axes[0].dim, axes[0].step * step, len(chosen))], [chosen[0]]
@@ -211,6 +214,7 @@ def _joined(axes: Sequence[Axis]) -> tuple[Axis, ...]:
     for axis in axes:
         if axis.size == 1:
             continue
+        # A wide axis that continues a finer one is one longer axis: so equal slices compare equal.
         if found and found[-1].dim == axis.dim and found[-1].step == axis.step * axis.size:
             axis = Axis(axis.dim, axis.step, found.pop().size * axis.size)
         found.append(axis)
@@ -222,6 +226,7 @@ def _take(axes: list[Axis], size: int) -> list[Axis]:
     taken: list[Axis] = []
     while size > 1:
         axis = axes.pop()
+        # The inner part of the axis becomes the dimension; the outer part stays for the dimensions before it.
         if axis.size > size and axis.size % size == 0:
             axes.append(replace(axis, size=axis.size // size, step=axis.step * size))
             axis = replace(axis, size=size)

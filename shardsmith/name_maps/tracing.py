@@ -53,22 +53,27 @@ class Probes(TorchDispatchMode):
     def __init__(self, specs: Mapping[str, TensorSpec]) -> None:
         super().__init__()
         self.tensors = {name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for name, spec in specs.items()}
+        # The tensor is held, too: a storage that is freed would give its address to another one.
         self._known: dict[int, tuple[Tensor, Target]] = {}  # by storage: a tensor that is all of it, and what it holds
         for name, spec in specs.items():
             self._note(self.tensors[name], Slice.whole(spec))
 
     def content_of(self, tensor: Tensor) -> Target | None:
         """Return what a tensor holds, if it was cut out of probes."""
+        # A result of another dtype is a reinterpretation of bytes, and a pending negation or conjugation changes
+        # values.
         whole, content = self._known.get(tensor.untyped_storage()._cdata, (None, None))
         if whole is None or content is None or tensor.dtype != whole.dtype or tensor.is_neg() or tensor.is_conj():
             return None
         if isinstance(content, Joined):
+            # A part of a concatenation may cross the border of its parts, so only all of it is accepted.
             is_whole = tensor.shape == whole.shape and tensor.stride() == whole.stride()
             return content if is_whole and tensor.storage_offset() == whole.storage_offset() else None
         return _view_of(tensor, content)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        # Written in place: the storage no longer holds what was noted.
         for tensor in _written_by(func, args, kwargs or {}):
             self._known.pop(tensor.untyped_storage()._cdata, None)
         if func in _COPIES and result.dtype == args[0].dtype and result.is_meta:
@@ -79,11 +84,13 @@ class Probes(TorchDispatchMode):
         return result
 
     def _join(self, tensors: Sequence[Tensor], dim: int, *, stacked: bool) -> Target | None:
+        # An empty tensor adds nothing to a concatenation.
         contents = [self.content_of(tensor) for tensor in tensors if tensor.numel() or len(tensors) == 1]
         parts = [content for content in contents if isinstance(content, Slice)]
         if len(parts) < len(contents):
             return None
         if stacked:
+            # stack is cat along a new dimension of size 1.
             parts = [part.reshape(*part.shape[:dim], 1, *part.shape[dim:]) for part in parts]
         try:
             return parts[0] if len(parts) == 1 else Joined(tuple(parts), dim)
@@ -92,6 +99,7 @@ class Probes(TorchDispatchMode):
 
     def _note_copy(self, copy: Tensor, content: Target | None) -> None:
         """A copy may keep the strides of what it was made from: it is all of its storage in their order only."""
+        # From the slowest stride to the fastest; of equal strides the larger dimension is the slower one.
         order = sorted(range(copy.dim()), key=lambda dim: (-copy.stride()[dim], -copy.shape[dim]))
         if content is None or not copy.permute(order).is_contiguous():
             return
@@ -116,8 +124,10 @@ def _view_of(view: Tensor, content: Slice) -> Slice | None:
     """What a view has of a storage that holds ``content`` in row-major order; None if it is not regular there."""
     if view.numel() == 0:
         return Slice.of_axes(content.source, content.start, [[Axis(0, 1, size)] for size in view.shape])
+    # The storage has the content in row-major order: these are the strides that each of its axes has there.
     axes = content.grid.axes
     strides = [math.prod(axis.size for axis in axes[i + 1 :]) for i in range(len(axes))]
+    # The storage offset written in the mixed radix of the content's axes.
     start = tuple(view.storage_offset() // stride % axis.size for stride, axis in zip(strides, axes, strict=True))
     steps = [
         _steps(size, stride, start, strides, content) for size, stride in zip(view.shape, view.stride(), strict=True)
@@ -137,6 +147,8 @@ def _steps(size: int, stride: int, start: Shape, strides: Sequence[int], content
     sizes = content.grid.shape
     found: list[Axis] = []
     while size > 1:
+        # The axis along which one step of the view moves: its stride lies between that of this axis and of the one
+        # outside.
         along = next((i for i, inner in enumerate(strides) if inner <= stride < inner * sizes[i]), None)
         if along is None or stride % strides[along]:
             return None
@@ -146,6 +158,7 @@ def _steps(size: int, stride: int, start: Shape, strides: Sequence[int], content
             count = sizes[along] // step
             if sizes[along] % step or start[along] >= step or size % count:
                 return None
+        # The view goes on along the next axis outward with what is left of its size.
         found.insert(0, Axis(along, step, count))
         size, stride = size // count, strides[along] * sizes[along]
     return found

@@ -80,11 +80,13 @@ class TransformersNames:
         Raises:
             UnsupportedFormatError: the model cannot be made a second time from its config.
         """
+        # Not imported: a model of transformers cannot be live without the module.
         modeling = sys.modules.get("transformers.modeling_utils")
         if modeling is None or not isinstance(live, modeling.PreTrainedModel) or not _is_converted(live):
             return None
         model = meta_twin_of(live)
         loaded_with: Any = getattr(live, "_weight_conversions", None)
+        # What from_pretrained applied at the load is what save_pretrained reverts.
         conversions = _conversions_of(model, ()) if loaded_with is None else loaded_with
         return cls(own_class(live).__name__, model, conversions, files)
 
@@ -98,6 +100,8 @@ class TransformersNames:
             found, refused = self._trace(self._conversions, specs)
             other = {n: spec for n, spec in self._files.items() if n in found and found[n].shape != spec.shape}
             if other and any(_looks_at_shapes(conversion) for conversion in self._conversions):
+                # Traced a second time as if every check for a transposed shape said yes; a result counts only if it has
+                # the file's shape.
                 turned, _ = self._trace([_without_a_look(c) for c in self._conversions], specs)
                 found |= {n: turned[n] for n, spec in other.items() if n in turned and turned[n].shape == spec.shape}
         except Exception as error:  # an operation that does not fit these tensors
@@ -189,6 +193,7 @@ def _unknown(origin: str | Path, error: Exception) -> UnsupportedFormatError:
 
 def _on_meta(kind: Any, config: Any) -> Any:
     """A model without data. Leaves config and random numbers as they are."""
+    # devices=[]: only the CPU's generator is saved and restored, and no accelerator is initialized for it.
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         return kind._from_config(copy.deepcopy(config))
 
@@ -232,5 +237,6 @@ def _conversions_of(model: Any, names: Iterable[str]) -> list[Any]:
     converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
     state = model.state_dict()
     for name in names:
+        # For its side effect: each conversion notes that it was used.
         rename_source_key(name, renamings, converters, model.base_model_prefix, state)
     return [conversion for conversion in conversions if conversion.was_used()]
