@@ -22,6 +22,8 @@ Fresh = Callable[[], nn.Module] | Mapping[str, Tensor]
 """Makes a model of which only the buffers are looked at; or the buffers themselves, by name. An attribute ``origin`` of
 a function says where they are from, for people."""
 
+# Tables are computed on other devices in float32: relative distance, and for tables of sines a part of the greatest
+# value.
 _RELATIVE = 1e-5
 _OF_TABLES = 2e-3
 
@@ -56,7 +58,10 @@ class BufferReference:
         mendable = [fault.name for fault in self.compare(live) if fault.code != "buffer-without-reference"]
         repaired = []
         for name in mendable:
+            # A wrong shape cannot be repaired in place: it stays a fault.
             if tuple(found[name].shape) == tuple(self.buffers[name].shape):
+                # Before the copy: values in float32 must not be rounded to the wrong dtype that is repaired.
+                # ``transient`` is asked again, since the buffer is a new tensor then.
                 live.widen_buffer(name, self.buffers[name].dtype)
                 for box, values in local_boxes(live.transient()[name]):
                     values.copy_(self._part(name, box))
@@ -75,6 +80,7 @@ class BufferReference:
         if tuple(buffer.shape) != tuple(expected.shape):
             shapes = f"has shape {tuple(buffer.shape)}, expected {tuple(expected.shape)}"
             return LoadFault("buffer-differs", name, f"{shapes} as in {self.origin}")
+        # A buffer may be a DTensor: each rank compares its own part.
         for box, values in local_boxes(buffer):
             part = self._part(name, box)
             if values.dtype in casts and part.is_floating_point():
@@ -105,9 +111,11 @@ def find_reference(
         for prefix, module in transformers_parts(part).items():
             wanted, words = source_config(module, path, record, config) if not prefix else (None, LIVE_CONFIG)
             made.add(prefix, module, wanted, f"a model made anew from {words}")
+    # With a config given, recorded buffers are those of another config.
     recorded = {name: found.tensor() for name, found in record.buffers.items()} if record and config is None else {}
     known = {name: values for name, values in recorded.items() if values is not None}
     origin = f"{path.name}/metadata.json" if known and not made.buffers else made.origin
+    # What was made anew comes before what was recorded.
     return BufferReference({**known, **made.buffers}, origin, made.tied, made.unmade)
 
 
@@ -155,6 +163,7 @@ def _difference(found: Tensor, expected: Tensor) -> tuple[str, str] | None:
         return None
     if not found.dtype.is_floating_point and not found.dtype.is_complex:
         return "buffer-differs", f"{int((found != expected).sum())} of {found.numel()} values differ"
+    # 8 eps: some operations in a dtype of few bits, such as bfloat16.
     precision = max(_RELATIVE, 8 * torch.finfo(found.dtype).eps)
     if found.dtype.is_complex:
         found, expected = torch.view_as_real(found), torch.view_as_real(expected)

@@ -65,6 +65,7 @@ def specs_on_all(ranks: Ranks, live: LiveWeights) -> dict[str, TensorSpec]:
     found: dict[str, list[Any]] = ranks.agree(
         "comparing names",
         lambda: {name: [list(spec.shape), dtype_name(spec.dtype)] for name, spec in live.specs.items()},
+        # reversed: the entry of the lowest rank is written last and stays.
         lambda parts: {name: spec for part in reversed(parts) for name, spec in part.items()},
         large=True,
     )
@@ -95,6 +96,7 @@ def compare_names(
             faults.append(LoadFault("shape-differs", name, shapes))
         else:
             dtypes[name] = spec.dtype
+    # Names of all ranks: with pipeline stages a tensor that this rank lacks may be used by another.
     used = {source.key_of(name) for name in specs}
     unused = {name: spec for name, spec in source.specs.items() if name not in used} | source.unused
     extra = tuple(name for name in unused if matches(name, allow_extra))
@@ -123,6 +125,7 @@ def verify_values(
     keys = {name: key for name in dtypes if (key := source.key_of(name)) is not None}
     recorded = {name: source.recorded_digest(key, dtypes[name]) for name, key in keys.items()}
     known = {name: digest for name, digest in recorded.items() if digest is not None}
+    # Cast or not recorded: these are digested from the files, in the dtype that the model has.
     unknown = {name: (keys[name], dtypes[name]) for name in dtypes if name not in known}
     found: dict[str, Any] = ranks.agree(
         "digesting the model",
@@ -179,6 +182,7 @@ def _how_known(known: Mapping[str, Digest], unknown: Mapping[str, Any]) -> str:
 def _read_digests(source: InitialSource, wanted: set[tuple[str, torch.dtype]], ranks: Ranks) -> dict[str, str]:
     """This rank's share of the digests of tensors in certain dtypes."""
     found: dict[str, str] = {}
+    # Sorted, since a set has another order on each rank, and the shares are divided by position.
     for dtype in sorted({dtype for _, dtype in wanted}, key=str):
         keys = {key: dtype for key, other in sorted(wanted, key=lambda pair: pair[0]) if other == dtype}
         shares = digest_source(source.tensors, keys, part=ranks.rank, parts=ranks.size)
@@ -204,6 +208,7 @@ def _wrong(parts: list[dict[str, list[list[Any]]]], expected: Mapping[str, Diges
         (name, tuple(box), share) for part in parts for name, boxes in part.items() for box, share in boxes
     )
     sums = live.digests
+    # Replicas that differ are wrong even if the first one adds up: the other ranks train with other values.
     wrong = [n for n, digest in expected.items() if n in live.differing or sums.get(n, Digest()) != digest]
     # replicas that differ are the cause, a wrong sum is the effect
     return {name: "replicas-differ" if name in live.differing else "values-differ" for name in wrong}
@@ -243,6 +248,7 @@ def _faults(
     """On rank 0. As JSON."""
     looks = {}
     for name in wrong:
+        # A box that several ranks hold counts once.
         boxes = {tuple(box): look for part in parts for box, look in part["looks"].get(name, ())}
         looks[name] = sum((Look(**look) for look in boxes.values()), NOTHING)
     ends = (

@@ -69,6 +69,7 @@ class Look:
 
     def __add__(self, other: Look) -> Look:
         """What two parts hold together."""
+        # A part without a finite value has 0 in ``least`` and ``greatest``, which must not count.
         finite = [look for look in (self, other) if look.not_finite < look.numel]
         return Look(
             least=min((look.least for look in finite), default=0.0),
@@ -99,6 +100,7 @@ def classify(
         ends: Names of input embeddings and of output embeddings.
         known: Codes that are known for other reasons.
     """
+    # One line for all of them: hundreds of lines would hide the cause.
     if _nothing(looks, matrices):
         names = ", ".join([*looks][:3])
         return [
@@ -136,6 +138,7 @@ def _code(name: str, look: Look, layers: frozenset[str], ends: tuple[frozenset[s
     match = _LAYER.fullmatch(name)
     if match and match["layer"] in layers:
         return "layer-not-loaded"
+    # The poison of floating-point tensors is NaN: only what is not finite beyond it is a fault of its own.
     if look.not_finite > look.poisoned:
         return "not-finite"
     if name in ends[0]:

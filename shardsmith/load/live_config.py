@@ -37,6 +37,7 @@ def compare_live_config(
     if whole is None or expected is None:
         return []
     wanted = _public(plain_config(expected))
+    # Of the same class both print the same fields, so the plain dicts can be compared.
     is_own = isinstance(whole.config, type(expected))
     found = _public(plain_config(whole.config)) if is_own else _like(whole.config, wanted)
     found = _as_far_as_stated(found, wanted)

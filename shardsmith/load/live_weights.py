@@ -50,6 +50,7 @@ class LiveWeights:
         self.parts = [inside_fabric(part) for part in ([model] if isinstance(model, nn.Module) else model)]
         self._is_fsdp1 = [any(isinstance(m, FullyShardedDataParallel) for m in part.modules()) for part in self.parts]
         self._forget_gathered()
+        # After that: the state must be made of the shards, not of weights that a forward has gathered.
         self._states = [_state(part) for part in self.parts]
         self._tensors: dict[str, Tensor] = {}
         for state in self._states:
@@ -124,8 +125,11 @@ class LiveWeights:
         Communicates under FSDP1, and where modules save other tensors than they train and their hooks communicate.
         """
         for part, state, is_fsdp1 in zip(self.parts, self._states, self._is_fsdp1, strict=True):
+            # FSDP1's state dict may be copies; set_model_state_dict writes them into the flat parameters.
             if is_fsdp1:
                 set_model_state_dict(part, dict(state))
+            # Filled values are in the model already, except where a module's hooks save other tensors than its
+            # parameters.
             elif not _parameters(part) <= state.keys():
                 part.load_state_dict(dict(state), strict=False)
         self._forget_gathered()
@@ -137,6 +141,8 @@ class LiveWeights:
         No communication. Bools stay as they are, and so does a flat parameter of FSDP1 that holds another tensor too.
         """
         for part, state in zip(self.parts, self._states, strict=True):
+            # A flat parameter of FSDP1 holds several tensors: it is overwritten only if none of this part is to be
+            # spared.
             spared = {name for name in state if name not in names}
             for name, tensor in _saved_tensors(part):
                 # of a name that is not saved are flat parameters, and such as are saved in parts

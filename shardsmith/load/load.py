@@ -83,6 +83,7 @@ def load_initial(
         names = compare_names(ranks, load.live, load.source, *allowed)
         if names.faults:
             raise _error(load.source.path, names.faults, "Nothing was loaded; the model is unchanged.")
+        # Only now is the model changed: names and shapes have been compared on all ranks.
         load.fill([name for name in names.dtypes if name in load.live.specs], poison)
         return load.verify(names, repair_buffers, allowed[0], loaded=True)
 
@@ -206,6 +207,7 @@ def _opened(
 ) -> Iterator[_Load]:
     """Open the source and make the model anew, on every rank; the source is closed in the end."""
     live = LiveWeights(model)
+    # Outside of ``open_source``, in which ranks do not communicate.
     specs = specs_on_all(ranks, live) if names is not None else {}
     with contextlib.ExitStack() as stack:
         made: list[_Load] = []
@@ -222,6 +224,7 @@ def _opened(
             settings = compare_live_config(live, path, source.record, config)
             made.append(_Load(ranks, live, source, reference, settings))
 
+        # Each rank opens for itself; what fails on one is an error on all before anything else is done together.
         ranks.gather(f"opening {path}", open_source)
         yield made[0]
 
@@ -247,8 +250,10 @@ class _Load:
         """Load this rank's boxes of these. Communicates."""
         if poison:
             self.live.poison(frozenset(names))
+        # An error of one rank is raised on all, before ``store`` communicates: no rank waits for one that has failed.
         self._ranks.gather(f"loading {self.source.path}", lambda: self._fill(names))
         self.live.store()
+        # Taken anew: under FSDP1 the tensors filled were copies, and what is verified must be what trains.
         self.live = LiveWeights(self.live.parts)
 
     def verify(

@@ -73,14 +73,17 @@ class InitialSource:
             ties: What is one tensor, as far as the source does not say it: alias -> kept name.
         """
         self.ties = {**ties, **self.ties}
+        # A checkpoint of ours has the model's own names; several parts have no class that could say the names of all.
         if self._fits(live) or self._metadata is not None or len(live.parts) != 1:
             return
         own = self.tensors
         assert isinstance(own, ModelSource)
         found = match_names(own.specs, live.specs, ClassNames.of_model(unwrapped(live.parts[0])), own.aliases)
+        # First by name alone, which cuts no tensor up.
         self.tensors = renamed(own, found)
         if self._fits(live):
             return
+        # Back to the files' own names, from which the class's conversions start.
         self.tensors = own
         try:
             name_map = TransformersNames.of_model(unwrapped(live.parts[0]), own.specs)
@@ -135,6 +138,7 @@ class InitialSource:
         if name in self.specs:
             return name
         root = self.ties.get(name, name)
+        # Any name of the tied group may be the one under which the source has the tensor.
         group = (other for other, kept in [(root, root), *self.ties.items()] if kept == root)
         return next((other for other in group if other in self.specs), None)
 
@@ -143,6 +147,7 @@ class InitialSource:
         if self._metadata is None:
             return None
         record = self._metadata.tensors.get(self._keys[key])
+        # A digest is of bytes: in another dtype it says nothing.
         return Digest.parse(record.digest) if record and record.dtype == dtype_name(dtype) else None
 
     def close(self) -> None:
