@@ -60,8 +60,7 @@ __all__ = [
     "open_source",
 ]
 
-# Ours before DCP, since a step of ours is a DCP directory, too; the fork's manifest before Hugging Face files beside
-# it.
+# Ours before DCP, since a step of ours is a DCP directory, too; the fork before the Hugging Face files that it has.
 _WITHOUT_OURS = (
     OURS_READER,
     DCP_READER,

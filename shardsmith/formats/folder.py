@@ -82,8 +82,7 @@ def _list_files(folder: Path, skipped: str | None) -> list[str]:
     found = []
     for parent, folders, names in os.walk(folder):
         if Path(parent) == folder:
-            # In place, which is how os.walk is told not to go into a folder. Ours is not the trainer's, and grows
-            # meanwhile.
+            # In place, which is how os.walk is told not to go into a folder. Ours is none of the trainer's.
             folders[:] = [name for name in folders if name != layout.COMPANION and not layout.is_leftover(name)]
         paths = [Path(parent, name) for name in names]
         found += [(path.stat().st_size, path) for path in paths if path.is_file() and not path.is_symlink()]

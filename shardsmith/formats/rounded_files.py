@@ -148,8 +148,7 @@ def _read_exceptions(folder: Path, specs: Mapping[str, TensorSpec]) -> dict[str,
     for path in sorted(path for path in folder.iterdir() if _FILE.fullmatch(path.name)):
         with contextlib.closing(SafetensorsSource(path)) as source:
             for name in (one.removesuffix(_AT) for one in source.specs if one.endswith(_AT)):
-                # Bounds what is decompressed: 8 and 2 bytes for each element at most. A tensor that is not there may
-                # have none.
+                # Bounds what is decompressed: 8 and 2 bytes for each element at most; none for an unknown tensor.
                 most = specs[name].numel if name in specs else 0
                 steps: _Indices = np.frombuffer(_unpack(source, name + _AT, 8 * most), np.int64)
                 corrections: _Corrections = np.frombuffer(_unpack(source, name + _BY, 2 * most), np.uint16)

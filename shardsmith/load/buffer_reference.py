@@ -22,8 +22,7 @@ Fresh = Callable[[], nn.Module] | Mapping[str, Tensor]
 """Makes a model of which only the buffers are looked at; or the buffers themselves, by name. An attribute ``origin`` of
 a function says where they are from, for people."""
 
-# Tables are computed on other devices in float32: relative distance, and for tables of sines a part of the greatest
-# value.
+# Other devices round otherwise: a relative distance, and for tables of sines a part of the greatest value.
 _RELATIVE = 1e-5
 _OF_TABLES = 2e-3
 

@@ -128,8 +128,7 @@ class LiveWeights:
             # FSDP1's state dict may be copies; set_model_state_dict writes them into the flat parameters.
             if is_fsdp1:
                 set_model_state_dict(part, dict(state))
-            # Filled values are in the model already, except where a module's hooks save other tensors than its
-            # parameters.
+            # Filled values are in the model already, except where hooks of a module save other tensors than it has.
             elif not _parameters(part) <= state.keys():
                 part.load_state_dict(dict(state), strict=False)
         self._forget_gathered()
@@ -141,8 +140,7 @@ class LiveWeights:
         No communication. Bools stay as they are, and so does a flat parameter of FSDP1 that holds another tensor too.
         """
         for part, state in zip(self.parts, self._states, strict=True):
-            # A flat parameter of FSDP1 holds several tensors: it is overwritten only if none of this part is to be
-            # spared.
+            # A flat parameter of FSDP1 holds several tensors: it is overwritten only if none of this part is spared.
             spared = {name for name in state if name not in names}
             for name, tensor in _saved_tensors(part):
                 # of a name that is not saved are flat parameters, and such as are saved in parts

@@ -60,8 +60,7 @@ class Probes(TorchDispatchMode):
 
     def content_of(self, tensor: Tensor) -> Target | None:
         """Return what a tensor holds, if it was cut out of probes."""
-        # A result of another dtype is a reinterpretation of bytes, and a pending negation or conjugation changes
-        # values.
+        # Another dtype is a reinterpretation of the bytes; a pending negation or conjugation changes the values.
         whole, content = self._known.get(tensor.untyped_storage()._cdata, (None, None))
         if whole is None or content is None or tensor.dtype != whole.dtype or tensor.is_neg() or tensor.is_conj():
             return None
@@ -147,8 +146,7 @@ def _steps(size: int, stride: int, start: Shape, strides: Sequence[int], content
     sizes = content.grid.shape
     found: list[Axis] = []
     while size > 1:
-        # The axis along which one step of the view moves: its stride lies between that of this axis and of the one
-        # outside.
+        # The axis along which one step of the view moves: the stride is that of the axis or more, within its extent.
         along = next((i for i, inner in enumerate(strides) if inner <= stride < inner * sizes[i]), None)
         if along is None or stride % strides[along]:
             return None

@@ -147,8 +147,7 @@ def _groups(
     groups: dict[tuple[object, ...], _Group] = {}
     for name, found in where.items():
         itemsize = itemsizes[name]
-        # Equal keys: the same shape, held by the same ranks in the same lists. So one look at the boxes does for all of
-        # them.
+        # Equal keys: the same shape, held by the same ranks in the same lists. One look at the boxes does for all.
         key = (shapes[name], itemsize is None, *(one[:3] for one in found))
         group = groups.get(key)
         if group is None:
@@ -211,8 +210,7 @@ class _Layout:
         lengths = np.array([len(part) for part in parts], dtype=np.int64)
         key = slots.tobytes(), lengths.tobytes()
         if key not in self._picked:  # as large as a rank has boxes, and the same for most ranks
-            # Exclusive sums: where each part begins in the concatenation of parts, and each tensor in the flags of the
-            # rank.
+            # Exclusive sums: where each part begins in their concatenation, and each tensor in the flags of the rank.
             firsts, counts = np.cumsum(lengths) - lengths, lengths[slots]
             starts = np.cumsum(counts) - counts
             # For each flag its place in that concatenation: the begin of its part, and the position within the tensor.

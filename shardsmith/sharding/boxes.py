@@ -61,8 +61,7 @@ def find_overlap(boxes: Sequence[Chunk]) -> tuple[Chunk, Chunk] | None:
     # A sweep along one dimension: only boxes that have begun and not yet ended can meet the current one.
     for box in sorted(boxes, key=lambda b: b.offsets[dim]):
         near = [other for other in near if other.offsets[dim] + other.sizes[dim] > box.offsets[dim]]
-        # A file of a stranger may have boxes that all lie beside each other in this dimension: then each meets all
-        # others.
+        # Boxes of a stranger's file may all overlap in this dimension: then each is compared with all others.
         comparisons += len(near)
         if comparisons > _MAX_COMPARISONS * len(boxes):
             raise IrregularBoxesError(f"{len(boxes)} boxes")
@@ -76,8 +75,7 @@ def find_overlap(boxes: Sequence[Chunk]) -> tuple[Chunk, Chunk] | None:
 def _is_grid(boxes: Sequence[Chunk]) -> bool:
     """Whether they are cells of one grid, so that different ones are apart. The usual case, told without comparing."""
     for dim in range(len(boxes[0].sizes)):
-        # Distinct spans that do not overlap in any dimension: two different boxes differ in one of them, and so are
-        # apart.
+        # Distinct spans do not overlap in any dimension: two boxes that differ do so in one, and are apart there.
         spans = sorted({(box.offsets[dim], box.sizes[dim]) for box in boxes})
         if any(start + length > later for (start, length), (later, _) in itertools.pairwise(spans)):
             return False

@@ -103,8 +103,6 @@ class ArchiveFile:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        # After an error, too: the thread may still be in fsync, and must not do that on a number that another file has
-        # by then.
         # After an error, too: a thread in fsync must not find its descriptor closed, or taken by another file.
         if self._synced is not None:
             wait([self._synced])

@@ -56,8 +56,7 @@ class BesideWeights(DcpSource):
         super().__init__(path, follow_links=follow_links, to_load=to_load)
         self._models: dict[str, RestoredModel] = {}
         self._places: dict[str, tuple[str, str]] = {}  # key -> model, name in it
-        # Entries of single ranks are in the DCP part by definition; to look each of them up would read a block per
-        # rank.
+        # Entries of single ranks are always in the DCP part; to look each of them up would read a block per rank.
         shared = {key: record for key, record in metadata.tensors.items() if not self.index.is_of_rank(key)}
         own = {key: record.spec(key) for key, record in shared.items() if key not in self.index.tensors}
         # If a later file cannot be opened, the ones opened so far are closed; on success they stay open.

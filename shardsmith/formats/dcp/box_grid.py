@@ -97,8 +97,7 @@ class GridBoxes(Sequence[StoredChunk]):
         if box.numel * self._spec.dtype.itemsize > MOST_BYTES:
             raise ValueError(f"{self._spec.name!r} has a box of {box.numel} elements")
         file, offset = self._place(cell)
-        # The index has no lengths of a grid's boxes: the writer made a grid only where each follows from shape and
-        # dtype.
+        # The index has no lengths of a grid's boxes: there is a grid only where each follows from shape and dtype.
         length = archive_layout(box.sizes, self._spec.dtype).length
         stored = StoredChunk(box, self._file.file_name(file), count(offset), length)
         self._file.require_stored(self._spec.name, stored)

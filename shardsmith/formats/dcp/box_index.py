@@ -65,8 +65,7 @@ def load_index(directory: str | Path, *, follow_links: bool = False) -> DcpIndex
     if record is None or not (path / BOX_INDEX_FILE).exists():
         return read_index(path, follow_links=follow_links)
     file = MappedFile(path / BOX_INDEX_FILE, follow_links=follow_links)
-    # Only the size: the head and each block have hashes of their own, so a rank does not read the rest to verify its
-    # part.
+    # Only the size: the head and each block have hashes of their own, so a rank verifies what it reads of it.
     if file.size != record.size:
         raise CorruptCheckpointError(file.path, f"has {file.size} bytes, expected {record.size}")
     return _BoxIndexFile(path, file, _known_blocks(path, record.xxh3_128), follow_links).index()
@@ -322,8 +321,7 @@ class _BoxIndexFile:
         return (name for name in self._files if self._size(name) is not None)
 
     def _read_head(self) -> dict[str, Any]:
-        # The checks come before the head is parsed: magic and length first, so that no more than 16 MiB is read of a
-        # wrong file.
+        # Magic and length are checked first, so that no more than 16 MiB are read of a wrong file.
         magic, length, digest = written.PREFIX.unpack(self.file.bytes(0, written.PREFIX.size))
         if magic != written.MAGIC or length > _MAX_HEAD_BYTES:
             raise ValueError("it does not begin as one")

@@ -86,8 +86,7 @@ class FileStream:
         self._block[:kept] = self._block[self._end - self._begin - kept : self._end - self._begin]
         # _fill reads from _end on, so _end is set before.
         self._begin, self._end = offset, offset + kept
-        # With a hash the block is filled to its end, since all of the file is read anyway; without one only what is
-        # wanted.
+        # With a hash the block is filled up, since all of the file is read anyway; without one only what is wanted.
         self._fill(kept, nbytes - kept if self._hash is None else min(BLOCK_BYTES - kept, self.size - self._end))
         if self._end < offset + nbytes:
             raise OSError(0, f"ends at byte {self._end}")

@@ -116,8 +116,7 @@ def read_index(directory: str | Path, *, follow_links: bool = False) -> DcpIndex
     """
     path = as_path(directory)
     most = _most_bytes(path)
-    # The bytes are read each time: the cache below is by content, so an index that was replaced is never taken for the
-    # old.
+    # The bytes are read each time: the cache below is by content, so an index that was replaced is parsed anew.
     data = _read_bytes(path / DCP_INDEX_FILE, follow_links, most)
     known = _known_index(path, data, follow_links)
     # The index may be the same while a data file was removed or cut: the sizes are looked at again.

@@ -59,8 +59,7 @@ class RankFile:
         end = 0
         lengths = (archive_layout(piece.box.sizes, piece.dtype).length for piece in self.pieces)
         for length in (*lengths, *object_lengths):
-            # Must be what ArchiveFile does: the index is made from these numbers, not from where the writer says that
-            # it is.
+            # Must be what ArchiveFile does: the index is made from these numbers, and not from what was written.
             start = -(-end // ALIGNMENT) * ALIGNMENT
             yield Place(self.name, start, length)
             end = start + length

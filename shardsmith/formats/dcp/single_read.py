@@ -197,8 +197,7 @@ def deal_files(wanted_bytes: Sequence[Mapping[str, int]], sizes: Mapping[str, in
     """
     dealt: list[list[str]] = [[] for _ in wanted_bytes]
     load = [0] * len(wanted_bytes)
-    # Large files first, so that the small ones even out the load. All ranks compute the same deal from the same
-    # numbers.
+    # Large files first, so that small ones even out the load. All ranks compute the same from the same numbers.
     for name in sorted(sizes, key=lambda name: -sizes[name]):
         counts = [wanted.get(name, 0) for wanted in wanted_bytes]
         most = max(counts)

@@ -220,8 +220,7 @@ def _parse_metadata(value: object) -> dict[str, str]:
 def _parse_tensors(document: dict[str, Any], data_begin: int) -> dict[str, TensorPlacement]:
     entries = [_parse_entry(name, entry) for name, entry in document.items()]
     tensors = {}
-    # The format allows no holes: bytes that no tensor owns could hide anything, and no overlap, which would tie
-    # tensors.
+    # The format allows no holes, whose bytes could be anything, and no overlaps, which would tie tensors.
     expected = 0
     # By begin and end: an empty tensor comes before the one that begins at the same byte.
     for begin, end, spec in sorted(entries, key=lambda entry: entry[:2]):

@@ -64,8 +64,7 @@ class SafetensorsUpload:
         if self._written != self.plan.size:
             raise UsageError(f"{self.path}: {self._written} bytes were written of {self.plan.size}")
         with writing(self.path, "upload"):
-            # A job that was paused may come back when another has taken over its target: it must not publish its file
-            # then.
+            # A job that was paused may come back when another has claimed its target: then it must not publish.
             require_claim(self._directory, self._directory.attempt)
             self._file.finish()
 

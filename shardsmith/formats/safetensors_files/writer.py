@@ -58,8 +58,7 @@ class SafetensorsFileWriter:
         with writing(path, f"making a file of {plan.size} bytes"), contextlib.ExitStack() as undo:
             descriptor = _open_new(path)
             undo.callback(os.close, descriptor)
-            # At full size from the start: ranks write at their offsets in any order, and open_existing compares the
-            # size.
+            # At full size from the start: ranks write at any offset in any order, and open_existing compares the size.
             os.ftruncate(descriptor, plan.size)
             _write_at(descriptor, memoryview(plan.header), 0)
             undo.pop_all()

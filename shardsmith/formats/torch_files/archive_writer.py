@@ -65,8 +65,7 @@ class ArchiveLayout:
             out.write(_local(name, 0, _crc(content), len(content), b"") + content)
         self._payload_at = out.tell()
         payload = "archive/data/0"
-        # 4 bytes are the head of the extra field itself, kind and length; its content is what moves the payload to the
-        # boundary.
+        # 4 bytes are kind and length of the extra field; its content then moves the payload to the boundary.
         unpadded = self._payload_at + _LOCAL.size + len(payload) + 4
         padding = struct.pack("<2H", _PADDING, -unpadded % ALIGNMENT) + bytes(-unpadded % ALIGNMENT)
         # Checksum and sizes are zero here, as the flag says: they follow the payload in the descriptor.

@@ -57,8 +57,7 @@ def _state_of_zip(path: Path, file: BinaryIO) -> bytes:
                     name = printable(member.filename)
                     raise UnsupportedFormatError(path, f"{name} is compressed, which torch.save never does")
             pickles = [member for member in archive.infolist() if member.filename.endswith("data.pkl")]
-            # torch reads the data.pkl below the first root folder; with two of them it might read the one that was not
-            # counted.
+            # torch reads the data.pkl below the first root folder: of two it might read the one that was not counted.
             if len(pickles) != 1 or pickles[0].file_size > _MAX_PICKLE_BYTES:
                 raise CorruptCheckpointError(path, "holds no data.pkl, several, or one that is too large")
             return archive.read(pickles[0])

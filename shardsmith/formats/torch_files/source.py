@@ -51,8 +51,7 @@ class TorchSource:
         copies = self._tensors[name].copies
         boxes = list(copies)
         for i, part in self._finders[name].meeting(box):
-            # Each file that has this box is read and compared: nothing else would show that files are of different
-            # saves.
+            # Each file that has this box is read and compared: nothing else shows that files are of different saves.
             index = part.within(boxes[i])
             (file, values), *replicas = copies[boxes[i]]
             found = values[index]
