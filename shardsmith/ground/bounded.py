@@ -30,6 +30,7 @@ def read_bounded(path: Path, most_bytes: int) -> bytes:
             raise ValueError(f"{stat.filemode(status.st_mode)} {status.st_size} bytes; {most_bytes} at most are read")
         if file.peek(1)[:1] == b"\0":  # a hole costs its writer nothing
             raise ValueError("it begins with NUL, as no text does")
+        # One byte more than there was: what comes then shows that it grows.
         data = file.read(status.st_size + 1)
     if len(data) > status.st_size:
         raise ValueError(f"it had {status.st_size} bytes and grows while it is read")

@@ -108,11 +108,11 @@ class Attempt:
         _check_listing(self.directory, files)
         with writing(self.directory, "fsync of the directory"):
             for folder in {self.directory, *((self.directory / name).parent for name in files)}:
-                sync(folder)
+                sync(folder)  # the names of the files, which their own fsync does not make durable
         refuse_existing(self.target)
         with writing(self.target, "rename"):
             try:
-                self.directory.rename(self.target)
+                self.directory.rename(self.target)  # atomic: a reader sees nothing or all of it
             except OSError as error:
                 if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                     raise TargetExistsError(self.target, "was made by another process meanwhile") from error
@@ -127,7 +127,7 @@ class Attempt:
 
     def abandon(self) -> None:
         """Delete what was written so far. Never raises: it runs while another error is on its way."""
-        shutil.rmtree(self.directory, ignore_errors=True)
+        shutil.rmtree(self.directory, ignore_errors=True)  # still locked, so that no sweep deletes it at the same time
         self._release()
 
     def _release(self) -> None:

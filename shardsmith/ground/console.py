@@ -70,6 +70,7 @@ def new_console(file: TextIO | None = None) -> Console:
     Where the output is no terminal, tables have the width that they need.
     """
     console = Console(file=file, soft_wrap=True, markup=False, emoji=False, highlight=False)
+    # rich takes 80 columns for a file, and would break paths in two.
     if not console.is_terminal:
         console.width = _WIDTH_OF_FILES
     return console

@@ -29,6 +29,7 @@ class FileTensor:
     @classmethod
     def contiguous(cls, file: MappedFile, begin: int, shape: Sequence[int], dtype: torch.dtype) -> FileTensor:
         """Return a tensor in row-major order."""
+        # The last dimension varies fastest: for (a, b, c) it is (b * c, c, 1).
         strides = [1, *itertools.accumulate(reversed(shape[1:]), operator.mul)][::-1] if shape else []
         return cls(file, begin, tuple(shape), tuple(strides), dtype)
 
@@ -43,6 +44,7 @@ class FileTensor:
         if 0 in sizes:
             return torch.empty(0, dtype=self.dtype, device="cpu").as_strided(sizes, self.stride)
         first = sum(part.start * step for part, step in zip(box, self.stride, strict=True))
+        # From the first element of the box to its last one, with those between them that are not in the box.
         span = 1 + sum((size - 1) * step for size, step in zip(sizes, self.stride, strict=True))
         values = self.file.view(self.begin + first * self.dtype.itemsize, span, self.dtype)
         return values.as_strided(sizes, self.stride)

@@ -21,6 +21,7 @@ def without_collection() -> Iterator[None]:
     finally:
         if was_enabled:
             if gc.get_freeze_count() == 0:  # else the program has frozen objects of its own, which are to stay so
+                # `freeze` puts all objects aside, `unfreeze` takes them back as old ones.
                 gc.freeze()
                 gc.unfreeze()
             gc.enable()

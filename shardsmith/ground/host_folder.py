@@ -36,9 +36,11 @@ class HostFolder:
         self.path = path
         self._rank = ranks.rank
         phase = "finding out which ranks share a disk"
+        # A name for this look: what other jobs put there at the same time is not counted.
         name = ranks.lead(phase, new_attempt_id)
         probe = path / f".probe-{name}-{ranks.rank}"
         try:
+            # Every rank has made its file before one looks: `gather` ends when all have come.
             ranks.gather(phase, lambda: _touch(probe))
             seen = ranks.agree(phase, lambda: _seen(path, f".probe-{name}-"), _sorted_groups)
             self.ranks_here: list[int] = next((group for group in seen if ranks.rank in group), [])
@@ -49,8 +51,10 @@ class HostFolder:
                 probe.unlink(missing_ok=True)
 
     def _tidy(self, name: str) -> None:
+        # This rank's own file is gone: the tidying of another job took it.
         if not self.ranks_here:
             raise UsageError(f"{self.path}: another job begins there at this moment: give each job a folder of its own")
+        # What killed looks have left; of this look each rank deletes its own.
         for other in self.path.iterdir() if self.is_leader else ():
             if (probe := _PROBE.fullmatch(other.name)) and probe["name"] != name:
                 other.unlink(missing_ok=True)
@@ -73,4 +77,5 @@ def _seen(path: Path, prefix: str) -> list[int]:
 
 
 def _sorted_groups(seen: Sequence[list[int]]) -> list[list[int]]:
+    # Ranks that share a folder have seen the same list; one of each is kept.
     return sorted({tuple(group): group for group in seen}.values())

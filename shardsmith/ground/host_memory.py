@@ -58,6 +58,7 @@ def memory_limits() -> list[Limit]:
 
 
 def _request(nbytes: int) -> list[Any]:
+    # A rank that takes nothing needs no figures, but takes part in the exchange.
     if nbytes == 0:
         return [platform.node(), 0, []]
     limits = [[limit.id, limit.name, limit.total, limit.left] for limit in memory_limits()]
@@ -71,6 +72,7 @@ def _compare(phase: str, requests: Sequence[Any]) -> None:
     for node, nbytes, limits in requests:
         for key, name, total, left in limits:
             wanted.setdefault(key, []).append(nbytes)
+            # Ranks of one host read the same limit at different moments: the smallest of what they saw counts.
             facts[key] = (node, name, total, min(left, facts[key][3] if key in facts else left))
     problems = [
         f"{node}: {len(asked)} ranks need {size_text(sum(asked))} more, and {size_text(left)} of the "
@@ -84,6 +86,7 @@ def _compare(phase: str, requests: Sequence[Any]) -> None:
 
 def _of_machine() -> Iterator[Limit]:
     with contextlib.suppress(OSError, ValueError, KeyError):
+        # The kernel counts in KiB there. Host names may be the same on several machines; the id of a boot is not.
         fields = _numbers(_PROC / "meminfo")
         boot = (_PROC / "sys/kernel/random/boot_id").read_text().strip()
         yield Limit(boot, "the machine", fields["MemTotal"] << 10, fields["MemAvailable"] << 10)
@@ -92,6 +95,7 @@ def _of_machine() -> Iterator[Limit]:
 def _of_cgroups() -> Iterator[Limit]:
     with contextlib.suppress(OSError):
         for line in (_PROC / "self/cgroup").read_text().splitlines():
+            # hierarchy:controllers:path; version 2 has one line, without controllers.
             _, controllers, path = line.split(":", 2)
             if "memory" in controllers.split(","):
                 names = ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_active_file", "total_inactive_file"))
@@ -104,14 +108,17 @@ def _of_cgroups() -> Iterator[Limit]:
 def _of_hierarchy(root: Path, path: str, limit: str, usage: str, caches: Sequence[str]) -> Iterator[Limit]:
     """Of a cgroup and those above it. In a container the path may lead nowhere; its own cgroup is the root there."""
     group = root / path.lstrip("/")
+    # The limit of every cgroup above applies as well.
     for folder in [group, *group.parents]:
         if not folder.is_relative_to(root):
             return
         with contextlib.suppress(OSError, ValueError):
             total = int((folder / limit).read_text())  # "max" is no number, and no limit
             used = int((folder / usage).read_text())
+            # Cached file pages count as used, and the kernel gives them back when memory runs short.
             cached = sum(_numbers(folder / "memory.stat").get(name, 0) for name in caches)
             if total < _UNLIMITED:
+                # Device and inode name the cgroup for all processes, also for those that see it under another path.
                 place = os.stat(folder)
                 name = f"the cgroup {path if folder == group else folder}"
                 yield Limit(f"{place.st_dev}:{place.st_ino}", name, total, max(0, total - used + cached))

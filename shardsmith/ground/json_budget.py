@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+# Allowed whatever the length of the text, so that no short text is refused.
 _FREE = 100_000
 
 
@@ -10,6 +11,7 @@ def require_json_budget(text: bytes) -> None:
 
     A tensor in a header is three of them in 50 bytes or more.
     """
+    # Counted before a parser makes anything. Characters within strings count as well, so the limits are generous.
     values = text.count(b",")
     if values > max(10 * _FREE, len(text) // 8):
         raise ValueError(f"it may make {values} values, which is more than what describes tensors")

@@ -55,6 +55,7 @@ COMPONENT_WEIGHTS = "diffusion_pytorch_model"
 EMA_WEIGHTS = "ema"
 """Stems of the weight files in a Hugging Face directory."""
 
+# No leading zeros, so each step has one name; 18 digits fit into 64 bits.
 _STEP = re.compile(r"step-(0|[1-9][0-9]{0,17})")
 _PUSH = re.compile(r"\.step-(0|[1-9][0-9]{0,17})(?:-ema)?\.push")
 _TEMPORARY = re.compile(r"\.(?P<target>.+)\.(?P<kind>tmp|trash)-(?P<attempt>[0-9a-f]{16})")

@@ -36,6 +36,7 @@ def hold(checkpoint: Path) -> Iterator[bool]:
         return
     with contextlib.ExitStack() as locks:
         held = _lock_shared(_mark_of(checkpoint), locks)
+        # Only now: a retention that began before the lock was taken may have renamed the checkpoint meanwhile.
         if not checkpoint.exists():
             raise not_there(checkpoint)
         yield held
@@ -62,6 +63,7 @@ def unheld(checkpoint: Path) -> Iterator[bool]:
 
 def _mark_of(checkpoint: Path) -> Path:
     """The file to lock."""
+    # Whoever holds and whoever removes must lock the same file: the manifest counts where both are there.
     manifest, provenance = checkpoint / METADATA_FILE, checkpoint / PROVENANCE_FILE
     return provenance if provenance.is_file() and not manifest.is_file() else manifest
 
@@ -69,6 +71,7 @@ def _mark_of(checkpoint: Path) -> Path:
 def _lock_shared(manifest: Path, locks: contextlib.ExitStack) -> bool:
     """Lock the file that has this name, also if another one got the name meanwhile."""
     while (descriptor := _open(manifest, os.O_RDONLY, locks)) is not None:
+        # The lock is on the file that was opened. If the name leads to another one by now, this one is in the trash.
         try:
             fcntl.flock(descriptor, fcntl.LOCK_SH)  # waits only while somebody renames the directory
             if os.path.samestat(os.fstat(descriptor), manifest.lstat()):
@@ -83,7 +86,9 @@ def _lock_shared(manifest: Path, locks: contextlib.ExitStack) -> bool:
 def _open(path: Path, mode: int, opened: contextlib.ExitStack) -> int | None:
     """Open a file until the stack ends. None if that cannot be done: whoever reads the file will say why."""
     for flags in dict.fromkeys((mode, os.O_RDONLY)):
+        # O_RDONLY after O_RDWR: a local disk also locks a file that this user may only read.
         with contextlib.suppress(OSError):
+            # Without O_NONBLOCK the open of a FIFO of that name waits for a writer.
             descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
             opened.callback(_close, descriptor)
             return descriptor

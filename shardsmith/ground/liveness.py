@@ -25,9 +25,12 @@ ANSWER_SECS = 6.0
 LOST = "the connection to the job's store is lost; the rank or the launcher that held it has ended"
 _KNOWN_DEAD_SECS = 1.0  # for an answer of one that gave none before
 _FIRST_LOOK_SECS = 2.0  # how long a rank may keep others waiting until they look whether it is alive
+# Between two looks at the store.
 _FIRST_PAUSE_SECS, _LONGEST_PAUSE_SECS = 2e-4, 0.1
 _RANKS_PER_PAUSE = 64  # that many ask at full pace; more ask more rarely, so that the store's server can keep up
+# Of one wait, after which `give_up` is asked.
 _SLICE_SECS = 1.0
+# Keys in one request, and ranks asked for a sign of life at one look.
 _ASKED_AT_ONCE = 64
 _chance = random.Random()  # the training's own generator must go on as if nobody had waited
 _LONG_SECS = 86400.0  # stores count milliseconds in 32 bits
@@ -89,6 +92,7 @@ def await_keys(
     pending = list(keys)
     deadline = time.monotonic() + limit_secs
     look = time.monotonic() + (_FIRST_LOOK_SECS if _silent.isdisjoint(ranks) else 0)
+    # The first keys together: mostly all ranks come at about the same time.
     wanted = pending[:_ASKED_AT_ONCE]
     while pending:
         if _are_there(store, wanted, min(look, deadline, time.monotonic() + _SLICE_SECS)):
@@ -97,8 +101,10 @@ def await_keys(
         else:
             late = time.monotonic() >= deadline or give_up()
             if late or time.monotonic() >= look:
+                # Where the time is over anyway, or a rank is known to be dead, one more second must do.
                 is_known = not _silent.isdisjoint(rank_of[key] for key in pending)
                 _require_life(store, pending, rank_of, _KNOWN_DEAD_SECS if late or is_known else ANSWER_SECS)
+                # Who waits for thousands of ranks looks more rarely.
                 look = time.monotonic() + max(_FIRST_LOOK_SECS, len(ranks) / 500)
             if late:
                 raise SilenceError([], None)
@@ -131,6 +137,7 @@ def _are_there(store: Any, keys: list[str], until: float) -> bool:
 def _require_life(store: Any, pending: list[str], rank_of: Mapping[str, int], limit_secs: float) -> None:
     """Raise SilenceError if one of the ranks that are missing has died, or if the store is gone."""
     try:
+        # A sample: to ask all of thousands of ranks would take too long, and the next look takes others.
         asked = _chance.sample(pending, min(len(pending), _ASKED_AT_ONCE))
         dead = find_dead([rank_of[key] for key in asked if not store.check([key])], store, limit_secs)
     except RuntimeError as lost:
@@ -147,8 +154,10 @@ def find_dead(ranks: Sequence[int], store: Any, limit_secs: float = ANSWER_SECS)
     Raises:
         RuntimeError: the store is gone, and the rank that held it.
     """
+    # `add(0)` reads a counter, and makes it where there is none; `get` would wait for it.
     before = {rank: store.add(f"{_PREFIX}/{rank}", 0) for rank in ranks}
     silent = [rank for rank in ranks if before[rank]]  # one that has not come so far is slow, not dead
+    # Who is alive adds one to its counter then.
     for rank in silent:
         store.set(f"{_PREFIX}/{rank}/asked", b"")
     pause, deadline = 0.005, time.monotonic() + limit_secs

@@ -56,6 +56,7 @@ def copy_file(source: Path, target: Path) -> None:
             return
         buffer, at = memoryview(bytearray(PART_BYTES)), 0
         with contextlib.closing(open_file(source)) as file, target.open("xb") as copy:
+            # All of it is read, front to back: so parts are fetched ahead.
             file.expect([(0, file.size)])
             while count := file.read_at(buffer, at):
                 copy.write(buffer[:count])
@@ -81,5 +82,6 @@ def names_below(directory: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
 def _walk(directory: Path, found: list[list[str]]) -> Iterator[tuple[Path, list[str], list[str]]]:
     folders = sorted({parts[0] for parts in found if len(parts) > 1})
     yield directory, folders, [parts[0] for parts in found if len(parts) == 1]
+    # `folders` is what the caller has left of it, as with `os.walk`.
     for folder in folders:
         yield from _walk(directory / folder, [parts[1:] for parts in found if len(parts) > 1 and parts[0] == folder])

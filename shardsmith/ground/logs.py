@@ -20,6 +20,7 @@ class _Unconfigured(logging.StreamHandler):  # type: ignore[type-arg]
 
     def emit(self, record: logging.LogRecord) -> None:
         """Below warnings rank 0 alone speaks."""
+        # Asked at each record: a program may configure logging after the import.
         if not logging.getLogger().handlers and (record.levelno >= logging.WARNING or rank_and_size()[0] == 0):
             self.stream = sys.stderr  # as it is now: tests and notebooks replace it
             super().emit(record)

@@ -110,6 +110,7 @@ class MappedFile:
         source = self._checked(offset, numel * dtype.itemsize)
         if numel == 0:
             return torch.empty(0, dtype=dtype, device="cpu")
+        # `bytes` stands for the map of an empty file.
         if not isinstance(source, mmap.mmap | _Bytes):
             values = torch.empty(numel, dtype=dtype, device="cpu")
             self._fill(source, offset, writable_memory_of(values))
@@ -142,6 +143,7 @@ class MappedFile:
 
     def _fill(self, file: _Descriptor | OpenFile, offset: int, memory: memoryview) -> None:
         while memory:
+            # `preadv` may give less than was asked for: after a signal, near the end, and above 2 GiB at once.
             try:
                 count = file.read_at(memory, offset)
             except OSError as error:
@@ -154,6 +156,7 @@ class MappedFile:
 
     def _checked(self, offset: int, length: int) -> mmap.mmap | _Bytes | _Descriptor | OpenFile:
         """What to read from, once the range is known to lie inside it."""
+        # One look: if another thread closes the file meanwhile, this read still ends.
         source = self._source
         if source is None:
             raise UsageError(f"{self.path}: was closed; open it again to read from it")
@@ -173,6 +176,7 @@ class _Descriptor:
         """Fill the beginning of ``memory``; how much."""
         return os.preadv(self.number, [memory], offset)
 
+    # `os.close` is bound here: at the end of the interpreter the module may be gone before the last file.
     def __del__(self, close: Callable[[int], None] = os.close) -> None:
         close(self.number)
 

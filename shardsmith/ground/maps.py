@@ -17,6 +17,7 @@ from typing import Any
 
 from shardsmith.ground.printable import printable
 
+# The handler is given a siginfo_t, which has the address.
 _SA_SIGINFO = 4
 _ADDRESS_AT = 16  # of si_addr in siginfo_t
 _Handler = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
@@ -65,15 +66,19 @@ def _handling_bus_errors(clean_up: Callable[[], None]) -> Iterator[None]:
         yield
         return
 
+    # Not by Python's `signal`: it runs handlers later, and meanwhile the same access would fail for ever.
     def handle(_: int, info: int, __: Any) -> None:
         address = ctypes.c_uint64.from_address(info + _ADDRESS_AT).value
         with contextlib.suppress(Exception):
             clean_up()
         cause = "cannot be read any more: it was cut off meanwhile, or its disk failed"
+        # Not through `sys.stderr`, whose lock the interrupted code may hold.
         os.write(2, f"shardsmith: {_file_at(address)}: {cause}. Nothing half-done stays on disk\n".encode())
+        # To return would repeat the access; `sys.exit` would run code that may read the same map.
         os._exit(2)
 
     libc = ctypes.CDLL(None)
+    # It must live as long as it is installed: libc has only its address.
     handler = _Handler(handle)
     action, before = _Action(flags=_SA_SIGINFO), _Action()
     action.handler = ctypes.cast(handler, ctypes.c_void_p)
@@ -88,6 +93,7 @@ def _file_at(address: int) -> str:
     """The path of the file that is mapped there."""
     with contextlib.suppress(OSError, ValueError):
         for line in Path("/proc/self/maps").read_text(errors="replace").splitlines():
+            # begin-end, permissions, offset, device, inode, path.
             span, *_, path = line.split(maxsplit=5)
             begin, end = (int(text, 16) for text in span.split("-"))
             if begin <= address < end:

@@ -74,6 +74,8 @@ def made_together(constructor: F) -> F:
             raise
         except Exception as error:
             with suppress(RuntimeError):
+                # If the constructor has made no `Ranks` yet, this one gets the number, and so the keys,
+                # that the others wait for.
                 ranks = vars(self).get("_ranks") or Ranks()
                 ranks.refuse(f"making {type(self).__name__}", error)
             raise
@@ -93,6 +95,7 @@ def _short_wait(ranks: Ranks, limit_secs: float) -> Iterator[None]:
 @contextmanager
 def _warning(ranks: Ranks, what: str, limit_secs: float) -> Iterator[None]:
     """Within it, after some seconds, a warning names the ranks that have not come."""
+    # A thread, since this one waits in the store. With a short limit the warning must come before its end.
     timer = threading.Timer(min(_WARN_SECS, limit_secs / 2), _warn, [ranks, what, limit_secs])
     timer.daemon = True
     timer.start()
@@ -142,6 +145,8 @@ def _some(ranks: Sequence[str]) -> str:
 def _age_secs() -> float:
     """How long this process has lived; 0 where the system does not say."""
     with suppress(OSError, ValueError, AttributeError, IndexError):
+        # The program's name, in parentheses, may have blanks: fields count after it. Index 19 is field 22 of proc(5).
         started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+        # The clock that field counts by: from the boot, time of suspension included.
         return time.clock_gettime(time.CLOCK_BOOTTIME) - started
     return 0.0

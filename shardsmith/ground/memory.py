@@ -13,6 +13,7 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 _SAMPLE_BYTES = 256
 
+# torch makes memoryviews by way of numpy, which does not know bfloat16 or float8.
 _memory_at = ctypes.pythonapi.PyMemoryView_FromMemory
 _memory_at.argtypes = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
 _memory_at.restype = ctypes.py_object
@@ -44,12 +45,14 @@ def map_pages(tensor: Tensor) -> None:
     where the system cannot do it; what cannot be read is found by whoever reads it.
     """
     if sys.platform == "linux" and tensor.nbytes:
+        # `madvise` takes the address of a page only.
         begin = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
         _advise(begin, tensor.data_ptr() + tensor.nbytes - begin, _POPULATE_READ)
 
 
 def as_integers(tensor: Tensor) -> Tensor:
     """Return the same elements as plain integers of the same size, of the same shape. Shares memory where it can."""
+    # A conjugation or negation that is still pending is not in the bits that a view would show.
     return tensor.detach().resolve_conj().resolve_neg().view(_BITS[tensor.dtype.itemsize])
 
 

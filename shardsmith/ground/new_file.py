@@ -44,10 +44,12 @@ def new_file(path: Path, expected_bytes: int = 0) -> NewFile:
 
 class _LocalFile:
     def __init__(self, path: Path) -> None:
+        # Never write through something that has the name already, a link included.
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         self._descriptor: int | None = os.open(path, flags, 0o666)
 
     def write(self, memory: memoryview) -> None:
+        # `os.write` may take less than all: on Linux 2 GiB at most.
         while memory:
             memory = memory[os.write(self._number(), memory) :]
 
@@ -55,6 +57,7 @@ class _LocalFile:
         os.fsync(self._number())
 
     def finish(self) -> None:
+        # The entry in the directory is made durable by the commit.
         os.fsync(self._number())
 
     def close(self) -> None:
@@ -92,5 +95,6 @@ class _Upload:
 
     def close(self) -> None:
         with contextlib.suppress(Exception):  # an upload that is given up
+            # With an exception `__exit__` gives the upload up; `close` would complete the object.
             if not self._writer.closed():
                 self._writer.__exit__(OSError, None, None)

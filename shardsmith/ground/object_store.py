@@ -96,6 +96,7 @@ class ObjectStore:
                 obstore.put(self._client(), key, data, mode="create", use_multipart=False)
         except (FileExistsError, StorageError):
             with contextlib.suppress(FileNotFoundError, StorageError):
+                # The client repeats a request whose reply was lost: then the second one finds what the first has made.
                 if self.get(key) == data:
                     return
             raise
@@ -128,6 +129,7 @@ class ObjectStore:
 
         def read(client: Client) -> memoryview:
             data = memoryview(_obstore().get_range(client, key, start=start, end=end))
+            # A reply that was cut off may come as a short one.
             if len(data) != end - start:
                 raise StorageError(f"{self.url}/{key}", f"gave {len(data)} bytes of {end - start}", transient=True)
             return data
@@ -279,6 +281,7 @@ def _is_transient(error: Exception) -> bool:
     status = _STATUS.search(str(error))
     if _BAD_SCHEME in str(error):
         return False
+    # Without a status the connection failed. 408 is a timeout, 429 too many requests; 501 never succeeds later.
     return status is None or (status[1][:1] == "5" and status[1][:3] != "501") or status[1][:3] in ("408", "429")
 
 

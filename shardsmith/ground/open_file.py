@@ -19,6 +19,7 @@ from shardsmith.ground.remote_path import RemotePath
 _FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
 _AHEAD = 4
 """Ranged reads of one file that are under way at the same time."""
+# A smaller read takes the whole block around it, and a smaller gap between two ranges is read with them.
 _SMALL_BYTES = 64 << 10
 _BLOCK_BYTES = 1 << 20
 """What is asked for instead of a small range: others beside it mostly follow."""
@@ -61,6 +62,7 @@ def open_file(path: Path, *, follow_links: bool = False) -> OpenFile:
 class _LocalFile:
     def __init__(self, path: Path, follow_links: bool) -> None:
         self._descriptor: int | None = os.open(path, _FLAGS if follow_links else _FLAGS | os.O_NOFOLLOW)
+        # The status of what was opened, not of the path: nobody can exchange it meanwhile.
         status = os.fstat(self._descriptor)
         if not stat.S_ISREG(status.st_mode):
             self.close()
@@ -88,6 +90,7 @@ class _RemoteFile:
         located = path.located
         self._store, self._key = located.store, located.key
         self.size = self._store.head(self._key).size
+        # Guards `_blocks` alone: what `expect` has fetched is for one reader.
         self._lock = threading.Lock()
         self._blocks: OrderedDict[int, memoryview] = OrderedDict()
         self._expected: list[tuple[int, int]] = []
@@ -111,6 +114,7 @@ class _RemoteFile:
 
     def _range_at(self, offset: int, nbytes: int) -> tuple[int, memoryview]:
         """Bytes of the file that begin at or before ``offset``, and where; at least one from there on."""
+        # What ends before the offset was read or passed over; its place goes to the next range.
         while self._fetched and next(iter(self._fetched))[1] <= offset:
             self._fetched.popitem(last=False)
             self._fetch_ahead()
@@ -123,6 +127,7 @@ class _RemoteFile:
 
     def _block_at(self, offset: int) -> tuple[int, memoryview]:
         start = offset // _BLOCK_BYTES * _BLOCK_BYTES
+        # Held during the request: threads that want the same block ask the store once.
         with self._lock:
             if (block := self._blocks.get(start)) is None:
                 block = self._store.range(self._key, start, min(start + _BLOCK_BYTES, self.size))
@@ -137,6 +142,7 @@ class _RemoteFile:
             self._fetched[start, end] = self._pool.submit(self._store.range, self._key, start, end)
 
     def close(self) -> None:
+        # First, so that a reader in another thread submits nothing to a pool that was shut down.
         self._expected = []
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)

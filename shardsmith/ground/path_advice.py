@@ -14,6 +14,7 @@ from shardsmith.errors import CheckpointError, CheckpointNotFoundError, Shardsmi
 from shardsmith.ground.printable import printable
 from shardsmith.ground.remote_path import RemotePath
 
+# Of a device or a file server that fails, not of a wrong path: ESTALE is NFS's, ENOTCONN mostly FUSE's.
 _FAILING = (errno.EIO, errno.ESTALE, errno.ENXIO, errno.ENODEV, errno.ENOTCONN, errno.ETIMEDOUT)
 _MOST_NAMES = 3
 _MOST_ENTRIES = 10_000
@@ -46,6 +47,7 @@ def not_readable(path: Path, error: OSError) -> CheckpointError:
     place = Path(error.filename) if isinstance(error.filename, str) else path
     parts = [f"{error.strerror or error}\nNothing was written"]
     if error.errno in (errno.EACCES, errno.EPERM):
+        # `abspath` asks nothing of the disk; `resolve` would follow links into what cannot be read.
         file = Path(os.path.abspath(place))
         seen = next(one for one in (file, *file.parents) if os.path.lexists(one))
         parts.append(f"This user may not read it: `ls -ld {printable(str(seen))}` shows who may")
@@ -62,6 +64,7 @@ def reading(path: Path) -> Iterator[None]:
     """Within it, what the operating system refuses is a CheckpointError, as ``not_readable`` makes it."""
     try:
         yield
+    # BrokenPipeError is an OSError, too, but of the reader of our output and not of the path.
     except (ShardsmithError, BrokenPipeError):
         raise
     except OSError as error:

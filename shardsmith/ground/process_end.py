@@ -71,6 +71,7 @@ def wait_for_idle_workers() -> None:
     """
     deadline = time.monotonic() + _IDLE_SECS
     before, now = None, _worker_states()
+    # Asleep at two looks, and not woken between them: then a worker has nothing left to do.
     while now != before or any(state != "S" for state, _ in now.values()):
         if time.monotonic() > deadline:
             log.warning("threads of Gloo are still at work; the process may hang at its end: %s", now)
@@ -95,6 +96,7 @@ def meet(name: str, timeout_secs: float) -> None:
     # A store whose host has stopped keeps whoever asks it for ever. The thread is left behind then, without the GIL.
     thread = threading.Thread(target=_meet, args=(name, rank, size, timeout_secs, problems), daemon=True)
     thread.start()
+    # Two waits, for all to be here and for all to know it, and the store's answers.
     thread.join(2 * timeout_secs + _ANSWER_SECS)
     if thread.is_alive():
         problems = ["the job's store, which rank 0 or the launcher holds, does not answer"]
@@ -110,6 +112,7 @@ def _meet(name: str, rank: int, size: int, timeout_secs: float, problems: list[s
             if missing := _await(store, f"{name}/here", others, timeout_secs):
                 problems.append(f"{missing} within {timeout_secs:g} s")
             store.set(f"{name}/all", missing.encode())
+            # Rank 0 leaves last: the store's server may live in its process.
             if not missing and (missing := _await(store, f"{name}/left", others, timeout_secs)):
                 problems.append(f"{missing} any more")
         else:
@@ -144,6 +147,7 @@ def _stopped_if_it_hangs() -> Iterator[None]:
     A group that is freed waits for its workers, and torch may hold the GIL meanwhile: no code in Python could end that.
     """
     try:
+        # faulthandler needs a file descriptor, which a replaced `sys.stderr` may not have.
         faulthandler.dump_traceback_later(_DESTROY_SECS, exit=True, file=sys.__stderr__ or sys.stderr)
     except (AttributeError, ValueError, OSError):  # there is no file to write to
         yield

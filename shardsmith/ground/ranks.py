@@ -133,6 +133,7 @@ class Ranks:
         """
         if self.size == 1:
             return body()
+        # The key of this exchange: all ranks count them alike.
         key = f"{self._name}/{next(self._phases)}"
         outcome, cause = _attempt(phase, body, large=True) if self.is_leader else (None, None)
         if outcome is not None:
@@ -168,6 +169,7 @@ class Ranks:
         store = own_connection()
         others = [rank for rank in range(1, self.size) if rank != self.rank]
         missing = [rank for rank in others if not store.check([f"{self._key}/{rank}"])]
+        # Each other rank puts its own outcome; rank 0 alone puts the verdict.
         if not self.is_leader:
             missing = missing or [0]  # it says nothing before it has heard all others
         return {rank: was_heard_of(rank, store) for rank in missing}
@@ -209,6 +211,7 @@ class Ranks:
         if decision.error is not None:
             failures[0] = decision.error
         verdict, put = {"failures": failures, "decision": decision.value}, list[str]()
+        # Each rank's own answer first: it is read as soon as the verdict is there.
         if is_dealt and not failures:
             verdict["decision"], *others = decision.value
             for rank, own in enumerate(others, 1):
@@ -227,6 +230,7 @@ class Ranks:
             heard = [_Outcome.decode(self._whole(name, data)) for name, data in self._values(keys)]
         except SilenceError as silence:
             missing = [rank for rank, key_of_rank in enumerate(keys, 1) if not self._has(key_of_rank)]
+            # What is known to be dead says more than what has not come yet.
             missing = silence.dead or missing
             with contextlib.suppress(RankTimeoutError):  # of this rank's own connection
                 self._put(f"{key}/verdict", _Outcome(phase, [missing, silence.reason], error="no answer"))

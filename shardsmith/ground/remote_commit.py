@@ -58,6 +58,7 @@ class RemoteAttempt:
         self.target = target
         self.directory = target / self.id
         self._manifest: bytes | None = None
+        # The store decides at `commit`; this only says it before the files are put.
         refuse_existing(target)
         put_owner(self._owner)
         _alive.add(self.id)
@@ -65,6 +66,7 @@ class RemoteAttempt:
     def write(self, name: str, content: bytes) -> int:
         """Put a file; its size in bytes. The manifest waits for ``commit``. Raises StorageError."""
         if name == layout.METADATA_FILE:
+            # Kept until `commit`: the step counts from the manifest on.
             self._manifest = content
         else:
             file = self.directory / name
@@ -89,6 +91,7 @@ class RemoteAttempt:
             manifest.store.put_new(manifest.key, self._manifest)
         except FileExistsError as error:
             raise TargetExistsError(self.target, "was made by another process meanwhile") from error
+        # What this process remembers of a step of that name is of an earlier attempt.
         self.target.forget()
         self._release()
         with contextlib.suppress(StorageError):  # a sweep does it
@@ -148,6 +151,7 @@ def remove(step: RemotePath) -> bool:
     try:
         attempt = attempt_of(step)
     except FileNotFoundError:
+        # No step: it may be an export.
         return remote_export.remove(step)
     if attempt is not None:
         put_owner(step / f".{attempt}.owner")  # by which a sweep tells that the deletion did not finish
@@ -172,6 +176,7 @@ def set_aside(step: RemotePath, kind: Literal["damaged", "superseded"]) -> Remot
         return remote_export.set_aside(step)
     data, attempt = manifest.read_all(), attempt_of(step) or layout.new_attempt_id()
     aside = step / f"metadata.{kind}-{attempt}.json"
+    # First under the new name: a kill between the two leaves both, and the step counts as before.
     manifest.store.put(f"{step.key}/{aside.name}", data)
     manifest.store.delete([manifest.key])
     step.forget()
@@ -192,6 +197,7 @@ def sweep(parent: RemotePath) -> list[RemotePath]:
             place = parent / step / attempt
             if not _is_dead(place, found):
                 continue
+            # The listing may be older than the commit of this attempt: so the manifest is asked before a deletion.
             if attempt_of_any(parent / step) == attempt:
                 _delete(found.owner_of(attempt), place)  # of one that died after its commit
             else:
@@ -228,6 +234,7 @@ def remove_set_aside(manifest: RemotePath) -> bool:
     if match is None:
         return False
     files = manifest.store.objects((manifest.parent / match["attempt"]).key)
+    # Files first: what remains of them after an error is still named by the manifest.
     manifest.store.delete([one.key for one in files])
     manifest.store.delete([manifest.key])
     return True
@@ -266,6 +273,7 @@ def committed_steps(directory: RemotePath, mark: str) -> list[int]:
 def attempt_of(step: RemotePath) -> str | None:
     """Return the attempt that a manifest names, read anew; None if it names none. Raises FileNotFoundError."""
     step.forget()
+    # Reading the manifest notes its attempt, from which `located` makes the place of any file.
     (step / layout.METADATA_FILE).read_all()
     place = (step / "any").located.parent
     return place.name if place != step else None
@@ -304,6 +312,7 @@ class _Found:
     def suspects(self) -> list[str]:
         """The attempts of which one listing cannot tell that they are committed, or were."""
         all_of_them = {*self.attempts, *self.owners} - {*self.aside}
+        # One attempt, a manifest, and no owner any more: it is the attempt that made the step.
         if self.has_manifest and len(all_of_them) == 1 and not self.owners:
             return []
         return sorted(all_of_them)
@@ -327,6 +336,7 @@ def _is_dead(place: RemotePath, found: _Found) -> bool:
         if (alive := owner_lives(place.parent / f".{place.name}.owner")) is not None:
             return not alive
         objects.append(owner)
+    # Of another host nothing more is known than when it has put something last.
     newest = max(one.modified for one in objects)
     return datetime.now(UTC) - newest > ABANDONED_AFTER
 

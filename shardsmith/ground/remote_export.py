@@ -65,6 +65,7 @@ class _Claimed:
         _alive.add(self.id)
 
     def _publish(self, files: Mapping[str, int], content: bytes) -> Path:
+        # Last before the mark: a later claim may have come while the files were put.
         require_claim(self.target, self.id)
         self._check_listing(files)
         mark = self.target / self.mark
@@ -80,6 +81,7 @@ class _Claimed:
     def abandon(self) -> None:
         """Delete what was put so far. Never raises. The claim stays: what another rank still puts, a sweep deletes."""
         with contextlib.suppress(StorageError, TargetExistsError):
+            # Nothing is deleted where a later claim counts: what lies there now is that one's.
             require_claim(self.target, self.id)
             found = self.target.store.objects(self.target.key)
             self.target.store.delete([one.key for one in found if not _CLAIM.fullmatch(PurePosixPath(one.key).name)])
@@ -227,6 +229,7 @@ def remove(target: RemotePath) -> bool:
     mark = target / layout.PROVENANCE_FILE
     if not mark.is_file():
         return False
+    # Before the mark goes, and deleted last: by the claim a sweep tells that this deletion did not finish.
     claim = _claim_of(target, layout.new_attempt_id())
     put_owner(claim)
     mark.store.delete([mark.key])
@@ -245,6 +248,7 @@ def set_aside(target: RemotePath) -> RemotePath:
     """
     mark = target / layout.PROVENANCE_FILE
     aside = target / f"shardsmith.damaged-{layout.new_attempt_id()}.json"
+    # First under the new name: a kill between the two leaves the mark, and the directory counts as before.
     aside.store.put(aside.key, mark.store.get(mark.key))
     mark.store.delete([mark.key])
     return aside
@@ -297,6 +301,7 @@ def _claims_in(objects: Iterable[str]) -> list[re.Match[str]]:
 def _claim_target(target: RemotePath, attempt: str) -> None:
     claim, before = _claim_of(target, attempt), target.objects_below()
     former = [name for name in before if _CLAIM.fullmatch(name)]
+    # Files without a former claim or mark of ours are a stranger's, and are never deleted.
     is_ours = not before or former or any(_ASIDE.fullmatch(name) for name in before)
     if _MARKS & before.keys() or not is_ours:
         raise TargetExistsError(target, "exists already and was left as it is; remove it or choose another name")

@@ -26,10 +26,12 @@ def owner_lives(owner: RemotePath) -> bool | None:
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
     mine = _this_process()
+    # Numbers of processes mean nothing on another host, after another boot, or in another container.
     if not mine["host"] or host != mine["host"]:
         return None
     if pid == mine["pid"]:
         return False  # it would be in _alive
+    # The system uses numbers again: the same number with another start is another process.
     return _start_of(pid) == str(started)
 
 
@@ -41,6 +43,7 @@ def _host() -> str:
     """This boot of this machine, and which numbers of processes are meant; "" if that cannot be told."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        # The id of the namespace: containers on one machine count their processes from 1 each.
         return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
     except OSError:
         return ""
@@ -49,6 +52,7 @@ def _host() -> str:
 def _start_of(pid: int) -> str:
     """When a process was started, in ticks since the boot; "" if there is none."""
     try:
+        # The program's name, in parentheses, may have blanks: fields count after it. Index 19 is field 22 of proc(5).
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):
         return ""

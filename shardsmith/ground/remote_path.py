@@ -24,6 +24,7 @@ from shardsmith.ground.object_store import SCHEMES, ObjectStore
 _URL = re.compile(rf"(?P<scheme>{'|'.join(SCHEMES)})://?(?P<rest>[^/].*)")
 _ATTEMPT_IN_MANIFEST = re.compile(rb'"attempt": ?"([0-9a-f]{16})"')
 _MANIFEST_HEAD_BYTES = 1 << 12
+# Step -> the attempt that made it, as far as this process has read manifests.
 _attempts: dict[str, str] = {}
 
 
@@ -35,6 +36,7 @@ class RemotePath(PosixPath):
 
     def __str__(self) -> str:
         """Return the URL; of a path that is relative to another, the names alone."""
+        # PosixPath makes one slash of several, so the URL gets its second one back here.
         scheme, separator, rest = super().__str__().partition(":/")
         if not separator:
             return scheme
@@ -53,6 +55,7 @@ class RemotePath(PosixPath):
     @property
     def key(self) -> str:
         """What it is called in its store."""
+        # The first two parts are scheme and bucket.
         return "/".join(self.parts[2:])
 
     @property
@@ -169,4 +172,5 @@ def as_path(value: str | Path) -> Path:
 
 
 def _status(mode: int, size: int, modified: float) -> os.stat_result:
+    # mode, inode, device, links, user, group, size, and the times of access, modification and change
     return os.stat_result((mode, 0, 0, 1, 0, 0, size, 0, int(modified), 0))

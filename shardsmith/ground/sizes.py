@@ -21,6 +21,7 @@ def parse_size(size_or_text: str | int) -> int:
     """
     text = str(size_or_text)
     match = _SIZE.fullmatch(text.strip())
+    # A Fraction, as a float would round sizes such as 4.7GB.
     size = int(Fraction(match[1]) * _UNITS[match[2].upper()]) if match else 0
     if size < 1:
         raise UsageError(f"not a size: {size_or_text!r}; write it like 5GB, 500MB or 4GiB")

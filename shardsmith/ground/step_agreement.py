@@ -69,10 +69,12 @@ class StepAgreement:
         It waits only for a round that is under way, which no rank's training holds up.
         """
         with self._changed:
+            # Something untold means that a round is to come, and this step must not be passed before it.
             while not self._is_over and (self._untold or (self._promised is not None and step >= self._promised)):
                 self._changed.wait()
             found = [notice for at, notices in self._settled if at <= step for notice in notices]
             self._settled = [(at, notices) for at, notices in self._settled if at > step]
+            # Without the others, each rank acts on what it told itself.
             if self._is_over:
                 found, self._untold = found + self._untold, []
             self._passed = step
@@ -108,6 +110,7 @@ class StepAgreement:
                 self._waiting.wait([f"{self._name}/{self._round}/word"], timedelta(seconds=_LONG_SECS))
                 return True
             except RuntimeError:
+                # Only the time of one wait is over: wait again. Sooner, it means that the store is gone.
                 if time.monotonic() - began < _LONG_SECS:
                     raise
                 began = time.monotonic()
@@ -116,18 +119,21 @@ class StepAgreement:
     def _settle(self, word_is_there: bool) -> bool:
         """One round. False if a rank has closed or died, which ends the agreement."""
         with self._changed:
+            # From here to the verdict the main thread goes past no step from the promised one on.
             promise = None if self._is_closing else self._passed + 1
             self._promised, told = promise, [*self._untold]
         key = f"{self._name}/{self._round}"
         self._waiting.set(f"{key}/{self._rank}", json.dumps([promise, told]))
         if not word_is_there:  # it may have been sent for the round before, which did not carry what was told
             self._waiting.set(f"{key}/word", b"")
+        # A rank that closes has answered None; no verdict concerns it.
         verdict = self._judge(key) if self._rank == 0 else None if promise is None else self._await_verdict(key)
         if verdict is None:
             return False
         step, notices = verdict
         with self._changed:
             self._settled.append((step, notices))
+            # What was told during the round is for the next one.
             self._untold = [notice for notice in self._untold if notice not in notices]
             self._promised = None
             self._round += 1
@@ -143,6 +149,7 @@ class StepAgreement:
             if len(steps) == self._size:
                 verdict = max(steps), [notice for _, told in answers for notice in told]
         finally:
+            # Also after an error: the other ranks wait for it.
             self._waiting.set(f"{key}/verdict", json.dumps(verdict))
         self._forget(self._round - 1)  # all have answered in this round, so they have read the verdict on that one
         return verdict

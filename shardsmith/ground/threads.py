@@ -22,6 +22,7 @@ def useful_threads(nbytes: int, blocks: int) -> int:
 
     One, where blocks are small: the time goes into Python, and threads would hand its lock to and fro.
     """
+    # Small on average: a few large blocks among many small ones do not pay for threads.
     small = nbytes < _LEAST_MEAN_BYTES * blocks
     return 1 if small else min(_MOST_THREADS, os.cpu_count() or 1)
 
@@ -39,5 +40,6 @@ def one_thread_per_operator() -> Iterator[None]:
 
 def threads_per_process() -> int | None:
     """How many threads each process of this host may use; None for one process, which finds out itself."""
+    # The processes that torchrun started on this host share its cores.
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if was_started_by_torchrun() else 1
     return None if local == 1 else max(1, (os.cpu_count() or 1) // local)

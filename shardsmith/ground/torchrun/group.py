@@ -20,6 +20,7 @@ def joined_ranks(timeout_secs: float = 1800.0) -> Iterator[Ranks]:
     """
     starts = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized()
     if starts:
+        # Gloo needs no accelerator; what commands exchange lies in the host's memory.
         dist.init_process_group("gloo")
     try:
         yield Ranks(timeout_secs)
@@ -27,5 +28,6 @@ def joined_ranks(timeout_secs: float = 1800.0) -> Iterator[Ranks]:
         if starts:  # the other ranks may not get to the end
             dist.destroy_process_group()
         raise
+    # On success only: `finish` waits for all ranks.
     if starts:
         finish()
