@@ -41,6 +41,7 @@ class AdapterView(View):
         if not self._names:  # asked once: peft may look on the Hub whether the vocabulary was resized
             from peft import get_peft_model_state_dict
 
+            # peft filters a state dict by its keys. It is given names in place of values, which say what it has chosen.
             fqn_of = {fqn: fqn for fqn in fqns}
             for path, _ in self._model.named_modules():  # below which peft looks, FSDP1 wrappers included
                 below = f"{clean_fqn(path, self._model)}."
@@ -51,6 +52,7 @@ class AdapterView(View):
 
     def write(self, directory: Path) -> None:
         """Write ``adapter_config.json``."""
+        # A copy: the live config goes on saying that the adapter is trained.
         config = copy.copy(self._model.active_peft_config)
         config.inference_mode = True
         if config.base_model_name_or_path is None:
@@ -70,6 +72,7 @@ class MergedView(MergedWeights):
 
         self._model = model
         self.inner: nn.Module | None = model.get_base_model()
+        # What wrappers and peft put before the names of the base model is in no name of the files.
         self._prefix = next(clean_fqn(path, model) for path, part in model.named_modules() if part is self.inner) + "."
         modules = {clean_fqn(path, model): part for path, part in model.named_modules()}
         self._tuned = {path: part for path, part in modules.items() if isinstance(part, BaseTunerLayer)}
@@ -94,6 +97,7 @@ class MergedView(MergedWeights):
         merged: dict[str, Tensor] = {}
         for path, layer in self._tuned.items():
             weights = dict(layer.get_base_layer().named_parameters())
+            # All parameters of the base layer: `merge` may change its bias, too.
             kept = {name: weight.detach().clone() for name, weight in weights.items()}
             layer.merge()
             merged |= {f"{path}.base_layer.{name}": weight.detach().clone() for name, weight in weights.items()}
@@ -168,6 +172,7 @@ def _held_beside_others(module: nn.Module, kind: type[nn.Module]) -> HeldView | 
     Raises UsageError if there are several.
     """
     parts = {clean_fqn(path, module): part for path, part in module.named_modules() if isinstance(part, kind)}
+    # Of models of peft one inside the other, the outermost counts.
     outer = [path for path in parts if not any(path.startswith(f"{other}.") for other in parts)]
     if len(outer) > 1:
         raise UsageError(f"there are several models of peft, {', '.join(outer)}: pass the one to export as model=")

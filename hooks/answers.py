@@ -53,6 +53,7 @@ class Answers:
         """
         held = held_model(model) if ask is None else None  # whose answer is not that of the module that holds it
         outer = model if held is None or held.inner is None else held.inner
+        # Compiled, it would be compiled once more, for these inputs and for `eval`.
         self._model = outer._orig_mod if isinstance(outer, OptimizedModule) else outer
         self._ema = ema
         self._call = ask or self._model
@@ -67,9 +68,11 @@ class Answers:
         name = next((model for model, stem in directory.stems.items() if stem == MAIN_WEIGHTS), None)
         if name is None:
             return None
+        # A directory whose own weights are the average answers as the average does.
         swapped = self._ema.swapped_in() if name == AVERAGE and self._ema is not None else contextlib.nullcontext()
         with swapped, _outputs_of_layers(self._model) as computed_in:
             answer = self._ask()
+        # The comparison comes later, in the background: it takes nothing from the device.
         inputs = {key: value.cpu() for key, value in self._inputs.items()}
         expected = answer.float().cpu()
         return partial(_compare, inputs=inputs, expected=expected, computed_in=computed_in, asked=self._asked)
@@ -77,7 +80,9 @@ class Answers:
     def _ask(self) -> Tensor:
         device = next(self._model.parameters()).device
         inputs = {key: value.to(device) for key, value in self._inputs.items()}
+        # The generator of the CPU is always saved and restored; `devices` are those beside it.
         drawn_from = {"devices": [device], "device_type": device.type} if device.type != "cpu" else {"devices": []}
+        # Module by module: `model.train()` would also change what the user keeps in `eval`.
         were_training = [module for module in self._model.modules() if module.training]
         self._model.eval()
         try:
@@ -86,6 +91,7 @@ class Answers:
         finally:
             for module in were_training:
                 module.training = True
+            # A forward without a backward may leave parameters gathered; the next save must see the shards.
             forget_gathered(self._model)
         return answer.full_tensor() if isinstance(answer, DTensor) else answer.clone()
 
@@ -99,6 +105,7 @@ def _compare(
     computed_in: set[torch.dtype],
     asked: str,
 ) -> str:
+    # The tolerance follows from all dtypes that round: those of the files and those of the layers.
     compare_answers(directory, inputs, expected, written_in | computed_in)
     return asked
 
@@ -106,6 +113,7 @@ def _compare(
 @contextlib.contextmanager
 def _buffers_kept(model: nn.Module) -> Iterator[None]:
     """After it the buffers are as before: routers count the tokens of their experts in any forward."""
+    # With the dict that holds it, so that each buffer can be put back in its place.
     buffers = [(module._buffers, name, buffer) for module in model.modules() for name, buffer in _own_buffers(module)]
     values = [buffer.detach().clone() for _, _, buffer in buffers]
     try:
@@ -129,6 +137,7 @@ def _outputs_of_layers(model: nn.Module) -> Iterator[set[torch.dtype]]:
         if isinstance(output, Tensor) and output.is_floating_point():
             found.add(output.dtype)
 
+    # Leaves only: they compute, and the modules above pass on what these give.
     layers = [module for module in model.modules() if next(module.children(), None) is None]
     handles = [layer.register_forward_hook(note) for layer in layers]
     try:

@@ -17,7 +17,9 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+# Futures of the last jobs, of which a failure may still be told.
 _REMEMBERED = 64
+# Stands for what failed beside the jobs, such as a callback or a push.
 _NO_JOB = -1
 
 
@@ -56,6 +58,7 @@ class Background:
     @checked
     def __init__(self, name: str) -> None:
         """``name``: of the thread."""
+        # One thread, so jobs run in the order of `submit`, which is the same on all ranks.
         self._thread = ThreadPoolExecutor(1, name)
         self._jobs: dict[int, Future[Any]] = {}
         self._begun = 0
@@ -73,6 +76,7 @@ class Background:
 
     def is_to_be_reported(self, future: Future[Any]) -> bool:
         """Return whether a job has ended and this rank may say so by itself, before it is told that all do."""
+        # A job that failed waits until all ranks are told; success needs no agreement.
         return future.done() and (self.tell is None or future.exception() is None)
 
     def failed_here(self, number: int) -> bool:
@@ -80,6 +84,7 @@ class Background:
         if number == _NO_JOB:
             return False
         future = self._jobs.get(number)
+        # A job that is forgotten by now counts as failed here: nothing more is raised for it.
         return future is None or future.exception() is not None
 
     def report(self, future: Future[Any] | None, error: str) -> None:
@@ -100,6 +105,7 @@ class Background:
     def _run(self, number: int, job: Callable[[], T]) -> T:
         try:
             return job()
+        # BaseException, as torch's error of a checkpoint is no Exception.
         except BaseException as error:
             if self.tell is not None:
                 self.tell(number, f"{type(error).__name__}: {error}")
@@ -150,6 +156,7 @@ class SavesInFlight:
             self._take()
 
     def _take(self) -> None:
+        # Taken out first, so that a failure is raised once.
         step, future = self._running.popleft()
         self._say(step, future.result())
 

@@ -37,6 +37,7 @@ _FAILED = "failed"
 _STOP = "stop"
 _RAISED = "raised"
 _OCCASION = "occasion"
+# At the end, for the other ranks: rank 0 may hold the job's store.
 _FAREWELL_SECS = 10.0
 
 
@@ -112,10 +113,12 @@ class Hooks:
         if hook.background is not None or _may_stop(hook):
             self._agreement = self._agreement or StepAgreement()
         if hook.background is not None:
+            # Notices are JSON: a hook is named by its place, which is the same on all ranks.
             hook.background.tell = partial(self._tell_failure, len(self.hooks))
         self.hooks = (*self.hooks, hook)
         if _occasions_of(hook):
             self._agreement = self._agreement or StepAgreement()
+            # Before the new watch: each remembers what handled a signal before it.
             self._occasions.restore()
             self._occasions = OccasionWatch([one for each in self.hooks for one in _occasions_of(each)], self._rank)
 
@@ -151,9 +154,11 @@ class Hooks:
         if options and not any(hook.parts.resumes for hook in self.hooks):
             raise UsageError(f"resume({', '.join(options)}=...) needs a hook that saves, such as ShardedSave")
         try:
+            # Before any hook loads something: ranks with other arguments would load other steps.
             self._start.compare_options(given)
             steps = [self._resume(hook, options) for hook in self.hooks]
             self._step = max((step for step in steps if step is not None), default=0)
+            # What loads weights comes first: an average, for one, starts from the weights as they are then.
             for hook in sorted(self.hooks, key=lambda hook: not hook.loads_weights):
                 name = f"{type(hook).__name__}.on_train_begin"
                 self._start.on_all_ranks(name, partial(hook.on_train_begin, self._step), by=hook)
@@ -203,12 +208,15 @@ class Hooks:
         self._step = step
         if self._signals.take():
             self.request_stop()
+        # What one rank has noticed is told to all, and comes back from `due` after the same step.
         for occasion in self._occasions.come():
             assert self._agreement is not None
             self._agreement.tell([_OCCASION, occasion])
         notices = self._agreement.due(step) if self._agreement is not None else []
+        # Before a stop or a failure: what is due at this step is done even if the run ends here.
         for hook in self.hooks:
             hook.on_step_end(step)
+        # Notices have gone through JSON, so an occasion is its text.
         if come := {notice[1] for notice in notices if notice[0] == _OCCASION}:
             for hook in self.hooks:
                 if any(repr(occasion) in come for occasion in _occasions_of(hook)):
@@ -295,6 +303,7 @@ class Hooks:
         """Close every hook, also when one of them raises; the first error is raised in the end."""
         self._open = False
         try:
+            # All of them, whatever one raises: each may have a thread, handlers or memory to give back.
             _each(hook.close for hook in self.hooks)
         finally:
             self._events.deliver(self._step)
@@ -317,6 +326,7 @@ class Hooks:
         """Let every hook named report; raise what it raises, or, if it has not failed on this rank, what it told."""
         told: dict[tuple[int, int], dict[int, str]] = {}
         for _, hook, job, rank, error in notices:
+            # A job that failed on several ranks is one failure, with the error of each.
             told.setdefault((hook, job), {})[rank] = error
         _each(partial(self._report, hook, job, failures) for (hook, job), failures in sorted(told.items()))
 
@@ -324,6 +334,7 @@ class Hooks:
         hook = self.hooks[index]
         failed_here = hook.background is None or hook.background.failed_here(job)
         hook.report_background()
+        # A rank on which the job did well raises as well: alone it would go on.
         if not failed_here:
             raise RankFailedError(f"{type(hook).__name__} in the background", failures, self._size)
 
@@ -339,6 +350,7 @@ class Hooks:
                     self._agreement.tell([_RAISED, self._rank, f"{what}: {type(error).__name__}: {error}"])
 
     def _raise_errors(self, everywhere: dict[int, str]) -> None:
+        # The rank where it was raised has the error itself; the others have its text.
         if self._own_errors and (everywhere or not self._open):
             errors, self._own_errors = self._own_errors, []
             raise errors[0]

@@ -39,7 +39,9 @@ def choose_places(
     Raises:
         StorageError: it cannot be asked, and the disks do not suffice.
     """
+    # Ranks that share a disk see the same steps: one of them speaks for it.
     disks = [of_rank["steps"] for of_rank in said if of_rank["is_leader"]]
+    # The keys are numbers as text: what ranks tell each other is JSON.
     names = sorted({name for disk in disks for name in disk}, key=int)
     held = {int(name): [disk.get(name) for disk in disks] for name in names}
     alone_since = min((one["alone_since"] for one in said if one["alone_since"] is not None), default=None)
@@ -64,6 +66,7 @@ def find_other_run(store: RemotePath, alone_since: int, own: Mapping[int, str]) 
         StorageError: it cannot be asked.
     """
     for step in reversed(committed_steps(store)):
+        # Of the steps after that one, and that one itself if the disks have it, each in the store must be our own.
         is_known = step in own or step > alone_since
         if step >= alone_since and is_known and attempt_of_any(store / step_name(step)) != own.get(step):
             return step
@@ -72,6 +75,7 @@ def find_other_run(store: RemotePath, alone_since: int, own: Mapping[int, str]) 
 
 def _with_store(store: RemotePath, held: Held, alone_since: int | None) -> list[tuple[int, list[Where]]]:
     if alone_since is not None:
+        # The attempt tells two runs apart that have saved a step of the same number.
         own = {step: one["attempt"] for step, disks in held.items() for one in disks if one is not None}
         if (other := find_other_run(store, alone_since, own)) is not None:
             log.warning(
@@ -119,11 +123,13 @@ def _where(stored: RemotePath, held: Sequence[dict[str, Any] | None], *, is_stor
         return "local"
     if is_stored:
         return "store"
+    # No disk has all files, but together they may: then the step can be put into the store, and read from there.
     names = {name for one in there for name in one["files"]}
     return "upload" if len(attempts) == 1 and len(names) == there[0]["wanted"] else None
 
 
 def _is_whole(held: Sequence[dict[str, Any] | None]) -> bool:
     """Whether every disk has all files of one and the same step."""
+    # A rank may need files of any other rank, and reads from its own disk: so that must have all of them.
     there = [one for one in held if one is not None and len(one["files"]) == one["wanted"]]
     return len(there) == len(held) and len({one["attempt"] for one in there}) == 1

@@ -126,6 +126,7 @@ class CheckpointSource:
         Raises:
             RankFailedError: on all ranks, if it was not saved, or cannot be read.
         """
+        # First: whatever fails from here on, the checkpoint is released.
         for claim in claims:
             unfinished.callback(claim.release)
         path = self._ranks.lead(f"waiting for {step_name(step)} to be saved", lambda: str(claims[0].path()))

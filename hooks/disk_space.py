@@ -66,7 +66,9 @@ def mind_disk(
         assert keep is not None
         if rule.then == "thin_out":
             spared = keep.milestones(steps, directory)
+            # The newest step always stays: it is the last of these, unless the policy spares it anyway.
             for step in sorted(set(steps) - spared)[: -1 if max(steps, default=None) not in spared else None]:
+                # Asked before each removal: others write to that disk, too.
                 if free_bytes(directory) >= rule.below:
                     break
                 remove(step)

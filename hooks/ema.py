@@ -77,6 +77,7 @@ class EMA(Hook):
         self._average: dict[str, Tensor] = {}
         for name, weight in self._weights.found.items():
             device = torch.device("cpu") if offload else weight.device
+            # A copy even where dtype and device are the same, or the average would be the weight itself.
             self._average[name] = weight.detach().to(device, torch.float32, copy=True)
         self._was_loaded = False
         self._swapped_in = False
@@ -107,6 +108,7 @@ class EMA(Hook):
         if self._has_started:
             lerp_(averages, weights, 1 - self._current_decay())
         else:
+            # The first update at or after `start_step` is a copy.
             torch._foreach_copy_(averages, weights)
         self.updates += 1
 
@@ -157,6 +159,7 @@ class EMA(Hook):
         self._follow_weights()
         if not self._weights.is_fsdp1:
             return self._weights.by_saved_names(self._average)
+        # FSDP1 makes a state dict of its own storage only: so the averages pass through the live weights.
         with self._weights.replaced_by(self._averages()):
             options = StateDictOptions(cpu_offload=self.offload)
             state: dict[str, Any] = get_model_state_dict(self._model, options=options)
@@ -192,6 +195,7 @@ class EMA(Hook):
         if missing := [key for key in ("decay", "updates", "model") if key not in state_dict]:
             raise UsageError(f"this is no state_dict() of EMA: it has no {', '.join(missing)}. Nothing was loaded")
         decay, loaded = float(state_dict["decay"]), state_dict["model"]
+        # Compared exactly: it was saved as float64.
         if decay != self.decay and not allow_other_decay and self.on_other_decay == "raise":
             raise UsageError(
                 f"the average to load has decay {decay}, this one {self.decay}: build EMA(..., decay={decay}), "
@@ -272,8 +276,10 @@ class EMA(Hook):
     def _load_fsdp1(self, loaded: Mapping[str, Tensor]) -> None:
         """Let FSDP1, which alone knows the way into its flat shards, load into the weights, and take it from there."""
         with self._weights.replaced_by(self._averages()):
+            # All keys, as `set_model_state_dict` also wants those that have no average.
             state: dict[str, Any] = get_model_state_dict(self._model)
             _check_alike({name: state[name] for name in self._average}, loaded)
+            # It wants each name of a tied weight, too; the saved state has the kept one.
             aliases = {alias: loaded[kept] for alias, kept in self._weights.tied.items() if kept in loaded}
             set_model_state_dict(self._model, {**state, **loaded, **aliases})
             torch._foreach_copy_(self._averages(), self._weights.tensors())
@@ -283,6 +289,7 @@ class EMA(Hook):
             raise UsageError(f"cannot {action} while the average is swapped in: leave swapped_in() first")
         if self._stagings:
             raise UsageError(f"cannot {action} while a save or an export copies the state: leave staging() first")
+        # A copy that runs beside the training ends before the average changes.
         self._announce_change()
 
     def _announce_change(self) -> None:
@@ -294,6 +301,7 @@ def lerp_(averages: list[Tensor], weights: list[Tensor], fraction: float) -> Non
     """Move each average by ``fraction`` of its distance to the weight, in place. Any dtype and device of weights."""
     ready = [a.dtype == w.dtype and a.device == w.device for a, w in zip(averages, weights, strict=True)]
     if any(ready):
+        # One kernel for many tensors; both of a pair must have the same dtype and device.
         pairs = [(a, w) for a, w, is_ready in zip(averages, weights, ready, strict=True) if is_ready]
         torch._foreach_lerp_([a for a, _ in pairs], [w for _, w in pairs], fraction)
     # the rest one by one, so that the casts cost one tensor and not one copy of the model
@@ -304,9 +312,11 @@ def lerp_(averages: list[Tensor], weights: list[Tensor], fraction: float) -> Non
 
 def _squares(average: Tensor, weight: Tensor) -> Tensor:
     """Sums of squares of the difference and of the weight, on the CPU, estimated from every so many-th element."""
+    # That is `(numel // _SAMPLED) | 1`.
     apart = average.numel() // _SAMPLED | 1  # odd: not the same columns of every row
     one, other = average.reshape(-1)[::apart].double(), weight.reshape(-1)[::apart]
     other = other.to(one.device).double()
+    # Each element that was taken stands for `apart` of them.
     return torch.stack([(one - other).square().sum(), other.square().sum()]).cpu() * apart
 
 

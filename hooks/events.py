@@ -133,6 +133,7 @@ class EventQueue:
 
     def deliver(self, step: int) -> None:
         """Tell all listeners of all that waits. What one raises is logged: no step fails by it."""
+        # One thread reads the queue, so what is not empty now has something for `get`.
         while not self._waiting.empty():
             event = dataclasses.replace(self._waiting.get(), told_at=step)
             for listener in self.listeners:
@@ -156,6 +157,7 @@ def json_lines(path: LocalPath) -> Listener:
     def append(event: Event) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         line = json.dumps(dataclasses.asdict(event)) + "\n"
+        # O_APPEND and one write: lines of several processes do not mix.
         descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
         try:
             os.write(descriptor, line.encode())
@@ -227,6 +229,7 @@ def spans(tracer: SpanMaker) -> Listener:
     def record(event: Event) -> None:
         from opentelemetry.trace import Status, StatusCode
 
+        # OpenTelemetry counts nanoseconds.
         span = tracer.start_span(f"checkpoint.{event.kind}", start_time=int((event.time - event.seconds) * 1e9))
         for name in ("step", "path", "seconds_waited", "nbytes", "ranks"):
             span.set_attribute(f"checkpoint.{name}", getattr(event, name))

@@ -229,6 +229,7 @@ class HFExport(Hook):
         if self._ranks.is_leader:
             self._results.resume_pushes(step)
             self._folder.note_policy()
+        # Not earlier than here: now the live weights are those of the resumed step.
         if self.when.due(step) and self._ranks.lead(
             f"looking for the export of step {step}", lambda: self._folder.missing(step)
         ):
@@ -243,7 +244,7 @@ class HFExport(Hook):
             self._in_flight.collect(self._in_flight.ended())
         self._results.announce()
         if self._in_flight.background.tell is None:
-            self._results.raise_first()
+            self._results.raise_first()  # without Hooks no other rank is told
 
     def on_occasion(self, step: int) -> None:
         """Export the step, if that was not done. All ranks; communicates."""
@@ -299,7 +300,7 @@ class HFExport(Hook):
 
     def _export(self, step: int, when_busy: Literal["wait", "skip", "raise"], error: Exception | None = None) -> None:
         """``error``: of this rank, perhaps of it alone. Then all ranks raise instead of exporting."""
-        self._copy.settle()
+        self._copy.settle()  # what the last export still copies beside the training
         wanted = self._make_room(step, when_busy, error)
         if not wanted:
             return
@@ -345,6 +346,7 @@ class HFExport(Hook):
             return []
         busy = in_flight.started - ended >= SLOTS
         if busy and when_busy == "wait":
+            # One more must end, and all ranks wait for the same number.
             ended += 1
         in_flight.collect(ended)
         if busy and when_busy == "raise":
@@ -363,6 +365,7 @@ class HFExport(Hook):
                     job.check = check
                     unfinished.enter_context(job)
                     job.write()
+                # All directories are written before one is published: an error leaves none of them.
                 paths = [job.commit() for job in jobs]
         except BaseException as error:
             log.exception("step %s was not exported", step)  # loud even if nobody comes to ask for the result

@@ -32,9 +32,11 @@ def prepare_folder(folder: Path, base: Path | None) -> list[int]:
         WriteError: the folder cannot be written to.
     """
     if base is not None:
+        # Any step stands for all: no export may go where the base model is.
         protect(folder / step_name(0), base)
     refuse_within_step(folder)
     check_writable(folder)
+    # A directory that was swept names the step that a former run was exporting.
     steps = (unfinished_step(path.name) for path in sweep(folder))
     return sorted({step for step in steps if step is not None})
 
@@ -80,6 +82,7 @@ class ExportFolder:
 
     def set_aside_unfinished(self, step: int) -> None:
         """Set aside what is no export and in the way of a run that goes on from a step; name the exports it lost."""
+        # The step of the resume may be exported again, so it counts as one to come.
         for aside, reason in set_aside_unfinished(self._folder, step - 1, PROVENANCE_FILE).items():
             log.warning("%s was set aside: it %s, and its step is to come (again)", aside, reason)
         for lost in sorted(lost for lost in self._broken_off if lost < step and self.missing(lost)):

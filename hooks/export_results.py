@@ -39,11 +39,13 @@ class ExportResults:
             if error is not None:
                 self._failures.append(error)
             elif (on_exported := self._writing.on_exported) is not None:
+                # The first directory; an average in one of its own comes second.
                 _, error = attempted(partial(on_exported, one.step, one.future.result()[0]))
                 self._note_callback_error(one, error)
 
     def raise_first(self) -> None:
         """Raise the first failure, if that is wanted; those after it are in the log, as all are."""
+        # Taken out also where nothing is raised: the log has them.
         errors, self._failures = self._failures, []
         if errors and self._writing.on_error == "raise":
             raise errors[0]
@@ -62,6 +64,7 @@ class ExportResults:
         if error is not None:
             log.error("on_exported of step %s failed; the export is there", one.step, exc_info=error)
             self._failures.append(error)
+            # It may have done well on the other ranks: they are told, so that all raise.
             self._in_flight.background.report(one.future, f"on_exported of step {one.step}: {error}")
 
     def _note_push_error(self, step: int, error: Exception) -> None:

@@ -51,6 +51,7 @@ from .wiring import Parts, alike
 
 log = logging.getLogger(__name__)
 
+# Between two looks at a folder that a trainer deletes.
 _DELETION_SECS = 0.5
 
 _START = (
@@ -101,6 +102,7 @@ class FolderSave(Hook):
         self._ranks = Ranks(timeout_secs)
         meet(self._ranks, "making FolderSave", facts)
         self.background = Background("shardsmith-companion") if async_mode == "async" else None
+        # Who writes what: agreed at the first save, and used again by later ones.
         self._share = Share(self._ranks.rank)
         self._buffer = StagingBuffer() if self.background else None
         self._in_flight = SavesInFlight(self.background, self._announce_save)
@@ -158,6 +160,7 @@ class FolderSave(Hook):
             RankFailedError: on all ranks, if any failed. Our directory is not there, and the folder is as it was. What
                 fails in the background is raised by ``wait``, or by ``Hooks`` on all ranks after the same step.
         """
+        # First, as an old manifest of ours in it would speak for what the trainer has just written.
         self.before_save(folder)
         self._is_warm = True
         watch = Stopwatch()
@@ -291,6 +294,7 @@ class FolderSave(Hook):
         recorded, aliases = read_folder_record(folder).tensors, tied_weights(self._model)
         problems = self._differences(folder, recorded, aliases)
         others = [name for name in problems if problems[name] == OTHER_VALUES]
+        # Only if nothing differs but values: other names or shapes mean another model.
         if others and len(others) == len(problems) and reload(self._model, folder, others):
             problems = self._differences(folder, recorded, aliases)
             log.warning("the trainer did not load %s from %s; we did", ", ".join(others), folder)
@@ -338,6 +342,7 @@ def _is_being_deleted(folder: Path) -> bool:
     while not is_deserted(folder):
         with contextlib.suppress(FileNotFoundError):
             found = sum(1 for _ in folder.rglob("*"))
+            # It does not shrink: nobody deletes it.
             if before is not None and found >= before:
                 return False
             before = found

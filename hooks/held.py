@@ -46,7 +46,9 @@ def held_model(model: nn.Module) -> HeldView | None:
     the module are the model's.
     """
     here, path = unwrapped(model), ""
+    # What can be saved by itself is the model.
     while not hasattr(here, "save_pretrained"):
+        # One child with tensors, and none outside it: then all tensors are that child's.
         children = [(name, child) for name, child in here.named_children() if _has_tensors(child)]
         if len(children) != 1 or any(True for _ in _own_tensors(here)):
             return None
@@ -59,6 +61,7 @@ def held_model(model: nn.Module) -> HeldView | None:
 
 def _own_tensors(module: nn.Module) -> Iterator[Tensor]:
     yield from (tensor for tensor in module._parameters.values() if tensor is not None)
+    # Non-persistent buffers are in no state dict.
     kept = module._buffers.keys() - module._non_persistent_buffers_set
     yield from (tensor for name in kept if (tensor := module._buffers[name]) is not None)
 

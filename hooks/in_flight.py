@@ -60,6 +60,7 @@ class InFlight:
         """Wait until this many exports have ended since the start, and take their buffers back."""
         while self._ended_count < count:
             ended = self._running.popleft()
+            # `wait` and not `result`: what failed is raised by whoever takes it.
             wait([ended.future])
             self._ended_count += 1
             self._ended.append(ended)
@@ -73,5 +74,6 @@ class InFlight:
     def close(self) -> None:
         """Wait for all, and free the buffers. Nothing can be exported afterwards."""
         self.background.close()
+        # The memory of the old buffers is freed with them.
         self._free = [[StagingBuffer() for _ in buffers] for buffers in self._free]
         release_pinned()

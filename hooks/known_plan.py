@@ -37,6 +37,7 @@ class KnownPlan:
 
     def models(self, model: nn.Module, average: Mapping[str, Tensor]) -> list[LiveModel] | None:
         """Return the plan again with its tensors; None if model or average have changed."""
+        # By identity: another tensor may have the same name and shape.
         same_average = average.keys() == self.average.keys() and all(
             self.average[name]() is tensor for name, tensor in average.items()
         )

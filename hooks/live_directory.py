@@ -96,6 +96,7 @@ class ModelFiles:
     def write(self, model: nn.Module | None, directory: Path) -> None:
         """Write what does not come from the base model. Rank 0, in the background; reads no weights."""
         generation = getattr(model, "generation_config", None)
+        # A base model has one of its own, which is copied with its other files.
         if self.base is None and generation is not None:
             generation.save_pretrained(directory)
         if self.processor is not None:

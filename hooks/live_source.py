@@ -69,6 +69,7 @@ class LiveSource:
             RanksDisagreeError: on all ranks, if replicas are compared, and differ.
         """
         is_to_compare = self._replicas.is_due()
+        # Until all directories of the step are staged, nothing of ours changes weights or average.
         with contextlib.ExitStack() as unchanged:
             jobs = [
                 self._stage(step, target, buffer, unchanged, is_to_compare)

@@ -165,6 +165,7 @@ class LiveState:
         """
         average = self._ema.model_state_dict() if self._ema is not None and AVERAGE in directory.stems else {}
         known = self._known.get(directory.suffix)
+        # The same plans again: others would make the exporter ask all ranks once more who writes what.
         if known is not None and (models := known.models(self._model, average)) is not None:
             return models
         refuse_without_values(self._model)

@@ -91,6 +91,7 @@ class LocalCache:
         if not self.folder.is_leader:
             return
         path, mark = self.folder.path, self.folder.path / CACHE_OF_FILE
+        # Steps without that file are of a run without a cache.
         of = mark.read_text() if mark.is_file() else "another run" if committed_steps(path) else str(self._store)
         if of != str(self._store):
             raise UsageError(
@@ -131,6 +132,7 @@ class LocalCache:
             "local": lambda step: self.folder.path / step_name(step),
             "store": lambda step: self._store / step_name(step),
             "upload": self._uploaded,
+            # It raises: while the store is away there is nothing else to load.
             "away": lambda step: self._main_ranks.lead("looking at the store", lambda: self._raise_away(step)),
         }
         return {step: [partial(ways[where], step) for where in places] for step, places in found}
@@ -183,6 +185,7 @@ class LocalCache:
         self._running.clear()
         wait(running)
         if running:
+            # Each upload tries again what the one before it could not put, so the last one decides.
             running[-1].result()
 
     def close(self) -> None:
@@ -194,6 +197,7 @@ class LocalCache:
 
     def _upload(self) -> None:
         """Put what is owed into the store, then let retention act. In the thread; all ranks."""
+        # Rank 0's set decides: all ranks must upload the same steps in the same order.
         steps: list[int] = self._ranks.lead("choosing what to upload", lambda: sorted(self._owed))
         for step in steps[:-_MOST_OWED]:  # after a long outage the disk is worth more than old steps
             log.warning("%s is given up: later steps could not be uploaded either", self.folder.path / step_name(step))

@@ -43,6 +43,7 @@ class LocalWeights:
         refuse_without_values(model)
         self._model = model
         self.is_fsdp1 = any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
+        # A forward may have left parameters gathered; the shards are wanted.
         forget_gathered(model)
         self.tied = tied_weights(model)
         self._slots = _trainable(model, self.tied)
@@ -78,6 +79,7 @@ class LocalWeights:
 
         No communication. One that was frozen since is no change.
         """
+        # The dicts stand for their modules: a module that was replaced has left with its own.
         owners = {id(part) for module in self._model.modules() for part in (module._parameters, module._buffers)}
         gone = [name for name, slot in self._slots.items() if id(slot.owner) not in owners]
         added = [name for name in _trainable(self._model, self.tied) if name not in self._slots]
@@ -110,6 +112,7 @@ class LocalWeights:
             saved = model_state_dict(self._model)
         untrained = {clean_fqn(name, self._model) for name, _ in self._model.named_buffers()}
         untrained |= {clean_fqn(name, self._model) for name, p in self._model.named_parameters() if not p.requires_grad}
+        # Buffers that are averaged stay.
         untrained -= self.buffers
         return {name: value for name, value in saved.items() if name not in untrained and name not in self.tied}
 
@@ -123,6 +126,7 @@ class LocalWeights:
 
     def _saves_other_tensors(self) -> bool:
         if self._are_renamed is None:
+            # Found out once: what a model saves does not change.
             self._are_renamed = not self._slots.keys() <= model_state_dict(self._model).keys()
         return self._are_renamed
 
@@ -133,6 +137,7 @@ class LocalWeights:
         kept = {name: slot.current() for name, slot in self._slots.items()}
         try:
             for name, slot in self._slots.items():
+                # Into the dict: a module's `setattr` refuses a plain tensor in the place of a parameter.
                 slot.owner[slot.attribute] = values[name]
             yield
         finally:
@@ -142,6 +147,7 @@ class LocalWeights:
     @torch.no_grad()
     def _overwrite(self, values: list[Tensor]) -> None:
         torch._foreach_copy_(self.tensors(), values)
+        # What is gathered still has the old values.
         forget_gathered(self._model)
 
 
@@ -183,6 +189,7 @@ def _trainable(model: nn.Module, tied: Mapping[str, str]) -> dict[str, _Slot]:
         for attribute, parameter in module._parameters.items():
             if parameter is not None and parameter.requires_grad and parameter.is_floating_point():
                 name = clean_fqn(f"{prefix}.{attribute}" if prefix else attribute, model)
+                # Of tied weights the first module that has one is the slot.
                 slots.setdefault(tied.get(name, name), _Slot(module._parameters, attribute, parameter))
     return slots
 

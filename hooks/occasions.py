@@ -68,6 +68,7 @@ class OccasionWatch:
         now = time.monotonic()
         for period, since in self._since.items():
             if now - since >= 60 * period.count:
+                # From now on: periods that went by during one long step are not made up for.
                 self._since[period] = now
                 found.append(period)
         for file, looked in self._looked.items():

@@ -44,11 +44,13 @@ class OpenCopy:
                 'staging="overlap" copies until optimizer.step(), while the save runs in the background: it needs '
                 'optimizer=... and async_mode="async"'
             )
+        # Before the step itself, which changes parameters and moments.
         self._handles = [one.register_step_pre_hook(lambda *_: self.settle()) for one in optimizers]
         self._guard_average(average)
 
     def guard_all(self, average: EMA | None) -> None:
         """As ``guard``, of all optimizers that there are: an export does not know which of them has its weights."""
+        # torch's hook for all optimizers, those made later included.
         self._handles = [register_optimizer_step_pre_hook(lambda *_: self.settle())]
         self._guard_average(average)
 
@@ -68,6 +70,7 @@ class OpenCopy:
 
     def settle(self) -> None:
         """Return when the copy is complete."""
+        # Taken out first, so that what a job raises is raised once.
         jobs, self._jobs = self._jobs, []
         for job in jobs:
             job.settle()

@@ -67,6 +67,7 @@ class Pushes:
     @property
     def pending(self) -> set[int]:
         """Steps whose directories are still read."""
+        # A copy, as another thread may add to it or clear it meanwhile.
         return {step for step, future in list(self._running.items()) if not future.done()}
 
     def start(self, step: int, directories: Sequence[Path], failed: Failed) -> None:
@@ -78,11 +79,13 @@ class Pushes:
             failed: Called from the thread with what went wrong, which the log has, too.
         """
         if self.is_wanted:
+            # The mark before the push: a run that is killed in between pushes at its next start.
             for directory in directories:
                 with logged(f"noting that {directory} is to be pushed"):
                     mark = push_mark(directory)
                     if not mark.exists():
                         place_file(mark, b"")
+            # One thread: commits to a branch follow one another in the order of the steps.
             self._pool = self._pool or ThreadPoolExecutor(1, "shardsmith-push")
             self._running[step] = self._pool.submit(self._push, step, directories, failed)
 
@@ -118,8 +121,10 @@ class Pushes:
 
     def _push(self, step: int, directories: Sequence[Path], failed: Failed) -> None:
         for directory in directories:
+            # The end of the directory's name, "-ema" or nothing.
             revision = self._options.revision + directory.name.removeprefix(step_name(step))
             watch = Stopwatch()
+            # The training never waits for a push.
             watch.released()
             try:
                 self._push_one(directory, revision)

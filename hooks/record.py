@@ -82,6 +82,7 @@ class Recorder(Hook):
         self._writer_ranks = Ranks(timeout_secs)  # for the thread that writes
         self.background: Background = Background("shardsmith-record")
         self._in_flight = SavesInFlight(self.background, self._announce_save)
+        # What a deletion of a former run has left half done.
         self._ranks.lead(f"preparing {self.directory}", lambda: len(sweep(self.directory)))
 
     @checked
@@ -90,6 +91,7 @@ class Recorder(Hook):
 
         All ranks, before anything is written; communicates through the store. Raises RankFailedError.
         """
+        # Without its manifest it does not count as complete while the trainer writes into it.
         self._ranks.lead(f"preparing {path.name}", lambda: path.exists() and disown(path))
 
     @checked
@@ -153,6 +155,7 @@ class Recorder(Hook):
         """In the background thread."""
         ranks = self._writer_ranks
         try:
+            # On all ranks: a save has ended when each part of it has. Its result may be no JSON, and is not told.
             ranks.gather(f"saving {path.name}", lambda: end is not None and end.result() is None)
             if not has_manifest:
                 found = dict(mesh) if mesh else None

@@ -29,6 +29,7 @@ def reload(model: nn.Module, folder: Path, names: Iterable[str]) -> bool:
     Returns:
         Whether they were filled; False if transformers converts nothing of this model, or the folder has other files.
     """
+    # Without the files first: most models are not converted at all.
     if TransformersNames.of_model(unwrapped(model)) is None:
         return False
     live = LiveWeights(model)

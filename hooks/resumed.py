@@ -67,14 +67,17 @@ class ResumedRun:
         """
         is_own = place == self._directory
         cache = self._cache if is_own else None
+        # A step that was asked for may be in the store alone.
         steps = find_steps(self._ranks, place, cache, needs_store=step is not None)
         if step is not None:
             steps = {step: steps[checkpoints.only_step(place, sorted(steps), step)]}
+        # Only where the run looks for its newest step in its own folder, and not while the store is away.
         aside = is_own and step is None and (cache is None or cache.alone_since is None)
         search = Resumption(self._ranks, set_damaged_aside=aside, spoiled_by=self._spoiled_by, parts=parts)
         try:
             found = search.load_newest(place, steps, partial(self._load, parts=parts), on_missing or self.on_missing)
         finally:
+            # After an error, too: the tensors may hold what was damaged.
             self._spoiled_by = search.spoiled_by
         if cache is not None:
             cache.resumed(found)

@@ -64,6 +64,7 @@ def add_metrics(directory: Path, step: int, values: Mapping[str, float]) -> None
     if isinstance(place, RemotePath):  # where nothing can be appended to
         place.store.put(place.key, "".join([*lines_of(place), line]).encode())
         return
+    # O_APPEND and one write: a kill leaves one broken line at most.
     descriptor = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
     with os.fdopen(descriptor, "wb") as file:
         file.write(line.encode())

@@ -180,7 +180,7 @@ class ShardedSave(Hook):
     def on_step_end(self, step: int) -> None:
         """Announce a save that has ended, and save if it is time. All ranks; communicates when it saves."""
         self._in_flight.announce_ended()
-        self._resumed.refuse_spoiled()
+        self._resumed.refuse_spoiled()  # tensors may hold what was damaged
         due, error = attempted(lambda: self.when.due(step))
         if due or error:
             self._save(step, error)
@@ -243,7 +243,7 @@ class ShardedSave(Hook):
         self._resumed.refuse_spoiled()
         watch = Stopwatch()
         self._is_warm = True
-        error = attempted(self._report)[1] or error
+        error = attempted(self._report)[1] or error  # of the save in flight: all ranks are told of it
 
         @functools.cache  # what is compared is what is saved
         def collect() -> Contents:
@@ -251,7 +251,7 @@ class ShardedSave(Hook):
                 raise error
             return self._collect(step, job.target)
 
-        job = self._job(SaveInProgress, step)
+        job = self._job(SaveInProgress, step)  # waits for room in a cache
         try:
             self._stage(job, collect, error)
         except BaseException as failure:

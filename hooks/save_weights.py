@@ -73,6 +73,7 @@ class HuggingFaceWeights:
         if options.base_model is not None:
             name = str(options.base_model)
             ranks.gather("finding the base model", lambda: base.append(find_model(name, fetch=False)))
+            # Any step stands for all: none may go where the base model is.
             protect(directory / "step-0", base[0])
         self._view = _view_of(model, options)
         self._state = LiveState(
@@ -105,6 +106,7 @@ class HuggingFaceWeights:
         own = live.tensors if self._stages is None else self._stages.specs
         dtypes = {name: tensor.dtype for name, tensor in own.items()}
         if self._stages is not None and AVERAGE in directory.stems:
+            # An average is float32, whatever the weights are.
             dtypes |= dict.fromkeys(self._stages.averaged, torch.float32)
         return WeightsDirectory.of(directory.suffix, plan, live.translation, names, dtypes)
 
@@ -154,6 +156,7 @@ def _refuse_loss(model: nn.Module, options: SaveWeights) -> None:
     own = [*model.named_parameters(), *model.named_buffers()]
     specs = [TensorSpec(name, tuple(value.shape), value.dtype) for name, value in own]
     pairs = zip(specs, cast_specs(specs, parse_dtypes(options.weights_dtype)), strict=True)
+    # What `float32-rest` can make up for; it cannot for any other two dtypes.
     exact = (torch.float32, torch.bfloat16)
     lost = [(spec, cast) for spec, cast in pairs if spec.dtype != cast.dtype and (spec.dtype, cast.dtype) != exact]
     if lost:

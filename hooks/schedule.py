@@ -44,6 +44,7 @@ class Schedule:
 
     def outside(self, other: Schedule) -> Schedule | None:
         """Return those of its terms that have steps at which ``other`` is not due; None if there are none."""
+        # Each multiple of a period is one of every divisor of it.
         periods = [period for period in self.periods if not any(period % other_one == 0 for other_one in other.periods)]
         steps = [step for step in self.steps if not other.due(step)]
         at_last, occasions = self.at_last and not other.at_last, self.occasions - other.occasions

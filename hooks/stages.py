@@ -83,6 +83,7 @@ def _unite(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     united: dict[str, Any] = {"specs": {}, "aliases": {}, "averaged": []}
     different = set()
     for part in parts:
+        # Several ranks may have the same tensor; then they must say the same of it.
         different |= {name for name, spec in part["specs"].items() if united["specs"].setdefault(name, spec) != spec}
         united["aliases"] |= part["aliases"]
         united["averaged"] += part["averaged"]

@@ -117,6 +117,7 @@ def prepare(directory: Path, is_leader: bool, *, may_be_away: bool = False) -> N
         check_writable(directory)
         sweep(directory)
     except (StorageError, WriteError) as error:
+        # `check_writable` turns the store's error into a WriteError.
         cause = error.__cause__ if isinstance(error, WriteError) else error
         if not (may_be_away and isinstance(cause, StorageError) and cause.transient):
             raise

@@ -23,6 +23,7 @@ class StopSignals:
         self._process = os.getpid()
         self._before: dict[signal.Signals, Any] = {}
         for which in signals:
+            # None: the handler was not made in Python, and cannot be put back.
             self._before[which] = signal.getsignal(which) or signal.SIG_DFL
             signal.signal(which, self._handle)
 
@@ -34,6 +35,7 @@ class StopSignals:
     def restore(self) -> None:
         """Put back what handled them before, unless other code has taken over meanwhile."""
         for which, before in self._before.items():
+            # Bound methods are equal if object and function are; each look makes a new one.
             if signal.getsignal(which) == self._handle:
                 signal.signal(which, before)
 

@@ -64,6 +64,7 @@ class MergedWeights(View, Protocol):
             return
         self._values[MAIN] = self.merge()
         if ema is not None:
+            # `merge` takes the weights as they are, so the average goes in their place.
             with ema.swapped_in():
                 self._values[AVERAGE] = self.merge()
         try:

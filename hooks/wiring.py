@@ -99,6 +99,7 @@ class Start:
         try:
             self._ranks.gather(what, attempt)
         except RankFailedError:
+            # The rank that failed raises its own error, with its traceback.
             if errors:
                 raise errors[0] from None
             raise
@@ -173,6 +174,7 @@ def _shared_directories(hooks: Sequence[Hook]) -> list[str]:
     problems, first = [], dict[Path, str]()
     for hook in hooks:
         if hook.parts.directory is not None:
+            # Links resolved: two names may lead to one folder.
             name, place = type(hook).__name__, hook.parts.directory.resolve()
             for other, other_name in first.items():
                 if place == other:
@@ -201,6 +203,7 @@ def _without_weights(hooks: Sequence[Hook]) -> list[str]:
     """Models that were not materialized, unless a hook loads them."""
     if any(hook.loads_weights for hook in hooks):
         return []
+    # Each model once, as several hooks read the same one.
     models = {id(hook.parts.model): hook.parts.model for hook in hooks if hook.parts.model is not None}
     problems = []
     for model in models.values():
