@@ -70,6 +70,7 @@ class Attached:
         """Take all of it off the accelerator. The hooks go on."""
         for handle in self._handles:
             handle.remove()
+        # The attributes of the object hide the methods of its class.
         for name in ("save_state", "load_state"):
             vars(self._accelerator).pop(name, None)
 
@@ -78,6 +79,7 @@ class Attached:
         self._folder_save.wait()
 
     def _note(self, *told: Any) -> None:
+        # The folder is the last argument that accelerate gives to both kinds of hooks.
         self._folder = Path(told[-1])
 
     def _save_state(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> Any:

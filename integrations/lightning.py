@@ -136,6 +136,7 @@ class CheckpointHooks(Callback):  # type: ignore[misc, unused-ignore]
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Save and export the last step if that is wanted and not done; wait for what is in flight. All ranks."""
         if self.hooks is not None:
+            # Taken out first: after an error in `close`, `on_exception` must not close again.
             hooks, self.hooks = self.hooks, None
             hooks.close()
 

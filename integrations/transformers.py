@@ -146,6 +146,7 @@ class CheckpointHooks(TrainerCallback):
         deepspeed = getattr(args, "deepspeed_plugin", None) or getattr(args, "deepspeed", None)
         if deepspeed or state.is_hyper_param_search:
             raise UsageError("CheckpointHooks works neither under DeepSpeed nor in a hyperparameter search")
+        # What is left of a former training with the same callback.
         self.close()
         self.ema = EMA(model, **self._ema_options) if self._ema_options else None
         self._folder_save = FolderSave(model, ema=self.ema, prewarm=self._prewarm)

@@ -76,10 +76,12 @@ def complete_translation(adapter: Any, config: Mapping[str, Any] | None) -> Tran
 
 def own_translation(adapter: Any) -> Translate:
     """Return what an adapter makes of tensors, tied ones too. Which of them are written is decided as for any model."""
+    # The trainer goes on using the adapter itself.
     adapter = copy.copy(adapter)
     for name in ("model_config", "model_args"):
         config = getattr(adapter, name, None)
         if any(getattr(config, tie, False) for tie in _TIES):
+            # The config is the trainer's, too.
             config = copy.deepcopy(config)
             for tie in _TIES:
                 if hasattr(config, tie):

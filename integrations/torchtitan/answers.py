@@ -25,6 +25,7 @@ def made_up_tokens(config: Mapping[str, Any], model: nn.Module) -> dict[str, Ten
     if not isinstance(size, int):
         raise UsageError('checkpoint_hooks: export_verify="load" needs the vocab_size of config.json')
     shape = (_SEQUENCES, min(_TOKENS, _longest(model)))
+    # The factor and the offset spread the tokens over the vocabulary, the same on every rank.
     return {"input_ids": (torch.arange(math.prod(shape), device="cpu").view(shape) * 37 + 11) % size}
 
 

@@ -125,6 +125,7 @@ class Attached:
             average_states(self.ema, allow_other_decay=options.ema_allow_other_decay) if self.ema is not None else {}
         )
         attached: list[Hook | None] = [self.ema, self.recorder, self._export]
+        # Python lets only the main thread handle signals.
         stops = saves and options.save_on_sigterm and threading.current_thread() is threading.main_thread()
         hooks = [hook for hook in attached if hook is not None]
         told = () if options.events is None else json_lines(dump_folder / options.events)
@@ -141,6 +142,7 @@ class Attached:
         self._hooks.step_end(step)
         if is_last:
             self._hooks.train_end(step)
+        # At the last step TorchTitan ends by itself.
         return self._hooks.should_stop and not is_last
 
     def end_training(self) -> None:
@@ -187,6 +189,7 @@ class Attached:
                 offload=options.ema_offload,
             )
         if options.records and saves:
+            # The recorder removes steps in TorchTitan's place, by TorchTitan's number.
             keep = latest(keep_latest_k) if keep_latest_k else None
             weights = _weights(options, model, self.ema, sd_adapter, folder) if options.one_write else None
             recorded = None
@@ -221,6 +224,7 @@ class Attached:
                 models=options.export_models,
                 dtype=options.export_dtype,
                 keep=latest(options.export_keep) if options.export_keep else None,
+                # A directory of an adapter has no base model in it.
                 files=ExportFiles(base_model=None if isinstance(form, LoraAlone) else base, extra_facts=facts),
                 weights=ExportWeights(
                     names=form if isinstance(form, LoraAlone) else names,

@@ -22,6 +22,7 @@ def average_states(ema: EMA, *, allow_other_decay: bool = False) -> dict[str, St
 
     def load(key: str, values: Mapping[str, Any]) -> None:
         loaded[key] = values
+        # Only with both: averages without their counters would go on with a wrong number of updates.
         if loaded.keys() == {MODEL, STATE}:
             _refuse_other_decay(ema, loaded[STATE], allow_other_decay)
             ema.load_state_dict({**loaded[STATE], "model": loaded[MODEL]}, allow_other_decay=allow_other_decay)

@@ -106,6 +106,7 @@ class LoadWatch:
             found = verify_names(self._parts, checkpoint, **self._in_files(), **self._allowed, ranks=self._ranks)
             absent += found.missing
             kept += self._names.leaves_out(LiveWeights(self._parts).specs)
+        # What the load leaves out still has these values afterwards, and is found by them.
         poison_weights(self._parts, spare=[*absent, *kept])
         return {name: value for name, value in state_dict.items() if name not in absent}
 
@@ -123,6 +124,7 @@ class LoadWatch:
             MismatchError: tensors were left out.
         """
         if not self._is_initial(checkpoint):
+            # Only a manifest says what was saved.
             if (checkpoint / METADATA_FILE).is_file():
                 self._verify_state(checkpoint, state)
             self._verify_buffers(checkpoint)
@@ -256,9 +258,11 @@ class LoadWatch:
     def _refuse_dropped(self, state_dict: Mapping[str, Any], checkpoint: Path) -> None:
         tensors = {name: value for name, value in state_dict.items() if isinstance(value, Tensor)}
         empty = {name: torch.empty(value.shape, dtype=value.dtype, device="meta") for name, value in tensors.items()}
+        # There and back again: what the adapter drops on the way does not come back. On meta, as only names matter.
         kept = self._adapter.from_hf(self._adapter.to_hf(dict(empty)))
         tied = LiveWeights(self._parts).tied
         buffers = {clean_fqn(name, part) for part in self._parts for name, _ in part.named_buffers()}
+        # A tied weight comes back under its other name; files need not have buffers.
         lost = [n for n in tensors if n not in kept and tied.get(n) not in kept and n not in buffers]
         if lost:
             adapter = type(self._adapter).__name__
@@ -298,9 +302,11 @@ class LoadWatch:
 
     def _maker(self) -> Callable[[], nn.Module] | None:
         config: Any = getattr(self._adapter, "model_config", None)
+        # 0.3
         if hasattr(config, "build"):
             return lambda: config.build()
         model: Any = self._parts[0]
+        # 0.2
         if hasattr(model, "model_args") and not hasattr(model, "config"):
             return lambda: _make_0_2(own_class(model), model.model_args)
         return None

@@ -61,6 +61,7 @@ class MergedLora(MergedWeights):
         kept = {path: layer.weight.detach().clone() for path, layer in self._layers.items()}
         try:
             for layer in self._layers.values():
+                # What the layer computes with: W + scaling * B A.
                 layer.weight.add_(layer._lora_scaling * (layer.lora_b.weight @ layer.lora_a.weight))
             state = model_state_dict(self._model)
             changed = {f"{path}.weight" for path in self._layers}
@@ -132,10 +133,12 @@ class LoraAlone(View):
         sizes = {}
         for layer in self._layers.values():
             rank = layer.lora_a.weight.shape[0]
+            # peft computes the scaling again, as lora_alpha / r.
             sizes = {"r": rank, "lora_alpha": layer._lora_scaling * rank}
         return {"targets": slices_to_plain(targets, {}), "modules": modules, "sizes": sizes}
 
     def _find(self, to_hf: Translate, kind: str) -> tuple[dict[str, Target], list[str]]:
+        # It is asked only where rows go, so any dtype does.
         weights = {
             (name := f"{path}.weight"): TensorSpec(name, tuple(layer.weight.shape), torch.float32)
             for path, layer in self._layers.items()
@@ -149,6 +152,7 @@ class LoraAlone(View):
             module = name.removesuffix(".weight")
             a = TensorSpec(self._one_more(path + _A), tuple(layer.lora_a.weight.shape), torch.float32)
             targets[f"base_model.model.{module}.lora_A.weight"] = Slice.whole(a)
+            # lora_b has the rows of the weight, and r columns.
             rows = _rows_of(target, path + _B, layer.lora_b.weight.shape[1])
             if rows is None:
                 problem = f"does more to {path}.weight than to move its rows: export_lora=merged exports it"
@@ -174,6 +178,7 @@ class LoraAlone(View):
         for path, module in self._fused.items():
             prefix = path.rpartition(".")[0] + "."
             for hook in module._state_dict_hooks.values():
+                # As torch calls the hooks of a state dict: module, state, prefix, metadata.
                 hook(module, state, prefix, {})
         return state
 
@@ -191,6 +196,7 @@ def _rows_of(target: Target, source: str, columns: int) -> Slice | None:
     """The rows of a weight as those of another tensor, whole; None if it is not made of whole rows."""
     if not isinstance(target, Slice) or len(target.dims) != 2 or any(axis.dim != 0 for axis in target.dims[0]):
         return None
+    # The columns must all be there, in their order.
     if [axis.dim for axis in target.dims[1]] != [1] or target.start[1]:
         return None
     return replace(target, source=source, dims=(target.dims[0], (Axis(1, 1, columns),)))

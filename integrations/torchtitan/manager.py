@@ -43,7 +43,7 @@ class HookedManager(CheckpointManager):
     _watch: LoadWatch | None = None
     _load_ranks: Ranks | None = None
     _passed: frozenset[int] = frozenset()  # steps that turned out to be damaged
-    _unrecorded: int | None = None
+    _unrecorded: int | None = None  # the step that was found and has no manifest
     _stopping = False
     _other_decay = False  # the average may go on with a decay that is not the saved one
 
@@ -100,6 +100,7 @@ class HookedManager(CheckpointManager):
         loaded = self._load_whole(step)
         if self._watch is not None and not loaded:
             self._watch.nothing_loaded()
+        # What cannot be read at the name of a later step would stop the save of that step.
         if self._load_ranks is not None and not self.load_only:
             folder, begun = Path(self.folder), self.states["train_state"].step
             self._load_ranks.lead("making way for saves", lambda: set_aside_unreadable(folder, begun))
@@ -110,11 +111,13 @@ class HookedManager(CheckpointManager):
         return loaded
 
     def _load_whole(self, step: int) -> bool:
+        # Each turn `_find_load_step` leaves out one step more.
         while True:
             try:
                 return bool(super().load(step))
             except DamagedStepError as error:
                 damaged = parse_step(error.path.name)
+                # For a step that was asked for by its number there is no other one to take.
                 if step != -1 or damaged is None:
                     raise
                 log.warning("%s is damaged and passed over: %s", error.path, " ".join(str(error).split())[:500])
@@ -137,6 +140,7 @@ class HookedManager(CheckpointManager):
         assert self._attached is not None
         log.warning("the run was asked to end: it ends after step %d", step)
         if not is_saved and not self.load_only:
+            # From here on `_should_save` says yes.
             self._stopping = True
             super().save(step)
             wait = getattr(self, "maybe_wait_for_saving", None) or self._async_wait  # 0.3, 0.2: closing waits for none
@@ -160,11 +164,14 @@ class HookedManager(CheckpointManager):
         """As TorchTitan's, or with our writer. The average goes with the weights, also where they are saved alone."""
         attached, path = self._attached, Path(checkpoint_id)
         step = parse_step(path.name)
+        # Only steps in this run's own folder are recorded; exports and other folders are left to TorchTitan.
         if attached is None or step is None or path.parent != Path(self.folder) or kwargs.get("to_hf"):
             return super().dcp_save(state_dict, checkpoint_id, *args, **kwargs)
+        # Before anything is written: an old manifest of this step goes.
         if attached.recorder is not None:
             attached.recorder.begin(path)
         state, engine = {**state_dict, **attached.states}, attached.engine
+        # Some versions give the mode by name, others by position.
         if engine is not None:
             result = engine.save(step, path, state, (kwargs["async_mode"] if "async_mode" in kwargs else args[0]).value)
         else:
@@ -190,7 +197,9 @@ class HookedManager(CheckpointManager):
         keys = [key for key in state_dict if key != COUNTERS or not self._other_decay]  # which are ours by now
         try:
             self._read(state_dict, path, form, *args, **kwargs)
+        # torch's CheckpointException is no Exception.
         except (Exception, CheckpointException) as error:
+            # Damage explains the error, and then an earlier step is taken; all else is for the user to see.
             if watch.resumes(path) and (damage := watch.find_damage(path)):
                 raise DamagedStepError(path, damage) from error
             raise

@@ -45,6 +45,7 @@ def _refuse_other_optimizer(optimizer: Any, stored: Iterable[str], checkpoint: P
         return
     saved = _entries(key.removeprefix("optimizer.") for key in stored if key.startswith("optimizer."))
     wanted = _entries(optimizer.state_dict())
+    # A state that is there and that this optimizer has no use for is of another optimizer, too.
     if not wanted <= saved or (saved and not wanted):
         raise MismatchError(
             checkpoint,
@@ -67,6 +68,7 @@ def _listed(entries: set[str]) -> str:
 def _refuse_other_loaders(loader: Any, stored: Iterable[str], checkpoint: Path) -> None:
     """TorchTitan's data loaders cannot be divided among another number of ranks."""
     now = loader.state_dict().get("world_size") if loader is not None else None
+    # TorchTitan saves one entry for each data-parallel rank.
     saved = sum(key.startswith("dataloader.dp_rank_") for key in stored)
     if now is not None and saved and saved != now:
         raise MismatchError(

@@ -37,6 +37,7 @@ _NTK = {
     "original_seq_len": "original_max_position_embeddings",
 }
 """What GPT-OSS of 0.2 calls these."""
+# Tables in float32 that were computed in another order differ by less.
 _RELATIVE = 1e-5
 
 
@@ -72,9 +73,12 @@ class RopeOfConfig:
 
     def table_like(self, table: Tensor) -> Tensor | None:
         """The table of the same positions and layout as one of TorchTitan's; None for a layout that is not known."""
+        # (positions, head_dim / 2): the angle of each pair at each position.
         angles = torch.outer(torch.arange(table.shape[0], dtype=torch.float32, device="cpu"), self.inv_freq)
+        # Complex: one number of length 1 for each pair.
         if table.is_complex() and table.shape == angles.shape:
             return torch.polar(torch.ones_like(angles), angles)
+        # Real: the cosines, then the sines, each for both halves of a head.
         if not table.is_complex() and table.shape == (angles.shape[0], 4 * angles.shape[1]):
             both = torch.cat([angles, angles], dim=-1)
             right = torch.cat([both.cos(), both.sin()], dim=-1)
@@ -104,6 +108,7 @@ def with_tables_of(model: nn.Module, rope: RopeOfConfig) -> nn.Module:
     """Return the model, whose tables have become those of a config: the reference for the buffers of a live one."""
     made: dict[tuple[Any, ...], Tensor] = {}
     for module, name, table in _tables(model):
+        # One table for all modules that have one of the same shape and dtype.
         kind = (*table.shape, table.dtype)
         if kind not in made and (right := rope.table_like(table)) is not None:
             made[kind] = right
@@ -140,6 +145,7 @@ def rope_settings(model: nn.Module) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _settings_0_3(config: Any) -> dict[str, Any]:
+    # With a factor of 1 YaRN changes nothing.
     scaling = config.scaling if config.scaling != "yarn" or config.rope_factor > 1 else "none"
     more = {"llama": _LLAMA, "yarn": _YARN}.get(scaling, {})
     names = {theirs: getattr(config, ours) for ours, theirs in more.items()}
@@ -154,6 +160,7 @@ def _settings_0_2(arguments: Any) -> dict[str, Any]:
     elif hasattr(arguments, "ntk_beta"):
         if arguments.rope_factor > 1:
             found["rope_type"], holder, more = "yarn", arguments, _NTK
+    # 0.2 leaves YaRN out for sequences up to the original length.
     elif hasattr(arguments, "original_seq_len") and arguments.max_seq_len > arguments.original_seq_len:
         found["rope_type"], holder, more = "yarn", arguments, _YARN
     if holder is not None:
@@ -179,6 +186,7 @@ def _angle_faults(model: nn.Module, rope: RopeOfConfig, origin: str) -> Iterator
         if table is not None and rope.is_stretched(table):
             in_tables = rope.stretch
         right = rope.table_like(table) if table is not None else None
+        # At position 0 nothing turns: a table must go on to position 1.
         if table is None or right is None or table.is_meta or table.shape[0] < 2:
             continue
         found, expected = _first_turn(table.cpu()), _first_turn(right)
@@ -190,6 +198,7 @@ def _angle_faults(model: nn.Module, rope: RopeOfConfig, origin: str) -> Iterator
             return
     for where, part in model.named_modules():
         scale = getattr(part, "softmax_scale", None)
+        # Such a table multiplies queries and keys, so their products twice.
         if isinstance(scale, float) and rope.scale is not None and not _same(scale * in_tables**2, rope.scale):
             here = f"attention is scaled by {scale * in_tables**2:g} in the trainer ({where})"
             words = f"{here}, by {rope.scale:g} in {origin}"
@@ -210,6 +219,7 @@ def _first_turn(table: Tensor) -> Tensor:
     if table.is_complex():
         return table[1].angle()
     half = table.shape[1] // 2
+    # Both halves have the same angles: one of them is enough.
     return torch.atan2(table[1, half:], table[1, :half])[: half // 2]
 
 

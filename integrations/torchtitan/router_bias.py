@@ -61,6 +61,7 @@ class RouterBias:
         found: dict[str, list[float]] = self._ranks.agree(
             "collecting the bias of routers",
             lambda: {name: local(value).tolist() for name, value in self._buffers().items() if name in self.lost},
+            # Ranks that have the same stage say the same of it.
             lambda parts: {name: values for part in parts for name, values in part.items()},
             large=True,
         )

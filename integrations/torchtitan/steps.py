@@ -88,6 +88,7 @@ def _look(folder: Path, passed: set[int], newest: int | None) -> tuple[int | Non
 
 def _problem(path: Path) -> str | None:
     """What is wrong with the files of a finished step, without reading them whole."""
+    # Names and sizes; the contents are verified when they have been loaded.
     if (path / METADATA_FILE).is_file() and (damage := find_damage(path, contents=False)):
         return damage[0]
     try:  # bytes of the index that have changed are in files of the right size, and would end the load itself

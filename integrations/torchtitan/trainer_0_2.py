@@ -54,6 +54,7 @@ def train(arguments: Sequence[str]) -> None:
     parse(toml.get("checkpoint_hooks", {}))  # TorchTitan would not say what there is
     ConfigManager.parse_args.__defaults__ = (list(arguments),)  # it took the command line when it was imported
     original = torchtitan.train.ConfigManager
+    # The job's own module may have the table already.
     if not _has_table(_config_module(arguments, toml)):
         torchtitan.train.ConfigManager = functools.partial(ConfigManager, HookedJobConfig)
     try:

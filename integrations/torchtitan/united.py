@@ -43,5 +43,6 @@ def _unite(target: nn.Module, parts: Sequence[nn.Module]) -> None:
         if len(found) == 1:
             target.add_module(name, found[0])
         else:
+            # A container that several parts have, such as `layers`: its children are united in turn.
             target.add_module(name, container := nn.Module())
             _unite(container, found)
