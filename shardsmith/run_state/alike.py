@@ -44,6 +44,7 @@ def shared_values(state: Mapping[str, Any], keys: Collection[str]) -> dict[str, 
 
 def signature(shares: Mapping[str, str]) -> str:
     """Return one digest for many by name."""
+    # Sorted, as ranks may meet the names in another order.
     return xxhash.xxh3_128_hexdigest(repr(sorted(shares.items())).encode())
 
 
@@ -142,6 +143,7 @@ def _differences(reports: Sequence[_Shares]) -> list[str]:
     for name, by_digest in held.items():
         if len(by_digest) > 1:
             groups = " and ".join(f"rank {', '.join(map(str, ranks))}" for ranks in by_digest.values())
+            # The place of a box follows after @. Of several boxes that differ the tensor is named once.
             lines[f"{name.partition('@')[0]}: {groups} hold different values"] = None
     return list(lines)
 
@@ -160,6 +162,7 @@ def _values(value: Any, path: str) -> Iterator[tuple[str, str]]:
     elif isinstance(value, str | bytes | int | float | complex | bool | type(None)):
         yield path, xxhash.xxh3_128_hexdigest(repr(value).encode())
     elif isinstance(value, set | frozenset):
+        # A set has no order of its own.
         yield path, xxhash.xxh3_128_hexdigest(repr(sorted(map(repr, value))).encode())
 
 

@@ -87,6 +87,7 @@ class ModuleAverage:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """As ``Average.load_state_dict``."""
         set_model_state_dict(self.module, dict(state_dict["model"]))
+        # What FSDP has gathered has the old values.
         forget_gathered(self.module)
         self.updates = int(state_dict["updates"])
 

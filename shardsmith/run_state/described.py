@@ -100,6 +100,7 @@ def entries_in_all(held: Iterable[RankHolds]) -> dict[str, Entry]:
     for one in held:
         is_new = one.description not in seen
         seen.add(one.description)
+        # A description that was met before adds only what is a rank's own.
         for number in range(len(one.description.entries)) if is_new else sorted(one.description.kind.own):
             entry = one.entry(number)
             found.setdefault(entry.key, entry)

@@ -124,6 +124,7 @@ class ForeignLoad:
             path=path,
             format=format_name,
             step=state.get("step"),
+            # Generators are never taken from another project; a data status only where there is one.
             parts=tuple(name for name in wanted.names if name != "rng" and (name != "data_status" or name in state)),
             proved=sum(report.tensors for report in reports),
             data_status=state.get("data_status"),

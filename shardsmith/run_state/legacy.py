@@ -44,6 +44,7 @@ class LegacyState:
         """Steps that were done; None where nothing says so."""
         if self._is_fork:
             return read_fork_manifest(self._path).train_steps
+        # BAGEL calls the directory of a step by its number.
         return int(self._path.name) if self._path.name.isdigit() else None
 
     def optimizer(self, optimizer: Optimizer, parameters: Mapping[str, TensorSpec]) -> dict[str, Any] | NamedOptimizer:
@@ -116,6 +117,7 @@ def _misfits(optimizer: Optimizer, state: Mapping[str, Any]) -> list[str]:
     lines = []
     for i, (parameter, number) in enumerate(zip(ours, theirs, strict=True)):
         for name, value in state["state"].get(number, {}).items():
+            # Moments have the shape of their parameter; what has no dimension is a counter.
             if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
                 lines.append(f"parameter {i}, {name}: {tuple(value.shape)}, the parameter is {tuple(parameter.shape)}")
     return lines

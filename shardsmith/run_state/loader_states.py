@@ -34,6 +34,7 @@ def reshard_loader(loader: Any, states: Sequence[Any], rank: int, world_size: in
         raise ValueError(
             f"{samples} samples were used, which {world_size} ranks with batches of {batch_size} cannot share evenly"
         )
+    # All were at the same place, so that the state of any rank will do.
     state = copy.deepcopy(states[0])
     _set_place(state, samples // world_size, samples // world_size // batch_size)
     return state
@@ -51,6 +52,7 @@ def _main(state: Any) -> dict[str, Any]:
     if snapshot is None:
         own = [state]
     else:
+        # What the workers have given since is in no snapshot.
         if state["_steps_since_snapshot"]:
             raise ValueError("its workers were ahead of the last snapshot; pass snapshot_every_n_steps=1 to the loader")
         own = [*snapshot["_worker_snapshots"].values()]

@@ -44,7 +44,9 @@ class NamedOptimizer:
         named = [name for group in self._groups for name in group["params"]]
         problems = [f"{name}: the model has no such parameter" for name in named if name not in parameters]
         for key, spec in self._source.specs.items():
+            # state.<name>.<field>, and the name itself has dots.
             name = ".".join(key.split(".")[1:-1])
+            # Counters have no dimension; moments have the shape of the parameter.
             if name in parameters and spec.shape not in ((), parameters[name].shape):
                 problems.append(f"{key}: {spec.shape}, the parameter is {parameters[name].shape}")
         if problems:

@@ -31,6 +31,7 @@ def check_optimizers(
     """
     for optimizer in optimizers:
         _check_kind(optimizer)
+    # By identity: after sharding, other parameters have the same names.
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     held = [(one, parameter) for one in optimizers for group in one.param_groups for parameter in group["params"]]
     foreign = [(one, parameter) for one, parameter in held if id(parameter) not in names]
@@ -70,6 +71,7 @@ class GroupOptions:
         """Return them as they are now."""
         groups = [group for one in self._optimizers for group in one.param_groups if group["params"]]
         first = {id(group["params"][0]): group for group in groups}
+        # Python uses an id again for another object, so the parameter itself is compared.
         if any(key not in self._named or self._named[key][0] is not group["params"][0] for key, group in first.items()):
             named = self._model.named_parameters()
             self._named = {id(p): (p, clean_fqn(name, self._model)) for name, p in named if id(p) in first}

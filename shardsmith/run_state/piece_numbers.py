@@ -27,14 +27,18 @@ class PieceNumbers:
         """Return the number of the tensor of each piece; ``writes`` as ``pack_flags`` gave it."""
         numbers, is_weight, itemsizes, numels = self._of_entries(held)
         counts = held.counts()
+        # A row for each box that the rank holds: the number of its entry, and which of the entry's boxes it is.
         entries = np.repeat(np.arange(len(counts)), counts)
         positions = np.arange(len(entries)) - np.repeat(np.cumsum(counts) - counts, counts)
+        # Those that it writes, of what is a tensor.
         mine = unpack_flags(writes, len(entries)) & (numbers[entries] >= 0)
         entries, positions = entries[mine], positions[mine]
         # Weights come before what is in the rank's file, and parts of tensors before whole ones.
         is_whole = self._numels(held, entries, positions) == numels[entries]
+        # 0 to 3: weights in parts, whole weights, others in parts, whole others. Stable, as the sort of `OwnFile.of`.
         order = np.argsort(np.where(is_weight[entries], 0, 2) + is_whole, kind="stable")
         entries, positions = entries[order], positions[order]
+        # A large box is several pieces.
         return np.repeat(numbers[entries], self._parts(held, itemsizes, entries, positions))
 
     def _of_entries(self, held: RankHolds) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -54,6 +58,7 @@ class PieceNumbers:
             )
         of_tensors, is_weight, itemsizes, numels = self._known[held.description]
         if own := held.description.kind.own:
+            # Keys of what is a rank's own are other ones on each rank.
             of_tensors, is_weight = of_tensors.copy(), is_weight.copy()
             for i in own:
                 of_tensors[i], is_weight[i] = self._of_key(held.entry(i).key)
@@ -67,6 +72,7 @@ class PieceNumbers:
         """Of how many elements each box is."""
         counts = np.array([len(boxes) for boxes in held.lists], dtype=np.int64)
         numels = np.array([box.numel for boxes in held.lists for box in boxes], dtype=np.int64)
+        # Where the boxes of each list begin among all boxes.
         starts = np.cumsum(counts) - counts
         found: np.ndarray = numels[starts[held.description.kind.numbers[entries]] + positions]
         return found
@@ -77,6 +83,7 @@ class PieceNumbers:
         lists = held.description.kind.numbers[entries]
         numels = np.array([max((box.numel for box in boxes), default=0) for boxes in held.lists], dtype=np.int64)
         parts = np.ones(len(entries), dtype=np.int64)
+        # Boxes above this size are cut into pieces. There are few, so these are looked at one by one.
         for i in np.flatnonzero(numels[lists] * itemsizes[entries] > rank_file.MOST_BYTES).tolist():
             box, dtype = held.lists[lists[i]][positions[i]], held.description.entries[entries[i]].dtype
             assert dtype is not None
@@ -89,4 +96,5 @@ def add_digests(sums: np.ndarray, numbers: np.ndarray, digests: np.ndarray) -> N
     if (np.diff(numbers) > 0).all():  # the usual case, in which no tensor is met twice
         sums[numbers] += digests
     else:
+        # Unlike `sums[numbers] +=`, this adds each of several digests of one tensor.
         np.add.at(sums, numbers, digests)

@@ -65,6 +65,7 @@ def write_plain_dcp(checkpoint: Path, output: Path, *, dry_run: bool = False) ->
     metadata = read_metadata(checkpoint)
     if not (checkpoint / layout.DCP_INDEX_FILE).exists():
         raise UsageError(f"{checkpoint} has no {layout.DCP_INDEX_FILE}: files of single ranks are not converted")
+    # Weights are not hashed here: they are read once, below, and compared with their digests.
     if damage := find_damage(checkpoint, unread=".safetensors", manifest=metadata):
         raise CorruptCheckpointError(checkpoint, "\n  ".join(["is damaged; nothing was written", *damage]))
     with contextlib.closing(open_step(checkpoint, metadata)) as source:
@@ -95,6 +96,7 @@ def _commit(source: DcpSource, metadata: CheckpointMetadata, attempt: AnyAttempt
     held = [RankHolds(number, description, lists) for number in range(len(own))]
     whole = WholeDirectory(held, [pack_flags(_flags(entries, mine)) for mine in chosen])
     measured = whole.measured(receipts)
+    # Before anything is visible: the values as they were written now, and the digests of the save.
     wrong = [key for key, record in metadata.tensors.items() if str(measured.digests.get(key)) != record.digest]
     if wrong:
         raise CorruptCheckpointError(source.path, f"other values than were saved: {', '.join(wrong)}; nothing written")

@@ -79,6 +79,7 @@ class _Save:
             self._shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
             for key, tensor in tensors.items():
                 values.update({(key, box): held for box, held in local_boxes(tensor)})
+                # It has no box that a rank could hold; rank 0 writes it.
                 if 0 in tensor.shape:
                     empty[key, Chunk.whole(tuple(tensor.shape))] = torch.empty(
                         tensor.shape, dtype=tensor.dtype, device="cpu"
@@ -154,6 +155,7 @@ def _flattened(state: dict[str, Any], objects: set[str]) -> Iterator[tuple[str, 
 
 def _deal(said: Sequence[Any]) -> list[list[Any]]:
     """For each rank the boxes that it is to write. Raises RanksDisagreeError if they do not make up whole tensors."""
+    # Reversed, so that of several ranks the lowest one's word counts.
     specs = {key: spec for rank_specs, _ in reversed(said) for key, spec in rank_specs.items()}
     held = [[(key, Chunk(tuple(offsets), tuple(sizes))) for key, offsets, sizes in boxes] for _, boxes in said]
     shapes = {key: tuple(shape) for key, (shape, _) in specs.items()}
@@ -179,6 +181,7 @@ def _write_file(
     plan = FilePlan(name, header, place_tensors(specs, len(header)))
     with SafetensorsFileWriter.create(directory, plan) as writer:
         for i, (part, tensor) in enumerate(zip(parts, values, strict=True)):
+            # One after the other, so that the host has one of them at a time.
             held = tensor.detach().to("cpu")
             measured.add(part.key, digest_box(held, part.box, part.shape))
             writer.write_run(str(i), 0, held)
@@ -191,6 +194,7 @@ def _index(directory: Path, receipts: Sequence[Mapping[str, Any]]) -> DcpIndex:
     for receipt in receipts:
         for key, offsets, sizes in receipt["boxes"]:
             spec = TensorSpec(key, tuple(receipt["shapes"][key]), getattr(torch, receipt["dtypes"][key]))
+            # Where a box lies within its file is not asked here.
             chunk = StoredChunk(Chunk(tuple(offsets), tuple(sizes)), directory.name, 0, 0)
             tensors[key] = DcpEntry(spec, (*(tensors[key].chunks if key in tensors else ()), chunk))
     return DcpIndex(directory, tensors, {}, {key: (key,) for key in tensors}, {})

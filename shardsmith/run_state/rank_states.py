@@ -114,6 +114,7 @@ def _read(checkpoint: Path, key: str, rank: int, topology: Mapping[str, Any]) ->
         prefix, objects = f"{key}.rank-", source.index.objects
         names = [f"{key}.{TOPOLOGY}.{name}" for name in ("world_size", "mesh")]
         saved = {name.rpartition(".")[2]: source.read_object(name) for name in names if name in objects}
+        # The usual case, which does not read the states of the other ranks.
         if saved == dict(topology) and f"{prefix}{rank}" in objects:
             return saved, [_unpack(source.read_object(f"{prefix}{rank}"))]
         there = [name for name, _ in source.index.below(key) if name in objects]
@@ -126,6 +127,7 @@ def _read(checkpoint: Path, key: str, rank: int, topology: Mapping[str, Any]) ->
 
 
 def _unpack(text: str) -> Any:
+    # A copy, as torch wants memory that can be written.
     return unpack_object(torch.from_numpy(np.frombuffer(base64.b64decode(text), dtype=np.uint8).copy()))
 
 

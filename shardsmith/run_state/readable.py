@@ -70,6 +70,7 @@ def _rebuilt(mapping: Mapping[str, Any], parts: dict[str, Any]) -> Mapping[str, 
 
 def _unreadable(value: Any) -> str | None:
     """Why torch would not read a value of a rare type again; None if it would."""
+    # By doing it: what `weights_only` takes is known to torch alone.
     buffer = io.BytesIO()
     try:
         torch.save(value, buffer)

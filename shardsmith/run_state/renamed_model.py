@@ -28,6 +28,7 @@ def write_model(model: nn.Module, state: Mapping[str, Any]) -> None:
     """Inverse of ``read_model``."""
     if _is_fsdp1(model) or not _has_other_names(model, state):
         set_model_state_dict(model, dict(state))
+        # What FSDP has gathered has the old values.
         forget_gathered(model)
         return
     names = {clean_fqn(name, model): name for name in model.state_dict()}

@@ -36,6 +36,7 @@ def _settings(optimizers: Sequence[Optimizer], scheduler: Any) -> dict[str, str]
         name = "optimizer" if len(optimizers) == 1 else f"optimizer {number}"
         for i, group in enumerate(optimizer.param_groups):
             place = name if len(optimizer.param_groups) == 1 else f"{name} group {i}"
+            # With a scheduler these change by themselves, and are no news.
             skipped = ("params", *_MOVED) if scheduler is not None else ("params",)
             found |= {f"{place}: {key}": str(value) for key, value in group.items() if key not in skipped}
     if isinstance(scheduler, LRScheduler):

@@ -66,6 +66,7 @@ def load_ours(path: Path, state: TrainState, wanted: Wanted, ranks: Ranks) -> tu
     metadata = read_metadata(path)
     if state.ema is not None:
         _compare_averages(path, state.ema, metadata)
+    # For ranks that the saving run did not have, there are none.
     with_rng = wanted.rng and ranks.rank < metadata.world_size
     contents = state.collect(metadata.step, with_rng=with_rng, with_main=wanted.model, to_load=True)
     refuse_separate(path, contents.tied, metadata)
@@ -79,6 +80,7 @@ def load_ours(path: Path, state: TrainState, wanted: Wanted, ranks: Ranks) -> tu
     unused.put_back(target)
     state.restore(target)
     unused.forget()
+    # Collected anew: what model, optimizer and so on hold now, not what was handed to them.
     live = state.collect(metadata.step, with_rng=False, with_main=wanted.model).state_dict
     return metadata.step, verify_state(ranks, live, path, metadata), status
 
@@ -109,6 +111,7 @@ def fill(
         try:
             if verified:
                 return _fill_verified(load, ranks, verified)
+            # All ranks compare before one fills, so that a refusal leaves the run as it was.
             ranks.gather(f"comparing {path.name}", load.compare)
             ranks.gather(f"loading {path.name}", load.fill)
             return []
@@ -131,6 +134,7 @@ def _fill_verified(load: LocalLoad, ranks: Ranks, verified: Mapping[str, FileRec
     dealt = ranks.agree(f"comparing {name}", compare, lambda wanted: deal_files(wanted, sizes))
     mine = {file: verified[file] for file in dealt[ranks.rank]}
     damage: list[str] = ranks.agree(f"loading {name}", lambda: load.fill_tensors(mine), joined)
+    # What is no tensor is taken from sound files only.
     if not damage:
         ranks.gather(f"loading {name}", load.fill_objects)
     return damage
@@ -155,6 +159,7 @@ def refuse_separate(path: Path, tied: Mapping[str, str], metadata: CheckpointMet
     """
     problems = []
     for alias, kept in tied.items():
+        # In the flat layout, in the nested one, and in the average.
         for prefix in ("", "model.", layout.EMA_PREFIX):
             one, other = (metadata.tensors.get(prefix + name) for name in (alias, kept))
             if one is not None and other is not None and one.digest != other.digest:

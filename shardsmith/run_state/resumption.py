@@ -90,11 +90,13 @@ class Resumption:
 
     def _load(self, checkpoint: Path, load: Load, on_missing: OnMissing) -> bool:
         """Load a checkpoint, unless it is damaged; whether it is sound."""
+        # First the files that `load` does not hash, and the sizes of all.
         if not self._is_sound(checkpoint, unread=self._unread(checkpoint)):
             return False
         try:
             damage = load(checkpoint, _shards(checkpoint), "raise" if self.spoiled_by else on_missing)
         except (CheckpointError, RankFailedError) as error:
+            # Was it damage that made the load fail? All files are read to find out.
             if self._is_sound(checkpoint, unread=()):
                 if self.spoiled_by:
                     error.add_note(self._consequence().strip())

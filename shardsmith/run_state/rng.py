@@ -14,7 +14,9 @@ def rng_state() -> dict[str, Tensor]:
     version, internal, gauss = random.getstate()
     state = {
         "torch": torch.get_rng_state(),
+        # The version, the 624 words of the Mersenne Twister, and the position in them.
         "python": torch.tensor([version, *internal], dtype=torch.int64, device="cpu"),
+        # NaN stands for None: no second number of a pair is kept.
         "python_gauss": torch.tensor(float("nan") if gauss is None else gauss, dtype=torch.float64, device="cpu"),
     }
     if torch.accelerator.is_available():
@@ -27,6 +29,7 @@ def set_rng_state(state: dict[str, Tensor]) -> None:
     torch.set_rng_state(state["torch"])
     version, *internal = state["python"].tolist()
     gauss = state["python_gauss"].item()
+    # Only NaN differs from itself.
     random.setstate((version, tuple(internal), None if gauss != gauss else gauss))
     if "accelerator" in state and torch.accelerator.is_available():
         _accelerator().set_rng_state(state["accelerator"])

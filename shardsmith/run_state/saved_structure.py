@@ -55,6 +55,7 @@ def with_number_keys(value: Any, path: str, numbered: Collection[str]) -> Any:
     """Inverse of ``with_text_keys``. Changes ``value`` in place, and returns it."""
     if isinstance(value, dict):
         parts = {name: with_number_keys(one, f"{path}.{name}", numbered) for name, one in value.items()}
+        # In place, so that it stays a mapping of its kind.
         value.clear()
         value.update({_number(name): one for name, one in parts.items()} if path in numbered else parts)
     if isinstance(value, list):
@@ -70,6 +71,7 @@ def _like(mapping: Mapping[Any, Any], parts: Mapping[str, Any]) -> Mapping[Any, 
     """The parts in a mapping of the same kind, such as a Counter or a defaultdict; a dict for what is no dict."""
     if not isinstance(mapping, dict):
         return dict(parts)
+    # By a copy: it keeps what the kind was made with, such as the factory of a defaultdict.
     copied = mapping.copy()
     copied.clear()
     for name, one in parts.items():
@@ -121,6 +123,7 @@ def _make_way(root: dict[str, Any], path: KeyPath, leaves: dict[KeyPath, Any]) -
     for end in range(1, len(path)):
         if path[:end] in leaves:
             del leaves[path[:end]]
+            # A number in a path is a place in a list.
             set_element(root, path[:end], [] if isinstance(path[end], int) else {})
 
 

@@ -87,6 +87,7 @@ class Share:
         found = [*items(entries)]
         chosen = [*itertools.compress(found, unpack_flags(answer, len(found)))]
         self.own = OwnFile.of(self._rank, entries, chosen, self._placed)
+        # From now on `vote` says that this rank knows its share.
         self._entries = entries
 
 

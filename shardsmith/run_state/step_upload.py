@@ -49,6 +49,7 @@ def upload_step(step: Path, target: RemotePath, ranks: Ranks) -> bool:
         if own["attempt"] is None:
             return False
         ranks.gather(phase, lambda: _put(step, target / own["attempt"], own["names"]))
+        # From a rank that has it: rank 0 may be on a host without the step.
         says = own["speaker"] == ranks.rank
         texts = ranks.gather(phase, lambda: (step / layout.METADATA_FILE).read_text() if says else "", large=True)
         ranks.lead(phase, lambda: job.commit("".join(texts)))
@@ -72,6 +73,7 @@ class _Job:
         attempt = found[speaker]["attempt"]
         if attempt_of_any(self._target) == attempt:
             return [{"attempt": None}] * len(found)
+        # Files of another attempt are not of this step.
         seen = [one["files"] if one["attempt"] == attempt else {} for one in found]
         self._sizes = {name: size for files in seen for name, size in files.items()}
         if len(self._sizes) < found[speaker]["wanted"]:
@@ -119,6 +121,7 @@ def _dealt(found: Sequence[Mapping[str, int]]) -> list[list[str]]:
             seen[name].append(rank)
             sizes[name] = size
     load, shares = [0] * len(found), list[list[str]]([] for _ in found)
+    # The largest first, each to the rank that has least so far.
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
         rank = min(seen[name], key=lambda rank: (load[rank], rank))
         load[rank] += sizes[name]
@@ -136,12 +139,14 @@ def _put(step: Path, directory: RemotePath, names: Sequence[str]) -> None:
                 for block in _blocks(step / name):
                     digest.update(block)
                     upload.write(block)
+                # Before `finish`, so that what has changed becomes no object.
                 if digest.hexdigest() != expected[name].xxh3_128:
                     raise CorruptCheckpointError(step, f"{name} has changed since it was written; it is not uploaded")
                 upload.finish()
 
 
 def _blocks(file: Path) -> Iterator[memoryview]:
+    # Used again for each block: `write` of an upload copies what it has not sent.
     buffer = memoryview(bytearray(PART_BYTES))
     with file.open("rb", buffering=0) as content:
         while count := content.readinto(buffer):

@@ -84,6 +84,7 @@ class TrainState:
     def growing_keys(self) -> tuple[str, ...]:
         """Those of ``shared_keys`` whose values may have other keys and shapes in mid-run than at the start."""
         modules = {key for key, thing in self._stateful.items() if isinstance(thing, nn.Module)}
+        # The first one is the scheduler's.
         there = self.shared_keys if self._scheduler is not None else self.shared_keys[1:]
         return tuple(key for key in there if key not in modules)
 
@@ -177,6 +178,7 @@ class TrainState:
                 thing.load_state_dict(state[name])
             elif self._rank_states.get(name) is not None:
                 thing.load_state_dict(self._rank_states[name])
+        # Last, as what is loaded before may draw numbers.
         if RNG in state:
             set_rng_state(state[RNG][self._rng_key])
 

@@ -48,6 +48,7 @@ class UnusedParameters:
             keys = [key for key in _own_keys(optimizer, parameter, name) if key in wanted]
             if not keys or any(f"optimizer.{key}" in saved for key in keys):
                 used = used or bool(keys)
+            # Its options were saved, and a state was not: it had no gradient.
             elif any(f"optimizer.param_groups.{name}.{option}" in saved for option in optimizer.defaults):
                 found.held.append((optimizer, parameter))
                 found.made.update({key: wanted[key] for key in keys})

@@ -33,6 +33,7 @@ def fill_state(state: dict[str, Any], source: RankShards) -> None:
         MismatchError: naming all keys that are missing or have another kind, shape or dtype. Nothing was filled.
     """
     flat, places = flatten_state_dict(state)
+    # All that is wrong is found before anything is filled.
     if problems := [line for key, value in flat.items() if (line := _problem(key, value, source))]:
         summary = f"{len(problems)} of {len(flat)} entries are not stored as they were asked for"
         raise MismatchError(source.path, summary, problems, "Nothing was loaded. Ask only for what was saved.")

@@ -84,6 +84,7 @@ class WeightsDirectory:
             and specs[name].dtype == dtypes[name]
         )
         rounded = [
+            # int16: what the bfloat16 in the file lacks to the float32 in memory.
             TensorSpec(name, spec.shape, torch.int16)
             for name, spec in specs.items()
             if spec.dtype == torch.bfloat16
@@ -167,6 +168,7 @@ class WeightFiles:
         found = Written(stored={directory.folder: {} for directory in self.directories})
         with _OpenFiles(checkpoint, self.directories, rank) as files:
             for piece in pieces:
+                # What is written are bytes, in which a pending conjugation or negation would not be.
                 held = next(values).detach().resolve_conj().resolve_neg().cpu()
                 found.pieces.append(self._write_piece(files, piece, held, found.stored))
             files.sync()
@@ -187,6 +189,7 @@ class WeightFiles:
                 continue
             for target, share in files.write_parts(directory, name, piece, held):
                 found[target] = found.get(target, Digest()) + share
+        # No file has it as it is in memory, so its digest is taken apart.
         return digest if digest is not None else digest_box(held, piece.box, piece.shape)
 
     def hash_files(self, checkpoint: Path, part: int, parts: int) -> dict[str, FileRecord]:
@@ -196,6 +199,7 @@ class WeightFiles:
         """
         names = [str(folder / file.name) for directory in self.directories for folder, file in directory.files()]
         own = [str(d.place(Path()) / layout.REST_FOLDER / exceptions_file(part)) for d in self.directories]
+        # Every n-th file; and the file of its own exceptions, which no other rank has written.
         mine = [*names[part::parts], *(name for name in own if (checkpoint / name).is_file())]
         return {name: _record(checkpoint, name) for name in mine}
 
@@ -257,11 +261,13 @@ class _OpenFiles:
         """Write a piece of a tensor that is in the file as it is in memory; its share in the digest."""
         writer = self._writer(directory.place(Path()), name)
         first = first_of_run(piece.box, piece.shape)
+        # It is not one run of bytes in the file.
         if first is None or not piece.box.numel:
             writer.write_box(name, piece.box, held)
             return digest_box(held, piece.box, piece.shape)
         values = held.contiguous()
         memory, at = memory_of(values), first * values.element_size()
+        # Each block is written while its digest is taken: it is in the cache then.
         return digest_run(values, first, lambda begin, end: writer.write_bytes(name, at + begin, memory[begin:end]))
 
     def write_parts(
@@ -276,6 +282,7 @@ class _OpenFiles:
             yield target, self._write_box(place, target, box, values, translation.shapes[target])
 
     def _write_box(self, place: Path, name: str, box: Chunk, values: Tensor, shape: Shape) -> Digest:
+        # A file for what is missing to it says that it is rounded.
         if (place / layout.REST_FOLDER, name) in self._files:
             return self._write_rounded(place, name, box, values, shape)
         writer = self._writer(place, name)

@@ -56,6 +56,7 @@ class OwnFile:
             entry = entries[i]
             if entry.shape is None or entry.dtype is None or entry.key in placed.tied:
                 continue
+            # As an index, False is 0, for weight files, and True is 1, for the rank's own file.
             box, where = entry.boxes[position], entry.key not in placed.written
             for part in split(box, entry.dtype):
                 found[where].append(Piece(entry.key, entry.shape, entry.dtype, moved(part, box)))
@@ -132,6 +133,7 @@ class WholeDirectory:
         if self._last is not None and self._last[:1] == (lengths,):
             _, before, contents = self._last
             content = contents[layout.DCP_INDEX_FILE]
+            # Only if nothing else in it looks like the id of the attempt.
             if content.count(before.encode()) == 1 and len(before) == len(attempt):
                 return {**contents, layout.DCP_INDEX_FILE: content.replace(before.encode(), attempt.encode())}
         contents = self._encode_indexes(receipts, attempt)
