@@ -153,6 +153,7 @@ def view_of(model: nn.Module, adapters: Literal["adapter", "merged"] | View, *, 
     """
     if not isinstance(adapters, str):
         return adapters
+    # Not imported for the question: without it no model is one of peft.
     peft = sys.modules.get("peft")
     bare = unwrapped(model)
     view = AdapterView if adapters == "adapter" else MergedView

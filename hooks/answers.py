@@ -93,6 +93,7 @@ class Answers:
                 module.training = True
             # A forward without a backward may leave parameters gathered; the next save must see the shards.
             forget_gathered(self._model)
+        # Under tensor parallelism each rank may have a part of the logits.
         return answer.full_tensor() if isinstance(answer, DTensor) else answer.clone()
 
 
@@ -151,6 +152,7 @@ def _transformers_model(model: nn.Module) -> Any:
     """The model without wrappers. Raises UsageError unless transformers has its class."""
     held = held_model(model)
     inner = unwrapped(model) if held is None else held.inner
+    # Not imported for the question: without it the model cannot be one of its own.
     transformers = sys.modules.get("transformers")
     known = [kind for kind in type(inner).__mro__ if hasattr(transformers, kind.__name__)] if transformers else []
     if not known or not hasattr(inner, "main_input_name"):

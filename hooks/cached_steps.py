@@ -124,6 +124,7 @@ def _where(stored: RemotePath, held: Sequence[dict[str, Any] | None], *, is_stor
     if is_stored:
         return "store"
     # No disk has all files, but together they may: then the step can be put into the store, and read from there.
+    # `wanted` is the number of files in the manifest.
     names = {name for one in there for name in one["files"]}
     return "upload" if len(attempts) == 1 and len(names) == there[0]["wanted"] else None
 

@@ -78,6 +78,7 @@ def mind_disk(
 
 def free_bytes(directory: Path) -> int:
     """Bytes that this user can still write to the disk of a directory. Raises OSError."""
+    # What is reserved for the administrator does not count as free.
     return shutil.disk_usage(directory).free
 
 

@@ -207,6 +207,7 @@ class EMA(Hook):
             _check_alike(self._weights.by_saved_names(self._average), loaded)
             self._weights.load_by_saved_names(self._average, loaded)
         self.updates = int(state_dict["updates"])
+        # Even with no update: `on_train_begin` must not start it over.
         self._was_loaded = True
 
     @property

@@ -111,6 +111,7 @@ def is_sound(export: Path) -> bool:
     """Return whether an export is there; one that is damaged is set aside."""
     if not (export / PROVENANCE_FILE).is_file():
         return False
+    # Set aside at once, so that the export can be made again under its name.
     if damage := find_export_damage(export):
         log.warning("%s is damaged and was set aside as %s\n  %s", export, set_aside(export), "\n  ".join(damage))
     return not damage

@@ -255,6 +255,7 @@ class LocalCache:
     def _own_steps(self) -> dict[str, Any]:
         mark = self.folder.path / ALONE_SINCE_FILE
         alone_since = int(mark.read_text()) if self.folder.is_leader and mark.is_file() else None
+        # What the other ranks see on this disk, its leader says.
         steps = committed_steps(self.folder.path) if self.folder.is_leader else []
         found = {str(step): files_of(self.folder.path / step_name(step)) for step in steps}
         return {"is_leader": self.folder.is_leader, "steps": found, "alone_since": alone_since}

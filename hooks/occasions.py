@@ -74,6 +74,7 @@ class OccasionWatch:
         for file, looked in self._looked.items():
             if now - looked >= _LOOK_SECS:
                 self._looked[file] = now
+                # Deleted when it is seen, so that it comes once.
                 found += [file] if _take(file.path) else []
         return [repr(one) for one in found]
 

@@ -130,6 +130,7 @@ class Pushes:
                 self._push_one(directory, revision)
                 with logged(f"measuring {directory}"):
                     self._emit(event_of("push", step, directory, watch, 1))
+            # One directory that fails does not hold up the next.
             except Exception as error:
                 self._emit(event_of("push", step, directory, watch, 1, error))
                 log.error(

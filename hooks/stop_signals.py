@@ -44,6 +44,7 @@ class StopSignals:
         before = self._before[which]
         if which == signal.SIGTERM and os.getpid() != self._process:
             signal.signal(which, before)  # a Ctrl-C goes to all of them, and must not end a loader's workers
+            # Once more, for the handler that was there before.
             os.kill(os.getpid(), which)
             return
         self._came = True

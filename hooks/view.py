@@ -62,6 +62,7 @@ class MergedWeights(View, Protocol):
         if self._values:  # two directories of one step are staged one inside the other
             yield
             return
+        # Main weights first: within `swapped_in` the layers hold the average.
         self._values[MAIN] = self.merge()
         if ema is not None:
             # `merge` takes the weights as they are, so the average goes in their place.

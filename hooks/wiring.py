@@ -220,6 +220,7 @@ def _averages(hooks: Sequence[Hook]) -> list[str]:
         name, average = type(hook).__name__, hook.parts.average
         if average is None:
             continue
+        # One that has updates already is updated by somebody else, such as the training itself.
         if not any(average is other for other in hooks) and average.updates == 0:
             problems.append(
                 f"{name} was given an EMA that is not attached: nothing would update it, and it would stay what the "

@@ -40,6 +40,7 @@ def held_alone(parts: Sequence[nn.Module], checkpoint: Path) -> list[nn.Module]:
     held = [one[1] for part in parts if (one := find_held(part)) is not None]
     index = index_of(checkpoint)
     names = find_models(index.tensors, index.containers).get(MAIN, {}).keys()
+    # Then the holder's own names are there, and nothing is taken off.
     as_held = all(name in names for part in parts for name in part.state_dict())
     return held if len(held) == len(parts) and not as_held else []
 

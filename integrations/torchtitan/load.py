@@ -105,6 +105,7 @@ class LoadWatch:
         if form is Form.HF:
             found = verify_names(self._parts, checkpoint, **self._in_files(), **self._allowed, ranks=self._ranks)
             absent += found.missing
+            # Buffers that no files have keep the values of the new model.
             kept += self._names.leaves_out(LiveWeights(self._parts).specs)
         # What the load leaves out still has these values afterwards, and is found by them.
         poison_weights(self._parts, spare=[*absent, *kept])

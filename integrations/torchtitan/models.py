@@ -90,6 +90,7 @@ def build_titan_model(title: str) -> TitanModel:
             f"TorchTitan has no state-dict adapter for {title}, so its names in Hugging Face are not known: write a "
             "name map (docs/extending.md) and give it as --names"
         )
+    # Names and shapes are enough.
     with torch.device("meta"):
         model = make()
     return TitanModel(title, model, adapter(config, None), config, make)

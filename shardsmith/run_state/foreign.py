@@ -112,6 +112,7 @@ class ForeignLoad:
         if wanted.model or wanted.ema:
             main, average = (MAIN if wanted.model else None), (EMA if wanted.ema else None)
             reports = self._load_weights(path, main, average)
+        # Only now, when the weights are loaded and verified.
         for optimizer in self._optimizers if wanted.optimizer else ():
             if isinstance(saved := state["optimizer"], NamedOptimizer):
                 saved.restore(self._model, optimizer)

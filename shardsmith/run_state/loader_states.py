@@ -30,6 +30,7 @@ def reshard_loader(loader: Any, states: Sequence[Any], rank: int, world_size: in
     if any(place != places[0] for place in places):
         raise ValueError("the ranks were at different places of their samples")
     samples, batch_size = places[0] * len(states), loader.batch_size
+    # Only whole batches: where a rank was within a batch, no state says.
     if samples % (world_size * batch_size):
         raise ValueError(
             f"{samples} samples were used, which {world_size} ranks with batches of {batch_size} cannot share evenly"

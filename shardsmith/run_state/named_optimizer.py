@@ -59,6 +59,7 @@ class NamedOptimizer:
             MismatchError: the optimizer has parameters that the files know nothing of.
         """
         with hybrid_groups_have_a_source(model):
+            # torch makes the state of parameters that have none yet: so there is something to fill.
             state: dict[str, Any] = get_optimizer_state_dict(model, optimizer)
         wanted = {
             f"state.{name}.{field}": value

@@ -126,6 +126,7 @@ def _check_kind(optimizer: Optimizer) -> None:
     """Do what torch does before it loads a state: a step on zeros. Of classes of others it is not known how to try."""
     if not type(optimizer).__module__.startswith("torch.optim."):
         return
+    # Two dimensions, as some optimizers take matrices only.
     parameter = nn.Parameter(torch.zeros(2, 2, device="cpu"))
     parameter.grad = torch.zeros(2, 2, device="cpu")
     kind: Any = type(optimizer)  # each has its own defaults

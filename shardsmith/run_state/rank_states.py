@@ -66,6 +66,7 @@ class PerRank:
         saved, states = _read(checkpoint, key, rank, topology)
         if saved == dict(topology):
             return states[0]
+        # The user's own function comes before what is known of loaders.
         if self._reshard is not None:
             return self._reshard(states, rank, topology["world_size"])
         problem = "it is not a StatefulDataLoader over a StatefulDistributedSampler"

@@ -39,6 +39,7 @@ def _settings(optimizers: Sequence[Optimizer], scheduler: Any) -> dict[str, str]
             # With a scheduler these change by themselves, and are no news.
             skipped = ("params", *_MOVED) if scheduler is not None else ("params",)
             found |= {f"{place}: {key}": str(value) for key, value in group.items() if key not in skipped}
+    # Of other classes it is not known what they count.
     if isinstance(scheduler, LRScheduler):
         found |= {f"scheduler: {key}": str(value) for key, value in _fixed(scheduler.state_dict()).items()}
     return found

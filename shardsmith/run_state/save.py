@@ -147,9 +147,11 @@ class SaveInProgress:
         with self._abandoned_on_error():
             phase = f"writing {self.target.name}"
             if self.contents.weights.directories:
+                # At their full size, so that each rank can write at its own places.
                 self._ranks.lead(phase, self._make_weight_files)
             self._receipts = self._ranks.gather(phase, self._write, large=True)
             if self.contents.weights.directories:
+                # Only now, when all ranks have written into these files.
                 records = self._ranks.gather(phase, self._hash_weights, large=True)
                 self._weight_records = dict(chain(*(of_rank.items() for of_rank in records)))
 
@@ -164,6 +166,7 @@ class SaveInProgress:
         """
         with self._abandoned_on_error():
             phase = f"committing {self.target.name}"
+            # Rank 0 first: on other hosts nothing is committed that rank 0 has refused.
             told = self._ranks.lead(phase, lambda: self._commit(extra or {}))
             if told is not None:
                 self._ranks.gather(phase, lambda: self._commit_on_this_host(told))
@@ -320,6 +323,7 @@ class SaveInProgress:
         weights = self.contents.weights
         if not weights.directories:
             return None
+        # A tied tensor has the digest of the one that was written.
         measured.digests.update({alias: measured.digests[kept] for alias, kept in weights.tied.items()})
         records = {name: FileRecord(**record) for name, record in self._weight_records.items()}
         stored = weights.add_up([receipt["stored"] for receipt in self._receipts])
@@ -376,5 +380,6 @@ class SaveInProgress:
         self._attempt.commit(self._on_this_host(sizes, written_by))
         if self._folder is None:
             return None
+        # Told through the store, as text; level 1 is quick, and an index compresses well.
         packed = {name: base64.b64encode(zlib.compress(content, 1)).decode() for name, content in beside.items()}
         return {"files": packed, "sizes": sizes, "ranks": written_by}

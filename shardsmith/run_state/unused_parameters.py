@@ -70,6 +70,7 @@ class UnusedParameters:
 
 
 def _named(model: nn.Module, optimizers: Sequence[Optimizer]) -> Iterator[tuple[Optimizer, Tensor, str]]:
+    # By identity, since an optimizer knows no names.
     names = {id(parameter): clean_fqn(name, model) for name, parameter in model.named_parameters()}
     for optimizer in optimizers:
         for group in optimizer.param_groups:

@@ -149,6 +149,7 @@ class WeightFiles:
             for folder, file in directory.files():
                 place = checkpoint / folder
                 with writing(place, "making the directory"):
+                    # The directory of the checkpoint itself is there already.
                     place.mkdir(exist_ok=True)
                 with contextlib.closing(SafetensorsFileWriter.create(place, file)) as writer:
                     writer.sync()
