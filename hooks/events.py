@@ -102,6 +102,7 @@ def event_of(
         nbytes=_bytes_in(path, is_export=kind == "export") if error is None else 0,
         ranks=ranks,
         error=None if error is None else f"{type(error).__name__}: {error}",
+        # Errors of `Ranks` have one.
         phase=getattr(error, "phase", None),
         ema_distance=ema_distance if ema_distance is not None and math.isfinite(ema_distance) else None,
     )

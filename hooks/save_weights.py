@@ -101,6 +101,7 @@ class HuggingFaceWeights:
 
     def _directory(self, directory: LiveDirectory, contents: Contents, target: Path) -> WeightsDirectory:
         (live,) = self._state.models(directory)
+        # Key in the state dict of this save -> the name that the plan begins with.
         names = dict(self._names(directory, live, contents.state_dict))
         plan = self._state.plan(target, contents.step, directory, [live.plan])
         own = live.tensors if self._stages is None else self._stages.specs

@@ -62,6 +62,7 @@ def are_stages(ranks: Ranks, model: nn.Module) -> bool:
     differ: bool = ranks.agree(
         "looking for stages of a pipeline",
         lambda: sorted(model_state_dict(model)),
+        # Under any other sharding all ranks have all names.
         lambda parts: any(part != parts[0] for part in parts),
     )
     return differ

@@ -85,6 +85,7 @@ class StepFolder:
             going = steps_to_remove(self._keep, there, spare, self._directory)
             for step in going:
                 self._remove(hook, step)
+            # What is spared is still read: low_disk must not remove it either.
             left = sorted(set(there).difference(going, spare))
             mind_disk(hook, self._keep, self._directory, left, partial(self._remove, hook))
 

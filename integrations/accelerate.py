@@ -88,6 +88,7 @@ class Attached:
         if output_dir is not None:
             self._folder_save.before_save(Path(output_dir))
         result = self._save(output_dir, *args, **kwargs)
+        # accelerate has written everything by now, whichever name it gave the folder.
         self._folder_save.save(self._hooks.steps_done, self._folder)
         return result
 

@@ -118,6 +118,7 @@ class CheckpointHooks(Callback):  # type: ignore[misc, unused-ignore]
         self._step = trainer.global_step
         if self._resume and self._save is not None:
             self._step = self.hooks.resume()
+            # Lightning restores its loops and optimizers from ckpt_path after this event.
             if self._step and trainer.ckpt_path:
                 raise UsageError(
                     f"fit(ckpt_path={trainer.ckpt_path!r}) and step {self._step} of {self._directory} are both to be "

@@ -192,6 +192,7 @@ class CheckpointHooks(TrainerCallback):
         """Export the last step if that is wanted and not done, and wait for what is in flight. All ranks."""
         if self.hooks:
             step = state.global_step
+            # Trainer has loaded other weights by now: what is exported last are those.
             if args.load_best_model_at_end and state.best_model_checkpoint is not None:
                 step = self._follow_best(Path(state.best_model_checkpoint), state)
             if not self._ended:
@@ -212,6 +213,7 @@ class CheckpointHooks(TrainerCallback):
         _refuse_rotated(directory, Path(args.output_dir))
         options = dict(self._export_options)
         if (files := options.get("files")) is None:
+            # Trainer's own tokenizer or processor, unless the user names another.
             options.setdefault("processor", processing_class)
         elif files.processor is None:
             options["files"] = replace(files, processor=processing_class)

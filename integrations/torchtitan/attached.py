@@ -130,6 +130,7 @@ class Attached:
         hooks = [hook for hook in attached if hook is not None]
         told = () if options.events is None else json_lines(dump_folder / options.events)
         self._hooks = Hooks(*hooks, stop_on=signal.SIGTERM if stops else (), on_event=told)
+        # Right after the optimizers' step; the checkpoint manager is called only later.
         optimizers.register_step_post_hook(self._on_optimizer_step)
 
     def train_begin(self) -> None:
@@ -269,6 +270,7 @@ def _export_folder(options: CheckpointHooks, dump_folder: Path, folder: Path) ->
     if isinstance(path, RemotePath):
         return path
     path = dump_folder / path
+    # Links resolved, so that no other name of the folder gets by.
     if path.resolve().is_relative_to(folder.resolve()):
         raise UsageError(
             f"export_folder={options.export_folder}: {path} is inside TorchTitan's checkpoint folder, where it would "

@@ -53,6 +53,7 @@ def refuse_replaced(model: nn.Module) -> None:
     if (held := find_held(model)) is None:
         return
     known = {clean_fqn(name) for name in twin_of(held[1]).state_dict()}
+    # By names: 0.3 puts modules of its own in the place of some of transformers'.
     strange = [name for name in map(clean_fqn, held[1].state_dict()) if name not in known]
     if strange:
         kind = own_class(held[1]).__name__

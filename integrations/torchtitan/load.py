@@ -217,6 +217,7 @@ class LoadWatch:
 
     def _is_initial(self, checkpoint: Path) -> bool:
         """Whether it is one to start from: somewhere else, or step 0, of which TorchTitan loads the model only."""
+        # Links resolved, as the folder of a run may be one.
         return checkpoint.parent.resolve() != self._folder.resolve() or checkpoint.name == step_name(0)
 
     def _say_what_is_not_used(self, checkpoint: Path) -> None:
@@ -242,6 +243,7 @@ class LoadWatch:
             return []
         index = index_of(checkpoint)
         asked = flatten_state_dict(dict(_values(state_dict)))[0]
+        # What may be missing is not asked for; dcp.load would raise for it.
         absent = [n for n in asked if n not in index.tensors and matches(n, self._allowed["allow_missing"])]
         compare({name: value for name, value in asked.items() if name not in absent}, index, allow_cast=True)
         return absent

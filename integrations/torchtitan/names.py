@@ -94,6 +94,7 @@ class TorchTitanNames:
             message = f"{len(problems)} tensors are not those of this model. {advice}"
             raise UnsupportedFormatError(kind, "\n  ".join([message, *problems]))
         try:
+            # On meta tensors: what each result is cut out of is its name map.
             found, refused = trace(self._to_hf, specs)
         except Exception as error:  # a name that it does not know is a KeyError, a shape whatever it may be
             reason = f"{type(error).__name__}: {error}"
@@ -142,6 +143,7 @@ class RunNames(TorchTitanNames):
     def __init__(self, adapter: Any, buffers: Collection[str], fresh: Fresh | None) -> None:
         """``fresh`` makes such a model anew; None where nobody knows how."""
         super().__init__(adapter, buffers)
+        # Without the rules of ours: TorchTitan reads files by its adapter alone.
         self._to_hf = own_translation(adapter)
         self._fresh = fresh
 
@@ -181,6 +183,7 @@ def _compare_heads(titan: TitanModel, config: Mapping[str, Any]) -> None:
     """Raise UsageError if a flavor has not the heads that a config says: shapes do not tell, and values go astray."""
     ours = titan.heads()
     theirs = config.get("num_attention_heads"), config.get("num_key_value_heads", config.get("num_attention_heads"))
+    # The same weights fit any number of heads, so the shapes cannot tell.
     if None not in (*ours, *theirs) and ours != theirs:
         found = f"{ours[0]} heads and {ours[1]} of keys and values, config.json says {theirs[0]} and {theirs[1]}"
         raise UsageError(f"{titan.title} is not the base model: it has {found}")

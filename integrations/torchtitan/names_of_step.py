@@ -40,6 +40,7 @@ def names_to_record(model: nn.Module, sd_adapter: Any, options: CheckpointHooks,
         options: The options that the user set.
         ranks: Those that train.
     """
+    # Of all stages: an adapter may drop buffers, and only those.
     buffers = names_on_all(ranks, [clean_fqn(name, model) for name, _ in model.named_buffers()])
 
     def find(parts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any] | None]:
@@ -48,6 +49,7 @@ def names_to_record(model: nn.Module, sd_adapter: Any, options: CheckpointHooks,
             for part in parts
             for name, (shape, dtype) in part.items()
         }
+        # One answer for each rank; only rank 0 writes the manifest.
         nobody: list[dict[str, Any] | None] = [None] * ranks.size
         try:
             names = _names(model, sd_adapter, buffers, options)

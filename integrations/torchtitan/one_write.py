@@ -36,6 +36,7 @@ def refuse_unfit(model: nn.Module, options: CheckpointHooks, last_dtype: str | N
             "adapter or the merged model beside the steps"
         )
     wanted = None if last_dtype is None else TORCH_DTYPE_MAP[last_dtype]
+    # TorchTitan casts the weights of its last step, and these files must hold what trains.
     floating = {p.dtype for p in model.parameters() if p.is_floating_point()}
     if wanted is not None and floating - {wanted}:
         raise UsageError(
@@ -78,6 +79,7 @@ def load(state_dict: dict[str, Any], checkpoint: Path, states: dict[str, Any]) -
         MismatchError: it does not hold that. Nothing was loaded.
         CheckpointError: it cannot be read.
     """
+    # As with dcp.load, a step may be of another dtype than the run.
     load_into(state_dict, checkpoint, allow_cast=True)
     if "model" in states:
         states["model"].load_state_dict(state_dict)

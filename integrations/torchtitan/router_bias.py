@@ -68,6 +68,7 @@ class RouterBias:
         return found
 
     def _find_lost(self, names: TorchTitanNames) -> list[str]:
+        # Most models have none, and need not be translated for the question.
         if not any(_NAME in name for name in self._buffers()):
             return []
         state = model_state_dict(self._model).items()

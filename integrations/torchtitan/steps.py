@@ -66,12 +66,14 @@ def _look(folder: Path, passed: set[int], newest: int | None) -> tuple[int | Non
     lines: list[str] = []
     for step in steps:
         path = folder / step_name(step)
+        # It was loaded before in this process, and was damaged.
         if step in passed:
             damaged.append(f"{path.name}: was damaged")
         elif reason := why_unreadable(path):
             damaged.append(f"{path.name} {reason}")
             lines.append(f"{path} {reason}, and is passed over")
         elif not (path / DCP_INDEX_FILE).is_file():
+            # A last step that TorchTitan has exported has no index, and is complete.
             lines += [] if _is_hugging_face(path) else [f"{path} was not saved to its end: it has no {DCP_INDEX_FILE}"]
         elif problem := _problem(path):
             damaged.append(f"{path.name}: {problem}")

@@ -46,6 +46,7 @@ class Average(Protocol):
 
 def refuse_other_decay(path: Path, saved: float, average: Average) -> None:
     """Raise UsageError if an average was made with another decay than this one has, and nothing says to go on."""
+    # Exactly: it was saved as float64, or as a number in JSON.
     if saved != average.decay and getattr(average, "on_other_decay", "raise") == "raise":
         raise UsageError(
             f"{path} holds an average with decay {saved}, this one has decay {average.decay}. Nothing was loaded; "

@@ -102,7 +102,9 @@ def entries_in_all(held: Iterable[RankHolds]) -> dict[str, Entry]:
         seen.add(one.description)
         # A description that was met before adds only what is a rank's own.
         for number in range(len(one.description.entries)) if is_new else sorted(one.description.kind.own):
+            # For what is a rank's own the key has the number of the rank.
             entry = one.entry(number)
+            # Of ranks that have the same key the first one decides its place.
             found.setdefault(entry.key, entry)
     return found
 

@@ -175,6 +175,7 @@ class ForeignLoad:
             )
 
         if average is not None:
+            # It has weights of its own, so they can be loaded apart from the model.
             if isinstance(self._average, ModuleAverage):
                 load(self._average.module, average)
             elif self._average is not None and main is not None:

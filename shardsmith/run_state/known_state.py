@@ -93,6 +93,7 @@ class _Known:
     @classmethod
     def of(cls, model: nn.Module, optimizers: Sequence[Optimizer], found: StateDicts) -> Self | None:
         """From torch's answer; None if the state cannot be made up without torch."""
+        # What is no tensor, such as extra state, is made anew at each call.
         if not all(isinstance(value, Tensor) for value in found.model.values()):
             return None
         own = own_tensors(model, found.model)

@@ -74,6 +74,7 @@ def write_plain_dcp(checkpoint: Path, output: Path, *, dry_run: bool = False) ->
             refuse_existing(output)
         else:
             with begin_attempt(output) as attempt:
+                # A store does not say how much room it has.
                 if isinstance(attempt, Attempt):
                     require_space(attempt.directory, nbytes)
                 _commit(source, metadata, attempt)
@@ -83,6 +84,7 @@ def write_plain_dcp(checkpoint: Path, output: Path, *, dry_run: bool = False) ->
 def _commit(source: DcpSource, metadata: CheckpointMetadata, attempt: AnyAttempt) -> None:
     entries = [*_entries(source)]
     chosen = _shared_out(entries)
+    # A file takes the place of a rank: the writer of a save can be used as it is.
     own = [OwnFile.of(rank, entries, mine) for rank, mine in enumerate(chosen)]
 
     def write(one: OwnFile) -> dict[str, object]:
@@ -90,6 +92,7 @@ def _commit(source: DcpSource, metadata: CheckpointMetadata, attempt: AnyAttempt
         return to_receipt(written)
 
     with ThreadPoolExecutor(useful_threads(_BYTES_OF_A_FILE * len(own), len(own)), "shardsmith-write") as pool:
+        # In the order of the files, whichever ends first.
         receipts = [*pool.map(write, own)]
     text, lists = describe(entries, NO_RANK)
     description = Description(text)
@@ -131,6 +134,7 @@ def _shared_out(entries: Sequence[Entry]) -> list[list[tuple[int, int]]]:
     files: list[list[tuple[int, int]]] = [[]]
     held = 0
     for i, position in items(entries):
+        # A file is full once it has reached its size: a tensor is never divided between two.
         if held >= _BYTES_OF_A_FILE:
             files.append([])
             held = 0

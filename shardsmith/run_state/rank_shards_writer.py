@@ -49,6 +49,7 @@ def save_rank_shards(target: Path, collect: Callable[[], Contents], ranks: Ranks
     mine = save.deal(collect)
     try:
         save.make_directory()
+        # `gather` ends when every rank has written and synced its files.
         receipts = ranks.gather(f"writing {target.name}", lambda: save.write(mine), large=True)
         ranks.lead(f"committing {target.name}", lambda: save.commit(receipts))
     except BaseException:
@@ -87,6 +88,7 @@ class _Save:
             specs = {key: [list(tensor.shape), tensor.dtype.itemsize] for key, tensor in tensors.items()}
             return [specs, [(key, box.offsets, box.sizes) for key, box in values]]
 
+        # Of replicas one rank writes; which one, rank 0 decides for all.
         dealt = self._ranks.agree(f"collecting {self._target.name}", look, _deal, large=True)[self._ranks.rank]
         chosen = {(key, Chunk(tuple(offsets), tuple(sizes))) for key, offsets, sizes in dealt}
         mine = {held: tensor for held, tensor in values.items() if held in chosen}

@@ -61,6 +61,7 @@ def load_parts(
     if unknown := sorted(set(parts or ()) - set(state.parts)):
         raise UsageError(f"parts: this run has no {', '.join(unknown)}; it has {', '.join(state.parts)}")
     wanted = [part for part in state.parts if parts is None or part in parts]
+    # Without saved generators a run goes on with its own; that is no reason to stop.
     missing = [part for part in _missing(checkpoint, wanted) if part != "rng"]
     if missing and on_missing == "raise":
         raise _missing_error(checkpoint, missing, wanted)
@@ -77,6 +78,7 @@ def load_parts(
     target, numbered = with_saved_structure(contents.state_dict, checkpoint, reduced.growing_keys)
     unused = reduced.without_unused(target, checkpoint)
     try:
+        # Tensors are filled here, before it is known whether the files are sound: see `Resumption`.
         damage = fill(target, checkpoint, ranks, verified)
     except MismatchError as error:
         raise _explained(checkpoint, error, wanted) from None
@@ -86,6 +88,7 @@ def load_parts(
     verify_state(ranks, target, checkpoint, metadata)
     for key in reduced.growing_keys:
         with_number_keys(target[key], key, numbered)
+    # From here on only sound values; all that is no tensor is handed back now.
     unused.put_back(target)
     ranks.gather(f"handing back {checkpoint.name}", lambda: _restore(reduced, target, ranks.is_leader))
     unused.forget()
@@ -99,6 +102,7 @@ def load_parts(
 def _missing(checkpoint: Path, wanted: Sequence[str]) -> list[str]:
     is_dcp = (checkpoint / layout.DCP_INDEX_FILE).exists()
     with contextlib.closing(DcpSource(checkpoint, to_load=True) if is_dcp else RankShards(checkpoint)) as source:
+        # The manifest lists tensors only: a part that consists of objects is in the index alone.
         own = source.index.top_keys() if isinstance(source, DcpSource) else {*source.specs, *source.objects}
         held = {key.split(".", 1)[0] for key in (*read_metadata(checkpoint).tensors, *own)}
     return [part for part in wanted if part != "model" and _KEYS.get(part, part) not in held]
@@ -128,6 +132,7 @@ def _missing_error(checkpoint: Path, missing: Sequence[str], wanted: Sequence[st
 def _explained(checkpoint: Path, error: MismatchError, wanted: Sequence[str]) -> MismatchError:
     """The error with the parts that do not fit, and the argument that leaves them out."""
     keys = {_KEYS.get(part, part): part for part in wanted}
+    # A line begins with the key, and the key with the name of its part, unless it is one of the model's.
     at_fault = [keys.get(line.split(".", 1)[0].split(":", 1)[0], "model") for line in error.problems]
     parts = [part for part in wanted if part in at_fault]
     if "model" in parts:

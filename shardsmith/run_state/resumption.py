@@ -75,6 +75,7 @@ class Resumption:
             IncompleteCheckpointError: there are some, but none is sound.
             What ``load`` raises, if the checkpoint is sound all the same.
         """
+        # The newest first; of a step that is in two places, the second one is tried before an older step.
         for step in sorted(steps, reverse=True):
             for find in steps[step]:
                 checkpoint = find()
@@ -105,6 +106,7 @@ class Resumption:
             return False
         if damage:
             self._ranks.lead(f"verifying {checkpoint.name}", lambda: self._judge(checkpoint, damage))
+        # A sound step has been loaded over whatever a damaged one has left.
         self.spoiled_by = checkpoint.name if damage else None
         return not damage
 
@@ -157,4 +159,5 @@ def _shards(checkpoint: Path) -> dict[str, FileRecord]:
     """The files that are read once, while they are loaded: those of a DCP directory."""
     if not (checkpoint / layout.DCP_INDEX_FILE).exists():
         return {}
+    # All else was hashed before the load, but for weights: see `_unread`.
     return {name: record for name, record in read_metadata(checkpoint).files.items() if name.endswith(_SHARDS)}

@@ -46,6 +46,7 @@ def with_text_keys(value: Any, path: str, numbered: list[str]) -> Any:
         parts = {str(name): with_text_keys(one, f"{path}.{name}", numbered) for name, one in value.items()}
         return value if all(parts.get(name) is one for name, one in value.items()) else _like(value, parts)
     if isinstance(value, list):
+        # Unchanged parts stay the same objects, and no copy of a large state is made.
         items = [with_text_keys(one, f"{path}.{i}", numbered) for i, one in enumerate(value)]
         return value if all(a is b for a, b in zip(items, value, strict=True)) else items
     return value
@@ -107,6 +108,7 @@ def _structured(key: str, fresh: Any, index: DcpIndex) -> Any:
     root = {key: fresh}
     for name, path in index.below(key):
         _make_way(root, path, leaves)
+        # What the fresh state lacks is added, and what it has in another shape is replaced.
         set_element(root, path, _place(leaves.get(path), name, index))
     return root[key]
 

@@ -144,6 +144,7 @@ class TrainState:
             state["lr_scheduler"] = self._scheduler.state_dict()
         if self.ema is not None:
             state["ema_state"] = self.ema.state_dict()
+            # Under a key of their own the averages are found as a model by any reader.
             state["ema_model"] = state["ema_state"].pop("model")
         if with_rng:
             state[RNG] = {self._rng_key: rng_state()}
@@ -176,6 +177,7 @@ class TrainState:
         for name, thing in self._stateful.items():
             if not isinstance(thing, PerRank):
                 thing.load_state_dict(state[name])
+            # None: it is to begin anew, as on_topology_change="restart" says.
             elif self._rank_states.get(name) is not None:
                 thing.load_state_dict(self._rank_states[name])
         # Last, as what is loaded before may draw numbers.

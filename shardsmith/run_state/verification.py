@@ -86,6 +86,7 @@ def _compare(path: Path, metadata: CheckpointMetadata, said: Sequence[Sequence[A
     boxes_of = ((key, boxes) for shares in said for key, _, boxes in shares)
     found = add_up_boxes((key, (tuple(at), tuple(sizes)), text) for key, boxes in boxes_of for at, sizes, text in boxes)
     wrong = [f"{key}: ranks that hold the same part of it hold different values" for key in sorted(found.differing)]
+    # All ranks' parts together: a digest is a sum over boxes, whoever holds them.
     for key, dtype in tensors:
         record = metadata.tensors.get(key)
         if record is None or record.dtype != dtype:

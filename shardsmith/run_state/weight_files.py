@@ -232,6 +232,7 @@ class WeightFiles:
             place = directory.place(checkpoint)
             sizes = complete_directory(directory.plan, place, {directory.model.model: digests[directory.folder]})
             check_directory(directory.plan, place)
+            # The weight files were hashed by the ranks; these are the small ones beside them.
             names = (str(directory.place(Path()) / name) for name in sizes)
             records |= {name: _record(checkpoint, name) for name in names if name not in weights}
         return records

@@ -120,6 +120,7 @@ class WholeDirectory:
         files = {}
         for name, held, writes, receipt in zip(self.file_names, self._held, self._writes, receipts, strict=True):
             digests = np.frombuffer(base64.b64decode(receipt["digests"]), dtype=np.uint64).reshape(-1, 2)
+            # The digest of a tensor is the sum of those of its pieces, mod 2**64.
             add_digests(sums, self._numbers.of(held, writes), digests)
             files[name] = FileRecord(**receipt["file"])
         return Measured(files, {key: Digest(*row) for key, row in zip(self.specs, sums.tolist(), strict=True)})
@@ -131,6 +132,7 @@ class WholeDirectory:
         """
         lengths = [receipt["object_lengths"] for receipt in receipts]
         if self._last is not None and self._last[:1] == (lengths,):
+            # The same lengths: only the id of the attempt is another one.
             _, before, contents = self._last
             content = contents[layout.DCP_INDEX_FILE]
             # Only if nothing else in it looks like the id of the attempt.
