@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from shardsmith.formats.detected import DetectedFormat
     from shardsmith.formats.opened import OpenedCheckpoint, open_checkpoint
     from shardsmith.ground.commit import remove as remove_checkpoint
-    from shardsmith.ground.object_store import use_client
+    from shardsmith.ground.stores import use_client
     from shardsmith.hf.layout_rules import LayoutRule
     from shardsmith.inspection import Inspection, inspect_checkpoint
     from shardsmith.load.load import load_initial, poison_weights, verify_loaded
@@ -145,7 +145,7 @@ _HOMES = {
     "push_export": "export.hub",
     "remove_checkpoint": "ground.commit:remove",
     "trace": "name_maps.tracing",
-    "use_client": "ground.object_store",
+    "use_client": "ground.stores",
     "verify_checkpoints": "compare.verification:verify",
     "verify_loaded": "load.load:verify_loaded",
 }

@@ -93,13 +93,13 @@ def read_metadata_of(step: str) -> str:
 @pytest.mark.parametrize(
     "options",
     [
-        ["to-dcp", "--model", "hdfs://bucket/x", "--output-dir", "out"],
-        ["to-hf", "--checkpoint", "x", "--base-model", "b", "--output-dir", "hdfs://bucket/x"],
-        ["to-dcp", "--base-model", "x", "--output-dir", "hdfs://bucket/x"],
-        ["watch", "x", "--output-dir", "y", "--base-model", "hdfs://bucket/x"],
-        ["diagnose", "--checkpoint", "x", "--base-model", "hdfs://bucket/x"],
+        ["to-dcp", "--model", "nowhere://bucket/x", "--output-dir", "out"],
+        ["to-hf", "--checkpoint", "x", "--base-model", "b", "--output-dir", "nowhere://bucket/x"],
+        ["to-dcp", "--base-model", "x", "--output-dir", "nowhere://bucket/x"],
+        ["watch", "x", "--output-dir", "y", "--base-model", "nowhere://bucket/x"],
+        ["diagnose", "--checkpoint", "x", "--base-model", "nowhere://bucket/x"],
         ["push", "s3://bucket/x", "org/name"],
-        ["inspect", "hdfs://bucket/x"],
+        ["inspect", "nowhere://bucket/x"],
         ["inspect", "x", "--html", "s3://bucket/x"],
     ],
 )

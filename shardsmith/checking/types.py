@@ -13,12 +13,14 @@ import torch
 from shardsmith.errors import UsageError
 from shardsmith.ground.remote_path import RemotePath, as_path
 from shardsmith.ground.sizes import parse_size
+from shardsmith.ground.stores import why_refused
 from shardsmith.tensors.dtypes import parse_dtypes
 
 from .converting import MOST, NAMES, RefusedError, number_or_nan
 
 _REMOTE = re.compile(r"(?:[A-Za-z0-9+.-]+::)*(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):/")  # Path("s3://a/b") is "s3:/a/b"
-_STORES = ", or a place in an object store: s3://, gs:// or az://"
+_STORES = ", or a place in an object store: s3://, gs://, az:// or a protocol that fsspec knows"
+_MOUNTED = "give a path of a file system that is mounted here"
 _LONGEST_NAME = 255
 """Bytes of a file's name on the usual file systems."""
 
@@ -44,9 +46,7 @@ def _local(value: str | Path, also: str = "") -> Path:
         raise RefusedError(value, 'a path is expected; "." is the current directory', has_cure=True)
     if remote := _REMOTE.match(text):
         scheme = remote["scheme"]
-        cure = (
-            "write the path alone" if scheme == "file" else f"give a path of a file system that is mounted here{also}"
-        )
+        cure = "write the path alone" if scheme == "file" else f"{_MOUNTED}{also}"
         raise RefusedError(value, f"{scheme}:// is not supported; {cure}", has_cure=True)
     if text.startswith("~"):
         raise RefusedError(value, f"~ is not expanded; write {os.path.expanduser(text)!r}", has_cure=True)
@@ -68,9 +68,15 @@ def _remote(value: str | Path) -> RemotePath | None:
     path = as_path(value)
     if not isinstance(path, RemotePath):
         return None
-    if ".." in path.parts or any(sign in str(path) for sign in "\0?@#"):
+    scheme, place = path.parts[0].rstrip(":"), path.parts[1]
+    may_have_user = scheme not in ("s3", "gs", "az")  # abfs://container@account..., sftp://user@host
+    has_secret = "@" in place and (not may_have_user or ":" in place.partition("@")[0])
+    if has_secret or ".." in path.parts or any(sign in str(path) for sign in "\0?#"):
         expected = "a URL of scheme, bucket and names is expected, such as s3://bucket/run, without credentials"
         raise RefusedError(value, expected, has_cure=True)
+    if refusal := why_refused(str(path)):
+        cure = "write the path alone" if scheme in ("file", "local") else f"{_MOUNTED}{_STORES}"
+        raise RefusedError(value, f"{refusal}; {cure}", has_cure=True)
     return path
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from shardsmith.errors import StorageError, UsageError
+from shardsmith.errors import StorageError
 from shardsmith.ground.extras import missing_package
 
 if TYPE_CHECKING:
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-SCHEMES = ("s3", "gs", "az")
-"""Of the URLs that name a place in an object store."""
 PART_BYTES = 8 << 20
 """Of a multipart upload, and the most that is asked for in one ranged read."""
 _MOST_PARTS = 9_000  # S3 takes 10,000
@@ -41,7 +39,8 @@ _RETRIES = {
     "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=10), "base": 2},
 }
 _TIMES = {"connect_timeout": timedelta(seconds=10), "timeout": timedelta(seconds=120)}
-_clients: dict[str, tuple[int, Client]] = {}
+_clients: dict[str, tuple[int, Any]] = {}
+"""By URL: the process that made a client, 0 for one that a user gave, and the client."""
 _CODE = re.compile(r"<Code>([A-Za-z0-9._-]{1,80})</Code>")
 _STATUS = re.compile(r"status code: (\d{3} [A-Za-z ]{1,40})")
 _CREDENTIALS = "; look at the credentials of this process, and at what they allow there"
@@ -166,15 +165,18 @@ class ObjectStore:
             with contextlib.suppress(FileNotFoundError):
                 self._repeated("deleting", keys[0], lambda client: _delete(client, keys))
 
-    def _client(self) -> Client:
+    def _client(self) -> Any:
         """The client of this process: one that came by a fork must not be used."""
         pid, client = _clients.get(self.url, (0, None))
         if client is None or pid not in (0, os.getpid()):
-            client = _connect(self.url)
+            client = self._connect()
             _clients[self.url] = os.getpid(), client
         return client
 
-    def _repeated(self, doing: str, key: str, act: Callable[[Client], T]) -> T:
+    def _connect(self) -> Any:
+        return _connect(self.url)
+
+    def _repeated(self, doing: str, key: str, act: Callable[[Any], T]) -> T:
         """What ``act`` returns, which may be done any number of times."""
         for attempt in range(_ATTEMPTS):
             try:
@@ -200,39 +202,10 @@ class ObjectStore:
         except (exceptions.AlreadyExistsError, exceptions.PreconditionError):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), where) from None
         except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError) as error:
-            raise StorageError(where, f"{doing} was refused: {_reason(error)}{_CREDENTIALS}") from None
+            raise StorageError(where, f"{doing} was refused: {reason_of(error)}{_CREDENTIALS}") from None
         except (exceptions.BaseError, OSError, ValueError) as error:
-            told = f"{doing} failed: {_reason(error)}{_cure(error)}"
+            told = f"{doing} failed: {reason_of(error)}{_cure(error)}"
             raise StorageError(where, told, transient=_is_transient(error)) from None
-
-
-def use_client(url: str, client: Any) -> None:
-    """Use a store object of obstore, made as you like, for all URLs that begin so.
-
-        shardsmith.use_client("s3://bucket", S3Store("bucket", credential_provider=Boto3CredentialProvider()))
-
-    Without it a store is made from the environment: ``AWS_ACCESS_KEY_ID``, ``AWS_ENDPOINT_URL``, ``GOOGLE_...``,
-    ``AZURE_...``, or the machine's own role. Call it on every rank, before the first URL is used.
-
-    Args:
-        url: Scheme and bucket, such as ``s3://bucket``.
-        client: A store of ``obstore.store``, whose keys are those of the bucket.
-
-    Raises:
-        UsageError: the URL names more or less than a bucket, or the client is of another kind.
-    """
-    scheme, _, bucket = url.rstrip("/").partition("://")
-    if scheme not in SCHEMES or not bucket or "/" in bucket or "@" in bucket:
-        expected = "scheme and bucket are expected, such as s3://bucket, gs://bucket or az://container"
-        shown = re.sub(r"//[^/@]*@", "//...@", url)
-        raise UsageError(f"use_client(url={shown!r}): {expected}. Nothing was done.")
-    if not isinstance(client, _obstore().store.ObjectStoreMethods):
-        raise UsageError(
-            f"use_client(client=...): a store of obstore.store is expected, such as S3Store, not a "
-            f"{type(client).__name__}. Clients of other libraries (boto3, fsspec) do not go: what only fsspec reaches, "
-            "let it upload from a local directory, or mount it. Nothing was done."
-        )
-    _clients[f"{scheme}://{bucket}"] = 0, client
 
 
 def _obstore() -> Any:
@@ -245,13 +218,24 @@ def _obstore() -> Any:
     return obstore
 
 
+def keep_client(url: str, client: Any) -> None:
+    """Use a client of the user's for a store from now on, also in processes that are forked."""
+    _clients[url] = 0, client
+
+
+def given_client(url: str) -> Any:
+    """Return the client that a user gave for a store; None if there is none."""
+    pid, client = _clients.get(url, (-1, None))
+    return client if pid == 0 else None
+
+
 def _connect(url: str) -> Client:
     store = _obstore().store
     try:
         client: Client = store.from_url(url, retry_config=_RETRIES, client_options=_client_options())
         return client
     except Exception as error:
-        raise StorageError(url, f"no client can be made for it: {_reason(error)}") from None
+        raise StorageError(url, f"no client can be made for it: {reason_of(error)}") from None
 
 
 def _client_options() -> dict[str, Any]:
@@ -269,8 +253,8 @@ def _delete(client: Client, keys: Sequence[str]) -> None:
                 obstore.delete(client, key)
 
 
-def _reason(error: Exception) -> str:
-    """What the store said, in a few words that cannot hold a secret."""
+def reason_of(error: Exception) -> str:
+    """Return what the store said, in a few words that cannot hold a secret."""
     text = str(error)
     found = [match[1] for match in (_STATUS.search(text), _CODE.search(text), _CAUSES.search(text)) if match]
     return ", ".join(dict.fromkeys(one.strip() for one in found)) or type(error).__name__

@@ -19,9 +19,10 @@ from collections.abc import Generator
 from pathlib import Path, PosixPath
 
 from shardsmith.ground.layout import METADATA_FILE, parse_step
-from shardsmith.ground.object_store import SCHEMES, ObjectStore
+from shardsmith.ground.object_store import ObjectStore
+from shardsmith.ground.stores import store_at
 
-_URL = re.compile(rf"(?P<scheme>{'|'.join(SCHEMES)})://?(?P<rest>[^/].*)")
+_URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+)://?(?P<rest>[^/].*)")
 _ATTEMPT_IN_MANIFEST = re.compile(rb'"attempt": ?"([0-9a-f]{16})"')
 _MANIFEST_HEAD_BYTES = 1 << 12
 # Step -> the attempt that made it, as far as this process has read manifests.
@@ -50,7 +51,7 @@ class RemotePath(PosixPath):
     def store(self) -> ObjectStore:
         """The store that it is in."""
         scheme, bucket, *_ = self.parts
-        return ObjectStore(f"{scheme}//{bucket}")
+        return store_at(f"{scheme}//{bucket}")
 
     @property
     def key(self) -> str:

@@ -69,7 +69,7 @@ ODD: dict[str, Any] = {  # some take some of these
     "a NUL": "a\0b",
     "half a character": "a\ud800b",
     "a long word": "x" * 5000,
-    "a remote path": "hdfs://bucket/x",
+    "a remote path": "nowhere://bucket/x",
     "a chain of remote paths": "simplecache::s3://bucket/x",
     "a home": "~/x",
     "an array": np.ones(2),

@@ -8,7 +8,6 @@ from pathlib import Path
 from threading import Thread
 from typing import Any, ClassVar
 
-import fsspec
 import obstore
 import pytest
 
@@ -17,6 +16,7 @@ from shardsmith.ground import object_store
 from shardsmith.ground.object_store import ObjectStore
 from shardsmith.ground.remote_commit import RemoteAttempt, check_writable, committed_steps
 from shardsmith.ground.remote_path import RemotePath, as_path
+from shardsmith.ground.stores import use_client
 from tests.ground.test_remote_commit import write
 
 
@@ -29,7 +29,7 @@ def as_remote(url: str) -> RemotePath:
 def test_clients_of_ones_own_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(object_store, "_clients", {})
     mine = obstore.store.MemoryStore()
-    object_store.use_client("s3://mine/", mine)
+    use_client("s3://mine/", mine)
     ObjectStore("s3://mine").put("a", b"1")
     assert bytes(obstore.get(mine, "a").bytes()) == b"1"
 
@@ -77,7 +77,7 @@ def test_a_store_without_conditional_writes_is_refused_before_the_first_save(mon
             "client_options": {"allow_http": True},
         }
         endpoint = f"http://127.0.0.1:{server.server_address[1]}"
-        object_store.use_client("s3://old", obstore.store.S3Store("old", endpoint=endpoint, **options))
+        use_client("s3://old", obstore.store.S3Store("old", endpoint=endpoint, **options))
         with pytest.raises(StorageError, match=r"does not know conditional writes \(If-None-Match") as caught:
             check_writable(as_remote("s3://old/run"))
         server.shutdown()
@@ -85,18 +85,16 @@ def test_a_store_without_conditional_writes_is_refused_before_the_first_save(mon
     assert not Forgetful.kept
 
 
-@pytest.mark.parametrize("url", ["s3://me:secret@bucket", "s3://bucket/run", "hdfs://bucket", "bucket"])
+@pytest.mark.parametrize("url", ["s3://me:secret@bucket", "s3://bucket/run", "file://bucket", "bucket"])
 def test_a_client_is_for_a_whole_bucket(url: str) -> None:
     with pytest.raises(UsageError, match="scheme and bucket are expected") as caught:
-        object_store.use_client(url, obstore.store.MemoryStore())
+        use_client(url, obstore.store.MemoryStore())
     assert "secret" not in str(caught.value)
 
 
 def test_clients_of_other_libraries_are_refused_by_name() -> None:
-    with pytest.raises(
-        UsageError, match=r"a store of obstore.store is expected, such as S3Store, not a LocalFileSystem"
-    ):
-        object_store.use_client("s3://bucket", fsspec.filesystem("file"))
+    with pytest.raises(UsageError, match=r"a file system of fsspec is expected, not a PosixPath"):
+        use_client("s3://bucket", Path())
 
 
 @pytest.mark.parametrize("kind", ["memory", "local"])
@@ -105,7 +103,7 @@ def test_a_client_of_ones_own_of_any_kind_keeps_the_rule(
 ) -> None:
     monkeypatch.setattr(object_store, "_clients", {})
     own = obstore.store.MemoryStore() if kind == "memory" else obstore.store.LocalStore(tmp_path)
-    object_store.use_client("s3://own", own)
+    use_client("s3://own", own)
     check_writable(as_remote("s3://own/run"))
     first, second = (RemoteAttempt(as_remote("s3://own/run/step-5")) for _ in range(2))
     sizes = [write(attempt) for attempt in (first, second)]
@@ -121,7 +119,7 @@ def test_an_address_without_tls_says_what_to_set(monkeypatch: pytest.MonkeyPatch
     client = obstore.store.S3Store(
         "b", endpoint="http://127.0.0.1:9", access_key_id="a", secret_access_key="b", region="x"
     )
-    object_store.use_client("s3://plain", client)
+    use_client("s3://plain", client)
     with pytest.raises(StorageError, match="http:// address, for which AWS_ALLOW_HTTP=true must be set") as caught:
         ObjectStore("s3://plain").put("a", b"1")
     assert not caught.value.transient

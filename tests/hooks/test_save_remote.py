@@ -213,7 +213,7 @@ def run_unreachable(server: ObjectServer, place: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "place", ["hdfs://bucket/run", "simplecache::s3://bucket/run", "file:///run", "s3://", "s3:///run"]
+    "place", ["nowhere://bucket/run", "simplecache::s3://bucket/run", "file:///run", "s3://", "s3:///run"]
 )
 def test_what_is_no_store_of_ours_is_refused_by_name(place: str) -> None:
     with pytest.raises(UsageError, match="directory="):

@@ -206,7 +206,7 @@ def evaluate_both(trainer: Any, hooks: CheckpointHooks, directory: Path) -> None
         ),
         ({"export": every(1), "keep": 3}, r"keep=3: a Retention is expected; write latest\(3\)"),
         ({"export": every(1), "models": "each"}, "models='each': \"main\" or"),
-        ({"export": every(1), "export_dir": "hdfs://bucket/hf"}, "hdfs:// is not supported"),
+        ({"export": every(1), "export_dir": "nowhere://bucket/hf"}, "nowhere:// is not supported"),
         ({"on_missing": "begin"}, 'on_missing=\'begin\': "raise" or "start" is expected'),
         ({"stop_on": "SIGTERM"}, "write signal.SIGTERM"),
     ],
