@@ -51,7 +51,7 @@ class FileSystemStore(ObjectStore):
                 self.url,
             )
         with self._named("writing", key):
-            if self._client().find_one(key) is not None:
+            if self.client.find_one(key) is not None:
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), f"{self.url}/{key}")
         self.put(key, data)
         if self.get(key) != data:
@@ -59,7 +59,7 @@ class FileSystemStore(ObjectStore):
 
     def writer(self, key: str, expected_bytes: int = 0) -> Any:  # noqa: ARG002
         """Return a stream that writes a file; there is none if it is given up."""
-        return self._client().writer(key)
+        return self.client.writer(key)
 
     def get(self, key: str) -> bytes:
         """Return a whole file. Raises FileNotFoundError, StorageError."""
@@ -203,28 +203,31 @@ class _Writer:
         self._file = file
         self._lock = lock
         self._remove = remove
+        self._is_closed = False  # what some implementations do not tell
 
     def write(self, data: bytes) -> None:
         with self._lock:
             self._file.write(data)
 
     def closed(self) -> bool:
-        return bool(self._file.closed)
+        return self._is_closed
 
     def close(self) -> None:
         with self._lock:
             self._file.close()
+        self._is_closed = True
 
     def __exit__(self, *exc: object) -> None:
         """Give it up: by the implementation's own way, if it has one; in any case there is no file afterwards."""
+        from fsspec.spec import AbstractBufferedFile
+
         with self._lock:
-            if hasattr(self._file, "discard"):
-                with contextlib.suppress(Exception):
-                    self._file.discard()
-                self._file.closed = True  # so that its end does not write the rest
+            if isinstance(self._file, AbstractBufferedFile):  # whose close would write the rest
+                self._file.discard()
+                self._file.closed = True
             else:
                 self._file.close()
-            self._remove()
+        self._remove()
 
 
 def _stored(key: str, info: Mapping[str, Any]) -> StoredObject:

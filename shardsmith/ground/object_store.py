@@ -92,7 +92,7 @@ class ObjectStore:
         obstore = _obstore()
         try:
             with self._named("writing", key):
-                obstore.put(self._client(), key, data, mode="create", use_multipart=False)
+                obstore.put(self.client, key, data, mode="create", use_multipart=False)
         except (FileExistsError, StorageError):
             with contextlib.suppress(FileNotFoundError, StorageError):
                 # The client repeats a request whose reply was lost: then the second one finds what the first has made.
@@ -106,7 +106,7 @@ class ObjectStore:
         ``expected_bytes`` decides the size of the parts, of which stores take a limited number.
         """
         part = max(PART_BYTES, -(-expected_bytes // _MOST_PARTS))
-        client = self._client()
+        client = self.client
         stream: WritableFile = _obstore().open_writer(client, key, buffer_size=part, max_concurrency=_CONCURRENT_PARTS)
         return stream
 
@@ -165,8 +165,9 @@ class ObjectStore:
             with contextlib.suppress(FileNotFoundError):
                 self._repeated("deleting", keys[0], lambda client: _delete(client, keys))
 
-    def _client(self) -> Any:
-        """The client of this process: one that came by a fork must not be used."""
+    @property
+    def client(self) -> Any:
+        """The client of this process: one that came by a fork must not be used. Raises StorageError."""
         pid, client = _clients.get(self.url, (0, None))
         if client is None or pid not in (0, os.getpid()):
             client = self._connect()
@@ -181,7 +182,7 @@ class ObjectStore:
         for attempt in range(_ATTEMPTS):
             try:
                 with self._named(doing, key):
-                    return act(self._client())
+                    return act(self.client)
             except StorageError as error:
                 if not error.transient or attempt == _ATTEMPTS - 1:
                     raise

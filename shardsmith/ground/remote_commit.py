@@ -25,6 +25,7 @@ from shardsmith.ground import layout, remote_export
 from shardsmith.ground.object_store import StoredObject
 from shardsmith.ground.remote_owner import ABANDONED_AFTER, owner_lives, put_owner
 from shardsmith.ground.remote_path import RemotePath
+from shardsmith.ground.unfinished_uploads import abort_uploads
 
 log = logging.getLogger(__name__)
 
@@ -202,6 +203,7 @@ def sweep(parent: RemotePath) -> list[RemotePath]:
                 _delete(found.owner_of(attempt), place)  # of one that died after its commit
             else:
                 log.info("removing %s, left by an attempt that did not finish", place)
+                abort_uploads(place)  # while its owner is known: a sweep that ends here is done again
                 _delete([*found.attempts.get(attempt, ()), *found.owner_of(attempt)], place)
                 swept.append(place)
     return [*swept, *remote_export.sweep(parent, listed)]

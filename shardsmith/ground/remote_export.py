@@ -31,6 +31,7 @@ from shardsmith.ground.new_file import new_file
 from shardsmith.ground.object_store import PART_BYTES, StoredObject
 from shardsmith.ground.remote_owner import ABANDONED_AFTER, owner_lives, put_owner
 from shardsmith.ground.remote_path import RemotePath
+from shardsmith.ground.unfinished_uploads import abort_uploads
 
 log = logging.getLogger(__name__)
 
@@ -269,6 +270,7 @@ def sweep(parent: RemotePath, listed: Iterable[StoredObject]) -> list[RemotePath
         if not any((parent / name / mark).is_file() for mark in _MARKS):
             log.info("removing %s, left by an attempt that did not finish", parent / name)
             swept.append(parent / name)
+            abort_uploads(parent / name)
             parent.store.delete([one.key for rest, one in objects.items() if not _CLAIM.fullmatch(rest)])
         parent.store.delete([objects[claim[0]].key for claim in claims])
     return swept
@@ -306,6 +308,8 @@ def _claim_target(target: RemotePath, attempt: str) -> None:
     if _MARKS & before.keys() or not is_ours:
         raise TargetExistsError(target, "exists already and was left as it is; remove it or choose another name")
     put_owner(claim)
+    if former:
+        abort_uploads(target)
     # Former claims first: whoever looks for its own before it puts a file must find it gone.
     target.store.delete([f"{target.key}/{name}" for name in [*former, *(before.keys() - {*former})]])
     for other in (found["attempt"] for name in target.objects_below() if (found := _CLAIM.fullmatch(name))):

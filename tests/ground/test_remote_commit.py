@@ -10,6 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from obstore.store import S3Store
 from torch.multiprocessing import ProcessExitedException
 
 from shardsmith import StorageError, TargetExistsError, WriteError
@@ -19,10 +20,15 @@ from shardsmith.ground.commit import begin_attempt, remove, sweep
 from shardsmith.ground.layout import METADATA_FILE
 from shardsmith.ground.new_file import new_file
 from shardsmith.ground.remote_commit import RemoteAttempt, committed_steps
+from shardsmith.ground.remote_export import RemoteDirectory
 from shardsmith.ground.remote_path import RemotePath, as_path
+from shardsmith.ground.stores import use_client
+from shardsmith.ground.unfinished_uploads import _Bucket, abort_uploads
 from tests.faulty_proxy import Fault, Request, proxied
 from tests.object_server import ObjectServer
 from tests.ranks import run_on_ranks
+
+HTTP = {"allow_http": True}
 
 
 @pytest.fixture
@@ -136,6 +142,78 @@ def test_what_a_killed_process_left_goes_at_once_and_what_lives_stays(
     assert [path.parent.name for path in sweep(place)] == ["step-5"]
     assert not place.store.objects(f"{place.key}/step-5")
     assert len(place.store.objects(f"{place.key}/step-10")) == 2
+
+
+def run_killed_in_an_upload(server: ObjectServer, url: str) -> None:
+    server.use()
+    attempt = RemoteAttempt(as_path(url) / "step-5")  # type: ignore[arg-type]
+    claimed = RemoteDirectory(as_path(url) / "export 5%")  # type: ignore[arg-type]
+    for directory in (attempt.directory, claimed.target):
+        upload = new_file(directory / "größe 1+2.bin", 64 << 20)
+        upload.write(memoryview(bytes(40 << 20)))  # more than what is not sent yet
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_uploads_that_a_killed_process_has_not_finished_are_aborted(
+    object_server: ObjectServer, place: RemotePath, tmp_path: Path
+) -> None:
+    with pytest.raises(ProcessExitedException):
+        run_on_ranks(run_killed_in_an_upload, 1, tmp_path, object_server, str(place))
+    alive = RemoteAttempt(place / "step-10")
+    going_on = new_file(alive.directory / "a.bin")
+    going_on.write(memoryview(bytes(40 << 20)))
+    bucket = _Bucket.of(place)
+    assert bucket is not None
+    assert len({key for key, _ in bucket.uploads(place.key)}) == 3
+    assert len(sweep(place)) == 2
+    assert [key for key, _ in bucket.uploads(place.key)] == [f"{alive.directory.key}/a.bin"]
+    going_on.finish()
+    assert alive.directory.sizes() == {"a.bin": 40 << 20}
+
+
+def test_a_later_export_aborts_the_uploads_of_a_former_one(
+    object_server: ObjectServer, place: RemotePath, tmp_path: Path
+) -> None:
+    with pytest.raises(ProcessExitedException):
+        run_on_ranks(run_killed_in_an_upload, 1, tmp_path, object_server, str(place))
+    bucket = _Bucket.of(place)
+    assert bucket is not None
+    assert [*bucket.uploads(f"{place.key}/export")]
+    with RemoteDirectory(place / "export 5%"):
+        assert not [*bucket.uploads(f"{place.key}/export")]
+
+
+def test_a_client_of_ones_own_with_a_prefix_aborts_the_right_uploads(
+    object_server: ObjectServer, place: RemotePath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(object_store, "_clients", {})
+    use_client("s3://mine", S3Store(config={**object_server.client().config}, prefix=place.key, client_options=HTTP))
+    other, mine = as_path("s3://mine/run-2"), as_path("s3://mine/run")
+    uploads = [new_file(run / "a b.bin") for run in (other, mine)]
+    for upload in uploads:
+        upload.write(memoryview(bytes(40 << 20)))
+    assert isinstance(mine, RemotePath)
+    assert abort_uploads(mine) == 1
+    with pytest.raises(FileNotFoundError):
+        uploads[1].finish()
+    uploads[0].finish()
+    assert [one.key for one in other.store.objects("")] == ["run-2/a b.bin"]  # type: ignore[attr-defined]
+
+
+def test_uploads_that_cannot_be_listed_do_not_stop_a_sweep(
+    object_server: ObjectServer, place: RemotePath, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    attempt = RemoteAttempt(place / "step-5")
+    write(attempt)
+    attempt._release()
+    monkeypatch.setattr(object_store, "_clients", {})
+    with proxied(object_server) as proxy, caplog.at_level("INFO"):
+        proxy.server.use()
+        proxy.fault = lambda request, seen: "503" if "uploads=&" in request.path else None  # noqa: ARG005
+        assert sweep(place) == [attempt.directory]
+    assert "unfinished uploads" in caplog.text
+    assert object_server.secret_key not in caplog.text
+    assert "Signature" not in caplog.text
 
 
 def test_an_attempt_of_another_host_goes_by_its_age(place: RemotePath, monkeypatch: pytest.MonkeyPatch) -> None:
