@@ -8,12 +8,10 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shardsmith.errors import UsageError
 from shardsmith.export.hub import branch_of, check_client, check_repository, push_export, without_progress_bars
 from shardsmith.ground.commit import place_file, withdraw_file
 from shardsmith.ground.layout import PROVENANCE_FILE, push_mark, pushed_step, step_name
 from shardsmith.ground.logs import Stopwatch
-from shardsmith.ground.remote_path import RemotePath
 
 from .background import logged
 from .events import Event, event_of
@@ -41,7 +39,7 @@ class Pushes:
             emit: Called from the thread with the event of each push.
 
         Raises:
-            UsageError: the repository or the branch cannot be called so, or the exports are not on a disk.
+            UsageError: the repository or the branch cannot be called so.
         """
         self._options = options
         self._directory = directory
@@ -53,11 +51,6 @@ class Pushes:
         check_repository(options.push_to_hub)
         branch_of(options.revision, 0)
         check_client()
-        if isinstance(directory, RemotePath):
-            raise UsageError(
-                f"HFExport(push_to_hub=...): an export is pushed from a disk, and {directory} is in an object store. "
-                "Give a local directory, or download an export and give it to `shardsmith push`"
-            )
 
     @property
     def is_wanted(self) -> bool:

@@ -63,9 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-_READS_STORES = ("clean", "detect", "diagnose", "inspect", "to-hf", "verify", "watch")
+_READS_STORES = ("clean", "detect", "diagnose", "inspect", "push", "to-hf", "verify", "watch")
 """Commands that read checkpoints in object stores, too."""
-_IN_STORES = ("--base-model", "--output-dir")
+_IN_STORES = ("--base-model", "--html", "--output-dir")
 """Options of commands whose value may be a place in a store."""
 _BEFORE_A_CHECKPOINT = ("--checkpoint", "--digests", "--json", "--rounding", "--statistics", "--verify")
 """Options of which a checkpoint is the value, or that take no value, so that one may follow."""

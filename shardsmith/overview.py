@@ -325,7 +325,7 @@ def _waited(events: Sequence[Mapping[str, Any]], name: str, kind: str) -> float 
 
 
 def _pushed(events: Sequence[Mapping[str, Any]], export: Path) -> bool | None:
-    if not isinstance(export, RemotePath) and layout.push_mark(export).exists():
+    if layout.push_mark(export).is_file():
         return False
     told = (one for one in events if one["kind"] == "push" and one["error"] is None)
     return True if any(Path(one["path"]).name == export.name for one in told) else None

@@ -74,6 +74,24 @@ def test_inspect_and_verify_say_the_same(step: str, trained: Runs, capsys: pytes
     assert main(["verify", "--json", step]) == 0
 
 
+def test_pages_are_put_there(object_server: ObjectServer, step: str, trained: Runs, tmp_path: Path) -> None:
+    local, place, base = trained["qwen2", 2], object_server.url("pages"), str(tmp_path / "base")
+    options = ["--checkpoint", str(local.checkpoint), "--base-model", str(local.base), "--output-dir", base]
+    assert main(["to-hf", *options, "--quiet"]) == 0
+    commands = {
+        "inspect": [step],
+        "verify": [step, str(local.checkpoint)],
+        "diagnose": ["--checkpoint", step, "--base-model", base],
+    }
+    for name, options in commands.items():
+        for page in (f"{place}/{name}.html", str(tmp_path / f"{name}.html")):
+            main([name, *options, "--html", page])
+        found = bytes(obstore.get(object_server.client(), f"pages/{name}.html").bytes()).decode()
+        expected = (tmp_path / f"{name}.html").read_text()
+        assert found.replace(place, str(tmp_path)) == expected, name
+    assert main(["inspect", step, "--html", f"{step}/page.html"]) == 2
+
+
 def test_a_flipped_bit_is_found(object_server: ObjectServer, step: str) -> None:
     metadata = read_metadata_of(step)
     key = f"{step.removeprefix(object_server.url(''))}/{metadata}/__0_0.distcp"
@@ -98,9 +116,9 @@ def read_metadata_of(step: str) -> str:
         ["to-dcp", "--base-model", "x", "--output-dir", "nowhere://bucket/x"],
         ["watch", "x", "--output-dir", "y", "--base-model", "nowhere://bucket/x"],
         ["diagnose", "--checkpoint", "x", "--base-model", "nowhere://bucket/x"],
-        ["push", "s3://bucket/x", "org/name"],
+        ["push", "nowhere://bucket/x", "org/name"],
         ["inspect", "nowhere://bucket/x"],
-        ["inspect", "x", "--html", "s3://bucket/x"],
+        ["inspect", "x", "--html", "nowhere://bucket/x"],
     ],
 )
 def test_what_a_command_cannot_reach_is_refused_by_name(

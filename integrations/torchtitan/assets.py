@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from shardsmith.errors import CheckpointNotFoundError, UsageError
+from shardsmith.ground.remote_path import as_path
 
 from .options import CheckpointHooks
 
@@ -28,7 +29,7 @@ def find_base_model(options: CheckpointHooks, sd_adapter: Any) -> Path:
             "checkpoint_hooks: an export needs config.json and a tokenizer, but this model has no hf_assets_path: "
             "give export_base_model"
         )
-    path = Path(named)
+    path = as_path(named)
     missing = [] if (path / "config.json").is_file() else ["config.json"]
     if not any((path / name).is_file() for name in _TOKENIZERS):
         missing.append(f"a tokenizer ({', '.join(_TOKENIZERS)})")

@@ -7,7 +7,6 @@ in a way that no flavor has.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import nn
 
 from shardsmith.errors import CheckpointError, UsageError
 from shardsmith.ground.ranks import Ranks
+from shardsmith.ground.remote_path import as_path
 from shardsmith.hf.hf_directory import read_config
 from shardsmith.hooks.stages import names_on_all
 from shardsmith.load.live_weights import model_state_dict
@@ -70,7 +70,7 @@ def _config(sd_adapter: Any, options: CheckpointHooks) -> dict[str, Any] | None:
     """config.json of the files, whose class decides on some names; None where there is none."""
     named = options.export_base_model or getattr(sd_adapter, "hf_assets_path", None)
     try:
-        return read_config(Path(named)) if named else None
+        return read_config(as_path(named)) if named else None
     except CheckpointError:
         return None
 

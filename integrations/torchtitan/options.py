@@ -10,12 +10,12 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from shardsmith.checking.arguments import check_value
-from shardsmith.checking.types import LocalPath, Place, Size
+from shardsmith.checking.types import AnyPath, LocalPath, Place, Size
 from shardsmith.errors import UsageError
 
 _OF_ONE_WRITE = ("export_base_model", "export_max_shard_size", "export_router_bias")
 """What of the exports' options holds for steps that are Hugging Face directories."""
-_KINDS = {"export_folder": Place, "export_base_model": LocalPath, "events": LocalPath, "max_host_memory": Size}
+_KINDS = {"export_folder": Place, "export_base_model": AnyPath, "events": LocalPath, "max_host_memory": Size}
 """What strings among the options must be."""
 
 

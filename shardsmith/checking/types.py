@@ -47,7 +47,7 @@ def _local(value: str | Path, also: str = "") -> Path:
     if remote := _REMOTE.match(text):
         scheme = remote["scheme"]
         cure = "write the path alone" if scheme == "file" else f"{_MOUNTED}{also}"
-        raise RefusedError(value, f"{scheme}:// is not supported; {cure}", has_cure=True)
+        raise RefusedError(value, f"{scheme}:// is not supported here; {cure}", has_cure=True)
     if text.startswith("~"):
         raise RefusedError(value, f"~ is not expanded; write {os.path.expanduser(text)!r}", has_cure=True)
     if "\0" in text or any(len(os.fsencode(name)) > _LONGEST_NAME for name in text.split(os.sep)):

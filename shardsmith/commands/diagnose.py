@@ -76,6 +76,7 @@ def diagnose(
 
     import_modules(imports)
     checkpoint = checkpoint_of(as_path(checkpoint), step)
+    html = html and as_path(html)
     questions = Questions(
         level=level,
         names=naming.name_map,

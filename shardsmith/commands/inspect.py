@@ -51,6 +51,7 @@ def inspect(
     from shardsmith.tensor_listing import list_tensors
 
     checkpoint = as_path(checkpoint)
+    html = html and as_path(html)
     if statistics and tensors is None and html is None:
         raise UsageError("--statistics needs --tensors or --html")
     if html is not None and not is_run(checkpoint):

@@ -23,7 +23,7 @@ def push(
     Example: shardsmith push run/hf/step-500 org/name
 
     Args:
-        directory: A directory that HFExport or to-hf has made, on this machine.
+        directory: A directory that HFExport or to-hf has made, here or in an object store.
         repository: The repository, made if missing.
         revision: The branch, made if missing; "{step}" stands for the step that was exported.
         public: Make a repository that is missing public. Without it, it is private.
@@ -32,7 +32,9 @@ def push(
     from json import dumps
 
     from shardsmith.export.hub import push_export
+    from shardsmith.ground.remote_path import as_path
 
+    directory = as_path(directory)
     place = push_export(directory, repository, revision=revision, private=not public)
     print(dumps({"directory": str(directory), "url": place}) if json else f"pushed {directory} to {place}")
     return 0

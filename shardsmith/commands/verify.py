@@ -58,6 +58,7 @@ def verify(
     from shardsmith.hf.hf_directory import protect
 
     a, b, base_model = as_path(a), b and as_path(b), base_model and as_path(base_model)
+    html = html and as_path(html)
     if html is not None:
         if b is None or logits:
             raise UsageError("--html shows two checkpoints, compared by their values or digests")

@@ -6,15 +6,19 @@ import contextlib
 import logging
 import random
 import re
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 from shardsmith.errors import CorruptCheckpointError, ShardsmithError, StorageError, UsageError
+from shardsmith.ground.commit import require_space
 from shardsmith.ground.extras import missing_package
 from shardsmith.ground.layout import PROVENANCE_FILE
 from shardsmith.ground.leases import hold
+from shardsmith.ground.local_copy import copy_file, is_weights
+from shardsmith.ground.remote_export import is_claim
 from shardsmith.ground.remote_path import RemotePath, as_path
 from shardsmith.hf.export_files import find_export_damage, records_files
 from shardsmith.manifest.metadata import read_json
@@ -41,7 +45,8 @@ def push_export(directory: str | Path, repository: str, *, revision: str = REVIS
     nothing is done. Failures that may pass are tried again, with pauses.
 
     Args:
-        directory: A directory that ``HFExport`` or ``to-hf`` has made, on this machine.
+        directory: A directory that ``HFExport`` or ``to-hf`` has made, here or in an object store. From a store the
+            files of weights are copied to the temporary folder of this machine and sent, one after the other.
         repository: ``"org/name"``; made if missing. The token is that of ``hf auth login`` or ``HF_TOKEN``.
         revision: The branch, made if missing; ``{step}`` stands for the step that was exported.
         private: Whether a repository that is made is private.
@@ -49,11 +54,10 @@ def push_export(directory: str | Path, repository: str, *, revision: str = REVIS
     Raises:
         UsageError: an argument does not fit, or the directory is no export.
         CorruptCheckpointError: the export is not what was written.
-        StorageError: the Hub refused it, or could not be reached; the branch is as it was.
+        StorageError: the Hub refused it, or it or the store could not be reached; the branch is as it was.
+        WriteError: the temporary folder has no room for a file of an export in a store.
     """
     directory = as_path(directory)
-    if isinstance(directory, RemotePath):
-        raise UsageError(f"{directory} is in an object store: download it, and push what was downloaded")
     if not records_files(directory):
         raise UsageError(f"{directory} is no export: it has no {PROVENANCE_FILE} that records its files")
     step = read_json(directory / PROVENANCE_FILE)["step"]
@@ -139,17 +143,51 @@ class _Push:
             log.info("%s is at %s already", self._directory, place)
             return place
         of_step = "an export" if self._step is None else f"step {self._step}"
+        message = f"Add {of_step}, exported by Shardsmith"
+        if isinstance(self._directory, RemotePath):
+            self._send_from_store(self._directory, message)
+            return place
         self._repeated(
             "uploading",
             lambda: self._api.upload_folder(
                 repo_id=repository,
                 folder_path=self._directory,
                 revision=self._branch,
-                commit_message=f"Add {of_step}, exported by Shardsmith",
+                commit_message=message,
                 delete_patterns="*",
             ),
         )
         return place
+
+    def _send_from_store(self, directory: RemotePath, message: str) -> None:
+        """As ``upload_folder``: weights one after the other, so that the disk need hold but one of their files."""
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+        target: dict[str, Any] = {"repo_id": self._repository, "revision": self._branch}
+        sizes = {name: size for name, size in directory.objects_below().items() if not is_claim(name)}
+        added: list[CommitOperationAdd] = []
+        with tempfile.TemporaryDirectory(prefix="shardsmith-push-", ignore_cleanup_errors=True) as folder:
+            for name, size in sorted(sizes.items()):
+                copy = Path(folder, name)
+                require_space(Path(folder), size)
+                copy_file(directory / name, copy)
+                one = CommitOperationAdd(path_in_repo=name, path_or_fileobj=copy)
+                if is_weights(name):
+                    self._repeated(
+                        f"uploading {name}",
+                        lambda one=one: self._api.preupload_lfs_files(additions=[one], **target),  # type: ignore[misc]
+                    )
+                    if one._is_uploaded:
+                        copy.unlink()
+                added.append(one)
+            old = self._repeated("looking at the branch", lambda: self._api.list_repo_files(**target))
+            gone: list[CommitOperationAdd | CommitOperationDelete] = [
+                CommitOperationDelete(name) for name in old if name not in {*sizes, ".gitattributes"}
+            ]
+            self._repeated(
+                "uploading",
+                lambda: self._api.create_commit(operations=[*gone, *added], commit_message=message, **target),
+            )
 
     def _is_there(self) -> bool:
         """Whether the branch holds this export: commits are whole, so its own record of it tells."""

@@ -170,12 +170,14 @@ def write_file(path: Path, data: bytes) -> int:
 
 
 def place_file(path: Path, data: bytes) -> None:
-    """Make a new file appear in a directory that is there already, durable and all at once.
+    """Make a new file appear in a directory that is there already, or in a store, durable and all at once.
 
-    Raises:
-        TargetExistsError: there is something of that name; it was left as it is.
-        WriteError: it could not be written. There is no such file.
+    Raises TargetExistsError if there is something of that name, and WriteError if it could not be written.
     """
+    if isinstance(path, RemotePath):
+        with writing(path, "a new object"):
+            path.store.put_new(path.key, data)
+        return
     refuse_existing(path)
     temporary = layout.temporary_path(path, layout.new_attempt_id())
     with contextlib.ExitStack() as on_error:

@@ -161,6 +161,17 @@ class RemotePath(PosixPath):
         """As ``read_all``."""
         return self.read_all()
 
+    def write_text(
+        self,
+        data: str,
+        encoding: str | None = None,
+        errors: str | None = None,  # noqa: ARG002
+        newline: str | None = None,  # noqa: ARG002
+    ) -> int:
+        """Put an object, or replace it, such as a page of a command. Raises StorageError."""
+        self.store.put(self.key, data.encode(encoding or "utf-8"))
+        return len(data)
+
 
 def as_path(value: str | Path) -> Path:
     """Return a path, which is a ``RemotePath`` for a URL of a store that is supported."""

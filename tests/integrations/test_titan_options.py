@@ -64,10 +64,10 @@ def test_an_unknown_option_is_refused_with_a_list_of_those_there_are() -> None:
         ({"export_interval": 0}, ["export_interval=0"]),
         ({"export_last": True, "export_keep": 0}, ["export_keep=0"]),
         (
-            {"export_last": True, "export_folder": "nowhere://bucket/hf", "export_base_model": "s3://bucket/base"},
+            {"export_last": True, "export_folder": "nowhere://bucket/hf", "export_base_model": "nowhere://bucket/base"},
             [
                 "export_folder='nowhere://bucket/hf': nowhere:// is",
-                "export_base_model='s3://bucket/base': s3:// is not",
+                "export_base_model='nowhere://bucket/base': nowhere:// is",
             ],
         ),
         (

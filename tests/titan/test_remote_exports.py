@@ -31,10 +31,12 @@ def using(server: ObjectServer) -> Iterator[None]:
 def test_exports_go_there_and_a_dump_folder_there_is_refused(
     object_server: ObjectServer, assets: Assets, tmp_path: Path
 ) -> None:
-    place = object_server.url("titan")
+    place, base = object_server.url("titan"), object_server.url("titan-base")
+    for path in assets.hf.iterdir():
+        obstore.put(object_server.client(), f"titan-base/{path.name}", path.read_bytes())
     disk, store = (
         Job(run=tmp_path / name, hooks={**EXPORT, **more}, within=partial(using, object_server))
-        for name, more in (("disk", {}), ("store", {"export_folder": place}))
+        for name, more in (("disk", {}), ("store", {"export_folder": place, "export_base_model": base}))
     )
     inside = Job(run=tmp_path / "inside", hooks=EXPORT, options=["--checkpoint.folder=s3://bucket/steps"])
     run_jobs(assets, 2, tmp_path, disk, store, inside)
