@@ -31,9 +31,9 @@ def using(server: ObjectServer) -> Iterator[None]:
 def test_exports_go_there_and_a_dump_folder_there_is_refused(
     object_server: ObjectServer, assets: Assets, tmp_path: Path
 ) -> None:
-    place, base = object_server.url("titan"), object_server.url("titan-base")
+    place, base = object_server.url("titan"), object_server.url("titan-base/assets")
     for path in assets.hf.iterdir():
-        obstore.put(object_server.client(), f"titan-base/{path.name}", path.read_bytes())
+        obstore.put(object_server.client(), f"titan-base/assets/{path.name}", path.read_bytes())
     disk, store = (
         Job(run=tmp_path / name, hooks={**EXPORT, **more}, within=partial(using, object_server))
         for name, more in (("disk", {}), ("store", {"export_folder": place, "export_base_model": base}))
