@@ -71,7 +71,7 @@ def _remote(value: str | Path) -> RemotePath | None:
     scheme, place = path.parts[0].rstrip(":"), path.parts[1]
     may_have_user = scheme not in ("s3", "gs", "az")  # abfs://container@account..., sftp://user@host
     has_secret = "@" in place and (not may_have_user or ":" in place.partition("@")[0])
-    if has_secret or ".." in path.parts or any(sign in str(path) for sign in "\0?#"):
+    if has_secret or ".." in path.parts or any(sign in str(path) for sign in "\0?#\\"):
         expected = "a URL of scheme, bucket and names is expected, such as s3://bucket/run, without credentials"
         raise RefusedError(value, expected, has_cure=True)
     if refusal := why_refused(str(path)):

@@ -45,7 +45,20 @@ _CODE = re.compile(r"<Code>([A-Za-z0-9._-]{1,80})</Code>")
 _STATUS = re.compile(r"status code: (\d{3} [A-Za-z ]{1,40})")
 _CREDENTIALS = "; look at the credentials of this process, and at what they allow there"
 _CURES = {"401": _CREDENTIALS, "403": _CREDENTIALS, "501": "; this store does not know such requests"}
-_BAD_SCHEME = "BadScheme"  # in what the client says of an address that it must not use
+_OF_CODES = {
+    "RequestTimeTooSkewed": "; the clock of this host differs from the store's: set it",
+    "ExpiredToken": "; the credentials have expired: start again with new ones, or give a client that renews them "
+    "(shardsmith.use_client)",
+    "NoSuchBucket": "; there is no such bucket: look at its name, the region and the endpoint",
+}
+"""What to do, where the code of the answer alone says it."""
+_MOVED = "; it was sent on to another address: look at the region (AWS_REGION) and the endpoint"
+_HOPELESS = {
+    "BadScheme": "; its endpoint is an http:// address, for which AWS_ALLOW_HTTP=true must be set",
+    "BareRedirect": _MOVED,
+    "kind: Redirect": _MOVED,
+}
+"""What to do, by a word of the client about a request that would always end so."""
 _CAUSES = re.compile(
     r"(Connection refused|Connection reset|connection closed|timed out|operation timed out|error sending request"
     r"|dns error|error decoding response body|error reading a body|incomplete|No such file or directory"
@@ -198,12 +211,16 @@ class ObjectStore:
             yield
         except StorageError:
             raise
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            if "<Code>NoSuchBucket</Code>" in str(error):
+                raise StorageError(where, f"{doing} failed: {reason_of(error)}{_cure(error)}") from None
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), where) from None
         except (exceptions.AlreadyExistsError, exceptions.PreconditionError):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), where) from None
         except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError) as error:
-            raise StorageError(where, f"{doing} was refused: {reason_of(error)}{_CREDENTIALS}") from None
+            raise StorageError(
+                where, f"{doing} was refused: {reason_of(error)}{_cure(error) or _CREDENTIALS}"
+            ) from None
         except (exceptions.BaseError, OSError, ValueError) as error:
             told = f"{doing} failed: {reason_of(error)}{_cure(error)}"
             raise StorageError(where, told, transient=_is_transient(error)) from None
@@ -264,7 +281,7 @@ def reason_of(error: Exception) -> str:
 def _is_transient(error: Exception) -> bool:
     """Whether the same request may succeed later."""
     status = _STATUS.search(str(error))
-    if _BAD_SCHEME in str(error):
+    if any(word in str(error) for word in _HOPELESS):
         return False
     # Without a status the connection failed. 408 is a timeout, 429 too many requests; 501 never succeeds later.
     return status is None or (status[1][:1] == "5" and status[1][:3] != "501") or status[1][:3] in ("408", "429")
@@ -272,7 +289,10 @@ def _is_transient(error: Exception) -> bool:
 
 def _cure(error: Exception) -> str:
     """What to look at, where the answer alone says it."""
-    if _BAD_SCHEME in str(error):
-        return "; its endpoint is an http:// address, for which AWS_ALLOW_HTTP=true must be set"
-    status = _STATUS.search(str(error))
+    text = str(error)
+    if found := [cure for word, cure in _HOPELESS.items() if word in text]:
+        return found[0]
+    if (code := _CODE.search(text)) and code[1] in _OF_CODES:
+        return _OF_CODES[code[1]]
+    status = _STATUS.search(text)
     return _CURES.get(status[1][:3], "") if status else ""

@@ -123,3 +123,66 @@ def test_an_address_without_tls_says_what_to_set(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(StorageError, match="http:// address, for which AWS_ALLOW_HTTP=true must be set") as caught:
         ObjectStore("s3://plain").put("a", b"1")
     assert not caught.value.transient
+
+
+class Refusing(BaseHTTPRequestHandler):
+    """An S3 server that answers all requests as ``told`` says."""
+
+    told: ClassVar[tuple[int, str, str]] = (500, "", "")
+    """Status, code of the error, and where it sends the request on to."""
+    count: ClassVar[int] = 0
+
+    def refuse(self) -> None:
+        type(self).count += 1
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        status, code, location = self.told
+        body = f"<Error><Code>{code}</Code></Error>".encode()
+        self.send_response(status)
+        if location:
+            self.send_header("Location", location)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_PUT = do_GET = do_POST = refuse  # noqa: N815
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("told", "cure"),
+    [
+        ((403, "RequestTimeTooSkewed", ""), "the clock of this host differs from the store's"),
+        ((400, "ExpiredToken", ""), "the credentials have expired"),
+        ((404, "NoSuchBucket", ""), "there is no such bucket"),
+        ((301, "PermanentRedirect", ""), r"look at the region \(AWS_REGION\) and the endpoint"),
+        ((307, "", "/again/redirect"), r"look at the region \(AWS_REGION\) and the endpoint"),
+        ((403, "AccessDenied", ""), "look at the credentials of this process"),
+    ],
+    ids=lambda value: str(value[1] or value[2]) if isinstance(value, tuple) else "",
+)
+def test_what_will_always_be_refused_is_not_repeated_and_says_what_to_look_at(
+    told: tuple[int, str, str], cure: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(object_store, "_clients", {})
+    monkeypatch.setattr(Refusing, "told", told)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        endpoint = f"http://127.0.0.1:{server.server_address[1]}"
+        client = obstore.store.S3Store(
+            "b",
+            endpoint=endpoint,
+            access_key_id="a",
+            secret_access_key="b",
+            region="x",
+            client_options={"allow_http": True},
+        )
+        use_client("s3://b", client)
+        for act in (lambda: ObjectStore("s3://b").get("redirect"), lambda: ObjectStore("s3://b").objects("redirect")):
+            monkeypatch.setattr(Refusing, "count", 0)
+            with pytest.raises(StorageError, match=cure) as caught:
+                act()
+            assert not caught.value.transient
+            assert Refusing.count <= 11, "a client follows ten redirections"
+        server.shutdown()
