@@ -154,8 +154,6 @@ class HFExport(Hook):
         self._exported_step: int | None = None
         self._has_said_copied = False
         self._prepare(lambda: LiveDirectory.choose(chosen, weights.ema_as, view, self._state.stem))
-        if writing.max_host_memory is not None:
-            live.most_bytes = parse_size(writing.max_host_memory) // (SLOTS * len(self._folder.directories))
         if weights.stages:
             self._state.unite(self._ranks)
         self._choose_source(weights.source, live, saved)
@@ -212,7 +210,8 @@ class HFExport(Hook):
         self._ranks.gather("reading the base model", self._state.read_files)
         directories = choose()  # their names depend on the base model
         self._folder = ExportFolder(self.directory, directories, self.keep, broken_off)
-        self._in_flight = InFlight(len(directories))
+        bound = self._writing.max_host_memory
+        self._in_flight = InFlight(len(directories), None if bound is None else parse_size(bound))
         self._results = ExportResults(self._in_flight, self._pushes, self._writing)
         if self._writing.on_error == "raise":
             self.background = self._in_flight.background

@@ -35,7 +35,7 @@ from shardsmith.run_state.contents import Contents
 from shardsmith.run_state.rehearsal import Rehearsal, refuse_without_copies
 from shardsmith.run_state.resume import fill
 from shardsmith.run_state.resume_parts import OnMissing
-from shardsmith.run_state.save import SaveInProgress, Staging
+from shardsmith.run_state.save import SaveInProgress
 from shardsmith.run_state.share import Share
 from shardsmith.sharding.live_boxes import StagingBuffer
 from shardsmith.sharding.live_digest import OTHER_VALUES, compare_digests, digest_live
@@ -170,7 +170,7 @@ class FolderSave(Hook):
                 digest_live(self._ranks, f"taking digests for {folder.name}", lambda: self._main(folder)),
                 tied_weights(self._model),
             )
-            job.begin(lambda: self._collect(step), staging=Staging(buffer=self._buffer) if self._buffer else None)
+            job.begin(lambda: self._collect(step), buffer=self._buffer)
         distance = self._ema.distance() if self._ema and self.is_heard else None
         self._in_flight.start(step, partial(self._finish, job, folder, step, live, watch, distance))
         if self.background:

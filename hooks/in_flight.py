@@ -33,11 +33,17 @@ class InFlight:
     have ended, and the others wait for as many. No communication.
     """
 
-    def __init__(self, directories: int) -> None:
-        """``directories`` are made of each step; each is staged into a buffer of its own."""
+    def __init__(self, directories: int, most_bytes: int | None = None) -> None:
+        """Begin with none.
+
+        Args:
+            directories: So many are made of each step; each is staged into a buffer of its own.
+            most_bytes: The most that all buffers may take together; None: no bound.
+        """
         self.started = 0
         self._ended_count = 0
-        self._free = [[StagingBuffer() for _ in range(directories)] for _ in range(SLOTS)]
+        bound = None if most_bytes is None else most_bytes // (SLOTS * directories)
+        self._free = [[StagingBuffer(bound) for _ in range(directories)] for _ in range(SLOTS)]
         self._running: deque[Running] = deque()
         self._ended: list[Running] = []  # not yet taken
         self.background = Background("shardsmith-export")

@@ -30,13 +30,7 @@ undone when they are."""
 
 
 class LiveSource:
-    """Copies the live weights, each rank its own part, while the training waits.
-
-    Attributes:
-        most_bytes: The most memory that the copies for one directory may take; None: no bound.
-    """
-
-    most_bytes: int | None = None
+    """Copies the live weights, each rank its own part, while the training waits."""
 
     def __init__(
         self,
@@ -123,7 +117,7 @@ class LiveSource:
             compare_replicas(self._ranks, phase, lambda: self._state.replicated(models), "exported")
         job = JointExport(self._state.plan(path, step, directory, plans), self._writer_ranks, self._writer)
         later = self._state.changed_by_steps(models) if self._copy.is_wanted else None
-        job.stage(boxes, buffer, self._ranks, later, self.most_bytes)
+        job.stage(boxes, buffer, self._ranks, later)
         return job
 
 

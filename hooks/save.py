@@ -32,7 +32,7 @@ from shardsmith.run_state.optimizers import check_optimizers
 from shardsmith.run_state.rank_states import PerRank
 from shardsmith.run_state.rehearsal import Rehearsal, refuse_without_copies
 from shardsmith.run_state.resume_parts import OnMissing
-from shardsmith.run_state.save import SaveInProgress, Staging
+from shardsmith.run_state.save import SaveInProgress
 from shardsmith.run_state.share import Share
 from shardsmith.run_state.train_state import TrainState, optimizer_list
 from shardsmith.sharding.live_boxes import StagingBuffer
@@ -155,14 +155,14 @@ class ShardedSave(Hook):
         if files.weights == "huggingface":
             self._weights = HuggingFaceWeights(model, ema, files, self.directory, self._ranks)
         self._copy = OpenCopy()
-        self._most_bytes = parse_size(writing.max_host_memory) if writing.max_host_memory is not None else None
         if writing.staging == "overlap":
             self._copy.guard(optimizers, ema, in_background=writing.async_mode == "async")
         self._steps = StepFolder(self.directory, keep, latest_link=writing.latest_link)
         self._replicas = ReplicaCheck(self._ranks, writing.compare_replicas)
         self.background = Background("shardsmith-save") if writing.async_mode == "async" else None
         self._share = Share(self._ranks.rank)
-        self._buffer = StagingBuffer() if self.background else None
+        most_bytes = parse_size(writing.max_host_memory) if writing.max_host_memory is not None else None
+        self._buffer = StagingBuffer(most_bytes) if self.background else None
         self._is_warm = not writing.prewarm
         self._in_flight = SavesInFlight(self.background, self._announce_save)
         self._saved_step: int | None = None
@@ -271,7 +271,7 @@ class ShardedSave(Hook):
         collect = partial(self._collect, step, rehearsal.target)
         with self._state.ema.staging() if self._state.ema else contextlib.nullcontext():
             assert self._buffer is not None
-            rehearsal.prepare(collect, self._buffer, self._state.shared_keys, self._most_bytes)
+            rehearsal.prepare(collect, self._buffer, self._state.shared_keys)
 
     def _job(self, kind: type[Job], step: int) -> Job:
         return kind(self._place / step_name(step), self._ranks, self._share, room_in(self.local_cache))
@@ -286,17 +286,14 @@ class ShardedSave(Hook):
             try:
                 phase = f"collecting {job.target.name}"
                 self._replicas.look(phase, lambda: self._state.replicated(collect().state_dict))
-                job.begin(collect, self._state.shared_keys, self._staging())
+                later = self._state.changed_by_steps() if self._copy.is_wanted else None
+                job.begin(collect, self._state.shared_keys, self._buffer, later)
             except RankFailedError:
                 if error is not None:
                     raise error from None
                 raise
             if self._buffer:
                 self._copy.begin(job)
-
-    def _staging(self) -> Staging | None:
-        later = self._state.changed_by_steps if self._copy.is_wanted else None
-        return Staging(buffer=self._buffer, later=later, most_bytes=self._most_bytes) if self._buffer else None
 
     @checked
     def saving(self, step: StepNumber) -> Future[Path]:

@@ -21,7 +21,7 @@ from shardsmith.hooks import EMA
 from shardsmith.hooks.save_weights import HuggingFaceWeights
 from shardsmith.run_state.contents import Contents
 from shardsmith.run_state.rehearsal import Rehearsal
-from shardsmith.run_state.save import SaveInProgress, Staging
+from shardsmith.run_state.save import SaveInProgress
 from shardsmith.run_state.share import Share
 from shardsmith.run_state.train_state import mesh_of
 from shardsmith.sharding.live_boxes import StagingBuffer
@@ -66,8 +66,8 @@ class Engine:
         self._ema = ema
         self._ranks = Ranks(timeout_secs)
         self._share = Share(self._ranks.rank)
-        self._buffer = StagingBuffer()
         self._most_bytes = None if max_host_memory is None else parse_size(max_host_memory)
+        self._buffer = StagingBuffer(self._most_bytes)
         self._is_warm = not prewarm
         self._thread = ThreadPoolExecutor(1, "shardsmith-save")
         self._last: Future[None] | None = None
@@ -93,8 +93,7 @@ class Engine:
         self._ranks.lead(f"preparing {path.name}", partial(_make_way, path))
         self._is_warm = True
         job = SaveInProgress(path, self._ranks, self._share)
-        staging = None if mode == "disabled" else Staging(buffer=self._buffer, most_bytes=self._most_bytes)
-        job.begin(lambda: self._contents(step, path, state), staging=staging)
+        job.begin(lambda: self._contents(step, path, state), buffer=None if mode == "disabled" else self._buffer)
         if mode == "disabled":
             _finish(job)
             gc.collect(1)  # as TorchTitan does, which has switched Python's own collections off
@@ -122,12 +121,12 @@ class Engine:
         if not self._is_warm:
             self._is_warm = True
             rehearsal = Rehearsal(path, self._ranks, self._share)
-            rehearsal.prepare(lambda: self._contents(step, path, state()), self._buffer, most_bytes=self._most_bytes)
+            rehearsal.prepare(lambda: self._contents(step, path, state()), self._buffer)
 
     def close(self) -> None:
         """Wait for the save under way; what failed in it is raised by its future."""
         self._thread.shutdown()
-        self._buffer = StagingBuffer()
+        self._buffer = StagingBuffer(self._most_bytes)
         release_pinned()
 
     def _contents(self, step: int, path: Path, state: Mapping[str, Any]) -> Contents:

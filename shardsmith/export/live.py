@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Self
@@ -28,16 +27,14 @@ from shardsmith.export.live_writers import WeightsWriter
 from shardsmith.export.place import begin_export, fetch_weights, place_of_files
 from shardsmith.export.syncs import cache_of, deal_syncs
 from shardsmith.ground.commit import Attempt, sweep
-from shardsmith.ground.host_memory import require_memory
 from shardsmith.ground.ranks import Ranks
 from shardsmith.ground.remote_export import RemoteDirectory
 from shardsmith.hf.completion import complete_directory
 from shardsmith.hf.directory import DirectoryPlan, Measure, ModelPlan
 from shardsmith.hf.directory_check import check_directory
 from shardsmith.name_maps.maps import Translation
-from shardsmith.sharding.later_copy import LaterCopy, copy_now_and_later
 from shardsmith.sharding.live_boxes import LiveBox, StagingBuffer, address_of, held_boxes
-from shardsmith.sharding.windowed_copy import WindowedCopy
+from shardsmith.sharding.staged_copy import StagedCopy
 from shardsmith.tensors.tensors import Shape, TensorSpec, row_major_blocks
 
 Check = Callable[[Path, set[torch.dtype]], str]
@@ -168,14 +165,12 @@ class JointExport:
         """``ranks`` serves the thread that writes and commits."""
         self.plan = plan
         self._ranks = ranks
-        self._staged: dict[str, list[LiveBox]] = {}
+        self._staged: StagedCopy | None = None
+        self._boxes: list[LiveBox] = []  # what it copies
         self._attempt: Attempt | RemoteDirectory | None = None
         self._writer = writer
         self._receipts: list[list[Any]] = []  # of each rank, one a window
         self._own_receipts: list[Any] = []
-        self._windows: WindowedCopy | None = None
-        self._boxes: list[LiveBox] = []  # what it copies
-        self._later: LaterCopy | None = None
 
     def stage(
         self,
@@ -183,17 +178,16 @@ class JointExport:
         buffer: StagingBuffer,
         ranks: Ranks,
         later: Mapping[int, tuple[str, Tensor]] | None = None,
-        most_bytes: int | None = None,
     ) -> None:
         """Copy this rank's boxes, cast, into the buffer. When it returns the weights may change, but for ``later``.
 
         Args:
             boxes: By model, the live boxes that this rank writes.
-            buffer: Memory to copy them into.
+            buffer: Memory to copy them into. If its bound is too small for them, they are left to ``feed``, which
+                copies while ``write`` writes.
             ranks: Serves the main thread, which is the one that calls this.
             later: By address of their memory, names and tensors that do not change before ``settle``: ``write`` copies
                 those.
-            most_bytes: If the copies took more memory, they are left to ``feed``, which copies while ``write`` writes.
 
         Raises:
             RankFailedError: on all ranks, if copying failed on any, or a host has too little memory for the copies.
@@ -202,25 +196,23 @@ class JointExport:
         specs = {f"{model.model}/{spec.name}": spec for model in self.plan.models for spec in model.specs}
         flat = [replace(box, name=f"{model}/{box.name}") for model, held in boxes.items() for box in held]
         if not buffer.has_room:
-            growth = partial(buffer.growth, [box.values for box in flat], [specs[box.name].dtype for box in flat])
-            require_memory(ranks, phase, lambda: growth() if most_bytes is None else min(growth(), most_bytes))
-            buffer.has_room = True
-        ranks.gather(phase, lambda: self._stage(flat, specs, buffer, later or {}, most_bytes))
+            buffer.require_room(ranks, phase, lambda: _values_and_dtypes(flat, specs))
+        ranks.gather(phase, lambda: self._stage(flat, specs, buffer, later or {}))
 
     def feed(self) -> None:
         """Copy what ``write`` is writing in another thread, as there is room. Main thread; no communication."""
-        if self._windows is not None:
-            self._windows.fill()
+        if self._staged is not None:
+            self._staged.feed()
 
     def stop(self) -> None:
         """Let ``feed`` return, since nothing is written any more. Any thread; a second call does nothing."""
-        if self._windows is not None:
-            self._windows.stop()
+        if self._staged is not None:
+            self._staged.stop()
 
     def settle(self) -> None:
         """Return when all is copied, after which the weights may change. Main thread; no communication."""
-        if self._later is not None:
-            self._later.settle()
+        if self._staged is not None:
+            self._staged.settle()
 
     def write(self) -> None:
         """Write this rank's part of the weights. Any thread, all ranks; communicates.
@@ -253,20 +245,14 @@ class JointExport:
         specs: Mapping[str, TensorSpec],
         buffer: StagingBuffer,
         later: Mapping[int, tuple[str, Tensor]],
-        most_bytes: int | None,
     ) -> None:
         """The boxes and specs are named ``<model>/<tensor>``."""
-        if most_bytes is not None and sum(box.box.numel * specs[box.name].dtype.itemsize for box in boxes) > most_bytes:
-            self._boxes = [*_pieces(self.plan, boxes, specs, most_bytes // 2)]
-            values = [box.values for box in self._boxes]
-            dtypes = [specs[box.name].dtype for box in self._boxes]
-            self._windows = WindowedCopy(values, dtypes, (buffer, buffer.beside), most_bytes)
-            return
-        values = [box.values for box in boxes]
-        copies = buffer.places(values, [specs[box.name].dtype for box in boxes])
-        found = [later.get(address_of(one), (box.name, None)) for box, one in zip(boxes, values, strict=True)]
-        self._later = copy_now_and_later([name for name, _ in found], [owner for _, owner in found], values, copies)
-        self._staged = self._by_model(boxes, copies)
+        nbytes = sum(box.box.numel * specs[box.name].dtype.itemsize for box in boxes)
+        if buffer.most_bytes is not None and nbytes > buffer.most_bytes:
+            boxes = [*_pieces(self.plan, boxes, specs, buffer.most_bytes // 2)]
+        self._boxes = [*boxes]
+        self._staged = StagedCopy(*_values_and_dtypes(boxes, specs), buffer)
+        self._staged.begin(lambda number: later.get(address_of(boxes[number].values)))
 
     def _by_model(self, boxes: Iterable[LiveBox], copies: Iterable[Tensor]) -> dict[str, list[LiveBox]]:
         staged: dict[str, list[LiveBox]] = {model.model: [] for model in self.plan.models}
@@ -277,33 +263,26 @@ class JointExport:
 
     def _write(self, directory: Path) -> tuple[str, list[int]]:
         """Write, and say which files this rank or another of its host is to make durable."""
-        if self._windows is not None:
-            self._write_windows(self._windows, directory)
+        if self._staged is None:
+            self._writer.write(self.plan, {}, directory)
         else:
-            if self._later is not None:
-                self._later.copy()
-            self._writer.write(self.plan, self._staged, directory)
-            if self._later is not None:
-                self._later.result()
+            self._write_staged(self._staged, directory)
         files = self._writer.unsynced()
         return cache_of(directory, self._ranks.rank) if files else "", files
 
-    def _write_windows(self, windows: WindowedCopy, directory: Path) -> None:
-        """The values of a window are gone after it, so each is made durable and read back by itself."""
-        boxes, self._own_receipts = iter(self._boxes), []
-        try:
-            for copies in windows.take_windows():
-                staged = self._by_model(islice(boxes, len(copies)), copies)
-                self._writer.write(self.plan, staged, directory)
-                self._writer.sync(self._writer.unsynced())
-                self._own_receipts.append(self._writer.read_back())
-        finally:
-            # Also after an error: the main thread may be waiting in ``feed`` for a window that nobody writes any more.
-            windows.stop()
-            self._boxes = []
+    def _write_staged(self, staged: StagedCopy, directory: Path) -> None:
+        boxes, self._boxes = iter(self._boxes), []
+        with staged.taken() as lists:
+            for copies in lists:
+                self._writer.write(self.plan, self._by_model(islice(boxes, len(copies)), copies), directory)
+                if not staged.is_whole:  # the values are gone after the window: so it is read back by itself
+                    self._writer.sync(self._writer.unsynced())
+                    self._own_receipts.append(self._writer.read_back())
 
     def _read_back(self) -> list[Any]:
-        return [self._writer.read_back()] if self._windows is None else self._own_receipts
+        if self._staged is None or self._staged.is_whole:
+            return [self._writer.read_back()]
+        return self._own_receipts
 
     def _make_files(self) -> str:
         sweep(self.plan.output.parent)
@@ -347,6 +326,12 @@ def _pieces(
         most_elements = max(1, most_bytes // specs[box.name].dtype.itemsize)
         for _, part in row_major_blocks(box.box.sizes, most_elements):
             yield replace(box, box=part.moved(box.box.offsets), values=box.values[part.slices])
+
+
+def _values_and_dtypes(
+    boxes: Sequence[LiveBox], specs: Mapping[str, TensorSpec]
+) -> tuple[list[Tensor], list[torch.dtype]]:
+    return [box.values for box in boxes], [specs[box.name].dtype for box in boxes]
 
 
 def _are_same(plans: Sequence[ModelPlan], models: Sequence[LiveModel]) -> bool:

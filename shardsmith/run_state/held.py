@@ -6,6 +6,8 @@ import functools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, compress, groupby
+from operator import attrgetter
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -13,18 +15,21 @@ from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint._sharded_tensor_utils import _flatten_sharded_tensors as flatten_sharded_tensors
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement
 
 from shardsmith.errors import UsageError
-from shardsmith.sharding.local_boxes import local, local_boxes
+from shardsmith.sharding.local_boxes import local_boxes
 from shardsmith.tensors.checkpoint_keys import KeyPath
 from shardsmith.tensors.tensors import Chunk, Shape
 
 _PLAIN = frozenset({int, float, bool, str, bytes, complex, tuple, type(None)})
 _WHOLE = frozenset({Tensor, nn.Parameter})
-_LEAVES = _PLAIN | _WHOLE | {DTensor}
+_DENSE = _WHOLE | {DTensor}
+_LEAVES = _PLAIN | _DENSE
+_OF_SHARDED = attrgetter("shape", "dtype", "_spec")  # mesh and placements are in the last
+_OF_WHOLE = attrgetter("shape", "dtype", "layout", "is_nested")
+_SHAPE = attrgetter("shape")
 
 
 class Entry(NamedTuple):
@@ -48,15 +53,32 @@ class Held:
     leaves: list[Any]
     """By entry: the tensor of the state dict, or the value that is no tensor."""
 
+    @torch.no_grad()
+    def tensors(self, boxes: Sequence[tuple[int, int, Chunk | None]], sizes: Sequence[Shape]) -> list[Tensor]:
+        """Return values of boxes. No communication; shares memory.
+
+        Args:
+            boxes: Of each the entry, its position in the values of that, and which part of it; None is all.
+            sizes: Their shapes.
+        """
+        leaves = [self.leaves[i] for i, _, _ in boxes]
+        if not _DENSE.issuperset(map(type, leaves)):
+            return [self._box(*box) for box in boxes]
+        found = [leaf.to_local() if type(leaf) is DTensor else leaf for leaf in leaves]
+        if [*map(_SHAPE, found)] == sizes:
+            return found  # the usual case, without finding each box again
+        every = zip(found, sizes, boxes, strict=True)
+        return [values if values.shape == size else self._box(*box) for values, size, box in every]
+
+    def _box(self, i: int, position: int, part: Chunk | None) -> Tensor:
+        values = self.values(i)[position]
+        return values if part is None else values[part.within(Chunk.whole(part.sizes))]
+
     def values(self, i: int) -> list[Tensor]:
         """Return the values of each box of an entry. Call it without grad. No communication; shares memory."""
         entry, tensor = self.entries[i], self.leaves[i]
         if entry.shape and 0 in entry.shape:
             return [torch.empty(entry.shape, dtype=entry.dtype, device="cpu")]
-        if len(entry.boxes) == 1 and not isinstance(tensor, ShardedTensor):
-            whole = local(tensor) if isinstance(tensor, DTensor) else tensor.detach()
-            if whole.shape == entry.boxes[0].sizes:
-                return [whole]  # the usual case, without finding the box again
         return [values for _, values in local_boxes(tensor)]
 
 
@@ -78,58 +100,101 @@ class KnownEntries:
         Raises:
             UsageError: naming all tensors that are not dense.
         """
-        held, parts, opaque = Held([], []), dict[Any, _Part](), dict[str, str]()
-        for name, value in state_dict.items():
+        leaves, parts, opaque = list[Any](), dict[Any, _Part](), dict[str, str]()
+        for name, state in _parts_of(state_dict):
             part = self._parts.get(name)
-            leaves = part.leaves_of(value) if part is not None else None
-            if part is None or leaves is None:
-                part, leaves = _Part.of(name, value, opaque)
+            found = part.leaves_of(state) if part is not None else None
+            if part is None or found is None:
+                part, found = _Part.of(state, opaque)
             parts[name] = part
-            held.entries.extend(part.entries)
-            held.leaves.extend(leaves)
+            leaves.extend(found)
         _refuse_opaque(opaque)
-        if held.entries != self._entries:
-            _refuse_duplicates(held.entries)
-        self._parts, self._entries = parts, held.entries
-        return held
+        if [*map(id, parts.values())] != [*map(id, self._parts.values())]:
+            entries = [*chain.from_iterable(part.entries for part in parts.values())]
+            if entries != self._entries:
+                _refuse_duplicates(entries)
+                self._entries = entries
+            self._parts = parts
+        return Held(self._entries, leaves)
+
+
+def _parts_of(state_dict: Mapping[str, Any]) -> Iterator[tuple[Any, Mapping[str, Any]]]:
+    """Yield parts of a state that are looked at by themselves, each with the first of its keys.
+
+    One is a mapping in the state, or leaves beside each other, such as the weights of a model.
+    """
+    for are_leaves, run in groupby(state_dict.items(), lambda item: type(item[1]) in _LEAVES):
+        if are_leaves:
+            state = dict(run)
+            yield next(iter(state)), state
+        else:
+            yield from ((name, {name: value}) for name, value in run)
 
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """What was found under one key of a state dict."""
+    """What was found of a part of a state."""
 
-    keys: list[Any] | None
-    """Those of a dict of leaves; None where the value is a leaf itself."""
+    keys: list[Any]
+    """Those of the leaves, or of what is there in their place."""
     entries: list[Entry]
-    facts: list[_Facts | None] | None
-    """By entry, None of what is no tensor; or None, and it is found anew each time, if leaves are nested deeper."""
+    facts: _Facts | None
+    """Of the leaves; None, and they are found anew each time, if some are nested deeper, or of a rare kind."""
 
     @classmethod
-    def of(cls, name: Any, value: Any, opaque: dict[str, str]) -> tuple[Self, list[Any]]:
-        """From a value; with its leaves. What cannot be saved is added to ``opaque``: key and kind."""
-        flat, paths = _flatten({name: value})
+    def of(cls, state: Mapping[str, Any], opaque: dict[str, str]) -> tuple[Self, list[Any]]:
+        """From a part; with its leaves. What cannot be saved is added to ``opaque``: key and kind."""
+        flat, paths = _flatten(state)
         if any(isinstance(leaf, ShardedTensor) for leaf in flat.values()):
             flat = flatten_sharded_tensors(flat)  # of FSDP1 with tensor parallelism the shards are sharded themselves
         opaque |= {key: kind for key, leaf in flat.items() if (kind := _kind(leaf)) is not None}
         dense = {key: leaf for key, leaf in flat.items() if key not in opaque}
         entries = [_entry(key, tuple(paths[key]), leaf) for key, leaf in dense.items()]
         leaves = [*dense.values()]
-        inner = [value] if type(value) in _LEAVES else [*value.values()] if isinstance(value, Mapping) else []
+        keys, inner = _shallow(state)
         is_shallow = [*map(id, inner)] == [*map(id, leaves)]
-        keys = [*value] if isinstance(value, Mapping) else None
-        return cls(keys, entries, [*map(_facts, leaves)] if is_shallow else None), leaves
+        return cls(keys, entries, _Facts.of(leaves) if is_shallow else None), leaves
 
-    def leaves_of(self, value: Any) -> list[Any] | None:
-        """The leaves of the value that is there now; None if they do not have these entries, or may not."""
-        is_leaf = type(value) in _LEAVES
-        keys = None if is_leaf or not isinstance(value, Mapping) else [*value]
-        if self.facts is None or keys != self.keys or (keys is None and not is_leaf):
+    def leaves_of(self, state: Mapping[str, Any]) -> list[Any] | None:
+        """The leaves of the part that is there now; None if they do not have these entries, or may not."""
+        if self.facts is None:
             return None
-        leaves = [value] if keys is None else [*value.values()]
-        for leaf, facts in zip(leaves, self.facts, strict=True):
-            if type(leaf) not in _PLAIN if facts is None else _facts(leaf) != facts:
-                return None
-        return leaves
+        keys, leaves = _shallow(state)
+        return leaves if keys == self.keys and self.facts.fit(leaves) else None
+
+
+def _shallow(state: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
+    """Keys and values of a part, or of the one mapping in it."""
+    first = next(iter(state.values()))
+    inside = first if isinstance(first, Mapping) else state
+    return [inside is state, *inside], [*inside.values()]
+
+
+class _Facts:
+    """All that the entries of leaves follow from, but their places.
+
+    In lists that are made and compared without a step of Python for each leaf, since there may be 100,000.
+    """
+
+    def __init__(self, types: list[type], leaves: list[Any]) -> None:
+        self._types = types
+        self._is_sharded = [kind is DTensor for kind in types]
+        self._is_whole = [kind in _WHOLE for kind in types]
+        self._seen = self._look(leaves)
+
+    @classmethod
+    def of(cls, leaves: list[Any]) -> Self | None:
+        """None if there are kinds of tensors among them of which more may have to be known."""
+        types = [*map(type, leaves)]
+        return cls(types, leaves) if _LEAVES.issuperset(types) else None
+
+    def fit(self, leaves: list[Any]) -> bool:
+        """Whether the same entries follow from these."""
+        return [*map(type, leaves)] == self._types and self._look(leaves) == self._seen
+
+    def _look(self, leaves: list[Any]) -> list[Any]:
+        sharded, whole = compress(leaves, self._is_sharded), compress(leaves, self._is_whole)
+        return [*map(_OF_SHARDED, sharded), *map(_OF_WHOLE, whole)]
 
 
 def _flatten(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Sequence[Any]]]:
@@ -160,19 +225,6 @@ def items(entries: Sequence[Entry]) -> Iterator[tuple[int, int]]:
     for i, entry in enumerate(entries):
         for position in range(1 if entry.shape is None else len(entry.boxes)):
             yield i, position
-
-
-_Facts = tuple[torch.Size, torch.dtype, DeviceMesh | None, tuple[Placement, ...]]
-"""All that the entry of a tensor follows from, but its place; the mesh is None where it is whole on every rank."""
-
-
-def _facts(leaf: Any) -> _Facts | None:
-    """None for what is no tensor, and for kinds of tensors of which more may have to be known."""
-    if type(leaf) is DTensor:
-        return leaf.shape, leaf.dtype, leaf.device_mesh, leaf.placements
-    if type(leaf) in _WHOLE and not leaf.is_nested and leaf.layout is torch.strided:
-        return leaf.shape, leaf.dtype, None, ()
-    return None
 
 
 def _entry(key: str, path: KeyPath, leaf: Any) -> Entry:

@@ -85,9 +85,11 @@ class _Known:
     recognition: Recognition
     tensors: dict[str, weakref.ref[Tensor]]
     """Of the model, by key."""
-    names: dict[int, str]
-    """``id`` of a parameter -> its name in the optimizer's state."""
     optimizer_keys: list[str]
+    layout: list[Any]
+    """Of the optimizers, as ``_laid_out`` gives it."""
+    order: list[int]
+    """By key of the optimizers' state, the place of its value among those of ``_laid_out``."""
     tied: dict[str, str]
 
     @classmethod
@@ -100,9 +102,12 @@ class _Known:
         if own is None:
             return None
         names = {id(parameter): clean_fqn(name, model) for name, parameter in model.named_parameters()}
-        known = cls(
-            Recognition(model), {k: weakref.ref(t) for k, t in own.items()}, names, [*found.optimizer], found.tied
-        )
+        places = {key: place for place, key in enumerate(_keys(optimizers, names))}
+        if places.keys() != found.optimizer.keys():
+            return None
+        layout, order = _laid_out(optimizers)[0], [places[key] for key in found.optimizer]
+        tensors = {key: weakref.ref(tensor) for key, tensor in own.items()}
+        known = cls(Recognition(model), tensors, [*found.optimizer], layout, order, found.tied)
         again = known.state_dicts(model, optimizers)
         return known if again is not None and _are_same(again.optimizer, found.optimizer) else None
 
@@ -111,28 +116,39 @@ class _Known:
         if not self.recognition.fits(model):
             return None
         tensors = {name: tensor for name, reference in self.tensors.items() if (tensor := reference()) is not None}
-        optimizer = self._optimizer_state(optimizers)
-        if optimizer is None or len(tensors) != len(self.tensors):
+        layout, values = _laid_out(optimizers)
+        if layout != self.layout or len(tensors) != len(self.tensors):
             return None
+        optimizer = dict(zip(self.optimizer_keys, map(values.__getitem__, self.order), strict=True))
         return StateDicts(tensors, optimizer, self.tied)
 
-    def _optimizer_state(self, optimizers: Sequence[Optimizer]) -> dict[str, Any] | None:
-        found: dict[str, Any] = {}
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                options = [(option, value) for option, value in group.items() if option != "params"]
-                for parameter in group["params"]:
-                    name = self.names.get(id(parameter))
-                    for key, value in optimizer.state.get(parameter, {}).items():
-                        found[f"state.{name}.{key}"] = value
-                    for option, value in options:
-                        found[f"param_groups.{name}.{option}"] = value
-        if len(found) != len(self.optimizer_keys):
-            return None
-        try:
-            return {key: found[key] for key in self.optimizer_keys}
-        except KeyError:
-            return None
+
+def _laid_out(optimizers: Sequence[Optimizer]) -> tuple[list[Any], list[Any]]:
+    """What the keys of the optimizers' state follow from, by parameters and the names of their values; the values.
+
+    It is made at every save, of tens of thousands of values: so names are not put together here.
+    """
+    layout, values = list[Any](), list[Any]()
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            options = {option: value for option, value in group.items() if option != "params"}
+            layout.append([*options])
+            for parameter in group["params"]:
+                state = optimizer.state.get(parameter, {})
+                layout.append((id(parameter), *state))
+                values.extend(state.values())
+            values.extend([*options.values()] * len(group["params"]))
+    return layout, values
+
+
+def _keys(optimizers: Sequence[Optimizer], names: Mapping[int, str]) -> Iterator[str]:
+    """Yield the key of each value of ``_laid_out``. ``names``: of the model's parameters, by ``id``."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            found = [(names.get(id(parameter)), optimizer.state.get(parameter, {})) for parameter in group["params"]]
+            yield from (f"state.{name}.{key}" for name, state in found for key in state)
+            options = [option for option in group if option != "params"]
+            yield from (f"param_groups.{name}.{option}" for name, _ in found for option in options)
 
 
 def _are_same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

@@ -48,6 +48,8 @@ def _converted(value: Any, path: str, problems: list[str]) -> Any:
     if isinstance(value, np.generic) and type(value.item()) in _PLAIN:
         return value.item()
     if isinstance(value, Mapping):
+        if _USUAL.issuperset(map(type, value.values())):  # the usual case, of tens of thousands of entries
+            return value
         prefix = f"{path}." if path else ""
         rare = [name for name, one in value.items() if type(one) not in _USUAL]  # of an optimizer's entries hardly any
         parts = {name: _converted(value[name], f"{prefix}{name}", problems) for name in rare}

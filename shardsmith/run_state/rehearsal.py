@@ -8,6 +8,7 @@ from shardsmith.errors import UsageError
 from shardsmith.run_state.contents import Contents
 from shardsmith.run_state.save import SaveInProgress
 from shardsmith.sharding.live_boxes import StagingBuffer
+from shardsmith.sharding.staged_copy import StagedCopy
 
 
 def refuse_without_copies(owner: str, *, prewarm: bool, has_copies: bool) -> None:
@@ -27,11 +28,10 @@ class Rehearsal(SaveInProgress):
         collect: Callable[[], Contents],
         buffer: StagingBuffer,
         shared_keys: Collection[str] = (),
-        most_bytes: int | None = None,
     ) -> None:
         """Agree on who writes what, and make the memory of the copies. Main thread; communicates.
 
-        Arguments as of ``begin`` and ``stage``.
+        Arguments as of ``begin``.
 
         Raises:
             RankFailedError: on all ranks, if collecting failed on any, the ranks disagree, or a host has too little
@@ -40,16 +40,8 @@ class Rehearsal(SaveInProgress):
         """
         phase = "making memory for saves"
         self.begin(collect, shared_keys)
-        self._require_memory(phase, buffer, most_bytes)
-        self._ranks.gather(phase, lambda: self._warm(buffer, most_bytes))
-
-    def _warm(self, buffer: StagingBuffer, most_bytes: int | None) -> None:
-        tensors, dtypes = self._tensors_and_dtypes()
-        windows = self._windowed(tensors, buffer, most_bytes)
-        if windows is not None:
-            windows.warm()
-        else:
-            buffer.warm(tensors, dtypes)
+        buffer.require_room(self._ranks, phase, self._tensors_and_dtypes)
+        self._ranks.gather(phase, lambda: StagedCopy(*self._tensors_and_dtypes(), buffer).warm())
 
     def _make_directory(self) -> str:
         return ""

@@ -12,8 +12,8 @@ import base64
 import contextlib
 import logging
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,6 @@ from shardsmith.ground import layout
 from shardsmith.ground.commit import AnyAttempt, Attempt, attempt_directory, begin_attempt
 from shardsmith.ground.garbage import without_collection
 from shardsmith.ground.host_folder import HostFolder
-from shardsmith.ground.host_memory import require_memory
 from shardsmith.ground.ranks import Ranks
 from shardsmith.manifest.metadata import FileRecord
 from shardsmith.manifest.weights import WeightsRecord
@@ -37,24 +36,14 @@ from shardsmith.run_state.contents import Contents, different_facts, facts_of
 from shardsmith.run_state.held import Held
 from shardsmith.run_state.share import Share, speakers_of
 from shardsmith.run_state.whole_directory import to_receipt
-from shardsmith.sharding.later_copy import LaterCopy, copy_now_and_later
 from shardsmith.sharding.live_boxes import StagingBuffer
-from shardsmith.sharding.windowed_copy import WindowedCopy
-from shardsmith.tensors.tensors import Chunk
+from shardsmith.sharding.staged_copy import StagedCopy
+from shardsmith.tensors.checkpoint_keys import KeyPath
 
 log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Staging:
-    """How the state is copied, so that the live one may change while it is written."""
-
-    buffer: StagingBuffer
-    """Holds the copy until ``write`` has ended."""
-    later: Callable[[Mapping[str, Any]], Mapping[str, Tensor]] | None = None
-    """Returns of a state dict the tensors, by key, that do not change before ``settle``: ``write`` copies those."""
-    most_bytes: int | None = None
-    """If the copy took more memory, it is left to ``feed``, which copies while ``write`` writes."""
+IsLater = Callable[[KeyPath], bool]
+"""Takes the path of a tensor in the state; returns whether its copy may be made later."""
 
 
 class SaveInProgress:
@@ -87,19 +76,25 @@ class SaveInProgress:
         self._receipts: list[dict[str, Any]] = []
         self._weight_records: dict[str, Any] = {}
         self._problems: list[str] = []
-        self._staged: tuple[Iterable[Tensor], list[bytes]] | None = None
-        self._later: LaterCopy | None = None
-        self._windows: WindowedCopy | None = None
+        self._buffer: StagingBuffer | None = None
+        self._later: IsLater | None = None
+        self._staged: tuple[StagedCopy, list[bytes]] | None = None
 
     def begin(
-        self, collect: Callable[[], Contents], shared_keys: Collection[str] = (), staging: Staging | None = None
+        self,
+        collect: Callable[[], Contents],
+        shared_keys: Collection[str] = (),
+        buffer: StagingBuffer | None = None,
+        later: IsLater | None = None,
     ) -> None:
         """Collect what is to be saved, agree on who writes what, make the directory, copy. Main thread; communicates.
 
         Args:
             collect: Returns what this rank saves.
             shared_keys: Top-level keys of plain values, which must be the same on all ranks that have them.
-            staging: Where the copy goes; None if the live state does not change before ``write`` has ended.
+            buffer: Where the copy goes; None if the live state does not change before ``write`` has ended.
+            later: Returns whether what is at a path of the state does not change before ``settle``, so that ``write``
+                may copy it. None copies all at once.
 
         Raises:
             RankFailedError: on all ranks, if collecting or copying failed on any, the ranks disagree, the target
@@ -107,7 +102,8 @@ class SaveInProgress:
             RanksDisagreeError: on all ranks, naming the values under ``shared_keys`` that are different.
         """
         phase = f"collecting {self.target.name}"
-        answer = self._ranks.agree(phase, lambda: self._say(collect, shared_keys, staging), self._decide)
+        self._buffer, self._later = buffer, later
+        answer = self._ranks.agree(phase, lambda: self._say(collect, shared_keys), self._decide)
         # The usual save ends with the round above: all ranks know what to write, and have copied it.
         if answer is None:  # not the same on all ranks; or not all of them have all
             refuse_different_values(self._ranks, phase, self._shared)
@@ -123,20 +119,20 @@ class SaveInProgress:
         with self._abandoned_on_error():
             if self._folder is not None:
                 self._ranks.gather(phase, self._make_on_this_host)
-            if staging is not None and not is_staged:
-                self._stage_in_a_round(staging, is_dealt_anew)
-        if staging is not None:
+            if buffer is not None and not is_staged:
+                self._stage_in_a_round(buffer, is_dealt_anew)
+        if buffer is not None:
             self._held = Held(self._held.entries, [])  # the live tensors are needed no more
 
     def feed(self) -> None:
         """Copy what ``write`` is writing in another thread, as there is room. Main thread; no communication."""
-        if self._windows is not None:
-            self._windows.fill()
+        if self._staged is not None:
+            self._staged[0].feed()
 
     def settle(self) -> None:
         """Return when all is copied, after which the live state may change. Main thread; no communication."""
-        if self._later is not None:
-            self._later.settle()
+        if self._staged is not None:
+            self._staged[0].settle()
 
     def write(self) -> None:
         """Write this rank's file. Any thread; communicates through the store.
@@ -183,10 +179,11 @@ class SaveInProgress:
                 self._attempt.abandon()
             raise
 
-    def _say(self, collect: Callable[[], Contents], shared_keys: Collection[str], staging: Staging | None) -> list[Any]:
+    def _say(self, collect: Callable[[], Contents], shared_keys: Collection[str]) -> list[Any]:
         """Collect, and copy if this rank knows what it writes: where all do, the training waits for one round only."""
-        is_known, description = self._collect(collect, shared_keys)
-        is_staged = is_known and staging is not None and self._has_staged(staging)
+        with without_collection():
+            is_known, description = self._collect(collect, shared_keys)
+            is_staged = is_known and self._buffer is not None and self._has_staged(self._buffer)
         self._says = [signature(self._shared), facts_of(self.contents), [is_known, description], is_staged]
         return self._says
 
@@ -194,8 +191,7 @@ class SaveInProgress:
         self.contents = collect()
         self._shared = shared_values(self.contents.state_dict, shared_keys)
         self._shared |= shared_values({OPTIONS: self.contents.options}, [OPTIONS])
-        with without_collection():
-            self._held = self._share.known.hold(self.contents.state_dict)
+        self._held = self._share.known.hold(self.contents.state_dict)
         return self._share.vote(self._held.entries, self.contents.weights.placed)
 
     def _decide(self, said: Sequence[Any]) -> Any:
@@ -223,89 +219,57 @@ class SaveInProgress:
         self._attempt = begin_attempt(self.target)
         return self._attempt.id
 
-    def _has_staged(self, staging: Staging) -> bool:
+    def _has_staged(self, buffer: StagingBuffer) -> bool:
         """Copy without a word to the others; whether that was possible. What failed fails again in the round of all."""
-        if not staging.buffer.has_room:
+        if not buffer.has_room:
             return False
         self._own = self._share.own
         try:
-            self._stage(staging)
+            self._stage(buffer)
         except Exception:
             log.debug("will be copied again", exc_info=True)
             return False
         return True
 
-    def _stage_in_a_round(self, staging: Staging, is_dealt_anew: bool) -> None:
+    def _stage_in_a_round(self, buffer: StagingBuffer, is_dealt_anew: bool) -> None:
         phase = f"staging {self.target.name}"
         # Counting memory costs a round of all ranks: only where the copy may need more than the last one did.
-        if is_dealt_anew or not staging.buffer.has_room:
-            self._require_memory(phase, staging.buffer, staging.most_bytes)
-        self._ranks.gather(phase, lambda: self._stage(staging))
+        if is_dealt_anew or not buffer.has_room:
+            buffer.require_room(self._ranks, phase, self._tensors_and_dtypes)
+        self._ranks.gather(phase, lambda: self._stage(buffer))
 
-    def _stage(self, staging: Staging) -> None:
+    def _stage(self, buffer: StagingBuffer) -> None:
         with without_collection():
-            self._later = None
-            tensors = self._tensors()
-            self._windows = self._windowed(tensors, staging.buffer, staging.most_bytes)
-            if self._windows is not None:
-                self._staged = self._windows.take(), self._objects()
-            else:
-                later = staging.later(self.contents.state_dict) if staging.later is not None else {}
-                self._stage_whole(tensors, staging.buffer, later)
+            copy = StagedCopy(*self._tensors_and_dtypes(), buffer)
+            copy.begin(self._owner if self._later is not None else None)
+            self._staged = copy, self._objects()
 
-    @staticmethod
-    def _windowed(tensors: list[Tensor], buffer: StagingBuffer, most_bytes: int | None) -> WindowedCopy | None:
-        """The copy in parts; None if all fits at once."""
-        if most_bytes is None or sum(tensor.nbytes for tensor in tensors) <= most_bytes:
-            return None
-        return WindowedCopy(tensors, [tensor.dtype for tensor in tensors], (buffer, buffer.beside), most_bytes)
+    def _owner(self, number: int) -> tuple[str, Tensor] | None:
+        """Of a tensor that may be copied later."""
+        i = self._own.tensors[number][0]
+        entry = self._held.entries[i]
+        is_later = self._later is not None and self._later(entry.path)
+        return (entry.key, self._held.leaves[i]) if is_later else None
 
-    def _require_memory(self, phase: str, buffer: StagingBuffer, most_bytes: int | None) -> None:
-        require_memory(self._ranks, phase, lambda: self._growth(buffer, most_bytes))
-        buffer.has_room = True
-
-    def _growth(self, buffer: StagingBuffer, most_bytes: int | None) -> int:
-        """How many more bytes of memory the copy takes."""
-        growth = buffer.growth(*self._tensors_and_dtypes())
-        return growth if most_bytes is None else min(growth, most_bytes)
-
-    def _stage_whole(self, tensors: list[Tensor], buffer: StagingBuffer, later: Mapping[str, Tensor]) -> None:
-        copies = buffer.places(tensors, [tensor.dtype for tensor in tensors])
-        keys = [self._held.entries[i].key for i, _, _ in self._own.tensors]
-        self._later = copy_now_and_later(keys, [later.get(key) for key in keys], tensors, copies)
-        self._staged = copies, self._objects()
-
-    @torch.no_grad()
     def _tensors(self) -> list[Tensor]:
-        found = []
-        for i, position, part in self._own.tensors:
-            values = self._held.values(i)[position]
-            found.append(values if part is None else values[part.within(Chunk.whole(part.sizes))])
-        return found
+        return self._held.tensors(self._own.tensors, self._own.sizes)
 
     def _tensors_and_dtypes(self) -> tuple[list[Tensor], list[torch.dtype]]:
         tensors = self._tensors()
         return tensors, [tensor.dtype for tensor in tensors]
 
     def _objects(self) -> list[bytes]:
-        return [encode(self._held.leaves[i]) for i in self._own.objects]
+        values = [self._held.leaves[i] for i in self._own.objects]
+        encoded = {key: encode(value) for key, value in dict(zip(map(id, values), values, strict=True)).items()}
+        return [encoded[id(value)] for value in values]  # of an optimizer's groups most are the same objects
 
     def _write(self) -> dict[str, Any]:
-        tensors, objects = self._staged or (self._tensors(), self._objects())
         directory = attempt_directory(self.target, self._attempt_id)
-        if self._later is not None:
-            self._later.copy()
-        values = iter(tensors)
-        try:
+        copy, objects = self._staged or (None, self._objects())
+        with contextlib.nullcontext(iter([self._tensors()])) if copy is None else copy.taken() as lists:
+            values = chain.from_iterable(lists)
             weights = self.contents.weights.write(self._own.weights, values, directory, self._ranks.rank)
             receipt = to_receipt(write_rank_file(self._own.file, values, objects, directory), weights.pieces)
-        finally:
-            # Also after an error: the main thread may be waiting in ``feed`` for a window that nobody writes any more.
-            if self._windows is not None:
-                self._windows.stop()
-        # Only now: whether tensors changed during the copy is known once the training thread has settled it.
-        if self._later is not None:
-            self._later.result()
         return {**receipt, "stored": weights.to_plain(), "tied": self.contents.tied}
 
     def _make_weight_files(self) -> None:

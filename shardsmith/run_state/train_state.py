@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from shardsmith.run_state.replaced_settings import replacements_told
 from shardsmith.run_state.rng import rng_state, set_rng_state
 from shardsmith.run_state.saved_structure import INT_KEYS, with_text_keys
 from shardsmith.run_state.unused_parameters import UnusedParameters
-from shardsmith.tensors.checkpoint_keys import NOT_A_MODEL
+from shardsmith.tensors.checkpoint_keys import NOT_A_MODEL, KeyPath
 from shardsmith.tensors.fqn import clean_fqn, inside_fabric
 
 _OURS = frozenset({"model", "optimizer", "lr_scheduler", "ema_model", "ema_state", "train_state", RNG})
@@ -93,18 +93,28 @@ class TrainState:
 
         DDP lets buffers, such as the statistics of BatchNorm, go apart from one forward to the next.
         """
-        buffers = {clean_fqn(name, self._model) for name, _ in self._model.named_buffers()}
+        buffers = self._buffers()
         tensors = tensors_of(state, without={RNG, "train_state", *self._stateful})
-        plain = {name: name.removeprefix("model.").removeprefix("ema_model.") for name in tensors}
-        return {name: tensor for name, tensor in tensors.items() if plain[name] not in buffers}
+        return {name: tensor for name, tensor in tensors.items() if _of_module(name) not in buffers}
 
-    def changed_by_steps(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Return the tensors of a state, by key, that only an optimizer's step changes, and the average after it.
+    def changed_by_steps(self) -> Callable[[KeyPath], bool]:
+        """Return what tells of a path of the state whether only an optimizer's step, or the average after it, changes
+        the tensor there.
 
         Buffers change in the forward, counters, schedules and options of groups when they like.
         """
-        others = ("optimizer.param_groups.", "lr_scheduler.", "ema_state.")
-        return {key: tensor for key, tensor in self.replicated(state).items() if not key.startswith(others)}
+        buffers = self._buffers()
+        others = frozenset({RNG, "train_state", "lr_scheduler", "ema_state", *self._stateful})
+
+        def is_changed(path: KeyPath) -> bool:
+            name = ".".join(map(str, path))
+            is_option = name.startswith("optimizer.param_groups.")
+            return path[0] not in others and not is_option and _of_module(name) not in buffers
+
+        return is_changed
+
+    def _buffers(self) -> set[str]:
+        return {clean_fqn(name, self._model) for name, _ in self._model.named_buffers()}
 
     def reduced(self, parts: Collection[str]) -> TrainState:
         """Return the same with some of its parts only."""
@@ -232,6 +242,11 @@ class TrainState:
                 'Nothing was written. Pass layout="nested", which keeps the model under a key of its own.'
             )
         return dict(main)
+
+
+def _of_module(name: str) -> str:
+    """What a module calls the tensor that has this name in the state."""
+    return name.removeprefix("model.").removeprefix("ema_model.")
 
 
 def optimizer_list(optimizer: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import itertools
 import zlib
 from collections.abc import Mapping, Sequence
@@ -26,12 +27,12 @@ from shardsmith.run_state.piece_numbers import PieceNumbers, add_digests
 from shardsmith.run_state.weight_files import Placed
 from shardsmith.sharding.holding import unpack_flags
 from shardsmith.tensors.digest import Digest
-from shardsmith.tensors.tensors import Chunk, TensorSpec
+from shardsmith.tensors.tensors import Chunk, Shape, TensorSpec
 
 NOWHERE = Placed()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class OwnFile:
     """What one rank writes, and where in what it holds the contents are."""
 
@@ -65,6 +66,11 @@ class OwnFile:
         keys = tuple(entries[i].key for i in objects)
         weights, pieces = map(tuple, found)
         return cls(weights, RankFile(rank_file_name(rank), pieces, keys), [*tensors[0], *tensors[1]], objects)
+
+    @functools.cached_property
+    def sizes(self) -> list[Shape]:
+        """Shapes of the pieces."""
+        return [piece.box.sizes for piece in self.pieces]
 
     @property
     def pieces(self) -> tuple[Piece, ...]:

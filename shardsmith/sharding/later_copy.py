@@ -126,22 +126,6 @@ class LaterCopy:
         )
 
 
-def copy_now_and_later(
-    names: Sequence[str], owners: Sequence[Tensor | None], tensors: Sequence[Tensor], copies: Sequence[Tensor]
-) -> LaterCopy | None:
-    """Copy the tensors that have no owner; return the copy of the others that is still to be made, if there are any.
-
-    The arguments are those of ``LaterCopy``.
-    """
-    now = [i for i, owner in enumerate(owners) if owner is None]
-    copy_into([tensors[i] for i in now], [copies[i] for i in now])
-    rest = [(i, owner) for i, owner in enumerate(owners) if owner is not None]
-    if not rest:
-        return None
-    parts = [[part[i] for i, _ in rest] for part in (tensors, copies)]
-    return LaterCopy([names[i] for i, _ in rest], [owner for _, owner in rest], *parts)
-
-
 def _batches(tensors: Sequence[Tensor]) -> Iterator[slice]:
     begin = nbytes = 0
     for end, tensor in enumerate(tensors, 1):

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
+from operator import attrgetter
 
 import torch
 from torch import Tensor
 
+from shardsmith.ground.host_memory import require_memory
+from shardsmith.ground.ranks import Ranks
 from shardsmith.sharding.local_boxes import local_boxes
 from shardsmith.tensors.device_copy import copy_to_host
 from shardsmith.tensors.tensors import Chunk, Shape
+
+_SHAPE, _IS_CPU = attrgetter("shape"), attrgetter("is_cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +52,38 @@ class StagingBuffer:
     """Memory on the CPU that stagings use again and again. Grows to the largest that it was needed for.
 
     Attributes:
+        most_bytes: If a copy took more memory, it is made in windows that take this much together. None: no bound.
         has_room: Whether the hosts were found to have memory for it, by all ranks together.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most_bytes: int | None = None) -> None:
+        """It takes no memory yet."""
+        self.most_bytes = most_bytes
         self._memory = torch.empty(0, dtype=torch.uint8, device="cpu")
         self.has_room = False
-        self._wanted: list[tuple[bool, torch.Size, torch.dtype]] = []  # of the last call, as are the places
+        self._wanted: tuple[bool, list[torch.Size], list[torch.dtype]] | None = None  # of the last call, as the places
         self._places: list[Tensor] = []
+
+    def require_room(
+        self, ranks: Ranks, phase: str, wanted: Callable[[], tuple[Sequence[Tensor], Sequence[torch.dtype]]]
+    ) -> None:
+        """Return when every host has room for the copies of its ranks. All ranks; communicates.
+
+        Args:
+            ranks: Of the calling thread.
+            phase: The moment, for the error.
+            wanted: Returns what this rank is to copy, and the dtypes of the copies.
+
+        Raises:
+            RankFailedError: on all ranks, if a host has too little, or ``wanted`` raised on any.
+        """
+
+        def need() -> int:
+            growth = self.growth(*wanted())
+            return growth if self.most_bytes is None else min(growth, self.most_bytes)
+
+        require_memory(ranks, phase, need)
+        self.has_room = True
 
     def growth(self, tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> int:
         """How many more bytes of memory a ``copy`` of these would take."""
@@ -86,8 +116,8 @@ class StagingBuffer:
 
     def places(self, tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
         """Return where the copies are to go, valid as those of ``copy``. Nothing is copied."""
-        pinned = any(tensor.device.type != "cpu" for tensor in tensors)
-        wanted = [(pinned, tensor.shape, dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)]
+        pinned = not all(map(_IS_CPU, tensors))
+        wanted = pinned, [*map(_SHAPE, tensors)], [*dtypes]
         if wanted != self._wanted:
             ends = _ends(tensors, dtypes)
             self._reserve(ends[-1], pinned)
@@ -103,7 +133,7 @@ class StagingBuffer:
     def _reserve(self, nbytes: int, pinned: bool) -> None:
         """Pinned only for copies from an accelerator: a run on the CPU would take a context there by it."""
         if len(self._memory) < nbytes:
-            self._wanted, self._places = [], []
+            self._wanted, self._places = None, []
             self._memory = torch.empty(0, dtype=torch.uint8, device="cpu")  # let go of the old one first
             self._memory = torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned, device="cpu")
 
@@ -117,8 +147,9 @@ def _ends(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[int]
 @torch.no_grad()
 def copy_into(tensors: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
     """Fill CPU tensors with tensors on any device, cast to their dtypes. No communication."""
-    pairs = list(zip(tensors, copies, strict=True))
-    if here := [pair for pair in pairs if pair[0].device.type == "cpu"]:
-        torch._foreach_copy_([copy for _, copy in here], [tensor for tensor, _ in here])
-    on_device = [pair for pair in pairs if pair[0].device.type != "cpu"]
-    copy_to_host([tensor for tensor, _ in on_device], [copy for _, copy in on_device])
+    on_host = [*map(_IS_CPU, tensors)]
+    if any(on_host):
+        torch._foreach_copy_([*compress(copies, on_host)], [*compress(tensors, on_host)])
+    if not all(on_host):
+        on_device = [not here for here in on_host]
+        copy_to_host([*compress(tensors, on_device)], [*compress(copies, on_device)])

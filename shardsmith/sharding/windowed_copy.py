@@ -8,7 +8,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from functools import partial
-from itertools import chain
 
 import torch
 from torch import Tensor
@@ -60,12 +59,8 @@ class WindowedCopy:
         for number, window in enumerate(self._windows):
             self._buffers[number % 2].warm(self._tensors[window], self._dtypes[window])
 
-    def take(self) -> Iterator[Tensor]:
-        """Yield the copies, each when it is there. On the other thread. Raises what copying raised."""
-        return chain.from_iterable(self.take_windows())
-
     def take_windows(self) -> Iterator[list[Tensor]]:
-        """As ``take``, window by window."""
+        """Yield the copies of each window when they are there. On the other thread. Raises what copying raised."""
         for number in range(len(self._windows)):
             with self._changed:
                 self._changed.wait_for(partial(self._is_filled, number))
@@ -93,7 +88,7 @@ class WindowedCopy:
         copies, error = [], None
         try:
             copies = self._buffers[number % 2].copy(self._tensors[window], self._dtypes[window])
-        except Exception as failed:  # raised by ``take``
+        except Exception as failed:  # raised by ``take_windows``
             error = failed
         with self._changed:
             self._copies.append(copies)

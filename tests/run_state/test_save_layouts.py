@@ -27,7 +27,7 @@ from shardsmith.manifest.checkpoints import find_damage
 from shardsmith.manifest.metadata import read_metadata
 from shardsmith.run_state.contents import Contents
 from shardsmith.run_state.known_state import ask_torch
-from shardsmith.run_state.save import SaveInProgress, Staging
+from shardsmith.run_state.save import SaveInProgress
 from shardsmith.run_state.share import Share
 from shardsmith.sharding.live_boxes import StagingBuffer
 from shardsmith.sharding.local_boxes import local_boxes
@@ -82,9 +82,8 @@ def everything() -> dict[str, Any]:
 
 def save(state: dict[str, Any], path: Path, share: Share, buffer: StagingBuffer | None, step: int = 1) -> Path:
     job = SaveInProgress(path / f"step-{step}", Ranks(), share)
-    staging = None if buffer is None else Staging(buffer=buffer)
-    job.begin(lambda: Contents(step=step, state_dict=state), staging=staging)
-    if staging is not None:
+    job.begin(lambda: Contents(step=step, state_dict=state), buffer=buffer)
+    if buffer is not None:
         spoil(state)
     job.write()
     return job.commit()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +32,16 @@ def dtypes_of(tensors: list[Tensor]) -> list[torch.dtype]:
     return [tensor.dtype for tensor in tensors]
 
 
+def taken_from(copy: WindowedCopy) -> Iterator[Tensor]:
+    return chain.from_iterable(copy.take_windows())
+
+
 @pytest.mark.parametrize("most_bytes", [1, 64, 1000, 4000, 10**6])
 def test_what_is_taken_is_what_was_there(most_bytes: int) -> None:
     buffer, expected = StagingBuffer(), tensors()
     copy = WindowedCopy(expected, dtypes_of(expected), (buffer, buffer.beside), most_bytes)
     taken: list[Tensor] = []
-    thread = threading.Thread(target=lambda: taken.extend(one.clone() for one in copy.take()))
+    thread = threading.Thread(target=lambda: taken.extend(one.clone() for one in taken_from(copy)))
     thread.start()
     copy.fill()
     for one in expected:
@@ -51,7 +57,7 @@ def test_whoever_copies_is_let_go_when_nobody_takes_any_more() -> None:
     copy = WindowedCopy(tensors(), dtypes_of(tensors()), (buffer, buffer.beside), 64)
     thread = threading.Thread(target=copy.fill)
     thread.start()
-    next(copy.take())
+    next(copy.take_windows())
     copy.stop()
     thread.join(60)
     assert not thread.is_alive()
@@ -66,7 +72,7 @@ def test_an_error_of_the_copy_is_raised_where_it_is_taken() -> None:
     thread = threading.Thread(target=copy.fill)
     thread.start()
     with pytest.raises(MemoryError, match="no pinned memory"):
-        [*copy.take()]
+        [*copy.take_windows()]
     thread.join(60)
     assert not thread.is_alive()
 
