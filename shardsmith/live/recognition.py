@@ -24,12 +24,12 @@ class Recognition:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._parts = [_Part.of(name, module) for name, module in _modules(model)]
+        self._parts = [_Part.of(module) for module in model.modules()]
 
     def fits(self, model: nn.Module) -> bool:
         """Whether all is as it was: nothing replaced, added, removed, renamed, retyped, or sharded in another way."""
-        pairs = itertools.zip_longest(self._parts, _modules(model))
-        return all(part is not None and now is not None and part.fits(*now) for part, now in pairs)
+        # What is in a module is known by ``id``, which stays unique as long as all that was there is alive.
+        return self._parts[0].module() is model and all(part.fits() for part in self._parts)
 
 
 def own_tensors(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
@@ -50,47 +50,46 @@ class _TensorId:
     """A tensor that is held weakly, and what can change of it in place."""
 
     tensor: weakref.ref[Tensor]
-    dtype: torch.dtype
-    shape: torch.Size
-    sharding: Any
+    form: Any
 
     @classmethod
     def of(cls, tensor: Tensor) -> Self:
-        return cls(weakref.ref(tensor), tensor.dtype, tensor.shape, _sharding(tensor))
+        return cls(weakref.ref(tensor), _form(tensor))
 
     def fits(self, tensor: Tensor) -> bool:
-        is_same = self.tensor() is tensor and self.dtype == tensor.dtype and self.shape == tensor.shape
-        return is_same and self.sharding == _sharding(tensor)
+        return self.tensor() is tensor and self.form == _form(tensor)
 
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """A module."""
+    """A module without those in it."""
 
-    name: str
     module: weakref.ref[nn.Module]
+    children: list[tuple[str, int]]
+    """Name and ``id``."""
     hooks: tuple[int, ...]
     transient: frozenset[str]
     """Its buffers that no state dict holds."""
     tensors: dict[str, _TensorId]
 
     @classmethod
-    def of(cls, name: str, module: nn.Module) -> Self:
+    def of(cls, module: nn.Module) -> Self:
         tensors = {key: _TensorId.of(tensor) for key, tensor in _tensors(module)}
-        return cls(name, weakref.ref(module), _hooks(module), frozenset(module._non_persistent_buffers_set), tensors)
+        transient = frozenset(module._non_persistent_buffers_set)
+        return cls(weakref.ref(module), _children(module), _hooks(module), transient, tensors)
 
-    def fits(self, name: str, module: nn.Module) -> bool:
-        is_same = self.name == name and self.module() is module and self.hooks == _hooks(module)
-        if not is_same or self.transient != module._non_persistent_buffers_set:
+    def fits(self) -> bool:
+        module = self.module()
+        if module is None or self.children != _children(module) or self.hooks != _hooks(module):
             return False
-        now = [*_tensors(module)]
-        keys = [key for key, _ in now]
-        return keys == [*self.tensors] and all(self.tensors[key].fits(tensor) for key, tensor in now)
+        if self.transient != module._non_persistent_buffers_set:
+            return False
+        now = dict(_tensors(module))
+        return [*now] == [*self.tensors] and all(map(_TensorId.fits, self.tensors.values(), now.values()))
 
 
-def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Under every name that they have, which makes a difference for the names of what they hold."""
-    yield from model.named_modules(remove_duplicate=False)
+def _children(module: nn.Module) -> list[tuple[str, int]]:
+    return [(name, id(child)) for name, child in module._modules.items()]
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -108,6 +107,13 @@ def _has_foreign_hooks(module: nn.Module) -> bool:
     """Whether state-dict hooks are there that are not those by which FSDP and wrappers of torch clean up."""
     hooks = (*module._state_dict_hooks.values(), *module._state_dict_pre_hooks.values())
     return any(not getattr(hook, "__module__", "").startswith("torch.distributed.") for hook in hooks)
+
+
+def _form(tensor: Tensor) -> Any:
+    """Shape, dtype and, of a DTensor, mesh and placements."""
+    if isinstance(tensor, DTensor):
+        return tensor._spec, tensor._local_tensor.dtype  # shape, mesh and placements are in the first
+    return tensor.shape, tensor.dtype
 
 
 def _sharding(tensor: Tensor) -> Any:

@@ -27,7 +27,7 @@ _PLAIN = frozenset({int, float, bool, str, bytes, complex, tuple, type(None)})
 _WHOLE = frozenset({Tensor, nn.Parameter})
 _DENSE = _WHOLE | {DTensor}
 _LEAVES = _PLAIN | _DENSE
-_OF_SHARDED = attrgetter("shape", "dtype", "_spec")  # mesh and placements are in the last
+_OF_SHARDED = attrgetter("_spec", "_local_tensor.dtype")  # in the first are shape, mesh and placements
 _OF_WHOLE = attrgetter("shape", "dtype", "layout", "is_nested")
 _SHAPE = attrgetter("shape")
 
@@ -64,7 +64,7 @@ class Held:
         leaves = [self.leaves[i] for i, _, _ in boxes]
         if not _DENSE.issuperset(map(type, leaves)):
             return [self._box(*box) for box in boxes]
-        found = [leaf.to_local() if type(leaf) is DTensor else leaf for leaf in leaves]
+        found = [leaf._local_tensor if type(leaf) is DTensor else leaf for leaf in leaves]
         if [*map(_SHAPE, found)] == sizes:
             return found  # the usual case, without finding each box again
         every = zip(found, sizes, boxes, strict=True)

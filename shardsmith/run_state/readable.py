@@ -48,13 +48,13 @@ def _converted(value: Any, path: str, problems: list[str]) -> Any:
     if isinstance(value, np.generic) and type(value.item()) in _PLAIN:
         return value.item()
     if isinstance(value, Mapping):
-        if _USUAL.issuperset(map(type, value.values())):  # the usual case, of tens of thousands of entries
-            return value
         prefix = f"{path}." if path else ""
         rare = [name for name, one in value.items() if type(one) not in _USUAL]  # of an optimizer's entries hardly any
         parts = {name: _converted(value[name], f"{prefix}{name}", problems) for name in rare}
         is_same = all(part is value[name] for name, part in parts.items())
         return value if is_same else _rebuilt(value, {**value, **parts})
+    if kind is tuple and _PLAIN.issuperset(map(type, value)):
+        return value  # such as betas, of which an optimizer has one for each parameter
     if kind in _SEQUENCES:
         items = [_converted(one, f"{path}.{i}", problems) for i, one in enumerate(value)]
         return kind(items) if any(a is not b for a, b in zip(items, value, strict=True)) else value

@@ -38,7 +38,7 @@ def local_boxes(tensor: Tensor) -> list[tuple[Chunk, Tensor]]:
             for shard in tensor.local_shards()
         ]
     elif isinstance(tensor, DTensor):
-        values = _local_without_grad(tensor)
+        values = tensor._local_tensor
         parts = _parts(tensor)
         if len(parts) == 1 and parts[0][0].numel and tuple(values.shape) != parts[0][0].sizes:
             _refuse_uneven(tensor, values, parts[0][0])
@@ -57,16 +57,9 @@ def _refuse_uneven(tensor: DTensor, values: Tensor, box: Chunk) -> NoReturn:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a DTensor; any other tensor is local already. Shares memory. Call it without grad."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _local_without_grad(tensor: DTensor) -> Tensor:
-    """Costs less than to detach a DTensor; and less again where the caller has gone without grad for all of them."""
-    if not torch.is_grad_enabled():
-        return tensor.to_local()
-    with torch.no_grad():
-        return tensor.to_local()
+    """This rank's part of a DTensor; any other tensor is local already. Shares memory, and not the gradient's graph."""
+    # What ``to_local`` gives without grad, at a hundredth of its cost.
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
 def _parts(tensor: DTensor) -> tuple[Part, ...]:
