@@ -7,6 +7,7 @@ be copied until then (``LaterCopy``). What does not fit is copied in windows, wh
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -18,6 +19,10 @@ from shardsmith.sharding.windowed_copy import WindowedCopy
 
 SMALL_BYTES = 32 << 10
 """A tensor below this is copied faster than it can be watched for changes."""
+
+_GIVE_WAY_SECS = 0.01
+"""The training threads of a host learn one after the other that all have copied. Were one rank to write at once, it
+would take the cores from those that have yet to go on."""
 
 FindOwner = Callable[[int], tuple[str, Tensor] | None]
 """Takes the position of a tensor that does not change before ``settle``; returns its name, and the live tensor that it
@@ -67,9 +72,11 @@ class StagedCopy:
         self._copies = copies = self._buffer.places(tensors, self._dtypes)
         large = [] if find_owner is None else [i for i, copy in enumerate(copies) if copy.nbytes >= SMALL_BYTES]
         later = {i: owner for i in large if find_owner is not None and (owner := find_owner(i)) is not None}
-        now = [i for i in range(len(tensors)) if i not in later]
-        copy_into([tensors[i] for i in now], [copies[i] for i in now])
-        if later:
+        if not later:
+            copy_into(tensors, copies)
+        else:
+            now = [i for i in range(len(tensors)) if i not in later]
+            copy_into([tensors[i] for i in now], [copies[i] for i in now])
             names, owners = zip(*later.values(), strict=True)
             self._later = LaterCopy(names, owners, [tensors[i] for i in later], [copies[i] for i in later])
 
@@ -108,6 +115,7 @@ class StagedCopy:
         if self._windows is not None:
             yield from self._windows.take_windows()
             return
+        time.sleep(_GIVE_WAY_SECS)
         if self._later is not None:
             self._later.copy()
         yield self._copies
