@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from shardsmith.export.block_copy import copy_blocks
-from shardsmith.export.live_writers import Digests, Staged, add_up, encode
+from shardsmith.export.live_writers import Digests, Staged, WeightsWriter, add_up, encode
 from shardsmith.export.place import create_file, deal_files
 from shardsmith.export.write import refuse_damage
 from shardsmith.formats.safetensors_files.writer import SafetensorsFileWriter
@@ -22,7 +22,7 @@ from shardsmith.tensors.digest import Digest
 from shardsmith.tensors.tensors import TensorSource
 
 
-class CheckpointWriter:
+class CheckpointWriter(WeightsWriter):
     """Copies from the checkpoint, cast, into the files (a ``WeightsWriter``). No communication."""
 
     def __init__(
@@ -52,19 +52,9 @@ class CheckpointWriter:
         # A zero digest is the default of a missing one; leaving those out keeps what is sent small.
         self._found = encode({m: {n: d for n, d in found.items() if d != Digest()} for m, found in digests.items()})
 
-    def unsynced(self) -> list[int]:
-        """Return no file: ``write`` makes each durable."""
-        return []
-
-    def sync(self, files: Sequence[int]) -> None:
-        """Do nothing."""
-
     def read_back(self) -> Any:
         """Return what ``write`` has found."""
         return self._found
-
-    def close(self) -> None:
-        """Do nothing."""
 
     def merge(self, plan: DirectoryPlan, receipts: Sequence[Any], directory: Path) -> Digests:  # noqa: ARG002
         """Return the sum of all shares."""

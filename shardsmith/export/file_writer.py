@@ -62,7 +62,7 @@ def choose_writer(write_mode: str, ranks: Ranks) -> WeightsWriter:
     return FileWriter(group, ranks.rank, ranks.size)
 
 
-class FileWriter:
+class FileWriter(WeightsWriter):
     """Each file is made and written by one rank alone (a ``WeightsWriter``).
 
     The files are dealt out evenly, so that as many hosts write as there are files.
@@ -89,19 +89,9 @@ class FileWriter:
             found[model].update(_digests_of(directory / file.name))
         self._found = {"staged": encode(shares(plan, staged)), "found": encode(found)}
 
-    def unsynced(self) -> list[int]:
-        """Return no file: ``write`` makes each durable."""
-        return []
-
-    def sync(self, files: Sequence[int]) -> None:
-        """Do nothing."""
-
     def read_back(self) -> Any:
         """Return what ``write`` has sent and read back."""
         return self._found
-
-    def close(self) -> None:
-        """Do nothing."""
 
     def merge(self, plan: DirectoryPlan, receipts: Sequence[Any], directory: Path) -> Digests:
         """Return what the files hold, which must be what was staged."""

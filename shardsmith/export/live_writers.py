@@ -54,12 +54,15 @@ class WeightsWriter(Protocol):
         ...
 
     def unsynced(self) -> list[int]:
-        """Return the numbers of files that this rank has written to, and that are not known to be durable."""
-        ...
+        """Return the numbers of files that this rank has written to, and that are not known to be durable.
 
-    def sync(self, files: Sequence[int]) -> None:
+        None, unless a writer leaves this to ``sync``.
+        """
+        return []
+
+    def sync(self, files: Sequence[int]) -> None:  # noqa: ARG002
         """Make what all ranks of this host have written to these of ``unsynced`` durable. Raises WriteError."""
-        ...
+        return  # with no file unsynced there is nothing to do
 
     def read_back(self) -> Any:
         """Compare what was last written with what the files hold. What rank 0 must know of it, fit for JSON.
@@ -70,8 +73,8 @@ class WeightsWriter(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of files, at the end or after an error."""
-        ...
+        """Let go of files that are open, at the end or after an error."""
+        return  # none are
 
     def merge(self, plan: DirectoryPlan, receipts: Sequence[Any], directory: Path) -> Digests:
         """On rank 0: the digests of whole tensors from what ``write`` returned on every rank.

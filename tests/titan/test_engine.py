@@ -16,6 +16,7 @@ import torch.distributed.checkpoint as dcp
 
 from shardsmith.formats.adopt import adopt
 from shardsmith.formats.dcp.source import DcpSource
+from shardsmith.hooks.in_flight import InFlight
 from shardsmith.integrations.torchtitan.manager import HookedManager
 from shardsmith.manifest.checkpoints import committed_steps
 from shardsmith.manifest.metadata import read_metadata
@@ -24,6 +25,7 @@ from tests.titan.jobs import Assets, Job, error_of, log_of, run_jobs
 
 EMA = {"ema_decay": 0.75}
 ENGINE = {**EMA, "engine": True}
+EXPORTS = {"export_interval": 2, "export_dtype": "float32"}
 MODES = ("disabled", "async", "async_with_pinned_mem")
 SCHEDULE = "--lr_scheduler.total_steps=6"
 
@@ -48,6 +50,26 @@ def noting_memory(run: Path) -> Iterator[None]:
         (run / f"memory-{dist.get_rank()}.json").write_text(json.dumps(found))
 
 
+@contextlib.contextmanager
+def noting_exports(run: Path) -> Iterator[None]:
+    """Write down, for each rank, how much memory the copies for exports have at most, in bytes."""
+    original, found = InFlight.close, list[int]()
+
+    def close(in_flight: InFlight) -> None:
+        in_flight.background.close()
+        in_flight.collect(in_flight.started)
+        found.append(sum(len(one._memory) + len(one.beside._memory) for slot in in_flight._free for one in slot))
+        original(in_flight)
+
+    InFlight.close = close  # type: ignore[method-assign]
+    try:
+        with noting_memory(run):
+            yield
+    finally:
+        InFlight.close = original  # type: ignore[method-assign]
+        (run / f"exports-{dist.get_rank()}.json").write_text(json.dumps(found))
+
+
 @pytest.fixture(scope="module")
 def runs(assets: Assets, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
     """Jobs of two ranks, done one after the other. Read only."""
@@ -63,11 +85,11 @@ def runs(assets: Assets, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     }
     jobs["windows"] = Job(
         run=root / "windows",
-        hooks={**ENGINE, "prewarm": True, "max_host_memory": "8MB"},
-        within=partial(noting_memory, root / "windows"),
+        hooks={**ENGINE, **EXPORTS, "prewarm": True, "max_host_memory": "8MB"},
+        within=partial(noting_exports, root / "windows"),
         options=["--checkpoint.async_mode=async", "--checkpoint.keep_latest_k=2", SCHEDULE, "--training.steps=6"],
     )
-    jobs["torch's"] = Job(run=root / "torch", hooks=EMA, options=["--training.steps=6", SCHEDULE])
+    jobs["torch's"] = Job(run=root / "torch", hooks={**EMA, **EXPORTS}, options=["--training.steps=6", SCHEDULE])
     jobs["alone"] = Job(run=root / "alone", hooks={"engine": True}, options=["--checkpoint.last-save-model-only"])
     run_jobs(assets, 2, root, *jobs.values())
     assert {name: error_of(job) for name, job in jobs.items()} == dict.fromkeys(jobs, "")
@@ -107,6 +129,17 @@ def test_copies_take_no_more_than_the_bound_that_is_set(runs: dict[str, Job]) ->
     for rank in range(2):
         found = json.loads((runs["windows"].run / f"memory-{rank}.json").read_text())
         assert {0 < size <= 4_000_000 for _, size in found} == {True}  # there are two windows, and 49 MB of state
+
+
+def test_copies_for_exports_take_no_more_than_the_bound_either_and_hold_the_same(runs: dict[str, Job]) -> None:
+    for rank in range(2):
+        (nbytes,) = json.loads((runs["windows"].run / f"exports-{rank}.json").read_text())
+        assert 4_000_000 < nbytes <= 8_000_000 + 4096
+    ours, theirs = (runs[name].run / "hf" for name in ("windows", "torch's"))
+    files = [path.relative_to(theirs) for path in sorted(theirs.glob("step-*/*.safetensors"))]
+    assert {path.parts[0] for path in files} == {f"step-{n}{suffix}" for n in (2, 4, 6) for suffix in ("", "-ema")}
+    for name in files:
+        assert (ours / name).read_bytes() == (theirs / name).read_bytes()
 
 
 def test_prewarm_without_copies_is_refused(assets: Assets, tmp_path: Path) -> None:
