@@ -20,6 +20,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from shardsmith.errors import RankFailedError
+from shardsmith.sharding import staged_copy
+
+staged_copy.SMALL_BYTES = 0  # the tensors of tests are small, and are to be copied as large ones are
 
 _HUNG_SECS = 250.0
 """Shortly before pytest ends a test: to read the frames of a rank that is not hung but slow can crash it."""

@@ -21,7 +21,7 @@ from shardsmith.errors import RankFailedError, UsageError
 from shardsmith.hooks import EMA, Hooks, ShardedSave, at, every
 from shardsmith.manifest.checkpoints import committed_steps, find_damage
 from shardsmith.manifest.metadata import read_metadata
-from shardsmith.sharding import later_copy
+from shardsmith.sharding import later_copy, staged_copy
 from shardsmith.sharding.later_copy import LaterCopy
 from tests.hooks.training import build
 from tests.ranks import run_on_ranks
@@ -137,6 +137,24 @@ def test_moments_and_averages_are_guarded_too(tmp_path: Path) -> None:
         save.close()
     assert "optimizer.state.norm.bias.exp_avg" in str(error.value)
     assert committed_steps(tmp_path) == []
+
+
+def test_small_tensors_are_saved_as_they_were_whatever_becomes_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(staged_copy, "SMALL_BYTES", 32 << 10)
+    model = nn.ParameterDict({"small": torch.ones(1000), "large": torch.ones(1 << 20)})
+    optimizer = torch.optim.AdamW(model.parameters())
+    save = ShardedSave(tmp_path, model=model, optimizer=optimizer, when=every(1), staging="overlap")
+    save.save(1)
+    plain_change(model["small"])
+    assert save.saving(1).result() == tmp_path / "step-1"
+    save.load(tmp_path / "step-1")
+    assert torch.equal(model["small"], torch.ones(1000))
+    save.save(2)
+    plain_change(model["large"])
+    with pytest.raises(UsageError, match=r"1 tensors(.|\n)*large"):
+        save.close()
 
 
 def test_the_average_may_be_updated_by_hand_after_the_save(tmp_path: Path) -> None:
