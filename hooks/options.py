@@ -80,8 +80,9 @@ class ExportWriting:
     one file. Then let ``max_shard_size`` give a file for each host."""
     staging: Literal["copy", "overlap"] = "copy"
     """``"copy"`` copies the weights before the training goes on. ``"overlap"`` copies them, and the average, during the
-    next forward and backward; ``step()`` of any optimizer of torch waits for the rest. Buffers are copied at once. If
-    anything else changes the weights before that, the export fails on all ranks and names them."""
+    next forward and backward; ``step()`` of any optimizer of torch waits for the rest. Buffers, and tensors below 32
+    KB, are copied at once. If anything else changes the others before that, the export fails on all ranks and names
+    them."""
     max_host_memory: Size | None = None
     """The most CPU memory that a rank's copies of the weights may take, such as ``"8GB"``; two exports may be on their
     way, and the average may have a directory of its own, and each of these gets an equal share of it. What does not fit
@@ -171,8 +172,9 @@ class SaveWriting:
     ``"disabled"`` returns when the checkpoint is committed."""
     staging: Literal["copy", "overlap"] = "copy"
     """``"copy"`` copies the state before the training goes on. ``"overlap"`` copies parameters, the optimizer's state
-    and the average during the next forward and backward; ``optimizer.step()`` waits for the rest. If anything else
-    changes them before that, the save fails on all ranks and names them. Needs ``async_mode="async"``."""
+    and the average during the next forward and backward, but for tensors below 32 KB; ``optimizer.step()`` waits for
+    the rest. If anything else changes them before that, the save fails on all ranks and names them. Needs
+    ``async_mode="async"``."""
     max_host_memory: Size | None = None
     """The most CPU memory that a rank's copy of the state may take, such as ``"8GB"``. A state that is larger is copied
     in parts, each while the one before is written, and the training waits for that. One tensor's part on a rank (1 GiB
