@@ -8,7 +8,8 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Protocol
 
-from shardsmith.errors import CheckpointNotFoundError, UsageError
+from shardsmith.errors import CheckpointNotFoundError, MismatchError, UsageError
+from shardsmith.export.base_comparison import advice_of_hooks
 from shardsmith.export.checkpoint_writer import CheckpointWriter
 from shardsmith.export.live import JointExport
 from shardsmith.ground.layout import step_name
@@ -135,7 +136,11 @@ class CheckpointSource:
         def plan() -> None:
             for directory, output in targets:
                 compare = self._ranks.is_leader
-                plan, sources = self._state.plan_checkpoint(Path(path), output, directory, compare=compare)
+                try:
+                    plan, sources = self._state.plan_checkpoint(Path(path), output, directory, compare=compare)
+                except MismatchError as error:
+                    advice = advice_of_hooks(error, path)
+                    raise MismatchError(path, error.summary, error.problems, advice) from None
                 for source in sources.values():
                     unfinished.callback(source.close)
                 rank, size = self._ranks.rank, self._ranks.size

@@ -7,6 +7,7 @@ import logging
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -26,6 +27,14 @@ if TYPE_CHECKING:
     from .options import ExportFiles
 
 log = logging.getLogger(__name__)
+
+_GENERATION = "generation_config.json"
+_OF_TOKENIZERS = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "additional_chat_templates/*"),
+    *("vocab.*", "merges.txt", "*.model", "tekken.json"),
+)
+_OF_PROCESSORS = ("processor_config.json", "*preprocessor_config.json")
+"""What loaders read beside, or instead of, the files of a newer format."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,12 +102,26 @@ class ModelFiles:
         """Return the JSON text of each extra fact as it is now. All ranks, main thread; a function may communicate."""
         return {name: json.dumps(answer()) for name, answer in self.facts.items()}
 
+    def replaced(self, name: str) -> bool:
+        """Return whether a file of the base model is one of a tokenizer or processor that is given instead.
+
+        Loaders would mix the two: an older ``special_tokens_map.json`` goes before what ``tokenizer_config.json`` says.
+        """
+        tokenizer = getattr(self.processor, "tokenizer", None)
+        patterns: tuple[str, ...] = (
+            _OF_TOKENIZERS if tokenizer is not None or hasattr(self.processor, "get_vocab") else ()
+        )
+        if tokenizer is not None and hasattr(self.processor, "get_attributes"):
+            patterns += _OF_PROCESSORS
+        return any(fnmatchcase(name, pattern) for pattern in patterns)
+
     def write(self, model: nn.Module | None, directory: Path) -> None:
         """Write what does not come from the base model. Rank 0, in the background; reads no weights."""
         generation = getattr(model, "generation_config", None)
         # A base model has one of its own, which is copied with its other files.
         if self.base is None and generation is not None:
-            generation.save_pretrained(directory)
+            with writing(directory / _GENERATION, "writing how to generate"):  # save_pretrained refuses odd settings
+                generation.to_json_file(directory / _GENERATION)
         if self.processor is not None:
             self.processor.save_pretrained(directory)
         for name, path in self.extra.items():

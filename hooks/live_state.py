@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from shardsmith.errors import MismatchError
-from shardsmith.export.base_comparison import fit, measure_of
+from shardsmith.export.base_comparison import advice_of_hooks, fit, measure_of
 from shardsmith.export.live import LiveModel
 from shardsmith.export.plan import origin_of
 from shardsmith.formats.by_path import known_checkpoint
@@ -24,9 +24,9 @@ from shardsmith.ground.commit import writing
 from shardsmith.ground.ranks import Ranks
 from shardsmith.ground.sizes import parse_size
 from shardsmith.hf.base_files import choose_files
-from shardsmith.hf.config_fit import model_class_of
 from shardsmith.hf.directory import DirectoryPlan, Measure, ModelPlan, Origin, plan_model
 from shardsmith.hf.hf_directory import main_stem, read_config
+from shardsmith.hf.known_class import model_class_of
 from shardsmith.hf.template import BaseTemplate, read_template
 from shardsmith.hf.ties import broken_ties, tied_groups
 from shardsmith.live.recognition import own_tensors
@@ -115,7 +115,7 @@ class LiveState:
             files = choose_files(
                 base, {**specs, **self._template.specs}, trust_remote_code=self._files.trust_remote_code
             )
-            self._copies = files.copies
+            self._copies = tuple(name for name in files.copies if not self._files.replaced(name))
             for name, size in files.weights.items():
                 log.info("%s of the base model (%s bytes) holds other weights, and is copied", name, size)
         self._name_map = self._find_name_map()
@@ -289,8 +289,7 @@ class LiveState:
             self._fit(place, plan, None)
         except MismatchError as error:
             summary = f"{len(error.problems)} tensors of the model that trains are not as in the base model"
-            advice = "Nothing will be written. Give the base model that this one was made from."
-            raise MismatchError(place, summary, error.problems, advice) from None
+            raise MismatchError(place, summary, error.problems, advice_of_hooks(error, "STEP")) from None
 
     def _fit(self, path: Path, plan: ModelPlan, source: ModelSource | TranslatedModel | None) -> None:
         """Adapt the config to the tensors, and compare them with the base model and with the class that it names.

@@ -84,12 +84,16 @@ class MismatchError(CheckpointError):
     """Tensors differ from what was asked for.
 
     Attributes:
+        summary: What is at fault.
         problems: One line per tensor at fault, all of them.
+        advice: What to do.
     """
 
     def __init__(self, path: str | Path, summary: str, problems: list[str], advice: str) -> None:
         super().__init__(path, "\n  ".join([summary, *problems]) + f"\n{advice}")
+        self.summary = summary
         self.problems = list(problems)
+        self.advice = advice
 
 
 class InitialLoadError(MismatchError):

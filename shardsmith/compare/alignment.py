@@ -9,8 +9,8 @@ from pathlib import Path
 from shardsmith.formats.matched import matched_source, renamed
 from shardsmith.formats.models import ModelSource
 from shardsmith.hf.base_layout import in_base_layout
-from shardsmith.hf.config_fit import model_class_of
 from shardsmith.hf.hf_directory import read_config
+from shardsmith.hf.known_class import model_class_of
 from shardsmith.hf.layout_rules import DECLARED, LayoutRule, LayoutRules
 from shardsmith.name_maps.class_names import ClassNames
 from shardsmith.name_maps.matching import Alignment, match_names

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from shardsmith.hf.config_fit import model_class_of
 from shardsmith.hf.hf_directory import read_config
+from shardsmith.hf.known_class import model_class_of
 from shardsmith.hf.ties import tied_groups
 from shardsmith.name_maps.class_names import ClassNames
 from shardsmith.tensors.tensors import TensorSpec

@@ -40,19 +40,23 @@ class Batch:
     labelled: bool = False
     """Whether the labels are the trainer's own, too."""
 
-    def padding(self, ids: Collection[int]) -> Tensor:
+    def padding(self, ids: Collection[int], borders: Collection[int] = ()) -> Tensor:
         """Where there is padding, bool [B, T]: as the mask says, or else a run of such a token at an end of a row.
 
-        Of a run at the end the first token stays: it may be the one that ends the text, where one token serves as both.
+        Args:
+            ids: Of the tokens that only fill up.
+            borders: Those among them that begin or end a text as well: of a run, the one beside the text is left out.
         """
         if self.mask is not None:
             return self.mask == 0
         found = torch.zeros_like(self.tokens, dtype=torch.bool)
         for token in ids:
             run = self.tokens == token
-            behind = run.flip(1).cumprod(1).flip(1).bool()
-            found |= behind & behind.roll(1, 1) & (torch.arange(run.shape[1], device="cpu") > 0)
-            found |= run.cumprod(1).bool() & run.roll(-1, 1)
+            before, behind = run.cumprod(1).bool(), run.flip(1).cumprod(1).flip(1).bool()
+            if token in borders:
+                before &= before.roll(-1, 1)
+                behind &= behind.roll(1, 1) & (torch.arange(run.shape[1], device="cpu") > 0)
+            found |= before | behind
         return found
 
     def document_lengths(self) -> list[list[int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,9 +128,13 @@ class LiveModel:
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> Tensor:
-        """[B, T, V] in float32. Each packed document, where the batch has positions, sees itself alone."""
+        """[B, T, V] in float32. Each packed document, where the batch has positions, sees itself alone.
+
+        Padding, where the batch has a mask, is seen by nothing.
+        """
         if batch.positions is None:
-            return self.plain_logits(batch.tokens)
+            logits: Tensor = self._run(input_ids=batch.tokens, **self._mask(batch)).logits
+            return logits.float()
         rows = [
             torch.cat([self.plain_logits(tokens[None])[0] for tokens in row.split(lengths)])
             for row, lengths in zip(batch.tokens, batch.document_lengths(), strict=True)
@@ -145,7 +150,7 @@ class LiveModel:
     @torch.no_grad()
     def reported_loss(self, batch: Batch) -> float:
         """Return what the model's own forward calls the loss, given unshifted labels."""
-        return float(self._run(input_ids=batch.tokens, labels=batch.labels).loss)
+        return float(self._run(input_ids=batch.tokens, labels=batch.labels, **self._mask(batch)).loss)
 
     @torch.no_grad()
     def auxiliary_loss(self, batch: Batch) -> float | None:
@@ -153,7 +158,7 @@ class LiveModel:
         factor = getattr(self.module.config, "router_aux_loss_coef", None)
         if not factor:
             return None
-        found = self._run(input_ids=batch.tokens, output_router_logits=True).aux_loss
+        found = self._run(input_ids=batch.tokens, output_router_logits=True, **self._mask(batch)).aux_loss
         return None if found is None else float(factor) * float(found)
 
     def buffers(self) -> dict[str, Tensor]:
@@ -170,6 +175,13 @@ class LiveModel:
             yield
         finally:
             self._fill(before)
+
+    def _mask(self, batch: Batch) -> dict[str, Tensor]:
+        """What to tell the model of padding, if the batch and its class know of it."""
+        takes_it = "attention_mask" in inspect.signature(self.module.forward).parameters
+        if batch.mask is None or batch.positions is not None or not takes_it:
+            return {}
+        return {"attention_mask": batch.mask}
 
     def _run(self, **arguments: Any) -> Any:
         """The model's own forward. Raises UnsupportedFormatError if that raises anything."""

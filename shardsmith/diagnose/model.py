@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -143,11 +143,12 @@ class _Look:
             return
         yield from self._logits(model, probe, Probe.of_image(model))
         if probe.batch is not None and probe.batch.labelled:
-            yield from labelled_padding(model, probe.batch, self._padding())
+            yield from labelled_padding(model, probe.batch, self._ids("pad"), self._ids("bos", "eos"))
         if probe.batch is None:
             self._unasked(model)
         elif self.questions.reference_loss is not None:
-            causes = list(possible_causes(model, probe.batch, self._padding()))
+            borders = self._ids("bos", "eos")
+            causes = list(possible_causes(model, probe.batch, self._ids("pad") or self._ids("eos"), borders))
             self.facts["loss, and why"] = {cause.text: cause.loss for cause in causes}
             yield from explain(causes, self.questions.reference_loss, probe.batch)
             if not probe.batch.given:
@@ -163,11 +164,15 @@ class _Look:
             kind = type(model.module).__name__
             self.unseen.append(f"{' and '.join(names)}: {kind} predicts no next token, so no loss was worked out")
 
-    def _padding(self) -> set[int]:
-        """Ids of tokens that only fill up: those that the tokenizer and the config pad with."""
+    def _ids(self, *kinds: Literal["pad", "bos", "eos"]) -> set[int]:
+        """Ids of the tokens that fill up, begin or end a text, as the tokenizer and the config say."""
         reference = self.subject.reference
-        found = {special_ids(reference.path).get("pad_token"), reference.config.get("pad_token_id")}
-        return {token for token in found if isinstance(token, int)}
+        tokenizer = special_ids(reference.path)
+        found: set[int] = set()
+        for kind in kinds:
+            said = (tokenizer.get(f"{kind}_token"), reference.config.get(f"{kind}_token_id"))
+            found.update(i for one in said for i in (one if isinstance(one, list) else [one]) if isinstance(i, int))
+        return found
 
     def _not_runnable(self) -> bool:
         """Whether there are no logits to ask for, since no class makes such a model. Who asks gets an error."""

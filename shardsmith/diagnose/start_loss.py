@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -56,22 +56,34 @@ def divergence(expected: Tensor, found: Tensor) -> tuple[float, float]:
     return float(each.mean()), float(each.max())
 
 
-def possible_causes(model: LiveModel, batch: Batch, padding: Collection[int] = ()) -> Iterator[Cause]:
+def possible_causes(
+    model: LiveModel, batch: Batch, padding: Collection[int] = (), borders: Collection[int] = ()
+) -> Iterator[Cause]:
     """Every cause that can be tried out on this model and batch, what is right first.
 
     Args:
         model: The model with the right weights.
         batch: The batch to try it on.
         padding: Ids of tokens that only fill up.
+        borders: Ids of tokens that begin or end a text. Where one of them fills up, too, and neither labels nor a mask
+            say which one is which, both ways to see it are right.
     """
     logits = model.logits(batch)
-    labels = without_padding(batch, padding)
+    labels = without_padding(batch, padding, borders)
     right = cross_entropy(logits, labels)
     yield Cause(RIGHT, None, right)
-    yield Cause("labels shifted twice", "labels-shifted-twice", cross_entropy(logits, labels, shift=2))
-    yield Cause("labels not shifted", "labels-not-shifted", cross_entropy(logits, labels, shift=0))
-    yield from _label_causes(logits, batch, labels)
-    yield from _reduction_causes(logits, labels, right)
+    yield from _loss_causes(logits, labels)
+    if not batch.labelled and not torch.equal(less := without_padding(batch, padding), labels):
+        note = ", with no loss of the padding token beside the text"
+        yield Cause(RIGHT + note, None, cross_entropy(logits, less))
+        yield from (replace(cause, text=cause.text + note) for cause in _loss_causes(logits, less))
+    filled = batch.padding(padding, borders)
+    text = batch.tokens.masked_fill(filled, IGNORED)
+    yield from _label_causes(logits, batch, labels, text)
+    if batch.positions is None and bool(filled.any()):  # what stands in for padding depends on what it sees
+        mask, note = ((~filled).long(), "with a mask") if batch.mask is None else (None, "without the mask")
+        others = _label_causes(model.logits(replace(batch, mask=mask)), batch, labels, text)
+        yield from (replace(cause, text=f"{cause.text} ({note})") for cause in others)
     yield from _buffer_causes(model, batch, labels)
     if batch.positions is not None:
         packed = cross_entropy(model.plain_logits(batch.tokens), labels)
@@ -82,14 +94,16 @@ def possible_causes(model: LiveModel, batch: Batch, padding: Collection[int] = (
     yield Cause("nothing was loaded: the loss of a random model", "nothing-loaded", math.log(logits.shape[-1]))
 
 
-def without_padding(batch: Batch, padding: Collection[int]) -> Tensor:
+def without_padding(batch: Batch, padding: Collection[int], borders: Collection[int] = ()) -> Tensor:
     """Return the labels that no loss is taken of padding with: what a trainer should give."""
-    return batch.labels.masked_fill(batch.padding(padding), IGNORED)
+    return batch.labels.masked_fill(batch.padding(padding, borders), IGNORED)
 
 
-def labelled_padding(model: LiveModel, batch: Batch, padding: Collection[int]) -> Iterator[Finding]:
+def labelled_padding(
+    model: LiveModel, batch: Batch, padding: Collection[int], borders: Collection[int]
+) -> Iterator[Finding]:
     """Whether the trainer's labels have padding where they should have -100."""
-    right = without_padding(batch, padding)
+    right = without_padding(batch, padding, borders)
     count = int((right != batch.labels).sum())
     if count:
         logits = model.logits(batch)
@@ -105,7 +119,7 @@ def explain(causes: list[Cause], reported: float, batch: Batch) -> Iterator[Find
     trainer's only a random model can be told, whose loss is the same on every batch.
     """
     right = causes[0]
-    if _fits(right, reported):
+    if any(_fits(cause, reported) for cause in causes if cause.code is None):
         return
     random = [cause for cause in causes if cause.code == "nothing-loaded"]
     if not batch.given:
@@ -114,7 +128,7 @@ def explain(causes: list[Cause], reported: float, batch: Batch) -> Iterator[Find
     exact = [cause for cause in fitting if cause not in random]
     expected = f"{right.loss:.4f} on {batch.origin}"
     best = next(iter(exact or fitting), None)
-    if best is not None and best.code == "padding-in-labels":
+    if best is not None and best.code == "padding-in-labels" and batch.labelled:
         return  # that is said of the batch itself
     if best is not None and best.code and _stands_out(best, causes, reported):
         text = f"{reported:.4f}, which is what this gives: {best.text} ({best.loss:.4f})"
@@ -133,22 +147,25 @@ def _stands_out(best: Cause, causes: list[Cause], reported: float) -> bool:
 
 def _fits(cause: Cause, reported: float) -> bool:
     # A random model is not exactly uniform: its loss lies a little above ln V.
-    relative = 0.05 if cause.code == "nothing-loaded" else _RELATIVE
+    relative = 0.05 if cause.code == "nothing-loaded" and reported > cause.loss else _RELATIVE
     return abs(cause.loss - reported) <= _ABSOLUTE + relative * reported
 
 
-def _label_causes(logits: Tensor, batch: Batch, labels: Tensor) -> Iterator[Cause]:
+def _label_causes(logits: Tensor, batch: Batch, labels: Tensor, text: Tensor) -> Iterator[Cause]:
     """Loss where none should be taken: of padding, and of what is masked, such as a prompt."""
     if not torch.equal(labels, batch.labels):
         loss = cross_entropy(logits, batch.labels)
         yield Cause("labels hold the padding token, not -100", "padding-in-labels", loss)
     if bool((batch.labels == IGNORED)[:, 1:].any()):
-        loss = cross_entropy(logits, batch.tokens)
-        yield Cause("the loss is taken of masked tokens, too", "loss-unmasked", loss)
+        for kept, which in ((batch.tokens, "masked tokens and padding"), (text, "masked tokens")):
+            yield Cause(f"the loss is taken of {which}, too", "loss-unmasked", cross_entropy(logits, kept))
 
 
-def _reduction_causes(logits: Tensor, labels: Tensor, right: float) -> Iterator[Cause]:
-    """Other ways to make one number of the losses of many tokens."""
+def _loss_causes(logits: Tensor, labels: Tensor) -> Iterator[Cause]:
+    """Labels at other places, and other ways to make one number of the losses of many tokens."""
+    right = cross_entropy(logits, labels)
+    yield Cause("labels shifted twice", "labels-shifted-twice", cross_entropy(logits, labels, shift=2))
+    yield Cause("labels not shifted", "labels-not-shifted", cross_entropy(logits, labels, shift=0))
     counts = [int((row[1:] != IGNORED).sum()) for row in labels]
     rows = [cross_entropy(logits[i : i + 1], labels[i : i + 1]) for i in range(len(labels)) if counts[i]]
     if len(rows) > 1 and len(set(filter(None, counts))) > 1:

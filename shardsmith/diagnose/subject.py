@@ -14,8 +14,8 @@ from shardsmith.formats.by_path import model_names, open_source
 from shardsmith.formats.models import ModelSource
 from shardsmith.formats.opened import OpenedCheckpoint, open_checkpoint
 from shardsmith.ground import layout
-from shardsmith.hf.config_fit import model_class_of
 from shardsmith.hf.hf_directory import is_component, read_config
+from shardsmith.hf.known_class import model_class_of
 from shardsmith.hf.layout_rules import DECLARED, LayoutRule
 from shardsmith.manifest.metadata import CheckpointMetadata, read_json
 from shardsmith.name_maps.matching import Alignment

@@ -85,9 +85,13 @@ class AdapterCheckpoint:
     def _adapter_keys(self) -> dict[str, str]:
         from peft import get_peft_model_state_dict
 
-        fqns = {name: self.keys[name] for name in self.model.state_dict() if name in self.keys}
+        places = self.model.state_dict()
+        fqns = {name: self.keys[name] for name in places if name in self.keys}
         # peft chooses by its own rules, also which copies of modules belong to the adapter; values are names here.
-        chosen = get_peft_model_state_dict(self.model, fqns, adapter_name=self.name, save_embedding_layers=False)
+        # As there, embeddings go along if the vocabulary has another size than the base's.
+        specs = self.source.specs
+        is_resized = any(tuple(places[fqn].shape) != specs[name].shape for fqn, name in fqns.items())
+        chosen = get_peft_model_state_dict(self.model, fqns, adapter_name=self.name, save_embedding_layers=is_resized)
         if not chosen:
             problem = "no tensor belongs to the adapter that adapter_config.json describes"
             advice = "Check that it is the adapter_config.json of this run."

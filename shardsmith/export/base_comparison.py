@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from shardsmith.hf.directory import Measure, ModelPlan
 from shardsmith.hf.directory_check import drop_advice, refusal
 from shardsmith.hf.template import BaseTemplate
 from shardsmith.tensors.dtypes import is_quantized
+from shardsmith.tensors.likeness import patterns_for
 from shardsmith.tensors.tensors import TensorSpec
 
 _NAMED = 5
@@ -89,7 +91,8 @@ def compare_with_base(
     lines = differences(plan, template, allow) if template else []
     if lines:
         summary = f"{len(lines)} tensors are not as in the base model"
-        raise MismatchError(path, summary, lines, _rivals(plan, template) or _advice(lines, fitted))
+        known = {spec.name for spec in plan.specs} | template.keys()
+        raise MismatchError(path, summary, lines, _rivals(plan, template) or _advice(lines, known, fitted))
 
 
 def _rivals(plan: ModelPlan, template: Mapping[str, TensorSpec]) -> str | None:
@@ -106,17 +109,23 @@ def _rivals(plan: ModelPlan, template: Mapping[str, TensorSpec]) -> str | None:
     )
 
 
-def _advice(lines: Sequence[str], fitted: ConfigFit | None) -> str:
-    """What to do about differences from the base. Only what gives an export that loads is offered."""
-    names = [line.split(": ", 1)[0] for line in lines]
+def _advice(lines: Sequence[str], known: Collection[str], fitted: ConfigFit | None) -> str:
+    """What to do about differences from the base. Only what gives an export that loads is offered.
+
+    Args:
+        lines: The differences.
+        known: All names on either side.
+        fitted: Says what the class takes.
+    """
     if fitted is None or fitted.measured_by is None:
         return (
             "Nothing was written. If a difference is meant, allow it by name: --allow 'PATTERN'. To leave tensors "
             "of the checkpoint out: --drop 'PATTERN'."
         )
     if not fitted.problems:
+        names = [line.split(": ", 1)[0] for line in lines]
         changes = f" config.json will be adapted ({'; '.join(fitted.changes)})." if fitted.changes else ""
-        allowed = " ".join(f"'{name}'" for name in names[:_NAMED]) + (" ..." if len(names) > _NAMED else "")
+        allowed = " ".join(f"'{pattern}'" for pattern in patterns_for(names, set(known).difference(names)))
         return (
             f"Nothing was written. {fitted.measured_by} takes the tensors as they are. If the difference from the base "
             f"is meant: --allow {allowed}.{changes}"
@@ -132,6 +141,21 @@ def _advice(lines: Sequence[str], fitted: ConfigFit | None) -> str:
             + (f". Or correct {', '.join(key.split(':')[0] for key in fitted.keys)} there." if fitted.keys else "."),
         ]
     )
+
+
+def advice_of_hooks(error: MismatchError, checkpoint: str | Path) -> str:
+    """Return what to do where a hook exports, which leaves nothing out and allows nothing: the command does.
+
+    Args:
+        error: What the command would raise.
+        checkpoint: The saved step, or a word for one.
+    """
+    options = re.findall(r"--(?:drop|allow)(?: '[^']+')+", error.advice)
+    advice = "Nothing was written. Give the base model that this one was made from."
+    if not options:
+        return advice
+    command = f"shardsmith to-hf --checkpoint {checkpoint} --base-model BASE --output-dir DIRECTORY {' '.join(options)}"
+    return f"{advice} If it is that one, leave HFExport out and export saved steps:\n{command}"
 
 
 def differences(plan: ModelPlan, template: Mapping[str, TensorSpec], allow: Sequence[str]) -> list[str]:

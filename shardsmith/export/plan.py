@@ -20,9 +20,10 @@ from shardsmith.ground import layout
 from shardsmith.ground.commit import refuse_existing
 from shardsmith.hf.base_files import BaseFiles, choose_files
 from shardsmith.hf.base_layout import in_base_layout, orders_of_patches
-from shardsmith.hf.config_fit import ConfigFit, model_class_of, vocabulary_sizes
+from shardsmith.hf.config_fit import ConfigFit, vocabulary_sizes
 from shardsmith.hf.directory import DirectoryPlan, ModelPlan, Origin, plan_model
 from shardsmith.hf.hf_directory import main_stem, protect, read_config
+from shardsmith.hf.known_class import model_class_of
 from shardsmith.hf.layout_rules import DECLARED, LayoutRule, LayoutRules
 from shardsmith.hf.model_class import ModelClass
 from shardsmith.hf.template import BaseTemplate, read_template
@@ -247,8 +248,7 @@ def under_base_names(
 
 def _like(source: ModelSource, patterns: Sequence[str]) -> list[str]:
     """Tensors and aliases whose names are like one of the patterns."""
-    names = (*source.specs, *source.aliases)
-    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    return [name for name in (*source.specs, *source.aliases) if any(fnmatchcase(name, one) for one in patterns)]
 
 
 def _refuse_idle(path: Path, patterns: Sequence[str], dropped: Sequence[str]) -> None:

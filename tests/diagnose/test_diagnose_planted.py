@@ -276,3 +276,58 @@ def look(specimen: Specimen, folder: Path, **questions: object) -> Diagnosis:
     if not checkpoint.exists():
         save_sharded(specimen.state, checkpoint, 2)
     return diagnose(checkpoint, specimen.base, Questions(level="model", **questions))
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("family", ["olmo2", "llama-tied"])
+def test_padding_is_seen_as_the_trainer_sees_it(
+    family: str, side: str, specimens: dict[str, Specimen], tmp_path: Path
+) -> None:
+    """Each loss is what the library answers, given the mask; the batch says of padding what a trainer's has."""
+    specimen, token = specimens[family], 95
+    length = torch.tensor([24, 15, 9, 19])[:, None]
+    tokens = (torch.arange(4)[:, None] * 11 + 3 * torch.arange(24)) % 90 + 3
+    mask = (torch.arange(24) < length if side == "right" else torch.arange(24) >= 24 - length).long()
+    tokens = tokens.where(mask == 1, token)
+    labels, prompted = tokens.where(mask == 1, -100), tokens.where(mask == 1, -100)
+    prompted[:, :12] = -100
+    model = specimen.model(pad_token_id=token)
+    model.save_pretrained(tmp_path / "base")
+
+    def loss(labels: torch.Tensor) -> float:
+        with torch.no_grad():
+            return round(float(model(input_ids=tokens, attention_mask=mask, labels=labels).loss), 4)
+
+    whole = {"input_ids": tokens, "attention_mask": mask}
+    cases: list[tuple[dict[str, torch.Tensor], float, set[str]]] = [
+        (whole, loss(labels), set()),
+        (whole | {"labels": labels}, loss(labels), set()),
+        (whole, loss(tokens), {"padding-in-labels"}),
+        (whole | {"labels": tokens.clone()}, loss(tokens), {"padding-in-labels"}),
+        (whole | {"labels": prompted}, loss(prompted), set()),
+        (whole | {"labels": prompted}, loss(labels), {"loss-unmasked"}),
+    ]
+    if side == "right":  # whose padding nothing sees but itself
+        cases += [({"input_ids": tokens}, loss(labels), set()), ({"input_ids": tokens}, loss(tokens), cases[2][2])]
+    for number, (batch, reported, expected) in enumerate(cases):
+        file = tmp_path / f"{number}.safetensors"
+        save_file({name: value.contiguous() for name, value in batch.items()}, file)
+        questions = Questions(level="model", batch=file, reference_loss=reported)
+        assert codes(diagnose(tmp_path / "base", tmp_path / "base", questions)) == expected, number
+
+
+@pytest.mark.parametrize("ends_a_text", [True, False])
+def test_one_token_that_ends_and_fills_up_may_count_once_or_not(
+    ends_a_text: bool, specimens: dict[str, Specimen], tmp_path: Path
+) -> None:
+    model = specimens["olmo2"].model(pad_token_id=None, eos_token_id=95)
+    model.save_pretrained(tmp_path / "base")
+    tokens = (torch.arange(3)[:, None] * 11 + 3 * torch.arange(24)) % 90 + 3
+    tokens[0, 15:] = tokens[1, 20:] = 95
+    labels = tokens.clone()
+    labels[0, 15 + ends_a_text :] = labels[1, 20 + ends_a_text :] = -100
+    with torch.no_grad():
+        right = float(model(input_ids=tokens, labels=labels).loss)
+    save_file({"input_ids": tokens}, tmp_path / "batch.safetensors")
+    questions = Questions(level="model", batch=tmp_path / "batch.safetensors", reference_loss=right)
+    assert codes(diagnose(tmp_path / "base", tmp_path / "base", questions)) == set()

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor
 
 from shardsmith.cli import main
+from shardsmith.errors import MismatchError
+from shardsmith.hooks import HFExport, Hooks, ShardedSave, every
 from tests.families.tiny import all_families, make_tiny
 from tests.hf.test_directory_check import saved
 
@@ -70,3 +73,30 @@ def test_the_class_that_has_just_these_tensors_is_named_and_taking_it_leads_to_a
     loaded, info = type(model).from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not info["missing_keys"] | info["unexpected_keys"] | info["mismatched_keys"]
     assert all(torch.equal(value, state[name]) for name, value in loaded.state_dict().items())
+
+
+@pytest.mark.parametrize("source", ["live", "checkpoint"])
+def test_what_a_hook_advises_is_a_command_that_leads_to_a_right_export(
+    source: Literal["live", "checkpoint"], tmp_path: Path
+) -> None:
+    model = make_tiny(FAMILIES["LlamaForCausalLM"])
+    model.save_pretrained(tmp_path / "base")
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    model.critic = torch.nn.Linear(32, 1)
+    save = ShardedSave(tmp_path / "ck", model=model, optimizer=torch.optim.SGD(model.parameters()), when=every(1))
+    given: dict[str, Any] = {"source": source} | ({"checkpoints": save} if source == "checkpoint" else {})
+    with pytest.raises(MismatchError) as refusal:  # noqa: PT012, at once, or once the step is saved
+        export = HFExport(tmp_path / "hf", model=model, base_model=tmp_path / "base", when=every(1), **given)
+        hooks = Hooks(save, export)
+        hooks.step(1)
+        hooks.close()
+    if source == "live":
+        hooks = Hooks(save)
+        hooks.step(1)
+        hooks.close()
+    (command,) = [line for line in str(refusal.value).splitlines() if line.startswith("shardsmith ")]
+    places = {"STEP": tmp_path / "ck" / "step-1", "BASE": tmp_path / "base", "DIRECTORY": tmp_path / "out"}
+    assert main([*(str(places.get(word, word)) for word in shlex.split(command)[1:]), "--dtype", "original"]) == 0
+    loaded, info = type(model).from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"] | info["unexpected_keys"] | info["mismatched_keys"]
+    assert all(torch.equal(value, expected[name]) for name, value in loaded.state_dict().items())

@@ -1,4 +1,4 @@
-"""Classes that tie whatever their config says, and load both tensors from files that have both: T5 with a head."""
+"""Classes that tie whatever their config says, or more than a head by it, and load both from files that have both."""
 
 from __future__ import annotations
 
@@ -13,19 +13,22 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
 from shardsmith.cli import main
-from shardsmith.hooks import HFExport, Hooks, every
+from shardsmith.export.load_check import first_tensor
+from shardsmith.export.probe_inputs import made_up_inputs
 from tests.families.tiny import all_families, make_tiny
+from tests.hf.test_directory_check import export_live
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 FAMILIES = {family.kind: family for family in all_families()}
 KINDS = ("T5ForConditionalGeneration", "MT5ForConditionalGeneration", "UMT5ForConditionalGeneration")
-TIE, HEAD = "tie_word_embeddings", "lm_head.weight"
+TIE, SCALE, HEAD = "tie_word_embeddings", "scale_decoder_outputs", "lm_head.weight"
 
 
-def set_tie(directory: Path, value: bool | None) -> None:
-    config = json.loads((directory / "config.json").read_text())
-    config.pop(TIE, None)
-    (directory / "config.json").write_text(json.dumps(config | ({} if value is None else {TIE: value})))
+def set_entries(directory: Path, values: dict[str, bool | None]) -> None:
+    """None takes an entry out."""
+    config = json.loads((directory / "config.json").read_text()) | values
+    left = {key: value for key, value in config.items() if key not in values or value is not None}
+    (directory / "config.json").write_text(json.dumps(left))
 
 
 @pytest.fixture(params=KINDS)
@@ -36,7 +39,7 @@ def model(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     tensors = load_file(base / "model.safetensors")
     head = {HEAD: torch.randn_like(tensors["shared.weight"])}
     save_file(tensors | head, base / "model.safetensors", metadata={"format": "pt"})
-    set_tie(base, value=False)
+    set_entries(base, {TIE: False, SCALE: None})
     loaded = type(made).from_pretrained(base)
     with torch.no_grad():
         for parameter in loaded.parameters():
@@ -46,20 +49,26 @@ def model(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     return loaded
 
 
-def to_hf(tmp_path: Path, base: Path) -> int:
-    given = ["--checkpoint", tmp_path / "ck", "--base-model", base, "--output-dir", tmp_path / "out"]
-    return main(list(map(str, ["to-hf", *given, "--dtype", "original"])))
+def to_hf(tmp_path: Path, base: Path, output: str = "out", *options: str) -> int:
+    given = ["--checkpoint", tmp_path / "ck", "--base-model", base, "--output-dir", tmp_path / output]
+    return main([*map(str, ["to-hf", *given, "--dtype", "original"]), *options])
 
 
 def assert_loads(directory: Path, model: Any) -> None:
+    """As the model: every tensor, and what it computes."""
     loaded, info = type(model).from_pretrained(directory, output_loading_info=True)
     assert not info["missing_keys"] | info["unexpected_keys"] | info["mismatched_keys"]
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
+    inputs = made_up_inputs(model)
+    with torch.no_grad():
+        found, expected = (first_tensor(one.eval()(**inputs)) for one in (loaded, model))
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("says", [False, None], ids=["the config says untied", "the base has both"])
 def test_a_base_with_a_head_of_its_own(says: bool | None, model: Any, tmp_path: Path) -> None:
-    set_tie(tmp_path / "base", says)
+    set_entries(tmp_path / "base", {TIE: says})
+    model.config.scale_decoder_outputs = says is not False
     assert to_hf(tmp_path, tmp_path / "base") == 0
     assert_loads(tmp_path / "out", model)
     assert json.loads((tmp_path / "out" / "config.json").read_text()).get(TIE) is says
@@ -67,24 +76,50 @@ def test_a_base_with_a_head_of_its_own(says: bool | None, model: Any, tmp_path: 
     assert main(["diagnose", "--checkpoint", str(tmp_path / "ck"), "--base-model", str(tmp_path / "out")]) == 0
 
 
-def test_the_config_alone_must_say_so_and_the_advice_leads_there(
-    model: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("scaled", [True, False])
+def test_the_config_alone_must_say_what_the_class_takes_from_the_tie(
+    scaled: bool, model: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """T5 takes from it whether the outputs of its decoder are scaled, unless the config says that as well."""
+    model.config.scale_decoder_outputs = scaled
     bare = tmp_path / "bare"
     bare.mkdir()
     shutil.copy(tmp_path / "base" / "config.json", bare)
-    set_tie(bare, value=True)
-    assert to_hf(tmp_path, bare) == 2
-    assert f"correct {TIE} there" in capsys.readouterr().err
-    set_tie(bare, value=False)
-    assert to_hf(tmp_path, bare) == 0
+    set_entries(bare, {TIE: True, SCALE: None})
+    takes_it = hasattr(type(model).config_class(), SCALE)
+    assert to_hf(tmp_path, bare) == (2 if takes_it else 0)
+    if takes_it:
+        assert f"correct {TIE}, {SCALE} there" in capsys.readouterr().err
+        set_entries(bare, {TIE: False, SCALE: True} if scaled else {TIE: False})
+        assert to_hf(tmp_path, bare) == 0
     assert_loads(tmp_path / "out", model)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())[TIE] is False
+    set_entries(bare, {TIE: True, SCALE: scaled})  # as transformers 5 saves it
+    assert to_hf(tmp_path, bare, "again") == 0
+    assert_loads(tmp_path / "again", model)
 
 
 @pytest.mark.parametrize("has_base", [True, False])
 def test_the_live_export(has_base: bool, model: Any, tmp_path: Path) -> None:
-    base = tmp_path / "base" if has_base else None
-    hooks = Hooks(HFExport(tmp_path / "live", model=model, base_model=base, when=every(1), dtype="original"))
-    hooks.step(1)
-    hooks.close()
-    assert_loads(tmp_path / "live" / "step-1", model)
+    assert_loads(export_live(model, tmp_path / "base" if has_base else None, tmp_path / "live"), model)
+
+
+@pytest.mark.parametrize(
+    "kind", ["BertForMaskedLM", "BartForConditionalGeneration", "SwitchTransformersForConditionalGeneration"]
+)
+def test_a_class_that_ties_more_than_the_head_keeps_the_tie_and_takes_both(kind: str, tmp_path: Path) -> None:
+    """BERT ties a bias by the same entry, BART the embeddings of encoder and decoder: untied, they would be missing."""
+    model = make_tiny(FAMILIES[kind])
+    model.save_pretrained(tmp_path / "tied")
+    head = model.get_output_embeddings()
+    head.weight = torch.nn.Parameter(head.weight.detach() + 0.1 * torch.randn_like(head.weight))
+    model.save_pretrained(tmp_path / "base")
+    (tmp_path / "bare").mkdir()
+    shutil.copy(tmp_path / "base" / "config.json", tmp_path / "bare")
+    dcp.save(dict(model.state_dict()), checkpoint_id=tmp_path / "ck", no_dist=True)
+    for base in ("base", "bare"):
+        assert to_hf(tmp_path, tmp_path / base, f"from-{base}") == 0
+        assert_loads(tmp_path / f"from-{base}", model)
+    for base in ("base", "tied", None):
+        directory = export_live(model, tmp_path / base if base else None, tmp_path / f"live-{base}")
+        assert_loads(directory, model)

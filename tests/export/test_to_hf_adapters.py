@@ -177,3 +177,18 @@ def test_an_adapter_config_of_another_run_is_refused(
     assert to_hf(checkpoint, base, tmp_path / "out", "--adapters", adapters) == 2
     assert "are not where adapter_config.json and the base model have them" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_embeddings_of_a_resized_vocabulary_go_along(tmp_path: Path) -> None:
+    model = llama().eval()
+    model.save_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(TINY["vocab_size"] + 4)
+    tuned = get_peft_model(model, LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj"]))
+    checkpoint = tmp_path / "run" / "checkpoint-9"
+    save({"model": tuned.state_dict()}, checkpoint / "pytorch_model_fsdp_0")
+    tuned.save_pretrained(str(tmp_path / "peft"), save_embedding_layers=True)
+    tuned.peft_config["default"].save_pretrained(str(checkpoint))
+    assert to_hf(checkpoint, tmp_path / "base", tmp_path / "out") == 0
+    ours, theirs = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("out", "peft"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())

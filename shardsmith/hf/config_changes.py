@@ -1,0 +1,112 @@
+"""What a config may say instead, so that it describes certain tensors: one kind of change a function.
+
+Each function takes the config as it is and yields other ones with a note for people; which of them is better is up to
+the caller.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from shardsmith.hf.config_attempt import NOT_OF_THE_MODEL, Attempt, Excused, subsets
+from shardsmith.hf.config_entries import OF_THE_HEAD, QUANTIZATION, Config, Path, dotted, entries, part_at, with_values
+
+AS_LIVE = "as in the config of the live model"
+_LABELS = "id2label"
+
+
+def unquantized(state: Attempt, _: Excused) -> Iterator[tuple[Config, str]]:
+    """Take out what is said of a quantisation that no tensor has."""
+    if state.is_plain_but_quantized:
+        changed = copy.deepcopy(dict(state.config))
+        for path, _value in list(entries(changed)):
+            if path[-1] == QUANTIZATION:
+                part_at(changed, path[:-1]).pop(QUANTIZATION, None)
+        yield changed, f"{QUANTIZATION} was taken out: no tensor is quantized"
+
+
+def untied(state: Attempt, _: Excused, *, live: Config) -> Iterator[tuple[Config, str]]:
+    """Say of what the class ties and the files do not that it is not tied; all else stays as it was."""
+    said = dict(entries(live))
+    for chosen in state.flags_off():
+        changed = with_values(state.config, dict.fromkeys(chosen, False))
+        beside = state.beside_the_tie(changed)
+        if beside.keys() <= said.keys():
+            alias, kept = next(iter(state.untied.items()))
+            note = f"{dotted(chosen)}: false, for {alias} is not {kept}"
+            yield with_values(changed, {path: said[path] for path in beside}), note
+
+
+def resized(state: Attempt, excused: Excused) -> Iterator[tuple[Config, str]]:
+    """Say another size of a vocabulary, where all tensors that have its size have the other one."""
+    if state.fit is None or state.model_class is None or not state.problems(excused):
+        return
+    sizes = {pair for given, wanted in state.fit.shapes.values() for pair in changed_sizes(wanted, given).items()}
+    for old, new in sorted(sizes):
+        said = entries(state.model_class.effective_config)
+        paths = [path for path, value in said if "vocab" in path[-1] and value == old and value is not True]
+        for chosen in map(functools.partial(_with_its_twins, state, excused, new, paths), subsets(paths)):
+            yield with_values(state.config, dict.fromkeys(chosen, new)), f"{dotted(chosen)}: {new} instead of {old}"
+
+
+def _with_its_twins(
+    state: Attempt, excused: Excused, new: int, paths: Sequence[Path], chosen: Sequence[Path]
+) -> Sequence[Path]:
+    """Return what lies beside the chosen entries as well, if the tensors allow it: a shared decoder's vocabulary."""
+
+    def count(changed: Sequence[Path]) -> int:
+        return Attempt.of(with_values(state.config, dict.fromkeys(changed, new)), state.specs, state.separate).count(
+            excused
+        )
+
+    together = [path for path in paths if any(path[:-1] == one[:-1] for one in chosen)]
+    return together if len(together) > len(chosen) and count(together) <= count(chosen) else chosen
+
+
+def as_live(state: Attempt, excused: Excused, live: Config) -> Iterator[tuple[Config, str]]:
+    """Say what the config of the live model says: of the head first, then everything about the model."""
+    if not live or state.model_class is None or not state.problems(excused):
+        return
+    kind = live.get("architectures")
+    if kind and kind != state.config.get("architectures"):
+        state = Attempt.of({**state.config, "architectures": kind}, state.specs, state.separate)
+        yield state.config, f"architectures: {kind[0]}, as the live model"
+    said = dict(entries(live))
+    differing = {
+        path: said[path]
+        for path, value in entries(state.effective)
+        if path in said and said[path] != value and path[-1] not in NOT_OF_THE_MODEL
+    }
+    of_head = {path: value for path, value in differing.items() if path[-1] in OF_THE_HEAD or "vocab" in path[-1]}
+    for chosen, source in ((of_head, "as the live model"), (differing, AS_LIVE)):
+        if chosen:
+            yield with_values(state.config, chosen), f"{dotted(chosen)} {source}"
+
+
+def relabelled(state: Attempt, excused: Excused) -> Iterator[tuple[Config, str]]:
+    """Number the labels of a head for another number of them, whose names nobody knows, as transformers does it."""
+    if state.fit is None or state.model_class is None or not state.problems(excused):
+        return
+    sizes = {pair for given, wanted in state.fit.shapes.values() for pair in changed_sizes(wanted, given).items()}
+    labels = {path[:-1]: value for path, value in entries(state.model_class.effective_config) if path[-1] == _LABELS}
+    for place, known in labels.items():
+        for new in sorted(new for old, new in sizes if old == len(known or ())):
+            numbered = {str(i): f"LABEL_{i}" for i in range(new)}
+            values: dict[Path, Any] = {
+                (*place, _LABELS): numbered,
+                (*place, "label2id"): {name: int(i) for i, name in numbered.items()},
+            }
+            if "num_labels" in part_at(copy.deepcopy(dict(state.config)), place):
+                values[*place, "num_labels"] = new
+            yield (
+                with_values(state.config, values),
+                f"{'.'.join((*place, _LABELS))}: {new} labels instead of {len(known)}",
+            )
+
+
+def changed_sizes(one: Sequence[int], other: Sequence[int]) -> dict[int, int]:
+    """Return size in the first -> size in the second, where two shapes differ."""
+    return {a: b for a, b in zip(one, other, strict=False) if a != b} if len(one) == len(other) else {}
