@@ -13,7 +13,7 @@ from shardsmith.errors import CheckpointError
 from shardsmith.formats.by_path import DCP, SHARDED, UNKNOWN, KnownCheckpoint, known_checkpoint
 from shardsmith.formats.dcp.index import read_index
 from shardsmith.ground import layout
-from shardsmith.ground.remote_path import RemotePath, as_path
+from shardsmith.ground.remote_path import as_path
 from shardsmith.hf.export_files import find_export_damage, records_files
 from shardsmith.manifest.checkpoints import find_damage, find_foreign_files
 from shardsmith.manifest.companion import companion_of, find_folder_damage, is_complete
@@ -90,7 +90,7 @@ def inspect_checkpoint(path: AnyPath, *, verify: bool = False) -> Inspection:
     if metadata is not None and not in_folder:
         # Files that nobody recorded are found without reading any.
         damage += find_foreign_files(path, metadata)
-    if metadata is None and not isinstance(path, RemotePath) and path.is_dir():
+    if metadata is None and path.is_dir():
         damage += find_export_damage(path, contents=verify)
     return Inspection(
         path=str(path),

@@ -102,6 +102,24 @@ def test_a_flipped_bit_is_found(object_server: ObjectServer, step: str) -> None:
     assert "has changed since it was written" in inspect_checkpoint(step, verify=True).damage[0]
 
 
+def test_a_flipped_bit_of_an_export_is_found(object_server: ObjectServer, step: str, trained: Runs) -> None:
+    output = object_server.url("exported/flipped")
+    options = ["--checkpoint", step, "--base-model", str(trained["qwen2", 2].base), "--output-dir", output]
+    assert main(["to-hf", *options, "--quiet"]) == 0
+    assert main(["verify", output]) == 0
+    for name in ("model.safetensors", "config.json"):
+        key = f"exported/flipped/{name}"
+        whole = bytes(obstore.get(object_server.client(), key).bytes())
+        data = bytearray(whole)
+        data[-3] ^= 1
+        obstore.put(object_server.client(), key, bytes(data))
+        assert main(["verify", output]) == 1
+        assert main(["inspect", output, "--verify"]) == 1
+        obstore.put(object_server.client(), key, whole)
+    obstore.put(object_server.client(), "exported/flipped/foreign.bin", b"foreign")
+    assert main(["inspect", output]) == 1
+
+
 def read_metadata_of(step: str) -> str:
     from shardsmith.ground.remote_path import as_path
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import re
 import shutil
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,7 @@ class MergedSource:
             raise UsageError("an adapter of this kind cannot be merged: export it as it is, with --adapters adapter")
         # One merged layer: the blocks of its tensors come one after the other.
         self._last: tuple[str, dict[str, Tensor]] = ("", {})
+        self._merging = threading.Lock()
         self._places = self._find_places()
         self.specs: Mapping[str, TensorSpec] = {name: TensorSpec(name, *self._shape_of(name)) for name in self._places}
 
@@ -201,20 +203,22 @@ class MergedSource:
 
     def _merged(self, path: str) -> dict[str, Tensor]:
         """Merge one layer of the adapter; by FQN below it."""
-        if self._last[0] != path:
-            # A copy: the layer of the model has no data, and must stay so for the next one.
-            layer = copy.deepcopy(self._layers[path])
-            held = [name for name in layer.state_dict() if self._has(f"{path}.{name}")]
-            # Cloned: merging adds to the weight in place, and a read tensor is a view on a read-only file.
-            state = {name: read_tensor(*self._holder(f"{path}.{name}")).clone() for name in held}
-            # ``assign``: the parameters are on the meta device, into which nothing can be copied.
-            layer.load_state_dict(state, assign=True, strict=False)
-            for parameter in layer.parameters():
-                parameter.requires_grad_(False)
-            layer.merge(adapter_names=[self._adapter.name])
-            base = layer.get_base_layer()
-            self._last = path, {f"base_layer.{name}": value.detach() for name, value in base.state_dict().items()}
-        return self._last[1]
+        # Several threads read: without the lock one would get the layer that another has just merged.
+        with self._merging:
+            if self._last[0] != path:
+                # A copy: the layer of the model has no data, and must stay so for the next one.
+                layer = copy.deepcopy(self._layers[path])
+                held = [name for name in layer.state_dict() if self._has(f"{path}.{name}")]
+                # Cloned: merging adds to the weight in place, and a read tensor is a view on a read-only file.
+                state = {name: read_tensor(*self._holder(f"{path}.{name}")).clone() for name in held}
+                # ``assign``: the parameters are on the meta device, into which nothing can be copied.
+                layer.load_state_dict(state, assign=True, strict=False)
+                for parameter in layer.parameters():
+                    parameter.requires_grad_(False)
+                layer.merge(adapter_names=[self._adapter.name])
+                base = layer.get_base_layer()
+                self._last = path, {f"base_layer.{name}": value.detach() for name, value in base.state_dict().items()}
+            return self._last[1]
 
 
 def open_merged(source: ModelSource, checkpoint: Path, base: Path) -> ModelSource:
