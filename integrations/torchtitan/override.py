@@ -50,6 +50,7 @@ def checkpoint_hooks(config: Any, **options: Any) -> Any:
 checkpoint_hooks.__module__ = __package__  # the name by which users know it, and under which it is registered
 
 if _override is not None:
-    from torchtitan.components.checkpointer import CheckpointManager
+    # of every manager: TorchTitan only warns of an override without a target, and others are refused by name
+    from torchtitan.components.checkpointer import BaseCheckpointManager
 
-    _override(target=CheckpointManager.Config, description="Checkpoint hooks of Shardsmith")(checkpoint_hooks)
+    _override(target=BaseCheckpointManager.Config, description="Checkpoint hooks of Shardsmith")(checkpoint_hooks)

@@ -50,12 +50,14 @@ class RopeOfConfig:
         inv_freq: Angle of each pair at position 1; float32, (head_dim / 2,).
         scale: Factor of the products of queries and keys.
         stretch: Factor of queries and of keys that is part of that, by which some tables are multiplied.
+        alone: Factor of the rotary part of queries and of keys, where heads have another part; 1 elsewhere.
     """
 
     settings: Mapping[str, Any]
     inv_freq: Tensor
     scale: float | None
     stretch: float = 1.0
+    alone: float = 1.0
 
     @classmethod
     def of(cls, model: nn.Module, config: Mapping[str, Any]) -> Self | None:
@@ -68,8 +70,11 @@ class RopeOfConfig:
         settings = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
         settings.setdefault("rope_theta", config.get("rope_theta"))
         settings.setdefault("rope_type", "default")
+        alone = 1.0
+        if config.get("qk_nope_head_dim"):  # a stretch of the rotary part is none of the whole head
+            stretch, alone = alone, stretch
         # transformers stretches both queries and keys, as GPT-OSS of 0.2 does; TorchTitan's others their products
-        return cls(settings, found[0].inv_freq.float(), scales[0] * stretch**2 if scales else None, stretch)
+        return cls(settings, found[0].inv_freq.float(), scales[0] * stretch**2 if scales else None, stretch, alone)
 
     def table_like(self, table: Tensor) -> Tensor | None:
         """The table of the same positions and layout as one of TorchTitan's; None for a layout that is not known."""
@@ -128,6 +133,9 @@ def rope_faults(live: LiveWeights, rope: RopeOfConfig, origin: str) -> list[Load
                     words = f"{value} in the trainer ({where}), {expected} in {origin}"
                     name = name if name.startswith("rope_") else f"rope_{name}"
                     faults.setdefault(name, LoadFault("rope-differs", name, words + _why(part, name, value)))
+    if rope.alone != 1:
+        words = f"rotary parts of queries and keys are multiplied by {rope.alone:g} in {origin}, by 1 in the trainer"
+        faults["rope_mscale"] = LoadFault("rope-differs", "rope_mscale", words)
     if not faults:
         faults |= {fault.name: fault for part in live.parts for fault in _angle_faults(part, rope, origin)}
     return [*faults.values()]

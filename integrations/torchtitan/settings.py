@@ -26,6 +26,7 @@ from shardsmith.load.source import read_record
 from shardsmith.name_maps.maps import NameMap
 from shardsmith.tensors.fqn import clean_fqn, matches
 
+from .arithmetic import arithmetic_faults
 from .inner import find_held
 from .names import TorchTitanNames
 from .rope import RopeOfConfig, rope_faults
@@ -51,6 +52,9 @@ _ROUTER = {
 }
 _SCORES = {"deepseek_v3": "sigmoid", "deepseek_v2": "softmax", "qwen3_moe": "softmax"}
 """How the classes of transformers score experts, which their configs do not say."""
+_SCORED_FIRST = "score_before_experts"
+_BALANCED = "moe_force_load_balance"
+"""Settings of TorchTitan alone: what they change, transformers computes in one way."""
 _TIE = "tie_word_embeddings"
 _ENDS = ("tok_embeddings", "output", "lm_head")
 
@@ -103,6 +107,10 @@ class Source:
             return _SCORES.get(str(config.get("model_type")))
         if name in ("n_group", "topk_group", "routed_scaling_factor"):
             return config.get(name) or 1
+        if name == _SCORED_FIRST:
+            return str(config.get("model_type")).startswith("llama4")
+        if name == _BALANCED:
+            return False
         return config.get(name)
 
     def has_sizes_of(self, live: LiveWeights) -> bool:
@@ -196,6 +204,7 @@ def compare_settings(
     faults = [*_setting_faults(live, source), *_eps_faults(live, source, names), *_tie_faults(live, source)]
     if source.rope is not None:
         faults += rope_faults(live, source.rope, source.origin)
+    faults += arithmetic_faults(live, source.config, source.origin)
     return [fault for fault in faults if not matches(fault.name, allowed)]
 
 
@@ -219,6 +228,11 @@ def _settings_of(module: nn.Module) -> Iterator[tuple[str, Any]]:
         for own, name in _ROUTER.items():
             value = getattr(module, own, None)
             yield name, 1 if value is None and name in ("n_group", "topk_group") else value
+        yield _BALANCED, getattr(module, "_debug_force_load_balance", False)
+    elif isinstance(getattr(module, "top_k", None), int):  # what hands the tokens of a router to its experts
+        yield _ROUTER["top_k"], module.top_k
+    elif isinstance(first := getattr(module, _SCORED_FIRST, None), bool):
+        yield _SCORED_FIRST, first
     elif hasattr(module, "n_heads") and hasattr(module, "inner_attention"):
         for own, name in _ATTENTION.items():
             if (value := getattr(module, own, None)) is not None:

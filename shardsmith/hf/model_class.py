@@ -153,7 +153,7 @@ class TransformersClass:
         self._config = _as_transformers_reads(plain)
         self._kinds = _classes_for(plain, self._config)
         # ``architectures`` with one class, or all that could be meant; the first one gives names and config.
-        with _quiet_transformers():
+        with quiet_transformers():
             self._model = _on_meta(self._kinds[0], self._config)
         self.name = self._full_name(self._kinds[0])
 
@@ -198,7 +198,7 @@ class TransformersClass:
         # On the meta device: the loader compares names and shapes, and no memory is asked for.
         state = {n: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for n, spec in specs.items()}
         try:
-            with _quiet_transformers(), _all_keys(kind) as (missing, unexpected):
+            with quiet_transformers(), _all_keys(kind) as (missing, unexpected):
                 _, info = kind.from_pretrained(
                     None,
                     # A copy: a load changes its config.
@@ -229,7 +229,7 @@ class TransformersClass:
         from shardsmith.name_maps.slices import Slice
         from shardsmith.name_maps.transformers import names_for
 
-        with contextlib.suppress(Exception), _quiet_transformers():
+        with contextlib.suppress(Exception), quiet_transformers():
             targets = names_for(self._model).targets(self.specs)
             return {target.sources[0]: name for name, target in targets.items() if isinstance(target, Slice)}
         return {}
@@ -279,7 +279,7 @@ def _as_transformers_reads(config: Mapping[str, Any]) -> Any:
     import transformers
 
     # As a file: the same way in which ``from_pretrained`` reads it.
-    with tempfile.TemporaryDirectory(prefix="shardsmith-config-") as place, _quiet_transformers():
+    with tempfile.TemporaryDirectory(prefix="shardsmith-config-") as place, quiet_transformers():
         Path(place, "config.json").write_text(json.dumps(config))
         return transformers.AutoConfig.from_pretrained(place, trust_remote_code=False, local_files_only=True)
 
@@ -358,7 +358,7 @@ def _other_kinds(
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Within it transformers prints nothing, and random numbers are left alone."""
     from transformers.utils import logging
 

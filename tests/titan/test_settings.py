@@ -40,6 +40,7 @@ ROPE: dict[str, dict[str, Any]] = {
     "rope_theta": {"rope_theta": 12345.0},
     "rope_type": {"rope_type": "linear", "factor": 2.0},
 }
+MSCALES = ("mscale", "mscale_all_dim")
 OTHERS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "llama3/debugmodel": [
         ("rms_norm_eps", {"rms_norm_eps": 1e-6}),
@@ -48,16 +49,22 @@ OTHERS: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("tie_word_embeddings", {"tie_word_embeddings": True}),
         *((name, {"rope_parameters": {**LLAMA.rope_parameters, **changed}}) for name, changed in ROPE.items()),
         ("rope_factor", {"rope_parameters": {**LLAMA.rope_parameters, "factor": 32.0}}),
+        ("hidden_act", {"hidden_act": "gelu"}),
+        ("sliding_window", {"model_type": "mistral", "sliding_window": 64}),
+        *(("model_type", {"model_type": kind}) for kind in ("granite", "helium", "gemma")),
     ],
     f"qwen3/{small_models.DENSE}": [
         ("rms_norm_eps", {"rms_norm_eps": 1e-5}),
         ("head_dim", {"head_dim": 64}),
         ("tie_word_embeddings", {"tie_word_embeddings": True}),
         ("rope_theta", {"rope_parameters": {**QWEN["rope_parameters"], "rope_theta": 10000.0}}),
+        ("hidden_act", {"hidden_act": "relu"}),
+        ("layer_types", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0, "layer_types": None}),
     ],
     f"qwen3/{small_models.MOE}": [
         ("num_experts_per_tok", {"num_experts_per_tok": 4}),
         ("norm_topk_prob", {"norm_topk_prob": False}),
+        ("hidden_act", {"hidden_act": "gelu"}),
     ],
     f"deepseek_v3/{small_models.DENSE}": [
         ("routed_scaling_factor", {"routed_scaling_factor": 1.0}),
@@ -66,6 +73,8 @@ OTHERS: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("n_group", {"n_group": 4, "topk_group": 2}),
         ("rope_factor", {"rope_parameters": {**DEEPSEEK.rope_parameters, "factor": 10.0}}),
         ("rope_mscale", {"rope_parameters": {**DEEPSEEK.rope_parameters, "mscale": 0.5, "mscale_all_dim": 0.5}}),
+        *(("rope_mscale", {"rope_parameters": {**DEEPSEEK.rope_parameters, name: 2.8}}) for name in MSCALES),
+        ("rope_interleave", {"rope_interleave": False}),
     ],
 }
 
@@ -98,6 +107,37 @@ def test_each_setting_that_differs_is_named_with_both_values(title: str, live: A
         assert name in [fault.name for fault in found], changed
         assert all("in config.json" in fault.problem for fault in found)
         assert faults(live, {**CONFIGS[title].to_dict(), **changed}, *(fault.name for fault in found)) == []
+
+
+@pytest.mark.parametrize("window", [None, 1 << 20])
+def test_another_class_that_computes_the_same_is_no_fault(window: int | None) -> None:
+    """Mistral does, without a window or with one that is longer than any sequence of the run."""
+    made = build_titan_model("llama3/debugmodel")
+    mistral = {**LLAMA.to_dict(), "model_type": "mistral", "sliding_window": window}
+    assert faults((LiveWeights(made.make()), TorchTitanNames(made.adapter, ())), mistral) == []
+
+
+LIVE = {"score_before_experts": True, "_debug_force_load_balance": True, "top_k": 4}
+"""Attributes of TorchTitan's modules, and values that change what experts compute."""
+
+
+@pytest.mark.parametrize("attribute", LIVE)
+def test_what_experts_compute_otherwise_is_named(
+    title: str, live: Any, attribute: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each module that has it: in 0.3 what hands tokens to experts has a number of its own."""
+    holders = [module for part in live[0].parts for module in part.modules() if hasattr(module, attribute)]
+    for holder in holders:
+        with monkeypatch.context() as changed:
+            changed.setattr(holder, attribute, LIVE[attribute])
+            assert len(faults(live, CONFIGS[title].to_dict())) == 1
+    assert holders or "moe" not in title or (IS_0_3 and attribute == "score_before_experts")
+
+
+def test_the_random_numbers_of_the_run_stay_as_they_are(title: str, live: Any) -> None:
+    before = torch.random.get_rng_state()
+    faults(live, CONFIGS[title].to_dict())
+    assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_the_tables_of_the_reference_are_those_of_the_config(title: str, live: Any) -> None:
