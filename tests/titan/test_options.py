@@ -9,7 +9,8 @@ import pytest
 from shardsmith.errors import UsageError
 from shardsmith.integrations.torchtitan.options import CheckpointHooks, parse
 from tests.titan.checkpoints import tensors_of
-from tests.titan.jobs import Assets, Job, error_of, run_jobs
+from tests.titan.cpu import IS_0_3
+from tests.titan.jobs import OVERRIDE, Assets, Job, error_of, run_jobs
 
 OFF = ["--checkpoint.no-enable"]
 
@@ -77,3 +78,17 @@ def test_a_bound_of_copies_that_means_nothing_is_refused(options: dict[str, obje
     with pytest.raises(UsageError, match=expected):
         parse(options)
     assert parse({"max_host_memory": "8GB", "export_last": True}).max_host_memory == "8GB"
+
+
+@pytest.mark.skipif(not IS_0_3, reason="0.2 has no overrides")
+def test_another_manager_is_refused_by_name() -> None:
+    """TorchTitan itself would only warn that the override has no target."""
+    from torchtitan.components.checkpointer.torch_checkpointing import TorchCheckpointingManager
+    from torchtitan.config.override import OverrideConfig, apply_overrides
+
+    from tests.titan.configs import llama3_debugmodel
+
+    config = llama3_debugmodel()
+    config.checkpoint = TorchCheckpointingManager.Config()
+    with pytest.raises(UsageError, match="this run has TorchCheckpointingManager"):
+        apply_overrides(OverrideConfig(imports=[(OVERRIDE, {"metadata": True})]), config)
