@@ -70,8 +70,8 @@ def arithmetic_faults(live: LiveWeights, config: Mapping[str, Any], origin: str)
     if kind is None:
         return []
     theirs = str(config["model_type"])
-    small = _smaller(config, _longest(live))
     try:
+        small = _smaller(config, _longest(live))
         found = _logits(theirs, small)
         shared = {name: value for name, value in small.items() if name in _COMPARED | _SIZES}
         expected = found if theirs == kind else _logits(kind, shared)
