@@ -38,17 +38,39 @@ _PREFIX = "shardsmith/alive"
 _current: _Answering | None = None
 _silent: set[int] = set()
 """Ranks of this job that gave no sign of life when they were last asked; nobody waits for them a second time."""
+_shared: tuple[Any, Any] | None = None
+_sharing = threading.Lock()
 
 
-def default_store() -> Any:
-    """Return the job's store."""
+def own_connection() -> Any:
+    """Return a new connection to the job's store, for a thread that blocks in it."""
+    return _default_store().clone()
+
+
+def shared_connection() -> Any:
+    """Return this process's connection to the job's store, for operations that return at once. Any thread.
+
+    Not for ``wait`` nor for ``get`` of a key that may not be there: they would keep the other threads out. The trainer's
+    own connection is none for us, since its groups wait in it. There is one, not one for each object: torch's server
+    asks the name service for the host name of whoever connects, which takes seconds where that is slow, one after the
+    other, and thousands of ranks would use up its sockets.
+    """
+    global _shared
+    store = _default_store()
+    with _sharing:
+        if _shared is None or _shared[0] is not store:
+            _shared = store, store.clone()
+        return _shared[1]
+
+
+def _default_store() -> Any:
     return dist.distributed_c10d._get_default_store()  # there is no public way to it
 
 
 def answer_from_now_on() -> None:
     """Let other ranks ask whether this process is alive. Once for each job; any number of calls."""
     global _current
-    store = default_store()
+    store = _default_store()
     if _current is None or _current.store is not store:
         _silent.clear()  # they were of another job
         _current = _Answering(store, dist.get_rank())
@@ -186,7 +208,7 @@ class _Answering:
     def __init__(self, store: Any, rank: int) -> None:
         self.store = store
         self._key = f"{_PREFIX}/{rank}"
-        self._waiting, self._telling = store.clone(), store.clone()  # a blocking wait keeps others out
+        self._waiting, self._telling = own_connection(), shared_connection()
         self._is_over = False
         self._waiting.add(self._key, 1)
         self._thread = threading.Thread(target=self._run, name="shardsmith-alive", daemon=True)

@@ -23,8 +23,8 @@ from typing import Any
 import torch.distributed as dist
 
 from shardsmith.errors import UsageError
-from shardsmith.ground.liveness import SilenceError, await_keys
-from shardsmith.ground.ranks import own_connection, rank_and_size
+from shardsmith.ground.liveness import SilenceError, await_keys, shared_connection
+from shardsmith.ground.ranks import rank_and_size
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ def meet(name: str, timeout_secs: float) -> None:
 def _meet(name: str, rank: int, size: int, timeout_secs: float, problems: list[str]) -> None:
     others = range(1, size)
     try:
-        store = own_connection()
+        store = shared_connection()
         if rank == 0:
             if missing := _await(store, f"{name}/here", others, timeout_secs):
                 problems.append(f"{missing} within {timeout_secs:g} s")

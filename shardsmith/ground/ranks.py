@@ -1,6 +1,6 @@
 """Who we are among how many, and how the ranks agree: an error on one rank is an error on all.
 
-Ranks talk through the job's key-value store, on a connection of their own, and never by collectives: so a background
+Ranks talk through the job's key-value store, on a connection of ours, and never by collectives: so a background
 thread may use it while the main thread trains, and a rank that raises leaves no other rank waiting in a barrier.
 """
 
@@ -24,8 +24,8 @@ from shardsmith.ground.liveness import (
     SilenceError,
     answer_from_now_on,
     await_keys,
-    default_store,
     remember_silent,
+    shared_connection,
     was_heard_of,
 )
 
@@ -74,8 +74,7 @@ class Ranks:
         self._answered: list[str] = []
         self._read: list[str] = []  # by every rank, so nobody needs them any more
         self._deleting: threading.Thread | None = None
-        self._store: Any = own_connection() if self.size > 1 else None
-        self._second_store: Any = None
+        self._store: Any = shared_connection() if self.size > 1 else None
         if self.size > 1:
             answer_from_now_on()
 
@@ -166,7 +165,7 @@ class Ranks:
         Raises:
             RuntimeError: the store is gone.
         """
-        store = own_connection()
+        store = self._store
         others = [rank for rank in range(1, self.size) if rank != self.rank]
         missing = [rank for rank in others if not store.check([f"{self._key}/{rank}"])]
         # Each other rank puts its own outcome; rank 0 alone puts the verdict.
@@ -305,9 +304,8 @@ class Ranks:
         """Have keys deleted that every rank has read. Many take their time, so that is no business of this thread."""
         self._read += keys
         if len(self._read) >= _DELETED_AT_ONCE and not (self._deleting and self._deleting.is_alive()):
-            self._second_store = self._second_store or own_connection()
             old, self._read = self._read, []
-            self._deleting = threading.Thread(target=_delete, args=(self._second_store, old), daemon=True)
+            self._deleting = threading.Thread(target=_delete, args=(self._store, old), daemon=True)
             self._deleting.start()
 
     def _get(self, key: str, phase: str, limit_secs: float) -> _Outcome:
@@ -363,8 +361,3 @@ def rank_and_size() -> tuple[int, int]:
 def own_name() -> str:
     """A prefix for keys in the store that nothing else uses. The same on every rank that asks at the same point."""
     return f"shardsmith/{next(_numbers)}"
-
-
-def own_connection() -> Any:
-    """A store client that no other thread uses: a blocking wait on a shared one would block the trainer's groups."""
-    return default_store().clone()

@@ -21,8 +21,14 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
-from shardsmith.ground.liveness import SilenceError, answer_from_now_on, await_keys
-from shardsmith.ground.ranks import own_connection, own_name, rank_and_size
+from shardsmith.ground.liveness import (
+    SilenceError,
+    answer_from_now_on,
+    await_keys,
+    own_connection,
+    shared_connection,
+)
+from shardsmith.ground.ranks import own_name, rank_and_size
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +52,7 @@ class StepAgreement:
         self._is_over = self._size == 1
         if not self._is_over:
             self._name = own_name()
-            self._waiting, self._telling = own_connection(), own_connection()  # a blocking wait keeps others out
+            self._waiting, self._telling = own_connection(), shared_connection()
             answer_from_now_on()
             self._thread = threading.Thread(target=self._run, name="shardsmith-agreement", daemon=True)
             self._thread.start()

@@ -37,7 +37,7 @@ def run_ranks_in_threads(
 ) -> list[Counter[str]]:
     """Call ``body(rank)`` on each rank; what each did with the store.
 
-    ``module`` has imported ``rank_and_size``, ``own_name`` and ``own_connection``.
+    ``module`` has imported ``rank_and_size``, ``own_name`` and both kinds of connection.
     """
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     counts = [Counter[str]() for _ in range(size)]
@@ -52,6 +52,7 @@ def run_ranks_in_threads(
     monkeypatch.setattr(module, "rank_and_size", lambda: (_here.rank, size))
     monkeypatch.setattr(module, "own_name", lambda: "shardsmith/counted")
     monkeypatch.setattr(module, "own_connection", connection)
+    monkeypatch.setattr(module, "shared_connection", connection)
     monkeypatch.setattr(module, "answer_from_now_on", lambda: None)
     with ThreadPoolExecutor(size) as pool:
         for future in [pool.submit(run, rank) for rank in range(size)]:
