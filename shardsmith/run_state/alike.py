@@ -15,6 +15,7 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 
 from shardsmith.errors import RankFailedError, RanksDisagreeError
+from shardsmith.ground.garbage import without_collection
 from shardsmith.ground.ranks import Ranks
 from shardsmith.sharding.local_boxes import local_boxes
 from shardsmith.tensors.digest import digest_box, digest_tensor
@@ -78,7 +79,8 @@ def compare_replicas(
         shares: _Shares = {}
 
         def short() -> str:
-            shares.update(_replicas(tensors()))
+            with without_collection():
+                shares.update(_replicas(tensors()))
             return signature(shares)
 
         if not ranks.agree(phase, short, are_equal):
@@ -179,6 +181,6 @@ def _is_replicated(tensor: Tensor) -> bool:
     if isinstance(tensor, ShardedTensor):
         return False
     if isinstance(tensor, DTensor):
-        sizes = zip(tensor.placements, tensor.device_mesh.mesh.shape, strict=True)
-        return any(placement.is_replicate() and size > 1 for placement, size in sizes)
+        mesh = tensor.device_mesh  # its ``mesh`` is made anew at every call
+        return any(p.is_replicate() and mesh.size(dim) > 1 for dim, p in enumerate(tensor.placements))
     return True

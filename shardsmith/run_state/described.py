@@ -31,11 +31,11 @@ def describe(entries: Sequence[Entry], rank: int) -> tuple[bytes, list[Boxes]]:
     """What a rank holds, in words that do not depend on the rank, and its lists of boxes."""
     own = f"rank-{rank}"
     numbers, lists = numbered((e.shape, _VALUE if e.shape is None else e.boxes) for e in entries)
+    names = {dtype: None if dtype is None else dtype_name(dtype) for dtype in {entry.dtype for entry in entries}}
     rows = []
     for entry, number in zip(entries, numbers, strict=True):
-        path = [_OWN if step == own else step for step in entry.path]
-        dtype = None if entry.dtype is None else dtype_name(entry.dtype)
-        rows.append([path, entry.shape, dtype, number])
+        path = [_OWN if step == own else step for step in entry.path] if own in entry.path else entry.path
+        rows.append((path, entry.shape, names[entry.dtype], number))
     return json.dumps(rows, separators=(",", ":")).encode(), lists
 
 

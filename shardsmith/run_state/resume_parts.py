@@ -13,6 +13,7 @@ from shardsmith.formats.dcp.source import DcpSource
 from shardsmith.formats.rank_shards import RankShards
 from shardsmith.ground import layout
 from shardsmith.ground.printable import shown
+from shardsmith.ground.garbage import without_collection
 from shardsmith.ground.ranks import Ranks
 from shardsmith.manifest.metadata import FileRecord, read_metadata
 from shardsmith.run_state.average import refuse_other_decay
@@ -72,11 +73,12 @@ def load_parts(
     reduced = state.reduced(chosen)
     ranks.gather(f"reading {checkpoint.name}", lambda: reduced.read_rank_states(checkpoint))
     with_rng = "rng" in chosen and ranks.rank < metadata.world_size
-    contents = reduced.collect(metadata.step, with_rng=with_rng, with_main="model" in chosen, to_load=True)
-    if "model" in chosen or "ema" in chosen:
-        refuse_separate(checkpoint, contents.tied, metadata)
-    target, numbered = with_saved_structure(contents.state_dict, checkpoint, reduced.growing_keys)
-    unused = reduced.without_unused(target, checkpoint)
+    with without_collection():
+        contents = reduced.collect(metadata.step, with_rng=with_rng, with_main="model" in chosen, to_load=True)
+        if "model" in chosen or "ema" in chosen:
+            refuse_separate(checkpoint, contents.tied, metadata)
+        target, numbered = with_saved_structure(contents.state_dict, checkpoint, reduced.growing_keys)
+        unused = reduced.without_unused(target, checkpoint)
     try:
         # Tensors are filled here, before it is known whether the files are sound: see `Resumption`.
         damage = fill(target, checkpoint, ranks, verified)

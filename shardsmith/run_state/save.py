@@ -113,7 +113,8 @@ class SaveInProgress:
         if is_dealt_anew:
             entries, speakers = self._held.entries, answer["speakers"]
             answer = self._ranks.deal(phase, lambda: self._share.report(entries, speakers), self._settle, large=True)
-            self._share.accept(entries, answer["share"])
+            with without_collection():
+                self._share.accept(entries, answer["share"])
         self._attempt_id = answer["attempt"]
         self._own = self._share.own
         with self._abandoned_on_error():

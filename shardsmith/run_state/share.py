@@ -18,7 +18,7 @@ from shardsmith.run_state.held import Entry, KnownEntries, items
 from shardsmith.run_state.weight_files import Placed
 from shardsmith.run_state.whole_directory import NOWHERE, OwnFile, WholeDirectory
 from shardsmith.sharding.assignment import deal
-from shardsmith.sharding.holding import pack, pack_flags, pack_lists, unpack, unpack_flags, unpack_lists
+from shardsmith.sharding.holding import Boxes, pack, pack_flags, pack_lists, unpack, unpack_flags, unpack_lists
 from shardsmith.tensors.dtypes import dtype_name
 
 
@@ -40,6 +40,7 @@ class Share:
         self._entries: list[Entry] | None = None
         self._placed = NOWHERE
         self._description = ""
+        self._described: tuple[bytes, list[Boxes]] | None = None  # between a vote and the report that follows it
 
     def vote(self, entries: list[Entry], placed: Placed = NOWHERE) -> tuple[bool, str]:
         """Return what to say before a save: whether this rank knows its share, and a hash of what it holds.
@@ -50,12 +51,14 @@ class Share:
         if not is_known:
             # Forgotten at once: if this save fails, the next one must not take a share that was never agreed.
             self._entries, self._placed = None, placed
-            self._description = _hash(describe(entries, self._rank)[0])
+            self._described = describe(entries, self._rank)
+            self._description = _hash(self._described[0])
         return is_known, self._description
 
     def report(self, entries: list[Entry], speakers: Sequence[int]) -> list[Any]:
         """What to say if anybody does not know its share: the description, if this rank is a speaker; the boxes."""
-        text, lists = describe(entries, self._rank)
+        text, lists = self._described or describe(entries, self._rank)
+        self._described = None
         return [self._description, pack(text) if self._rank in speakers else None, pack_lists(lists)]
 
     def settle(self, reports: Sequence[Sequence[Any]], problems: Sequence[str]) -> list[str]:

@@ -261,5 +261,5 @@ def mesh_of(state: Mapping[str, Any]) -> dict[str, Any] | None:
     for value in state.values():
         if isinstance(value, DTensor):
             names = value.device_mesh.mesh_dim_names
-            return {"shape": list(value.device_mesh.mesh.shape), "dim_names": list(names) if names else None}
+            return {"shape": list(value.device_mesh.shape), "dim_names": list(names) if names else None}
     return None

@@ -12,6 +12,7 @@ from torch.distributed.checkpoint._traverse import set_element
 
 from shardsmith.errors import CorruptCheckpointError, MismatchError
 from shardsmith.formats.rank_shards import RankShards
+from shardsmith.ground.garbage import without_collection
 from shardsmith.ground.ranks import Ranks
 from shardsmith.manifest.metadata import CheckpointMetadata
 from shardsmith.run_state.contents import RNG
@@ -54,9 +55,10 @@ def verify_state(ranks: Ranks, state: Mapping[str, Any], path: Path, metadata: C
     Raises:
         RankFailedError: on all ranks, naming every tensor that differs. With one rank, CorruptCheckpointError.
     """
-    return ranks.agree(
-        f"verifying {path.name}", lambda: [*_shares(state)], lambda said: _compare(path, metadata, said), large=True
-    )
+    with without_collection():
+        return ranks.agree(
+            f"verifying {path.name}", lambda: [*_shares(state)], lambda said: _compare(path, metadata, said), large=True
+        )
 
 
 def _problem(key: str, value: Any, source: RankShards) -> str | None:

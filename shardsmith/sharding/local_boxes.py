@@ -51,7 +51,7 @@ def local_boxes(tensor: Tensor) -> list[tuple[Chunk, Tensor]]:
 def _refuse_uneven(tensor: DTensor, values: Tensor, box: Chunk) -> NoReturn:
     raise UsageError(
         f"this rank holds values of shape {tuple(values.shape)} of a DTensor of shape {tuple(tensor.shape)} with "
-        f"{tensor.placements} on a mesh of {tuple(tensor.device_mesh.mesh.shape)}, by which it would be {box.sizes}: "
+        f"{tensor.placements} on a mesh of {tuple(tensor.device_mesh.shape)}, by which it would be {box.sizes}: "
         "torch does not know such uneven shards. Make it with distribute_tensor, or with equal parts"
     )
 

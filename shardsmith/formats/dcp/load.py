@@ -26,6 +26,7 @@ from shardsmith.formats.dcp.beside_weights import BesideWeights, Box, open_step
 from shardsmith.formats.dcp.index import DcpIndex
 from shardsmith.formats.dcp.single_read import Wanted, find_wanted, read_files
 from shardsmith.formats.dcp.source import DcpSource
+from shardsmith.ground.garbage import without_collection
 from shardsmith.manifest.metadata import FileRecord
 from shardsmith.sharding.local_boxes import local_boxes
 
@@ -91,6 +92,7 @@ class LocalLoad:
         self._follow_links = follow_links
         self._source: DcpSource | None = None
 
+    @without_collection()
     def compare(self) -> None:
         """Open the directory and compare all that is asked for with all that is stored; nothing is changed.
 
@@ -112,6 +114,7 @@ class LocalLoad:
         self.fill_tensors({})
         self._hand_back(objects)
 
+    @without_collection()
     def wanted_bytes(self) -> dict[str, int]:
         """Return how many bytes of each file this rank is about to read for its tensors. After ``compare``."""
         wanted = self._wanted_chunks.items()
@@ -147,6 +150,7 @@ class LocalLoad:
         tensors = ((key, value) for key, value in self._wanted.items() if isinstance(value, Tensor))
         return [(key, box, values.detach()) for key, value in tensors for box, values in local_boxes(value)]
 
+    @without_collection()
     def _read_objects(self) -> dict[str, Any]:
         assert self._source is not None, "compare comes first"
         keys = [key for key, value in self._wanted.items() if not isinstance(value, Tensor)]
