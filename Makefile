@@ -15,7 +15,7 @@ TITANS = 0.2 0.3
 TITAN ?= torchtitan
 TITAN_READY = $(TITANS:%=.venv-titan-%/.ready)
 
-.PHONY: demo demo-remote test test-oldest test-titan canary families soak check coverage docs pictures bench bench-scale gpu gpu-wheels clean
+.PHONY: demo demo-remote test test-oldest test-titan canary families soak check coverage docs pictures bench bench-scale bench-ranks gpu gpu-wheels clean
 .DELETE_ON_ERROR:
 
 $(READY): pyproject.toml setup.cfg
@@ -101,6 +101,9 @@ bench: $(READY)  ## us and what a user would pick instead, side by side (BENCH_A
 bench-scale: $(READY)  ## what ranks tell each other in saves of models too large for this machine, with made-up shards
 	$(BIN)/python -m benchmarks.scale
 	$(BIN)/python -m benchmarks.resume_index
+
+bench-ranks: $(READY)  ## many real ranks with many tensors (RANKS_ARGS="--ranks 64 --tensors 12500"; some 200 MB a rank)
+	$(BIN)/python -m benchmarks.many_ranks $(RANKS_ARGS)
 
 gpu:  ## tests and figures on this machine's GPU, with the torch that $(PYTHON) has (GPU_ARGS="--device cpu" without one)
 	$(PYTHON) -m tests.gpu $(GPU_ARGS)

@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import json
 import multiprocessing
+import os
 import resource
 import tempfile
 import time
 from collections.abc import Iterator
 from datetime import timedelta
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from shardsmith.ground.meeting import START_SECS
 from shardsmith.hooks import HFExport, Hooks, ShardedSave, at
 
 _SHARDS = 2
@@ -86,12 +89,12 @@ class _Timed:
         self.found[what] = time.monotonic() - began, time.process_time() - used
 
 
-def run_rank(rank: int, ranks: int, tensors: int, directory: Path) -> None:
-    """Be one rank, and leave what was measured."""
+def run_rank(rank: int, ranks: int, tensors: int, directory: Path, port: int) -> None:
+    """Be one rank, and leave what was measured. ``port``: of the job's store."""
     torch.set_num_threads(1)
-    store = f"file://{directory}/store"
     timeout = timedelta(seconds=_TIMEOUT_SECS)
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=timeout)
+    store = dist.TCPStore("127.0.0.1", port, timeout=timeout)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timeout)
     mesh = init_device_mesh("cpu", (ranks // _SHARDS, _SHARDS))
     own = mesh.get_local_rank(1)
     values = values_at(0, tensors)[:, own].clone()
@@ -109,7 +112,7 @@ def run_rank(rank: int, ranks: int, tensors: int, directory: Path) -> None:
             values += 1
         if step == _ASKED_AT and rank == ranks - 1:
             hooks.request_stop()
-        with timed("first save, waited for" if step == 1 else f"step {step}"):
+        with timed("the first step, which saves and exports" if step == 1 else "the last step, which saves, too"):
             hooks.step(step)
     with timed("end of the background work"):
         hooks.close()
@@ -122,6 +125,13 @@ def run_rank(rank: int, ranks: int, tensors: int, directory: Path) -> None:
     found = {"step": step, "seconds": timed.found, "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
     (directory / f"rank-{rank}.json").write_text(json.dumps(found))
     dist.barrier()
+
+
+def _hold_store(pipe: Connection) -> None:
+    """Hold the job's store, as torchrun does, until the ranks have ended. Not in the process that is forked."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    pipe.send(store.port)
+    pipe.recv()
 
 
 def _hooks(model: nn.Module, directory: Path) -> Hooks:
@@ -139,12 +149,19 @@ def measure(ranks: int, tensors: int, directory: Path) -> dict[str, Any]:
     Raises:
         RuntimeError: a rank failed, ranks stopped at different steps, or a value is not what it should be.
     """
+    os.environ.setdefault(START_SECS, str(_TIMEOUT_SECS))  # more ranks than cores: some come minutes after others
     fork = multiprocessing.get_context("fork")
-    processes = [fork.Process(target=run_rank, args=(rank, ranks, tensors, directory)) for rank in range(ranks)]
+    ours, theirs = fork.Pipe()
+    launcher = fork.Process(target=_hold_store, args=(theirs,))
+    launcher.start()
+    arguments = ranks, tensors, directory, ours.recv()
+    processes = [fork.Process(target=run_rank, args=(rank, *arguments)) for rank in range(ranks)]
     for process in processes:
         process.start()
     for process in processes:
         process.join()
+    ours.send("ended")
+    launcher.join()
     if failed := [rank for rank, process in enumerate(processes) if process.exitcode]:
         raise RuntimeError(f"ranks {failed} of {ranks} failed")
     found = [json.loads((directory / f"rank-{rank}.json").read_text()) for rank in range(ranks)]
@@ -152,7 +169,8 @@ def measure(ranks: int, tensors: int, directory: Path) -> dict[str, Any]:
     if len(steps) > 1:
         raise RuntimeError(f"ranks stopped after different steps: {steps}")
     (step,) = steps
-    seconds = {what: tuple(max(one["seconds"][what][i] for one in found) for i in (0, 1)) for what in found[0]["seconds"]}
+    of_ranks = [one["seconds"] for one in found]
+    seconds = {what: tuple(max(of_rank[what][i] for of_rank in of_ranks) for i in (0, 1)) for what in of_ranks[0]}
     timed = _Timed()
     with timed("torch reads the step, one process"):
         _require_equal(_by_torch(directory / "run" / f"step-{step}"), step, tensors)
@@ -176,7 +194,7 @@ def _require_equal(found: dict[str, Tensor], step: int, tensors: int) -> None:
         raise RuntimeError(f"{len(wrong)} of {tensors} tensors have other values, such as {wrong[0]}")
 
 
-def main(ranks: int = 64, tensors: int = 50_000, directory: Path | None = None) -> None:
+def main(ranks: int = 64, tensors: int = 12_500, directory: Path | None = None) -> None:
     """Print what it took.
 
     Args:

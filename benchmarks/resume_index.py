@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import resource
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +175,8 @@ def main(models: tuple[str, ...] = tuple(MODELS), json_file: Path | None = None)
     for name in models:
         make, sizes = MODELS[name]
         shapes = shapes_of(make())
-        found = {ranks: measure(shapes, ranks) for ranks in sizes}
+        with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:  # seconds are those of one process's processor
+            found = dict(zip(sizes, pool.map(partial(measure, shapes), sizes), strict=True))
         everything[name] = found
         table = Table("ranks", "boxes", "by .metadata: read, processor, memory", "by .boxes", title=name)
         for ranks, row in found.items():

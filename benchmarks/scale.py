@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import math
 import multiprocessing
+import os
 import resource
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -187,8 +188,8 @@ def _memory() -> int:
 
 
 def _apart(function: Callable[..., dict[str, float]], *args: Any) -> dict[str, float]:
-    # Forked: what is imported is there.
-    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+    """Call it in a process of its own, forked from one that has imported this module and has no threads."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("forkserver")) as pool:
         return pool.submit(function, *args).result()
 
 
@@ -198,10 +199,17 @@ def _exponent(rows: Sequence[tuple[int, dict[str, float]]], key: str) -> float:
     return float(np.polyfit([math.log(ranks) for ranks, _ in rows], [math.log(row[key]) for _, row in rows], 1)[0])
 
 
-def _rows(name: str, layout: str, sizes: Sequence[int]) -> Iterator[tuple[int, dict[str, float]]]:
-    for ranks in sizes:
-        if ranks <= _MOST_RANKS.get((name, layout), max(sizes)):
-            yield ranks, _apart(measure, name, layout, ranks)
+def _started(
+    pool: Executor, models: Sequence[str], layouts: Sequence[str], sizes: Sequence[int]
+) -> tuple[dict[tuple[str, str, int], Future[dict[str, float]]], dict[tuple[str, int], Future[dict[str, float]]]]:
+    """All rows that are to be measured, by model, layout and ranks; and those of the index, by model and ranks."""
+    rows, indexes = {}, {}
+    for name in models:
+        for layout in layouts:
+            for ranks in (n for n in sizes if n <= _MOST_RANKS.get((name, layout), n)):
+                rows[name, layout, ranks] = pool.submit(_apart, measure, name, layout, ranks)
+        indexes |= {(name, ranks): pool.submit(_apart, measure_index, name, ranks) for ranks in _INDEX_RANKS[name]}
+    return rows, indexes
 
 
 def _table(name: str, found: dict[str, list[tuple[int, dict[str, float]]]]) -> Table:
@@ -239,8 +247,15 @@ def main(
     """
     console, failed = Console(soft_wrap=True, width=190), []
     everything: dict[str, Any] = {}
+    multiprocessing.set_forkserver_preload(["benchmarks.scale"])
+    # Two at a time: what is measured are bytes, and seconds of the processor that a row has for itself.
+    pool = ThreadPoolExecutor(min(2, os.cpu_count() or 1))
+    started, indexes = _started(pool, models, layouts, ranks)
     for name in models:
-        found = {layout: [*_rows(name, layout, ranks)] for layout in layouts}
+        found = {
+            layout: [(n, row.result()) for (of, by, n), row in started.items() if (of, by) == (name, layout)]
+            for layout in layouts
+        }
         everything[name] = found
         console.print(_table(name, found))
         for layout, rows in found.items():
@@ -249,11 +264,11 @@ def main(
                 console.print(f"{layout}: {words}, ranks ** {exponent:.2f} (at most {_MAX_EXPONENT})")
                 failed += [f"{name}, {layout}: {words}"] if exponent > _MAX_EXPONENT else []
     table = Table("model", "ranks", "boxes", "index", "making it", "patching it", title="index, FSDP")
-    for name in models:
-        for size in _INDEX_RANKS[name]:
-            row = everything[name][f"index, {size} ranks"] = _apart(measure_index, name, size)
-            words = f"{row['boxes'] / 1e6:.2f} M", f"{row['index'] / 1e6:.0f} MB"
-            table.add_row(name, f"{size}", *words, f"{row['making']:.2f} s", f"{row['patching']:.2f} s")
+    for (name, size), index in indexes.items():
+        row = everything[name][f"index, {size} ranks"] = index.result()
+        words = f"{row['boxes'] / 1e6:.2f} M", f"{row['index'] / 1e6:.0f} MB"
+        table.add_row(name, f"{size}", *words, f"{row['making']:.2f} s", f"{row['patching']:.2f} s")
+    pool.shutdown()
     console.print(table)
     if json_file is not None:
         json_file.write_text(json.dumps(everything, indent=1))

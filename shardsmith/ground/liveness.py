@@ -171,7 +171,7 @@ def _require_life(store: Any, pending: list[str], rank_of: Mapping[str, int], li
 def find_dead(ranks: Sequence[int], store: Any, limit_secs: float = ANSWER_SECS) -> list[int]:
     """Return those of ``ranks`` that have been alive in this job and give no sign of life any more.
 
-    Any rank, any thread with a connection of its own. Returns when all have answered, or after ``limit_secs``.
+    Any rank, any thread. Returns when all have answered, or after ``limit_secs``.
 
     Raises:
         RuntimeError: the store is gone, and the rank that held it.
