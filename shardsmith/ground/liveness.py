@@ -50,10 +50,10 @@ def own_connection() -> Any:
 def shared_connection() -> Any:
     """Return this process's connection to the job's store, for operations that return at once. Any thread.
 
-    Not for ``wait`` nor for ``get`` of a key that may not be there: they would keep the other threads out. The trainer's
-    own connection is none for us, since its groups wait in it. There is one, not one for each object: torch's server
-    asks the name service for the host name of whoever connects, which takes seconds where that is slow, one after the
-    other, and thousands of ranks would use up its sockets.
+    Not for ``wait`` nor for ``get`` of a key that may not be there: they would keep the other threads out. The
+    trainer's own connection is none for us, since its groups wait in it. All objects share this one: torch's server
+    asks the name service for the host name of each client that connects, one after the other, which may take seconds
+    each, and the connections of thousands of ranks would use up its sockets.
     """
     global _shared
     store = _default_store()

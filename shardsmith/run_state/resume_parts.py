@@ -12,8 +12,8 @@ from shardsmith.errors import MismatchError, UsageError
 from shardsmith.formats.dcp.source import DcpSource
 from shardsmith.formats.rank_shards import RankShards
 from shardsmith.ground import layout
-from shardsmith.ground.printable import shown
 from shardsmith.ground.garbage import without_collection
+from shardsmith.ground.printable import shown
 from shardsmith.ground.ranks import Ranks
 from shardsmith.manifest.metadata import FileRecord, read_metadata
 from shardsmith.run_state.average import refuse_other_decay
