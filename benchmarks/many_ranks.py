@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from shardsmith.ground import liveness
 from shardsmith.ground.meeting import START_SECS
 from shardsmith.hooks import HFExport, Hooks, ShardedSave, at
 
@@ -41,6 +42,8 @@ _KINDS = ("gate_proj", "up_proj", "down_proj")
 _ASKED_AT = 2
 """The step at which one rank asks for a stop."""
 _TIMEOUT_SECS = 3600
+_ANSWER_SECS = 120.0
+"""More ranks than cores: 0.2 s of the processor, in which a rank cannot answer, may take many seconds."""
 
 
 def name_of(number: int) -> str:
@@ -92,6 +95,7 @@ class _Timed:
 def run_rank(rank: int, ranks: int, tensors: int, directory: Path, port: int) -> None:
     """Be one rank, and leave what was measured. ``port``: of the job's store."""
     torch.set_num_threads(1)
+    liveness.ANSWER_SECS = _ANSWER_SECS
     timeout = timedelta(seconds=_TIMEOUT_SECS)
     store = dist.TCPStore("127.0.0.1", port, timeout=timeout)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timeout)
