@@ -164,7 +164,8 @@ class SaveInProgress:
         with self._abandoned_on_error():
             phase = f"committing {self.target.name}"
             # Rank 0 first: on other hosts nothing is committed that rank 0 has refused.
-            told = self._ranks.lead(phase, lambda: self._commit(extra or {}))
+            with without_collection():  # else rank 0 gives no sign of life for seconds, again and again
+                told = self._ranks.lead(phase, lambda: self._commit(extra or {}))
             if told is not None:
                 self._ranks.gather(phase, lambda: self._commit_on_this_host(told))
         log.debug("saved %s", self.target)
