@@ -62,15 +62,15 @@ class MergedWeights(View, Protocol):
         if self._values:  # two directories of one step are staged one inside the other
             yield
             return
-        # Main weights first: within `swapped_in` the layers hold the average.
-        self._values[MAIN] = self.merge()
-        if ema is not None:
-            # `merge` takes the weights as they are, so the average goes in their place.
-            with ema.swapped_in():
-                self._values[AVERAGE] = self.merge()
         try:
+            # Main weights first: within `swapped_in` the layers hold the average.
+            self._values[MAIN] = self.merge()
+            if ema is not None:
+                # `merge` takes the weights as they are, so the average goes in their place.
+                with ema.swapped_in():
+                    self._values[AVERAGE] = self.merge()
             yield
-        finally:
+        finally:  # also if the average could not be merged: the next export merges the weights as they are then
             self._values = {}
 
     def merge(self) -> dict[str, Tensor]:

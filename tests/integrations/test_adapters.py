@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.multiprocessing import ProcessRaisedException
 
 from shardsmith.errors import UsageError
-from shardsmith.hooks import HFExport, last
+from shardsmith.hooks import EMA, HFExport, last
+from shardsmith.hooks.adapters import MergedView
 from tests.integrations.trainer_runs import (
     RESUMED,
     STEPS,
@@ -100,6 +101,27 @@ def test_a_resumed_adapter_goes_on_exactly(finished: Finished, tmp_path: Path, s
     straight, again = (torch.load(directory / "truth.pt") for directory in (finished(case), tmp_path))
     assert_equal(again["main"], straight["main"])
     assert_equal(again["ema"], straight["ema"])
+
+
+def test_an_average_that_cannot_be_merged_leaves_no_weights_to_the_next_export() -> None:
+    model: Any = make_model("lora")
+    ema, view = EMA(model, decay=0.5), MergedView(model)
+    with ema.staging(), pytest.raises(UsageError, match="swap the average in"), view.ready(ema):
+        pytest.fail("there is nothing to export")
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(1.5)
+    with view.ready(ema):
+        found = {kind: view.values(kind) for kind in ("main", "ema")}
+        live = merged(model.state_dict())
+        with ema.swapped_in():
+            average = merged(model.state_dict())
+    for kind, wanted in (("main", live), ("ema", average)):
+        # peft's names of the layers that it wraps, and of the whole
+        names = {name: name.removeprefix("base_model.model.").replace(".base_layer", "") for name in found[kind]}
+        assert_close(
+            {names[name]: value for name, value in found[kind].items()}, {n: wanted[n] for n in names.values()}
+        )
 
 
 def test_a_base_model_beside_an_adapter_is_refused(tmp_path: Path) -> None:

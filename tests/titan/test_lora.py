@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from shardsmith.errors import UsageError
+from shardsmith.hooks import EMA
+from shardsmith.integrations.torchtitan.lora import MergedLora
 from tests.titan.checkpoints import tensors_of
 from tests.titan.cpu import IS_0_3
 from tests.titan.evaluation import FLOAT32, evaluated, losses_of, transformers_loss
@@ -109,6 +112,27 @@ def test_layers_in_float8_are_merged_in_the_dtype_of_their_weights(
     assert change.abs().max() > 0
     assert torch.allclose(found, saved[f"{module}.weight"] + change, atol=1e-6)
     assert transformers_loss(directory) == pytest.approx(losses_of(run)[model], abs=0.02)  # float8 rounds
+
+
+def test_an_average_that_cannot_be_merged_leaves_no_weights_to_the_next_export() -> None:
+    from torchtitan.components.lora import _get_lora_cls
+    from torchtitan.models.common.linear import Linear
+
+    model = nn.Sequential(_get_lora_cls(Linear).Config(in_features=6, out_features=4, rank=2, alpha=4.0).build())
+    for weight in model.parameters():
+        nn.init.normal_(weight)
+    ema, view = EMA(model, decay=0.5), MergedLora(model)
+    with ema.staging(), pytest.raises(UsageError, match="swap the average in"), view.ready(ema):
+        pytest.fail("there is nothing to export")
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(1.5)
+        with view.ready(ema):
+            found = {kind: view.values(kind)["0.weight"] for kind in ("main", "ema")}
+            # The layer's own answer to each unit vector is a column of what it multiplies with.
+            torch.testing.assert_close(found["main"], model(torch.eye(6)).t())
+            with ema.swapped_in():
+                torch.testing.assert_close(found["ema"], model(torch.eye(6)).t())
 
 
 def base_of(step: Path) -> dict[str, Tensor]:
