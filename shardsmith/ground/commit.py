@@ -118,7 +118,7 @@ class Attempt:
                     raise TargetExistsError(self.target, "was made by another process meanwhile") from error
                 raise
             try:
-                sync(self.target.parent.resolve())
+                sync(self.target.parent)
             except OSError:  # it might be gone after a power loss, so it must not be seen before one either
                 self.target.rename(self.directory)
                 raise
@@ -172,7 +172,8 @@ def write_file(path: Path, data: bytes) -> int:
 def place_file(path: Path, data: bytes) -> None:
     """Make a new file appear in a directory that is there already, or in a store, durable and all at once.
 
-    Raises TargetExistsError if there is something of that name, and WriteError if it could not be written.
+    Raises TargetExistsError if there is something of that name, and WriteError if it could not be written. On a disk
+    it takes the place of a file of that name that another process makes meanwhile.
     """
     if isinstance(path, RemotePath):
         with writing(path, "a new object"):
@@ -208,7 +209,7 @@ def place_link(path: Path, target: str) -> None:
         on_error.callback(temporary.unlink, missing_ok=True)
         temporary.symlink_to(target)
         temporary.replace(path)
-        sync(path.parent.resolve())
+        sync(path.parent)
 
 
 def withdraw_file(path: Path) -> bool:
@@ -227,8 +228,8 @@ def withdraw_file(path: Path) -> bool:
 
 
 def sync(path: Path) -> None:
-    """fsync a file or a directory. Raises OSError."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    """fsync a file, or a directory, also one that a link leads to. Raises OSError."""
+    descriptor = os.open(path.resolve() if path.is_dir() else path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
         os.fsync(descriptor)
     finally:
@@ -368,7 +369,7 @@ def _make_durably(directory: Path) -> None:
     missing = [path for path in (directory, *directory.parents) if not path.exists()]
     directory.mkdir(parents=True, exist_ok=True)
     for path in missing:
-        sync(path.parent.resolve())
+        sync(path.parent)
 
 
 def _lock(directory: Path) -> int | None:

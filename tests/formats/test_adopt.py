@@ -54,6 +54,16 @@ def test_a_directory_of_somebody_else_becomes_one_of_ours(tmp_path: Path) -> Non
     assert find_damage(checkpoint) == []
 
 
+def test_a_directory_that_a_link_leads_to_is_recorded_and_disowned(tmp_path: Path) -> None:
+    checkpoint = saved(tmp_path / "disk" / "step-3")
+    (tmp_path / "step-3").symlink_to("disk/step-3")
+    adopt(tmp_path / "step-3", step=3)
+    assert read_metadata(checkpoint).step == 3
+    assert find_damage(tmp_path / "step-3") == []
+    assert disown(tmp_path / "step-3")
+    assert not (checkpoint / "metadata.json").exists()
+
+
 def test_what_changes_afterwards_is_found(tmp_path: Path) -> None:
     checkpoint = saved(tmp_path / "step-3")
     adopt(checkpoint, step=3)

@@ -16,7 +16,19 @@ import pytest
 
 from shardsmith.errors import IncompleteCheckpointError, TargetExistsError, WriteError
 from shardsmith.ground import layout
-from shardsmith.ground.commit import Attempt, check_writable, remove, require_space, sweep, sync, write_file, writing
+from shardsmith.ground.commit import (
+    Attempt,
+    check_writable,
+    place_file,
+    place_link,
+    remove,
+    require_space,
+    sweep,
+    sync,
+    withdraw_file,
+    write_file,
+    writing,
+)
 
 ID = "0123456789abcdef"
 
@@ -68,6 +80,19 @@ def test_a_parent_that_is_a_link_to_another_disk_is_fine(tmp_path: Path) -> None
     (tmp_path / "run").symlink_to("disk")
     committed(tmp_path / "run" / "step-3")
     assert names(tmp_path / "disk") == {"step-3"}
+    place_file(tmp_path / "run" / "mark", b"abc")
+    place_link(tmp_path / "run" / "latest", "step-3")
+    assert (tmp_path / "disk" / "mark").read_bytes() == b"abc"
+    assert withdraw_file(tmp_path / "run" / "mark")
+    assert not withdraw_file(tmp_path / "run" / "mark")
+    assert names(tmp_path / "disk") == {"step-3", "latest"}
+
+
+def test_a_link_to_a_file_is_not_followed_by_an_fsync(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("file")
+    with pytest.raises(OSError, match="symbolic link"):
+        sync(tmp_path / "link")
 
 
 LISTING_FAULTS: list[tuple[Callable[[Path], object], str]] = [

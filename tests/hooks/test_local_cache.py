@@ -85,6 +85,17 @@ def test_steps_are_on_the_disks_and_in_the_store_each_by_its_own_retention(
     assert {one for one in object_server.keys(f"cached-{hosts}") if one.endswith(".owner")} == set()
 
 
+def test_a_disk_that_a_link_leads_to_is_as_good(
+    object_server: ObjectServer, posix: dict[int, dict[str, str]], tmp_path: Path
+) -> None:
+    place = object_server.url("cached-linked")
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "host-0").symlink_to("disk")
+    run_on_ranks(train, 2, tmp_path, object_server, place, tmp_path, 1, 5, {})
+    assert stored(object_server, place) == {5: posix[5]}
+    assert {path.name for path in (tmp_path / "disk").iterdir()} >= {"step-5", "cache-of.txt"}
+
+
 def test_memory_can_be_made_before_the_first_save(
     object_server: ObjectServer, posix: dict[int, dict[str, str]], tmp_path: Path
 ) -> None:
