@@ -270,8 +270,7 @@ class _Load:
         buffers = [fault for fault in found.buffer_faults if fault.name not in allowed_faults]
         faults = [*self._settings, *names.faults, *found.faults, *buffers]
         if faults:
-            after = "It must not train like this." if loaded else "Nothing was changed. It must not train like this."
-            raise _error(self.source.path, faults, after)
+            raise _error(self.source.path, faults, f"{_changes(found.repaired, loaded)}It must not train like this.")
         report = InitialLoadReport(
             path=self.source.path,
             source_format=self.source.format,
@@ -303,6 +302,17 @@ class _Load:
 
 def _is_allowed(fault: LoadFault, allow_missing: Sequence[str]) -> bool:
     return fault.code == "buffer-without-reference" and matches(fault.name, allow_missing)
+
+
+def _changes(repaired: Sequence[str], loaded: bool) -> str:
+    """What a verification that fails has changed in the model; of a load, of which all weights are new, no word."""
+    if loaded:
+        return ""
+    if not repaired:
+        return "Nothing was changed. "
+    return (
+        f"Only {len(repaired)} buffers were changed ({repaired[0]}, ...): they have the values of the reference now. "
+    )
 
 
 def _error(path: Path, faults: Sequence[LoadFault], state: str) -> InitialLoadError:

@@ -83,16 +83,15 @@ class InitialSource:
         self.tensors = renamed(own, found)
         if self._fits(live):
             return
-        # Back to the files' own names, from which the class's conversions start.
-        self.tensors = own
         try:
+            # The class's conversions start from the files' own names.
             name_map = TransformersNames.of_model(unwrapped(live.parts[0]), own.specs)
             if name_map is not None:
                 wanted = {name: spec for name, spec in live.specs.items() if name not in self.ties}
                 aliases = {alias: kept for alias, kept in self.ties.items() if kept in wanted}
-                self.tensors = RestoredModel(self.tensors, name_map, wanted, aliases)
+                self.tensors = RestoredModel(own, name_map, wanted, aliases)
         except (MismatchError, UnsupportedFormatError):
-            return  # then the names are compared as they are, and every difference is said
+            return  # then what was matched by name is compared, and every difference is said
 
     def _fits(self, live: LiveWeights) -> bool:
         turned = any(name in live.specs and is_turned(spec, live.specs[name]) for name, spec in self.specs.items())

@@ -284,6 +284,21 @@ def test_repaired_buffers_are_reported_and_right(sources: Path) -> None:
     assert "2 of them were repaired (model.rotary_emb.inv_freq" in report.summary
 
 
+@pytest.mark.parametrize("repairs", [False, True])
+def test_a_refusal_says_whether_buffers_were_overwritten(repairs: bool, sources: Path) -> None:
+    model = started("olmo2", "none")
+    load_initial(sources / "olmo2" / "hf", model=model)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    zero_rotary(model)
+    with torch.no_grad():
+        swap_rows(model)
+    with pytest.raises(InitialLoadError) as caught:
+        verify_loaded(model, sources / "olmo2" / "hf", repair_buffers=repairs)
+    assert ("Nothing was changed." in str(caught.value)) is not repairs
+    assert (f"Only {len(before)} buffers were changed" in str(caught.value)) is repairs
+    assert all(torch.equal(buffer, before[name]) is repairs for name, buffer in model.named_buffers())
+
+
 def test_a_buffer_cast_with_the_weights_is_found_and_can_be_repaired(sources: Path) -> None:
     model = started("llama", "none").to(torch.bfloat16)
     with pytest.raises(InitialLoadError, match="was cast together with the weights"):
@@ -353,6 +368,19 @@ def test_what_is_allowed_to_miss_keeps_its_values_and_is_reported(tmp_path: Path
     assert torch.equal(model.head.weight, head)
     assert torch.equal(model.body.weight, source["body"].weight)
     assert (report.missing, report.extra) == (("head.weight", "head.bias"), ("other.weight", "other.bias"))
+
+
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod."])
+def test_what_may_be_extra_does_not_hide_the_names_under_a_wrapper(wrapper: str, tmp_path: Path) -> None:
+    model, source = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    state = {**source.state_dict(), "head.weight": torch.ones(2, 3)}
+    save({f"{wrapper}{name}": value for name, value in state.items()}, tmp_path / "dcp")
+    with pytest.raises(InitialLoadError) as caught:
+        load_initial(tmp_path / "dcp", model=model)
+    assert caught.value.codes == ["missing-in-model"], "only the head is at fault"
+    report = load_initial(tmp_path / "dcp", model=model, allow_extra=["*head*"])
+    assert (report.tensors, report.extra) == (4, ("head.weight",))
+    assert all(torch.equal(value, source.state_dict()[name]) for name, value in model.state_dict().items())
 
 
 def test_parts_of_a_model_are_loaded_together(tmp_path: Path) -> None:
