@@ -21,7 +21,7 @@ from shardsmith.errors import CheckpointError
 from shardsmith.formats.by_path import open_source
 from shardsmith.formats.dcp.index import read_index
 from shardsmith.formats.torch_files.archive import read_archived_object
-from shardsmith.formats.torch_files.files import read_torch_file, read_torch_object
+from shardsmith.formats.torch_files.files import read_plain_value, read_torch_file, read_torch_object
 from shardsmith.ground.mapped import MappedFile
 from shardsmith.hf.hf_directory import read_config
 from shardsmith.manifest.metadata import read_json, read_metadata
@@ -91,6 +91,23 @@ def test_pickles_that_make_too_much_are_refused(kind: str, tmp_path: Path) -> No
         refused_cheaply(lambda path=tmp_path / name: open_source(path))  # type: ignore[misc]
     (tmp_path / ".metadata").write_bytes(state)
     refused_cheaply(lambda: read_index(tmp_path))
+
+
+def shared(leaf: object, depth: int) -> object:
+    for _ in range(depth):
+        leaf = [leaf, leaf]
+    return leaf
+
+
+@pytest.mark.parametrize("leaf", [1, {"a": 1}, ()])
+def test_values_that_are_shared_make_no_more_than_their_pickle_has_bytes(leaf: object, tmp_path: Path) -> None:
+    path = tmp_path / "x.bin"
+    path.write_bytes(zipped(pickle.dumps({"param_groups": shared(leaf, 28)}, 2)))
+    refused_cheaply(lambda: read_plain_value(path, "param_groups"))
+    betas = (0.9, 0.999)
+    groups = [{"lr": 1e-3, "betas": betas, "params": [i]} for i in range(50)]
+    torch.save({"param_groups": groups}, path)
+    assert read_plain_value(path, "param_groups") == groups
 
 
 def test_a_compressed_archive_is_refused_wherever_it_lies(tmp_path: Path) -> None:

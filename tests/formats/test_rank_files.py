@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType, fully_shard
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from shardsmith.errors import CheckpointError, IncompleteCheckpointError
 from shardsmith.formats.by_path import detect_checkpoint_format, model_names, open_source
+from shardsmith.formats.torch_files.files import read_torch_file
 from shardsmith.tensors.tensors import read_tensor
 from tests.ranks import run_on_ranks
 
@@ -194,3 +196,47 @@ def test_files_of_two_saves_are_not_mixed(tmp_path: Path) -> None:
     (folder / VERL.format(size=4, rank=0)).write_bytes((folder / VERL.format(size=2, rank=0)).read_bytes())
     with pytest.raises(IncompleteCheckpointError, match="several saves are mixed"):
         open_source(folder)
+
+
+def run_odd_meshes(directory: Path) -> None:
+    """A DTensor each, whose mesh says something else of its layout than torch does."""
+    kinds: dict[str, Any] = {
+        "whole": None,
+        "numbers": (2,),
+        "texts": ("shape",),
+        "dicts": ({"shape": (1,)},),
+        "dtensors": (DTensor,),
+        "no shape": (_with(stride=(1,)),),
+        "a shape that is a text": (_with(shape="1"),),
+        "a shape below zero": (_with(shape=(-1,)),),
+        "nothing": (_with(),),
+    }
+    for name, axes in kinds.items():
+        mesh = init_device_mesh("cpu", (1,))
+        if axes is not None:
+            object.__setattr__(mesh._layout, "axes", axes)
+        made = distribute_tensor(torch.arange(6.0).view(2, 3), init_device_mesh("cpu", (1,)), [Shard(0)])
+        made._spec = replace(made._spec, mesh=mesh)
+        torch.save({"w": made}, directory / f"{name}.pt")
+
+
+def _with(**state: Any) -> Any:
+    """An axis of a mesh with other attributes than it should have."""
+    from torch.distributed._mesh_layout import _FlatLayout
+
+    axis = object.__new__(_FlatLayout)
+    for name, value in state.items():
+        object.__setattr__(axis, name, value)
+    return axis
+
+
+def test_odd_layouts_of_a_mesh_are_errors_of_ours(tmp_path: Path) -> None:
+    if not hasattr(pytest.importorskip("torch.distributed._mesh_layout"), "_FlatLayout"):
+        pytest.skip("this torch pickles a mesh in another way")
+    run_on_ranks(run_odd_meshes, 1, tmp_path, tmp_path)
+    assert read_torch_file(tmp_path / "whole.pt").keys() == {("w",)}
+    odd = [path for path in tmp_path.glob("*.pt") if path.name != "whole.pt"]
+    assert len(odd) == 8
+    for path in odd:
+        with pytest.raises(CheckpointError):
+            read_torch_file(path)

@@ -59,6 +59,7 @@ _SHARD_PLACE = Name("torch.distributed._shard.metadata", "ShardMetadata")
 _SHARDED_FACTS = Name("torch.distributed._shard.sharded_tensor.metadata", "ShardedTensorMetadata")
 _DTENSORS = {Name("torch.distributed.tensor", "DTensor"), Name("torch.distributed._tensor.api", "DTensor")}
 _MESH = Name("torch.distributed.device_mesh", "DeviceMesh")
+_LAYOUTS = {Name("torch.distributed._mesh_layout", name) for name in ("_FlatLayout", "_MeshLayout")}
 _SPECS = {
     Name("torch.distributed.tensor._dtensor_spec", "DTensorSpec"),
     Name("torch.distributed._tensor.placement_types", "DTensorSpec"),
@@ -78,8 +79,6 @@ _BESIDE = {  # what sharded tensors carry with them and we have no use for
     Name("torch.distributed._shard.sharded_tensor.metadata", "TensorProperties"),
     Name("torch.distributed._shard.sharding_spec.chunk_sharding_spec", "ChunkShardingSpec"),
     Name("torch.distributed._shard.sharding_spec.api", "EnumerableShardingSpec"),
-    Name("torch.distributed._mesh_layout", "_FlatLayout"),
-    Name("torch.distributed._mesh_layout", "_MeshLayout"),
     Name("torch.distributed.tensor._dtensor_spec", "ShardOrderEntry"),
     Name("torch.distributed.tensor._dtensor_spec", "TensorMeta"),
     Name("torch.distributed._tensor.placement_types", "TensorMeta"),
@@ -89,6 +88,7 @@ _BESIDE = {  # what sharded tensors carry with them and we have no use for
 _NAMES = (
     TENSOR_NAMES
     | _DTENSORS
+    | _LAYOUTS
     | _SPECS
     | _SPLIT
     | _STRIDED
@@ -131,18 +131,22 @@ def read_plain(data: bytes, path: Path, key: str) -> object:
     items = state.items if type(state) is Made and state.of == ORDERED_DICT else state
     if type(items) is not dict:
         raise UnusualPickleError("it holds no dict")
-    return _plain(items.get(key), len(data), 0)
+    # As above: what is shared counts as often as it is there, so that it cannot grow with the depth.
+    return _plain(items.get(key), iter(range(len(data))), 0)
 
 
-def _plain(value: object, budget: int, depth: int) -> Any:
+def _plain(value: object, budget: Iterator[int], depth: int) -> Any:
+    """``budget`` gives one item for each value that may be made."""
+    if next(budget, None) is None:
+        raise UnusualPickleError("it is made of more values than its pickle has bytes")
     if value is None or type(value) in (bool, int, float, str):
         return value
     if depth > MAX_DEPTH:
         raise UnusualPickleError("its parts contain each other in a cycle")
     items: Any = value.items if type(value) is Made and value.of == ORDERED_DICT else value
-    if type(items) is dict and len(items) <= budget:
+    if type(items) is dict and not any(type(key) is Made for key in items):
         return {_plain(key, budget, depth + 1): _plain(inner, budget, depth + 1) for key, inner in items.items()}
-    if isinstance(items, list | tuple) and type(items) in (list, tuple) and len(items) <= budget:
+    if isinstance(items, list | tuple) and type(items) in (list, tuple):
         return type(items)(_plain(inner, budget, depth + 1) for inner in items)
     raise UnusualPickleError("it holds a value of an unknown type")
 
@@ -167,11 +171,13 @@ def _saved(value: object) -> SavedState | None:
     if type(value) is not Made or value.of != _FROM_TYPE or len(value.args) != 4:
         return None
     _, kind, _, state = value.args
+    if type(kind) is not Name:
+        raise UnusualPickleError("holds a nameless tensor")
     if kind == _SHARDED:
         return _sharded_tensor(state)
     if kind in _DTENSORS:
         return _dtensor(state)
-    raise UnusualPickleError(f"holds a {kind.name if type(kind) is Name else 'nameless'} tensor")
+    raise UnusualPickleError(f"holds a {kind.name} tensor")
 
 
 def _sharded_tensor(state: object) -> SavedState:
@@ -276,7 +282,7 @@ def _mesh_sizes(mesh: dict[object, object]) -> Shape:
     layout = mesh.get("_layout")
     fields = layout.state if type(layout) is Made else None
     if type(fields) is dict and type(axes := fields.get("axes")) is tuple:
-        return tuple(math.prod(_numbers(axis.state["shape"])) for axis in axes)
+        return tuple(math.prod(_numbers(_fields(axis, _LAYOUTS).get("shape"))) for axis in axes)
     return _numbers(fields.get("shape") if type(fields) is dict else None)
 
 
