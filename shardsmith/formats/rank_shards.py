@@ -27,6 +27,9 @@ from shardsmith.errors import CheckpointNotFoundError, CorruptCheckpointError, U
 from shardsmith.formats.safetensors_files.source import SafetensorsSource
 from shardsmith.formats.torch_files.files import HeldTensor, MergedTensor, merge_ranks
 from shardsmith.formats.torch_files.source import TorchSource
+from shardsmith.ground.json_budget import require_json_budget
+from shardsmith.manifest.fields import shape as shape_of
+from shardsmith.manifest.fields import typed
 from shardsmith.manifest.metadata import CheckpointMetadata, read_metadata
 from shardsmith.tensors.checkpoint_keys import KeyPath
 from shardsmith.tensors.tensors import Chunk, read_tensor
@@ -117,19 +120,25 @@ def _read(path: Path, objects: set[str]) -> dict[KeyPath, HeldTensor]:
     (header,) = source.headers.values()
     found: dict[KeyPath, HeldTensor] = {}
     try:
-        parts = json.loads(header.metadata[HEADER_KEY])
-        for name, (key, offsets, sizes, shape, is_object) in parts.items():
-            objects |= {key} if is_object else set()
+        text = header.metadata[HEADER_KEY]
+        require_json_budget(text.encode())
+        for name, described in typed(json.loads(text), dict).items():
+            key, *box_and_shape, is_object = typed(described, list)
+            offsets, sizes, shape = map(shape_of, box_and_shape)
+            objects |= {typed(key, str)} if typed(is_object, bool) else set()
             spec = source.specs[name]
-            box = Chunk(tuple(offsets), tuple(sizes))
-            if spec.shape != box.sizes:
-                raise ValueError(f"{name} is {spec.shape}, not {box.sizes}")
+            box = Chunk(offsets, sizes)
+            if spec.shape != sizes:
+                raise ValueError(f"{name} is {spec.shape}, not {sizes}")
+            if any(start + size > extent for start, size, extent in zip(offsets, sizes, shape, strict=True)):
+                raise ValueError(f"{name} is said to be {box}, which is not within {shape}")
             # A tensor may be in several parts of one file; a box without elements only says shape and dtype.
             mine = [(box, source.stored(name))] if box.numel else []
             held = found.get((key,))
             before = held.parts if held else ()
-            found[(key,)] = HeldTensor(tuple(shape), spec.dtype, (*before, *mine), True)
-    except (KeyError, TypeError, ValueError) as error:
+            found[(key,)] = HeldTensor(shape, spec.dtype, (*before, *mine), True)
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        source.close()
         raise CorruptCheckpointError(path, f"does not say what it holds: {type(error).__name__}: {error}") from error
     return found
 

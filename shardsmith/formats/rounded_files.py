@@ -150,10 +150,12 @@ def _read_exceptions(folder: Path, specs: Mapping[str, TensorSpec]) -> dict[str,
             for name in (one.removesuffix(_AT) for one in source.specs if one.endswith(_AT)):
                 # Bounds what is decompressed: 8 and 2 bytes for each element at most; none for an unknown tensor.
                 most = specs[name].numel if name in specs else 0
-                steps: _Indices = np.frombuffer(_unpack(source, name + _AT, 8 * most), np.int64)
-                corrections: _Corrections = np.frombuffer(_unpack(source, name + _BY, 2 * most), np.uint16)
+                steps: _Indices = np.frombuffer(_unpack(source, name + _AT, most, 8), np.int64)
+                corrections: _Corrections = np.frombuffer(_unpack(source, name + _BY, most, 2), np.uint16)
                 indices = np.cumsum(steps)
-                if len(indices) != len(corrections) or (steps < 0).any() or indices[-1:].sum() >= max(most, 1):
+                # A sum that is too large for int64 becomes negative first.
+                is_sorted = (steps >= 0).all() and (indices >= 0).all()
+                if len(indices) != len(corrections) or not is_sorted or indices[-1:].sum() >= max(most, 1):
                     raise CorruptCheckpointError(path, f"{name}: its exceptions are none of such a tensor")
                 found.setdefault(name, []).append((indices, corrections))
     return {name: _joined(parts) for name, parts in found.items()}
@@ -169,14 +171,17 @@ def _pack(values: npt.NDArray[np.int64] | npt.NDArray[np.uint16]) -> Tensor:
     return torch.frombuffer(bytearray(zlib.compress(values.tobytes(), 1)), dtype=torch.uint8)
 
 
-def _unpack(source: SafetensorsSource, name: str, most: int) -> bytes:
-    """Raises CorruptCheckpointError if it is more than ``most`` bytes, or cannot be read."""
+def _unpack(source: SafetensorsSource, name: str, most: int, width: int) -> bytes:
+    """Raises CorruptCheckpointError if it is not up to ``most`` numbers of ``width`` bytes, or cannot be read."""
+    most *= width
+    if name not in source.specs or source.specs[name].dtype != torch.uint8:
+        raise CorruptCheckpointError(source.path, f"{name} is missing, or not made of bytes")
     try:
         unpacker = zlib.decompressobj()
         # One byte more than allowed is enough to see that there are too many.
         data = unpacker.decompress(read_tensor(source, name).numpy().tobytes(), most + 1)
     except zlib.error as error:
         raise CorruptCheckpointError(source.path, f"{name} cannot be read: {error}") from error
-    if len(data) > most or len(data) % 2 or not unpacker.eof:
+    if len(data) > most or len(data) % width or not unpacker.eof:
         raise CorruptCheckpointError(source.path, f"{name} is not of such a tensor")
     return data

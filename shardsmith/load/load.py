@@ -310,9 +310,7 @@ def _changes(repaired: Sequence[str], loaded: bool) -> str:
         return ""
     if not repaired:
         return "Nothing was changed. "
-    return (
-        f"Only {len(repaired)} buffers were changed ({repaired[0]}, ...): they have the values of the reference now. "
-    )
+    return f"Only {len(repaired)} buffers were changed ({repaired[0]}, ...); they equal the reference now. "
 
 
 def _error(path: Path, faults: Sequence[LoadFault], state: str) -> InitialLoadError:

@@ -5,20 +5,25 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import zlib
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import xxhash
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.multiprocessing import ProcessExitedException
 
 from shardsmith.commands.to_dcp import to_dcp
-from shardsmith.errors import UsageError
+from shardsmith.errors import CorruptCheckpointError, UsageError
 from shardsmith.formats.by_path import open_source
-from shardsmith.ground.layout import REST_FOLDER
+from shardsmith.ground.layout import METADATA_FILE, REST_FOLDER
 from shardsmith.hooks import EMA, Hooks, ShardedSave, at
 from shardsmith.manifest.checkpoints import find_damage, find_foreign_files
-from shardsmith.manifest.metadata import read_metadata
+from shardsmith.manifest.metadata import FileRecord, read_metadata
 from shardsmith.run_state import weight_files
 from shardsmith.tensors.tensors import Chunk, Shape, read_into, read_tensor
 from tests.hooks.live_models import STEP, Case, build, shard
@@ -198,6 +203,39 @@ def test_a_step_with_damaged_exceptions_is_not_resumed_from(tmp_path: Path) -> N
     nn.init.zeros_(model.weight)
     assert save.resume() == 1
     assert (model.weight == 1.01171875).all()
+
+
+def packed(data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(zlib.compress(data)), dtype=torch.uint8)
+
+
+HUGE = np.array([2**62] * 3 + [0] * 5, np.int64)
+ODD_EXCEPTIONS = {
+    "indices that end within one": {"w:at": packed(bytes(10)), "w:by": packed(bytes(2))},
+    "corrections that end within one": {"w:at": packed(bytes(8)), "w:by": packed(bytes(3))},
+    "fewer corrections": {"w:at": packed(bytes(16)), "w:by": packed(bytes(2))},
+    "no corrections": {"w:at": packed(bytes(8))},
+    "no bytes": {"w:at": torch.zeros(8, dtype=torch.bfloat16), "w:by": packed(bytes(2))},
+    "not packed": {"w:at": torch.zeros(8, dtype=torch.uint8), "w:by": packed(bytes(2))},
+    "behind its end": {"w:at": packed(np.array([64], np.int64).tobytes()), "w:by": packed(bytes(2))},
+    "an overflow": {"w:at": packed(HUGE.tobytes()), "w:by": packed(bytes(16))},
+    "of another tensor": {"v:at": packed(bytes(8)), "v:by": packed(bytes(2))},
+}
+
+
+@pytest.mark.parametrize("kind", ODD_EXCEPTIONS)
+def test_exceptions_that_make_no_sense_are_corrupt_under_right_hashes(tmp_path: Path, kind: str) -> None:
+    model = nn.ParameterDict({"w": nn.Parameter(torch.full((8, 8), 1.01171875))})
+    ShardedSave(tmp_path, model=model, when=at(1), async_mode="disabled", **BFLOAT16).save(1)
+    step = tmp_path / "step-1"
+    open_source(step).close()
+    name = f"{REST_FOLDER}/exceptions-0.safetensors"
+    save_file(ODD_EXCEPTIONS[kind], step / name)
+    metadata, data = read_metadata(step), (step / name).read_bytes()
+    record = FileRecord(size=len(data), xxh3_128=xxhash.xxh3_128_hexdigest(data))
+    (step / METADATA_FILE).write_bytes(replace(metadata, files={**metadata.files, name: record}).to_json())
+    with pytest.raises(CorruptCheckpointError, match="exceptions-0"):
+        open_source(step)
 
 
 @pytest.mark.parametrize(("live", "dtype"), [(torch.float64, "bfloat16"), (torch.float32, "float16")])
