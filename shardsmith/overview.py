@@ -130,7 +130,7 @@ class RunOverview:
 def is_run(path: Path) -> bool:
     """Return whether a directory is no checkpoint itself, and has steps in it or one level below."""
     # The cheap look first: it lists names, and a format may take opening files.
-    return path.is_dir() and any(_steps_of(path)) and detect_checkpoint_format(path).name == UNKNOWN
+    return path.is_dir() and any(step_folders(path)) and detect_checkpoint_format(path).name == UNKNOWN
 
 
 @checked
@@ -146,7 +146,7 @@ def inspect_run(path: AnyPath, *, verify: bool = False) -> RunOverview:
     """
     run = as_path(path)
     events = read_events(run)
-    steps = [_summary(run, step, folder, events, verify=verify) for step, folder in _steps_of(run)]
+    steps = [_summary(run, step, folder, events, verify=verify) for step, folder in step_folders(run)]
     if not steps:
         raise CheckpointNotFoundError(run, "has no steps, such as step-500 or checkpoint-500, in it or one level below")
     free = None if isinstance(run, RemotePath) else shutil.disk_usage(run).free
@@ -179,7 +179,7 @@ def newest_step(path: AsAnyPath, step: int | None = None) -> Path:
     # False sorts before True, so the greatest key is the newest checkpoint, or without any the newest export.
     found: dict[tuple[bool, int], Path] = {}
     refused: dict[int, str] = {}
-    for number, folder in _steps_of(path):
+    for number, folder in step_folders(path):
         # Every step is looked at, also after a complete one: they come in any order.
         if step in (None, number):
             summary = _summary(path, number, folder, (), verify=False)
@@ -191,7 +191,7 @@ def newest_step(path: AsAnyPath, step: int | None = None) -> Path:
         return found[max(found)]
     asked = "" if step is None else f" {step}"
     reasons = "".join(f"\n  step {number}: {reason}" for number, reason in sorted(refused.items()))
-    there = ", ".join(str(number) for number in sorted({number for number, _ in _steps_of(path)})) or "none"
+    there = ", ".join(str(number) for number in sorted({number for number, _ in step_folders(path)})) or "none"
     raise CheckpointNotFoundError(path, f"holds no complete checkpoint of a step{asked}; steps: {there}{reasons}")
 
 
@@ -331,7 +331,7 @@ def _pushed(events: Sequence[Mapping[str, Any]], export: Path) -> bool | None:
     return True if any(Path(one["path"]).name == export.name for one in told) else None
 
 
-def _steps_of(run: Path) -> Iterator[tuple[int, Path]]:
+def step_folders(run: Path) -> Iterator[tuple[int, Path]]:
     """Directories of steps in a folder and one level below; in any order."""
     for parent in _parents(run):
         for entry in parent.iterdir():

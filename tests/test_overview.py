@@ -256,3 +256,22 @@ def test_a_step_that_cannot_be_read_is_a_problem_and_the_others_are_listed(
         assert f"{shown}: {reason}" in capsys.readouterr().out
         assert newest_step(place) == run / "checkpoints/step-6"
         assert shardsmith("clean", place) == 0
+
+
+@pytest.mark.parametrize("options", [[], ["--step", "4"], ["--tensors"]], ids=["run", "step", "tensors"])
+@pytest.mark.parametrize("place", ["checkpoints/step-2/metadata.json", "checkpoints/step-4/page.html", "events.jsonl"])
+def test_the_page_of_a_run_overwrites_nothing_of_any_step(
+    options: list[str], place: str, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / "events.jsonl").write_text("{}")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert shardsmith("inspect", run, *options, "--html", run / place) == 2
+    assert "which is only read" in " ".join(capsys.readouterr().err.split())
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    assert shardsmith("inspect", run, *options, "--html", run / "page.html") == 0
+    assert "<html" in (run / "page.html").read_text()
+
+
+def test_tensors_are_not_listed_as_if_they_were_verified(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert shardsmith("inspect", run, "--tensors", "--verify") == 2
+    assert "--verify does not go with --tensors" in " ".join(capsys.readouterr().err.split())

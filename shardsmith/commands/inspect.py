@@ -28,7 +28,7 @@ def inspect(
 
     Args:
         checkpoint: A file or directory of any format, or the folder of a run.
-        verify: Also read every byte and compare it with the recorded hashes.
+        verify: Also read every byte and compare it with the recorded hashes. Not with --tensors.
         step: Of a run: this step's checkpoint.
         tensors: List the tensors whose names match one of these patterns, with shapes and dtypes; all without a
             pattern. Of a run: those of the newest complete checkpoint.
@@ -45,7 +45,7 @@ def inspect(
     from shardsmith.ground.remote_path import as_path
     from shardsmith.hf.hf_directory import protect
     from shardsmith.inspection import inspect_checkpoint
-    from shardsmith.overview import EVENTS_FILE, inspect_run, is_run, newest_step, read_events
+    from shardsmith.overview import EVENTS_FILE, inspect_run, is_run, newest_step, read_events, step_folders
     from shardsmith.reports.checkpoint import checkpoint_page
     from shardsmith.reports.run import run_page
     from shardsmith.tensor_listing import list_tensors
@@ -54,20 +54,23 @@ def inspect(
     html = html and as_path(html)
     if statistics and tensors is None and html is None:
         raise UsageError("--statistics needs --tensors or --html")
-    if html is not None and not is_run(checkpoint):
-        protect(html, checkpoint)
+    if verify and tensors is not None:
+        raise UsageError("--verify does not go with --tensors, which only lists: give one, then the other")
+    of_run = is_run(checkpoint)
+    if html is not None:
+        # Of a run whatever step is shown: no file of any may be overwritten by the page.
+        steps = [folder for _, folder in step_folders(checkpoint)]
+        protect(html, *([*steps, checkpoint / EVENTS_FILE] if of_run else [checkpoint]))
     # Shown in the page: the command that makes it again.
     command = ["shardsmith", "inspect", str(checkpoint), *["--verify"] * verify, *["--statistics"] * statistics]
     command += ["--html", str(html)]
     # Without these options only indexes are read, which takes no bar.
     quiet = json or not (verify or statistics)
     with console.reading_bar(checkpoint.name, quiet=quiet):
-        if is_run(checkpoint):
+        if of_run:
             if step is None and tensors is None:
                 overview = inspect_run(checkpoint, verify=verify)
                 if html is not None:
-                    # Now that the steps are known: no file of a checkpoint may be overwritten by the page.
-                    protect(html, *(checkpoint / one.path for one in overview.steps), checkpoint / EVENTS_FILE)
                     html.write_text(run_page(overview, read_events(checkpoint), command), encoding="utf-8")
                 print_overview(overview, as_json=json)
                 return 1 if overview.problems else 0
