@@ -19,7 +19,7 @@ from typing import Literal
 
 from shardsmith.checking.arguments import check_value
 from shardsmith.checking.types import AnyPath
-from shardsmith.errors import ShardsmithError, TargetExistsError, UsageError, WriteError
+from shardsmith.errors import ShardsmithError, StorageError, TargetExistsError, UsageError, WriteError
 from shardsmith.export.adapter_plan import plan_export
 from shardsmith.export.plan import ExportOptions, choose_stems
 from shardsmith.export.write import write_directories
@@ -141,7 +141,8 @@ class Watcher:
     """Exports the steps of one run folder to ``output/step-<n>``.
 
     Attributes:
-        failed: Steps that could not be exported, and why. They are left out from then on, unless it was the disk.
+        failed: Steps that could not be exported, and why. They are left out from then on, unless it was the disk or the
+            store.
     """
 
     def __init__(self, checkpoints: Path, output: Path, base: Path, options: WatchOptions) -> None:
@@ -172,10 +173,13 @@ class Watcher:
         sweep(output)
 
     def follow(self, stop: Stop, interval_secs: float) -> Iterator[Outcome]:
-        """Export what is there and what comes, until ``stop`` is set."""
+        """Export what is there and what comes, until ``stop`` is set; a look that fails is logged, and made again."""
         while not stop.is_set():
-            # A run that has not begun has no folder yet.
-            yield from self.catch_up(stop, wait_for_folder=True)
+            try:
+                # A run that has not begun has no folder yet.
+                yield from self.catch_up(stop, wait_for_folder=True)
+            except (StorageError, OSError) as error:  # of listing: what fails in an export is its outcome
+                log.warning("could not list the steps, and will try again: %s", error)
             stop.wait(interval_secs)
 
     def catch_up(self, stop: Stop, *, wait_for_folder: bool = False) -> Iterator[Outcome]:
@@ -183,6 +187,7 @@ class Watcher:
 
         Raises:
             CheckpointNotFoundError: there is no run folder, and ``wait_for_folder`` is off.
+            StorageError, OSError: the steps cannot be listed.
         """
         if not wait_for_folder and not self.checkpoints.is_dir():
             raise not_there(self.checkpoints, "directory")
@@ -221,7 +226,8 @@ class Watcher:
             # Another watcher was faster: that is what was wanted.
             if isinstance(error, TargetExistsError) and _is_export(error.path):
                 return Outcome(step=step, output=output, status="elsewhere")
-            if not held and not checkpoint.exists():
+            # A store that was away cannot be asked whether the step is there.
+            if not held and not isinstance(error, StorageError) and not checkpoint.exists():
                 return Outcome(step=step, output=output, status="gone")
             return Outcome(step=step, output=output, status="failed", error=error)
         return Outcome(step=step, output=output, status="exported", nbytes=nbytes, seconds=time.monotonic() - began)
@@ -250,7 +256,10 @@ class Watcher:
                 try:
                     if _is_export(path):
                         remove(path)
-                except WriteError as error:  # the next export tries again, or another watcher was faster
+                except (
+                    WriteError,
+                    StorageError,
+                ) as error:  # the next export tries again, or another watcher was faster
                     log.warning("could not remove an old export: %s", error)
 
 
@@ -260,6 +269,6 @@ def _is_export(path: Path) -> bool:
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether an error says nothing about the step: a full disk, a file system that was away."""
+    """Whether an error says nothing about the step: a full disk, a file system or a store that was away."""
     # Not ours, such as an OSError while reading: the disk, or a file system that was away.
-    return isinstance(error, WriteError) or not isinstance(error, ShardsmithError)
+    return isinstance(error, (WriteError, StorageError)) or not isinstance(error, ShardsmithError)

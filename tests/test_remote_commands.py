@@ -11,8 +11,12 @@ import pytest
 
 from shardsmith import inspect_checkpoint
 from shardsmith.cli import main
+from shardsmith.errors import StorageError
 from shardsmith.ground import object_store
+from shardsmith.ground.remote_path import as_path
 from shardsmith.manifest.metadata import read_metadata
+from shardsmith.watch import Stop, Watcher, WatchOptions
+from tests.faulty_proxy import Fault, Request, proxied
 from tests.object_server import ObjectServer
 from tests.trained_runs import Trained
 
@@ -181,6 +185,33 @@ def test_watch_exports_what_is_in_a_store_to_a_store(
     assert main(["inspect", object_server.url("watched"), "--verify", "--json"]) == 0
     (shown,) = json.loads(capsys.readouterr().out.splitlines()[-1])["steps"]
     assert (shown["kind"], shown["problems"]) == ("export", [])
+
+
+def test_a_store_that_was_away_costs_a_watcher_no_step(
+    object_server: ObjectServer, step: str, trained: Runs, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, number = step.rpartition("/step-")[::2]
+    with proxied(object_server) as proxy:
+        object_server.use(AWS_ENDPOINT_URL=proxy.server.endpoint)
+        watcher = Watcher(as_path(run), tmp_path / "watched", trained["qwen2", 2].base, WatchOptions())
+        listings = 0
+
+        def no_objects(request: Request, seen: int) -> Fault | None:  # noqa: ARG001
+            return "expired" if "list-type" not in request.path else None
+
+        def no_listings(request: Request, seen: int) -> Fault | None:  # noqa: ARG001
+            nonlocal listings
+            listings += "list-type" in request.path
+            return "expired" if listings <= 3 else None
+
+        proxy.fault = no_objects
+        outcomes = watcher.follow(Stop(), 0.0)
+        assert isinstance(next(outcomes).error, StorageError), "the step was listed, and could not be read"
+        proxy.fault = no_listings
+        outcome = next(outcomes)
+    assert "could not list the steps" in caplog.text
+    assert (outcome.step, outcome.status) == (int(number), "exported")
+    assert watcher.failed == {}
 
 
 def test_the_place_of_a_run_is_inspected_and_cleaned(
