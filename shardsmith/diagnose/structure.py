@@ -27,7 +27,12 @@ _HEADS = {
 _HEAD_NORM = frozenset({"ln.weight", "ln.bias"})
 _TITAN_NAME = re.compile(r"(^|\.)(tok_embeddings|attention\.wq|attention\.qkv_linear|feed_forward\.w1)\.")
 _TITAN_HINT = ". The names are those of TorchTitan's own models: say which, with --titan-model and --titan-flavor"
-_SIBLING = re.compile(r"(?:step|checkpoint)-([0-9]+)")
+_SIBLING = re.compile(r"(?P<word>step|checkpoint)-(?P<step>[0-9]+)")
+# TorchTitan searches names for the pattern, so that hf-export-step-500 counts as step 500; Trainer wants a whole name.
+_NEWER = {
+    "step": re.compile(r"step-([0-9]+)"),
+    "checkpoint": re.compile(r"(?:step-|^checkpoint-(?=[0-9]+$))([0-9]+)"),
+}
 
 
 def look_at_structure(subject: Subject, wanted: Layout | None = None) -> Looked:
@@ -67,11 +72,11 @@ def newer_steps(checkpoint: Path) -> Iterator[Finding]:
     place = checkpoint.resolve()
     # Only for a checkpoint to start from: a later step is meant to have others beside it.
     mine = _SIBLING.fullmatch(place.name)
-    if mine is None or int(mine[1]) != 0:
+    if mine is None or int(mine["step"]) != 0:
         return
-    names = sorted(path.name for path in place.parent.iterdir() if path.is_dir())
-    # TorchTitan searches names for the pattern, so that hf-export-step-500 counts as step 500.
-    higher = [name for name in names if (step := re.search(r"step-([0-9]+)", name)) and int(step[1]) > 0]
+    found = ((_NEWER[mine["word"]].search(path.name), path.name) for path in place.parent.iterdir() if path.is_dir())
+    # By number: as text, step-500 comes after step-1000.
+    higher = [name for step, name in sorted((int(match[1]), name) for match, name in found if match) if step > 0]
     if higher:
         yield one("newer-step-beside", higher, f"{place.name} is the newest step", f"{higher[-1]} is")
 

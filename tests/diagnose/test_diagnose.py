@@ -314,13 +314,25 @@ def test_the_wrong_layout_is_found_where_the_wanted_one_is_known(
     assert codes(diagnose(checkpoint, olmo.base, Questions(level="structure", layout=wanted))) == {"wrong-layout"}
 
 
-@pytest.mark.parametrize("other", ["step-1", "hf-export-step-500"])
-def test_a_newer_step_beside_an_initial_one_is_found(other: str, olmo: Specimen, tmp_path: Path) -> None:
-    checkpoint = save_sharded(olmo.state, tmp_path / "step-0", 2)
+@pytest.mark.parametrize(
+    ("mine", "others"),
+    [
+        ("step-0", ["step-1"]),
+        ("step-0", ["hf-export-step-500"]),
+        ("step-0", ["step-500", "step-1000"]),
+        ("checkpoint-0", ["checkpoint-500", "checkpoint-1000"]),
+    ],
+)
+def test_a_newer_step_beside_an_initial_one_is_found(
+    mine: str, others: list[str], olmo: Specimen, tmp_path: Path
+) -> None:
+    checkpoint = save_sharded(olmo.state, tmp_path / mine, 2)
     assert structure(checkpoint, olmo).faults == ()
-    (tmp_path / other).mkdir()
+    for other in others:
+        (tmp_path / other).mkdir()
     (finding,) = structure(checkpoint, olmo).faults
-    assert (finding.code, finding.where) == ("newer-step-beside", (other,))
+    assert (finding.code, finding.where) == ("newer-step-beside", tuple(others))
+    assert finding.found == f"{others[-1]} is"
 
 
 def test_a_hole_in_the_chunks_is_found(good: Path, olmo: Specimen) -> None:
