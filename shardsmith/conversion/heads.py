@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib
 import json
 import math
@@ -94,17 +95,22 @@ def make_head(name: str, make: Callable[[], nn.Module], seed: int, dtype: torch.
     """Make a module with random numbers of its own, of which nobody else's change.
 
     Args:
-        name: Name of the head; its random numbers depend on it.
+        name: Name of the head.
         make: Makes the module.
-        seed: Seed of the random numbers.
+        seed: Seed of the random numbers, which depend on it and on the name.
         dtype: Of its floating-point tensors; None keeps theirs.
     """
     # On the CPU, so that the values are the same on every machine; the caller's own random numbers go on as before.
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(_seed_of(name, seed))  # ``torch.manual_seed`` seeds accelerators, too
         state = make().state_dict()
     # Contiguous and on the CPU: the bytes are written from this memory as they lie.
     return Head(name, {key: _cast(value.detach().cpu().contiguous(), dtype) for key, value in state.items()})
+
+
+def _seed_of(name: str, seed: int) -> int:
+    """63 bits, so that two heads of one shape do not begin with equal numbers."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "big") >> 1
 
 
 def parse_extra_module(text: str) -> tuple[str, Callable[[], nn.Module]]:

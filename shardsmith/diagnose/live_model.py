@@ -119,7 +119,8 @@ class LiveModel:
     def answer(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """The logits of any kind of model, or else the first tensor of its output, in float32; always the same ones."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # some models draw what to mask
+            # Some models draw what to mask. ``torch.manual_seed`` would seed accelerators, too, for good.
+            torch.default_generator.manual_seed(0)
             try:
                 output = self.module(**inputs)
             except Exception as error:

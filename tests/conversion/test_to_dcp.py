@@ -23,6 +23,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from shardsmith.cli import main
 from shardsmith.conversion import write_plan
+from shardsmith.conversion.heads import make_head
 from shardsmith.formats.dcp.source import DcpSource
 from shardsmith.ground.commit import sweep
 from shardsmith.manifest.initial import config_hash
@@ -208,6 +209,25 @@ def test_a_future_predictor_lies_beside_the_model_and_is_seeded(
     places = ["--checkpoint_dir", output, "--output_dir", tmp_path / "hf", "--base_model_path", models / "olmo2"]
     assert main(["to-hf", *map(str, places), "--dtype", "original", "--quiet"]) == 0  # the heads are recorded
     assert_same(load_file(tmp_path / "hf" / "model.safetensors"), load_file(models / "olmo2" / "model.safetensors"))
+
+
+def test_random_numbers_of_a_head_depend_on_its_name_and_seed_and_leave_all_others_as_they_were() -> None:
+    def accelerators() -> object:
+        """What is drawn there next: the generators, or the seeds that wait for a device to be used first."""
+        if torch.cuda.is_initialized():
+            return [state.tolist() for state in torch.cuda.get_rng_state_all()]
+        return list(torch.cuda._lazy_seed_tracker.get_calls())
+
+    before = torch.get_rng_state(), accelerators()
+    made = {
+        key: make_head(key[0], lambda: nn.Linear(5, 5), key[1], None).tensors["weight"]
+        for key in [("a", 0), ("b", 0), ("a", 1)]
+    }
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert before[1] == accelerators()
+    assert len({tuple(values.flatten().tolist()) for values in made.values()}) == 3
+    again = make_head("a", lambda: nn.Linear(5, 5), 0, None)
+    assert torch.equal(again.tensors["weight"], made["a", 0])
 
 
 def test_a_class_that_calls_its_width_otherwise_has_a_head_as_wide(tmp_path: Path, output: Path) -> None:
