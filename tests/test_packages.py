@@ -53,7 +53,7 @@ OPTIONAL = {
     "torchtitan",
     "transformers",
 }
-OPTIONAL |= {"huggingface_hub", "tokenizers", "tensorboard"}  # which come with others
+OPTIONAL |= {"fsspec", "huggingface_hub", "tokenizers", "tensorboard"}  # which come with others
 """What is imported only where a user has it."""
 
 
