@@ -69,4 +69,6 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     if one.is_contiguous() and other.is_contiguous():
         difference: int = _compare(one.data_ptr(), other.data_ptr(), one.nbytes)
         return difference == 0
+    if one.dtype is torch.complex128:  # there is no integer of 16 bytes: its two halves are compared
+        one, other = (torch.view_as_real(tensor.detach().resolve_conj()) for tensor in (one, other))
     return torch.equal(as_integers(one), as_integers(other))

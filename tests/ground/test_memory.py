@@ -15,7 +15,10 @@ from shardsmith.tensors.checksums import crc32
 
 
 @pytest.mark.parametrize("contiguous", [True, False])
-@pytest.mark.parametrize("dtype", [torch.bool, torch.float8_e4m3fn, torch.bfloat16, torch.float32, torch.int64])
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.bool, torch.float8_e4m3fn, torch.bfloat16, torch.float32, torch.int64, torch.complex64, torch.complex128],
+)
 def test_one_bit_makes_a_difference_wherever_it_is(dtype: torch.dtype, contiguous: bool) -> None:
     bits = torch.arange(64 * 8, dtype=torch.int64).view(torch.uint8).reshape(64, 64) % 2
     one = bits.view(dtype) if contiguous else bits.view(dtype).t()
