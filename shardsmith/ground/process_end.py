@@ -33,6 +33,7 @@ _WORKER = "pt_gloo_runloop"  # torch's name of the threads that run Gloo's colle
 _LOOK_SECS = 0.02  # longer than a thread waits before it asks for the GIL again, so one that waits is seen to move
 _IDLE_SECS = 10.0
 _ANSWER_SECS = 10.0
+_LONGEST_SECS = 1e9  # 30 years; threads cannot be waited for much longer, nor for ever
 _DESTROY_SECS = 300.0
 """For the groups themselves, which take seconds; NCCL's of many hosts perhaps a minute."""
 
@@ -49,10 +50,12 @@ def finish(timeout_secs: float = 60.0) -> None:
             and the stacks of its threads.
 
     Raises:
-        UsageError: ``timeout_secs`` is no number above 0.
+        UsageError: ``timeout_secs`` is no number above 0, or more than 1e9.
     """
-    if not isinstance(timeout_secs, int | float) or isinstance(timeout_secs, bool) or not timeout_secs > 0:
-        raise UsageError(f"finish: timeout_secs={repr(timeout_secs)[:80]}: a number of seconds above 0 is expected")
+    is_number = isinstance(timeout_secs, int | float) and not isinstance(timeout_secs, bool)
+    if not is_number or not 0 < timeout_secs <= _LONGEST_SECS:
+        wanted = f"a number of seconds above 0 is expected, {_LONGEST_SECS:g} at most"
+        raise UsageError(f"finish: timeout_secs={repr(timeout_secs)[:80]}: {wanted}")
     if not (dist.is_available() and dist.is_initialized()):
         return
     meet(f"shardsmith/finish/{next(_numbers)}", timeout_secs)

@@ -7,12 +7,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import ProcessExitedException
 
+from shardsmith.errors import UsageError
 from shardsmith.ground import process_end
 from shardsmith.hooks import finish
 from tests.ranks import run_on_ranks
@@ -29,6 +31,12 @@ def run_finish() -> None:
 
 def test_every_group_is_ended_once(tmp_path: Path) -> None:
     run_on_ranks(run_finish, 3, tmp_path)
+
+
+@pytest.mark.parametrize("secs", [0, -1.0, float("inf"), float("nan"), 1e300, 10**400, True, "60"])
+def test_a_time_that_cannot_be_waited_is_refused_also_without_a_process_group(secs: Any) -> None:
+    with pytest.raises(UsageError, match=r"finish: timeout_secs=.*: a number of seconds above 0 .* 1e\+09 at most"):
+        finish(secs)
 
 
 def run_without_the_last(limit: float) -> None:
