@@ -69,6 +69,7 @@ def to_dcp(
 
     from shardsmith.conversion.early_writing import early_writing
     from shardsmith.conversion.model_directory import find_model
+    from shardsmith.errors import UsageError
     from shardsmith.ground import console
     from shardsmith.ground.remote_path import as_path
     from shardsmith.tensors.dtypes import parse_dtypes
@@ -76,6 +77,21 @@ def to_dcp(
     output_dir = as_path(output_dir)
     if whole:
         # Another kind of conversion: tensors, names and dtypes stay as the step has them.
+        ignored = {
+            "--trust-remote-code": trust_remote_code,
+            "--dtype": dtype != "original",
+            "--layout": layout != "flat",
+            "--titan-model": titan_model is not None,
+            "--titan-flavor": titan_flavor is not None,
+            "--include-future-predictor": include_future_predictor,
+            "--future-predictor-head-type": future_predictor_head_type != "linear",
+            "--future-predictor-version": future_predictor_version != "1",
+            "--extra-module": bool(extra_module),
+            "--imports": bool(imports),
+            "--seed": seed != 0,
+        }
+        if given := [name for name, is_given in ignored.items() if is_given]:
+            raise UsageError(f"{', '.join(given)}: not with --whole, which writes the step as it is")
         return _whole(as_path(base_model), output_dir, dry_run=dry_run, quiet=quiet, as_json=json)
     import_modules(imports)
     choice = parse_dtypes(dtype)

@@ -156,7 +156,7 @@ CODES: dict[str, Code] = {
     "initial-load-off": Code(
         "error",
         "ln(vocabulary): nothing is loaded",
-        "enable checkpointing and set initial_load_path; what the command line adds goes to --training_flags",
+        "enable checkpointing and set initial_load_path; what the command line adds goes to --training-flags",
     ),
     "initial-load-skipped": Code(
         "error",

@@ -48,7 +48,7 @@ class TrainingSettings:
         ``section.name=value``, or ``section.name`` and ``section.no-name`` for what is on and off.
 
         Raises:
-            UsageError: one is no such flag.
+            UsageError: one is no such flag, or is of a section that the file has as a value.
         """
         # Copies of the tables: those of ``self`` stay as the file has them.
         content = {name: dict(value) if isinstance(value, Mapping) else value for name, value in self.content.items()}
@@ -64,7 +64,10 @@ class TrainingSettings:
                 # Both sides use the old ``name``.
                 name, value = name.removeprefix("no-"), str(not name.startswith("no-"))
             known = {"true": True, "false": False}
-            content.setdefault(section, {})[name.replace("-", "_")] = known.get(value.lower(), value)
+            table = content.setdefault(section, {})
+            if not isinstance(table, dict):
+                raise UsageError(f"--training-flags {flag}: in {self.file} {section} is {table!r}, and no section")
+            table[name.replace("-", "_")] = known.get(value.lower(), value)
         return TrainingSettings(self.file, content)
 
     @property

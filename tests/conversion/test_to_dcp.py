@@ -610,3 +610,12 @@ def test_the_models_own_code_is_run_if_that_is_asked_for(tmp_path: Path, output:
     assert initial is not None
     assert initial.model_class == "Model"
     assert initial.buffers["scale"].shape == (2,)
+
+
+def test_options_that_a_whole_step_would_not_heed_are_refused_by_name(
+    models: Path, output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = ["--base-model", str(models / "olmo2"), "--output-dir", str(output)]
+    assert main(["to-dcp", *places, "--whole", "--dtype", "float32", "--layout", "nested", "--seed", "1"]) == 2
+    assert "--dtype, --layout, --seed: not with --whole" in " ".join(capsys.readouterr().err.split())
+    assert not output.exists()

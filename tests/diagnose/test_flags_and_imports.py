@@ -119,6 +119,13 @@ def test_a_flag_says_which_checkpoint_the_trainer_loads(tmp_path: Path, capsys: 
     assert codes["other"] - codes["right"] == {"another-checkpoint-loaded"}
 
 
+def test_a_flag_of_a_section_that_is_a_value_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "train.toml").write_text("checkpoint = 5")
+    settings = TrainingSettings.read(tmp_path / "train.toml")
+    with pytest.raises(UsageError, match=r"checkpoint\.enable: in .* checkpoint is 5, and no section"):
+        settings.with_flags(["--checkpoint.enable"])
+
+
 def test_weights_of_no_known_class_still_compare(tmp_path: Path) -> None:
     """Without the package that has the class, names and values are compared, and it is said that nothing was run."""
     weights = {"a.weight": torch.ones(4, 4)}
