@@ -275,3 +275,13 @@ def test_the_page_of_a_run_overwrites_nothing_of_any_step(
 def test_tensors_are_not_listed_as_if_they_were_verified(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert shardsmith("inspect", run, "--tensors", "--verify") == 2
     assert "--verify does not go with --tensors" in " ".join(capsys.readouterr().err.split())
+
+
+def test_statistics_of_what_has_no_finite_element_are_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dcp.save({"nan": torch.full((3,), torch.nan), "one": torch.ones(2)}, checkpoint_id=tmp_path / "dcp")
+    capsys.readouterr()
+    assert shardsmith("inspect", tmp_path / "dcp", "--tensors", "--statistics", "--json") == 0
+    found = json.loads(capsys.readouterr().out, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    stats = {one["name"]: one["statistics"] for one in found["tensors"]}
+    assert (stats["nan"]["minimum"], stats["nan"]["std"], stats["nan"]["not_finite"]) == (None, None, 3)
+    assert (stats["one"]["maximum"], stats["one"]["zeros"]) == (1.0, 0)

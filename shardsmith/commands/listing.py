@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -122,8 +123,8 @@ def _sum(overview: RunOverview) -> str:
 def print_tensors(checkpoint: Path, tensors: Sequence[ListedTensor], *, as_json: bool) -> None:
     """A row for each tensor."""
     if as_json:
-        listed = [dataclasses.asdict(tensor) for tensor in tensors]
-        print(json.dumps({"path": str(checkpoint), "tensors": listed}))
+        listed = [{**dataclasses.asdict(one), "statistics": _plain(one.statistics)} for one in tensors]
+        print(json.dumps({"path": str(checkpoint), "tensors": listed}, allow_nan=False))
         return
     console = new_console()
     console.print(printable(str(checkpoint)))
@@ -136,8 +137,15 @@ def print_tensors(checkpoint: Path, tensors: Sequence[ListedTensor], *, as_json:
         values = _values(tensor.statistics) if read else ()
         table.add_row(tensor.model, printable(tensor.name), shape, tensor.dtype, size, *values)
     console.print(table)
-    elements = sum(tensor.nbytes for tensor in tensors)
-    console.print(f"{len(tensors)} tensors, {size_text(elements)}")
+    nbytes = sum(tensor.nbytes for tensor in tensors)
+    console.print(f"{len(tensors)} tensors, {size_text(nbytes)}")
+
+
+def _plain(found: Statistics | None) -> dict[str, float | None] | None:
+    """With null for what is no finite number, for which JSON has no word."""
+    if found is None:
+        return None
+    return {name: value if math.isfinite(value) else None for name, value in dataclasses.asdict(found).items()}
 
 
 def _values(found: Statistics | None) -> tuple[str | Text, ...]:
