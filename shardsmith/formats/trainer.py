@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -83,26 +84,34 @@ def trainer_reader(readers: Sequence[FormatReader]) -> FormatReader:
 
 
 def _open_average(path: Path, main: ModelSource, tied: Mapping[str, str]) -> ModelSource:
-    """What the average does not cover (frozen weights, buffers) comes from the trainer's own files."""
-    ours = DcpSource(companion_of(path))
-    averages = {
-        key.removeprefix(layout.EMA_PREFIX): key for key in ours.index.tensors if key.startswith(layout.EMA_PREFIX)
-    }
-    if not averages:
-        raise CheckpointNotFoundError(path, "has no average")
-    theirs = _as_in_memory(path, main, averages, tied)
-    # In the trainer's order; what only the average has comes last.
-    names = dict.fromkeys([*theirs.specs, *averages])
-    aliases = {alias: kept for alias, kept in tied.items() if kept in names}
-    filled = frozenset(name for name in theirs.specs if name not in averages and name not in aliases)
-    keys = {
-        name: f"ours/{averages[name]}" if name in averages else f"theirs/{name}"
-        for name in names
-        if name not in aliases
-    }
-    # Prefixes keep names apart that both sources have.
-    joined = JoinedSource(path, {"ours/": ours, "theirs/": theirs})
-    return ModelSource(joined, keys, filled=filled, aliases=aliases)
+    """What the average does not cover (frozen weights, buffers) comes from the trainer's own files.
+
+    ``main`` is closed with the average, or if that cannot be opened.
+    """
+    with contextlib.ExitStack() as opened:
+        opened.callback(main.close)
+        ours = DcpSource(companion_of(path))
+        opened.callback(ours.close)
+        averages = {
+            key.removeprefix(layout.EMA_PREFIX): key for key in ours.index.tensors if key.startswith(layout.EMA_PREFIX)
+        }
+        if not averages:
+            raise CheckpointNotFoundError(path, "has no average")
+        theirs = _as_in_memory(path, main, averages, tied)
+        # In the trainer's order; what only the average has comes last.
+        names = dict.fromkeys([*theirs.specs, *averages])
+        aliases = {alias: kept for alias, kept in tied.items() if kept in names}
+        filled = frozenset(name for name in theirs.specs if name not in averages and name not in aliases)
+        keys = {
+            name: f"ours/{averages[name]}" if name in averages else f"theirs/{name}"
+            for name in names
+            if name not in aliases
+        }
+        # Prefixes keep names apart that both sources have.
+        joined = JoinedSource(path, {"ours/": ours, "theirs/": theirs})
+        average = ModelSource(joined, keys, filled=filled, aliases=aliases)
+        opened.pop_all()
+        return average
 
 
 def _as_in_memory(

@@ -137,7 +137,8 @@ class LiveWeights:
     def poison(self, names: frozenset[str]) -> None:
         """Overwrite these tensors, so that one that a load leaves out is found: NaN, or 0x5A in every byte.
 
-        No communication. Bools stay as they are, and so does a flat parameter of FSDP1 that holds another tensor too.
+        No communication. Bools stay as they are, and so do all flat parameters of FSDP1 in a part of the model that has
+        a tensor which is not among these.
         """
         for part, state in zip(self.parts, self._states, strict=True):
             # A flat parameter of FSDP1 holds several tensors: it is overwritten only if none of this part is spared.

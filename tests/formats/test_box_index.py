@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
 import shutil
 import struct
@@ -397,8 +398,11 @@ def test_a_shard_that_is_cut_off_is_incomplete_for_those_who_want_it(step: Path)
 def test_one_of_another_size_than_the_manifest_says_is_refused(step: Path) -> None:
     with (step / BOX_INDEX_FILE).open("ab") as file:
         file.write(b"x")
-    with pytest.raises(CorruptCheckpointError, match="expected"):
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(CorruptCheckpointError, match="expected") as caught:
         load_index(step)
+    assert caught.tb is not None, "what it has of the file is closed all the same"
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 @pytest.mark.parametrize("name", [BOX_INDEX_FILE, METADATA_FILE])

@@ -23,6 +23,7 @@ from shardsmith.errors import (
     RankFailedError,
     UsageError,
 )
+from shardsmith.formats.by_path import open_source
 from shardsmith.ground.layout import is_leftover
 from shardsmith.hooks import EMA, FolderSave, Hooks
 from shardsmith.manifest.companion import (
@@ -33,6 +34,7 @@ from shardsmith.manifest.companion import (
     read_folder_record,
 )
 from shardsmith.tensors.digest import digest_tensor
+from shardsmith.tensors.tensors import read_tensor
 from tests.hooks.training import Tiny
 from tests.ranks import run_on_ranks
 
@@ -99,6 +101,33 @@ def test_what_two_ranks_wrote_is_proved_and_loaded_by_one(tmp_path: Path) -> Non
     assert ema.updates == 1
     for name, value in ema.model_state_dict().items():
         assert torch.equal(value, expected[name])
+
+
+def open_files(folder: Path) -> list[str]:
+    """Those of a folder that this process has open or mapped."""
+    links = [Path("/proc/self/fd") / name for name in os.listdir("/proc/self/fd")]
+    found = [os.readlink(link) for link in links if link.is_symlink()]
+    return [line for line in [*found, *Path("/proc/self/maps").read_text().splitlines()] if str(folder) in line]
+
+
+def test_an_average_that_cannot_be_opened_leaves_no_file_of_the_trainer_open(tmp_path: Path) -> None:
+    model, ema, save, folder = make(tmp_path, async_mode="disabled")
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    save.save(STEP, folder)
+    save.close()
+    source = open_source(folder, "ema")
+    for name, value in ema.model_state_dict().items():
+        assert name in source.aliases or torch.equal(read_tensor(source, name), value)
+    assert open_files(folder)
+    source.close()
+    del source
+    assert not open_files(folder)
+    index = companion_of(folder) / ".metadata"
+    index.write_bytes(bytes(index.stat().st_size))
+    with pytest.raises(CorruptCheckpointError, match="metadata") as caught:
+        open_source(folder, "ema")
+    assert not open_files(folder)
+    assert caught.tb is not None, "the frames are still there, and what they hold"
 
 
 def run_save(directory: Path) -> None:

@@ -5,6 +5,7 @@ As with every index nothing in it is believed. What is wrong is an error when th
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import re
@@ -65,10 +66,14 @@ def load_index(directory: str | Path, *, follow_links: bool = False) -> DcpIndex
     if record is None or not (path / BOX_INDEX_FILE).exists():
         return read_index(path, follow_links=follow_links)
     file = MappedFile(path / BOX_INDEX_FILE, follow_links=follow_links)
-    # Only the size: the head and each block have hashes of their own, so a rank verifies what it reads of it.
-    if file.size != record.size:
-        raise CorruptCheckpointError(file.path, f"has {file.size} bytes, expected {record.size}")
-    return _BoxIndexFile(path, file, _known_blocks(path, record.xxh3_128), follow_links).index()
+    with contextlib.ExitStack() as opened:
+        opened.callback(file.close)
+        # Only the size: the head and each block have hashes of their own, so a rank verifies what it reads of it.
+        if file.size != record.size:
+            raise CorruptCheckpointError(file.path, f"has {file.size} bytes, expected {record.size}")
+        index = _BoxIndexFile(path, file, _known_blocks(path, record.xxh3_128), follow_links).index()
+        opened.pop_all()
+        return index
 
 
 def specs_of(index: DcpIndex) -> Mapping[str, TensorSpec]:

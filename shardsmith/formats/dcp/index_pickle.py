@@ -84,7 +84,7 @@ def load_dcp_index(data: bytes, path: Path, most_bytes: int = MAX_INDEX_BYTES) -
     """Return what ``.metadata`` of a DCP directory says.
 
     Every field has its exact type and every number lies in 0..2**63-1; whether they make sense together is left to
-    ``dcp_index.read_index``.
+    ``formats.dcp.index.read_index``.
 
     Args:
         data: The bytes of the file.

@@ -1,5 +1,5 @@
 """The ``torch.save`` archive of one contiguous tensor, written around bytes that pass by: the inverse of
-``torch_archive``.
+``archive``.
 
 A zip of four members, stored and not compressed: ``data.pkl`` says what the tensor looks like, ``byteorder`` and
 ``version`` say how it was written, ``data/0`` is its bytes, last and aligned. Their checksum is only known in the end;
