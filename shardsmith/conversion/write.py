@@ -94,7 +94,7 @@ def _write(
         # The child's files come first, so the numbers of the rest begin behind them.
         written, mine = done[0], range(done[1], len(plan.chunks))
     files = written.measured.files
-    if mine or not files:
+    if mine:
         rest = write_shard_files(plan.streams, plan.chunks, mine, directory, ranks.rank, progress, len(files))
         files.update(rest.measured.files)
         written.measured.digests.update(rest.measured.digests)

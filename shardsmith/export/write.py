@@ -58,7 +58,8 @@ def write_directories(
     Raises:
         CorruptCheckpointError: the checkpoint's bytes are not those that were saved, or what was written is not what
             was to be written.
-        WriteError: writing failed. No output exists, and nothing else was touched.
+        WriteError: writing failed. The first output does not exist, and nothing else was touched. Another one exists,
+            complete, only if it was visible before one that could not be made so.
         RankFailedError: one of these, with several ranks, on all of them.
     """
     with contextlib.ExitStack() as unfinished:

@@ -53,8 +53,11 @@ def check_directory(plan: DirectoryPlan, directory: Path) -> Measure:
 
 def refusal(found: ConfigFit) -> tuple[str, list[str], str]:
     """Return what an error says about a config that does not describe the tensors: summary, lines, advice."""
-    summary = f"{len(found.problems)} tensors are not as in {found.measured_by}, which config.json describes"
-    lines = [*found.problems, *(f"config.json says {key}" for key in found.keys)]
+    if found.problems:
+        summary = f"{len(found.problems)} tensors are not as in {found.measured_by}, which config.json describes"
+    else:
+        summary = f"config.json does not describe the tensors, which {found.measured_by} has with another one"
+    lines = [*(found.problems or found.changes), *(f"config.json says {key}" for key in found.keys)]
     if found.no_place and not found.keys:
         return summary, lines, drop_advice(found)
     advice = (

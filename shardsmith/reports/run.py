@@ -74,10 +74,6 @@ def _seconds(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds < 100 else f"{seconds:,.0f} s"
 
 
-def _number(value: float) -> str:
-    return f"{value:.3g}"
-
-
 def _points(events: Events, field: str) -> list[Point]:
     return [
         # Failed ones as well: a point says how long it took until the failure.

@@ -25,7 +25,10 @@ from shardsmith.errors import MismatchError
 from shardsmith.export.check import ExportCheck
 from shardsmith.export.plan import ExportOptions, choose_stems, plan_directory
 from shardsmith.export.write import write_directories
+from shardsmith.hf.config_fit import fit_config
+from shardsmith.hf.directory_check import refusal
 from shardsmith.hooks import HFExport, Hooks, every
+from shardsmith.tensors.tensors import TensorSpec
 
 AS_STORED = ExportOptions(dtype=None)
 
@@ -355,3 +358,15 @@ def test_what_the_class_ties_is_written_once(family: str, tmp_path: Path) -> Non
         assert_loads(directory, state, kind)
         theirs = load_file(tmp_path / "base" / "model.safetensors")
         assert load_file(directory / "model.safetensors").keys() == theirs.keys()
+
+
+def test_a_config_that_would_have_to_change_is_refused_with_what_would_change() -> None:
+    model = llama()
+    specs = {name: TensorSpec(name, tuple(value.shape), value.dtype) for name, value in model.state_dict().items()}
+    found = fit_config({**model.config.to_dict(), "architectures": ["LlamaForCausalLM"], "vocab_size": 60}, specs)
+    assert found.changes
+    assert not found.problems
+    summary, lines, _ = refusal(found)
+    assert summary.startswith("config.json does not describe the tensors, which LlamaForCausalLM of transformers")
+    assert lines == list(found.changes)
+    assert "vocab_size" in lines[0]
