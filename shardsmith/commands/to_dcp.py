@@ -60,7 +60,8 @@ def to_dcp(
         extra_module: Add the state dict of another module, as 'pkg.mod:factory={"json": "kwargs"}'. Runs that function.
         seed: Of the random values.
         whole: The model is a step of ShardedSave(weights="huggingface"): write all of it, optimizer and average too, as
-            the plain DCP directory that it would have been. Nothing is renamed or cast.
+            the plain DCP directory that it would have been. Nothing is renamed, cast or added;
+            options that would are refused.
         dry_run: Print what would be done, and write nothing.
         quiet: No progress bar and no summary.
         json: Print the plan or the counts as JSON on one line.
