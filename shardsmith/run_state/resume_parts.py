@@ -133,7 +133,7 @@ def _missing_error(checkpoint: Path, missing: Sequence[str], wanted: Sequence[st
 
 def _explained(checkpoint: Path, error: MismatchError, wanted: Sequence[str]) -> MismatchError:
     """The error with the parts that do not fit, and the argument that leaves them out."""
-    keys = {_KEYS.get(part, part): part for part in wanted}
+    keys = {_KEYS.get(part, part): part for part in wanted} | ({"ema_state": "ema"} if "ema" in wanted else {})
     # A line begins with the key, and the key with the name of its part, unless it is one of the model's.
     at_fault = [keys.get(line.split(".", 1)[0].split(":", 1)[0], "model") for line in error.problems]
     parts = [part for part in wanted if part in at_fault]

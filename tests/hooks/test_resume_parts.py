@@ -13,8 +13,10 @@ import torch
 from torch import nn
 
 from shardsmith.errors import CheckpointNotFoundError, IncompleteCheckpointError, MismatchError, UsageError
+from shardsmith.formats.adopt import adopt
 from shardsmith.hooks import EMA, Hooks, ShardedSave, every
 from shardsmith.manifest.checkpoints import committed_steps
+from tests.dcp_directories import save
 
 
 class Run:
@@ -104,6 +106,20 @@ def test_another_optimizer_is_told_how_to_go_on_without_the_old_one(
     assert run.hooks.resume(parts=["model"]) == 3
     assert torch.equal(run.weight, before.weight)
     assert not run.optimizer.state
+
+
+def test_what_is_missing_of_an_average_is_not_laid_to_the_model(tmp_path: Path) -> None:
+    """A directory with averages and without their count, as of a tool that writes weights alone."""
+    run = Run(tmp_path, decay=0.9)
+    assert run.ema is not None
+    weights = run.model.state_dict()
+    state = {**weights, "ema_model": run.ema.model_state_dict(), "train_state": {"step": torch.tensor(3)}}
+    adopt(save(state, tmp_path / "step-3"), step=3)
+    run.hooks.close(broken_off=True)
+    message = r"(?s)the ema of this run is not the one .*ema_state\.updates.*hooks\.resume\(parts=\('model',\)\)"
+    with pytest.raises(MismatchError, match=message):
+        Run(tmp_path, decay=0.9).hooks.resume(parts=["model", "ema"])
+    assert Run(tmp_path, decay=0.9).hooks.resume(parts=("model",)) == 3
 
 
 def test_a_part_that_the_run_does_not_have_is_refused(saved: tuple[Path, Run]) -> None:
