@@ -123,7 +123,7 @@ class EMA(Hook):
     def distance(self) -> float:
         """Estimate how far the average is from the weights: the length of the difference over that of the weights.
 
-        From at most 65,536 elements of each tensor, as far as this rank holds them. Any rank; no communication; waits
+        From at most 131,071 elements of each tensor, as far as this rank holds them. Any rank; no communication; waits
         for the device. Not while the average is swapped in.
         """
         if not self._has_started:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from shardsmith.ground.remote_path import RemotePath
 
@@ -44,11 +46,22 @@ def _checked(data: bytes, most_bytes: int) -> bytes:
 
 
 def lines_of(file: Path) -> Iterator[str]:
-    """The lines of a log, without those that are too long to be of ours; nothing if there is none. Raises OSError."""
+    """The lines of a log, without those that are too long to be of ours; nothing if there is none.
+
+    On a disk it is read line by line, from a store as a whole. Raises OSError, StorageError.
+    """
     if isinstance(file, RemotePath):
         with contextlib.suppress(FileNotFoundError):
-            yield from (line for line in file.read_all().decode(errors="replace").splitlines(keepends=True))
+            yield from _lines_in(io.BytesIO(file.read_all()))
     elif file.is_file():
-        with file.open("rb") as lines:
-            while line := lines.readline(_LONGEST_LINE):
-                yield line.decode(errors="replace")
+        with file.open("rb") as content:
+            yield from _lines_in(content)
+
+
+def _lines_in(content: BinaryIO) -> Iterator[str]:
+    is_rest = False  # of a line that is too long
+    while part := content.readline(_LONGEST_LINE):
+        is_whole = part.endswith(b"\n") or len(part) < _LONGEST_LINE
+        if is_whole and not is_rest:
+            yield part.decode(errors="replace")
+        is_rest = not is_whole
