@@ -17,7 +17,7 @@ from shardsmith.checking.types import AsPath
 from shardsmith.formats.dcp.source import DcpSource
 from shardsmith.formats.describe import Measured, describe
 from shardsmith.ground import layout
-from shardsmith.ground.commit import place_file, refuse_existing, sync, withdraw_file, writing
+from shardsmith.ground.commit import place_file, refuse_existing, sweep, sync, withdraw_file, writing
 from shardsmith.ground.ranks import Ranks
 from shardsmith.manifest.checkpoints import hash_file
 from shardsmith.manifest.metadata import FileRecord
@@ -83,6 +83,7 @@ def adopt(
         # The entries of the data files must be durable before the file that calls the directory complete.
         with writing(directory, "fsync of the directory"):
             sync(directory)
+        sweep(directory)  # what a kill has left of an earlier attempt at this
         place_file(path, metadata.to_json())
         log.info("recorded %s", directory)
 

@@ -58,6 +58,7 @@ EMA_WEIGHTS = "ema"
 # No leading zeros, so each step has one name; 18 digits fit into 64 bits.
 _STEP = re.compile(r"step-(0|[1-9][0-9]{0,17})")
 _PUSH = re.compile(r"\.step-(0|[1-9][0-9]{0,17})(?:-ema)?\.push")
+_PLACED = (LATEST_LINK, RETENTION_FILE, CACHE_OF_FILE, ALONE_SINCE_FILE, METADATA_FILE)
 _TEMPORARY = re.compile(r"\.(?P<target>.+)\.(?P<kind>tmp|trash)-(?P<attempt>[0-9a-f]{16})")
 
 
@@ -121,9 +122,9 @@ def unfinished_step(leftover: str) -> int | None:
 
 
 def is_leftover_file(name: str) -> bool:
-    """Return whether a name is that of a link or a file beside the steps which was not put in its place."""
+    """Return whether a name is that of a link or a file, beside the steps or in one, not put in its place."""
     match = _TEMPORARY.fullmatch(name)
-    return match is not None and match["target"] in (LATEST_LINK, RETENTION_FILE)
+    return match is not None and match["target"] in _PLACED
 
 
 def shard_file_names(stem: str, count: int) -> list[str]:

@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -62,6 +65,29 @@ def test_a_directory_that_a_link_leads_to_is_recorded_and_disowned(tmp_path: Pat
     assert find_damage(tmp_path / "step-3") == []
     assert disown(tmp_path / "step-3")
     assert not (checkpoint / "metadata.json").exists()
+
+
+def test_what_a_kill_left_of_the_record_is_gone_with_the_next(tmp_path: Path) -> None:
+    checkpoint = saved(tmp_path / "step-3")
+    script = """
+import os, signal, sys
+from pathlib import Path
+from shardsmith.formats.adopt import adopt
+
+def kill(event, args):
+    if event == "os.rename":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(kill)
+adopt(Path(sys.argv[1]), step=3)
+"""
+    before = {path.name for path in checkpoint.iterdir()}
+    killed = subprocess.run([sys.executable, "-c", script, checkpoint], timeout=100, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    (left,) = {path.name for path in checkpoint.iterdir()} - before
+    assert left.startswith(".metadata.json.tmp-")
+    adopt(checkpoint, step=3)
+    assert {path.name for path in checkpoint.iterdir()} == {*before, "metadata.json"}
 
 
 def test_what_changes_afterwards_is_found(tmp_path: Path) -> None:

@@ -340,6 +340,14 @@ def test_sweep_touches_nothing_that_we_did_not_name(tmp_path: Path) -> None:
     assert snapshot(tmp_path) == before
 
 
+@pytest.mark.parametrize("name", ["latest", ".retention.json", "cache-of.txt", "alone-since.txt", "metadata.json"])
+def test_sweep_removes_a_file_that_was_not_put_in_its_place_and_not_the_one_that_was(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"mine")
+    layout.temporary_path(tmp_path / name, ID).write_bytes(b"half of it")
+    assert sweep(tmp_path) == []
+    assert names(tmp_path) == {name}
+
+
 def test_sweep_deletes_no_file_that_a_leftover_links_to(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "data").write_bytes(b"mine")
