@@ -116,8 +116,7 @@ class LiveState:
                 base, {**specs, **self._template.specs}, trust_remote_code=self._files.trust_remote_code
             )
             self._copies = tuple(name for name in files.copies if not self._files.replaced(name))
-            for name, size in files.weights.items():
-                log.info("%s of the base model (%s bytes) holds other weights, and is copied", name, size)
+            files.log_what_is_unexpected(log)
         self._name_map = self._find_name_map()
 
     @property

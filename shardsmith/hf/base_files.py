@@ -7,10 +7,11 @@ is never copied. Weights of other parts, such as BAGEL's ``ae.safetensors``, are
 from __future__ import annotations
 
 import fnmatch
+import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -59,6 +60,11 @@ _FOLDERS = re.compile(
 _WRAPPER = re.compile(r"^(module|_orig_mod|model|base_model)\.")
 # Beginnings of torch's files: a zip archive, and a pickle of protocol 2, as before torch 1.6.
 _TORCH_MAGIC = (b"PK\3\4", b"\x80\2")
+_CONFIGS = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
+_CODE = (
+    "code that its config names in auto_map, and that a loader may need; "
+    "--trust-remote-code (trust_remote_code=True) copies it"
+)
 # Share of the tensors, or of the model's matrices, from which a file is the model's.
 _MOSTLY = 0.5
 
@@ -73,6 +79,14 @@ class BaseFiles:
     """Those among them that hold tensors -> size in bytes: other parts of the model."""
     left_out: Mapping[str, str] = field(default_factory=dict)
     """What is not copied although nothing in its name says so -> why."""
+
+    def log_what_is_unexpected(self, log: logging.Logger) -> None:
+        """Log weights of other parts, which are copied, and code of the model, which is not."""
+        for name, size in self.weights.items():
+            log.info("%s of the base model (%s bytes) holds other weights, and is copied", name, size)
+        for name, reason in self.left_out.items():
+            if name.endswith(".py"):
+                log.warning("%s of the base model is not copied: %s", name, reason)
 
 
 def choose_files(
@@ -96,7 +110,7 @@ def choose_files(
     for name in names:
         if not (base / name).is_file():
             raise UnsafeCheckpointError(base / name, "is not a regular file, so it cannot be copied; remove it")
-    left_out: dict[str, str] = {}
+    left_out = {} if trust_remote_code else dict.fromkeys(_code_of_configs(base), _CODE)
     for name in names:
         if _like(name, _WEIGHTS) and (reason := judge.reason_against(name)) is not None:
             left_out[name] = reason
@@ -107,6 +121,22 @@ def choose_files(
     copies -= {name for name in copies if _like(name, _INDEXES) and not _indexed(base / name) <= copies}
     weights = {name: (base / name).stat().st_size for name in sorted(copies) if name in judge.weights}
     return BaseFiles(tuple(sorted(copies)), weights, left_out)
+
+
+def _code_of_configs(base: Path) -> Iterator[str]:
+    """Python files of the base that its configs name, and that ``trust_remote_code`` has loaders run."""
+    for name in _CONFIGS:
+        try:
+            named = read_json(base / name)["auto_map"].values() if (base / name).is_file() else ()
+        except (CheckpointError, KeyError, TypeError, AttributeError):  # it names no code
+            continue
+        # A tokenizer has two in a list, of which one may be null. "org/name--module.Class" is not in the directory.
+        targets = [one for value in named for one in (value if isinstance(value, list) else [value])]
+        for target in targets:
+            if isinstance(target, str) and "--" not in target:
+                file = f"{target.rpartition('.')[0]}.py"
+                if (base / file).is_file():
+                    yield file
 
 
 def is_read_by_loaders(name: str) -> bool:

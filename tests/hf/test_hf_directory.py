@@ -149,6 +149,21 @@ def test_code_is_copied_if_it_is_trusted(base: Path) -> None:
     assert files_to_copy(base, trust_remote_code=True) == sorted(KEPT + CODE)
 
 
+@pytest.mark.parametrize(
+    ("name", "auto_map"),
+    [
+        ("config.json", {"AutoConfig": "modeling_x.Config", "AutoModel": "modeling_x.Model"}),
+        ("tokenizer_config.json", {"AutoTokenizer": [None, "modeling_x.Tokenizer"]}),
+    ],
+)
+def test_code_that_a_config_names_is_not_left_out_in_silence(base: Path, name: str, auto_map: dict[str, Any]) -> None:
+    (base / name).write_text(json.dumps({"auto_map": {**auto_map, "AutoOther": "org/name--modeling_y.Model"}}))
+    assert "--trust-remote-code" in choose_files(base, MODEL).left_out["modeling_x.py"]
+    trusted = choose_files(base, MODEL, trust_remote_code=True)
+    assert "modeling_x.py" in trusted.copies
+    assert "modeling_x.py" not in trusted.left_out
+
+
 def test_a_copy_has_the_content_and_the_size_that_is_reported(base: Path, tmp_path: Path) -> None:
     sizes = copy_files(base, files_to_copy(base), tmp_path / "copy")
     assert sizes == {name: (base / name).stat().st_size for name in KEPT}
