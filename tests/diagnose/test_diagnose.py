@@ -17,6 +17,7 @@ from torch import Tensor
 from shardsmith.cli import main
 from shardsmith.compare.verification import VerifyOptions, verify
 from shardsmith.diagnose import Diagnosis, Questions, diagnose
+from shardsmith.diagnose.live_model import LiveModel
 from shardsmith.diagnose.structure import look_at_structure
 from shardsmith.diagnose.subject import Reference, Subject
 from shardsmith.diagnose.values import look_at_values
@@ -506,3 +507,23 @@ def trained_state(specimen: Specimen, layout: str | None, average: Average | Non
     averages = {f"ema_model.{name}": average(main[name], specimen.state[name]) for name in main}
     model = {layout: main} if layout else main
     return {**model, **averages, "optimizer.state.step": torch.tensor(7.0)}
+
+
+class Drawing(torch.nn.Module):
+    """Draws, as models do that choose what to mask."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.rand_like(x)
+
+
+def test_a_model_that_draws_answers_always_alike_and_no_random_numbers_change() -> None:
+    def states() -> object:
+        if torch.cuda.is_initialized():
+            return [state.tolist() for state in (torch.get_rng_state(), *torch.cuda.get_rng_state_all())]
+        # The seeds that wait for a device to be used first.
+        return torch.get_rng_state().tolist(), list(torch.cuda._lazy_seed_tracker.get_calls())
+
+    before, model = states(), LiveModel(Drawing())
+    first = model.answer({"x": torch.zeros(3)})
+    assert torch.equal(first, model.answer({"x": torch.zeros(3)}))
+    assert before == states()
