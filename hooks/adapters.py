@@ -99,11 +99,14 @@ class MergedView(MergedWeights):
             weights = dict(layer.get_base_layer().named_parameters())
             # All parameters of the base layer: `merge` may change its bias, too.
             kept = {name: weight.detach().clone() for name, weight in weights.items()}
-            layer.merge()
-            merged |= {f"{path}.base_layer.{name}": weight.detach().clone() for name, weight in weights.items()}
-            layer.unmerge()
-            for name, weight in weights.items():
-                weight.copy_(kept[name])  # adding and subtracting again is not exact
+            try:
+                layer.merge()
+                merged |= {f"{path}.base_layer.{name}": weight.detach().clone() for name, weight in weights.items()}
+            finally:  # also without memory for the copy: the training goes on with this layer
+                if layer.merged:
+                    layer.unmerge()
+                for name, weight in weights.items():
+                    weight.copy_(kept[name])  # adding and subtracting again is not exact
         return merged
 
     def _name(self, fqn: str) -> str | None:

@@ -124,6 +124,27 @@ def test_an_average_that_cannot_be_merged_leaves_no_weights_to_the_next_export()
         )
 
 
+def test_a_merge_that_fails_leaves_the_live_weights_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = make_model("lora")
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_" in name:
+                weight.normal_()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    layers = [layer for layer in model.modules() if hasattr(layer, "unmerge") and hasattr(layer, "base_layer")]
+    merge_last = layers[-1].merge
+
+    def merge_and_fail() -> None:
+        merge_last()
+        raise MemoryError("no room for a copy")
+
+    monkeypatch.setattr(layers[-1], "merge", merge_and_fail)
+    with pytest.raises(MemoryError), MergedView(model).ready(None):
+        pytest.fail("there is nothing to export")
+    assert_equal(dict(model.state_dict()), before)
+    assert not any(layer.merged for layer in layers)
+
+
 def test_a_base_model_beside_an_adapter_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="pass processor="):
         HFExport(tmp_path / "hf", model=make_model("lora"), when=last(), base_model=tmp_path)
