@@ -167,11 +167,12 @@ def _logits(kind: str, settings: Mapping[str, Any]) -> dict[str, Tensor]:
     with quiet_transformers(), torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
         model = AutoModelForCausalLM.from_config(_config_of(kind, settings), attn_implementation="eager")
         model = model.float().eval()
-        torch.manual_seed(0)
+        generator = torch.Generator("cpu").manual_seed(0)
         for tensor in model.state_dict().values():
             if tensor.is_floating_point():
-                tensor.copy_(torch.randn(tensor.shape) * (0.2 if tensor.dim() > 1 else 0.1))
-        tokens = torch.arange(_TOKENS).view(1, -1) * 7 % int(settings["vocab_size"])
+                noise = torch.randn(tensor.shape, generator=generator, device="cpu")
+                tensor.copy_(noise * (0.2 if tensor.dim() > 1 else 0.1))
+        tokens = torch.arange(_TOKENS, device="cpu").view(1, -1) * 7 % int(settings["vocab_size"])
         logits = model(input_ids=tokens, use_cache=False).logits
     return {"": logits, **{name: torch.empty(t.shape, device="meta") for name, t in model.state_dict().items()}}
 
