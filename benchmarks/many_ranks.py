@@ -1,7 +1,8 @@
 """Many real ranks and many tensors on one machine: they save, agree on a stop, export and resume; torch reads it all.
 
 Each rank is a process, forked from one that has imported everything. The model is HSDP of two shards, so that each of
-its tensors lies on every rank, and a checkpoint has two boxes of each.
+its tensors lies on every rank, or, cut into stages of a pipeline, on every rank of its stage. A checkpoint has two
+boxes of each.
 """
 
 from __future__ import annotations
@@ -54,13 +55,13 @@ def name_of(number: int) -> str:
 
 
 class ManyTensors(nn.Module):
-    """A model of many tensors of two elements, of which a rank has one of each."""
+    """A model of many tensors of two elements, of which a rank has one of each, or a stage of such a model."""
 
-    def __init__(self, values: Tensor, mesh: DeviceMesh) -> None:
-        """``values``: of this rank, one for each tensor, which shares memory with them."""
+    def __init__(self, numbers: range, values: Tensor, mesh: DeviceMesh) -> None:
+        """``values``: of this rank, one for each of the tensors with these numbers, which shares memory with them."""
         super().__init__()
         modules: dict[str, nn.Module] = {"": self}
-        for number, value in enumerate(values[:, None].unbind()):
+        for number, value in zip(numbers, values[:, None].unbind(), strict=True):
             path, _, kind = name_of(number).rpartition(".")
             if path not in modules:
                 above, own = "", ""
@@ -92,21 +93,24 @@ class _Timed:
         self.found[what] = time.monotonic() - began, time.process_time() - used
 
 
-def run_rank(rank: int, ranks: int, tensors: int, directory: Path, port: int) -> None:
+def run_rank(rank: int, ranks: int, tensors: int, stages: int, directory: Path, port: int) -> None:
     """Be one rank, and leave what was measured. ``port``: of the job's store."""
     torch.set_num_threads(1)
     liveness.ANSWER_SECS = _ANSWER_SECS
     timeout = timedelta(seconds=_TIMEOUT_SECS)
     store = dist.TCPStore("127.0.0.1", port, timeout=timeout)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timeout)
-    mesh = init_device_mesh("cpu", (ranks // _SHARDS, _SHARDS))
-    own = mesh.get_local_rank(1)
-    values = values_at(0, tensors)[:, own].clone()
+    whole = init_device_mesh("cpu", (stages, ranks // (stages * _SHARDS), _SHARDS), mesh_dim_names=("pp", "dp", "fsdp"))
+    mesh = whole["dp", "fsdp"]
+    stage = whole.get_local_rank("pp")
+    numbers = range(tensors * stage // stages, tensors * (stage + 1) // stages)
+    own = slice(numbers.start, numbers.stop), mesh.get_local_rank("fsdp")
+    values = values_at(0, tensors)[own].clone()
     timed = _Timed()
     with timed("making the model"):
-        model = ManyTensors(values, mesh)
+        model = ManyTensors(numbers, values, mesh)
     with timed("making the hooks"):
-        hooks = _hooks(model, directory)
+        hooks = _hooks(model, directory, stages)
     with timed("resume without a step"):
         assert hooks.resume() == 0
     step = 0
@@ -121,10 +125,10 @@ def run_rank(rank: int, ranks: int, tensors: int, directory: Path, port: int) ->
     with timed("end of the background work"):
         hooks.close()
     values.zero_()
-    again = _hooks(model, directory)
+    again = _hooks(model, directory, stages)
     with timed("resume"):
         assert again.resume() == step
-    assert torch.equal(values, values_at(step, tensors)[:, own])
+    assert torch.equal(values, values_at(step, tensors)[own])
     again.close()
     found = {"step": step, "seconds": timed.found, "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
     (directory / f"rank-{rank}.json").write_text(json.dumps(found))
@@ -138,13 +142,15 @@ def _hold_store(pipe: Connection) -> None:
     pipe.recv()
 
 
-def _hooks(model: nn.Module, directory: Path) -> Hooks:
+def _hooks(model: nn.Module, directory: Path, stages: int) -> Hooks:
     save = ShardedSave(directory / "run", model=model, when=at(1), timeout_secs=_TIMEOUT_SECS)
-    export = HFExport(directory / "hf", model=model, when=at(1), dtype="float32", timeout_secs=_TIMEOUT_SECS)
+    export = HFExport(
+        directory / "hf", model=model, when=at(1), dtype="float32", stages=stages > 1, timeout_secs=_TIMEOUT_SECS
+    )
     return Hooks(save, export)
 
 
-def measure(ranks: int, tensors: int, directory: Path) -> dict[str, Any]:
+def measure(ranks: int, tensors: int, stages: int, directory: Path) -> dict[str, Any]:
     """Run all ranks; compare the save and the export with what they should hold, as torch and safetensors read them.
 
     Returns:
@@ -158,7 +164,7 @@ def measure(ranks: int, tensors: int, directory: Path) -> dict[str, Any]:
     ours, theirs = fork.Pipe()
     launcher = fork.Process(target=_hold_store, args=(theirs,))
     launcher.start()
-    arguments = ranks, tensors, directory, ours.recv()
+    arguments = ranks, tensors, stages, directory, ours.recv()
     processes = [fork.Process(target=run_rank, args=(rank, *arguments)) for rank in range(ranks)]
     for process in processes:
         process.start()
@@ -198,18 +204,20 @@ def _require_equal(found: dict[str, Tensor], step: int, tensors: int) -> None:
         raise RuntimeError(f"{len(wrong)} of {tensors} tensors have other values, such as {wrong[0]}")
 
 
-def main(ranks: int = 64, tensors: int = 12_500, directory: Path | None = None) -> None:
+def main(ranks: int = 64, tensors: int = 12_500, stages: int = 1, directory: Path | None = None) -> None:
     """Print what it took.
 
     Args:
-        ranks: How many, an even number.
+        ranks: How many, a multiple of twice the stages.
         tensors: Of the model.
+        stages: Of a pipeline into which the model is cut; 1: each rank has a part of each tensor.
         directory: Where to write; a temporary directory if not given.
     """
     with tempfile.TemporaryDirectory(dir=directory) as scratch:
-        found = measure(ranks, tensors, Path(scratch))
+        found = measure(ranks, tensors, stages, Path(scratch))
     console = Console(soft_wrap=True, width=150)
-    title = f"{ranks} ranks, {tensors:,} tensors, stopped together after step {found['step']}"
+    cut = f" in {stages} stages" if stages > 1 else ""
+    title = f"{ranks} ranks, {tensors:,} tensors{cut}, stopped together after step {found['step']}"
     table = Table("", "seconds, slowest rank", "processor seconds, busiest rank", title=title)
     for what, (clock, processor) in found["seconds"].items():
         table.add_row(what, f"{clock:.1f}", f"{processor:.1f}")

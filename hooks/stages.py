@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
+import xxhash
 from torch import nn
 
 from shardsmith.errors import RanksDisagreeError
@@ -61,7 +62,8 @@ def are_stages(ranks: Ranks, model: nn.Module) -> bool:
     """Return whether the ranks hold different tensors, as stages do. All ranks; communicates."""
     differ: bool = ranks.agree(
         "looking for stages of a pipeline",
-        lambda: sorted(model_state_dict(model)),
+        # A digest, since the names themselves grow with the model, and each rank would send them.
+        lambda: xxhash.xxh3_128_hexdigest("\n".join(sorted(model_state_dict(model))).encode()),
         # Under any other sharding all ranks have all names.
         lambda parts: any(part != parts[0] for part in parts),
     )

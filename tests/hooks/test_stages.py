@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from shardsmith.errors import RankFailedError
+from shardsmith.ground.ranks import Ranks
 from shardsmith.hooks import EMA, HFExport, Hooks, last
+from shardsmith.hooks.stages import are_stages
 from tests.ranks import run_on_ranks
 
 STAGES = ("first", "second")
@@ -59,3 +61,17 @@ def run_unlike_stages(directory: Path) -> None:
 def test_stages_that_call_different_tensors_the_same_are_refused(tmp_path: Path) -> None:
     run_on_ranks(run_unlike_stages, 2, tmp_path, tmp_path / "hf")
     assert list((tmp_path / "hf").iterdir()) == []
+
+
+def ask_for_stages(differ: bool) -> None:
+    model = nn.Module()
+    for number in range(5_000):  # together their names have 5 MB, and one value in the store 4 MiB at most
+        model.register_parameter(f"{'deep' * 250}_{number}", nn.Parameter(torch.empty(0)))
+    if differ and dist.get_rank():
+        model.register_parameter("only_here", nn.Parameter(torch.empty(0)))
+    assert are_stages(Ranks(60), model) is differ
+
+
+@pytest.mark.parametrize("differ", [True, False])
+def test_stages_are_found_among_any_number_of_names(differ: bool, tmp_path: Path) -> None:
+    run_on_ranks(ask_for_stages, 2, tmp_path, differ)
