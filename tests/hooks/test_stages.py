@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 from shardsmith.errors import RankFailedError
 from shardsmith.ground.ranks import Ranks
 from shardsmith.hooks import EMA, HFExport, Hooks, last
-from shardsmith.hooks.stages import are_stages
+from shardsmith.hooks.stages import are_stages, names_on_all
 from tests.ranks import run_on_ranks
 
 STAGES = ("first", "second")
@@ -75,3 +76,26 @@ def ask_for_stages(differ: bool) -> None:
 @pytest.mark.parametrize("differ", [True, False])
 def test_stages_are_found_among_any_number_of_names(differ: bool, tmp_path: Path) -> None:
     run_on_ranks(ask_for_stages, 2, tmp_path, differ)
+
+
+def send_names() -> None:
+    rank = dist.get_rank()
+    ranks = Ranks(60)
+    sent = []
+    put = Ranks._put
+
+    def counted(self: Ranks, key: str, outcome: Any) -> list[str]:
+        sent.append(len(outcome.encode()))
+        return put(self, key, outcome)
+
+    Ranks._put = counted  # type: ignore[method-assign]
+    names = [f"stage {rank % 2}, name {number}" for number in range(10_000)]
+    own = [f"rank {rank}"] if rank == 5 else []
+    found = names_on_all(ranks, names + own)
+    assert found == [f"stage {stage}, name {number}" for stage in range(2) for number in range(10_000)] + ["rank 5"]
+    # Rank 5 is not like the others of its stage. Rank 0 also sends what was found.
+    assert (sum(sent) > 100_000) is (rank in (0, 1, 5)), sent
+
+
+def test_one_rank_of_each_stage_sends_its_names(tmp_path: Path) -> None:
+    run_on_ranks(send_names, 6, tmp_path)
