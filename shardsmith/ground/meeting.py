@@ -94,7 +94,11 @@ def _short_wait(ranks: Ranks, limit_secs: float) -> Iterator[None]:
 
 @contextmanager
 def _warning(ranks: Ranks, what: str, limit_secs: float) -> Iterator[None]:
-    """Within it, after some seconds, a warning names the ranks that have not come."""
+    """Within it, after some seconds, a warning names the ranks that have not come: once a host, not from each rank."""
+    # Rank 1 as well, since rank 0 may be the one that has not come.
+    if ranks.rank > 1 and os.environ.get("LOCAL_RANK") != "0":
+        yield
+        return
     # A thread, since this one waits in the store. With a short limit the warning must come before its end.
     timer = threading.Timer(min(_WARN_SECS, limit_secs / 2), _warn, [ranks, what, limit_secs])
     timer.daemon = True

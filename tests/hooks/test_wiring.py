@@ -523,6 +523,23 @@ def test_ranks_that_do_not_do_the_same_are_found_on_all_of_them(case: Any, tmp_p
     run_on_ranks(run_mistake, 2, tmp_path, body, tuple(messages), tmp_path / "run")
 
 
+def wait_for_rank_0(directory: Path) -> None:
+    rank = dist.get_rank()
+    os.environ[START_SECS] = "4"
+    os.environ["LOCAL_RANK"] = str(rank % 4)  # as a launcher with four ranks on each host sets it
+    said = Said()
+    logging.getLogger("shardsmith").addHandler(said)
+    if rank:
+        with pytest.raises(RankTimeoutError):
+            ShardedSave(directory, model=linear(), when=every(1))
+    assert any("still waiting for rank 0" in line for line in said.lines) is (rank in (1, 4)), said.lines
+    dist.all_reduce(torch.ones(1))
+
+
+def test_one_rank_of_each_host_warns_that_a_rank_has_not_come(tmp_path: Path) -> None:
+    run_on_ranks(wait_for_rank_0, 6, tmp_path, tmp_path / "run")
+
+
 def with_optimizer(directory: Path, model: nn.Module, other: nn.Module | None) -> ShardedSave:
     """``other``: the model whose parameters the optimizer has instead."""
     optimizer = torch.optim.SGD((other or model).parameters())
