@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from shardsmith.checking.arguments import checked
-from shardsmith.checking.types import Decay, Directory, LocalPath, Scheduler, Seconds, StepNumber
+from shardsmith.checking.types import AnyPath, Decay, Place, Scheduler, Seconds, StepNumber
 from shardsmith.errors import (
     CheckpointNotFoundError,
     IncompleteCheckpointError,
@@ -36,8 +36,9 @@ from shardsmith.ground import layout
 from shardsmith.ground.commit import check_writable, sweep
 from shardsmith.ground.meeting import made_together, meet
 from shardsmith.ground.ranks import Ranks
+from shardsmith.ground.remote_path import as_path
 from shardsmith.load.buffer_reference import Fresh
-from shardsmith.manifest.checkpoints import find_damage, loadable_steps
+from shardsmith.manifest.checkpoints import find_damage, loadable_steps, refuse_within_step
 from shardsmith.run_state.average import Average, ModuleAverage
 from shardsmith.run_state.contents import Contents
 from shardsmith.run_state.foreign import ForeignLoad, Loaded
@@ -73,7 +74,7 @@ class ShardedCheckpointManager:
     @checked
     def __init__(
         self,
-        directory: Directory,
+        directory: Place,
         *,
         model: nn.Module,
         optimizer: Optimizer | Iterable[Optimizer] | None = None,
@@ -88,7 +89,8 @@ class ShardedCheckpointManager:
         """Check that the directory can be written to, and remove what dead attempts left there.
 
         Args:
-            directory: Made if missing; on a file system that all ranks share.
+            directory: Made if missing; on a file system that all ranks share, or in an object store:
+                ``s3://bucket/run``, see docs/storage.md.
             model: The model that trains, wrapped and sharded.
             optimizer: One, or all of the model's.
             scheduler: The learning rate schedule.
@@ -101,10 +103,10 @@ class ShardedCheckpointManager:
             timeout_secs: How long to wait for a rank before something is given up.
 
         Raises:
-            UsageError: a second module without a decay.
+            UsageError: a second module without a decay, or the directory is in that of a step.
             RankFailedError, WriteError: the directory cannot be written to.
         """
-        self.directory = Path(directory)
+        self.directory = as_path(directory)
         self.average = _average(ema, ema_decay, ema_start_step)
         self._model = model
         self._optimizers = optimizer_list(optimizer)
@@ -186,7 +188,7 @@ class ShardedCheckpointManager:
     @checked
     def load_sharded_checkpoint(
         self,
-        path: LocalPath | None = None,
+        path: AnyPath | None = None,
         *,
         load_model: bool = True,
         load_ema: bool = True,
@@ -223,7 +225,7 @@ class ShardedCheckpointManager:
             CheckpointNotFoundError: there is no such checkpoint, or it lacks a part that was asked for.
             CheckpointError: it is incomplete, damaged, unsafe, or does not fit. RankFailedError: on any rank.
         """
-        chosen = Path(path) if path is not None else self.newest_checkpoint()
+        chosen = as_path(path) if path is not None else self.newest_checkpoint()
         if chosen is None:
             raise CheckpointNotFoundError(self.directory, "holds no checkpoint yet")
         wanted = Wanted(
@@ -256,7 +258,7 @@ class ShardedCheckpointManager:
     @checked
     def load_hf_checkpoint(
         self,
-        path: LocalPath,
+        path: AnyPath,
         *,
         load_ema: bool = True,
         load_ema_from_main: bool = False,
@@ -284,7 +286,7 @@ class ShardedCheckpointManager:
             CheckpointNotFoundError: main weights or average are not there, and nothing allows to do without.
             CheckpointError: the files cannot be read or do not fit. RankFailedError: on any rank.
         """
-        path = Path(path)
+        path = as_path(path)
         found = self._detect(path)
         if found.name not in _WHOLE:
             raise UnsupportedFormatError(
@@ -360,6 +362,7 @@ class ShardedCheckpointManager:
         return loaded
 
     def _prepare(self) -> None:
+        refuse_within_step(self.directory)
         # First the test, then the deletion: where nothing can be written, nothing is removed either.
         check_writable(self.directory)
         sweep(self.directory)

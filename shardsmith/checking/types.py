@@ -72,7 +72,10 @@ def _remote(value: str | Path) -> RemotePath | None:
     may_have_user = scheme not in ("s3", "gs", "az")  # abfs://container@account..., sftp://user@host
     has_secret = "@" in place and (not may_have_user or ":" in place.partition("@")[0])
     if has_secret or ".." in path.parts or any(sign in str(path) for sign in "\0?#\\"):
-        expected = "a URL of scheme, bucket and names is expected, such as s3://bucket/run, without credentials"
+        expected = (
+            "a URL of scheme, bucket and names is expected, such as s3://bucket/run, without credentials and without "
+            "?, #, \\ or .. in a name"
+        )
         raise RefusedError(value, expected, has_cure=True)
     if refusal := why_refused(str(path)):
         cure = "write the path alone" if scheme in ("file", "local") else f"{_MOUNTED}{_STORES}"

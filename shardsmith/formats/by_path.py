@@ -209,7 +209,7 @@ def _detect_remote(path: RemotePath) -> tuple[DetectedFormat, FormatReader | Non
         return DetectedFormat(UNKNOWN, reason), None
     if not path.exists():
         raise CheckpointNotFoundError(path, "there is nothing of that name")
-    reason = "in an object store only steps of ShardedSave and safetensors files are read; copy it to a disk"
+    reason = "in an object store only steps of Shardsmith and safetensors files are read; copy it to a disk"
     return DetectedFormat(UNKNOWN, reason), None
 
 

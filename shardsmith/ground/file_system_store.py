@@ -159,7 +159,7 @@ class Files:
             self._system.invalidate_cache()
             try:
                 found = self._system.info(self._path(key))
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
                 return None
         return _stored(key, found) if found["type"] == "file" else None
 

@@ -17,21 +17,21 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal, Self
 
 from shardsmith.errors import IncompleteCheckpointError, StorageError, TargetExistsError
 from shardsmith.ground import layout, remote_export
 from shardsmith.ground.object_store import StoredObject
-from shardsmith.ground.remote_owner import ABANDONED_AFTER, owner_lives, put_owner
-from shardsmith.ground.remote_path import RemotePath
+from shardsmith.ground.remote_owner import ABANDONED_AFTER, owner_lives, put_owner, this_process
+from shardsmith.ground.remote_path import RemotePath, as_path
 from shardsmith.ground.unfinished_uploads import abort_uploads
 
 log = logging.getLogger(__name__)
 
 _OWNER = re.compile(r"\.(?P<attempt>[0-9a-f]{16})\.owner")
 _ASIDE = re.compile(r"metadata\.(?P<kind>damaged|superseded)-(?P<attempt>[0-9a-f]{16})\.json")
-_PROBE = re.compile(r"\.probe-[0-9a-f]{16}")
+_PROBE = re.compile(r"\.probe-(?P<id>[0-9a-f]{16})")
 _ATTEMPT = re.compile(r"[0-9a-f]{16}")
 _alive: set[str] = set()
 
@@ -61,8 +61,13 @@ class RemoteAttempt:
         self._manifest: bytes | None = None
         # The store decides at `commit`; this only says it before the files are put.
         refuse_existing(target)
-        put_owner(self._owner)
+        # Before the owner is there: by it alone a sweep of another thread would take the attempt for a dead one.
         _alive.add(self.id)
+        try:
+            put_owner(self._owner)
+        except BaseException:
+            self._release()
+            raise
 
     def write(self, name: str, content: bytes) -> int:
         """Put a file; its size in bytes. The manifest waits for ``commit``. Raises StorageError."""
@@ -191,8 +196,8 @@ def sweep(parent: RemotePath) -> list[RemotePath]:
     """
     swept = []
     listed = parent.store.objects(parent.key)
-    probes = [one for one in listed if _PROBE.fullmatch(one.key.rpartition("/")[2])]
-    _delete(probes, parent)  # whoever made one has seen what it wanted
+    # One that is alive is being compared with: without it the store would seem to know no conditional writes.
+    _delete([one for one in listed if _is_dead_probe(parent, one)], parent)
     for step, found in _steps_in(parent, listed).items():
         for attempt in found.suspects():
             place = parent / step / attempt
@@ -248,14 +253,19 @@ def check_writable(directory: RemotePath) -> None:
     Raises:
         StorageError: one of them was refused, or the second one was not.
     """
-    probe = directory / f".probe-{layout.new_attempt_id()}"
-    probe.store.put_new(probe.key, b"first")
+    probe_id = layout.new_attempt_id()
+    probe = directory / f".probe-{probe_id}"
+    _alive.add(probe_id)
     try:
-        probe.store.put_new(probe.key, b"second")
-    except FileExistsError:
-        return
+        probe.store.put_new(probe.key, this_process())
+        try:
+            probe.store.put_new(probe.key, b"second")
+        except FileExistsError:
+            return
+        finally:
+            probe.store.delete([probe.key])
     finally:
-        probe.store.delete([probe.key])
+        _alive.discard(probe_id)
     raise StorageError(
         str(probe),
         "was to be made only if there is none, and the store replaced it: it does not know conditional writes "
@@ -339,8 +349,22 @@ def _is_dead(place: RemotePath, found: _Found) -> bool:
             return not alive
         objects.append(owner)
     # Of another host nothing more is known than when it has put something last.
-    newest = max(one.modified for one in objects)
-    return datetime.now(UTC) - newest > ABANDONED_AFTER
+    return _is_old(max(one.modified for one in objects))
+
+
+def _is_dead_probe(parent: RemotePath, one: StoredObject) -> bool:
+    """Whether an object is a probe whose process is dead, or of which that cannot be told and which is a day old."""
+    match = _PROBE.fullmatch(PurePosixPath(one.key).name)
+    if match is None or match["id"] in _alive:
+        return False
+    owner = as_path(f"{parent.store.url}/{one.key}")
+    assert isinstance(owner, RemotePath)
+    alive = owner_lives(owner)
+    return _is_old(one.modified) if alive is None else not alive
+
+
+def _is_old(modified: datetime) -> bool:
+    return datetime.now(UTC) - modified > ABANDONED_AFTER
 
 
 def _delete(objects: Iterable[StoredObject], place: RemotePath) -> None:

@@ -62,8 +62,13 @@ class _Claimed:
         """
         self.id = layout.new_attempt_id()
         self.target = target
-        _claim_target(target, self.id)
+        # Before the claim is there: by it alone a sweep of another thread would take this for a dead one.
         _alive.add(self.id)
+        try:
+            _claim_target(target, self.id)
+        except BaseException:
+            _alive.discard(self.id)
+            raise
 
     def _publish(self, files: Mapping[str, int], content: bytes) -> Path:
         # Last before the mark: a later claim may have come while the files were put.

@@ -15,7 +15,12 @@ ABANDONED_AFTER = timedelta(hours=24)
 
 def put_owner(owner: RemotePath) -> None:
     """Say there that this process makes, or deletes, what the object is named for. Raises StorageError."""
-    owner.store.put(owner.key, json.dumps(_this_process()).encode())
+    owner.store.put(owner.key, this_process())
+
+
+def this_process() -> bytes:
+    """Return what an owner says."""
+    return json.dumps(_this_process()).encode()
 
 
 def owner_lives(owner: RemotePath) -> bool | None:

@@ -12,6 +12,7 @@ file of the step, ``run/step-500/__0_0.distcp``, is given that of the attempt.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
@@ -107,6 +108,8 @@ class RemotePath(PosixPath):
         """Return the size, as of a regular file; of what is only a prefix of keys, as of a directory."""
         path = self.located
         try:
+            if not self.key:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self))
             found = path.store.head(path.key)
             return _status(stat.S_IFREG | 0o444, found.size, found.modified.timestamp())
         except FileNotFoundError:
@@ -124,6 +127,9 @@ class RemotePath(PosixPath):
 
     def is_file(self, *, follow_symlinks: bool = True) -> bool:  # noqa: ARG002
         """Return whether there is such an object."""
+        # Stores answer a request for a bucket as one for an object.
+        if not self.key:
+            return False
         path = self.located
         try:
             path.store.head(path.key)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 
@@ -16,12 +19,11 @@ from shardsmith.formats.dcp.index import DcpEntry, DcpIndex, StoredChunk
 from shardsmith.formats.describe import Measured, describe
 from shardsmith.formats.rank_shards import HEADER_KEY, Part, file_name, pack_object
 from shardsmith.formats.safetensors_files.header import PT_METADATA, build_header, place_tensors
-from shardsmith.formats.safetensors_files.plan import FilePlan
-from shardsmith.formats.safetensors_files.writer import SafetensorsFileWriter
 from shardsmith.ground import layout
-from shardsmith.ground.commit import Attempt, write_file
+from shardsmith.ground.commit import AnyAttempt, attempt_directory, begin_attempt, writing
+from shardsmith.ground.memory import memory_of
+from shardsmith.ground.new_file import new_file
 from shardsmith.ground.ranks import Ranks
-from shardsmith.manifest.checkpoints import hash_file
 from shardsmith.manifest.metadata import FileRecord
 from shardsmith.run_state.contents import Contents
 from shardsmith.sharding.assignment import Held, assign_boxes
@@ -63,7 +65,7 @@ class _Save:
     def __init__(self, target: Path, ranks: Ranks) -> None:
         self._target = target
         self._ranks = ranks
-        self._attempt: Attempt | None = None
+        self._attempt: AnyAttempt | None = None
         self._id = ""
         self._contents: Contents
         self._shapes: dict[str, tuple[int, ...]] = {}
@@ -100,14 +102,12 @@ class _Save:
     def write(self, mine: Values) -> dict[str, Any]:
         """Write this rank's two files; what the others need to know of it."""
         measured = Measured()
-        directory = layout.temporary_path(self._target, self._id)
+        directory = attempt_directory(self._target, self._id)
         for kind in ("weights", "state"):
             held = {h: tensor for h, tensor in mine.items() if _kind(h[0]) == kind}
             name = file_name(kind, self._ranks.rank)
             parts = [Part(key, box, self._shapes[key], key in self._objects) for key, box in held]
-            _write_file(directory, name, parts, list(held.values()), measured)
-            path = directory / name
-            measured.files[name] = FileRecord(size=path.stat().st_size, xxh3_128=hash_file(path))
+            measured.files[name] = _write_file(directory / name, parts, list(held.values()), measured)
         boxes = [[key, list(box.offsets), list(box.sizes)] for key, box in mine]
         dtypes = {key: dtype_name(tensor.dtype) for (key, _), tensor in mine.items()}
         shapes = {key: list(self._shapes[key]) for key in dtypes}
@@ -134,7 +134,7 @@ class _Save:
             mesh=self._contents.mesh,
         )
         sizes = {name: record.size for name, record in measured.files.items()}
-        sizes[layout.METADATA_FILE] = write_file(directory / layout.METADATA_FILE, metadata.to_json())
+        sizes[layout.METADATA_FILE] = self._attempt.write(layout.METADATA_FILE, metadata.to_json())
         self._attempt.commit(sizes)
 
     def abandon(self) -> None:
@@ -142,7 +142,7 @@ class _Save:
             self._attempt.abandon()
 
     def _make_directory(self) -> str:
-        self._attempt = Attempt(self._target)
+        self._attempt = begin_attempt(self._target)
         return self._attempt.id
 
 
@@ -171,23 +171,30 @@ def _kind(key: str) -> str:
     return "weights" if first == "ema_model" or first not in NOT_A_MODEL else "state"
 
 
-def _write_file(
-    directory: Path, name: str, parts: Sequence[Part], values: Sequence[Tensor], measured: Measured
-) -> None:
-    """Tensors are numbered in the file; its header says what they are."""
+def _write_file(path: Path, parts: Sequence[Part], values: Sequence[Tensor], measured: Measured) -> FileRecord:
+    """Write and fsync one file. Tensors are numbered in it; its header says what they are. Raises WriteError."""
     specs = [
         TensorSpec(str(i), part.box.sizes, held.dtype) for i, (part, held) in enumerate(zip(parts, values, strict=True))
     ]
     says = {HEADER_KEY: json.dumps({str(i): part.to_plain() for i, part in enumerate(parts)})}
     header = build_header(specs, {**PT_METADATA, **says})
-    plan = FilePlan(name, header, place_tensors(specs, len(header)))
-    with SafetensorsFileWriter.create(directory, plan) as writer:
-        for i, (part, tensor) in enumerate(zip(parts, values, strict=True)):
-            # One after the other, so that the host has one of them at a time.
-            held = tensor.detach().to("cpu")
-            measured.add(part.key, digest_box(held, part.box, part.shape))
-            writer.write_run(str(i), 0, held)
-        writer.sync()
+    placed = place_tensors(specs, len(header))
+    record = xxhash.xxh3_128()
+    size = max((one.end for one in placed.values()), default=len(header))
+    with writing(path, "write"), contextlib.closing(new_file(path, size)) as file:
+        # Front to back, as they lie in the file: an object store takes nothing else.
+        for memory in chain([memoryview(header)], (_measured(int(i), parts, values, measured) for i in placed)):
+            record.update(memory)
+            file.write(memory)
+        file.finish()
+    return FileRecord(size=size, xxh3_128=record.hexdigest())
+
+
+def _measured(i: int, parts: Sequence[Part], values: Sequence[Tensor], measured: Measured) -> memoryview:
+    """The bytes of one tensor, whose digest is taken; the host has one of them at a time."""
+    held = values[i].detach().resolve_conj().resolve_neg().cpu().contiguous()
+    measured.add(parts[i].key, digest_box(held, parts[i].box, parts[i].shape))
+    return memory_of(held)
 
 
 def _index(directory: Path, receipts: Sequence[Mapping[str, Any]]) -> DcpIndex:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import stat
+import subprocess
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -19,7 +23,7 @@ from shardsmith.ground import object_store, remote_commit, remote_owner
 from shardsmith.ground.commit import begin_attempt, remove, sweep
 from shardsmith.ground.layout import METADATA_FILE
 from shardsmith.ground.new_file import new_file
-from shardsmith.ground.remote_commit import RemoteAttempt, committed_steps
+from shardsmith.ground.remote_commit import RemoteAttempt, check_writable, committed_steps
 from shardsmith.ground.remote_export import RemoteDirectory
 from shardsmith.ground.remote_path import RemotePath, as_path
 from shardsmith.ground.stores import use_client
@@ -214,6 +218,51 @@ def test_uploads_that_cannot_be_listed_do_not_stop_a_sweep(
     assert "unfinished uploads" in caplog.text
     assert object_server.secret_key not in caplog.text
     assert "Signature" not in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["step", "export", "probe"])
+def test_a_sweep_of_another_thread_leaves_what_has_just_begun(
+    object_server: ObjectServer, place: RemotePath, kind: str
+) -> None:
+    """Without the probe the store would be refused as one that knows no conditional writes."""
+    begin: dict[str, Callable[[], RemoteAttempt | RemoteDirectory | None]] = {
+        "step": lambda: RemoteAttempt(place / "step-5"),
+        "export": lambda: RemoteDirectory(place / "hf"),
+        "probe": lambda: check_writable(place),
+    }
+    with proxied(object_server) as proxy:
+        proxy.server.use()
+        proxy.done = lambda request: sweep(place) if request.method == "PUT" else None
+        made = begin[kind]()
+    left = [key.rpartition(".")[2] for key in object_server.keys(place.key)]
+    assert left == {"step": ["owner"], "export": ["claim"], "probe": []}[kind]
+    if made is not None:
+        made.abandon()
+
+
+def test_a_probe_goes_when_its_process_is_dead_and_not_before(place: RemotePath) -> None:
+    mine = json.loads(remote_owner.this_process())
+    probe = place / "below" / f".probe-{'0' * 16}"
+    other = subprocess.Popen(["sleep", "600"])
+    try:
+        started = remote_owner._start_of(other.pid)
+        probe.store.put(probe.key, json.dumps({**mine, "pid": other.pid, "started": started}).encode())
+        sweep(place)
+        assert probe.is_file()
+    finally:
+        other.kill()
+        other.wait()
+    sweep(place)
+    assert not probe.is_file()
+
+
+def test_a_bucket_is_a_directory_and_no_file(place: RemotePath) -> None:
+    bucket = as_path(place.store.url)
+    (place / "one").write_text("object")
+    assert bucket.is_dir()
+    assert not bucket.is_file()
+    assert stat.S_ISDIR(bucket.stat().st_mode)
+    assert "commit" in [path.name for path in bucket.iterdir()]
 
 
 def test_an_attempt_of_another_host_goes_by_its_age(place: RemotePath, monkeypatch: pytest.MonkeyPatch) -> None:
