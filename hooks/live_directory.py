@@ -17,6 +17,7 @@ from shardsmith.ground.commit import writing
 from shardsmith.ground.layout import EMA_WEIGHTS, MAIN_WEIGHTS, PROVENANCE_FILE
 from shardsmith.hf.export_files import find_export_damage
 from shardsmith.manifest.checkpoints import set_aside
+from shardsmith.manifest.metadata import read_json
 from shardsmith.tensors.checkpoint_keys import EMA as AVERAGE
 from shardsmith.tensors.checkpoint_keys import MAIN
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _GENERATION = "generation_config.json"
+_OF_NO_GENERATION = ("_from_model_config", "transformers_version")
 _OF_TOKENIZERS = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "additional_chat_templates/*"),
     *("vocab.*", "merges.txt", "*.model", "tekken.json"),
@@ -119,7 +121,7 @@ class ModelFiles:
         """Write what does not come from the base model. Rank 0, in the background; reads no weights."""
         generation = getattr(model, "generation_config", None)
         # A base model has one of its own, which is copied with its other files.
-        if self.base is None and generation is not None:
+        if generation is not None and (self.base is None or _was_changed(generation, model, self.base)):
             with writing(directory / _GENERATION, "writing how to generate"):  # save_pretrained refuses odd settings
                 generation.to_json_file(directory / _GENERATION)
         if self.processor is not None:
@@ -128,6 +130,22 @@ class ModelFiles:
             with writing(directory / name, f"copying {path}"):
                 (directory / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, directory / name)
+
+
+def _was_changed(generation: Any, model: Any, base: Path) -> bool:
+    """Whether a model generates neither as its base says nor as the library makes it of the model's config."""
+
+    def said(one: Any) -> dict[str, Any]:
+        content: dict[str, Any] = one.to_dict()
+        return {
+            key: value for key, value in content.items() if key not in ("_from_model_config", "transformers_version")
+        }
+
+    kind = type(generation)
+    known = [kind.from_model_config(model.config)]
+    if (base / _GENERATION).is_file():
+        known.append(kind.from_dict(read_json(base / _GENERATION)))
+    return said(generation) not in map(said, known)
 
 
 def is_sound(export: Path) -> bool:

@@ -28,6 +28,8 @@ def saved_config(model: nn.Module | None) -> dict[str, Any] | None:
 def full_config(model: nn.Module | None) -> dict[str, Any]:
     """Return the config with every default filled in; empty for a model that has none."""
     config = getattr(model, "config", None)
+    if getattr(model, "to_json_string", None) is not None:  # diffusers: the model, which keeps every default
+        return saved_config(model) or {}
     if model is None or not hasattr(config, "to_json_string"):
         return {}
     kinds = [kind.__name__ for kind in own_class(model).__mro__ if kind.__module__.startswith("transformers.")]

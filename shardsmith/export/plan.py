@@ -22,7 +22,7 @@ from shardsmith.hf.base_files import BaseFiles, choose_files
 from shardsmith.hf.base_layout import in_base_layout, orders_of_patches
 from shardsmith.hf.config_fit import ConfigFit, vocabulary_sizes
 from shardsmith.hf.directory import DirectoryPlan, ModelPlan, Origin, plan_model
-from shardsmith.hf.hf_directory import main_stem, protect, read_config
+from shardsmith.hf.hf_directory import is_component, main_stem, protect, read_config
 from shardsmith.hf.known_class import model_class_of
 from shardsmith.hf.layout_rules import DECLARED, LayoutRule, LayoutRules
 from shardsmith.hf.model_class import ModelClass
@@ -240,7 +240,9 @@ def under_base_names(
     if template:
         return matched_source(source, template, classes)[0]
     target = classes.specs
-    if not target and (model_class := model_class_of(read_config(base))[0]) is not None:  # of diffusers
+    config = read_config(base)
+    # Without ``architectures`` any head may be meant, and the names of one class say nothing about those of another.
+    if not target and is_component(config) and (model_class := model_class_of(config)[0]) is not None:
         target = {name: spec for name, spec in model_class.specs.items() if name not in model_class.tied}
     found = match_names(source.specs, target, classes, source.aliases)
     return renamed(source, replace(found, keys=found.stripped))

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from shardsmith.hf.config_attempt import NOT_OF_THE_MODEL, Attempt, Excused, subsets
+from shardsmith.hf.config_attempt import NOT_OF_THE_MODEL, TIE, Attempt, Excused, subsets
 from shardsmith.hf.config_entries import OF_THE_HEAD, QUANTIZATION, Config, Path, dotted, entries, part_at, with_values
 
 AS_LIVE = "as in the config of the live model"
+OF_THE_LIVE_MODEL = "as the live model has it, and not the base model"
 _LABELS = "id2label"
+_BY_TENSORS = NOT_OF_THE_MODEL | {TIE, "auto_map", "return_dict"}
+"""Entries that the tensors decide, or that say nothing of what the model computes."""
 
 
 def unquantized(state: Attempt, _: Excused) -> Iterator[tuple[Config, str]]:
@@ -84,6 +87,37 @@ def as_live(state: Attempt, excused: Excused, live: Config) -> Iterator[tuple[Co
     for chosen, source in ((of_head, "as the live model"), (differing, AS_LIVE)):
         if chosen:
             yield with_values(state.config, chosen), f"{dotted(chosen)} {source}"
+
+
+def settings_of(state: Attempt, live: Config) -> dict[Path, Any]:
+    """Return what the config of the live model says otherwise and no tensor shows: rotary angles, names of labels.
+
+    The library's own save writes what the live model says, for that is what was trained.
+    """
+    return dict(_differing(state.effective, live))
+
+
+def in_modern_spelling(state: Attempt) -> Config:
+    """Return the config, or all of it as the class spells it today, where some of it has an older spelling.
+
+    A reader might take an old ``rope_theta`` and another the ``rope_parameters`` that are written beside it.
+    """
+    spelled = {path for path, _ in entries(state.effective)} | {(QUANTIZATION,), ("torch_dtype",), ("auto_map",)}
+    if all(path in spelled or path[0] in (QUANTIZATION, "auto_map") for path, _ in entries(state.config)):
+        return state.config
+    kept = {key: value for key, value in state.config.items() if (key,) in spelled}
+    return {**kept, **{key: value for key, value in state.effective.items() if not key.startswith("_")}}
+
+
+def _differing(ours: Config, live: Config, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    for key, value in ours.items():
+        # ``output_...`` is what a forward gives back beside its result.
+        if key not in live or key in _BY_TENSORS or "vocab" in key or key.startswith(("_", "output_")):
+            continue
+        if isinstance(value, Mapping) and isinstance(live[key], Mapping) and key.endswith("config"):
+            yield from _differing(value, live[key], (*path, key))
+        elif live[key] != value:
+            yield (*path, key), live[key]
 
 
 def relabelled(state: Attempt, excused: Excused) -> Iterator[tuple[Config, str]]:

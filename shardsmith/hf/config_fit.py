@@ -12,7 +12,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from shardsmith.hf.config_attempt import TIE, Attempt, Excused, tellable
-from shardsmith.hf.config_changes import AS_LIVE, as_live, changed_sizes, relabelled, resized, unquantized, untied
+from shardsmith.hf.config_changes import (
+    AS_LIVE,
+    OF_THE_LIVE_MODEL,
+    as_live,
+    changed_sizes,
+    in_modern_spelling,
+    relabelled,
+    resized,
+    settings_of,
+    unquantized,
+    untied,
+)
 from shardsmith.hf.config_entries import Config, Path, dotted, entries, with_values
 from shardsmith.hf.known_class import fit_of, model_class_of
 from shardsmith.hf.model_class import DIFFUSERS_KEY
@@ -86,6 +97,12 @@ def fit_config(
             found = attempt(changed, (*state.changes, note))
             if found.count(excused) < state.count(excused):
                 state = found
+    if live and (settings := settings_of(state, live)):
+        note = f"{dotted(settings)} {OF_THE_LIVE_MODEL}"
+        found = attempt(with_values(in_modern_spelling(state), settings), (*state.changes, note))
+        # A config that its owner has not kept up to date may be wrong where the tensors have been right.
+        if found.count(excused) <= state.count(excused):
+            state = found
     return _result(state, excused)
 
 

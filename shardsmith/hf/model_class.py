@@ -252,7 +252,7 @@ class DiffusersClass:
         with torch.device("meta"), _undisturbed():
             model = kind.from_config({k: v for k, v in config.items() if k != "quantization_config"})
         self.name = f"{kind.__name__} of diffusers {diffusers.__version__}"
-        self.effective_config: Mapping[str, Any] = dict(model.config)
+        self.effective_config: Mapping[str, Any] = json.loads(model.to_json_string())
         self.specs: Mapping[str, TensorSpec] = _specs_of(model.state_dict())
         self.tied: Mapping[str, str] = tied_weights(model)
         self.unsaved: Set[str] = frozenset()

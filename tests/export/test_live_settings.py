@@ -1,0 +1,147 @@
+"""What a live model computes with is what its export says, also where no tensor shows it and the base says otherwise.
+
+The measure is the library's own ``save_pretrained`` of the same model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from diffusers import UNet2DModel
+from safetensors.torch import load_file
+from transformers import AutoConfig, GenerationConfig, GPT2Config, GPT2LMHeadModel
+
+from tests.hf.test_directory_check import config_of, export_live, saved, to_hf
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
+LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10_000.0}
+
+
+def llama(kind: str = "LlamaForCausalLM", **more: Any) -> Any:
+    return getattr(transformers, kind)(transformers.LlamaConfig(**{**SMALL, **more}))
+
+
+def llava(**text: Any) -> Any:
+    vision = {key: SMALL[key] for key in SMALL if key != "vocab_size"} | {"image_size": 16, "patch_size": 8}
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**vision),
+        text_config=transformers.LlamaConfig(**{**SMALL, **text}),
+        image_token_id=60,
+    )
+    return transformers.LlavaForConditionalGeneration(config)
+
+
+def gpt2(**more: Any) -> Any:
+    return GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=64, n_positions=32, **more))
+
+
+def unet(**more: Any) -> Any:
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    return UNet2DModel(
+        sample_size=8, block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1, **blocks, **more
+    )
+
+
+CASES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    "angles": (llama, {"rope_parameters": LINEAR, "rms_norm_eps": 1e-5, "max_position_embeddings": 8192}),
+    "in a part": (llava, {"rope_parameters": LINEAR, "rms_norm_eps": 1e-5}),
+    "switches": (gpt2, {"scale_attn_by_inverse_layer_idx": True, "layer_norm_epsilon": 1e-3}),
+    "special tokens": (llama, {"pad_token_id": 3, "eos_token_id": [2, 5]}),
+    "names of labels": (
+        lambda **more: llama("LlamaForSequenceClassification", **more),
+        {"id2label": {0: "no", 1: "yes"}, "label2id": {"no": 0, "yes": 1}, "problem_type": "regression"},
+    ),
+    "a component": (unet, {"freq_shift": 1, "act_fn": "gelu"}),
+}
+
+
+def settings(directory: Path) -> dict[str, Any]:
+    """What the library reads, without dtypes and versions."""
+    if "_class_name" in config_of(directory):
+        content = dict(UNet2DModel.load_config(directory))
+    else:
+        content = AutoConfig.from_pretrained(directory).to_dict()
+    unmeant = {"dtype", "transformers_version", "_diffusers_version", "_name_or_path"}
+
+    def without(part: Any) -> Any:
+        return {k: without(v) for k, v in part.items() if k not in unmeant} if isinstance(part, dict) else part
+
+    return {key: value for key, value in without(content).items() if value is not None}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_the_live_model_computes_with_is_in_its_config(name: str, tmp_path: Path) -> None:
+    make, changes = CASES[name]
+    make().save_pretrained(tmp_path / "base")
+    model = make(**changes)
+    model.save_pretrained(tmp_path / "library")
+    assert settings(tmp_path / "library") != settings(tmp_path / "base")
+    assert settings(export_live(model, tmp_path / "base", tmp_path / "live")) == settings(tmp_path / "library")
+    # A model as its base has it leaves the base's config as it is, to the letter.
+    kept = config_of(export_live(make(), tmp_path / "base", tmp_path / "unchanged"))
+    assert kept == config_of(tmp_path / "base")
+
+
+@pytest.mark.parametrize("scaling", [None, {"type": "linear", "factor": 2.0}], ids=["none", "linear"])
+def test_no_older_spelling_stays_beside_what_the_live_model_says(scaling: Any, tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "base")
+    old = config_of(tmp_path / "base") | {"rope_theta": 10_000.0, "rope_scaling": scaling, "torch_dtype": "float32"}
+    del old["rope_parameters"], old["dtype"]
+    (tmp_path / "base" / "config.json").write_text(json.dumps(old))
+    model = llama(rope_parameters={"rope_type": "default", "rope_theta": 5e5})
+    directory = export_live(model, tmp_path / "base", tmp_path / "live")
+    assert not config_of(directory).keys() & {"rope_theta", "rope_scaling"}
+    assert AutoConfig.from_pretrained(directory).rope_parameters == model.config.rope_parameters
+
+
+def test_settings_of_the_training_and_a_config_that_lies_are_left_alone(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "base")
+    model = llama(use_cache=False, output_hidden_states=True)
+    model.config.num_hidden_layers = 3  # nobody has told the config that it has two
+    directory = export_live(model, tmp_path / "base", tmp_path / "live")
+    assert config_of(directory) == config_of(tmp_path / "base")
+
+
+@pytest.mark.parametrize("has_base", [True, False])
+def test_how_the_live_model_generates_is_written_if_it_was_changed(has_base: bool, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    first = llama(eos_token_id=2)
+    first.generation_config = GenerationConfig(do_sample=True, temperature=0.6, eos_token_id=2)
+    first.save_pretrained(base)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(base)
+    if not has_base:
+        (base / "generation_config.json").unlink()
+    loaded.generation_config.eos_token_id = [2, 5]
+    written = GenerationConfig.from_pretrained(export_live(loaded, base, tmp_path / "live"))
+    assert (written.temperature, written.eos_token_id) == (0.6, [2, 5])
+
+
+def test_how_the_base_generates_is_kept_if_the_live_model_says_nothing_else(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    first = llama(eos_token_id=2)
+    first.generation_config = GenerationConfig(do_sample=True, temperature=0.6, eos_token_id=2)
+    first.save_pretrained(base)
+    for name, model in {"new": llama(eos_token_id=2), "loaded": type(first).from_pretrained(base)}.items():
+        directory = export_live(model, base, tmp_path / name)
+        expected = (base / "generation_config.json").read_bytes()
+        assert (directory / "generation_config.json").read_bytes() == expected
+
+
+def test_a_config_that_names_no_class_leaves_the_names_as_they_are(tmp_path: Path) -> None:
+    """Any head may be meant then; the names of one class say nothing about those of another."""
+    model = llama()
+    model.config.architectures = None
+    model.config.save_pretrained(tmp_path / "bare")
+    assert not config_of(tmp_path / "bare").get("architectures")
+    wrapped = {f"_orig_mod.{name}": value for name, value in model.state_dict().items()}
+    to_hf(saved(wrapped, tmp_path / "ck"), tmp_path / "bare", tmp_path / "out")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert found.keys() == model.state_dict().keys()
+    assert all(torch.equal(found[name], value) for name, value in model.state_dict().items())
