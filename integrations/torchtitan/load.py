@@ -82,6 +82,7 @@ class LoadWatch:
         self._repair = options.repair_buffers
         self._allow_config = options.allow_config
         self._source: Source | None = None
+        self._has_rest = False  # whether an initial load has more than weights: initial_load_model_only=False
         self._ranks = Ranks()
 
     def before(self, state_dict: dict[str, Any], checkpoint: Path, form: Form) -> dict[str, Any]:
@@ -96,6 +97,7 @@ class LoadWatch:
             self._say_what_is_not_used(checkpoint)
             self._ranks.gather(f"looking at {checkpoint}", lambda: refuse_unlike(state_dict, checkpoint))
             return state_dict
+        self._has_rest = any(not isinstance(value, Tensor) for value in state_dict.values())
         self._compare_settings(checkpoint)
         absent: list[str] = []
         self._ranks.gather(
@@ -139,6 +141,8 @@ class LoadWatch:
         if form is Form.DCP and (held := held_alone(parts, checkpoint)):
             parts, how = held, {"config": recorded_config(checkpoint)}
         verify_loaded(parts, checkpoint, **how, **self._allowed, repair_buffers=self._repair, ranks=self._ranks)
+        if self._has_rest:
+            self._verify_rest(checkpoint, state)
 
     def nothing_loaded(self) -> None:
         """It has loaded nothing. Raises CheckpointNotFoundError if it was told to."""
@@ -164,12 +168,30 @@ class LoadWatch:
 
     def _verify_state(self, checkpoint: Path, state: Callable[[], dict[str, Any]]) -> None:
         """All that a run resumes with has the digests that were recorded when it was saved. All ranks; communicates."""
-        read: list[CheckpointMetadata] = []
-        self._ranks.gather("reading the manifest", lambda: read.append(read_metadata(checkpoint)))
         try:
-            count = verify_state(self._ranks, only_recorded(state(), read[0]), checkpoint, read[0])
+            self._compare_digests(checkpoint, state)
         except (CorruptCheckpointError, RankFailedError) as error:
             raise DamagedStepError(checkpoint, str(error)) from error
+
+    def _verify_rest(self, checkpoint: Path, state: Callable[[], dict[str, Any]]) -> None:
+        """An initial load has taken the optimizer and all else, too: as for a resume. All ranks; communicates.
+
+        Raises:
+            RankFailedError, CorruptCheckpointError: a tensor has another digest than was recorded.
+        """
+        if (checkpoint / METADATA_FILE).is_file():
+            self._compare_digests(checkpoint, state)
+        elif self._ranks.is_leader:
+            log.warning(
+                "%s has no %s: of what was loaded from it the weights are verified, the optimizer and the rest are not",
+                checkpoint,
+                METADATA_FILE,
+            )
+
+    def _compare_digests(self, checkpoint: Path, state: Callable[[], dict[str, Any]]) -> None:
+        read: list[CheckpointMetadata] = []
+        self._ranks.gather("reading the manifest", lambda: read.append(read_metadata(checkpoint)))
+        count = verify_state(self._ranks, only_recorded(state(), read[0]), checkpoint, read[0])
         if self._ranks.is_leader:
             log.info("%d tensors equal those that were saved in %s (digests recorded)", count, checkpoint)
 
