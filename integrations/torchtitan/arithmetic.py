@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from shardsmith.hf.model_class import quiet_transformers
 from shardsmith.load.faults import LoadFault
 from shardsmith.load.live_weights import LiveWeights
-from shardsmith.tensors.fqn import own_class
+
+from .models import package_of
 
 log = logging.getLogger(__name__)
 
@@ -94,9 +95,8 @@ def _longest(live: LiveWeights) -> float:
 
 
 def _type_of(model: nn.Module) -> str | None:
-    package = own_class(model).__module__.removeprefix("torchtitan.models.").split(".")[0]
-    types = _TYPES.get(package)
-    if types is None or not own_class(model).__module__.startswith("torchtitan."):
+    types = _TYPES.get(package_of(model) or "")
+    if types is None:
         return None
     has_experts = any(hasattr(module, "score_func") for module in model.modules())
     return types[-1] if has_experts else types[0]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from shardsmith.errors import UsageError
 from shardsmith.hf.blueprint import OLD_ROTARY, Blueprint, without_weights
-from shardsmith.tensors.fqn import tied_weights
+from shardsmith.tensors.fqn import own_class, tied_weights
 from shardsmith.tensors.tensors import TensorSpec
 
 
@@ -94,6 +94,12 @@ def build_titan_model(title: str) -> TitanModel:
     with torch.device("meta"):
         model = make()
     return TitanModel(title, model, adapter(config, None), config, make)
+
+
+def package_of(model: nn.Module) -> str | None:
+    """Return the package in ``torchtitan.models`` that a model's class is from, such as ``llama3``; None if none is."""
+    module = own_class(model).__module__
+    return module.split(".")[2] if module.startswith("torchtitan.models.") else None
 
 
 def _import_model(name: str) -> Any:

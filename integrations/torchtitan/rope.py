@@ -15,6 +15,8 @@ from shardsmith.load.faults import LoadFault
 from shardsmith.load.live_weights import LiveWeights
 from shardsmith.tensors.fqn import clean_fqn, non_persistent_buffers
 
+from .models import package_of
+
 _TABLES = ("cache", "freqs_cis", "rope_cache")
 """How TorchTitan calls the buffers that hold them."""
 _TYPES = {"none": "default", "llama": "llama3"}
@@ -37,6 +39,9 @@ _NTK = {
     "original_seq_len": "original_max_position_embeddings",
 }
 """What GPT-OSS of 0.2 calls these."""
+_NEIGHBOURS = {"llama3": True, "llama4": True, "deepseek_v3": True, "qwen3": False, "gpt_oss": False}
+"""Package of a model: whether two neighbours in a head turn together once TorchTitan's adapter has brought the weights
+into the order of the model. Else two that are half a head apart do."""
 # Tables in float32 that were computed in another order differ by less.
 _RELATIVE = 1e-5
 
@@ -136,6 +141,7 @@ def rope_faults(live: LiveWeights, rope: RopeOfConfig, origin: str) -> list[Load
     if rope.alone != 1:
         words = f"rotary parts of queries and keys are multiplied by {rope.alone:g} in {origin}, by 1 in the trainer"
         faults["rope_mscale"] = LoadFault("rope-differs", "rope_mscale", words)
+    faults |= {fault.name: fault for part in live.parts for fault in _pair_faults(part, origin)}
     if not faults:
         faults |= {fault.name: fault for part in live.parts for fault in _angle_faults(part, rope, origin)}
     return [*faults.values()]
@@ -185,6 +191,17 @@ def _why(model: nn.Module, name: str, value: Any) -> str:
         f"original_seq_len ({arguments.original_seq_len}): train on longer sequences, or make original_seq_len smaller "
         "than they are in the flavor and in config.json"
     )
+
+
+def _pair_faults(model: nn.Module, origin: str) -> Iterator[LoadFault]:
+    """A table that turns other pairs than the weights are ordered for. 0.3 has two classes of them, for any model."""
+    neighbours = _NEIGHBOURS.get(package_of(model) or "")
+    words = {True: "neighbours in a head", False: "the halves of a head"}
+    for module, _, table in _tables(model):
+        if neighbours is not None and table.is_complex() != neighbours:
+            found = f"{type(module).__name__} turns {words[not neighbours]} together"
+            yield LoadFault("rope-differs", "rope_interleave", f"{found}, {words[neighbours]} belong so by {origin}")
+            return
 
 
 def _angle_faults(model: nn.Module, rope: RopeOfConfig, origin: str) -> Iterator[LoadFault]:

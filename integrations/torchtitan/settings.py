@@ -55,6 +55,7 @@ _SCORES = {"deepseek_v3": "sigmoid", "deepseek_v2": "softmax", "qwen3_moe": "sof
 _SCORED_FIRST = "score_before_experts"
 _BALANCED = "moe_force_load_balance"
 """Settings of TorchTitan alone: what they change, transformers computes in one way."""
+_WINDOW, _CAUSAL = "sliding_window", "is_causal"
 _TIE = "tie_word_embeddings"
 _ENDS = ("tok_embeddings", "output", "lm_head")
 
@@ -111,6 +112,10 @@ class Source:
             return str(config.get("model_type")).startswith("llama4")
         if name == _BALANCED:
             return False
+        if name == _WINDOW:
+            return config.get(name) or "none"
+        if name == _CAUSAL:
+            return True
         return config.get(name)
 
     def has_sizes_of(self, live: LiveWeights) -> bool:
@@ -237,6 +242,21 @@ def _settings_of(module: nn.Module) -> Iterator[tuple[str, Any]]:
         for own, name in _ATTENTION.items():
             if (value := getattr(module, own, None)) is not None:
                 yield name, value
+    yield from _windows_of(module)
+
+
+def _windows_of(module: Any) -> Iterator[tuple[str, Any]]:
+    """Which tokens attention sees, where the module says it. Layers that see all are compared by their arithmetic."""
+    window = getattr(module, "window_size", None)
+    if isinstance(window, tuple):  # VarlenAttention of 0.3: how many tokens to the left and to the right; -1 is all
+        yield _CAUSAL, window[1] == 0
+        if window[0] >= 0:
+            yield _WINDOW, window[0] + 1
+    # GPT-OSS, from whose config the masks are made: 0.2 has one for all, 0.3 one for each layer.
+    layers = getattr(getattr(module, "config", None), "layers", None) or ()
+    for holder in (getattr(module, "model_args", None), *(getattr(layer, "attention", None) for layer in layers)):
+        if isinstance(size := getattr(holder, "sliding_window_size", None), int):
+            yield _WINDOW, size
 
 
 def _eps_faults(live: LiveWeights, source: Source, names: NameMap | None) -> list[LoadFault]:
@@ -292,6 +312,9 @@ def _modules(live: LiveWeights) -> Iterator[tuple[str, Any]]:
     for part in live.parts:
         for name, module in part.named_modules():
             yield clean_fqn(name, part), module
+            # 0.3's hands the tokens to experts, and is no module.
+            if (dispatcher := getattr(module, "token_dispatcher", None)) is not None:
+                yield f"{clean_fqn(name, part)}.token_dispatcher", dispatcher
 
 
 def _same(found: Any, expected: Any) -> bool:

@@ -20,7 +20,7 @@ from shardsmith.load.live_weights import LiveWeights
 from tests.titan import small_models
 from tests.titan.cpu import IS_0_3
 from tests.titan.evaluation import FLOAT32
-from tests.titan.hf_models import DEEPSEEK, QWEN, make_model
+from tests.titan.hf_models import DEEPSEEK, MODELS, QWEN, make_model
 from tests.titan.jobs import LLAMA, Assets, Job, error_of, log_of, run_jobs
 
 CONFIGS: dict[str, PreTrainedConfig] = {
@@ -126,12 +126,52 @@ def test_what_experts_compute_otherwise_is_named(
     title: str, live: Any, attribute: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each module that has it: in 0.3 what hands tokens to experts has a number of its own."""
-    holders = [module for part in live[0].parts for module in part.modules() if hasattr(module, attribute)]
+    modules = [module for part in live[0].parts for module in part.modules()]
+    # 0.3's dispatchers are no modules.
+    dispatchers = [module.token_dispatcher for module in modules if hasattr(module, "token_dispatcher")]
+    holders = [module for module in (*modules, *dispatchers) if hasattr(module, attribute)]
+    assert attribute != "top_k" or len(dispatchers) == (len(holders) // 2 if IS_0_3 else 0)
     for holder in holders:
         with monkeypatch.context() as changed:
             changed.setattr(holder, attribute, LIVE[attribute])
             assert len(faults(live, CONFIGS[title].to_dict())) == 1
     assert holders or "moe" not in title or (IS_0_3 and attribute == "score_before_experts")
+
+
+@pytest.mark.skipif(not IS_0_3, reason="0.2 has one kind of rotary table for each model")
+def test_a_table_that_turns_other_pairs_is_named(title: str) -> None:
+    """0.3 has two classes, which have the same settings and angles."""
+    from torchtitan.models.common.rope import ComplexRoPE, CosSinRoPE
+
+    made, config = build_titan_model(title), CONFIGS[title].to_dict()
+    for layer in made.config.layers:
+        rope = layer.attention.rope
+        other = CosSinRoPE if type(rope) is ComplexRoPE.Config else ComplexRoPE
+        layer.attention.rope = other.Config(dim=rope.dim, max_seq_len=rope.max_seq_len, theta=rope.theta)
+        # Llama's own scaling is in one of the two classes only.
+        config["rope_parameters"] = {"rope_type": "default", "rope_theta": rope.theta}
+    found = faults((LiveWeights(made.make()), TorchTitanNames(made.adapter, ())), config)
+    assert [fault.name for fault in found] == ["rope_interleave"]
+    assert "neighbours in a head" in found[0].problem
+
+
+@pytest.mark.parametrize(("window", "name"), [((7, 0), "sliding_window"), ((-1, -1), "is_causal"), ((-1, 0), None)])
+def test_a_window_of_the_trainer_alone_is_named(
+    title: str, live: Any, window: tuple[int, int], name: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As 0.3's VarlenAttention has it."""
+    holder = next(m for part in live[0].parts for n, m in part.named_modules() if n.endswith("inner_attention"))
+    monkeypatch.setattr(holder, "window_size", window, raising=False)
+    assert [fault.name for fault in faults(live, CONFIGS[title].to_dict())] == ([name] if name else [])
+
+
+def test_the_window_of_gpt_oss_is_compared() -> None:
+    title = f"gpt_oss/{small_models.DENSE}"
+    made, config = build_titan_model(title), MODELS[title]().to_dict()
+    live = LiveWeights(made.make()), TorchTitanNames(made.adapter, ())
+    before = [fault.name for fault in faults(live, config)]
+    assert "sliding_window" not in before
+    assert [fault.name for fault in faults(live, {**config, "sliding_window": 64})] == ["sliding_window", *before]
 
 
 def test_the_random_numbers_of_the_run_stay_as_they_are(title: str, live: Any) -> None:
