@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -40,6 +40,18 @@ def logged(what: str) -> Iterator[None]:
         log.warning("%s failed: %s", what, error)
     except Exception:
         log.exception("%s failed", what)
+
+
+def each_of(calls: Iterable[Callable[[], None]]) -> None:
+    """Make all of the calls, also when one of them raises; the first error is raised in the end."""
+    errors: list[Exception] = []
+    for call in calls:
+        try:
+            call()
+        except Exception as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
 
 
 class Background:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -22,13 +22,14 @@ from shardsmith.ground.remote_path import as_path
 from shardsmith.ground.step_agreement import StepAgreement
 from shardsmith.manifest.retention import Retention
 
-from .background import attempted, logged
+from .background import attempted, each_of, logged
 from .events import EventQueue, Listener, event_of
 from .hook import Hook
 from .occasions import Occasion, OccasionWatch
 from .retention import add_metrics
 from .schedule import Schedule
 from .stop_signals import StopSignals
+from .undone import warn_of_undone
 from .wiring import Start
 
 log = logging.getLogger(__name__)
@@ -271,7 +272,7 @@ class Hooks:
     def train_end(self, step: StepNumber) -> None:
         """The first half of ``close``, for trainers that do more after the last step: what is due at it is done."""
         self._ended = True
-        if self.hooks and self._start.step is None and self._step == 0:
+        if self.hooks and self._start.step is None and step == 0:
             log.warning("no step was reported, although the training ends: call hooks.step(step) after each step")
         for hook in self.hooks:
             hook.on_train_end(step)
@@ -290,6 +291,8 @@ class Hooks:
             finally:
                 if not broken_off and self._spans_ranks():  # rank 0 may hold the store that the others still read
                     meet(f"{own_name()}/end", _FAREWELL_SECS)
+                elif not self._ended:  # only now all saves that were under way are there
+                    warn_of_undone(self.hooks, self._step)
             self._raise_errors({})
 
     def _refuse_closed(self, what: str) -> None:
@@ -304,7 +307,7 @@ class Hooks:
         self._open = False
         try:
             # All of them, whatever one raises: each may have a thread, handlers or memory to give back.
-            _each(hook.close for hook in self.hooks)
+            each_of(hook.close for hook in self.hooks)
         finally:
             self._events.deliver(self._step)
             if self._agreement is not None:
@@ -328,7 +331,7 @@ class Hooks:
         for _, hook, job, rank, error in notices:
             # A job that failed on several ranks is one failure, with the error of each.
             told.setdefault((hook, job), {})[rank] = error
-        _each(partial(self._report, hook, job, failures) for (hook, job), failures in sorted(told.items()))
+        each_of(partial(self._report, hook, job, failures) for (hook, job), failures in sorted(told.items()))
 
     def _report(self, index: int, job: int, failures: dict[int, str]) -> None:
         hook = self.hooks[index]
@@ -364,18 +367,6 @@ class Hooks:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close(broken_off=kind is not None)
-
-
-def _each(calls: Iterable[Callable[[], None]]) -> None:
-    """Make all of the calls, also when one of them raises; the first error is raised in the end."""
-    errors: list[Exception] = []
-    for call in calls:
-        try:
-            call()
-        except Exception as error:
-            errors.append(error)
-    if errors:
-        raise errors[0]
 
 
 def _step_number(owner: str, step: int) -> int:

@@ -61,6 +61,7 @@ class HFExport(Hook):
 
     Attributes:
         directory: Where the step directories are; absolute, so that a later ``os.chdir`` changes nothing.
+        base_model: The directory of the base model; None without one.
     """
 
     @made_together
@@ -166,7 +167,7 @@ class HFExport(Hook):
         Raises:
             UsageError, RankFailedError: there is no base model, or the options do not fit the model.
         """
-        self._base: Path | None = None
+        self.base_model: Path | None = None
         if files.base_model is not None:
             self._ranks.gather("finding the base model", lambda: self._find_base(str(files.base_model)))
         view = view_of(model, weights.adapters, held=weights.names == "auto")
@@ -174,13 +175,12 @@ class HFExport(Hook):
             raise UsageError(
                 "an adapter has no base model beside it: pass processor= for the tokenizer, not base_model="
             )
-        check_source(
-            weights.source, weights.checkpoints, is_adapter=view is not None and not isinstance(view, HeldView)
-        )
+        is_adapter = view is not None and not isinstance(view, HeldView)
+        check_source(weights.source, weights.checkpoints, is_adapter=is_adapter)
         self._state = LiveState(
             model,
             ema,
-            ModelFiles.of(files, self._base),
+            ModelFiles.of(files, self.base_model),
             dtype=dtype,
             max_shard_size=weights.max_shard_size,
             names=weights.names,
@@ -205,7 +205,7 @@ class HFExport(Hook):
         Raises:
             RankFailedError, WriteError, CheckpointError: the folder cannot be written to, or the base does not fit.
         """
-        prepare = partial(prepare_folder, self.directory, self._base) if self._ranks.is_leader else list[int]
+        prepare = partial(prepare_folder, self.directory, self.base_model) if self._ranks.is_leader else list[int]
         broken_off = self._ranks.agree(f"preparing {self.directory}", prepare, lambda of_ranks: of_ranks[0])
         self._ranks.gather("reading the base model", self._state.read_files)
         directories = choose()  # their names depend on the base model
@@ -217,7 +217,7 @@ class HFExport(Hook):
             self.background = self._in_flight.background
 
     def _find_base(self, name: str) -> None:
-        self._base = find_model(name, fetch=False)
+        self.base_model = find_model(name, fetch=False)
 
     def on_train_begin(self, step: int) -> None:
         """Make the export of the resumed step, if it was due and the former run died before it was made.

@@ -42,6 +42,7 @@ from .answers import TitanAnswers, made_up_tokens
 from .assets import find_base_model
 from .average import MODEL as AVERAGES
 from .average import average_states
+from .end_of_data import EndOfData
 from .engine import Engine
 from .inner import InnerNames, find_held, refuse_replaced
 from .load import stored_keys
@@ -130,13 +131,18 @@ class Attached:
         hooks = [hook for hook in attached if hook is not None]
         told = () if options.events is None else json_lines(dump_folder / options.events)
         self._hooks = Hooks(*hooks, stop_on=signal.SIGTERM if stops else (), on_event=told)
+        self._data = EndOfData(self._trainer, options.export_last)
         # Right after the optimizers' step; the checkpoint manager is called only later.
         optimizers.register_step_post_hook(self._on_optimizer_step)
 
     def train_begin(self) -> None:
-        """Training begins: whatever was to be loaded is loaded."""
+        """Training begins: whatever was to be loaded is loaded. What a former run did not do at its end is done."""
+        step = self._trainer.step
         for hook in self._hooks.hooks:
-            hook.on_train_begin(self._trainer.step)
+            hook.on_train_begin(step)
+        if step and self._data.has_no_step_left():
+            self._hooks.train_end(step)
+        self._data.watch()
 
     def step_end(self, step: int, *, is_last: bool) -> bool:
         """A step is over, and TorchTitan has saved it if it was due. Whether the run was asked to end after it."""
@@ -149,6 +155,15 @@ class Attached:
     def end_training(self) -> None:
         """Let TorchTitan's trainer leave its loop after this step."""
         self._trainer.should_continue_training = lambda: False
+
+    def finish(self) -> None:
+        """TorchTitan's loop is over. All ranks; communicates if it ran out of data.
+
+        Then the step before the one that TorchTitan has canceled is the last one, and what is due at that is done.
+        """
+        step = self._data.last_step()
+        if step is not None:
+            self._hooks.train_end(step)
 
     def record_found(self, step: int, path: Path) -> None:
         """Give a manifest to a step that was saved without the hooks. All ranks; returns at once.

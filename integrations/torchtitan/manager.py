@@ -6,6 +6,7 @@ What it does itself is left to it; this says when what happens. In both generati
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from concurrent.futures import Future
 from pathlib import Path
@@ -152,13 +153,17 @@ class HookedManager(CheckpointManager):
         return self._stopping or bool(super()._should_save(curr_step, last_step))
 
     def close(self) -> None:
-        """As TorchTitan's; then wait for the hooks' background work and raise what failed in it."""
+        """As TorchTitan's; then wait for the hooks' background work and raise what failed in it.
+
+        Before that, what is due at the last step is done if the data ended the run.
+        """
         attached, self._attached = self._attached, None
-        try:
-            super().close()
-        finally:
+        with contextlib.ExitStack() as closing:  # all of it, whatever a part of it raises
             if attached is not None:
-                attached.close()
+                closing.callback(attached.close)
+            closing.callback(super().close)
+            if attached is not None:
+                attached.finish()
 
     def dcp_save(self, state_dict: dict[str, Any], checkpoint_id: str, *args: Any, **kwargs: Any) -> Any:
         """As TorchTitan's, or with our writer. The average goes with the weights, also where they are saved alone."""
