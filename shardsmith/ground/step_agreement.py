@@ -149,6 +149,7 @@ class StepAgreement:
     def _judge(self, key: str) -> tuple[int, list[Any]] | None:
         """Rank 0: hear all answers; publish after which step all act, and on what. None: the agreement is over."""
         verdict = None
+        answers: list[tuple[int | None, list[Any]]] = []
         try:
             answers = [] if self._is_closing else self._hear(key)
             steps = [step for step, _ in answers if step is not None]
@@ -157,7 +158,10 @@ class StepAgreement:
         finally:
             # Also after an error: the other ranks wait for it.
             self._waiting.set(f"{key}/verdict", json.dumps(verdict))
-        self._forget(self._round - 1)  # all have answered in this round, so they have read the verdict on that one
+        # Whoever has answered in this round has read the verdict on the one before. A rank 0 that closes has heard
+        # nobody: another one may just be reading it, and would wait for ever for what is deleted under it.
+        if answers:
+            self._forget(self._round - 1)
         return verdict
 
     def _hear(self, key: str) -> list[tuple[int | None, list[Any]]]:

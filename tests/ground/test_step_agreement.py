@@ -71,6 +71,36 @@ def run_closed() -> None:
     agreement.close()
 
 
+def test_a_verdict_stays_until_all_have_read_it_also_if_rank_0_closes(tmp_path: Path) -> None:
+    run_on_ranks(run_slow_reader, 2, tmp_path)
+
+
+def run_slow_reader() -> None:
+    """Rank 1 has seen that the verdict is there, and reads it when rank 0 has closed."""
+    agreement = StepAgreement()
+    if dist.get_rank() == 1:
+        wait, seen = agreement._await, threading.Event()
+
+        def slowly(*args: Any) -> None:
+            wait(*args)
+            if not seen.is_set():
+                seen.set()
+                store = step_agreement.own_connection()
+                store.set("seen", b"")
+                store.wait(["closed"])
+
+        agreement._await = slowly  # type: ignore[method-assign]
+        agreement.tell("stop")
+        assert agreement.due(1) == ["stop"]
+    else:
+        store = step_agreement.own_connection()
+        store.wait(["seen"])
+        agreement.close()
+        store.set("closed", b"")
+    agreement.close()
+    dist.barrier()
+
+
 def test_one_rank_has_everything_at_once() -> None:
     agreement = StepAgreement()
     agreement.tell("a")
