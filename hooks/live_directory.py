@@ -16,6 +16,7 @@ from torch import nn
 from shardsmith.ground.commit import writing
 from shardsmith.ground.layout import EMA_WEIGHTS, MAIN_WEIGHTS, PROVENANCE_FILE
 from shardsmith.hf.export_files import find_export_damage
+from shardsmith.hf.model_code import code_of_model
 from shardsmith.manifest.checkpoints import set_aside
 from shardsmith.manifest.metadata import read_json
 from shardsmith.tensors.checkpoint_keys import EMA as AVERAGE
@@ -117,6 +118,10 @@ class ModelFiles:
             patterns += _OF_PROCESSORS
         return any(fnmatchcase(name, pattern) for pattern in patterns)
 
+    def code(self, model: nn.Module | None) -> dict[str, Path]:
+        """Return the Python files of a live model's own class, by name; of a base model they are among its files."""
+        return code_of_model(model)[1] if self.base is None and model is not None else {}
+
     def write(self, model: nn.Module | None, directory: Path) -> None:
         """Write what does not come from the base model. Rank 0, in the background; reads no weights."""
         generation = getattr(model, "generation_config", None)
@@ -124,6 +129,10 @@ class ModelFiles:
         if generation is not None and (self.base is None or _was_changed(generation, model, self.base)):
             with writing(directory / _GENERATION, "writing how to generate"):  # save_pretrained refuses odd settings
                 generation.to_json_file(directory / _GENERATION)
+        for name, path in self.code(model).items():
+            with writing(directory / name, f"copying {path}"):
+                (directory / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, directory / name)
         if self.processor is not None:
             self.processor.save_pretrained(directory)
         for name, path in self.extra.items():

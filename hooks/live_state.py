@@ -27,6 +27,7 @@ from shardsmith.hf.base_files import choose_files
 from shardsmith.hf.directory import DirectoryPlan, Measure, ModelPlan, Origin, plan_model
 from shardsmith.hf.hf_directory import main_stem, read_config
 from shardsmith.hf.known_class import model_class_of
+from shardsmith.hf.model_code import refuse_missing_code
 from shardsmith.hf.template import BaseTemplate, read_template
 from shardsmith.hf.ties import broken_ties, tied_groups
 from shardsmith.live.recognition import own_tensors
@@ -313,6 +314,7 @@ class LiveState:
             if source is not None and separate:
                 separate = {a: k for a, k in broken_ties(source, model_class).items() if {a, k} <= names}
         found = fit(path, plan, self._config, self._template, separate, self._transient, full_config(self._inner))
+        refuse_missing_code(path, found, {*self._copies, *self._files.extra, *self._files.code(self._inner)})
         self._config, self._measure = found.config, measure_of(found, self._template)
         for change in found.changes:
             log.info("config.json is adapted: %s", change)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from shardsmith.hf.blueprint import plain_config
+from shardsmith.hf.model_code import code_of_model
 from shardsmith.tensors.fqn import own_class
 
 
@@ -22,6 +23,8 @@ def saved_config(model: nn.Module | None) -> dict[str, Any] | None:
     if owner is not model and not content.get("architectures"):
         # transformers fills it in when it saves; FSDP2 makes a class of its own
         content["architectures"] = [own_class(model).__name__]
+    if code := code_of_model(model)[0]:
+        content["auto_map"] = {**content.get("auto_map", {}), **code}
     return content
 
 

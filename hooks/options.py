@@ -38,7 +38,7 @@ class ExportFiles:
     """More files to write, as JSON, by their name: the answer of a function when live weights are staged. All ranks
     call it, on the main thread; the answer of rank 0 is written."""
     trust_remote_code: bool = False
-    """Also copy the base model's Python files. They are not run."""
+    """Copy all Python files of the base model, not only those that its configs name. They are not run."""
 
 
 @checked_fields

@@ -120,7 +120,7 @@ class ExportArguments(NameArguments):
     with the adapter merged into its weights. Needs peft, and the run's adapter_config.json in the checkpoint's folder
     or in the one above it."""
     trust_remote_code: bool = False
-    """Also copy the base model's Python files. They are not run."""
+    """Copy all Python files of the base model, not only those that its configs name. They are not run."""
     verify: bool = True
     """Compare the checkpoint's files with their recorded hashes, if there are any, and read back the written files
     before they are published."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -26,6 +27,7 @@ from shardsmith.hf.hf_directory import is_component, main_stem, protect, read_co
 from shardsmith.hf.known_class import model_class_of
 from shardsmith.hf.layout_rules import DECLARED, LayoutRule, LayoutRules
 from shardsmith.hf.model_class import ModelClass
+from shardsmith.hf.model_code import refuse_missing_code
 from shardsmith.hf.template import BaseTemplate, read_template
 from shardsmith.hf.ties import broken_ties, find_ties
 from shardsmith.name_maps.class_names import ClassNames
@@ -45,7 +47,7 @@ class ExportOptions:
     max_shard_size: str | None = None
     """Such as "5GB": more than one file if the weights are larger. None: one file."""
     trust_remote_code: bool = False
-    """Also copy the base model's Python files. They are never run."""
+    """Copy all Python files of the base model, not only those that its configs name. They are never run."""
     allow: tuple[str, ...] = ()
     """Patterns of tensor names that may differ from the base model's weights."""
     drop: tuple[str, ...] = ()
@@ -130,14 +132,13 @@ def plan_directory(
     for model, stem in stems.items():
         opened, heads = _open_model(known, model, base, specs, model_class, sizes, options)
         named = _like(opened, options.drop)  # before names are matched: what stays may fit in one way only then
-        dropped |= dict.fromkeys(heads)
         opened = opened.without(named)
         recorded = names_of_the_run(opened, specs, lambda: known.manifest) if options.names == "auto" else None
         chosen = options if recorded is None else replace(options, names="identity")  # until the map is applied
         placed = under_base_names(opened, specs, base, chosen.names)
         unwanted = _like(placed, options.drop)
         _refuse_idle(known.path, options.drop, [*named, *unwanted])
-        dropped |= dict.fromkeys([*named, *unwanted])
+        dropped |= dict.fromkeys([*heads, *named, *unwanted])
         opened = placed.without([*unwanted, *_unsaved(placed, model_class, specs)])  # as now named, in whatever module
         source = sources[model] = in_base_layout(opened, layouts)
         as_stored = _plan_model(source, model, stem, model_class, specs, base, replace(chosen, dtype=None), None, sizes)
@@ -151,6 +152,7 @@ def plan_directory(
     assert fitted is not None
     tensors = {**{spec.name: spec for plan in models for spec in plan.specs}, **opened.specs}
     files = choose_files(base, tensors, trust_remote_code=options.trust_remote_code)
+    refuse_missing_code(output, fitted, files.copies)
     directory = DirectoryPlan(
         output,
         tuple(models),
@@ -240,9 +242,8 @@ def under_base_names(
     if template:
         return matched_source(source, template, classes)[0]
     target = classes.specs
-    config = read_config(base)
     # Without ``architectures`` any head may be meant, and the names of one class say nothing about those of another.
-    if not target and is_component(config) and (model_class := model_class_of(config)[0]) is not None:
+    if not target and is_component(config := read_config(base)) and (model_class := model_class_of(config)[0]):
         target = {name: spec for name, spec in model_class.specs.items() if name not in model_class.tied}
     found = match_names(source.specs, target, classes, source.aliases)
     return renamed(source, replace(found, keys=found.stripped))
@@ -345,10 +346,8 @@ def _ties(
     """As ``find_ties``. What an average took from main is compared there: here its twin has moved on."""
     if not source.filled:
         return find_ties(source, template, model_class, vocabulary)
-    main = open_main()
-    aliases = find_ties(main, template, model_class, vocabulary)
-    main.close()
-    return aliases
+    with contextlib.closing(open_main()) as main:
+        return find_ties(main, template, model_class, vocabulary)
 
 
 def _separate(source: ModelSource | TranslatedModel, plan: ModelPlan, model_class: ModelClass) -> dict[str, str]:

@@ -11,7 +11,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from shardsmith.formats.torch_files.files import read_torch_file
 from shardsmith.ground.layout import COMPANION, METADATA_FILE, PROVENANCE_FILE
 from shardsmith.ground.local_copy import first_bytes, names_below
 from shardsmith.hf.model_card import is_own_card
+from shardsmith.hf.model_code import code_beside
 from shardsmith.manifest.metadata import has_manifest, read_json, read_metadata
 from shardsmith.tensors.tensors import Shape, TensorSpec
 
@@ -60,11 +61,6 @@ _FOLDERS = re.compile(
 _WRAPPER = re.compile(r"^(module|_orig_mod|model|base_model)\.")
 # Beginnings of torch's files: a zip archive, and a pickle of protocol 2, as before torch 1.6.
 _TORCH_MAGIC = (b"PK\3\4", b"\x80\2")
-_CONFIGS = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
-_CODE = (
-    "code that its config names in auto_map, and that a loader may need; "
-    "--trust-remote-code (trust_remote_code=True) copies it"
-)
 # Share of the tensors, or of the model's matrices, from which a file is the model's.
 _MOSTLY = 0.5
 
@@ -81,12 +77,9 @@ class BaseFiles:
     """What is not copied although nothing in its name says so -> why."""
 
     def log_what_is_unexpected(self, log: logging.Logger) -> None:
-        """Log weights of other parts, which are copied, and code of the model, which is not."""
+        """Log weights of other parts, which are copied."""
         for name, size in self.weights.items():
             log.info("%s of the base model (%s bytes) holds other weights, and is copied", name, size)
-        for name, reason in self.left_out.items():
-            if name.endswith(".py"):
-                log.warning("%s of the base model is not copied: %s", name, reason)
 
 
 def choose_files(
@@ -97,7 +90,7 @@ def choose_files(
     Args:
         base: The base model's directory.
         model: The tensors of the model, by any names that files may have for them.
-        trust_remote_code: Python files, too.
+        trust_remote_code: All Python files; else those that its configs name, and what these import.
 
     Raises:
         CheckpointNotFoundError: no such directory.
@@ -110,7 +103,7 @@ def choose_files(
     for name in names:
         if not (base / name).is_file():
             raise UnsafeCheckpointError(base / name, "is not a regular file, so it cannot be copied; remove it")
-    left_out = {} if trust_remote_code else dict.fromkeys(_code_of_configs(base), _CODE)
+    left_out: dict[str, str] = {}
     for name in names:
         if _like(name, _WEIGHTS) and (reason := judge.reason_against(name)) is not None:
             left_out[name] = reason
@@ -121,22 +114,6 @@ def choose_files(
     copies -= {name for name in copies if _like(name, _INDEXES) and not _indexed(base / name) <= copies}
     weights = {name: (base / name).stat().st_size for name in sorted(copies) if name in judge.weights}
     return BaseFiles(tuple(sorted(copies)), weights, left_out)
-
-
-def _code_of_configs(base: Path) -> Iterator[str]:
-    """Python files of the base that its configs name, and that ``trust_remote_code`` has loaders run."""
-    for name in _CONFIGS:
-        try:
-            named = read_json(base / name)["auto_map"].values() if (base / name).is_file() else ()
-        except (CheckpointError, KeyError, TypeError, AttributeError):  # it names no code
-            continue
-        # A tokenizer has two in a list, of which one may be null. "org/name--module.Class" is not in the directory.
-        targets = [one for value in named for one in (value if isinstance(value, list) else [value])]
-        for target in targets:
-            if isinstance(target, str) and "--" not in target:
-                file = f"{target.rpartition('.')[0]}.py"
-                if (base / file).is_file():
-                    yield file
 
 
 def is_read_by_loaders(name: str) -> bool:
@@ -189,6 +166,7 @@ class _Judge:
 def _files(base: Path, *, trust_remote_code: bool) -> Iterable[str]:
     """Relative paths of what nothing speaks against but its content."""
     python = () if trust_remote_code else ("*.py",)
+    code = code_beside(base)
     of_checkpoint = _of_checkpoint(base)
     for folder, folders, names in names_below(base):
         # In place: ``os.walk`` and what is like it do not go into a folder that was taken out of the list.
@@ -198,8 +176,9 @@ def _files(base: Path, *, trust_remote_code: bool) -> Iterable[str]:
         if top:
             unwanted += (*_UNREAD_WEIGHTS, *_LEFTOVERS, *of_checkpoint)
         for name in sorted(names):
-            if not _like(name, unwanted) and not is_own_card(folder / name):
-                yield str((folder / name).relative_to(base))
+            relative = str((folder / name).relative_to(base))
+            if relative in code or not (_like(name, unwanted) or is_own_card(folder / name)):
+                yield relative
 
 
 def _of_checkpoint(base: Path) -> set[str]:

@@ -48,7 +48,7 @@ def complete_directory(plan: DirectoryPlan, directory: Path, digests: Digests) -
         # Names that are there are skipped: nothing in the directory is written twice.
         sizes |= copy_files(plan.base, [name for name in plan.copies if name not in sizes], directory)
     if CARD_FILE not in sizes:  # the base model's, or one of the caller's, is kept
-        sizes[CARD_FILE] = write_file(directory / CARD_FILE, model_card(plan, digests))
+        sizes[CARD_FILE] = write_file(directory / CARD_FILE, model_card(plan, digests, sizes))
     weights = {file.name for model in plan.models for file in model.weights.files}
     # Last, when every other file is there and durable: the record holds their sizes and hashes.
     with writing(directory, "hashing its files"):

@@ -16,6 +16,7 @@ from shardsmith.hf.base_files import choose_files, is_read_by_loaders
 from shardsmith.hf.config_fit import ConfigFit, fit_config
 from shardsmith.hf.directory import DirectoryPlan, Measure, ModelPlan
 from shardsmith.hf.hf_directory import CONFIG_FILE, main_stem
+from shardsmith.hf.model_code import refuse_missing_code
 from shardsmith.tensors.tensors import TensorSpec
 
 
@@ -48,6 +49,7 @@ def check_directory(plan: DirectoryPlan, directory: Path) -> Measure:
         found = fit_config(config, _specs(model), base=plan.template, allow=plan.allow)
         if found.changes or found.problems:
             raise MismatchError(directory, *refusal(found))
+    refuse_missing_code(plan.output, found, {str(path.relative_to(directory)) for path in directory.rglob("*.py")})
     return Measure(found.measured_by, plan.measure.base, found.reason)
 
 

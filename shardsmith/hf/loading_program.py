@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from shardsmith.ground.printable import printable
@@ -27,8 +27,8 @@ class LoadingProgram:
         text: The program; ``DIRECTORY`` stands for the directory.
     """
 
-    def __init__(self, plan: DirectoryPlan) -> None:
-        """Write the program for the directory that a plan makes."""
+    def __init__(self, plan: DirectoryPlan, files: Collection[str]) -> None:
+        """Write the program for the directory that a plan makes, and that holds these files."""
         config = plan.config or {}
         first, *others = plan.models
         loads_model = True
@@ -37,7 +37,7 @@ class LoadingProgram:
         if any(model.stem.startswith("adapter_model") for model in plan.models):
             self.library = "peft"
             lines = ["from peft import PeftModel", "", 'model = PeftModel.from_pretrained(base_model, "DIRECTORY")']
-        elif auto_class := _remote_class(config, plan.copies):
+        elif auto_class := _remote_class(config, files):
             self.library = "transformers"
             comment = "  # runs the author's Python files"
             lines = [*_from("transformers", auto_class, ", trust_remote_code=True", comment)]
@@ -128,7 +128,7 @@ def _knows_model_type(model_type: object) -> bool:
     return model_type in vars(configuration_auto)["CONFIG_MAPPING_NAMES"]
 
 
-def _remote_class(config: Mapping[str, Any], copies: tuple[str, ...]) -> str | None:
+def _remote_class(config: Mapping[str, Any], files: Collection[str]) -> str | None:
     """The auto class whose code is in the directory or on the Hub, that of ``architectures`` before others."""
     auto_map = config.get("auto_map")
     architectures = config.get("architectures")
@@ -140,6 +140,6 @@ def _remote_class(config: Mapping[str, Any], copies: tuple[str, ...]) -> str | N
         # As in "org/name--modeling.Class": code of a repository of the Hub; without it, of this directory.
         repository, _, reference = target.rpartition("--")
         module, _, name = reference.rpartition(".")
-        if repository or f"{module}.py" in copies:
+        if repository or f"{module}.py" in files:
             found[name if name not in found else auto_class] = auto_class
     return found.get(str(wanted)) or next(iter(found.values()), None)

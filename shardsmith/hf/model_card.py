@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ def is_own_card(path: Path) -> bool:
     return _MARK.encode() in first_bytes(path, 4096)
 
 
-def model_card(plan: DirectoryPlan, digests: Mapping[str, Mapping[str, Digest]]) -> bytes:
+def model_card(plan: DirectoryPlan, digests: Mapping[str, Mapping[str, Digest]], files: Collection[str]) -> bytes:
     """Return the card of a directory: where its weights come from, and how they are loaded.
 
     The same weights have the same card, whenever and wherever they are exported.
@@ -40,8 +40,9 @@ def model_card(plan: DirectoryPlan, digests: Mapping[str, Mapping[str, Digest]])
     Args:
         plan: The plan of the directory.
         digests: Digests of the written tensors, by model and tensor.
+        files: What lies in the directory.
     """
-    program = LoadingProgram(plan)
+    program = LoadingProgram(plan, files)
     base = _base_name(plan)
     front = [f"base_model: {base}"] if base else []
     front += [f"library_name: {program.library}"] if program.library else []

@@ -145,7 +145,7 @@ def test_weights_of_other_parts_are_listed_with_their_size_and_what_is_not_copie
     assert not {"ae.safetensors", "config.json"} & files.left_out.keys()
 
 
-def test_code_is_copied_if_it_is_trusted(base: Path) -> None:
+def test_all_code_is_copied_if_it_is_asked_for(base: Path) -> None:
     assert files_to_copy(base, trust_remote_code=True) == sorted(KEPT + CODE)
 
 
@@ -156,12 +156,9 @@ def test_code_is_copied_if_it_is_trusted(base: Path) -> None:
         ("tokenizer_config.json", {"AutoTokenizer": [None, "modeling_x.Tokenizer"]}),
     ],
 )
-def test_code_that_a_config_names_is_not_left_out_in_silence(base: Path, name: str, auto_map: dict[str, Any]) -> None:
+def test_code_that_a_config_names_is_copied(base: Path, name: str, auto_map: dict[str, Any]) -> None:
     (base / name).write_text(json.dumps({"auto_map": {**auto_map, "AutoOther": "org/name--modeling_y.Model"}}))
-    assert "--trust-remote-code" in choose_files(base, MODEL).left_out["modeling_x.py"]
-    trusted = choose_files(base, MODEL, trust_remote_code=True)
-    assert "modeling_x.py" in trusted.copies
-    assert "modeling_x.py" not in trusted.left_out
+    assert files_to_copy(base) == sorted({*KEPT, name, "modeling_x.py"})
 
 
 def test_a_copy_has_the_content_and_the_size_that_is_reported(base: Path, tmp_path: Path) -> None:

@@ -135,8 +135,7 @@ class Own(transformers.PreTrainedModel):
 """
 
 
-@pytest.mark.parametrize("is_copied", [True, False])
-def test_remote_code_is_asked_for_by_its_auto_class_if_it_is_there(tmp_path: Path, is_copied: bool) -> None:
+def test_remote_code_is_asked_for_by_its_auto_class(tmp_path: Path) -> None:
     base = tmp_path / "own"
     base.mkdir()
     auto_map = {"AutoConfig": "own_code.OwnConfig", "AutoModelForSequenceClassification": "own_code.Own"}
@@ -145,10 +144,9 @@ def test_remote_code_is_asked_for_by_its_auto_class_if_it_is_there(tmp_path: Pat
     (base / "own_code.py").write_text(CODE)
     model = nn.Module()
     model.first = nn.Linear(3, 4)
-    directory = export_of(tmp_path / "hf", model, base_model=base, trust_remote_code=is_copied)
-    assert ("trust_remote_code" in (directory / "README.md").read_text()) is is_copied
-    made = run_program(directory)
-    tensors = made["model"].state_dict() if is_copied else made["state_dict"]
+    directory = export_of(tmp_path / "hf", model, base_model=base)
+    assert "trust_remote_code" in (directory / "README.md").read_text()
+    tensors = run_program(directory)["model"].state_dict()
     assert all(torch.equal(tensors[name], value.bfloat16()) for name, value in model.state_dict().items())
 
 
