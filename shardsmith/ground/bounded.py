@@ -24,7 +24,10 @@ def read_bounded(path: Path, most_bytes: int) -> bytes:
         StorageError: its store cannot be reached.
     """
     if isinstance(path, RemotePath):
-        return _checked(path.read_all(), most_bytes)
+        data = path.read_all(most_bytes)
+        if data[:1] == b"\0":
+            raise ValueError("it begins with NUL, as no text does")
+        return data
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would wait for its writer
     with os.fdopen(descriptor, "rb") as file:
         status = os.fstat(descriptor)
@@ -36,12 +39,6 @@ def read_bounded(path: Path, most_bytes: int) -> bytes:
         data = file.read(status.st_size + 1)
     if len(data) > status.st_size:
         raise ValueError(f"it had {status.st_size} bytes and grows while it is read")
-    return data
-
-
-def _checked(data: bytes, most_bytes: int) -> bytes:
-    if len(data) > most_bytes or data[:1] == b"\0":
-        raise ValueError(f"{len(data)} bytes; {most_bytes} of text at most are read")
     return data
 
 

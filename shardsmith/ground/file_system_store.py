@@ -61,9 +61,12 @@ class FileSystemStore(ObjectStore):
         """Return a stream that writes a file; there is none if it is given up."""
         return self.client.writer(key)
 
-    def get(self, key: str) -> bytes:
-        """Return a whole file. Raises FileNotFoundError, StorageError."""
-        data: bytes = self._repeated("reading", key, lambda files: files.get(key, None, None))
+    def get(self, key: str, most_bytes: int | None = None) -> bytes:
+        """Return a whole file. Raises ValueError if it has more than ``most_bytes``; as ``head`` otherwise."""
+        end = None if most_bytes is None else most_bytes + 1
+        data: bytes = self._repeated("reading", key, lambda files: files.get(key, None, end))
+        if end is not None and len(data) >= end:
+            raise ValueError(f"{self.url}/{key} has more than {most_bytes} bytes")
         return data
 
     def range(self, key: str, start: int, end: int) -> memoryview:

@@ -22,6 +22,8 @@ from pathlib import Path
 
 METADATA_FILE = "metadata.json"
 """Our manifest of a sharded checkpoint directory."""
+MOST_MANIFEST_BYTES = 512 << 20
+"""Of a manifest, which lists all tensors with their digests: a larger file is none."""
 PROVENANCE_FILE = "shardsmith.json"
 """Where an exported Hugging Face directory came from."""
 COMPANION = "shardsmith"

@@ -129,9 +129,23 @@ class ObjectStore:
         with self._named("writing", key):
             yield
 
-    def get(self, key: str) -> bytes:
-        """Return a whole object. Raises FileNotFoundError, StorageError."""
-        return self._repeated("reading", key, lambda client: bytes(_obstore().get(client, key).bytes()))
+    def get(self, key: str, most_bytes: int | None = None) -> bytes:
+        """Return a whole object.
+
+        Raises:
+            ValueError: it has more than ``most_bytes``; no more than a part of it was requested.
+            FileNotFoundError, StorageError: it cannot be read.
+        """
+
+        def read(client: Client) -> bytes | None:
+            found = _obstore().get(client, key)
+            # The answer begins with the size: the rest of a larger object is not waited for.
+            return bytes(found.bytes()) if most_bytes is None or found.meta["size"] <= most_bytes else None
+
+        data = self._repeated("reading", key, read)
+        if data is None:
+            raise ValueError(f"{self.url}/{key} has more than {most_bytes} bytes")
+        return data
 
     def range(self, key: str, start: int, end: int) -> memoryview:
         """Return the bytes from ``start`` to before ``end``, which the object must have.

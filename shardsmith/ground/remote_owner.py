@@ -12,6 +12,8 @@ from shardsmith.ground.remote_path import RemotePath
 ABANDONED_AFTER = timedelta(hours=24)
 """Of an attempt on another host, about which nothing else can be known: so long after its last file it is dead."""
 
+_MOST_BYTES = 1 << 12
+
 
 def put_owner(owner: RemotePath) -> None:
     """Say there that this process makes, or deletes, what the object is named for. Raises StorageError."""
@@ -26,7 +28,7 @@ def this_process() -> bytes:
 def owner_lives(owner: RemotePath) -> bool | None:
     """Whether the process that makes an attempt is alive; None if it is not one of this host."""
     try:
-        said = json.loads(owner.store.get(owner.key))  # which is no file of the step
+        said = json.loads(owner.store.get(owner.key, _MOST_BYTES))  # which is no file of the step
         host, pid, started = said["host"], int(said["pid"]), said["started"]
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None

@@ -19,7 +19,7 @@ import stat
 from collections.abc import Generator
 from pathlib import Path, PosixPath
 
-from shardsmith.ground.layout import METADATA_FILE, parse_step
+from shardsmith.ground.layout import METADATA_FILE, MOST_MANIFEST_BYTES, parse_step
 from shardsmith.ground.object_store import ObjectStore
 from shardsmith.ground.stores import store_at
 
@@ -73,10 +73,10 @@ class RemotePath(PosixPath):
         """Look again which attempt has made this step, when a file of it is used next."""
         _attempts.pop(str(self), None)
 
-    def read_all(self) -> bytes:
-        """Return its content. Raises FileNotFoundError, StorageError."""
+    def read_all(self, most_bytes: int | None = None) -> bytes:
+        """Return its content. Raises FileNotFoundError, StorageError; ValueError if it has more than ``most_bytes``."""
         path = self.located
-        data = path.store.get(path.key)
+        data = path.store.get(path.key, most_bytes)
         if self.name == METADATA_FILE and (found := _ATTEMPT_IN_MANIFEST.search(data[:_MANIFEST_HEAD_BYTES])):
             _attempts[str(self.parent)] = found[1].decode()
         return data
@@ -97,8 +97,8 @@ class RemotePath(PosixPath):
     def _ask(step: Path) -> str | None:
         assert isinstance(step, RemotePath)
         try:
-            (step / METADATA_FILE).read_all()
-        except FileNotFoundError:
+            (step / METADATA_FILE).read_all(MOST_MANIFEST_BYTES)
+        except (FileNotFoundError, ValueError):  # what is so large is no manifest of ours
             return None
         return _attempts.get(str(step))
 

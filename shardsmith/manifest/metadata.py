@@ -54,8 +54,6 @@ _ADDED = {"initial": 2, "weights": 3, "names": 5}
 CHECKPOINT_TYPE = "sharded"
 _MOST_BYTES = 1 << 25
 """Of a config, an index, a trainer's state and so on."""
-_MOST_BYTES_OF_OURS = 1 << 29
-"""Of what lists all tensors with their digests."""
 SEAL = "self_xxh3_128"
 """Field with the hash of the file that it is in. What is older than it has none."""
 _ENDS_AS_SEALED = re.compile(rb'": "[0-9a-f]{32}"\n}\n\Z')  # also if it is the name of the field that has changed
@@ -292,7 +290,7 @@ def _read_bytes(path: Path) -> bytes:
     """What is in a JSON file."""
     is_ours = path.name in (layout.METADATA_FILE, layout.PROVENANCE_FILE)
     try:
-        return read_bounded(path, _MOST_BYTES_OF_OURS if is_ours else _MOST_BYTES)
+        return read_bounded(path, layout.MOST_MANIFEST_BYTES if is_ours else _MOST_BYTES)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointNotFoundError(path, "does not exist") from error
     except ValueError as error:
