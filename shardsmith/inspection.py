@@ -17,6 +17,7 @@ from shardsmith.ground.remote_path import as_path
 from shardsmith.hf.export_files import find_export_damage, records_files
 from shardsmith.manifest.checkpoints import find_damage, find_foreign_files
 from shardsmith.manifest.companion import companion_of, find_folder_damage, is_complete
+from shardsmith.manifest.compared import ComparedBytes, file_sizes
 from shardsmith.manifest.metadata import CheckpointMetadata, read_metadata
 from shardsmith.tensors.checkpoint_keys import KeyPath, find_models
 from shardsmith.tensors.dtypes import dtype_name
@@ -58,13 +59,22 @@ class Inspection:
     beside: dict[str, int]
     """Bytes of what lies beside the models, by its first name: optimizer, rng, ..."""
     files: dict[str, int]
-    """Bytes by file."""
+    """Bytes by file, by its path in the directory."""
+    compared: dict[str, int]
+    """Of each of these files, how many bytes were read and are those that were recorded. Without ``verify`` none."""
     created_at: str | None
     libraries: dict[str, str]
+    is_recorded: bool
+    """Whether hashes of its files are recorded, which ``verify`` can compare them with."""
     verified: bool
-    """Whether every byte was read and compared with a recorded hash."""
+    """Whether every byte of every file was read and is as recorded: of ``compared``, not of what was asked for."""
     damage: tuple[str, ...]
     """What is wrong, one line each; empty if nothing was found."""
+
+    @property
+    def uncompared(self) -> list[str]:
+        """Files of which a byte was not compared with anything recorded."""
+        return [name for name, nbytes in self.files.items() if self.compared.get(name) != nbytes]
 
 
 @checked
@@ -80,18 +90,27 @@ def inspect_checkpoint(path: AnyPath, *, verify: bool = False) -> Inspection:
     known = known_checkpoint(path)
     found, in_folder = known.format, is_complete(path)
     metadata = known.manifest
+    models, damage = _summaries(known)
     if metadata is None and in_folder:
         # A trainer's folder is no checkpoint of ours; the record of its files is in a directory of ours within it.
-        metadata = read_metadata(companion_of(path))
-    models, damage = _summaries(known)
+        try:
+            metadata = read_metadata(companion_of(path))
+        except CheckpointError as error:
+            damage.append(str(error))
+    read = ComparedBytes()
     if metadata is not None and verify:
-        # A folder has files of the trainer besides, which its record need not name.
-        damage += find_folder_damage(path, manifest=metadata) if in_folder else find_damage(path, manifest=metadata)
+        look = find_folder_damage if in_folder else find_damage
+        damage += look(path, manifest=metadata, compared=read)
     if metadata is not None and not in_folder:
         # Files that nobody recorded are found without reading any.
         damage += find_foreign_files(path, metadata)
     if metadata is None and path.is_dir():
-        damage += find_export_damage(path, contents=verify)
+        damage += find_export_damage(path, contents=verify, compared=read)
+    beside, more = _beside(path, metadata) if found.name in (SHARDED, DCP) else ({}, [])
+    damage += [line for line in more if line not in damage]
+    files = _files(known)
+    # In a folder, files of the trainer that its record does not name are no damage, and not verified either.
+    compared = read.of(path, files) if path.is_dir() else {}
     return Inspection(
         path=str(path),
         format=found.name,
@@ -101,11 +120,13 @@ def inspect_checkpoint(path: AnyPath, *, verify: bool = False) -> Inspection:
         ema=metadata.ema if metadata else None,
         world_size=metadata.world_size if metadata else None,
         mesh=metadata.mesh if metadata else None,
-        beside=_beside(path, metadata) if found.name in (SHARDED, DCP) else {},
-        files=_files(path, metadata),
+        beside=beside,
+        files=files,
+        compared=compared,
         created_at=metadata.created_at if metadata else None,
         libraries=metadata.libraries if metadata else {},
-        verified=verify and (metadata is not None or records_files(path)),
+        is_recorded=metadata is not None or records_files(path),
+        verified=bool(files) and compared == files,
         damage=tuple(damage),
     )
 
@@ -140,8 +161,15 @@ def _summary(known: KnownCheckpoint, name: str) -> ModelSummary:
     return summary
 
 
-def _beside(path: Path, manifest: CheckpointMetadata | None) -> dict[str, int]:
-    """Bytes of tensors that belong to no model, by the first part of their path."""
+def _beside(path: Path, manifest: CheckpointMetadata | None) -> tuple[dict[str, int], list[str]]:
+    """Bytes of tensors that belong to no model, by the first part of their path; or why that cannot be told."""
+    try:
+        return _sizes_beside(path, manifest), []
+    except CheckpointError as error:
+        return {}, [str(error)]
+
+
+def _sizes_beside(path: Path, manifest: CheckpointMetadata | None) -> dict[str, int]:
     specs: dict[str, TensorSpec] = {}
     paths: Mapping[str, KeyPath] = {}
     # A step whose weights are Hugging Face files has the rest in DCP files: then index and record are both needed.
@@ -161,12 +189,12 @@ def _beside(path: Path, manifest: CheckpointMetadata | None) -> dict[str, int]:
     return sizes
 
 
-def _files(path: Path, manifest: CheckpointMetadata | None) -> dict[str, int]:
+def _files(known: KnownCheckpoint) -> dict[str, int]:
+    path = known.path
     if path.is_file():
         return {path.name: path.stat().st_size}
-    files = [file for file in sorted(path.iterdir()) if not file.is_dir()]
-    # Files in folders below, as of an average, are known from the record only.
-    within = {} if manifest is None else {name: path / name for name in manifest.files if "/" in name}
-    there = {**{file.name: file for file in files}, **within}
+    if known.format.name != UNKNOWN:
+        return file_sizes(path)
+    # What is no checkpoint may be a whole disk: only what lies in it at the top.
     # A dangling link is there, and has a size of its own.
-    return {name: file.lstat().st_size for name, file in there.items() if file.is_symlink() or file.exists()}
+    return {file.name: file.lstat().st_size for file in sorted(path.iterdir()) if file.is_symlink() or file.is_file()}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from shardsmith.ground.remote_path import RemotePath, as_path
 from shardsmith.hf.export_files import find_export_damage
 from shardsmith.manifest.checkpoints import committed_steps, find_damage, unreadable_steps, why_unreadable
 from shardsmith.manifest.companion import companion_of, find_folder_damage, is_complete
+from shardsmith.manifest.compared import ComparedBytes, file_sizes
 from shardsmith.manifest.metadata import read_metadata
 from shardsmith.manifest.retention_note import expected_removals, read_policy
 
@@ -61,8 +61,21 @@ class StepSummary:
     """Of an export: True if ``events.jsonl`` says that it is on the Hub, False while it is to be; None: not known."""
     is_recorded: bool
     """Whether sizes and hashes of its files are recorded, so that damage can be found."""
+    compared: int
+    """Bytes of its files that were read and are as recorded; ``verified`` if they are all."""
     problems: tuple[str, ...]
     """What is wrong, one line each; empty if nothing was found."""
+
+    @property
+    def health(self) -> str:
+        """What is known of its files, in two or three words."""
+        if self.problems:
+            return "damaged"
+        if not self.is_recorded:
+            return "nothing recorded to compare with"
+        if self.compared:
+            return "every byte verified" if self.compared == self.nbytes else "verified in part"
+        return "complete"
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +116,7 @@ class RunOverview:
     """Ascending; of one step, the checkpoint first."""
     leftovers: tuple[Leftover, ...]
     verified: bool
-    """Whether every byte was read and compared with a recorded hash."""
+    """Whether every byte of every step was read and is as recorded."""
     free: int | None
     """Bytes that are free on the file system; None in an object store, which does not say."""
     retention: tuple[RetentionOutlook, ...]
@@ -155,7 +168,7 @@ def inspect_run(path: AnyPath, *, verify: bool = False) -> RunOverview:
         steps=tuple(sorted(steps, key=lambda one: (one.step, one.kind, one.path))),
         # Only listed: nothing is deleted or changed by an inspection.
         leftovers=tuple(find_leftovers(run)),
-        verified=verify,
+        verified=all(0 < one.compared == one.nbytes for one in steps),
         free=free,
         retention=tuple(_outlooks(run, free)),
         unreadable={
@@ -221,7 +234,7 @@ def _leftovers(run: Path) -> Iterator[Leftover]:
             if not (aside or layout.is_leftover(entry.name)) or not _is_folder(entry):
                 continue
             named = aside["kind"] if aside else "unfinished"
-            yield Leftover(str(entry.relative_to(run)), named, _bytes_in(entry))  # type: ignore[arg-type]
+            yield Leftover(str(entry.relative_to(run)), named, sum(file_sizes(entry).values()))  # type: ignore[arg-type]
 
 
 def remove_leftovers(run: Path, leftovers: Iterable[Leftover]) -> list[Leftover]:
@@ -261,7 +274,7 @@ def _summary(run: Path, step: int, folder: Path, events: Sequence[Mapping[str, A
     # With a problem and not without: an overview must not pass over what lies under a step's name.
     problems = [f"is no checkpoint of a known format: {found.reason}"] if found.name == UNKNOWN else []
     models: tuple[str, ...] = ()
-    metadata = None
+    metadata, read = None, ComparedBytes()
     try:
         models = tuple(model_names(folder))
         if is_complete(folder) or (folder / layout.METADATA_FILE).is_file():
@@ -270,21 +283,23 @@ def _summary(run: Path, step: int, folder: Path, events: Sequence[Mapping[str, A
         problems.append(str(error).removeprefix(f"{folder}: "))
     if metadata is not None:
         look = find_folder_damage if is_complete(folder) else find_damage
-        problems += look(folder, contents=verify)
+        problems += look(folder, contents=verify, compared=read)
     elif is_export:
-        problems += find_export_damage(folder, contents=verify)
+        problems += find_export_damage(folder, contents=verify, compared=read)
+    sizes = file_sizes(folder)
     return StepSummary(
         step=step,
         path=str(folder.relative_to(run)),
         kind="export" if is_export else "checkpoint",
         format=found.name,
         models=models,
-        nbytes=_bytes_in(folder),
+        nbytes=sum(sizes.values()),
         saved_at=_time_of(folder),
         world_size=metadata.world_size if metadata else None,
         seconds_waited=_waited(events, folder.name, "export" if is_export else "save"),
         pushed=_pushed(events, folder) if is_export else None,
         is_recorded=metadata is not None or (folder / layout.PROVENANCE_FILE).is_file(),
+        compared=sum(read.of(folder, sizes).values()),
         problems=tuple(problems),
     )
 
@@ -294,7 +309,7 @@ def _outlooks(run: Path, free: int | None) -> Iterator[RetentionOutlook]:
         if (noted := read_policy(folder)) is not None:
             steps = committed_steps(folder, noted.marker)
             # The next step is taken to be as large as the last: some policies ask for free space.
-            next_bytes = _bytes_in(folder / layout.step_name(steps[-1])) if steps else 0
+            next_bytes = sum(file_sizes(folder / layout.step_name(steps[-1])).values()) if steps else 0
             room = None if free is None else free - next_bytes
             found = expected_removals(noted, steps, folder, room)
             yield RetentionOutlook(str(folder.relative_to(run)), noted.text, found.removed, found.undecided)
@@ -371,18 +386,3 @@ def _time_of(folder: Path) -> float:
         return folder.stat().st_mtime
     manifest = folder / layout.METADATA_FILE
     return (manifest if manifest.is_file() else folder / layout.PROVENANCE_FILE).stat().st_mtime
-
-
-def _bytes_in(folder: Path) -> int:
-    """Sizes of the files in a folder, as they are listed; what goes meanwhile counts as nothing."""
-    if isinstance(folder, RemotePath):
-        is_step = (folder / layout.METADATA_FILE).is_file()
-        return sum((folder.sizes() if is_step else folder.objects_below()).values())
-    total = 0
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            try:
-                total += os.lstat(os.path.join(parent, name)).st_size
-            except FileNotFoundError:
-                continue
-    return total

@@ -36,7 +36,7 @@ def print_overview(overview: RunOverview, *, as_json: bool) -> None:
     table = Table("step", "checkpoint", "size", "models", "ranks", "age", "waited", "exports", "size", "health")
     # ``groupby`` needs them in order, which the overview has: a row holds a step's checkpoint and its exports.
     for step, group in groupby(overview.steps, key=lambda one: one.step):
-        table.add_row(str(step), *_row(list(group), verified=overview.verified))
+        table.add_row(str(step), *_row(list(group)))
     console.print(table)
     for problem in overview.problems:
         console.print(Text.assemble(("problem", "red"), " ", "\n".join(map(printable, problem.split("\n")))))
@@ -66,7 +66,7 @@ def _outlook(overview: RunOverview) -> Iterator[str]:
             yield f"  open: {', '.join(map(str, sorted(group)))} ({printable(str(reason))})"
 
 
-def _row(found: Sequence[StepSummary], *, verified: bool) -> list[str | Text]:
+def _row(found: Sequence[StepSummary]) -> list[str | Text]:
     saves = [one for one in found if one.kind == "checkpoint"]
     exports = [one for one in found if one.kind == "export"]
     first = (saves or exports)[0]
@@ -81,7 +81,7 @@ def _row(found: Sequence[StepSummary], *, verified: bool) -> list[str | Text]:
         f"{sum(waits):.2f} s" if waits else "",
         ", ".join(_described(exports)),
         size_text(sum(one.nbytes for one in exports)) if exports else "",
-        _health(found, verified=verified),
+        _health(found),
     ]
 
 
@@ -93,12 +93,19 @@ def _described(found: Sequence[StepSummary]) -> list[str]:
     ]
 
 
-def _health(found: Sequence[StepSummary], *, verified: bool) -> Text:
-    if any(one.problems for one in found):
-        return Text("damaged", "red")
-    if not all(one.is_recorded for one in found):
-        return Text("nothing recorded to compare with", "yellow")
-    return Text("every byte verified" if verified else "complete", "green")
+_COLOURS = {
+    "damaged": "red",
+    "nothing recorded to compare with": "yellow",
+    "verified in part": "yellow",
+    "complete": "green",
+    "every byte verified": "green",
+}
+"""From the worst to the best: a row says the worst of its directories."""
+
+
+def _health(found: Sequence[StepSummary]) -> Text:
+    worst = min((one.health for one in found), key=[*_COLOURS].index)
+    return Text(worst, _COLOURS[worst])
 
 
 def _age(saved_at: float) -> str:

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from shardsmith.watch import Outcome
 
 
+_LISTED_FILES = 8
+
+
 def progress_bar(
     plans: Sequence[ExportPlan], *, quiet: bool
 ) -> contextlib.AbstractContextManager[Callable[[int], None] | None]:
@@ -85,8 +88,20 @@ def _extent(inspection: Inspection) -> str:
     """How far the search for problems has gone."""
     if inspection.verified:
         return "in any byte of its files"
-    more = "--verify reads every byte" if inspection.format == "sharded" else "no hashes of its files are recorded"
+    if any(inspection.compared.values()):
+        return f"in what was compared; {uncompared_text(inspection)}"
+    more = "--verify reads every byte" if inspection.is_recorded else "no hashes of its files are recorded"
     return f"in names, sizes and indexes; {more}"
+
+
+def uncompared_text(inspection: Inspection) -> str:
+    """Say which files were not compared with anything, the first ones by name."""
+    names = inspection.uncompared
+    listed = ", ".join(map(printable, names[:_LISTED_FILES]))
+    more = f" and {len(names) - _LISTED_FILES} more" if len(names) > _LISTED_FILES else ""
+    return (
+        f"not compared, as no hash of them is recorded: {listed}{more} ({len(names)} of {len(inspection.files)} files)"
+    )
 
 
 def _facts_table(inspection: Inspection) -> Table:

@@ -32,7 +32,11 @@ def print_verification(verification: Verification, *, as_json: bool) -> None:
         for line in (*layers_of(model), *hint_of(model)):
             console.print(line)
     by = "by their digests" if verification.by == "digests" else "in every value"
-    console.print(_verdict(verification.same, f"the same model, {by}"))
+    compared = ", ".join(model.model for model in verification.models)
+    which = "" if compared == "main" and not verification.left_out else f" ({compared})"
+    console.print(_verdict(verification.same, f"the same model, {by}{which}"))
+    for line in verification.left_out:
+        console.print(f"not compared: {printable(line)}")
 
 
 def print_logits(found: Sequence[LogitsVerification], *, as_json: bool) -> None:
@@ -56,7 +60,9 @@ def _counts(model: ModelVerification) -> str:
     parts = [f"{model.compared} tensors compared", f"{model.equal} equal"]
     parts += [f"{len(model.converted)} equal but for their dtype"] if model.converted else []
     parts += [f"{printable(name)} brought into one layout by {rule}" for name, rule in model.layouts.items()]
-    parts += [f"{printable(', '.join(model.tied))} tied, on one side only"] if model.tied else []
+    tied = printable(", ".join(model.tied))
+    parts += [f"{tied} on one side only, where they repeat another tensor"] if tied else []
+    parts += [f"{printable(', '.join(model.ignored))} not compared, as a load makes them anew"] if model.ignored else []
     if model.renamed:
         mine, theirs = next(iter(model.renamed.items()))
         parts.append(f"{len(model.renamed)} under other names, such as {printable(mine)} for {printable(theirs)}")

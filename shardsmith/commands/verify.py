@@ -31,7 +31,7 @@ def verify(
 
     Only reads. Exits with 0 if they hold the same model, 1 if not, with all tensors that differ, and 2 if they
     cannot be compared. Of one alone every byte is read: 0 if no file has changed since it was written, 1 if one has,
-    is missing, or does not belong there, and 2 if no hashes of its files were recorded.
+    is missing, or does not belong there, and 2 if of some file no hash was recorded: it is named.
 
     Example: shardsmith verify run/checkpoints/step-500 run/hf/step-500 --rounding
 
@@ -106,6 +106,8 @@ def _verify_alone(path: Path, *, as_json: bool) -> int:
         inspection = inspect_checkpoint(path, verify=True)
     report.print_inspection(inspection, as_json=as_json)
     # Undamaged as far as names and sizes tell, which must not pass for verified.
+    if not inspection.damage and any(inspection.compared.values()) and not inspection.verified:
+        raise UnsupportedFormatError(path, f"is not verified as a whole: {report.uncompared_text(inspection)}")
     if not inspection.damage and not inspection.verified:
         raise UnsupportedFormatError(
             path, "records no hashes of its files, so it cannot be verified alone; compare it with what it was made of"

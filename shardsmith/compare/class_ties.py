@@ -1,10 +1,12 @@
-"""Ties of weights that the class of a model declares."""
+"""Names that are one tensor: as the class of a model ties them, or by their values where no class is known."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from shardsmith.compare.values import compare_tensor, same_as, scan_source
+from shardsmith.formats.models import ModelSource
 from shardsmith.hf.hf_directory import read_config
 from shardsmith.hf.known_class import model_class_of
 from shardsmith.hf.ties import tied_groups
@@ -39,3 +41,37 @@ def tied_in_class(base: Path) -> Mapping[str, str] | None:
         return model_class.tied
     names = ClassNames.of_directory(base)
     return names.tied if names.is_known else None
+
+
+def repeated_names(source: ModelSource, other: ModelSource, base: Path | None, *, rounding: bool) -> Iterator[str]:
+    """Yield names that only one side has, and whose values are those of another name, which both have.
+
+    Of a model whose class is known only what that class ties: a copy of a layer is one more layer, and no tie.
+    """
+    unlisted = [name for name in source.specs if name not in other.specs]
+    if not unlisted:
+        return
+    if base is not None and tied_in_class(base) is not None:
+        for name, twin in class_ties(base, other.specs, source.specs).items():
+            if name in source.specs and twin in source.specs and _repeats(source, name, twin, rounding=rounding):
+                yield name
+        return
+    # Without a class any tensor of that shape that both sides have may be the one it repeats.
+    # Two tensors of zeros are equal without being tied, so this is asked before any pair is compared.
+    constant = scan_source(source, unlisted)
+    for name in unlisted:
+        spec = source.specs[name]
+        alike = [twin for twin, kept in source.specs.items() if _alike(kept, spec) and twin in other.specs]
+        if not constant[name].constant and any(list(same_as(source, source, {name: twin})) for twin in alike):
+            yield name
+
+
+def _repeats(source: ModelSource, name: str, twin: str, *, rounding: bool) -> bool:
+    if source.specs[name].shape != source.specs[twin].shape:
+        return False
+    found = compare_tensor(source, source, name, twin)
+    return found.rounded_alike if rounding else found.same_values
+
+
+def _alike(one: TensorSpec, other: TensorSpec) -> bool:
+    return (one.shape, one.dtype) == (other.shape, other.dtype)

@@ -41,7 +41,7 @@ CODES: dict[str, Code] = {
     "shape-differs": Code("error", "the load fails", "check that --base-model is the right model and size"),
     "kind-differs": Code(
         "error",
-        "close to that of a random model: a load takes whole numbers, such as -128 to 127, for the weights",
+        "up to that of a random model: a load takes whole numbers, such as -128 to 127, or 8 bits, for the weights",
         "save before the weights are quantized, or with the model's quantization_config and the scales beside them",
     ),
     "wrong-layout": Code(
@@ -214,6 +214,11 @@ CODES: dict[str, Code] = {
     "tied-weights": Code("note", "none", "nothing: one tensor under two names is counted once"),
     "non-persistent-buffers": Code("note", "none", "nothing: no state dict holds them, they come from the config"),
     "extra-head": Code("note", "none", "nothing: a head of the trainer's own, which the model does not have"),
+    "not-compared": Code(
+        "note",
+        "none: a load of the model does not read it",
+        "to-hf --average NAME makes a model of it, to compare that",
+    ),
     "nested-layout": Code(
         "note",
         "none",

@@ -86,6 +86,16 @@ class TensorComparison:
         """Whether dtype and bytes are the same."""
         return self.distance is None
 
+    @property
+    def same_values(self) -> bool:
+        """Whether not one value differs, in whatever dtype."""
+        return self.distance is None or self.distance.differing == 0
+
+    @property
+    def rounded_alike(self) -> bool:
+        """Whether not one value differs, or both are equal once they are rounded to fewer bits."""
+        return self.same_values or (self.distance is not None and self.distance.rounding is not None)
+
 
 def compare_sources(left: TensorSource, right: TensorSource, names: Iterable[str]) -> dict[str, TensorComparison]:
     """Compare tensors that both have, in the same shape. No communication; memory: a few blocks a thread.
@@ -109,15 +119,19 @@ def compare_sources(left: TensorSource, right: TensorSource, names: Iterable[str
     return {name: results[name] for name in names}
 
 
-def compare_tensor(left: TensorSource, right: TensorSource, name: str) -> TensorComparison:
-    """Compare one tensor, in this thread. Reads it once, and a second time only if the bytes turn out to differ."""
+def compare_tensor(left: TensorSource, right: TensorSource, name: str, twin: str | None = None) -> TensorComparison:
+    """Compare one tensor with that of the same name, or with ``twin``, of one shape, in this thread.
+
+    Reads it once, and a second time only if the bytes turn out to differ.
+    """
+    twin = name if twin is None else twin
     # Two dtypes never have the same bytes, so the sums are wanted from the first pass on.
-    mine, other = left.specs[name], right.specs[name]
+    mine, other = left.specs[name], right.specs[twin]
     sums = None if mine.dtype == other.dtype else _Sums(mine.dtype, other.dtype)
     equal = True
     extremes: list[Tensor] = []
     for _, box in row_major_blocks(mine.shape, _BLOCK_ELEMENTS):
-        a, b = block_of(left, name, box), block_of(right, name, box)
+        a, b = block_of(left, name, box), block_of(right, twin, box)
         advance(a.nbytes + b.nbytes)
         # ``aminmax`` gives NaN as soon as one element is NaN.
         extremes += torch.aminmax(_comparable(a))
@@ -130,7 +144,7 @@ def compare_tensor(left: TensorSource, right: TensorSource, name: str) -> Tensor
     if not equal:
         sums = _Sums(mine.dtype, other.dtype)
         for _, box in row_major_blocks(mine.shape, _BLOCK_ELEMENTS):
-            sums.add(block_of(left, name, box), block_of(right, name, box))
+            sums.add(block_of(left, name, box), block_of(right, twin, box))
     return TensorComparison(name, mine, other, _extremes(extremes), sums.distance() if sums else None)
 
 

@@ -41,7 +41,11 @@ def _weights(diagnosis: Diagnosis) -> str:
     # Training moves weights: then equality is no measure, and what counts is that no fault was found.
     if any(note.code == "trained-weights" for note in diagnosis.notes):
         return f"The weights are fine: trained from the model's, {equal} of {compared} tensors still equal"
-    how = "bit for bit" if equal == compared else f"{equal} bit for bit, the others but for their dtype"
+    rounded = facts.get("rounded", 0)
+    parts = [f"{equal} bit for bit" if equal < compared else "bit for bit"]
+    parts += [f"{compared - equal - rounded} in another dtype"] if compared > equal + rounded else []
+    parts += [f"{rounded} rounded to fewer bits"] if rounded else []
+    how = ", ".join(parts)
     return f"The weights are fine: {compared} of {compared} tensors are the model's, {how}"
 
 

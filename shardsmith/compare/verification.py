@@ -16,11 +16,11 @@ from typing import Literal
 from shardsmith.checking.arguments import checked
 from shardsmith.checking.types import AsAnyPath
 from shardsmith.compare.alignment import aligned_source
-from shardsmith.compare.class_ties import class_ties
-from shardsmith.compare.values import TensorComparison, compare_sources, same_as, scan_source
+from shardsmith.compare.class_ties import repeated_names
+from shardsmith.compare.values import TensorComparison, compare_sources, same_as
 from shardsmith.errors import CheckpointError, CheckpointNotFoundError
 from shardsmith.formats.by_path import HUGGINGFACE
-from shardsmith.formats.models import ModelSource
+from shardsmith.formats.models import ModelSource, beside_models
 from shardsmith.formats.opened import OpenedCheckpoint, open_checkpoint
 from shardsmith.ground import layout
 from shardsmith.hf.hf_directory import CONFIG_FILE
@@ -30,7 +30,6 @@ from shardsmith.name_maps.matching import Alignment, is_transient
 from shardsmith.sharding.source_digests import digest_source
 from shardsmith.tensors.digest import Digest
 from shardsmith.tensors.dtypes import dtype_name
-from shardsmith.tensors.tensors import TensorSpec
 
 By = Literal["values", "digests"]
 
@@ -67,12 +66,14 @@ class ModelVerification:
     converted: tuple[str, ...]
     """Stored in other dtypes, the values being the same, or those of one side rounded where that was allowed."""
     tied: tuple[str, ...]
-    """Only on one side, where they repeat a tensor that both have."""
+    """Only on one side, where they repeat a tensor that both have: as the class ties them, or without a class any."""
     layouts: Mapping[str, str]
     """Of two layouts, compared in one: name -> the layout rule that led there."""
     differences: tuple[Difference, ...]
     renamed: Mapping[str, str] = field(default_factory=dict)
     """Of two generations of names, where no class says which is which: A's name -> B's, of the same bytes."""
+    ignored: tuple[str, ...] = ()
+    """Only on one side, and not compared, since a load makes them of the config: buffers that older code has saved."""
     relative: Mapping[str, float] = field(default_factory=dict)
     """Of every tensor that was compared by value: how far apart it is, as in ``Difference``; 0 where all is equal."""
 
@@ -85,6 +86,8 @@ class Verification:
     right: str
     by: str
     models: tuple[ModelVerification, ...]
+    left_out: tuple[str, ...] = ()
+    """What was compared with nothing, a line each: a model that only one side has, a further average, a teacher."""
 
     @property
     def same(self) -> bool:
@@ -121,7 +124,7 @@ def verify(left: AsAnyPath, right: AsAnyPath, options: VerifyOptions | None = No
     try:
         names = with_both.common(options.models)
         models = tuple(_verify_model(name, with_both, options) for name in names)
-        return Verification(str(left), str(right), options.by, models)
+        return Verification(str(left), str(right), options.by, models, tuple(with_both.left_out(names)))
     finally:
         with_both.close()
 
@@ -157,6 +160,12 @@ class OpenedPair:
             raise CheckpointNotFoundError(self.left.path, f"no model is in both: {found}")
         return names
 
+    def left_out(self, names: Sequence[str]) -> Iterator[str]:
+        """Yield what is compared with nothing when these models are compared, one line each."""
+        for letter, side in (("A", self.left), ("B", self.right)):
+            yield from (f"{name} of {letter}" for name in side.models if name not in names)
+            yield from (f"{line} ({letter})" for line in beside_models(side.models))
+
     def sources(self, model: str) -> tuple[ModelSource, ModelSource]:
         """One model of both."""
         left, right, _ = self.aligned(model)
@@ -190,7 +199,12 @@ def _verify_model(model: str, pair: OpenedPair, options: VerifyOptions) -> Model
     renamed = same_under_other_names(left, right) if pair.base is None else {}
     right = _called(right, renamed) if renamed else right
     # Names of a tie that only one side lists are no difference.
-    tied = (*_repeated(left, right, pair.base), *_repeated(right, left, pair.base))
+    tied = (
+        *repeated_names(left, right, pair.base, rounding=options.rounding),
+        *repeated_names(right, left, pair.base, rounding=options.rounding),
+    )
+    apart = left.specs.keys() ^ right.specs.keys()
+    ignored = tuple(sorted(name for name in apart if is_transient(name) and name not in tied))
     differences = [*_only(left, right, "only in A", tied), *_only(right, left, "only in B", tied)]
     names = [name for name in left.specs if name in right.specs]
     shapes = [name for name in names if left.specs[name].shape != right.specs[name].shape]
@@ -199,7 +213,9 @@ def _verify_model(model: str, pair: OpenedPair, options: VerifyOptions) -> Model
     if options.by == "digests":
         found = list(_by_digest(model, pair, left, right, names))
         equal = len(names) - len(found)
-        return ModelVerification(model, len(names), equal, (), tied, alignment.layouts, (*differences, *found), renamed)
+        return ModelVerification(
+            model, len(names), equal, (), tied, alignment.layouts, (*differences, *found), renamed, ignored
+        )
     compared = compare_sources(left, right, names)
     converted = [name for name, found in compared.items() if not found.equal and _converted(found, options)]
     differences += _by_value(compared, converted, options)
@@ -213,6 +229,7 @@ def _verify_model(model: str, pair: OpenedPair, options: VerifyOptions) -> Model
         alignment.layouts,
         tuple(sorted(differences, key=_by_effect)),
         renamed,
+        ignored,
         # Also of the equal ones: a page shows every tensor.
         {name: found.distance.relative if found.distance else 0.0 for name, found in compared.items()},
     )
@@ -340,29 +357,6 @@ def _only(
             here, there = _spec(source, name), "nothing"
             left, right = (here, there) if problem == "only in A" else (there, here)
             yield Difference(name, problem, left, right, None, None)
-
-
-def _repeated(source: ModelSource, other: ModelSource, base: Path | None) -> Iterator[str]:
-    """Names that only one side has, and whose values are those of another name, which both have.
-
-    What the class ties may have any values; of others, one value everywhere says nothing.
-    """
-    unlisted = [name for name in source.specs if name not in other.specs]
-    declared = class_ties(base, other.specs, source.specs) if unlisted and base is not None else {}
-    # Two tensors of zeros are equal without being tied, so this is asked before any pair is compared.
-    constant = scan_source(source, [name for name in unlisted if name not in declared])
-    for name in unlisted:
-        spec = source.specs[name]
-        twins = [declared[name]] if name in declared else []
-        # Not a declared tie: then any tensor of that shape that both sides have may be the one it repeats.
-        if name in constant and not constant[name].constant:
-            twins += [twin for twin, kept in source.specs.items() if _alike(kept, spec) and twin in other.specs]
-        if any(list(same_as(source, source, {name: twin})) for twin in twins if twin in source.specs):
-            yield name
-
-
-def _alike(one: TensorSpec, other: TensorSpec) -> bool:
-    return (one.shape, one.dtype) == (other.shape, other.dtype)
 
 
 def _spec(source: ModelSource, name: str) -> str:

@@ -7,11 +7,13 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from shardsmith.compare.findings import Finding, Looked, one
 from shardsmith.diagnose.subject import Reference, Subject
 from shardsmith.diagnose.ties import tied_names
 from shardsmith.errors import CheckpointError, CorruptCheckpointError, IncompleteCheckpointError, UnsafeCheckpointError
-from shardsmith.formats.models import ModelSource
+from shardsmith.formats.models import ModelSource, beside_models
 from shardsmith.formats.opened import Layout
 from shardsmith.name_maps.matching import Alignment, is_transient
 from shardsmith.tensors.checkpoint_keys import MAIN
@@ -50,6 +52,8 @@ def look_at_structure(subject: Subject, wanted: Layout | None = None) -> Looked:
         findings += _renamings(name, alignment)
         findings += _compare_names(name, source, template, subject)
         facts[name] = _counts(source, template, subject.reference)
+    if beside := list(beside_models(subject.opened.models)):
+        findings.append(one("not-compared", beside, ", ".join(subject.models), "; ".join(beside)))
     findings += _layout(subject, wanted)
     findings += newer_steps(subject.path)
     return Looked("structure", tuple(findings), facts)
@@ -175,8 +179,9 @@ def _compare_specs(source: ModelSource, template: Mapping[str, TensorSpec], *, i
             "; ".join(f"{mine.name} {list(mine.shape)}" for mine, _ in shapes),
         )
     dtypes = [(mine, other) for mine, other in both if mine.dtype != other.dtype]
-    # Whole numbers for weights: quantised, and with the scales lost. A model whose config says so keeps them beside.
-    lost = [mine for mine, other in dtypes if other.dtype.is_floating_point and not mine.dtype.is_floating_point]
+    # 8 bits or whole numbers for weights: quantised, and with the scales lost. A model whose config says so keeps them
+    # beside.
+    lost = [mine for mine, other in dtypes if other.dtype.is_floating_point and _is_quantized(mine.dtype, other.dtype)]
     for code, names in (
         ("kind-differs", [] if is_quantized else [mine.name for mine in lost]),
         ("other-dtype", [mine.name for mine, _ in dtypes if is_quantized or mine not in lost]),
@@ -186,6 +191,10 @@ def _compare_specs(source: ModelSource, template: Mapping[str, TensorSpec], *, i
             pairs = {(dtype_name(template[name].dtype), dtype_name(source.specs[name].dtype)) for name in names}
             expected, found = (", ".join(sorted({pair[i] for pair in pairs})) for i in (0, 1))
             yield one(code, names, expected, found)
+
+
+def _is_quantized(mine: torch.dtype, other: torch.dtype) -> bool:
+    return not mine.is_floating_point or mine.itemsize == 1 < other.itemsize
 
 
 def _counts(source: ModelSource, template: Mapping[str, TensorSpec], reference: Reference) -> dict[str, Any]:

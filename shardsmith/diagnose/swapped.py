@@ -98,10 +98,8 @@ def _alike(name: str, sample: Tensor, others: Mapping[str, Tensor]) -> Collectio
 
 def _holds(left: TensorSource, reference: ModelSource, own: TensorComparison, other: str, *, trained: bool) -> bool:
     """Whether a tensor has the values of another one of the model, and not better ones of its own."""
-    # The other tensor under this one's name: ``compare_tensor`` takes one name for both sides.
-    view = ModelSource(reference, {own.name: other}, filled=frozenset(), aliases={})
-    found = compare_tensor(left, view, own.name)
-    if found.distance is None or found.distance.differing == 0 or found.distance.rounding is not None:
+    found = compare_tensor(left, reference, own.name, other)
+    if found.distance is None or found.rounded_alike:
         return True
     # After training nothing is equal: it must be near to the other one and far from its own.
     return trained and found.distance.cosine > _ALIKE and own.distance is not None and own.distance.cosine < _ALIKE / 2

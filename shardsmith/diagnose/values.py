@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from shardsmith.compare.findings import Finding, Looked, one
-from shardsmith.compare.values import Distance, TensorComparison, compare_sources, same_as, scan_source
+from shardsmith.compare.values import (
+    Distance,
+    TensorComparison,
+    compare_sources,
+    compare_tensor,
+    same_as,
+    scan_source,
+)
 from shardsmith.diagnose.averages import look_at_average
 from shardsmith.diagnose.signatures import QK_NORM, QUERY_KEY, find_reordering, is_all, unrelated
 from shardsmith.diagnose.subject import Reference, Subject
@@ -107,7 +114,7 @@ class _Sorted:
 
     def _rounded(self, rest: dict[str, TensorComparison]) -> Iterator[Finding]:
         # Only the dtype differs: no fault, and a note of its own in the structure.
-        for name in [name for name, found in rest.items() if _exactly_converted(found)]:
+        for name in [name for name, found in rest.items() if not found.equal and found.same_values]:
             del rest[name]
         groups: dict[str, list[str]] = {}
         # Tensors that are one value everywhere last, when it is known whether others were rounded.
@@ -279,12 +286,17 @@ def _broken_ties(subject: Subject) -> Iterator[Finding]:
     """Names that are tied and that hold different values all the same."""
     for model, ties, tensors in _stored_ties(subject):
         pairs = {alias: kept for alias, kept in ties.items() if alias in tensors.specs and kept in tensors.specs}
-        # Same bytes under both names: a load through either gives the same.
-        intact = dict(same_as(tensors, tensors, pairs))
-        broken = [alias for alias in pairs if alias not in intact and not _untied(subject.reference, alias, pairs)]
+        # One value under both names, in one dtype or two: a load through either gives the same.
+        apart = [alias for alias, kept in pairs.items() if not _repeats(tensors, alias, kept)]
+        broken = [alias for alias in apart if not _untied(subject.reference, alias, pairs)]
         if broken:
             kept = ", ".join(pairs[alias] for alias in broken)
             yield one("tie-broken", broken, f"the values of {kept}, to which it is tied", f"other values, in {model}")
+
+
+def _repeats(source: ModelSource, alias: str, kept: str) -> bool:
+    same_shape = source.specs[alias].shape == source.specs[kept].shape
+    return same_shape and compare_tensor(source, source, alias, kept).rounded_alike
 
 
 def _untied(reference: Reference, alias: str, ties: Mapping[str, str]) -> bool:
@@ -309,17 +321,14 @@ def _stored_ties(subject: Subject) -> Iterator[tuple[str, dict[str, str], ModelS
 
 def _facts(compared: Comparisons) -> dict[str, Any]:
     equal = sum(found.equal for found in compared.values())
+    rounded = sum(found.rounded_alike and not found.same_values for found in compared.values())
     apart = [found.distance.largest for found in compared.values() if found.distance]
-    return {"tensors compared": len(compared), "equal": equal, "largest difference": max(apart, default=0.0)}
+    largest = max(apart, default=0.0)
+    return {"tensors compared": len(compared), "equal": equal, "rounded": rounded, "largest difference": largest}
 
 
 def _relative(found: TensorComparison) -> float:
     return found.distance.relative if found.distance else 0.0
-
-
-def _exactly_converted(found: TensorComparison) -> bool:
-    """Whether only the dtype differs, and not one value."""
-    return found.distance is not None and found.distance.differing == 0
 
 
 def _astray(found: TensorComparison) -> bool:

@@ -137,6 +137,14 @@ class TranslatedModel:
         self._model.close()
 
 
+def beside_models(models: Mapping[str, ModelSource]) -> Iterator[str]:
+    """Yield what a checkpoint holds beside the models that were taken from it, a line each: of a model all the same."""
+    for source in models.values():
+        yield from (f"{average}, one more average" for average in source.averages[1:])
+        yield from (f"{twin}, which holds tensors under the model's names" for twin in source.twins)
+        yield from (f"{name}: {reason}" for name, reason in source.left_out.items())
+
+
 def open_dcp_model(directory: Path, model: str = MAIN, tied: Mapping[str, str] | None = None) -> ModelSource:
     """One model of a DCP directory, with our ``metadata.json`` or without.
 

@@ -21,6 +21,7 @@ from shardsmith.ground.open_file import open_file
 from shardsmith.ground.progress import advance
 from shardsmith.ground.remote_export import is_claim
 from shardsmith.ground.remote_path import RemotePath
+from shardsmith.manifest.compared import ComparedBytes, compare_seal
 from shardsmith.manifest.metadata import CheckpointMetadata, FileRecord, read_metadata
 
 log = logging.getLogger(__name__)
@@ -117,6 +118,7 @@ def find_damage(
     part: int = 0,
     parts: int = 1,
     manifest: CheckpointMetadata | None = None,
+    compared: ComparedBytes | None = None,
 ) -> list[str]:
     """Return what is wrong with the files of a committed checkpoint, one line each; empty if nothing is.
 
@@ -127,9 +129,12 @@ def find_damage(
         part: Which share of the files to look at, so that ranks can divide them. No communication.
         parts: Into how many shares.
         manifest: Its metadata.json, if that was read already.
+        compared: Where to count the bytes that were compared.
     """
     try:
         metadata = manifest or read_metadata(checkpoint)
+        if compared is not None:
+            compare_seal(checkpoint / layout.METADATA_FILE, compared)
     except CheckpointError as error:
         return [str(error)]
     if metadata.step != (named := step_in_name(checkpoint, metadata.step)):
@@ -142,7 +147,9 @@ def find_damage(
         return [f"{name!r}: is not the name of a file in it" for name in foreign]
     with ThreadPoolExecutor(min(len(chosen), os.cpu_count() or 1) or 1, "shardsmith-verify") as pool:
         is_read = {name: contents and not name.endswith(unread) for name in chosen}
-        problems = pool.map(lambda name: file_damage(checkpoint / name, files[name], contents=is_read[name]), chosen)
+        problems = pool.map(
+            lambda name: file_damage(checkpoint / name, files[name], contents=is_read[name], compared=compared), chosen
+        )
         return [f"{name}: {problem}" for name, problem in zip(chosen, problems, strict=True) if problem]
 
 
@@ -226,6 +233,11 @@ def set_later_aside(directory: Path, step: int) -> list[str]:
 
 def hash_file(path: Path) -> str:
     """XXH3-128 of a file's bytes, 32 hexadecimal digits. Raises OSError."""
+    return _hashed(path)[0]
+
+
+def _hashed(path: Path) -> tuple[str, int]:
+    """The hash of a file's bytes, and how many were read."""
     digest = xxhash.xxh3_128()
     with contextlib.closing(open_file(path)) as file:
         # Lets a file in an object store be requested ahead; on a disk the system reads ahead.
@@ -236,10 +248,12 @@ def hash_file(path: Path) -> str:
             digest.update(buffer[:count])
             advance(count)
             read += count
-    return digest.hexdigest()
+    return digest.hexdigest(), read
 
 
-def file_damage(path: Path, expected: FileRecord, *, contents: bool = True) -> str | None:
+def file_damage(
+    path: Path, expected: FileRecord, *, contents: bool = True, compared: ComparedBytes | None = None
+) -> str | None:
     """Return what is wrong with one file, or None; see ``find_damage``."""
     try:
         # lstat: a link in the place of a file is damage, even if it leads to the right bytes.
@@ -249,8 +263,12 @@ def file_damage(path: Path, expected: FileRecord, *, contents: bool = True) -> s
         # The size first: it costs no read, and finds a file that was cut.
         if status.st_size != expected.size:
             return f"has {status.st_size} bytes, expected {expected.size}"
-        if contents and (found := hash_file(path)) != expected.xxh3_128:
-            return f"has changed since it was written: XXH3-128 {found}, expected {expected.xxh3_128}"
+        if contents:
+            found, read = _hashed(path)
+            if found != expected.xxh3_128:
+                return f"has changed since it was written: XXH3-128 {found}, expected {expected.xxh3_128}"
+            if compared is not None:
+                compared.add(path, read)
     except OSError as error:
         return f"cannot be read: {error.strerror}"
     except ValueError as error:  # a name with a zero byte

@@ -22,6 +22,7 @@ from typing import Any
 from shardsmith.errors import CheckpointError, CorruptCheckpointError
 from shardsmith.ground import layout
 from shardsmith.manifest.checkpoints import file_damage, find_damage
+from shardsmith.manifest.compared import ComparedBytes
 from shardsmith.manifest.fields import count, typed
 from shardsmith.manifest.metadata import (
     CheckpointMetadata,
@@ -100,6 +101,7 @@ def find_folder_damage(
     part: int = 0,
     parts: int = 1,
     manifest: CheckpointMetadata | None = None,
+    compared: ComparedBytes | None = None,
 ) -> list[str]:
     """Return what is wrong with a trainer's folder and our directory in it, one line each; empty if nothing is.
 
@@ -110,6 +112,7 @@ def find_folder_damage(
         part: Which share of the files to look at, so that ranks can divide them. No communication.
         parts: Into how many shares.
         manifest: The metadata.json of our directory, if that was read already.
+        compared: Where to count the bytes that were compared.
     """
     ours = companion_of(folder)
     try:
@@ -122,11 +125,13 @@ def find_folder_damage(
     # All ranks list in the same order and take every parts-th file.
     chosen = [name for name in files if not weights_only or name.startswith(_WEIGHTS)][part::parts]
     with ThreadPoolExecutor(_threads(chosen), "shardsmith-verify") as pool:
-        problems = pool.map(lambda name: file_damage(folder / name, files[name], contents=contents), chosen)
+        problems = pool.map(
+            lambda name: file_damage(folder / name, files[name], contents=contents, compared=compared), chosen
+        )
         theirs = [f"{name}: {problem}" for name, problem in zip(chosen, problems, strict=True) if problem]
     return theirs + [
         f"{layout.COMPANION}/{line}"
-        for line in find_damage(ours, contents=contents, part=part, parts=parts, manifest=manifest)
+        for line in find_damage(ours, contents=contents, part=part, parts=parts, manifest=manifest, compared=compared)
     ]
 
 

@@ -157,16 +157,21 @@ def sealed_json(content: Mapping[str, Any]) -> bytes:
     return unsealed[: -len(_SEAL_END)] + _seal_of(unsealed) + _SEAL_END[32:]
 
 
-def require_seal(path: Path, data: bytes, content: dict[str, Any]) -> None:
-    """Take the seal out; CorruptCheckpointError if a file has changed since ``sealed_json``. Older ones have none."""
+def require_seal(path: Path, data: bytes, content: dict[str, Any]) -> bool:
+    """Take the seal out; CorruptCheckpointError if a file has changed since ``sealed_json``. Older ones have none.
+
+    Returns:
+        Whether it has one.
+    """
     # A file whose end looks like a seal must have one: a damaged name of the field must not pass for an older file.
     if content.pop(SEAL, None) is None and not _ENDS_AS_SEALED.search(data):
-        return
+        return False
     at = len(data) - len(_SEAL_END)
     found = data[at : at + 32]
     # The bytes themselves, not the parsed JSON: whitespace or another order of keys is a change, too.
     if data[at + 32 :] != _SEAL_END[32:] or found != _seal_of(data[:at] + _SEAL_END):
         raise CorruptCheckpointError(path, f"has changed since it was written: it does not have its own {SEAL}")
+    return True
 
 
 def _seal_of(unsealed: bytes) -> bytes:

@@ -24,7 +24,10 @@ def checkpoint_page(found: Inspection, tensors: Sequence[ListedTensor], command:
         tensors: Its tensors, with statistics or without.
         command: The command that makes the page.
     """
-    verdict = "\n".join(found.damage) or ("every byte verified" if found.verified else "no damage found")
+    sound = "every byte verified" if found.verified else "no damage found"
+    if not found.verified and any(found.compared.values()):
+        sound += f"; not compared with anything: {', '.join(found.uncompared)}"
+    verdict = "\n".join(found.damage) or sound
     parts = [
         f"<p>{safe(found.format)}: {safe(found.reason)}</p>",
         f'<p class="verdict{" bad" if found.damage else ""}">{safe(verdict)}</p>',

@@ -99,11 +99,9 @@ def _distances(events: Events) -> list[Point]:
 
 
 def _step(one: StepSummary, run: RunOverview) -> list[Value]:
-    sound = "complete" if one.is_recorded else "nothing recorded to compare with"
-    health = "damaged" if one.problems else "every byte verified" if run.verified and one.is_recorded else sound
     models = " ".join(one.models)
     known: list[Value] = [one.step, one.path, one.kind, one.format, models, one.nbytes, one.world_size]
-    return [*known, one.seconds_waited, health, run.next_save(one)]
+    return [*known, one.seconds_waited, one.health, run.next_save(one)]
 
 
 def _kept(found: RunOverview) -> list[str]:

@@ -31,6 +31,7 @@ def verification_page(found: Verification, command: Sequence[str]) -> str:
     verdict = "the same model" if found.same else f"not the same model: {differing} of {tensors} tensors differ"
     sides = f"<p>A: <code>{safe(found.left)}</code><br>B: <code>{safe(found.right)}</code></p>"
     parts = [sides, f'<p class="verdict{"" if found.same else " bad"}">{safe(verdict)}</p>']
+    parts += [f"<p>Not compared: {safe(line)}</p>" for line in found.left_out]
     for number, model in enumerate(found.models):
         parts += section(f"Model {model.model}", list(_model(number, model)))
     return make_page("Comparison of two checkpoints", parts, command)

@@ -22,7 +22,12 @@ Block = tuple[str, int, Chunk]
 
 
 def digest_source(
-    source: TensorSource, dtypes: Mapping[str, torch.dtype], *, part: int = 0, parts: int = 1
+    source: TensorSource,
+    dtypes: Mapping[str, torch.dtype],
+    *,
+    part: int = 0,
+    parts: int = 1,
+    read: dict[str, int] | None = None,
 ) -> dict[str, Digest]:
     """Return the share of a part of all blocks in the digest of each tensor; over all parts, the shares add up to it.
 
@@ -33,6 +38,7 @@ def digest_source(
         dtypes: Name of each tensor -> the dtype to cast it to first.
         part: Number of this share.
         parts: Number of shares.
+        read: Where to count the bytes that were digested, by tensor.
 
     Raises:
         CheckpointError: from reading.
@@ -46,7 +52,9 @@ def digest_source(
         shares = map(digest, mine) if threads == 1 else pool.map(digest, mine)
         for (name, _, box), share in zip(mine, shares, strict=True):
             digests[name] += share
-            advance(box.numel * dtypes[name].itemsize)
+            advance(nbytes := box.numel * dtypes[name].itemsize)
+            if read is not None:
+                read[name] = read.get(name, 0) + nbytes
     return digests
 
 

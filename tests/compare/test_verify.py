@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
 from shardsmith.cli import main
@@ -164,3 +165,22 @@ def test_safetensors_files_are_compared_too(olmo: Specimen, sharded: Path, tmp_p
     state = load_file(olmo.base / "model.safetensors")
     save_file(state, tmp_path / "one.safetensors")
     assert verify(sharded, tmp_path / "one.safetensors").same
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_what_is_compared_with_nothing_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = {f"layers.{i}.weight": torch.randn(8, 8) for i in range(3)}
+    other = {name: value + 1 for name, value in state.items()}
+    beside = {"model_ema": other, "teacher": other, "ema_of_ours": {"shadow_params": [*other.values()]}}
+    dcp.save({"model": state | {"rotary_emb.inv_freq": torch.ones(4)}, **beside}, checkpoint_id=tmp_path / "c")
+    save_file(state, tmp_path / "model.safetensors")
+    found = verify(tmp_path / "c", tmp_path / "model.safetensors")
+    assert found.same
+    assert [model.ignored for model in found.models] == [("rotary_emb.inv_freq",)]
+    assert [line.split(",")[0].split(":")[0] for line in found.left_out] == ["ema of A", "teacher", "ema_of_ours"]
+    assert main(["verify", str(tmp_path / "c"), str(tmp_path / "model.safetensors")]) == 0
+    said = capsys.readouterr().out
+    assert "the same model, in every value (main)" in said
+    assert all(f"not compared: {name}" in said for name in ("ema of A", "teacher", "ema_of_ours"))
+    assert verify(tmp_path / "c", tmp_path / "c").left_out  # the teacher, on both sides
+    assert not verify(tmp_path / "model.safetensors", tmp_path / "model.safetensors").left_out

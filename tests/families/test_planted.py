@@ -103,6 +103,9 @@ FAULTS = {
     "one element": Fault(frozenset({"values-differ"}), changed(with_element(0.5))),
     "the last bit of one element": Fault(frozenset(), changed(lambda matrix: with_last_bit(matrix)), levels=()),
     "a copy of another": Fault(frozenset({"tensors-swapped"}), lambda g: g.state | {g.one: g.state[g.other].clone()}),
+    "8 bits without scales": Fault(
+        frozenset({"kind-differs"}), changed(lambda matrix: matrix.to(torch.float8_e4m3fn)), levels=BOTH
+    ),
 }
 
 
@@ -234,3 +237,35 @@ def test_a_tie_to_another_tensor_is_found_and_named(good: Specimen, tmp_path: Pa
     checkpoint = save(state, tmp_path / "checkpoint")
     assert_found(good, checkpoint, "values", frozenset({"tie-broken"}), good.alias)
     assert not verify(checkpoint, good.base, VerifyOptions()).same
+
+
+def test_a_tie_whose_names_have_two_dtypes_is_intact(good: Specimen, tmp_path: Path) -> None:
+    """As where a head is kept in float32 beside an embedding in bfloat16."""
+    if good.alias is None:
+        return
+    checkpoint = save(good.state | {good.alias: good.state[good.alias].bfloat16()}, tmp_path / "checkpoint")
+    found = diagnose(checkpoint, good.base, Questions(level="values"))
+    assert (found.faults, found.exit_code) == ((), 0)
+    assert verify(checkpoint, good.base, VerifyOptions(rounding=True)).same
+
+
+_OF_LAYER = re.compile(r"^(?P<stack>.*(?:layers?|h|block|blocks))\.(?P<number>[0-9]+)\.(?P<rest>.*)$")
+
+
+def test_a_layer_that_is_there_twice_is_no_tie(good: Specimen, tmp_path: Path) -> None:
+    """The copy behind the last layer equals a tensor that the model has, in each value."""
+    matches = [match for name in good.state if (match := _OF_LAYER.match(name))]
+    stack = matches[0]["stack"]
+    last = max(int(match["number"]) for match in matches if match["stack"] == stack)
+    copied = {
+        f"{stack}.{last + 1}.{match['rest']}": good.state[match[0]].clone()
+        for match in matches
+        if (match["stack"], int(match["number"])) == (stack, last)
+    }
+    checkpoint = save(good.state | copied, tmp_path / "checkpoint")
+    found = verify(checkpoint, good.base, VerifyOptions())
+    assert not found.same
+    assert {one.problem for model in found.models for one in model.differences} == {"only in A"}
+    for level in BOTH:
+        codes = {fault.code for fault in diagnose(checkpoint, good.base, Questions(level=level)).faults}  # type: ignore[arg-type]
+        assert codes == {"extra-tensors"}
