@@ -46,7 +46,9 @@ def low_disk(below: Size, then: Literal["warn", "thin_out", "stop"] = "warn") ->
 def refuse_without_disk(keep: Retention | None, directory: Path) -> None:
     """Raise UsageError if free space is to be looked at where there is none to see."""
     if keep is not None and keep.low_disks and isinstance(directory, RemotePath):
-        raise UsageError(f"keep={keep!r}: {directory} is an object store, whose free space cannot be seen")
+        raise UsageError(
+            f"keep={keep!r}: {directory} is in an object store, whose free space cannot be seen; leave it out"
+        )
 
 
 def mind_disk(

@@ -132,9 +132,17 @@ class HuggingFaceWeights:
 def refuse_together(files: SaveWeights, writing: SaveWriting, directory: Path) -> None:
     """Raise UsageError if options of ``ShardedSave`` do not go together, or not with its directory."""
     if isinstance(directory, RemotePath):
-        given = {'weights="huggingface"': files.weights == "huggingface", "latest_link=True": writing.latest_link}
-        if refused := [name for name, is_given in given.items() if is_given]:
-            raise UsageError(f"{directory}: {' and '.join(refused)} is for local disks only; leave it out")
+        if files.weights == "huggingface":
+            raise UsageError(
+                f'ShardedSave: weights="huggingface" is for disks only, and {directory} is in an object store, '
+                "where ranks cannot write at any place of one file: leave it out, and add an HFExport to that store, "
+                "or convert single steps with shardsmith to-hf"
+            )
+        if writing.latest_link:
+            raise UsageError(
+                f"ShardedSave: latest_link=True is for disks only, and {directory} is in an object store, which has no "
+                "links: leave it out"
+            )
     elif writing.local_cache is not None:
         raise UsageError(
             f"local_cache= is for runs that save to an object store, and {directory} is on a disk: leave it out"
