@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 
 from examples.bagel.model import Sizes
 from shardsmith import ShardedCheckpointManager
+from shardsmith.cli import main
 from shardsmith.errors import (
     CheckpointError,
     CheckpointNotFoundError,
@@ -111,6 +112,41 @@ def test_files_of_two_ranks_come_back_on_other_numbers_of_ranks_and_another_shar
     ranks: int, saved: dict[str, Path], tmp_path: Path
 ) -> None:
     run_on_ranks(run_resharded, ranks, tmp_path, saved["per_rank"], tmp_path / "run")
+
+
+class Odd(nn.Module):
+    """Tensors that are not in memory as they are in a file, as none of another device is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.transposed = nn.Parameter(torch.randn(300, 200).t())
+        buffers = {
+            "conjugated": torch.randn(40, dtype=torch.complex64).conj(),
+            "negated": torch.randn(40, dtype=torch.complex64).conj().imag,
+            "strided": torch.arange(4000)[::2],
+            "empty": torch.empty(0, 3),
+            "scalar": torch.tensor(3.5, dtype=torch.float64),
+            "flags": torch.tensor([True, False, True]),
+            "rounded": torch.randn(2000, 3).bfloat16().t(),
+        }
+        for name, tensor in buffers.items():
+            self.register_buffer(name, tensor)
+
+
+@pytest.mark.parametrize("backend", ["dcp", "per_rank"])
+def test_tensors_of_every_form_come_back(backend: Literal["dcp", "per_rank"], tmp_path: Path) -> None:
+    model = Odd()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model.transposed.sum().backward()
+    optimizer.step()
+    ShardedCheckpointManager(tmp_path, model=model, optimizer=optimizer, backend=backend).save_sharded_checkpoint(1)
+    fresh = Odd()
+    for tensor in fresh.state_dict().values():
+        tensor.zero_()
+    ShardedCheckpointManager(tmp_path, model=fresh, backend=backend).load_sharded_checkpoint(load_optimizer=False)
+    assert_equal({"model": clone(fresh.state_dict())}, {"model": clone(model.state_dict())})
+    assert main(["verify", str(tmp_path / "step-1")]) == 0
 
 
 def test_files_of_single_ranks_are_two_a_rank(saved: dict[str, Path]) -> None:

@@ -6,7 +6,6 @@ import contextlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -179,22 +178,19 @@ def _write_file(path: Path, parts: Sequence[Part], values: Sequence[Tensor], mea
     says = {HEADER_KEY: json.dumps({str(i): part.to_plain() for i, part in enumerate(parts)})}
     header = build_header(specs, {**PT_METADATA, **says})
     placed = place_tensors(specs, len(header))
-    record = xxhash.xxh3_128()
     size = max((one.end for one in placed.values()), default=len(header))
+    digest = xxhash.xxh3_128(header)
     with writing(path, "write"), contextlib.closing(new_file(path, size)) as file:
+        file.write(memoryview(header))
         # Front to back, as they lie in the file: an object store takes nothing else.
-        for memory in chain([memoryview(header)], (_measured(int(i), parts, values, measured) for i in placed)):
-            record.update(memory)
-            file.write(memory)
+        for i in map(int, placed):
+            # One after the other, so that the host has one of them at a time; held until its memory is written.
+            held = values[i].detach().resolve_conj().resolve_neg().cpu().contiguous()
+            measured.add(parts[i].key, digest_box(held, parts[i].box, parts[i].shape))
+            digest.update(memory_of(held))
+            file.write(memory_of(held))
         file.finish()
-    return FileRecord(size=size, xxh3_128=record.hexdigest())
-
-
-def _measured(i: int, parts: Sequence[Part], values: Sequence[Tensor], measured: Measured) -> memoryview:
-    """The bytes of one tensor, whose digest is taken; the host has one of them at a time."""
-    held = values[i].detach().resolve_conj().resolve_neg().cpu().contiguous()
-    measured.add(parts[i].key, digest_box(held, parts[i].box, parts[i].shape))
-    return memory_of(held)
+    return FileRecord(size=size, xxh3_128=digest.hexdigest())
 
 
 def _index(directory: Path, receipts: Sequence[Mapping[str, Any]]) -> DcpIndex:
