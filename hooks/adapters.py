@@ -161,6 +161,8 @@ def view_of(model: nn.Module, adapters: Literal["adapter", "merged"] | View, *, 
     bare = unwrapped(model)
     view = AdapterView if adapters == "adapter" else MergedView
     if peft is not None and isinstance(bare, peft.PeftModel):
+        if others := [name for name in bare.peft_config if name != bare.active_adapter]:
+            log.warning("only the active adapter, %s, is exported; in no export: %s", bare.active_adapter, others)
         return view(bare)
     found = held_model(model) if held else None
     if found is None and held and peft is not None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from shardsmith.export.adapters import ADAPTER_WEIGHTS, AdapterCheckpoint, is_peft
-from shardsmith.export.plan import ExportOptions, ExportPlan, origin_of, plan_directory
+from shardsmith.export.plan import ExportOptions, ExportPlan, like, origin_of, plan_directory
 from shardsmith.formats.by_path import KnownCheckpoint, known_checkpoint
 from shardsmith.formats.models import ModelSource
 from shardsmith.ground import layout
@@ -44,7 +44,7 @@ def plan_adapter(
         CheckpointError: the checkpoint or the base cannot be used.
     """
     # Opened for their names alone: these tell whether there is an adapter at all.
-    opened = {model: checkpoint.open(_named(model, options)) for model in stems}
+    opened = {model: _open(checkpoint, model, options) for model in stems}
     # With a model among them that has none, the directory is that of a model.
     if options.adapters != "adapter" or not all(map(is_peft, opened.values())):
         for source in opened.values():
@@ -71,6 +71,12 @@ def plan_adapter(
     directory = DirectoryPlan(output, models, origin_of(checkpoint), None, companions=write_config)
     template = BaseTemplate(base, None, {}, "an adapter is compared with the layers that its config describes")
     return ExportPlan(directory, checkpoint, base, sources, options.verify, template)
+
+
+def _open(checkpoint: KnownCheckpoint, model: str, options: ExportOptions) -> ModelSource:
+    opened = checkpoint.open(_named(model, options))
+    # Before an adapter is looked for: of several, one may be left then.
+    return opened.without(like(opened, options.drop)) if is_peft(opened) else opened
 
 
 def _named(model: str, options: ExportOptions) -> str:

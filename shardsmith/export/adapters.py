@@ -10,7 +10,8 @@ import copy
 import re
 import shutil
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -54,15 +55,21 @@ class AdapterCheckpoint:
         # Part of the names of its tensors, as in "lora_A.default.weight", so the model is made with it.
         self.name = _adapter_name(source)
         self.model = _peft_model(self.directory, base, self.name)
-        self.keys = _keys_by_fqn(source, self.name)
         places = self.model.state_dict()
+        self.keys = {_placed(fqn, places): name for fqn, name in _keys_by_fqn(source, self.name).items()}
         # Names of the adapter that have no place: it belongs to another config. Other names may be buffers or heads.
-        if lost := [name for fqn, name in self.keys.items() if fqn not in places and _PEFT_NAMES.search(fqn)]:
+        lost = [name for fqn, name in self.keys.items() if fqn not in places and _PEFT_NAMES.search(fqn)]
+        # Of another rank: it belongs to another config as well.
+        lost += [name for fqn, name in self.keys.items() if ".lora_" in fqn and not self._has_shape(places, fqn)]
+        if lost:
             problem = f"{len(lost)} tensors are not where adapter_config.json and the base model have them"
             advice = (
                 "Nothing was written. Check that it is the adapter_config.json of this run, and the base model of it."
             )
             raise MismatchError(source.path, problem, lost[:8], advice)
+
+    def _has_shape(self, places: Mapping[str, Tensor], fqn: str) -> bool:
+        return fqn not in places or tuple(places[fqn].shape) == self.source.specs[self.keys[fqn]].shape
 
     def adapter(self) -> ModelSource:
         """Take the adapter alone, under the names that peft gives it in its files."""
@@ -275,7 +282,15 @@ def _adapter_name(source: ModelSource) -> str:
     # The pattern also fits files of peft, which leave the adapter's name out: what follows is the parameter then.
     names = {match["name"] for name in source.specs if (match := _ADAPTER_NAME.search(name))} - {"weight", "bias"}
     if len(names) > 1:
-        raise UsageError(f"{source.path} holds several adapters, {', '.join(sorted(names))}; one can be exported")
+        first, *others = sorted(names)
+        patterns = [pattern for other in others for pattern in (f"*.{other}", f"*.{other}.*")]
+        raise UsageError(
+            f"{source.path} holds several adapters, {', '.join(sorted(names))}; one can be exported, which is that of "
+            f"{ADAPTER_CONFIG_FILE}. Leave the others out; for {first}: --drop "
+            + " ".join(
+                f"'{pattern}'" for pattern in patterns if any(fnmatchcase(name, pattern) for name in source.specs)
+            )
+        )
     return names.pop() if names else "default"
 
 
@@ -291,6 +306,12 @@ def _keys_by_fqn(source: ModelSource, adapter: str) -> dict[str, str]:
         # peft puts the adapter's name there when it loads, and takes it out when it saves.
         keys[re.sub(r"\.(lora_(?:embedding_)?[AB])(\.weight)?$", rf".\1.{adapter}\2", inner)] = name
     return keys
+
+
+def _placed(fqn: str, places: Collection[str]) -> str:
+    """The FQN in this model of a weight that another adapter, which was left out, has wrapped."""
+    bare = fqn.replace(".original_module.", ".").replace(".base_layer.", ".")
+    return bare if fqn not in places and bare in places else fqn
 
 
 def _peft_model(directory: Path, base: Path, name: str) -> Any:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from shardsmith.errors import CheckpointNotFoundError, MismatchError, UnsupportedFormatError, UsageError
-from shardsmith.export.adapters import open_merged
+from shardsmith.export.adapters import is_peft, open_merged
 from shardsmith.export.base_comparison import fit, measure_of
 from shardsmith.formats.by_path import KnownCheckpoint, known_checkpoint, open_source
 from shardsmith.formats.matched import matched_source, names_of_the_run, renamed
@@ -117,9 +117,7 @@ def plan_directory(
     """
     protect(output, checkpoint.path if isinstance(checkpoint, KnownCheckpoint) else checkpoint, base)
     refuse_existing(output)
-    known = known_checkpoint(checkpoint)
-    config = read_config(base)
-    template = read_template(base)
+    known, config, template = known_checkpoint(checkpoint), read_config(base), read_template(base)
     specs = template.specs
     layouts = LayoutRules(specs, options.rules)
     sources: dict[str, ModelSource | TranslatedModel] = {}
@@ -130,15 +128,15 @@ def plan_directory(
     name_map: NameMap | None = None
     dropped: dict[str, None] = {}
     for model, stem in stems.items():
-        opened, heads = _open_model(known, model, base, specs, model_class, sizes, options)
-        named = _like(opened, options.drop)  # before names are matched: what stays may fit in one way only then
+        opened, gone = _open_model(known, model, base, specs, model_class, sizes, options)
+        named = like(opened, options.drop)  # before names are matched: what stays may fit in one way only then
         opened = opened.without(named)
         recorded = names_of_the_run(opened, specs, lambda: known.manifest) if options.names == "auto" else None
         chosen = options if recorded is None else replace(options, names="identity")  # until the map is applied
         placed = under_base_names(opened, specs, base, chosen.names)
-        unwanted = _like(placed, options.drop)
-        _refuse_idle(known.path, options.drop, [*named, *unwanted])
-        dropped |= dict.fromkeys([*heads, *named, *unwanted])
+        unwanted = like(placed, options.drop)
+        _refuse_idle(known.path, options.drop, [*gone, *named, *unwanted])
+        dropped |= dict.fromkeys([*gone, *named, *unwanted])
         opened = placed.without([*unwanted, *_unsaved(placed, model_class, specs)])  # as now named, in whatever module
         source = sources[model] = in_base_layout(opened, layouts)
         as_stored = _plan_model(source, model, stem, model_class, specs, base, replace(chosen, dtype=None), None, sizes)
@@ -189,21 +187,22 @@ def _open_model(
     vocabulary: Collection[int],
     options: ExportOptions,
 ) -> tuple[ModelSource, Sequence[str]]:
-    """Open a model, without heads, tied names and what its class does not save; and the names of the heads.
+    """Open a model, without heads, tied names and what its class does not save; and the names of heads and adapters.
 
     Raises CheckpointError.
     """
     which = f"{model}:{options.average}" if options.average and model == EMA else model
     opened = known.open(which)
     _refuse_strays(opened, model)
-    opened = open_merged(opened, known.path, base)
+    gone = like(opened, options.drop) if is_peft(opened) else []  # of several adapters one may be left then
+    opened = open_merged(opened.without(gone), known.path, base)
     heads = recorded_heads(known, opened, specs)
     opened = opened.without(heads)
     if model_class is not None:  # the names in memory, before any map has changed them
         opened = opened.without(_unsaved(opened, model_class, specs))
         if not opened.aliases:
             opened = opened.tied(_ties(opened, model_class, specs, known.open, vocabulary))
-    return opened, heads
+    return opened, [*gone, *heads]
 
 
 def _unsaved(source: ModelSource, model_class: ModelClass | None, base: Collection[str]) -> list[str]:
@@ -249,8 +248,8 @@ def under_base_names(
     return renamed(source, replace(found, keys=found.stripped))
 
 
-def _like(source: ModelSource, patterns: Sequence[str]) -> list[str]:
-    """Tensors and aliases whose names are like one of the patterns."""
+def like(source: ModelSource, patterns: Sequence[str]) -> list[str]:
+    """Return tensors and aliases whose names are like one of the patterns."""
     return [name for name in (*source.specs, *source.aliases) if any(fnmatchcase(name, one) for one in patterns)]
 
 

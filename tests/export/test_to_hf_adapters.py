@@ -220,3 +220,31 @@ def test_the_embeddings_of_a_resized_vocabulary_go_along(tmp_path: Path) -> None
     ours, theirs = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("out", "peft"))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+@pytest.mark.parametrize("form", ["adapter", "merged"])
+def test_of_two_adapters_the_advice_leads_to_the_one_of_the_config(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str
+) -> None:
+    torch.manual_seed(0)
+    model, base, checkpoint = llama().eval(), tmp_path / "base", tmp_path / "ck"
+    model.save_pretrained(base)
+    tuned = get_peft_model(model, LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj"])).eval()
+    more = {"modules_to_save": ["lm_head"], "use_dora": True, "target_modules": ["q_proj", "up_proj"]}
+    tuned.add_adapter("second", LoraConfig(r=2, init_lora_weights=False, **more))
+    tuned.set_adapter("default")
+    expected = logits(tuned)
+    save({"model": dict(tuned.state_dict())}, checkpoint)
+    tuned.peft_config["default"].save_pretrained(str(checkpoint))
+    assert to_hf(checkpoint, base, tmp_path / "out", "--adapters", form) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    advised = re.search(r"--drop(( '[^']+')+)", said)
+    assert advised is not None, said
+    options = ["--adapters", form, "--drop", *re.findall("'(.+?)'", advised[1])]
+    assert to_hf(checkpoint, base, tmp_path / "out", *options) == 0
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(base if form == "adapter" else tmp_path / "out")
+    loaded = PeftModel.from_pretrained(loaded, tmp_path / "out") if form == "adapter" else loaded
+    assert torch.allclose(logits(loaded.eval()), expected, atol=1e-4)
+    # The config of the other one does not go with these tensors, and peft would not load them.
+    tuned.peft_config["second"].save_pretrained(str(checkpoint))
+    assert to_hf(checkpoint, base, tmp_path / "wrong", *options) == 2
