@@ -107,7 +107,7 @@ class Source:
         if name == "scoring_func" and config.get(name) is None:
             return _SCORES.get(str(config.get("model_type")))
         if name in ("n_group", "topk_group", "routed_scaling_factor"):
-            return config.get(name) or 1
+            return 1 if config.get(name) is None else config[name]
         if name == _SCORED_FIRST:
             return str(config.get("model_type")).startswith("llama4")
         if name == _BALANCED:
@@ -261,7 +261,9 @@ def _windows_of(module: Any) -> Iterator[tuple[str, Any]]:
 
 def _eps_faults(live: LiveWeights, source: Source, names: NameMap | None) -> list[LoadFault]:
     """Of norms. Some classes of transformers have one in some norms that their config does not say."""
-    stated = next((v for k in ("rms_norm_eps", "layer_norm_eps", "norm_eps") if (v := source.config.get(k))), None)
+    stated = next(
+        (v for k in ("rms_norm_eps", "layer_norm_eps", "norm_eps") if (v := source.config.get(k)) is not None), None
+    )
     if stated is None:
         return []
     twins = _twin_eps(live, source, names)

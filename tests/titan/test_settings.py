@@ -43,7 +43,7 @@ ROPE: dict[str, dict[str, Any]] = {
 MSCALES = ("mscale", "mscale_all_dim")
 OTHERS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "llama3/debugmodel": [
-        ("rms_norm_eps", {"rms_norm_eps": 1e-6}),
+        *(("rms_norm_eps", {"rms_norm_eps": eps}) for eps in (1e-6, 0.0)),
         ("num_attention_heads", {"num_attention_heads": 8, "num_key_value_heads": 8}),
         ("num_key_value_heads", {"num_key_value_heads": 4}),
         ("tie_word_embeddings", {"tie_word_embeddings": True}),
