@@ -192,6 +192,11 @@ CODES: dict[str, Code] = {
         "that of masked tokens, such as prompts, is mixed in",
         "pass the labels with -100, not the tokens, to the loss",
     ),
+    "attention-mask-ignored": Code(
+        "warning",
+        "up: text sees the padding beside it, and positions may begin in the padding",
+        "pass the attention_mask of the batch to the model's forward",
+    ),
     "mean-of-rows": Code(
         "warning",
         "off by how much the rows differ in length; the model is right",

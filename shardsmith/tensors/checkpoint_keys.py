@@ -111,9 +111,19 @@ def find_lost_averages(keys: Iterable[str], paths: Mapping[str, KeyPath]) -> lis
     known = _known_averages(keys, main)
     copies = _copies(_without(keys, known, paths), main, _is_average)
     of_models = {key for found in (main, *known.values(), *copies.values()) for key in found.values()}
-    roots = {str(paths.get(key, (key,))[0]) for key in of_models}  # a part of an average that is found is not lost
-    counts = Counter(str(paths[key][0]) for key in keys if key in paths and len(paths[key]) > 1)
-    return [root for root, count in counts.items() if _is_average([root]) and root not in roots and count > 1]
+    # A part of an average that is found is not lost.
+    found = {dicts for key in of_models if (dicts := average_above(paths.get(key, ())))}
+    counts = Counter(dicts for key in keys if key not in of_models and (dicts := average_above(paths.get(key, ()))))
+    return [dicts for dicts, count in counts.items() if dicts not in found and count > 1]
+
+
+def average_above(path: KeyPath) -> str | None:
+    """Return the path of the dict that is called an average and that a tensor lies in; None if it lies in none."""
+    segments = [str(segment) for segment in path[:-1][:_MAX_DEPTH]]
+    if segments and segments[0] in _NEVER_AVERAGES:
+        return None
+    depth = next((i for i, segment in enumerate(segments) if _is_average([segment])), None)
+    return None if depth is None else ".".join(segments[: depth + 1])
 
 
 def find_strays(keys: Iterable[str], paths: Mapping[str, KeyPath], average: str | None = None) -> list[str]:

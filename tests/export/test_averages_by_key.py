@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -138,3 +138,39 @@ def test_what_is_left_out_is_named(tmp_path: Path, capsys: pytest.CaptureFixture
     assert done == 0
     assert "main: ema is left out: it is called an average" in said
     assert "left out: target, which holds tensors under the model's names; --average target takes it" in said
+
+
+@pytest.mark.parametrize("form", ["dcp", "pt", "old pt"])
+@pytest.mark.parametrize(
+    ("beside", "name"),
+    [
+        (lambda values: {"ema": {"shadow_params": values, "decay": 0.9}}, "ema"),  # of diffusers
+        (lambda values: {"swa": {"swa_state": values, "n": 4}}, "swa"),
+        (lambda values: {"callbacks": {"EMA": {"weights": values}}}, "callbacks.EMA"),
+    ],
+)
+def test_an_average_without_names_is_left_out_by_name_in_any_format(
+    beside: Callable[[list[torch.Tensor]], dict[str, Any]],
+    name: str,
+    form: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = make_tiny(FAMILIES["LlamaForCausalLM"])
+    model.save_pretrained(tmp_path / "base")
+    state = dict(model.state_dict())
+    content = {"model": state, **beside([value + 1 for value in state.values()])}
+    checkpoint = tmp_path / "checkpoint.pt"
+    if form == "dcp":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dcp.save(content, checkpoint_id=checkpoint, no_dist=True)
+    else:
+        torch.save(content, checkpoint, _use_new_zipfile_serialization=form == "pt")
+    given = ["--checkpoint", str(checkpoint), "--base-model", str(tmp_path / "base")]
+    assert main(["to-hf", *given, "--output-dir", str(tmp_path / "out"), "--dtype", "original"]) == 0
+    assert f"main: {name} is left out: it is called an average" in capsys.readouterr().out
+    assert main(["verify", str(checkpoint), str(tmp_path / "base")]) == 0
+    assert f"not compared: {name}: it is called an average" in capsys.readouterr().out
+    assert main(["diagnose", *given, "--level", "values"]) == 0
+    assert "not-compared" in capsys.readouterr().out

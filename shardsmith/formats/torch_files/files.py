@@ -27,7 +27,7 @@ from shardsmith.formats.torch_files.tensor_pickle import UnusualPickleError
 from shardsmith.formats.torch_files.zip import TorchZip, UnusualArchiveError
 from shardsmith.ground.file_tensor import FileTensor
 from shardsmith.ground.mapped import MappedFile
-from shardsmith.tensors.checkpoint_keys import KeyPath
+from shardsmith.tensors.checkpoint_keys import KeyPath, average_above
 from shardsmith.tensors.tensors import Chunk, Shape
 
 _MAX_ENTRIES = 1 << 20
@@ -53,7 +53,9 @@ class HeldTensor:
 
 
 def read_torch_file(path: Path, *, follow_links: bool = False) -> dict[KeyPath, HeldTensor]:
-    """All tensors of a ``torch.save`` file by their path in the nested dict that was saved. Lists are not looked into.
+    """All tensors of a ``torch.save`` file by their path in the nested dict that was saved.
+
+    Lists are not looked into, but for those in what is called an average.
 
     Raises:
         CheckpointNotFoundError: there is no such file.
@@ -201,6 +203,9 @@ def _tensors_in(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, Tensor]]:
     elif isinstance(value, Mapping) and len(path) <= MAX_DEPTH:
         for key, inner in value.items():
             yield from _tensors_in(inner, (*path, key))
+    elif isinstance(value, list) and average_above((*path, 0)) is not None:
+        for i, inner in enumerate(value):
+            yield from _tensors_in(inner, (*path, i))
 
 
 def _plain(path: Path, keys: KeyPath, value: Tensor) -> HeldTensor:

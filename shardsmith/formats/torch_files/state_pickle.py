@@ -22,7 +22,7 @@ from shardsmith.formats.torch_files.tensor_pickle import (
     is_tensor,
     tensor_record,
 )
-from shardsmith.tensors.checkpoint_keys import KeyPath
+from shardsmith.tensors.checkpoint_keys import KeyPath, average_above
 from shardsmith.tensors.tensors import Chunk, Shape
 
 MAX_STATE_PICKLE_BYTES = 1 << 28
@@ -99,7 +99,9 @@ _NAMES = (
 
 
 def read_state_pickle(data: bytes, path: Path) -> dict[KeyPath, SavedState]:
-    """The tensors in a nested state dict by their path in it. What is no tensor, and what lies in lists, is left out.
+    """The tensors in a nested state dict by their path in it. What is no tensor is left out.
+
+    So is what lies in lists, but for lists in what is called an average: that must not be passed over in silence.
 
     Raises:
         UnusualPickleError: it holds tensors of a kind that this cannot describe.
@@ -158,7 +160,11 @@ def _leaves(value: object, path: KeyPath) -> Iterator[tuple[KeyPath, object]]:
         return
     for key, inner in items.items():
         yield path, None  # so that dicts of dicts count
-        if type(key) is str or type(key) is int:
+        if type(key) is not str and type(key) is not int:
+            continue
+        if type(inner) is list and average_above((*path, key, 0)) is not None:
+            yield from (((*path, key, i), one) for i, one in enumerate(inner))
+        else:
             yield from _leaves(inner, (*path, key))
 
 
