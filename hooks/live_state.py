@@ -87,6 +87,7 @@ class LiveState:
         self._max_shard_size = max_shard_size
         if max_shard_size is not None:
             parse_size(max_shard_size)
+        self._own_config: dict[str, Any] | None = None  # before it is adapted to tensors
         self._config: dict[str, Any] | None = None
         self._template = BaseTemplate(Path(), None, {}, "")
         self._measure = Measure()
@@ -95,7 +96,7 @@ class LiveState:
         self._view = view
         self._inner = unwrapped(model) if view is None else view.inner
         # a base model of an older transformers has some of them in its files: position_ids, for one
-        self._transient = tuple(non_persistent_buffers(self._inner)) if self._inner is not None else ()
+        self._transient = () if self._inner is None else tuple(non_persistent_buffers(self._inner))
         # what the class computes, and save_pretrained leaves out: sinusoidal positions, for one
         self._unsaved = frozenset(getattr(self._inner, "_keys_to_ignore_on_save", None) or ())
         self._name_map: NameMap | None = None
@@ -106,7 +107,7 @@ class LiveState:
     def read_files(self) -> None:
         """Read what lies beside the weights. First of all, on every rank; no communication. Raises CheckpointError."""
         base = self._files.base
-        self._config = saved_config(self._inner) if base is None else read_config(base)
+        self._config = self._own_config = saved_config(self._inner) if base is None else read_config(base)
         if base is not None:
             self._template = read_template(base)
             own = {clean_fqn(name, self._model): p for name, p in self._model.named_parameters()}
@@ -303,17 +304,16 @@ class LiveState:
         Raises:
             MismatchError: as ``fit``.
         """
-        if self._config is None:
+        if (config := self._own_config) is None:
             return
-        model_class, _ = model_class_of(self._config)
-        separate: Mapping[str, str] = {}
+        model_class, separate = model_class_of(config)[0], dict[str, str]()
         if model_class is not None:
             names = {spec.name for spec in plan.specs}
             groups = tied_groups(model_class.tied, names)
             separate = {alias: kept for kept, *aliases in groups for alias in aliases}
             if source is not None and separate:
                 separate = {a: k for a, k in broken_ties(source, model_class).items() if {a, k} <= names}
-        found = fit(path, plan, self._config, self._template, separate, self._transient, full_config(self._inner))
+        found = fit(path, plan, config, self._template, separate, self._transient, full_config(self._inner))
         refuse_missing_code(path, found, {*self._copies, *self._files.extra, *self._files.code(self._inner)})
         self._config, self._measure = found.config, measure_of(found, self._template)
         for change in found.changes:

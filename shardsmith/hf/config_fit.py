@@ -70,6 +70,7 @@ def fit_config(
     specs: Mapping[str, TensorSpec],
     *,
     base: Mapping[str, TensorSpec] | None = None,
+    of_base: Config | None = None,
     separate: Mapping[str, str] | None = None,
     live: Config | None = None,
     allow: Sequence[str] = (),
@@ -80,11 +81,12 @@ def fit_config(
         config: Content of the base model's config.json.
         specs: The tensors as they will be written.
         base: The base model's own tensors, in its files. What its class thinks of them is no fault of the export.
+        of_base: Content of the base model's config.json, where ``config`` is another one already.
         separate: Names in files that are not one tensor, although the class may tie them: alias -> kept name.
         live: Of a live model: what its config says, with every default.
         allow: Patterns of names that may be missing or extra.
     """
-    excused = _excused(config, base, specs, allow)
+    excused = _excused(config if of_base is None else of_base, base, specs, allow)
 
     def attempt(config: Config, changes: tuple[str, ...] = ()) -> Attempt:
         found = Attempt.of(config, specs, separate or {}, changes)

@@ -15,7 +15,7 @@ from shardsmith.ground.layout import COMPONENT_WEIGHTS, MAIN_WEIGHTS
 from shardsmith.hf.base_files import choose_files, is_read_by_loaders
 from shardsmith.hf.config_fit import ConfigFit, fit_config
 from shardsmith.hf.directory import DirectoryPlan, Measure, ModelPlan
-from shardsmith.hf.hf_directory import CONFIG_FILE, main_stem
+from shardsmith.hf.hf_directory import CONFIG_FILE, main_stem, read_config
 from shardsmith.hf.model_code import refuse_missing_code
 from shardsmith.tensors.tensors import TensorSpec
 
@@ -44,9 +44,11 @@ def check_directory(plan: DirectoryPlan, directory: Path) -> Measure:
     if other := [m.stem for m in plan.models if m.stem in (MAIN_WEIGHTS, COMPONENT_WEIGHTS) and m.stem != wanted]:
         summary = "the weights are not called as the library of its config wants them"
         raise MismatchError(plan.output, summary, [f"{other[0]}: must be {wanted}"], "Nothing was written.")
+    # What the base's class says of the base's files is excused, and not what an adapted config's says of them.
+    of_base = read_config(plan.base) if plan.base is not None and plan.template else None
     # The same specs and the same config were judged for the plan, so the answer is remembered.
     for model in plan.models:
-        found = fit_config(config, _specs(model), base=plan.template, allow=plan.allow)
+        found = fit_config(config, _specs(model), base=plan.template, of_base=of_base, allow=plan.allow)
         if found.changes or found.problems:
             raise MismatchError(directory, *refusal(found))
     refuse_missing_code(plan.output, found, {str(path.relative_to(directory)) for path in directory.rglob("*.py")})

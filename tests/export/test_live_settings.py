@@ -17,6 +17,7 @@ from diffusers import UNet2DModel
 from safetensors.torch import load_file
 from transformers import AutoConfig, GenerationConfig, GPT2Config, GPT2LMHeadModel
 
+from shardsmith.hooks import HFExport, Hooks, ShardedSave, every
 from tests.hf.test_directory_check import config_of, export_live, saved, to_hf
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -145,3 +146,30 @@ def test_a_config_that_names_no_class_leaves_the_names_as_they_are(tmp_path: Pat
     found = load_file(tmp_path / "out" / "model.safetensors")
     assert found.keys() == model.state_dict().keys()
     assert all(torch.equal(found[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_later_export_is_not_described_by_what_an_earlier_one_needed(tmp_path: Path) -> None:
+    """A head that is untied, and tied again by a resize: each export loads as the model was."""
+    torch.manual_seed(0)
+    model = llama(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "base")
+    save = ShardedSave(tmp_path / "saves", model=model, when=every(1))
+    options: dict[str, Any] = {"source": "checkpoint", "checkpoints": save, "base_model": tmp_path / "base"}
+    export = HFExport(tmp_path / "hf", model=model, when=every(1), dtype="original", **options)
+    hooks = Hooks(save, export)
+
+    def loads(step: int) -> None:
+        hooks.step(step)
+        export.wait()
+        loaded, info = type(model).from_pretrained(tmp_path / "hf" / f"step-{step}", output_loading_info=True)
+        assert not info["missing_keys"] | info["unexpected_keys"]
+        assert all(torch.equal(loaded.state_dict()[name], value) for name, value in model.state_dict().items())
+
+    loads(1)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() + 1)
+    loads(2)
+    model.lm_head.weight = model.model.embed_tokens.weight
+    loads(3)
+    model.resize_token_embeddings(70)
+    loads(4)
+    hooks.close()

@@ -370,3 +370,14 @@ def test_a_config_that_would_have_to_change_is_refused_with_what_would_change() 
     assert summary.startswith("config.json does not describe the tensors, which LlamaForCausalLM of transformers")
     assert lines == list(found.changes)
     assert "vocab_size" in lines[0]
+
+
+def test_what_an_adapted_config_makes_of_the_base_excuses_nothing() -> None:
+    """The base has no head in its files, for it is tied; beside a config that unties it, files without one lack it."""
+    model = llama(tie_word_embeddings=True)
+    tied = json.loads(model.config.to_json_string()) | {"architectures": ["LlamaForCausalLM"]}
+    names = [name for name in model.state_dict() if name != "lm_head.weight"]
+    specs = {name: TensorSpec(name, tuple(model.state_dict()[name].shape), torch.float32) for name in names}
+    untied = tied | {"tie_word_embeddings": False}
+    assert not fit_config(tied, specs, base=specs, of_base=tied).problems
+    assert fit_config(untied, specs, base=specs, of_base=tied).problems
