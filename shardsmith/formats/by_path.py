@@ -213,6 +213,9 @@ def _detect_remote(path: RemotePath) -> tuple[DetectedFormat, FormatReader | Non
     return DetectedFormat(UNKNOWN, reason), None
 
 
+_ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
+
+
 def _what_else(path: Path) -> str:
     """What may have been meant by a directory that is no checkpoint."""
     names = os.listdir(path)
@@ -221,6 +224,9 @@ def _what_else(path: Path) -> str:
     known = [steps[step] for step in sorted(steps) if _is_known(path / steps[step])]
     if known:
         return f"a folder of {len(known)} checkpoints; name one of them, such as {path / known[-1]}"
+    if adapter := next((name for name in _ADAPTERS if name in names), None):
+        cure = f"to-hf --checkpoint {path / adapter} --adapters merged --base-model BASE makes one of it"
+        return f"an adapter of peft, which is no model by itself; {cure}"
     return f"none of its {len(names)} entries is a weights file or an index of a known format"
 
 

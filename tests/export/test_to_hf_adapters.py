@@ -19,7 +19,7 @@ from torch import Tensor
 
 from shardsmith.cli import main
 from shardsmith.export.adapters import ADAPTER_CONFIG_FILE, MergedSource, open_merged
-from shardsmith.formats.by_path import open_source
+from shardsmith.formats.by_path import detect_checkpoint_format, open_source
 from shardsmith.tensors.tensors import read_tensor
 from tests.dcp_directories import save
 
@@ -248,3 +248,22 @@ def test_of_two_adapters_the_advice_leads_to_the_one_of_the_config(
     # The config of the other one does not go with these tensors, and peft would not load them.
     tuned.peft_config["second"].save_pretrained(str(checkpoint))
     assert to_hf(checkpoint, base, tmp_path / "wrong", *options) == 2
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_detect_says_how_a_folder_of_peft_becomes_a_model(form: str, tmp_path: Path) -> None:
+    tuned, base, _ = make_run(tmp_path, "lora")
+    folder = tmp_path / "adapter"
+    tuned.save_pretrained(folder)
+    if form == "bin":
+        file = folder / "adapter_model.safetensors"
+        torch.save(load_file(file), folder / "adapter_model.bin")
+        file.unlink()
+    reason = detect_checkpoint_format(folder).reason
+    assert reason.startswith("an adapter of peft, which is no model by itself; ")
+    command = reason.partition("; ")[2].removesuffix(" makes one of it").replace("BASE", str(base)).split()
+    assert main([*command, "--output-dir", str(tmp_path / "out"), "--dtype", "float32"]) == 0
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    expected = tuned.merge_and_unload().state_dict()
+    assert merged.keys() == expected.keys()
+    assert all(torch.allclose(merged[name], expected[name], atol=1e-6) for name in expected)
