@@ -89,8 +89,7 @@ class LiveState:
             parse_size(max_shard_size)
         self._own_config: dict[str, Any] | None = None  # before it is adapted to tensors
         self._config: dict[str, Any] | None = None
-        self._template = BaseTemplate(Path(), None, {}, "")
-        self._measure = Measure()
+        self._template, self._measure = BaseTemplate(Path(), None, {}, ""), Measure()
         self._copies: tuple[str, ...] = ()
         self._names = names
         self._view = view
@@ -317,7 +316,8 @@ class LiveState:
         refuse_missing_code(path, found, {*self._copies, *self._files.extra, *self._files.code(self._inner)})
         self._config, self._measure = found.config, measure_of(found, self._template)
         for change in found.changes:
-            log.info("config.json is adapted: %s", change)
+            is_open = "tokenizer" in change and self._files.processor is None
+            log.log(logging.WARNING if is_open else logging.INFO, "config.json is adapted: %s", change)
 
     def _write_companions(self, directory: Path, facts: Mapping[str, str]) -> None:
         for name, text in facts.items():

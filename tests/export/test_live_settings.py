@@ -19,6 +19,7 @@ from transformers import AutoConfig, GenerationConfig, GPT2Config, GPT2LMHeadMod
 
 from shardsmith.hooks import HFExport, Hooks, ShardedSave, every
 from tests.hf.test_directory_check import config_of, export_live, saved, to_hf
+from tests.hooks.test_export_tokenizers import tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
@@ -173,3 +174,18 @@ def test_a_later_export_is_not_described_by_what_an_earlier_one_needed(tmp_path:
     model.resize_token_embeddings(70)
     loads(4)
     hooks.close()
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["base's tokenizer", "the run's tokenizer"])
+def test_a_grown_vocabulary_beside_the_tokenizer_of_the_base_is_said(
+    given: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, base = llama(), tmp_path / "base"
+    model.save_pretrained(base)
+    tokenizer().save_pretrained(base)
+    model.resize_token_embeddings(70)
+    export_live(model, base, tmp_path / "live", **({"processor": tokenizer()} if given else {}))
+    said = [one.levelname for one in caplog.records if "tokens that were added are in no tokenizer" in one.message]
+    assert ("WARNING" in said) is not given
+    check = to_hf(saved(model.state_dict(), tmp_path / "ck"), base, tmp_path / "out", allow=("*embed*", "lm_head*"))
+    assert any("tokens that were added are in no tokenizer" in change for change in check.config_changes)
