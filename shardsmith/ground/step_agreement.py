@@ -95,7 +95,10 @@ class StepAgreement:
             this_round = self._round
         atexit.unregister(self.close)
         self._send_word(this_round)
-        self._thread.join()
+        # A store whose host has stopped keeps whoever asks it for ever. The thread is left behind then.
+        self._thread.join(self._timeout_secs)
+        if self._thread.is_alive():
+            log.warning("the job's store, which rank 0 or the launcher holds, does not answer: not waiting for it")
 
     def _run(self) -> None:
         try:
