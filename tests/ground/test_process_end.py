@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from torch.multiprocessing.spawn import ProcessExitedException
 from shardsmith.errors import UsageError
 from shardsmith.ground import process_end
 from shardsmith.hooks import finish
+from tests.ground.stopped_store import run_beside_stopped_store
 from tests.ranks import run_on_ranks
 
 
@@ -82,36 +82,22 @@ def test_all_ranks_say_which_one_did_not_come(tmp_path: Path) -> None:
     run_on_ranks(run_without_one, 3, tmp_path, folder)
 
 
-SERVER = """
-import time
-import torch.distributed as dist
-store = dist.TCPStore("127.0.0.1", 0, is_master=True)
-print(store.port, flush=True)
-time.sleep(1000)
+FINISH = """
+from shardsmith.ground import process_end
+from shardsmith.ground.liveness import answer_from_now_on
+answer_from_now_on()
+process_end._ANSWER_SECS = 1.0
+stop_store()
+process_end.finish(0.5)
+print("initialized" if dist.is_initialized() else "ended", flush=True)
+os._exit(0)
 """
 
 
-def run_with_store_of(port: int, server: int) -> None:
-    rank = dist.get_rank()
-    dist.destroy_process_group()
-    store = dist.TCPStore("127.0.0.1", port, is_master=False)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    dist.barrier()
-    if rank == 0:
-        os.kill(server, signal.SIGSTOP)
-    dist.barrier()
-    process_end._ANSWER_SECS = 1.0
-    first, *_ = warnings_of_finish(0.5)
-    assert first.endswith("the job's store, which rank 0 or the launcher holds, does not answer")
-
-
-def test_a_store_that_does_not_answer_is_not_waited_for_for_ever(tmp_path: Path) -> None:
-    with subprocess.Popen([sys.executable, "-c", SERVER], stdout=subprocess.PIPE, text=True) as server:
-        assert server.stdout is not None
-        try:
-            run_on_ranks(run_with_store_of, 2, tmp_path, int(server.stdout.readline()), server.pid)
-        finally:
-            server.kill()
+def test_a_store_that_does_not_answer_is_not_waited_for_for_ever() -> None:
+    done = run_beside_stopped_store(FINISH)
+    assert done.stdout == "ended\n", done.stderr
+    assert "the job's store, which rank 0 or the launcher holds, does not answer" in done.stderr
 
 
 def run_with_a_pending_collective(ended: Path) -> None:

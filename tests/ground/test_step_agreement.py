@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import torch.distributed as dist
 from shardsmith.ground import step_agreement
 from shardsmith.ground.step_agreement import StepAgreement
 from tests.ground.counted_stores import run_ranks_in_threads
+from tests.ground.stopped_store import run_beside_stopped_store
 from tests.ranks import run_on_ranks
 
 
@@ -103,25 +102,10 @@ def run_slow_reader() -> None:
     dist.barrier()
 
 
-SERVER = """
-import time
-import torch.distributed as dist
-store = dist.TCPStore("127.0.0.1", 0, is_master=True)
-print(store.port, flush=True)
-time.sleep(1000)
-"""
-RANK = """
-import os, signal, sys, time
-import torch.distributed as dist
-import torch.testing._internal.distributed.fake_pg  # ranks without connections
+CLOSE = """
 from shardsmith.ground.step_agreement import StepAgreement
-port, server = map(int, sys.argv[1:])
-store = dist.TCPStore("127.0.0.1", port, is_master=False)
-dist.init_process_group("fake", store=store, rank=0, world_size=2)
 agreement = StepAgreement(0.5)
-os.kill(server, signal.SIGSTOP)
-while open(f"/proc/{server}/stat").read().rpartition(")")[2].split()[0] != "T":
-    time.sleep(0.01)
+stop_store()
 agreement.close()
 print("closed", flush=True)
 os._exit(0)
@@ -129,13 +113,7 @@ os._exit(0)
 
 
 def test_a_store_that_does_not_answer_is_not_waited_for_for_ever() -> None:
-    with subprocess.Popen([sys.executable, "-c", SERVER], stdout=subprocess.PIPE, text=True) as server:
-        assert server.stdout is not None
-        try:
-            command = [sys.executable, "-c", RANK, server.stdout.readline().strip(), str(server.pid)]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        finally:
-            server.kill()
+    done = run_beside_stopped_store(CLOSE)
     assert done.stdout == "closed\n", done.stderr
     assert "the job's store, which rank 0 or the launcher holds, does not answer" in done.stderr
 

@@ -1,0 +1,39 @@
+"""A job whose store is in a process that has been stopped: it takes connections and answers nothing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+_SERVER = """
+import time
+import torch.distributed as dist
+store = dist.TCPStore("127.0.0.1", 0, is_master=True)
+print(store.port, flush=True)
+time.sleep(1000)
+"""
+_RANK = """
+import os, signal, sys, time
+import torch.distributed as dist
+import torch.testing._internal.distributed.fake_pg  # ranks without connections among each other
+port, server = map(int, sys.argv[1:])
+store = dist.TCPStore("127.0.0.1", port, is_master=False)
+dist.init_process_group("fake", store=store, rank=0, world_size=2)
+
+def stop_store():
+    os.kill(server, signal.SIGSTOP)
+    while open(f"/proc/{server}/stat").read().rpartition(")")[2].split()[0] != "T":
+        time.sleep(0.01)
+
+"""
+
+
+def run_beside_stopped_store(script: str) -> subprocess.CompletedProcess[str]:
+    """Run a script as rank 0 of 2; it calls ``stop_store()`` itself."""
+    with subprocess.Popen([sys.executable, "-c", _SERVER], stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        try:
+            command = [sys.executable, "-c", _RANK + script, server.stdout.readline().strip(), str(server.pid)]
+            return subprocess.run(command, capture_output=True, text=True, timeout=120)
+        finally:
+            server.kill()
