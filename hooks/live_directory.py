@@ -146,9 +146,7 @@ def _was_changed(generation: Any, model: Any, base: Path) -> bool:
 
     def said(one: Any) -> dict[str, Any]:
         content: dict[str, Any] = one.to_dict()
-        return {
-            key: value for key, value in content.items() if key not in ("_from_model_config", "transformers_version")
-        }
+        return {key: value for key, value in content.items() if key not in _OF_NO_GENERATION}
 
     kind = type(generation)
     known = [kind.from_model_config(model.config)]
