@@ -38,6 +38,9 @@ def _weights(diagnosis: Diagnosis) -> str:
     compared, equal = facts.get("tensors compared", 0), facts.get("equal", 0)
     if not compared:
         return "Names, shapes and counts are right; no values were compared"
+    left = facts.get("quantized, not compared", 0)
+    if left:
+        return f"Names, shapes and counts are right; no fault in {compared} tensors, {left} quantized ones not compared"
     # Training moves weights: then equality is no measure, and what counts is that no fault was found.
     if any(note.code == "trained-weights" for note in diagnosis.notes):
         return f"The weights are fine: trained from the model's, {equal} of {compared} tensors still equal"

@@ -17,6 +17,7 @@ from shardsmith.checking.arguments import checked
 from shardsmith.checking.types import AsAnyPath
 from shardsmith.compare.alignment import aligned_source
 from shardsmith.compare.class_ties import repeated_names
+from shardsmith.compare.quantized import require_plain
 from shardsmith.compare.values import TensorComparison, compare_sources, same_as
 from shardsmith.errors import CheckpointError, CheckpointNotFoundError
 from shardsmith.formats.by_path import HUGGINGFACE
@@ -172,7 +173,10 @@ class OpenedPair:
         return left, right
 
     def aligned(self, model: str) -> tuple[ModelSource, ModelSource, Alignment]:
-        """One model of both, and what was done to the one to bring it beside the other."""
+        """One model of both, and what was done to the one to bring it beside the other.
+
+        Raises UnsupportedFormatError where one is quantised and the other is not.
+        """
         left, right = self.left.models[model], self.right.models[model]
         how = (self.base, self.names, self.rules)
         # Names become those of the side that says what model it is; where both do or neither does, those of B.
@@ -180,6 +184,8 @@ class OpenedPair:
             left, alignment = aligned_source(left, right.specs, *how)
         else:
             right, alignment = aligned_source(right, left.specs, *how)
+        require_plain(left, right.specs, right.path)
+        require_plain(right, left.specs, left.path)
         return left, right, alignment
 
     def close(self) -> None:

@@ -23,7 +23,8 @@ def look_at_average(subject: Subject, compared: Mapping[str, Mapping[str, Tensor
     """
     average, _ = subject.models[EMA]
     # A name that was filled in from main is no average's own, and would look like a copy of it.
-    own = [name for name in average.specs if name not in average.filled]
+    scaled = {name for names in subject.quantized.values() for name in names}
+    own = [name for name in average.specs if name not in average.filled and name not in scaled]
     narrow = [
         name for name in own if average.specs[name].dtype.is_floating_point and average.specs[name].dtype.itemsize < 4
     ]

@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from shardsmith.compare.alignment import aligned_source
+from shardsmith.compare.quantized import require_plain
 from shardsmith.compare.verification import OpenedPair, VerifyOptions, is_huggingface
 from shardsmith.diagnose.live_model import LiveModel
 from shardsmith.diagnose.probe import Probe
@@ -76,6 +77,7 @@ def verify_logits(
         for side in (pair.left, pair.right):
             how = (base, _names(side, options.names), options.rules)
             source, _ = aligned_source(side.models[model], reference.specs, *how)
+            require_plain(source, reference.specs, base)
             # The model's own tensors only: a head of the trainer's has no place in its class.
             loaded = [name for name in source.specs if name in reference.specs]
             filled = made.with_weights(source, loaded)

@@ -135,6 +135,9 @@ class _Look:
             return
         if self._not_runnable():
             return
+        if reason := self.subject.lacks_plain(MAIN, "no logits can be compared"):
+            self.unseen.append(reason)
+            return
         model = LiveModel.of_directory(reference.path, trust_remote_code=self.questions.trust_remote_code)
         try:
             probe = Probe.for_model(model, reference.path, self.questions.batch)

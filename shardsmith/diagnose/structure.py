@@ -128,7 +128,8 @@ def _compare_names(
         pairs = ", ".join(f"{alias} = {kept}" for alias, kept in known.items())
         yield one("tied-weights", known, "one tensor under two names", pairs)
     # What is tied under another name is there.
-    missing = [name for name in template if name not in source.specs and name not in source.aliases]
+    quantized = subject.quantized[model]
+    missing = [name for name in template if name not in {*source.specs, *source.aliases, *quantized}]
     # Tied names that only the checkpoint lists are a note above, and no surplus.
     extra = [name for name in source.specs if name not in template and name not in ties]
     transient = [name for name in extra if is_transient(name)]
@@ -151,8 +152,9 @@ def _compare_names(
             f"{len(template)} tensors in {model}",
             f"{_many(missing)} not there, {elements:,} elements{hint}",
         )
-    # Scales beside whole numbers make them weights: the config says so.
-    yield from _compare_specs(source, template, is_quantized="quantization_config" in subject.reference.config)
+    # Scales beside whole numbers make them weights, here or, as the config says, in the model.
+    named = frozenset(source.specs if "quantization_config" in subject.reference.config else quantized)
+    yield from _compare_specs(source, template, named)
 
 
 def _extra(extra: Mapping[str, TensorSpec], model: str, template: Collection[str]) -> Iterator[Finding]:
@@ -168,9 +170,13 @@ def _extra(extra: Mapping[str, TensorSpec], model: str, template: Collection[str
         yield one("extra-tensors", extra, f"the model's {len(template)} tensors in {model}", f"{_many(extra)} more")
 
 
-def _compare_specs(source: ModelSource, template: Mapping[str, TensorSpec], *, is_quantized: bool) -> Iterator[Finding]:
+def _compare_specs(
+    source: ModelSource, template: Mapping[str, TensorSpec], scaled: Collection[str]
+) -> Iterator[Finding]:
+    """``scaled``: those whose scales are known."""
     both = [(spec, template[name]) for name, spec in source.specs.items() if name in template]
-    shapes = [(mine, other) for mine, other in both if mine.shape != other.shape]
+    # Several numbers in one element, as 4-bit ones have, are in a shape of their own.
+    shapes = [(a, b) for a, b in both if a.shape != b.shape and not (a.name in scaled and _is_packed(a.dtype))]
     if shapes:
         yield one(
             "shape-differs",
@@ -179,18 +185,25 @@ def _compare_specs(source: ModelSource, template: Mapping[str, TensorSpec], *, i
             "; ".join(f"{mine.name} {list(mine.shape)}" for mine, _ in shapes),
         )
     dtypes = [(mine, other) for mine, other in both if mine.dtype != other.dtype]
-    # 8 bits or whole numbers for weights: quantised, and with the scales lost. A model whose config says so keeps them
-    # beside.
-    lost = [mine for mine, other in dtypes if other.dtype.is_floating_point and _is_quantized(mine.dtype, other.dtype)]
+    # 8 bits or whole numbers for weights: quantised, and with the scales lost where there are none.
+    lost = [
+        mine.name
+        for mine, other in dtypes
+        if mine.name not in scaled and other.dtype.is_floating_point and _is_quantized(mine.dtype, other.dtype)
+    ]
     for code, names in (
-        ("kind-differs", [] if is_quantized else [mine.name for mine in lost]),
-        ("other-dtype", [mine.name for mine, _ in dtypes if is_quantized or mine not in lost]),
+        ("kind-differs", lost),
+        ("other-dtype", [mine.name for mine, _ in dtypes if mine.name not in lost]),
     ):
         if names:
             # Each pair of dtypes once, however many tensors have it.
             pairs = {(dtype_name(template[name].dtype), dtype_name(source.specs[name].dtype)) for name in names}
             expected, found = (", ".join(sorted({pair[i] for pair in pairs})) for i in (0, 1))
             yield one(code, names, expected, found)
+
+
+def _is_packed(dtype: torch.dtype) -> bool:
+    return not dtype.is_floating_point and dtype != torch.int8
 
 
 def _is_quantized(mine: torch.dtype, other: torch.dtype) -> bool:

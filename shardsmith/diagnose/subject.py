@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from shardsmith.compare.alignment import aligned_source
+from shardsmith.compare.quantized import CURE, find_quantized
 from shardsmith.errors import CheckpointError, CheckpointNotFoundError, UnsupportedFormatError
 from shardsmith.formats.by_path import model_names, open_source
 from shardsmith.formats.models import ModelSource
@@ -85,6 +86,8 @@ class Subject:
     """Whether training has moved the weights, so that they need not equal the reference's."""
     rules: Sequence[LayoutRule]
     """By which tensors of another shape were brought into the reference's layout."""
+    quantized: Mapping[str, frozenset[str]]
+    """Model -> the reference's names of weights that are quantised here, with their scales, and plain there."""
 
     @classmethod
     def open(
@@ -110,14 +113,18 @@ class Subject:
         """
         opened = open_checkpoint(checkpoint)
         reference = reference.beside(opened.models.values())
-        aligned = {
-            name: aligned_source(found, reference.specs, reference.path, names, rules)
-            for name, found in opened.models.items()
-        }
+        aligned: dict[str, tuple[ModelSource, Alignment]] = {}
+        quantized: dict[str, frozenset[str]] = {}
+        for name, found in opened.models.items():
+            source, alignment = aligned_source(found, reference.specs, reference.path, names, rules)
+            held = find_quantized(source, reference.specs)
+            # Scales and packed numbers belong to weights that the model has: they are not more tensors.
+            aligned[name] = (source.without(held.beside) if held.beside else source, alignment)
+            quantized[name] = held.weights
         step = opened.metadata.step if opened.metadata else _step(checkpoint)
         # Without a step, an optimizer's state tells that a training has written it.
         moved = bool(step) if step is not None else opened.has_optimizer
-        return cls(opened, reference, aligned, step, moved if trained is None else trained, rules)
+        return cls(opened, reference, aligned, step, moved if trained is None else trained, rules, quantized)
 
     @property
     def path(self) -> Path:
@@ -128,6 +135,14 @@ class Subject:
     def metadata(self) -> CheckpointMetadata | None:
         """Its metadata.json, if it is ours."""
         return self.opened.metadata
+
+    def lacks_plain(self, model: str, what: str) -> str:
+        """Return why weights of a model cannot be compared, and what follows; empty where they can."""
+        names = sorted(self.quantized.get(model, ()))
+        if not names:
+            return ""
+        weights = f"{len(names)} quantized weights beside their scales in {model}, such as {names[0]}"
+        return f"{self.path} has {weights}, and {self.reference.path} plain ones: {what}. {CURE}"
 
     def close(self) -> None:
         """Close the files."""

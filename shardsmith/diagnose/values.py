@@ -52,18 +52,20 @@ def look_at_values(subject: Subject) -> Looked:
     facts: dict[str, Any] = {}
     compared: dict[str, Comparisons] = {}
     for name, (source, _) in subject.models.items():
-        found = compared[name] = _compare(source, subject.reference)
+        scaled = subject.quantized[name]
+        found = compared[name] = _compare(source, subject.reference, scaled)
         findings += _Sorted(name, source, subject, found).findings()
-        findings += _without_template(source, subject.reference)
-        facts[name] = _facts(found)
+        findings += _without_template(source, subject.reference, scaled)
+        facts[name] = _facts(found) | ({"quantized, not compared": len(scaled)} if scaled else {})
     findings += _broken_ties(subject)
     if EMA in compared:
         findings += look_at_average(subject, compared)
     reference = subject.reference
-    unseen = () if reference.source else (f"{reference.path} {reference.lacks}: no values can be compared",)
+    unseen = [] if reference.source else [f"{reference.path} {reference.lacks}: no values can be compared"]
+    unseen += [subject.lacks_plain(model, "their values were not compared") for model in subject.models]
     relative = {model: {name: _relative(one) for name, one in found.items()} for model, found in compared.items()}
     # For the map of the HTML page, of every tensor that was compared.
-    return Looked("values", tuple(findings), facts, unseen, relative=relative)
+    return Looked("values", tuple(findings), facts, tuple(filter(None, unseen)), relative=relative)
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,24 +259,24 @@ _ORDERS = {
 }
 
 
-def _compare(source: ModelSource, reference: Reference) -> Comparisons:
+def _compare(source: ModelSource, reference: Reference, scaled: Collection[str]) -> Comparisons:
     if reference.source is None:
         return {}
     names = [
         name
         for name, spec in source.specs.items()
-        if name in reference.specs and spec.shape == reference.specs[name].shape
+        if name in reference.specs and name not in scaled and spec.shape == reference.specs[name].shape
     ]
     return compare_sources(source, reference.source, names)
 
 
-def _without_template(source: ModelSource, reference: Reference) -> Iterator[Finding]:
+def _without_template(source: ModelSource, reference: Reference, scaled: Collection[str]) -> Iterator[Finding]:
     """What the reference has nothing to compare with can still be no number."""
     # The infinities of a buffer without a counterpart may be meant; NaN never is.
     names = [
         name
         for name, spec in source.specs.items()
-        if spec.dtype.is_floating_point and (reference.source is None or name not in reference.specs)
+        if spec.dtype.is_floating_point and (reference.source is None or name not in reference.specs or name in scaled)
     ]
     extremes = scan_source(source, names)
     wrong = [name for name in names if extremes[name].has_nan]
@@ -285,7 +287,9 @@ def _without_template(source: ModelSource, reference: Reference) -> Iterator[Fin
 def _broken_ties(subject: Subject) -> Iterator[Finding]:
     """Names that are tied and that hold different values all the same."""
     for model, ties, tensors in _stored_ties(subject):
-        pairs = {alias: kept for alias, kept in ties.items() if alias in tensors.specs and kept in tensors.specs}
+        scaled = subject.quantized[model]
+        there = {name for name in tensors.specs if name not in scaled}
+        pairs = {alias: kept for alias, kept in ties.items() if alias in there and kept in there}
         # One value under both names, in one dtype or two: a load through either gives the same.
         apart = [alias for alias, kept in pairs.items() if not _repeats(tensors, alias, kept)]
         broken = [alias for alias in apart if not _untied(subject.reference, alias, pairs)]
