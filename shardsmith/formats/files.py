@@ -19,6 +19,7 @@ from shardsmith.formats.detected import (
 from shardsmith.formats.models import ModelSource, choose_model
 from shardsmith.formats.safetensors_files.source import SafetensorsSource, open_safetensors_directory
 from shardsmith.formats.torch_files.source import (
+    describe_models,
     models_of,
     open_torch_directory,
     open_torch_file,
@@ -140,12 +141,12 @@ def detect_file(path: Path) -> DetectedFormat:
 
 def _detect_torch_file(path: Path) -> DetectedFormat:
     try:
-        models = models_of(path)
+        models = describe_models(path)
     except (UnsafeCheckpointError, UnsupportedFormatError) as error:
         return DetectedFormat(UNKNOWN, f"cannot be read: {reason_of(error, path)}")
     except CheckpointError as error:
         return DetectedFormat(INCOMPLETE, reason_of(error, path))
-    return DetectedFormat(TORCH, f"a {path.suffix} file of torch.save with {', '.join(models) or 'no'} weights")
+    return DetectedFormat(TORCH, f"a {path.suffix} file of torch.save with {models}")
 
 
 def _torch_name(path: Path, model: str) -> str | None:

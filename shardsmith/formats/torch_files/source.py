@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -18,6 +18,8 @@ from shardsmith.tensors.tensors import Chunk, TensorSpec
 
 _WRAPPERS = frozenset({"state_dict", "module", "model_state_dict"})
 """Under which key, beside ``model``, people put a model's state dict."""
+_LIGHTNING_AVERAGE = "state_dict"
+"""Where Lightning's WeightAveraging puts the average."""
 
 
 class TorchSource:
@@ -30,7 +32,8 @@ class TorchSource:
     def __init__(self, path: Path, tensors: Mapping[KeyPath, MergedTensor]) -> None:
         """Raises CorruptCheckpointError if parts overlap, or two paths give one name."""
         self.path = path
-        self.paths = {".".join(map(str, keys)): _known(keys) for keys in tensors}
+        roots = _roots(tensors)
+        self.paths = {".".join(map(str, keys)): _known(keys, roots) for keys in tensors}
         if len(self.paths) != len(tensors):
             raise CorruptCheckpointError(path, "two of its keys are the same once they are joined with dots")
         self._tensors = dict(zip(self.paths, tensors.values(), strict=True))
@@ -127,14 +130,41 @@ def models_of(path: Path) -> list[str]:
     return list(find_models(source.specs, source.paths))
 
 
+def describe_models(path: Path) -> str:
+    """Return the same as a text, which says where they lie if not where their names suggest."""
+    source = _source(path, {path.name: path}, follow_links=True)
+    text = f"{', '.join(find_models(source.specs, source.paths)) or 'no'} weights"
+    is_average = any(
+        keys[0] == "average" and name.startswith(f"{_LIGHTNING_AVERAGE}.") for name, keys in source.paths.items()
+    )
+    where = ", written with Lightning's WeightAveraging: main is its current_model_state, ema its state_dict"
+    return text + (where if is_average else "")
+
+
 def _source(path: Path, files: Mapping[str, Path], *, follow_links: bool = False) -> TorchSource:
     held = [(name, read_torch_file(file, follow_links=follow_links)) for name, file in files.items()]
     return TorchSource(path, merge_ranks(path, held))
 
 
-def _known(keys: KeyPath) -> KeyPath:
-    """The path with what other projects call a model's state dict replaced by what we call it."""
-    return ("model", *keys[1:]) if len(keys) > 1 and keys[0] in _WRAPPERS else keys
+def _is_of_lightning_average(paths: Collection[KeyPath]) -> bool:
+    """Whether Lightning's WeightAveraging wrote these: the average as ``state_dict``, the trained weights beside.
+
+    Its ``averaging_state`` is what torch's AveragedModel has beside the average, a count of updates.
+    """
+    roots = {keys[0] for keys in paths if len(keys) > 1}
+    return ("averaging_state", "n_averaged") in paths and {"state_dict", "current_model_state"} <= roots
+
+
+def _roots(paths: Collection[KeyPath]) -> Mapping[str | int, str]:
+    """What other projects call the dict of a model, or of its average -> what we call it."""
+    if _is_of_lightning_average(paths):
+        return {"current_model_state": "model", _LIGHTNING_AVERAGE: "average"}
+    return dict.fromkeys(_WRAPPERS, "model")
+
+
+def _known(keys: KeyPath, roots: Mapping[str | int, str]) -> KeyPath:
+    """The path with such a name of a dict replaced by ours."""
+    return (roots.get(keys[0], keys[0]), *keys[1:]) if len(keys) > 1 else keys
 
 
 def _finder(path: Path, name: str, tensor: MergedTensor) -> BoxFinder:
