@@ -21,6 +21,8 @@ from shardsmith.formats.detected import (
 )
 from shardsmith.formats.models import ModelSource, choose_model, open_dcp_model
 from shardsmith.formats.rank_shards import RankShards
+from shardsmith.formats.torch_files.files import read_torch_file
+from shardsmith.formats.torch_files.source import is_of_lightning_average
 from shardsmith.ground import layout
 from shardsmith.manifest.checkpoints import find_damage
 from shardsmith.manifest.metadata import find_metadata, read_metadata
@@ -29,6 +31,13 @@ from shardsmith.tensors.checkpoint_keys import MAIN, find_models
 _ACCELERATE_MODEL = re.compile(r"pytorch_model_fsdp_(0|[1-9][0-9]*)")
 ACCELERATE_MAIN = "pytorch_model_fsdp_0"
 """Where accelerate saves the first model that it prepared."""
+_LIGHTNING_REST = "meta.pt"
+"""What Lightning has beside the model and its optimizers, as rank 0 has it."""
+_OF_AN_AVERAGE = (
+    f"its shards hold the average of Lightning's WeightAveraging, and the weights that train are in {_LIGHTNING_REST}, "
+    "as far as rank 0 has them. Lightning does not support that callback with sharded models: train with "
+    "CheckpointHooks(ema_decay=...) of shardsmith.integrations.lightning, or without the callback"
+)
 
 
 def detect_ours(path: Path) -> DetectedFormat | None:
@@ -61,6 +70,8 @@ def detect_dcp(path: Path) -> DetectedFormat | None:
         return DetectedFormat(INCOMPLETE, reason_of(error, path))
     except CheckpointError as error:
         return DetectedFormat(UNKNOWN, f"its index cannot be read: {reason_of(error, path)}")
+    if _is_average(path):
+        return DetectedFormat(UNKNOWN, _OF_AN_AVERAGE)
     return DetectedFormat(DCP, _describe(index))
 
 
@@ -77,6 +88,16 @@ def detect_accelerate(path: Path) -> DetectedFormat | None:
     others = f"; {', '.join(found[1:])} are other models and are not read" if len(found) > 1 else ""
     name = ACCELERATE if inner.name == DCP else inner.name
     return DetectedFormat(name, f"{ACCELERATE_MAIN}: {inner.reason}{others}")
+
+
+def _is_average(path: Path) -> bool:
+    """Whether Lightning's WeightAveraging has put the average where the model is otherwise."""
+    try:
+        held = read_torch_file(path / _LIGHTNING_REST)
+    # Without such a file, or with one that holds what is not read, nothing says so.
+    except CheckpointError:
+        return False
+    return is_of_lightning_average([*held, ("state_dict", "")])
 
 
 def dcp_models(path: Path) -> list[str]:

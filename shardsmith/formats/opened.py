@@ -15,7 +15,7 @@ from shardsmith.formats.dcp.source import DcpSource
 from shardsmith.formats.models import ModelSource, models_of
 from shardsmith.ground import layout
 from shardsmith.manifest.metadata import CheckpointMetadata
-from shardsmith.tensors.checkpoint_keys import MAIN
+from shardsmith.tensors.checkpoint_keys import MAIN, kind_of
 
 Layout = Literal["flat", "nested"]
 
@@ -47,7 +47,7 @@ class OpenedCheckpoint:
         if self.dcp is None:
             return self.path.is_dir() and any(one.name.startswith("optim") for one in self.path.iterdir())
         keys = (*self.dcp.index.tensors, *self.dcp.index.objects)
-        return any(key.split(".", 1)[0] in ("optimizer", "optim") for key in keys)
+        return any(kind_of(key.split(".", 1)[0]) in ("optimizer", "optim") for key in keys)
 
     def close(self) -> None:
         """Close the files."""

@@ -46,6 +46,8 @@ _AVERAGE_WORD = re.compile(r"(^|_)(ema|ewma|avg|average|averaged|swa|polyak|shad
 _MAX_DEPTH = 3
 """Path elements in front of an average's names, at most: ``callbacks.ema.module``."""
 _NEVER_AVERAGES = frozenset({"optimizer", "optim", "lr_scheduler", "scheduler", "dataloader", "data_status", "rng"})
+# Of several, as Lightning saves them also where there is one.
+_NUMBERED = re.compile(r"(optimizer|optim|lr_scheduler|scheduler)_[0-9]+")
 
 KeyPath = tuple[str | int, ...]
 
@@ -120,7 +122,7 @@ def find_lost_averages(keys: Iterable[str], paths: Mapping[str, KeyPath]) -> lis
 def average_above(path: KeyPath) -> str | None:
     """Return the path of the dict that is called an average and that a tensor lies in; None if it lies in none."""
     segments = [str(segment) for segment in path[:-1][:_MAX_DEPTH]]
-    if segments and segments[0] in _NEVER_AVERAGES:
+    if segments and kind_of(segments[0]) in _NEVER_AVERAGES:
         return None
     depth = next((i for i, segment in enumerate(segments) if _is_average([segment])), None)
     return None if depth is None else ".".join(segments[: depth + 1])
@@ -188,7 +190,7 @@ def _copies(
     for key, path in paths.items():
         segments = (of_main.get(key) or ".".join(map(str, path))).split(".")
         # Moments of an optimizer are under the model's names, too.
-        if segments[0] in _NEVER_AVERAGES:
+        if kind_of(segments[0]) in _NEVER_AVERAGES:
             continue
         # The shortest prefix first: what is behind it must be a name of the model.
         for depth in range(1, min(_MAX_DEPTH, len(segments) - 1) + 1):
@@ -242,12 +244,18 @@ def _forms(fqns: Iterable[str]) -> Iterator[dict[str, str]]:
             return
 
 
+def kind_of(root: str | int) -> str | int:
+    """Return the name of a dict beside the model without its number: ``optimizer`` for ``optimizer_0``."""
+    match = _NUMBERED.fullmatch(str(root))
+    return match[1] if match else root
+
+
 def _root(name: str) -> str:
     return name.split(".", 1)[0]
 
 
 def _flat_fqn(key: str) -> str | None:
-    return None if _root(key) in NOT_A_MODEL else key
+    return None if kind_of(_root(key)) in NOT_A_MODEL else key
 
 
 def _nested_fqn(path: KeyPath) -> str | None:
@@ -258,6 +266,6 @@ def _nested_fqn(path: KeyPath) -> str | None:
 def _model_depth(path: KeyPath) -> int | None:
     """How many elements of the path lead to a dict that was saved under the name ``model``."""
     containers = path[:-1]
-    if not containers or containers[0] in NOT_A_MODEL or "model" not in containers:
+    if not containers or kind_of(containers[0]) in NOT_A_MODEL or "model" not in containers:
         return None
     return containers.index("model") + 1

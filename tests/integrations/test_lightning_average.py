@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -9,10 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, WeightAveraging
+from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.data import DataLoader
 
 from shardsmith.cli import main
@@ -20,6 +25,8 @@ from shardsmith.diagnose import Questions, diagnose
 from shardsmith.formats.by_path import detect_checkpoint_format
 from shardsmith.inspection import inspect_checkpoint
 from tests.families.tiny import all_families, make_tiny
+from tests.integrations.lightning_runs import Ranks
+from tests.ranks import run_on_ranks
 
 FAMILIES = {family.kind: family for family in all_families()}
 State = dict[str, Tensor]
@@ -43,16 +50,33 @@ class Module(LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=0.01)
 
 
+def whole(value: Tensor) -> Tensor:
+    value = value.detach()
+    return value.full_tensor().clone() if isinstance(value, DTensor) else value.clone()
+
+
 class Noted(Callback):
     """Notes the weights that training goes on with."""
 
     state: State
+    last: State
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.last = {name: whole(value) for name, value in pl_module.net.state_dict().items()}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.state = {name: value.detach().clone() for name, value in pl_module.net.state_dict().items()}
+        self.state = {name: whole(value) for name, value in pl_module.net.state_dict().items()}
 
 
-def fit(kind: str, steps: int, callbacks: list[Callback], resumed: Path | None = None) -> None:
+def fit(
+    kind: str,
+    steps: int,
+    callbacks: list[Callback],
+    resumed: Path | None = None,
+    *,
+    module: Module | None = None,
+    **options: Any,
+) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         settings: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "logger": False}
@@ -63,11 +87,10 @@ def fit(kind: str, steps: int, callbacks: list[Callback], resumed: Path | None =
             callbacks=callbacks,
             enable_checkpointing=has_files,
             use_distributed_sampler=False,
-            **settings,
-            **quiet,
+            **{**settings, **quiet, **options},
         )
         tokens = torch.arange(64).reshape(8, 8) % 16
-        trainer.fit(Module(kind), DataLoader(tokens, batch_size=2), ckpt_path=resumed, weights_only=False)  # type: ignore[arg-type]
+        trainer.fit(module or Module(kind), DataLoader(tokens, batch_size=2), ckpt_path=resumed, weights_only=False)  # type: ignore[arg-type]
 
 
 def trained(kind: str, callback: WeightAveraging, folder: Path) -> Path:
@@ -112,3 +135,46 @@ def test_all_commands_name_both(tmp_path: Path) -> None:
     torch.save(held, tmp_path / "other.ckpt")
     assert [model.name for model in inspect_checkpoint(tmp_path / "other.ckpt").models] == ["main"]
     assert "current_model_state" not in detect_checkpoint_format(tmp_path / "other.ckpt").reason
+
+
+class Parallel(Module):
+    """Sharded by tensor parallelism: with FSDP2 the callback cannot copy the model."""
+
+    def configure_model(self) -> None:
+        inner = self.net.model.layers[0].mlp
+        if not isinstance(inner.up_proj.weight, DTensor):
+            plan = {"gate_proj": ColwiseParallel(), "up_proj": ColwiseParallel(), "down_proj": RowwiseParallel()}
+            parallelize_module(inner, self.device_mesh["tensor_parallel"], plan)
+
+
+def run_parallel(folder: Path, averaged: bool) -> None:
+    """Fit on all ranks; the trained weights go to ``trained.pt``."""
+    os.environ["LOCAL_RANK"] = str(dist.get_rank())
+    files = ModelCheckpoint(dirpath=folder, filename="{step}", every_n_train_steps=2, save_top_k=-1)
+    noted, size = Noted(), dist.get_world_size()
+    strategy = ModelParallelStrategy(1, size, process_group_backend="gloo")
+    averaging = [EMAWeightAveraging(decay=0.5)] if averaged else []
+    more = {"strategy": strategy, "devices": size, "plugins": [Ranks()]}
+    fit("LlamaForCausalLM", 2, [files, noted, *averaging], module=Parallel("LlamaForCausalLM"), **more)
+    if dist.get_rank() == 0:
+        torch.save(noted.last, folder / "trained.pt")
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+def test_a_sharded_folder_is_read_and_one_with_the_average_for_the_model_is_refused(
+    averaged: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_tiny(FAMILIES["LlamaForCausalLM"]).save_pretrained(tmp_path / "base")
+    run_on_ranks(run_parallel, 2, tmp_path, tmp_path, averaged)
+    folder = tmp_path / "step=2.ckpt"
+    given = ["--checkpoint", folder, "--base-model", tmp_path / "base", "--dtype", "original"]
+    status = main([*map(str, ["to-hf", *given, "--output-dir", tmp_path / "out"])])
+    if averaged:
+        assert status == 2
+        assert "hold the average of Lightning's WeightAveraging" in " ".join(capsys.readouterr().err.split())
+        return
+    assert status == 0
+    exported, trained = load_file(tmp_path / "out" / "model.safetensors"), torch.load(tmp_path / "trained.pt")
+    assert exported
+    assert all(torch.equal(value, trained[name]) for name, value in exported.items())
+    assert diagnose(folder, tmp_path / "base", Questions(level="values")).faults == ()

@@ -146,8 +146,8 @@ def _source(path: Path, files: Mapping[str, Path], *, follow_links: bool = False
     return TorchSource(path, merge_ranks(path, held))
 
 
-def _is_of_lightning_average(paths: Collection[KeyPath]) -> bool:
-    """Whether Lightning's WeightAveraging wrote these: the average as ``state_dict``, the trained weights beside.
+def is_of_lightning_average(paths: Collection[KeyPath]) -> bool:
+    """Return whether Lightning's WeightAveraging wrote these: ``state_dict`` is the average, and the model lies beside.
 
     Its ``averaging_state`` is what torch's AveragedModel has beside the average, a count of updates.
     """
@@ -157,7 +157,7 @@ def _is_of_lightning_average(paths: Collection[KeyPath]) -> bool:
 
 def _roots(paths: Collection[KeyPath]) -> Mapping[str | int, str]:
     """What other projects call the dict of a model, or of its average -> what we call it."""
-    if _is_of_lightning_average(paths):
+    if is_of_lightning_average(paths):
         return {"current_model_state": "model", _LIGHTNING_AVERAGE: "average"}
     return dict.fromkeys(_WRAPPERS, "model")
 
