@@ -189,7 +189,7 @@ CODES: dict[str, Code] = {
     ),
     "loss-unmasked": Code(
         "warning",
-        "that of masked tokens, such as prompts, is mixed in",
+        "that of masked tokens, such as prompts or padding, is mixed in",
         "pass the labels with -100, not the tokens, to the loss",
     ),
     "attention-mask-ignored": Code(

@@ -22,6 +22,7 @@ from shardsmith.ground.local_copy import on_this_machine
 from shardsmith.name_maps.class_names import ComputedTensorsError
 from shardsmith.name_maps.slices import Target
 from shardsmith.name_maps.tracing import trace
+from shardsmith.tensors.dtypes import dtype_name
 from shardsmith.tensors.fqn import own_class
 from shardsmith.tensors.tensors import TensorSpec
 
@@ -118,6 +119,17 @@ class TransformersNames:
         return trace(lambda tensors: revert_weight_conversion(self._model, tensors), specs)
 
     def _refuse(self, targets: Sequence[str], found: Mapping[str, Target], specs: Mapping[str, TensorSpec]) -> None:
+        if mixed := self._of_several_dtypes(targets, specs):
+            lines = "\n  ".join(
+                f"{name}: {', '.join(f'{part} {dtype_name(specs[part].dtype)}' for part in parts)}"
+                for name, parts in mixed.items()
+            )
+            message = (
+                f"transformers saves {len(mixed)} tensors that it joins of several in memory, and the parts of each "
+                f"have different dtypes, which one tensor cannot have:\n  {lines}\nCast the parts of each to one dtype "
+                "where the checkpoint is written, or in the checkpoint"
+            )
+            raise ComputedTensorsError(self._origin, message)
         used = {source for target in found.values() for source in target.sources}
         sources = [name for name in specs if name not in used]
         lines = "\n  ".join(f"{name}: {self._operations(name)}" for name in sources)
@@ -126,6 +138,14 @@ class TransformersNames:
             f"memory, so they cannot be written shard by shard. They are made of\n  {lines}\n{IDENTITY_ADVICE}"
         )
         raise ComputedTensorsError(self._origin, message)
+
+    def _of_several_dtypes(self, refused: Sequence[str], specs: Mapping[str, TensorSpec]) -> dict[str, list[str]]:
+        """What is refused -> its parts, if all of it would be joined of tensors of one dtype; else nothing."""
+        alike = {name: TensorSpec(name, spec.shape, torch.float32) for name, spec in specs.items()}
+        found, _ = self._trace(self._conversions, alike)
+        parts = {name: list(dict.fromkeys(found[name].sources)) for name in refused if name in found}
+        mixed = {name: held for name, held in parts.items() if len({specs[part].dtype for part in held}) > 1}
+        return mixed if len(mixed) == len(refused) else {}
 
     def _operations(self, source: str) -> str:
         """What transformers does to a tensor when it saves."""
