@@ -171,6 +171,8 @@ def _label_causes(logits: Tensor, batch: Batch, labels: Tensor, text: Tensor) ->
         yield Cause("labels hold the padding token, not -100", "padding-in-labels", loss)
     if torch.equal(text, batch.labels):  # nothing but padding is masked
         kinds = [(batch.tokens, "padding")]
+    elif torch.equal(text, batch.tokens):  # nothing says which tokens are padding
+        kinds = [(batch.tokens, "masked tokens")]
     else:
         kinds = [(batch.tokens, "masked tokens and padding"), (text, "masked tokens")]
     if bool((batch.labels == IGNORED)[:, 1:].any()):

@@ -338,6 +338,32 @@ def test_padding_is_seen_as_the_trainer_sees_it(
         assert codes(diagnose(tmp_path / "base", tmp_path / "base", questions)) == expected, number
 
 
+def test_what_a_loss_ran_over_is_called_padding_only_where_that_is_known(
+    specimens: dict[str, Specimen], tmp_path: Path
+) -> None:
+    specimen = specimens["olmo2"]
+    model, whole = LiveModel.of_directory(specimen.base), padded_batch(tmp_path, masked=True)
+    tokens, mask = read_batch(whole).tokens, read_batch(whole).mask
+    assert mask is not None
+    labels = tokens.where(mask == 1, -100)
+    prompted = labels.clone()
+    prompted[:, :2] = -100
+    cases: list[tuple[dict[str, Tensor], list[str]]] = [
+        ({"labels": labels, "attention_mask": mask}, ["padding"]),
+        ({"labels": prompted, "attention_mask": mask}, ["masked tokens and padding", "masked tokens"]),
+        ({"labels": labels}, ["masked tokens"]),
+    ]
+    for number, (more, kinds) in enumerate(cases):
+        file = tmp_path / f"{number}.safetensors"
+        save_file({"input_ids": tokens, **more}, file)
+        unmasked = [cause for cause in possible_causes(model, read_batch(file)) if cause.code == "loss-unmasked"]
+        texts = [cause.text for cause in unmasked if "without the mask" not in cause.text]
+        assert texts == [f"the loss is taken of {kind}, too" for kind in kinds]
+        with torch.no_grad():
+            logits = specimen.model()(input_ids=tokens, attention_mask=more.get("attention_mask")).logits
+        assert unmasked[0].loss == pytest.approx(cross_entropy(logits, tokens), abs=1e-3)
+
+
 @pytest.mark.parametrize("ends_a_text", [True, False])
 def test_one_token_that_ends_and_fills_up_may_count_once_or_not(
     ends_a_text: bool, specimens: dict[str, Specimen], tmp_path: Path
