@@ -17,7 +17,6 @@ from shardsmith.errors import CheckpointError, MismatchError
 from shardsmith.ground.bounded import read_bounded
 from shardsmith.hf.config_fit import ConfigFit
 from shardsmith.manifest.metadata import read_json
-from shardsmith.tensors.fqn import own_class
 
 _CONFIGS = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
 _MOST_BYTES = 1 << 24
@@ -47,6 +46,8 @@ def code_of_model(model: Any) -> tuple[dict[str, str], dict[str, Path]]:
 
     Both are empty for a class of the library, and for one that was defined in ``__main__``, as there.
     """
+    from shardsmith.tensors.fqn import own_class  # which imports what only a live model needs
+
     auto_map: dict[str, str] = {}
     files: dict[str, Path] = {}
     for kind in (own_class(model), type(getattr(model, "config", None))):

@@ -21,7 +21,7 @@ from shardsmith.ground.open_file import open_file
 from shardsmith.ground.progress import advance
 from shardsmith.ground.remote_export import is_claim
 from shardsmith.ground.remote_path import RemotePath
-from shardsmith.manifest.compared import ComparedBytes, compare_seal
+from shardsmith.manifest.compared import ComparedBytes
 from shardsmith.manifest.metadata import CheckpointMetadata, FileRecord, read_metadata
 
 log = logging.getLogger(__name__)
@@ -133,10 +133,10 @@ def find_damage(
     """
     try:
         metadata = manifest or read_metadata(checkpoint)
-        if compared is not None:
-            compare_seal(checkpoint / layout.METADATA_FILE, compared)
     except CheckpointError as error:
         return [str(error)]
+    if compared is not None:
+        compared.add(checkpoint / layout.METADATA_FILE, metadata.sealed)
     if metadata.step != (named := step_in_name(checkpoint, metadata.step)):
         return [f"{layout.METADATA_FILE} is of step {metadata.step}, not of step {named}: it was copied or renamed"]
     files = metadata.files

@@ -12,8 +12,8 @@ from shardsmith.tensors.digest import Digest
 
 
 def require_fields(record: Any, kind: type) -> None:
-    """The record is an object with the fields of a dataclass, and no others."""
-    fields = {item.name for item in dataclasses.fields(kind)}
+    """The record is an object with the fields of a dataclass, and no others; those that are never compared are none."""
+    fields = {item.name for item in dataclasses.fields(kind) if item.compare}
     if wrong := sorted(set(typed(record, dict)) ^ fields):
         raise ValueError(f"fields of {kind.__name__} are missing or unknown: {reprlib.repr(wrong)}")
 

@@ -130,6 +130,8 @@ class CheckpointMetadata:
     names: dict[str, Any] | None = None
     """By name in Hugging Face files, which elements of which tensors of the model they are, as ``name_maps.recorded``
     writes it; None where the run knew no such names, or ``weights`` has them."""
+    sealed: int = field(default=0, compare=False)
+    """Bytes of the file that this was read from, if they had their own hash and it was right. Not in the file."""
 
     @property
     def schema_version(self) -> int:
@@ -142,7 +144,7 @@ class CheckpointMetadata:
 
     def to_json(self) -> bytes:
         """As the bytes of the file."""
-        content = {name: getattr(self, name) for name in self.__slots__}
+        content = {name: getattr(self, name) for name in self.__slots__ if name != "sealed"}
         for name in _fields_after(self.schema_version):
             del content[name]
         if self.schema_version == 3:
@@ -261,9 +263,9 @@ def _metadata_of(path: Path, data: bytes) -> CheckpointMetadata | None:
     found = content["schema_version"]
     if type(found) is not int or not 1 <= found <= SCHEMA_VERSION:
         raise UnsupportedFormatError(path, f"has schema version {found!r}; this version reads 1 to {SCHEMA_VERSION}")
-    require_seal(path, data, content)
+    is_sealed = require_seal(path, data, content)
     try:
-        return _parse(content)
+        return dataclasses.replace(_parse(content), sealed=len(data) if is_sealed else 0)
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptCheckpointError(path, f"is damaged: {type(error).__name__}: {error}") from error
 

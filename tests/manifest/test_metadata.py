@@ -202,9 +202,10 @@ def test_a_tensor_record_becomes_a_spec() -> None:
 
 OPTIONAL = {"ema", "mesh"}
 LATER = {"initial", "weights", "names"}  # not in version 1, of which the content is
+IN_NO_FILE = {"sealed"}
 SAYS_WHAT_IT_IS = (["checkpoint_type"], ["schema_version"])
 REQUIRED_PATHS = [
-    *([field.name] for field in dataclasses.fields(CheckpointMetadata) if field.name not in LATER),
+    *([field.name] for field in dataclasses.fields(CheckpointMetadata) if field.name not in LATER | IN_NO_FILE),
     *SAYS_WHAT_IT_IS,
     *(["counts", "ema", field.name] for field in dataclasses.fields(ModelRecord)),
     *(["files", "__0_0.distcp", field.name] for field in dataclasses.fields(FileRecord)),
