@@ -415,10 +415,10 @@ def test_structure_is_looked_at_without_what_only_models_and_loads_need(good: Pa
     assert set(ran.stderr.split()).isdisjoint(HEAVY)
 
 
+@pytest.mark.usefixtures("dynamic_modules")
 def test_code_of_the_model_runs_where_it_is_trusted_and_that_of_the_checkpoint_never(
-    good: Path, olmo: Specimen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    good: Path, olmo: Specimen, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     model = shutil.copytree(olmo.base, tmp_path / "model")
     for folder in (model, good):
         canary = tmp_path / f"ran-{folder.name}"
@@ -434,10 +434,8 @@ def test_code_of_the_model_runs_where_it_is_trusted_and_that_of_the_checkpoint_n
     assert [path.name for path in tmp_path.glob("ran-*")] == ["ran-model"]
 
 
-def test_a_model_that_shifts_labels_once_more_is_found(
-    good: Path, olmo: Specimen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+@pytest.mark.usefixtures("dynamic_modules")
+def test_a_model_that_shifts_labels_once_more_is_found(good: Path, olmo: Specimen, tmp_path: Path) -> None:
     model = shutil.copytree(olmo.base, tmp_path / "model")
     (model / "twice.py").write_text(SHIFTS_TWICE)
     config = json.loads((model / "config.json").read_text())

@@ -15,7 +15,7 @@ from shardsmith.errors import MismatchError
 from shardsmith.hf.model_code import code_beside, named_code
 from tests.hf.test_directory_check import export_live, llama, saved, to_hf
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("dynamic_modules")]
 CONFIG = """
 from transformers import PretrainedConfig
 
