@@ -13,7 +13,7 @@ from shardsmith.ground import layout
 from shardsmith.ground.bounded import read_bounded
 from shardsmith.ground.remote_export import is_claim
 from shardsmith.ground.remote_path import RemotePath
-from shardsmith.manifest.metadata import require_seal
+from shardsmith.manifest.seal import require_seal
 
 
 class ComparedBytes:

@@ -10,7 +10,6 @@ import datetime
 import functools
 import json
 import platform
-import re
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 
 from shardsmith.errors import (
     CheckpointError,
@@ -43,6 +41,7 @@ from shardsmith.manifest.fields import (
     typed_or_none,
 )
 from shardsmith.manifest.initial import InitialRecord
+from shardsmith.manifest.seal import SEAL, UNSEALED, require_seal, sealed
 from shardsmith.manifest.weights import WeightsRecord
 from shardsmith.tensors.tensors import TensorSpec
 
@@ -54,10 +53,6 @@ _ADDED = {"initial": 2, "weights": 3, "names": 5}
 CHECKPOINT_TYPE = "sharded"
 _MOST_BYTES = 1 << 25
 """Of a config, an index, a trainer's state and so on."""
-SEAL = "self_xxh3_128"
-"""Field with the hash of the file that it is in. What is older than it has none."""
-_ENDS_AS_SEALED = re.compile(rb'": "[0-9a-f]{32}"\n}\n\Z')  # also if it is the name of the field that has changed
-_SEAL_END = b"0" * 32 + b'"\n}\n'
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -155,29 +150,7 @@ class CheckpointMetadata:
 
 def sealed_json(content: Mapping[str, Any]) -> bytes:
     """A JSON object as the bytes of a file whose last field is their own XXH3-128, taken with zeros in its place."""
-    unsealed = _object_text({**content, SEAL: "0" * 32}).encode()
-    return unsealed[: -len(_SEAL_END)] + _seal_of(unsealed) + _SEAL_END[32:]
-
-
-def require_seal(path: Path, data: bytes, content: dict[str, Any]) -> bool:
-    """Take the seal out; CorruptCheckpointError if a file has changed since ``sealed_json``. Older ones have none.
-
-    Returns:
-        Whether it has one.
-    """
-    # A file whose end looks like a seal must have one: a damaged name of the field must not pass for an older file.
-    if content.pop(SEAL, None) is None and not _ENDS_AS_SEALED.search(data):
-        return False
-    at = len(data) - len(_SEAL_END)
-    found = data[at : at + 32]
-    # The bytes themselves, not the parsed JSON: whitespace or another order of keys is a change, too.
-    if data[at + 32 :] != _SEAL_END[32:] or found != _seal_of(data[:at] + _SEAL_END):
-        raise CorruptCheckpointError(path, f"has changed since it was written: it does not have its own {SEAL}")
-    return True
-
-
-def _seal_of(unsealed: bytes) -> bytes:
-    return xxhash.xxh3_128_hexdigest(unsealed).encode()
+    return sealed(_object_text({**content, SEAL: UNSEALED}).encode())
 
 
 _encode = json.JSONEncoder(allow_nan=False, indent=1).encode

@@ -35,7 +35,7 @@ from shardsmith.errors import (
     UsageError,
     WriteError,
 )
-from shardsmith.manifest.metadata import SEAL
+from shardsmith.manifest.seal import SEAL
 from tests.tensor_cases import raw_bytes
 from tests.trained_runs import Trained
 

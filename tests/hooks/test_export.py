@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 
 from shardsmith.errors import CheckpointNotFoundError, MismatchError, ProtectedPathError, UsageError, WriteError
 from shardsmith.hooks import EMA, HFExport, Hooks, at, every, last, latest
-from shardsmith.manifest.metadata import SEAL
+from shardsmith.manifest.seal import SEAL
 from shardsmith.tensors.digest import digest_tensor
 from tests.hooks.live_models import CASES, STEP, Case, run_cases
 from tests.ranks import run_on_ranks

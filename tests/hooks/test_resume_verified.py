@@ -18,7 +18,8 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from shardsmith.errors import CorruptCheckpointError, IncompleteCheckpointError
 from shardsmith.formats.dcp import file_stream, single_read
 from shardsmith.manifest.checkpoints import committed_steps
-from shardsmith.manifest.metadata import SEAL, read_metadata
+from shardsmith.manifest.metadata import read_metadata
+from shardsmith.manifest.seal import SEAL
 from tests.hooks.test_save import digests
 from tests.hooks.training import run_training
 from tests.ranks import run_on_ranks

@@ -13,7 +13,7 @@ import pytest
 from shardsmith.commands.inspect import inspect
 from shardsmith.hooks import every
 from shardsmith.manifest.checkpoints import find_damage
-from shardsmith.manifest.metadata import SEAL
+from shardsmith.manifest.seal import SEAL
 from tests.hooks.training import run_training
 
 

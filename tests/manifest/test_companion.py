@@ -19,7 +19,8 @@ from shardsmith.manifest.companion import (
     is_deserted,
     read_folder_record,
 )
-from shardsmith.manifest.metadata import SEAL, TensorRecord
+from shardsmith.manifest.metadata import TensorRecord
+from shardsmith.manifest.seal import SEAL
 from shardsmith.manifest.trainer_folders import last_checkpoint
 
 TENSORS = {"w": TensorRecord(shape=(2, 3), dtype="float32", digest="0" * 32)}

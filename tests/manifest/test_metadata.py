@@ -16,7 +16,6 @@ from shardsmith.manifest.checkpoints import find_damage
 from shardsmith.manifest.initial import BufferRecord, InitialRecord, config_hash
 from shardsmith.manifest.metadata import (
     SCHEMA_VERSION,
-    SEAL,
     CheckpointMetadata,
     FileRecord,
     ModelRecord,
@@ -25,6 +24,7 @@ from shardsmith.manifest.metadata import (
     read_json,
     read_metadata,
 )
+from shardsmith.manifest.seal import SEAL
 from shardsmith.tensors.checkpoint_keys import find_models
 from shardsmith.tensors.digest import digest_tensor
 from shardsmith.tensors.tensors import TensorSpec, read_tensor
