@@ -122,9 +122,14 @@ class ModelFiles:
         """Return the Python files of a live model's own class, by name; of a base model they are among its files."""
         return code_of_model(model)[1] if self.base is None and model is not None else {}
 
-    def write(self, model: nn.Module | None, directory: Path) -> None:
-        """Write what does not come from the base model. Rank 0, in the background; reads no weights."""
-        generation = getattr(model, "generation_config", None)
+    def write(self, model: nn.Module | None, generation: Any, directory: Path) -> None:
+        """Write what does not come from the base model. Rank 0, in the background; reads no weights.
+
+        Args:
+            model: The live model; None where there is none.
+            generation: Its ``generation_config`` as it was when the weights were copied; None if it has none.
+            directory: Where to write.
+        """
         # A base model has one of its own, which is copied with its other files.
         if generation is not None and (self.base is None or _was_changed(generation, model, self.base)):
             with writing(directory / _GENERATION, "writing how to generate"):  # save_pretrained refuses odd settings

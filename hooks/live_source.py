@@ -109,6 +109,8 @@ class LiveSource:
         def collect() -> list[LiveModel]:
             unchanged.enter_context(self._state.staging())
             models.extend(self._state.models(directory))
+            if self._ranks.is_leader:  # which writes the config
+                self._state.follow(models)
             return models
 
         phase = f"collecting {path.name}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -89,6 +90,8 @@ class LiveState:
             parse_size(max_shard_size)
         self._own_config: dict[str, Any] | None = None  # before it is adapted to tensors
         self._config: dict[str, Any] | None = None
+        self._described: Any = None  # what the config was last fitted to
+        self._said: set[str] = set()
         self._template, self._measure = BaseTemplate(Path(), None, {}, ""), Measure()
         self._copies: tuple[str, ...] = ()
         self._names = names
@@ -262,9 +265,27 @@ class LiveState:
         """
         if self._config is not None or self._name_map is not None or isinstance(self._dtype, Mapping):
             with self.staging():
-                (model,) = self.models(LiveDirectory("", {MAIN: self.stem}))
+                models = self.models(LiveDirectory("", {MAIN: self.stem}))
             if compare:
-                self._compare(model.plan)
+                self.follow(models)
+
+    def follow(self, models: Sequence[LiveModel]) -> None:
+        """Fit the config again if tensors, ties or the live model's config are not as they were. No communication.
+
+        On the rank that writes the config, before ``plan``.
+
+        Raises:
+            MismatchError: names or shapes are no longer those of the base model's weights, and no config has them.
+        """
+        plan = models[0].plan
+        # Without dtypes: an average may have others than the main weights, under the same names.
+        shapes = [(spec.name, spec.shape) for spec in plan.specs]
+        now = shapes, dict(plan.aliases), full_config(self._inner)
+        if now != self._described:
+            if self._files.base is None:
+                self._own_config = saved_config(self._inner)
+            self._compare(plan)
+            self._described = now
 
     def _plan(
         self, output: Path, models: Sequence[ModelPlan], origin: Origin, facts: Mapping[str, str] | None = None
@@ -276,7 +297,12 @@ class LiveState:
             config=self._config,
             base=self._files.base,
             copies=self._copies,
-            companions=partial(self._write_companions, facts=dict(facts or {})),
+            # A copy: by the time that it is written, the run may generate otherwise.
+            companions=partial(
+                self._write_companions,
+                facts=dict(facts or {}),
+                generation=copy.deepcopy(getattr(self._inner, "generation_config", None)),
+            ),
             measure=self._measure,
             template=self._template.specs,
             allow=self._transient,
@@ -315,15 +341,16 @@ class LiveState:
         found = fit(path, plan, config, self._template, separate, self._transient, full_config(self._inner))
         refuse_missing_code(path, found, {*self._copies, *self._files.extra, *self._files.code(self._inner)})
         self._config, self._measure = found.config, measure_of(found, self._template)
-        for change in found.changes:
+        for change in [change for change in found.changes if change not in self._said]:
+            self._said.add(change)
             is_open = "tokenizer" in change and self._files.processor is None
             log.log(logging.WARNING if is_open else logging.INFO, "config.json is adapted: %s", change)
 
-    def _write_companions(self, directory: Path, facts: Mapping[str, str]) -> None:
+    def _write_companions(self, directory: Path, facts: Mapping[str, str], generation: Any) -> None:
         for name, text in facts.items():
             with writing(directory / name, "writing an extra file"):
                 (directory / name).write_text(text, encoding="utf-8")
-        self._files.write(self._inner, directory)
+        self._files.write(self._inner, generation, directory)
         if self._view is not None:
             self._view.write(directory)
 

@@ -75,6 +75,7 @@ class HuggingFaceWeights:
             ranks.gather("finding the base model", lambda: base.append(find_model(name, fetch=False)))
             # Any step stands for all: none may go where the base model is.
             protect(directory / "step-0", base[0])
+        self._is_leader = ranks.is_leader
         self._view = _view_of(model, options)
         self._state = LiveState(
             model,
@@ -100,7 +101,9 @@ class HuggingFaceWeights:
         return replace(contents, weights=WeightFiles(directories, tied))
 
     def _directory(self, directory: LiveDirectory, contents: Contents, target: Path) -> WeightsDirectory:
-        (live,) = self._state.models(directory)
+        (live,) = models = self._state.models(directory)
+        if self._is_leader:  # which writes the config
+            self._state.follow(models)
         # Key in the state dict of this save -> the name that the plan begins with.
         names = dict(self._names(directory, live, contents.state_dict))
         plan = self._state.plan(target, contents.step, directory, [live.plan])

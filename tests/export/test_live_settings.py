@@ -149,30 +149,40 @@ def test_a_config_that_names_no_class_leaves_the_names_as_they_are(tmp_path: Pat
     assert all(torch.equal(found[name], value) for name, value in model.state_dict().items())
 
 
-def test_a_later_export_is_not_described_by_what_an_earlier_one_needed(tmp_path: Path) -> None:
-    """A head that is untied, and tied again by a resize: each export loads as the model was."""
+@pytest.mark.parametrize("source", ["live", "checkpoint"])
+def test_a_later_export_says_what_the_library_would_save_then(source: str, tmp_path: Path) -> None:
+    """A head that is untied, other settings, and a head that is tied again by a resize: each export is the model."""
     torch.manual_seed(0)
     model = llama(tie_word_embeddings=True)
     model.save_pretrained(tmp_path / "base")
     save = ShardedSave(tmp_path / "saves", model=model, when=every(1))
-    options: dict[str, Any] = {"source": "checkpoint", "checkpoints": save, "base_model": tmp_path / "base"}
+    options: dict[str, Any] = {"source": source, "base_model": tmp_path / "base"}
+    options |= {"checkpoints": save} if source == "checkpoint" else {}
     export = HFExport(tmp_path / "hf", model=model, when=every(1), dtype="original", **options)
     hooks = Hooks(save, export)
 
-    def loads(step: int) -> None:
+    def is_as_the_library_saves(step: int) -> None:
+        model.save_pretrained(tmp_path / f"library-{step}")
         hooks.step(step)
         export.wait()
-        loaded, info = type(model).from_pretrained(tmp_path / "hf" / f"step-{step}", output_loading_info=True)
+        directory = tmp_path / "hf" / f"step-{step}"
+        loaded, info = type(model).from_pretrained(directory, output_loading_info=True)
         assert not info["missing_keys"] | info["unexpected_keys"]
         assert all(torch.equal(loaded.state_dict()[name], value) for name, value in model.state_dict().items())
+        assert settings(directory) == settings(tmp_path / f"library-{step}")
+        assert loaded.generation_config.eos_token_id == model.generation_config.eos_token_id
 
-    loads(1)
+    is_as_the_library_saves(1)
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() + 1)
-    loads(2)
+    model.config.tie_word_embeddings = False
+    is_as_the_library_saves(2)
+    model.config.rope_parameters = LINEAR
+    model.generation_config.eos_token_id = [2, 5]
+    is_as_the_library_saves(3)
     model.lm_head.weight = model.model.embed_tokens.weight
-    loads(3)
+    model.config.tie_word_embeddings = True
     model.resize_token_embeddings(70)
-    loads(4)
+    is_as_the_library_saves(4)
     hooks.close()
 
 
