@@ -120,7 +120,7 @@ def check_export(
         compared=str(plan.directory.measure),
         config_changes=list(plan.fitted.changes) if plan.fitted else [],
         copied_weights=dict(plan.files.weights) if plan.files else {},
-        not_copied=dict(plan.files.left_out) if plan.files else {},
+        not_copied=plan.files.not_copied if plan.files else {},
         models=[
             _check_model(plan, model, directory, digests[model.model], main, plans) for model in plan.directory.models
         ],

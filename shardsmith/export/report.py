@@ -57,7 +57,7 @@ def _plain(plan: ExportPlan) -> dict[str, object]:
         "template": plan.template.origin,
         "compared": str(plan.directory.measure),
         "config_changes": list(plan.fitted.changes) if plan.fitted else [],
-        "not_copied": dict(plan.files.left_out) if plan.files else {},
+        "not_copied": plan.files.not_copied if plan.files else {},
         "bytes": plan.directory.nbytes,
         "models": [
             {
@@ -93,6 +93,8 @@ def _print_contents(console: Console, plan: ExportPlan) -> None:
         # Weights of the base model itself are replaced; what lies in folders or is named otherwise may be missed.
         if "/" in name or not name.startswith(_PLAIN_WEIGHTS):
             console.print(f"{name} of the base model is not copied: {reason}")
+    for line in plan.files.unread_lines if plan.files else ():
+        console.print(line)
     if plan.dropped:
         console.print(f"left out, as asked for: {', '.join(plan.dropped)}")
     for model in plan.directory.models:

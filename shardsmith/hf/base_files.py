@@ -22,11 +22,12 @@ from shardsmith.ground.layout import COMPANION, METADATA_FILE, PROVENANCE_FILE
 from shardsmith.ground.local_copy import first_bytes, names_below
 from shardsmith.hf.model_card import is_own_card
 from shardsmith.hf.model_code import code_beside
+from shardsmith.hf.other_formats import other_format
 from shardsmith.manifest.metadata import has_manifest, read_json, read_metadata
 from shardsmith.tensors.tensors import Shape, TensorSpec
 
 _INDEXES = ("*.safetensors.index.json", "*.bin.index.json")
-_UNREAD_WEIGHTS = ("*.h5", "*.msgpack", "*.gguf", "*.onnx", "*.onnx_data", "*.ot", "*.tflite", "*.pdparams")
+_WEIGHTS = ("*.h5", "*.msgpack", "*.gguf", "*.onnx", "*.onnx_data", "*.ot", "*.tflite", "*.pdparams")
 """Weights in formats that are not read here: the model's own as far as anyone knows."""
 _COPIES = ("consolidated*", "*.pth", "*.gguf", "*.onnx", "*.onnx_data*", "openvino*.bin", "openvino*.xml", "*.mlmodel")
 """The model's weights once more, for or by another project; in folders below, too."""
@@ -63,6 +64,7 @@ _WRAPPER = re.compile(r"^(module|_orig_mod|model|base_model)\.")
 _TORCH_MAGIC = (b"PK\3\4", b"\x80\2")
 # Share of the tensors, or of the model's matrices, from which a file is the model's.
 _MOSTLY = 0.5
+_NAMED = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +77,33 @@ class BaseFiles:
     """Those among them that hold tensors -> size in bytes: other parts of the model."""
     left_out: Mapping[str, str] = field(default_factory=dict)
     """What is not copied although nothing in its name says so -> why."""
+    unread: Mapping[str, str] = field(default_factory=dict)
+    """Weights in formats that are not read here, which are not copied -> whose format it is."""
+
+    @property
+    def not_copied(self) -> dict[str, str]:
+        """All that is left out and may hold weights -> why."""
+        kinds = {name: f"the base model's weights in the format of {kind}" for name, kind in self.unread.items()}
+        return {**self.left_out, **kinds}
+
+    @property
+    def unread_lines(self) -> list[str]:
+        """What is said of ``unread``: a line for each format, however many files it has."""
+        by_project: dict[str, list[str]] = {}
+        for name, project in self.unread.items():
+            by_project.setdefault(project, []).append(name)
+        return [
+            f"not copied, since they would hold the base model's weights, in the format of {project}: "
+            f"{', '.join(names[:_NAMED])}{f' and {len(names) - _NAMED} more' if len(names) > _NAMED else ''}"
+            for project, names in by_project.items()
+        ]
 
     def log_what_is_unexpected(self, log: logging.Logger) -> None:
-        """Log weights of other parts, which are copied."""
+        """Log weights of other parts, which are copied, and weights in other formats, which are not."""
         for name, size in self.weights.items():
             log.info("%s of the base model (%s bytes) holds other weights, and is copied", name, size)
+        for line in self.unread_lines:
+            log.info("%s", line)
 
 
 def choose_files(
@@ -99,7 +123,9 @@ def choose_files(
     if not base.is_dir():
         raise CheckpointNotFoundError(base, "the base model must be a directory with at least its config.json")
     judge = _Judge(base, model or {})
-    names = list(_files(base, trust_remote_code=trust_remote_code))
+    found = list(_files(base, trust_remote_code=trust_remote_code))
+    unread = {name: project for name in found if (project := other_format(base, name)) is not None}
+    names = [name for name in found if name not in unread]
     for name in names:
         if not (base / name).is_file():
             raise UnsafeCheckpointError(base / name, "is not a regular file, so it cannot be copied; remove it")
@@ -113,7 +139,7 @@ def choose_files(
     # An index goes with all of its files or not at all: a loader would fail at the first that is missing.
     copies -= {name for name in copies if _like(name, _INDEXES) and not _indexed(base / name) <= copies}
     weights = {name: (base / name).stat().st_size for name in sorted(copies) if name in judge.weights}
-    return BaseFiles(tuple(sorted(copies)), weights, left_out)
+    return BaseFiles(tuple(sorted(copies)), weights, left_out, unread)
 
 
 def is_read_by_loaders(name: str) -> bool:
@@ -172,9 +198,9 @@ def _files(base: Path, *, trust_remote_code: bool) -> Iterable[str]:
         # In place: ``os.walk`` and what is like it do not go into a folder that was taken out of the list.
         folders[:] = sorted(name for name in folders if not _FOLDERS.match(name) and name not in of_checkpoint)
         top = folder == base
-        unwanted = (PROVENANCE_FILE, ".*", *python, *_COPIES)
+        unwanted = (PROVENANCE_FILE, ".*", *python)
         if top:
-            unwanted += (*_UNREAD_WEIGHTS, *_LEFTOVERS, *of_checkpoint)
+            unwanted += (*_LEFTOVERS, *of_checkpoint)
         for name in sorted(names):
             relative = str((folder / name).relative_to(base))
             if relative in code or not (_like(name, unwanted) or is_own_card(folder / name)):

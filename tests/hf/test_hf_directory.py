@@ -145,6 +145,31 @@ def test_weights_of_other_parts_are_listed_with_their_size_and_what_is_not_copie
     assert not {"ae.safetensors", "config.json"} & files.left_out.keys()
 
 
+def test_weights_in_formats_that_are_not_read_are_not_copied_and_are_named(base: Path) -> None:
+    content = {
+        "net.mlpackage/Data/com.apple.CoreML/weights/weight.bin": b"\2\0\0\0",
+        "net.mlpackage/Manifest.json": b"{}",
+        "fp16/ir.xml": b'<?xml version="1.0"?>\n<net name="Model0" version="11">',
+        "fp16/ir.bin": b"\0\1",
+        "small/q4.bin": b"GGUF\3\0\0\0",
+        "keras/weights.dat": b"\x89HDF\r\n\x1a\n",
+        "tf/model.h5": b"",
+        "saved_model/variables/variables.data-00000-of-00001": b"",
+        "mobile/model.tflite": b"",
+    }
+    data = {"data/lexicon.bin": b"\0\1", "data/terms.xml": b"<terms/>"}
+    for name, begins in {**content, **data}.items():
+        (base / name).parent.mkdir(parents=True, exist_ok=True)
+        (base / name).write_bytes(begins)
+    found = choose_files(base, MODEL)
+    assert set(found.copies) == {*KEPT, *data}
+    assert (
+        content.keys() | {"onnx/model.onnx", "tf_model.h5", "model-q4.gguf"}
+        <= found.unread.keys() & found.not_copied.keys()
+    )
+    assert any("Core ML" in line and "weight.bin" in line for line in found.unread_lines)
+
+
 def test_all_code_is_copied_if_it_is_asked_for(base: Path) -> None:
     assert files_to_copy(base, trust_remote_code=True) == sorted(KEPT + CODE)
 
