@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,8 @@ from shardsmith.tensors.tensors import TensorSpec
 CURE = "Write plain weights of the quantized model (load it, dequantize(), save_pretrained()), and compare those"
 
 _SCALE = re.compile(r"(^|[._])scales?(_inv)?$")
+_MOST_BITS = 9
+"""Of a number: eight, and what rows are padded with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +51,7 @@ def find_quantized(held: ModelSource, plain: Mapping[str, TensorSpec]) -> Quanti
         is_inside = _module(place) in lacking
         for weight in [max(named, key=len)] if named else [] if is_inside else by_module.get(_module(place), []):
             owned.setdefault(weight, set()).add(name)
-    weights = {
-        weight
-        for weight, names in owned.items()
-        if weight in held.specs or any(is_quantized(held.specs[name]) for name in names)
-    }
+    weights = {weight for weight, names in owned.items() if _is_scheme(weight, lacking[weight], names, held)}
     # Scales of activations and of caches lie in other modules.
     others = {name for name in extra if weights and _SCALE.search(name)}
     return Quantized(frozenset(weights), frozenset(others.union(*(owned[weight] for weight in weights))))
@@ -75,6 +73,20 @@ def _is_weight(spec: TensorSpec) -> bool:
 
 def _is_lacking(spec: TensorSpec | None) -> bool:
     return spec is None or is_quantized(spec)
+
+
+def _is_scheme(weight: str, plain: TensorSpec, names: Collection[str], held: ModelSource) -> bool:
+    """Whether these tensors say a weight: its numbers, of a few bits each, and scales."""
+    beside = [held.specs[name] for name in names]
+    if not any(
+        _SCALE.search(spec.name) or (spec.dtype.is_floating_point and not is_quantized(spec)) for spec in beside
+    ):
+        return False
+    if weight in held.specs:
+        return True
+    # Under a name of their own they may be anything: a table, or a mask.
+    packed = max((spec for spec in beside if is_quantized(spec)), key=lambda spec: spec.nbytes, default=None)
+    return packed is not None and plain.numel <= 8 * packed.nbytes <= _MOST_BITS * plain.numel
 
 
 def _placed(held: ModelSource, names: list[str]) -> dict[str, str]:

@@ -88,6 +88,8 @@ class Subject:
     """By which tensors of another shape were brought into the reference's layout."""
     quantized: Mapping[str, frozenset[str]]
     """Model -> the reference's names of weights that are quantised here, with their scales, and plain there."""
+    scales: Mapping[str, ModelSource]
+    """Model -> what belongs to these weights and has no name in the reference."""
 
     @classmethod
     def open(
@@ -115,16 +117,18 @@ class Subject:
         reference = reference.beside(opened.models.values())
         aligned: dict[str, tuple[ModelSource, Alignment]] = {}
         quantized: dict[str, frozenset[str]] = {}
+        scales: dict[str, ModelSource] = {}
         for name, found in opened.models.items():
             source, alignment = aligned_source(found, reference.specs, reference.path, names, rules)
             held = find_quantized(source, reference.specs)
             # Scales and packed numbers belong to weights that the model has: they are not more tensors.
             aligned[name] = (source.without(held.beside) if held.beside else source, alignment)
             quantized[name] = held.weights
+            scales[name] = source.without([one for one in source.specs if one not in held.beside])
         step = opened.metadata.step if opened.metadata else _step(checkpoint)
         # Without a step, an optimizer's state tells that a training has written it.
         moved = bool(step) if step is not None else opened.has_optimizer
-        return cls(opened, reference, aligned, step, moved if trained is None else trained, rules, quantized)
+        return cls(opened, reference, aligned, step, moved if trained is None else trained, rules, quantized, scales)
 
     @property
     def path(self) -> Path:

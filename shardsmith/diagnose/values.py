@@ -56,6 +56,7 @@ def look_at_values(subject: Subject) -> Looked:
         found = compared[name] = _compare(source, subject.reference, scaled)
         findings += _Sorted(name, source, subject, found).findings()
         findings += _without_template(source, subject.reference, scaled)
+        findings += _bad_scales(subject.scales[name])
         facts[name] = _facts(found) | ({"quantized, not compared": len(scaled)} if scaled else {})
     findings += _broken_ties(subject)
     if EMA in compared:
@@ -282,6 +283,13 @@ def _without_template(source: ModelSource, reference: Reference, scaled: Collect
     wrong = [name for name in names if extremes[name].has_nan]
     if wrong:
         yield one("not-finite", wrong, "finite numbers", "NaN values")
+
+
+def _bad_scales(scales: ModelSource) -> Iterator[Finding]:
+    """Scales of quantised weights that make no numbers of them."""
+    extremes = scan_source(scales, [name for name, spec in scales.specs.items() if spec.dtype.is_floating_point])
+    if wrong := [name for name, found in extremes.items() if not found.finite]:
+        yield one("not-finite", wrong, "finite scales of quantized weights", "NaN or infinite values")
 
 
 def _broken_ties(subject: Subject) -> Iterator[Finding]:

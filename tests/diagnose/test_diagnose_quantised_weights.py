@@ -165,6 +165,31 @@ def test_faults_beside_quantised_weights_are_found(base: Path, state: dict[str, 
         assert all(name in where for where in named[0]), named
 
 
+@pytest.mark.parametrize(
+    ("scheme", "value"), [("fp8 e4m3", torch.nan), ("bitsandbytes 4 bits", torch.inf), ("gptq", torch.nan)]
+)
+def test_scales_that_are_no_numbers_are_found(scheme: str, value: float, base: Path, state: dict[str, Tensor]) -> None:
+    held = quantised(state, SCHEMES[scheme])
+    scale = next(name for name in held if name not in state and held[name].is_floating_point())
+    held[scale] = torch.full_like(held[scale], value)
+    said, codes = look(directory(base, held), base, "values")
+    assert codes == {"not-finite"}
+    assert [finding.where for finding in said.faults] == [(scale,)]
+
+
+@pytest.mark.parametrize("beside", [{"table": 8}, {"mask": 8, "offset": 0}], ids=["a table", "and an offset"])
+def test_a_weight_that_is_lacking_beside_whole_numbers_is_missing(
+    beside: dict[str, int], base: Path, state: dict[str, Tensor]
+) -> None:
+    module = "model.layers.0.mlp.up_proj"
+    held = {name: value for name, value in state.items() if name != f"{module}.weight"}
+    for name, size in beside.items():
+        held[f"{module}.{name}"] = torch.ones(size, 2, dtype=torch.int32) if size else torch.ones(4)
+    said, _ = look(directory(base, held), base, "structure")
+    missing = [name for finding in said.faults if finding.code == "missing-tensors" for name in finding.where]
+    assert missing == [f"{module}.weight"]
+
+
 def test_experts_in_one_tensor_have_scales_of_their_own(tmp_path: Path) -> None:
     """Of two weights in one module one has lost its scales."""
     from shardsmith.compare.quantized import find_quantized
