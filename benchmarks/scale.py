@@ -34,8 +34,9 @@ from benchmarks.scale_models import (
     separate_experts,
     stacked_experts,
 )
+from shardsmith.export import host_files
 from shardsmith.export.live_share import deal_boxes
-from shardsmith.export.syncs import deal_syncs
+from shardsmith.export.syncs import deal_addresses, deal_syncs, lender_of
 from shardsmith.formats.dcp.rank_file import MOST_BYTES, RankFileWritten
 from shardsmith.formats.safetensors_files.plan import plan_files
 from shardsmith.ground import ranks as ground_ranks
@@ -139,15 +140,25 @@ def _export(
     for rank, (answer, counts) in enumerate(zip(answers, lengths, strict=True)):
         mine = np.unique(np.repeat(where, counts)[unpack_flags(answer, int(counts.sum()))]).tolist()
         # Rank 0 has made all files, and has them open. Each host has a cache of its own.
-        # A rank opens the files that it writes to.
         said.append((str(rank // _RANKS_OF_A_HOST), mine if rank else [*range(len(files))]))
     return {
         "export_first": sum(map(_nbytes, reports)) + sum(map(_nbytes, answers)),
         "export_deal": dealing,
         "files": len(files),
-        "opens": sum(len(mine) for _, mine in said),
+        "opens": _opens(said, len(files)),
         "fsyncs": sum(map(len, deal_syncs(said))),
     }
+
+
+def _opens(said: Sequence[tuple[str, Sequence[int]]], files: int) -> int:
+    """How often all ranks together open a file. ``said``: of each rank its host, and the files that it writes to."""
+    # Each rank by itself.
+    if len(said) * files < host_files._MANY_OPENS:
+        return sum(len(mine) for _, mine in said)
+    addresses = deal_addresses([(host, f"{rank}") for rank, (host, _) in enumerate(said)])
+    lenders = {(file, lender_of(file, addresses[rank])) for rank, (_, mine) in enumerate(said) for file in mine}
+    # Rank 0 has opened its files when it made them.
+    return files + sum(lender != "0" for _, lender in lenders)
 
 
 def measure_index(name: str, ranks: int) -> dict[str, float]:

@@ -224,6 +224,7 @@ class JointExport:
         try:
             attempt = self._ranks.lead(f"making the files of {name}", self._make_files)
             directory = place_of_files(self.plan.output, attempt)
+            self._writer.meet(self.plan, directory, self._ranks)
             files = self._ranks.deal(f"writing {name}", lambda: self._write(directory), deal_syncs, large=True)
             self._ranks.gather(f"making {name} durable", lambda: self._writer.sync(files))
             self._receipts = self._ranks.gather(f"reading {name} back", self._read_back, large=True)

@@ -7,7 +7,6 @@ file is to be written by one rank alone.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,9 +15,11 @@ import torch
 from torch import Tensor
 
 from shardsmith.errors import CorruptCheckpointError
+from shardsmith.export.host_files import HostFiles
 from shardsmith.formats.safetensors_files.plan import FilePlan
 from shardsmith.formats.safetensors_files.writer import SafetensorsFileWriter
 from shardsmith.ground.memory import same_bits
+from shardsmith.ground.ranks import Ranks
 from shardsmith.hf.directory import DirectoryPlan, ModelPlan
 from shardsmith.sharding.live_boxes import LiveBox
 from shardsmith.sharding.shares import add_up_ranks
@@ -27,9 +28,6 @@ from shardsmith.tensors.tensors import row_major_blocks
 
 _READ_BYTES = 1 << 20
 """Read back at once: with what it is compared with, it fits into a core's cache."""
-
-_MOST_OPEN = 256
-"""Files at a time, of each directory; what is written to more is made durable by each rank by itself."""
 
 Staged = Mapping[str, Sequence[LiveBox]]
 """By model, what this rank has staged. The boxes of all ranks cover each tensor exactly. Empty without live weights."""
@@ -43,6 +41,13 @@ class WeightsWriter(Protocol):
     def make_files(self, plan: DirectoryPlan, directory: Path) -> None:
         """What rank 0 does before any rank writes. No communication. Raises WriteError, and files may be open then."""
         ...
+
+    def meet(self, plan: DirectoryPlan, directory: Path, ranks: Ranks) -> None:  # noqa: ARG002
+        """Agree on what ranks do for each other, before they write. All ranks, with ``ranks`` of this thread.
+
+        May communicate. Raises RankFailedError on all ranks, if it failed on any.
+        """
+        return
 
     def write(self, plan: DirectoryPlan, staged: Staged, directory: Path) -> None:
         """Write this rank's part, or a window of it. All ranks; may communicate.
@@ -85,39 +90,42 @@ class WeightsWriter(Protocol):
         ...
 
 
-class SliceWriter:
-    """Every rank writes its boxes to their final places in files that rank 0 has made. No communication.
+class SliceWriter(WeightsWriter):
+    """Every rank writes its boxes to their final places in files that rank 0 has made.
 
     Each file is opened once, and stays open until one rank has made it durable for all of its host, and all have
-    compared what it holds then.
+    compared what it holds then. If there are many, one rank opens it for all of its host.
     """
 
     def __init__(self) -> None:
-        self._open: dict[int, SafetensorsFileWriter] = {}
+        self._files: HostFiles | None = None
         self._unsynced: set[int] = set()
-        self._written: list[tuple[Path, str, int, FilePlan, list[LiveBox]]] = []
+        self._written: list[tuple[str, int, list[LiveBox]]] = []
         self._models: list[str] = []
 
     def make_files(self, plan: DirectoryPlan, directory: Path) -> None:
         """Make every file, at its full size; it is durable when all that is written to it is."""
         # Rank 0 keeps them open; it writes to them as well.
-        for number, (_, file) in enumerate(_files(plan)):
-            self._keep(number, SafetensorsFileWriter.create(directory, file))
+        self._unsynced.update(self._in(plan, directory).create())
+
+    def meet(self, plan: DirectoryPlan, directory: Path, ranks: Ranks) -> None:
+        """Share open files within each host, if there are many in all."""
+        self._in(plan, directory).share(ranks)
 
     def write(self, plan: DirectoryPlan, staged: Staged, directory: Path) -> None:
         """Write this rank's boxes."""
+        files = self._in(plan, directory)
         self._models, self._written = [model.model for model in plan.models], []
         for number, (model, file) in enumerate(_files(plan)):
             if mine := [box for box in staged[model] if box.name in file.tensors]:
-                self._written.append((directory, model, number, file, mine))
-                writer = self._opened(directory, number, file)
-                with contextlib.ExitStack() as undo:
-                    # A file that failed to be written must not stay open; one that did not fail is kept below.
-                    undo.callback(writer.close)
+                self._written.append((model, number, mine))
+                with files.opened(number) as (writer, stays_open):
                     for box in mine:
                         writer.write_box(box.name, box.box, box.values, box.shape)
-                    undo.pop_all()
-                self._keep(number, writer)
+                    if stays_open:
+                        self._unsynced.add(number)
+                    else:
+                        writer.sync()
 
     def unsynced(self) -> list[int]:
         """Return the numbers of the files that are open, and were changed since they were last made durable."""
@@ -126,42 +134,33 @@ class SliceWriter:
     def sync(self, files: Sequence[int]) -> None:
         """Make these files durable."""
         # Of those that it has written to: ``deal_syncs`` gives each file to one of the ranks of a host.
-        for number in files:
-            self._open[number].sync()
+        if self._files is not None:
+            for number in files:
+                self._files.sync(number)
         self._unsynced.clear()  # the others are for other ranks
 
     def read_back(self) -> Any:
         """Compare this rank's boxes with what the files hold."""
         found: Digests = {model: {} for model in self._models}
-        for directory, model, number, file, mine in self._written:
-            with contextlib.ExitStack() as undo:
-                writer = self._opened(directory, number, file)
-                # Opened just for this: it was one too many to be kept.
-                if number not in self._open:
-                    undo.callback(writer.close)
-                _add_shares(found[model], ((box.name, _compare_and_digest(writer, box)) for box in mine))
+        if self._files is not None:
+            for model, number, mine in self._written:
+                with self._files.opened(number) as (writer, _):
+                    _add_shares(found[model], ((box.name, _compare_and_digest(writer, box)) for box in mine))
         self._written = []
         return encode(found)
 
-    def _opened(self, directory: Path, number: int, file: FilePlan) -> SafetensorsFileWriter:
-        return self._open.get(number) or SafetensorsFileWriter.open_existing(directory, file)
-
-    def _keep(self, number: int, writer: SafetensorsFileWriter) -> None:
-        """Keep a file open that was written to; if there are too many, make it durable and close it."""
-        # Else as many descriptors as files, which a large model in small shards has by the hundred.
-        if number in self._open or len(self._open) < _MOST_OPEN:
-            self._open[number] = writer
-            self._unsynced.add(number)
-            return
-        with writer:
-            writer.sync()
+    def _in(self, plan: DirectoryPlan, directory: Path) -> HostFiles:
+        if self._files is None:
+            self._files = HostFiles(directory, [file for _, file in _files(plan)])
+        return self._files
 
     def close(self) -> None:
         """Close all files."""
         self._unsynced.clear()
         self._written = []
-        while self._open:
-            self._open.popitem()[1].close()
+        files, self._files = self._files, None
+        if files is not None:
+            files.close()
 
     def merge(self, plan: DirectoryPlan, receipts: Sequence[Any], directory: Path) -> Digests:  # noqa: ARG002
         """Return the sum of all shares; each rank has compared its own."""

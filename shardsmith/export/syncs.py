@@ -1,7 +1,7 @@
-"""Which rank makes a file durable that several ranks of a host have written to: one for each host and file.
+"""Which rank of a host opens a file that several of its ranks write to, and which one makes it durable: one each.
 
 ``fsync`` writes what all processes of the host have put into the file, as long as they use one cache: one kernel, and
-one mount of the file system.
+one mount of the file system. What neighbours write becomes large requests there, however small the boxes are.
 """
 
 from __future__ import annotations
@@ -39,3 +39,21 @@ def deal_syncs(said: Sequence[tuple[str, Sequence[int]]]) -> list[list[int]]:
         # By the number of the file, so that the files are spread over a host's ranks.
         mine[ranks[file % len(ranks)]].append(file)
     return mine
+
+
+def deal_addresses(said: Sequence[tuple[str, str]]) -> list[list[str]]:
+    """For each rank the addresses of all ranks with its cache, in their order, with its own.
+
+    Args:
+        said: Of each rank its cache, and where it lends open files. These are of no use outside the host.
+    """
+    alike: dict[str, list[str]] = {}
+    for cache, address in said:
+        alike.setdefault(cache, []).append(address)
+    return [alike[cache] for cache, _ in said]
+
+
+def lender_of(file: int, addresses: Sequence[str]) -> str:
+    """Return the address of the rank that opens the file of this number for its host."""
+    # By the number of the file, so that the files are spread over a host's ranks.
+    return addresses[file % len(addresses)]

@@ -29,7 +29,8 @@ _BLOCK_BYTES = 32 << 20  # the most that is copied at a time of a tensor that is
 
 
 class SafetensorsFileWriter:
-    """A planned file, open for positioned writes. Threads may share it; other processes open the file themselves.
+    """A planned file, open for positioned writes. Threads may share it; other processes open the file themselves, or
+    get a ``duplicate``.
 
     Nothing here stops two writers from writing the same elements, or all of them from leaving some out: whoever deals
     out the boxes verifies that they cover each tensor exactly.
@@ -40,6 +41,7 @@ class SafetensorsFileWriter:
     """
 
     def __init__(self, path: Path, plan: FilePlan, descriptor: int) -> None:
+        """``descriptor`` is that of the file, open to read and write; from now on this object's to close."""
         self.path = path
         self.plan = plan
         self._descriptor = descriptor
@@ -151,6 +153,11 @@ class SafetensorsFileWriter:
             file = MappedFile.of_descriptor(self.path, self._descriptor)
         shape = placement.spec.shape if shape is None else shape
         return FileTensor.contiguous(file, placement.begin, shape, placement.spec.dtype)
+
+    def duplicate(self) -> int:
+        """Return another descriptor of the open file, which the caller closes. Raises WriteError."""
+        with writing(self.path, "duplicating its descriptor"):
+            return os.dup(self._descriptor)
 
     def sync(self) -> None:
         """Return when all that was written is on the disk. Raises WriteError."""
