@@ -27,10 +27,6 @@ from shardsmith.manifest.metadata import has_manifest, read_json, read_metadata
 from shardsmith.tensors.tensors import Shape, TensorSpec
 
 _INDEXES = ("*.safetensors.index.json", "*.bin.index.json")
-_WEIGHTS = ("*.h5", "*.msgpack", "*.gguf", "*.onnx", "*.onnx_data", "*.ot", "*.tflite", "*.pdparams")
-"""Weights in formats that are not read here: the model's own as far as anyone knows."""
-_COPIES = ("consolidated*", "*.pth", "*.gguf", "*.onnx", "*.onnx_data*", "openvino*.bin", "openvino*.xml", "*.mlmodel")
-"""The model's weights once more, for or by another project; in folders below, too."""
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt")
 _READ_BY_LOADERS = (
     *("model*.safetensors*", "diffusion_pytorch_model*", "pytorch_model*", "tf_model*", "flax_model*", "consolidated*"),

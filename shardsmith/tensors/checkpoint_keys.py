@@ -42,7 +42,9 @@ NOT_A_MODEL = frozenset(
 """First path elements of what is saved beside a model."""
 
 _TITAN_EMA = re.compile(r"(ema|ema_optimizer)\.state\.(?P<fqn>.+?)\.ema_params(\.(?P<average>.+))?")
-_AVERAGE_WORD = re.compile(r"(^|_)(ema|ewma|avg|average|averaged|swa|polyak|shadow)($|_)", re.IGNORECASE)
+_AVERAGE_WORDS = frozenset({"ema", "ewma", "avg", "average", "averaged", "swa", "polyak", "shadow"})
+# Of ``model_ema``, ``modelEma``, ``EMAModel`` and ``EmaModel`` alike.
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 _MAX_DEPTH = 3
 """Path elements in front of an average's names, at most: ``callbacks.ema.module``."""
 _NEVER_AVERAGES = frozenset({"optimizer", "optim", "lr_scheduler", "scheduler", "dataloader", "data_status", "rng"})
@@ -72,9 +74,9 @@ def find_models(
     # What an average or a twin holds is not main, even where a flat key could be read as one of the model's.
     beside = {key for found in (*known.values(), *copies.values()) for key in found.values()}
     # Of a dict that is an average nothing is main: also not tensors for which the model has no name.
-    roots = {_root(name) for name in copies if _is_average([_root(name)])}
+    dicts = tuple(f"{_upto_average(path)}." for path in copies if _is_average(path.split(".")))
     models = {
-        MAIN: {fqn: key for fqn, key in main.items() if key not in beside and _root(fqn) not in roots},
+        MAIN: {fqn: key for fqn, key in main.items() if key not in beside and not fqn.startswith(dicts)},
         EMA: names,
     }
     return {name: found for name, found in models.items() if found}
@@ -203,7 +205,14 @@ def _copies(
 
 
 def _is_average(dicts: list[str]) -> bool:
-    return any(map(_AVERAGE_WORD.search, dicts))
+    return any(word.lower() in _AVERAGE_WORDS for name in dicts for word in _WORD.findall(name))
+
+
+def _upto_average(path: str) -> str:
+    """Return the part of a path of dicts that ends with the first that is called an average."""
+    segments = path.split(".")
+    depth = next(i for i, segment in enumerate(segments) if _is_average([segment]))
+    return ".".join(segments[: depth + 1])
 
 
 class _FqnFinder:
@@ -220,16 +229,18 @@ class _FqnFinder:
         for names in [*_forms(plain), *_forms(self._main - plain)]:
             counts = Counter(names.values())
             self._known |= {n: fqn for fqn, n in names.items() if counts[n] == 1 and n not in self._known}
-        self._plain = {name.replace(".", ""): fqn for name, fqn in self._known.items()}
-        self._plain |= {fqn.replace(".", ""): fqn for fqn in self._main}
+        self._plain: dict[str, str] = {fqn.replace(".", ""): fqn for fqn in self._main if "." in fqn}
+        # The averages' own names come last, and are not to hide those of the model.
+        for name, fqn in self._known.items():
+            self._plain.setdefault(name.replace(".", ""), fqn)
 
     def find(self, name: str, prefix: str) -> str | None:
         """Return None for a name that the model lacks. ``prefix`` stood in front of it: no tensor averages itself."""
-        found = name if name in self._main else self._known.get(without_segments(name))
-        if found is None and "." not in name:
-            found = self._plain.get(name)
+        found = [name if name in self._main else self._known.get(without_segments(name))]
+        if "." not in name:
+            found.append(self._plain.get(name))
         # A name that stands below the prefix is the tensor itself, or another one of the same dict.
-        return None if found is None or found == f"{prefix}.{name}" or found.startswith(f"{prefix}.") else found
+        return next((fqn for fqn in found if fqn is not None and not fqn.startswith(f"{prefix}.")), None)
 
 
 def _forms(fqns: Iterable[str]) -> Iterator[dict[str, str]]:

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 from shardsmith.errors import CheckpointNotFoundError
 from shardsmith.formats.by_path import model_names, open_source
 from shardsmith.formats.dcp.index import read_index
-from shardsmith.tensors.checkpoint_keys import NOT_A_MODEL, find_models
+from shardsmith.tensors.checkpoint_keys import NOT_A_MODEL, find_averages, find_models
 from shardsmith.tensors.tensors import read_tensor
 from tests.dcp_directories import save
 
@@ -147,6 +147,7 @@ AVERAGES = {  # what people and libraries call an average -> what is saved of it
     "ema": (lambda: {"ema": renamed(2)}, "ema"),
     "model_ema": (lambda: {"model_ema": renamed(2)}, "model_ema"),
     "ema_net": (lambda: {"ema_net": renamed(2)}, "ema_net"),
+    **{name: (lambda name=name: {name: renamed(2)}, name) for name in ("modelEma", "EmaModel", "EMAModel", "netAvg")},
     "shadow": (lambda: {"ema": {"decay": ONE, "shadow_params": renamed(2)}}, "ema.shadow_params"),
     "torch's AveragedModel": (lambda: {"ema_model": {"n_averaged": ONE, "module": renamed(2)}}, "ema_model"),
     "the same, elsewhere": (lambda: {"swa": {"n_averaged": ONE, "module": renamed(2)}}, "swa"),
@@ -173,6 +174,24 @@ def test_an_average_inside_of_the_models_own_dict_is_not_part_of_the_model(tmp_p
     found = saved({"model": inner}, tmp_path)
     assert list(found["main"]) == ["net.layers.0.w", "net.norm.w"]
     assert found["ema"] == {f"net.{name}": f"model.ema_net.module.{name}" for name in ("layers.0.w", "norm.w")}
+
+
+@pytest.mark.parametrize("container", ["", "state_dict.", "app.state."])
+def test_an_average_whose_names_have_no_dots_is_found_in_any_container(container: str) -> None:
+    """As latent diffusion has it: buffers, whose names cannot have any."""
+    names = ("diffusion_model.in.0.weight", "diffusion_model.norm.weight")
+    main = [f"{container}model.{name}" for name in names]
+    average = [f"{container}model_ema.{name.replace('.', '')}" for name in names]
+    found = find_models([*main, *average, f"{container}model_ema.decay"], {})
+    assert found == {"main": dict(zip(main, main, strict=True)), "ema": dict(zip(main, average, strict=True))}
+    assert find_averages([*main, *average], {}) == [f"{container}model_ema"]
+
+
+@pytest.mark.parametrize("name", ["schema", "poemas", "Remake", "cinema", "SWAP", "remark.shadowing"])
+def test_a_word_that_has_the_letters_of_an_average_is_none(name: str) -> None:
+    assert (
+        find_averages(["model.a.w", "model.b.w", f"{name}.a.w", f"{name}.b.w"], {"model.a.w": ("model", "a.w")}) == []
+    )
 
 
 def test_of_averages_in_several_dicts_the_first_is_read_unless_one_is_chosen(tmp_path: Path) -> None:
