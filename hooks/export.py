@@ -91,9 +91,11 @@ class HFExport(Hook):
             when: At which steps to export; independent of any checkpoint.
             ema: The average to export, too.
             models: What to export: "all" takes what there is, "both" needs ema=.
-            dtype: Of all floating-point tensors, such as ``"bfloat16"``; ``"original"`` keeps each tensor's. Or by
-                pattern of the names in the files, of which the first that matches decides:
-                ``{"*norm*": "float32", "*": "bfloat16"}``. A tensor that matches none keeps its own.
+            dtype: Of floating-point tensors, such as ``"bfloat16"``; ``"original"`` keeps each tensor's. What the
+                model's class keeps in float32 when it is loaded in such a dtype is not rounded, as the bias of some
+                routers of experts. Or by pattern of the names in the files, of which the first that matches decides:
+                ``{"*norm*": "float32", "*": "bfloat16"}``; only ``"*"`` has that exception. A tensor that matches none
+                keeps its own.
             keep: Which exports to retain after a new one; None keeps all. The newest is always kept.
             files: The files beside the weights: base model, processor and more.
             weights: Where the weights come from, and how their files name and divide them.

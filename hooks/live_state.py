@@ -404,6 +404,7 @@ class LiveState:
             max_shard_size=self._max_shard_size,
             aliases=aliases,
             filled=filled,
+            model_class=None if self._own_config is None else model_class_of(self._own_config)[0],
         )
 
     def _translation(self, specs: Mapping[str, TensorSpec]) -> Translation | None:

@@ -89,7 +89,7 @@ class CheckpointHooks:
     export_ema_as: Literal["file", "directory"] = "directory"
     """The average as ema.safetensors beside the main weights, or as a directory of its own, step-<n>-ema."""
     export_dtype: str = "bfloat16"
-    """Of all floating-point tensors; "original" keeps each tensor's."""
+    """Of floating-point tensors, but of those that the model's class keeps in float32; "original" keeps each's."""
     export_max_shard_size: str | None = "5GB"
     """Write several files with an index if the weights are larger than this. Of weights="huggingface", too."""
     export_keep: int | None = None

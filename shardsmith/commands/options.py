@@ -101,7 +101,8 @@ class ExportArguments(NameArguments):
     """Name of the average, such as 0.999, or its key, such as model_ema, if the checkpoint has several; "shardsmith
     inspect" lists them."""
     dtype: Dtype = "bfloat16"
-    """Dtype of all floating-point tensors; "original" keeps the checkpoint's."""
+    """Dtype of floating-point tensors, but of those that the model's class keeps in float32, as some routers of
+    experts; "original" keeps the checkpoint's."""
     dtype_of: tuple[str, ...] = ()
     """Exceptions, by pattern of the written names, such as '*norm*=float32'. The first that matches counts."""
     max_shard_size: str | None = None

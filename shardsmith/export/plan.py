@@ -43,7 +43,7 @@ class ExportOptions:
     """How to write a Hugging Face directory."""
 
     dtype: DtypeChoice = torch.bfloat16
-    """Of floating-point tensors; None keeps what the checkpoint has."""
+    """Of floating-point tensors, but of those that the model's class keeps in float32; None: as in the checkpoint."""
     max_shard_size: str | None = None
     """Such as "5GB": more than one file if the weights are larger. None: one file."""
     trust_remote_code: bool = False
@@ -332,6 +332,7 @@ def _plan_model(
         max_shard_size=options.max_shard_size,
         aliases=source.aliases or _ties(source, model_class, template, main, vocabulary),
         filled=source.filled,
+        model_class=model_class,
     )
 
 

@@ -12,7 +12,8 @@ import torch
 from shardsmith.formats.safetensors_files.plan import WeightsPlan, plan_files
 from shardsmith.ground.layout import index_file_name
 from shardsmith.ground.sizes import parse_size
-from shardsmith.tensors.dtypes import DtypeChoice, cast_specs
+from shardsmith.hf.model_class import ModelClass
+from shardsmith.tensors.dtypes import DtypeChoice, cast_specs, general_dtype
 from shardsmith.tensors.tensors import TensorSpec
 
 
@@ -131,6 +132,7 @@ def plan_model(
     max_shard_size: str | int | None,
     aliases: Mapping[str, str],
     filled: frozenset[str] = frozenset(),
+    model_class: ModelClass | None = None,
 ) -> ModelPlan:
     """Decide dtypes and files of one model.
 
@@ -142,11 +144,15 @@ def plan_model(
         max_shard_size: Such as "5GB", or bytes; None makes one file.
         aliases: Alias -> kept name; an alias is not written.
         filled: Names of tensors that an average takes from main.
+        model_class: The class that loads the files; what it computes in float32 in any case is not rounded.
 
     Raises:
         UsageError: the size cannot be read, safetensors cannot hold the tensors, or a pattern of ``dtype`` is for none.
     """
     # By the names in the files, so that a pattern of a user means what is written.
-    specs = cast_specs([spec for spec in stored if spec.name not in aliases], dtype)
+    written = {spec.name: spec for spec in stored if spec.name not in aliases}
+    general = general_dtype(dtype)
+    kept = model_class.kept_from(general, written) if model_class is not None and general is not None else frozenset()
+    specs = cast_specs([*written.values()], dtype, kept)
     limit = parse_size(max_shard_size) if max_shard_size else None
     return ModelPlan(model, specs, plan_files(specs, stem, limit), stem, dict(aliases), filled)

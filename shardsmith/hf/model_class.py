@@ -19,7 +19,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from unittest.mock import patch
 
 import torch
@@ -27,6 +27,9 @@ from torch import Tensor
 
 from shardsmith.ground.extras import install_line
 from shardsmith.tensors.tensors import Shape, TensorSpec
+
+if TYPE_CHECKING:
+    from shardsmith.name_maps.slices import Target
 
 DIFFUSERS_KEY = "_class_name"
 """In a config.json of diffusers: what ``architectures`` is in one of transformers."""
@@ -120,6 +123,13 @@ class ModelClass(Protocol):
         """Return what its loader makes of a directory that holds these tensors. Raises nothing."""
         ...
 
+    def kept_from(self, dtype: torch.dtype, specs: Mapping[str, TensorSpec]) -> Set[str]:
+        """Return those of a directory's tensors that its loader has in float32 if it is asked for a narrower dtype.
+
+        Biases and routers of experts, for two. Its own save writes them in float32, so rounded they are not its own.
+        """
+        ...
+
 
 def find_model_class(config: Mapping[str, Any]) -> tuple[ModelClass | None, str]:
     """The class that the content of a config.json names; None, and the reason, if there is none. Runs no remote code.
@@ -156,6 +166,7 @@ class TransformersClass:
         with quiet_transformers():
             self._model = _on_meta(self._kinds[0], self._config)
         self.name = self._full_name(self._kinds[0])
+        self._kept: dict[torch.dtype, Set[str]] = {}
 
     @cached_property
     def effective_config(self) -> Mapping[str, Any]:
@@ -223,6 +234,40 @@ class TransformersClass:
             kinds=_other_kinds(specs, self.specs) if kind is self._kinds[0] else {},
         )
 
+    def kept_from(self, dtype: torch.dtype, specs: Mapping[str, TensorSpec]) -> Set[str]:
+        """As ``ModelClass``."""
+        from shardsmith.name_maps.transformers import TransformersNames
+
+        kept = self._in_float32(dtype)
+        if not kept:
+            return frozenset()
+        made: Mapping[str, Target] = {}
+        with contextlib.suppress(Exception), quiet_transformers():
+            made = TransformersNames.of_files(self.name, self._model, specs).targets(self.specs)
+        return {name for name in specs if not kept.isdisjoint(made[name].sources if name in made else (name,))}
+
+    def _in_float32(self, dtype: torch.dtype) -> Set[str]:
+        """Names in memory of what the loader makes float32 although it is asked for a narrower dtype."""
+        if dtype not in (torch.float16, torch.bfloat16):
+            return frozenset()
+        if dtype not in self._kept:
+            state = {n: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for n, spec in self.specs.items()}
+            loaded: Mapping[str, Tensor] = {}
+            with contextlib.suppress(Exception), quiet_transformers():
+                loaded = (
+                    self._kinds[0]
+                    .from_pretrained(
+                        None,
+                        config=copy.deepcopy(self._config),
+                        state_dict=state,
+                        dtype=dtype,
+                        device_map={"": "meta"},
+                    )
+                    .state_dict()
+                )
+            self._kept[dtype] = {name for name, tensor in loaded.items() if tensor.dtype == torch.float32}
+        return self._kept[dtype]
+
     @cached_property
     def _file_names(self) -> Mapping[str, str]:
         """Name in memory -> name in files, where a tensor is the same in both. Empty where transformers cannot say."""
@@ -256,6 +301,7 @@ class DiffusersClass:
         self.specs: Mapping[str, TensorSpec] = _specs_of(model.state_dict())
         self.tied: Mapping[str, str] = tied_weights(model)
         self.unsaved: Set[str] = frozenset()
+        self._kept = frozenset(getattr(kind, "_keep_in_fp32_modules", None) or ())
 
     def fit(self, specs: Mapping[str, TensorSpec]) -> Fit:
         """As ``ModelClass``: diffusers loads by name alone."""
@@ -272,6 +318,10 @@ class DiffusersClass:
             },
             kinds=_other_kinds(specs, self.specs),
         )
+
+    def kept_from(self, dtype: torch.dtype, specs: Mapping[str, TensorSpec]) -> Set[str]:  # noqa: ARG002
+        """As ``ModelClass``: diffusers goes by the parts of a name, at any dtype."""
+        return {name for name in specs if not self._kept.isdisjoint(name.split("."))}
 
 
 def _as_transformers_reads(config: Mapping[str, Any]) -> Any:

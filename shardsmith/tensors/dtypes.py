@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from fnmatch import fnmatchcase
 
 import torch
@@ -50,15 +50,27 @@ def parse_dtypes(
     return {**rules, "*": _parse(choice)} if rules else _parse(choice)
 
 
-def cast_specs(specs: Sequence[TensorSpec], choice: DtypeChoice) -> tuple[TensorSpec, ...]:
-    """Return the tensors as they will be written. Scales of quantised weights keep their dtype unless they are named.
+def general_dtype(choice: DtypeChoice) -> torch.dtype | None:
+    """Return the dtype of what no pattern but ``"*"`` names; None where that keeps the dtype that it has."""
+    return choice.get("*") if isinstance(choice, Mapping) else choice
+
+
+def cast_specs(
+    specs: Sequence[TensorSpec], choice: DtypeChoice, kept: Set[str] = frozenset()
+) -> tuple[TensorSpec, ...]:
+    """Return the tensors as they will be written.
+
+    Args:
+        specs: As they are.
+        choice: The dtypes to write.
+        kept: Names that keep their dtype, as scales of quantised weights do, unless a pattern names them.
 
     Raises:
         UsageError: a pattern decides about none of them, because nothing has such a name or another comes first.
     """
-    scaling = _scaling(specs)
+    kept = kept | _scaling(specs)
     if not isinstance(choice, Mapping):
-        return tuple(spec if spec.name in scaling else _cast(spec, choice) for spec in specs)
+        return tuple(spec if spec.name in kept else _cast(spec, choice) for spec in specs)
     deciding = {spec.name: _first_match(spec.name, choice) for spec in specs}
     if idle := [pattern for pattern in choice if pattern not in deciding.values() and pattern != "*"]:
         raise UsageError(
@@ -68,7 +80,7 @@ def cast_specs(specs: Sequence[TensorSpec], choice: DtypeChoice) -> tuple[Tensor
     chosen = {
         name: choice[pattern]
         for name, pattern in deciding.items()
-        if pattern is not None and not (pattern == "*" and name in scaling)
+        if pattern is not None and not (pattern == "*" and name in kept)
     }
     return tuple(_cast(spec, chosen.get(spec.name)) for spec in specs)
 

@@ -15,7 +15,7 @@ from .tiny import Family
 RIGHT = "right"
 NOT_ASKED = "not asked: "
 """Beginning of an outcome that is neither right nor wrong: the model takes nothing that we know how to make up."""
-EXPORTS = ("base, flat", "base, nested", "config alone", "live")
+EXPORTS = ("base, flat", "base, nested", "config alone", "bfloat16", "live")
 QUICK = (*EXPORTS, "logits", "verify", "diagnose")
 """Columns that need one process."""
 COLUMNS = (*EXPORTS, "2 ranks", "logits", "verify", "diagnose")
