@@ -1,7 +1,7 @@
 """Run a function on several real ranks (Gloo, processes, file:// rendezvous); a failing rank fails the test.
 
-The ranks are forked from a server that has imported torch and transformers and done nothing else: starting one takes
-some 10 ms instead of seconds.
+The ranks are forked from a server that has imported torch, transformers and Shardsmith and done nothing else: starting
+one takes some 10 ms instead of seconds.
 """
 
 from __future__ import annotations
@@ -26,7 +26,14 @@ staged_copy.SMALL_BYTES = 0  # the tensors of tests are small, and are to be cop
 
 _HUNG_SECS = 250.0
 """Shortly before pytest ends a test: to read the frames of a rank that is not hung but slow can crash it."""
-_PRELOADED = ["torch.distributed.checkpoint", "torch.distributed.fsdp", "transformers.trainer", "tests.ranks"]
+_PRELOADED = [
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "transformers.trainer",
+    "shardsmith.hooks",
+    "shardsmith.manager",
+    "tests.ranks",
+]
 
 
 def run_on_ranks(
