@@ -96,7 +96,10 @@ def _bfloat16(folder: Path, model: Any) -> None:
     """The library keeps some tensors of some classes in float32 when it is asked for another dtype."""
     type(model).from_pretrained(folder / "base", dtype=torch.bfloat16).save_pretrained(folder / "base-bfloat16")
     convert(folder / "flat", folder / "base", folder / "out-bfloat16", torch.bfloat16)
-    assert_as_the_library_saves(folder / "out-bfloat16", folder / "base-bfloat16")
+    # It makes a count float32 where it keeps the module that counts; ours stays a count.
+    counts = {n: v for n, v in load_file(folder / "base" / "model.safetensors").items() if not v.is_floating_point()}
+    theirs = load_file(folder / "base-bfloat16" / "model.safetensors")
+    _assert_equal(load_file(folder / "out-bfloat16" / "model.safetensors"), theirs | counts)
 
 
 def _live(folder: Path, model: Any) -> None:
@@ -171,7 +174,10 @@ def convert(checkpoint: Path, base: Path, output: Path, dtype: torch.dtype | Non
 
 
 def assert_as_the_library_saves(directory: Path, base: Path) -> None:
-    ours, theirs = load_file(directory / "model.safetensors"), load_file(base / "model.safetensors")
+    _assert_equal(load_file(directory / "model.safetensors"), load_file(base / "model.safetensors"))
+
+
+def _assert_equal(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
     assert ours.keys() == theirs.keys(), f"names: {sorted(ours.keys() ^ theirs.keys())[:3]}"
     wrong = [name for name, value in theirs.items() if not _equal(ours[name], value)]
     assert not wrong, f"values: {wrong[:3]}"
