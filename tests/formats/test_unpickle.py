@@ -24,7 +24,8 @@ from shardsmith.errors import (
     UnsupportedFormatError,
 )
 from shardsmith.formats.dcp.index import read_index
-from shardsmith.formats.dcp.index_pickle import SavedBytes, SavedIndex, SavedTensor, load_dcp_index
+from shardsmith.formats.dcp.index_pickle import load_dcp_index
+from shardsmith.formats.dcp.saved_index import SavedBytes, SavedIndex, SavedTensor
 from shardsmith.formats.torch_files.pickle_machine import _Machine, read_pickle
 from shardsmith.tensors.tensors import Chunk
 from tests import dcp_directories, hostile_pickles

@@ -21,14 +21,8 @@ from shardsmith.errors import (
     UnsafeCheckpointError,
     UnsupportedFormatError,
 )
-from shardsmith.formats.dcp.index_pickle import (
-    MAX_INDEX_BYTES,
-    MAX_KNOWN_INDEX_BYTES,
-    SavedBytes,
-    SavedIndex,
-    SavedTensor,
-    load_dcp_index,
-)
+from shardsmith.formats.dcp.index_pickle import MAX_INDEX_BYTES, MAX_KNOWN_INDEX_BYTES, load_dcp_index
+from shardsmith.formats.dcp.saved_index import SavedBytes, SavedIndex, SavedTensor
 from shardsmith.ground.garbage import without_collection
 from shardsmith.ground.layout import DCP_INDEX_FILE
 from shardsmith.ground.mapped import MappedFile

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 
-from shardsmith.errors import CorruptCheckpointError, UnsupportedFormatError
-from shardsmith.formats.torch_files.pickle_machine import Made, Name, read_pickle
+from shardsmith.errors import CheckpointError, CorruptCheckpointError, UnsupportedFormatError
+from shardsmith.formats.dcp.index_runs import IndexRuns
+from shardsmith.formats.dcp.saved_index import (
+    CHECKPOINT,
+    CHUNK,
+    INDEX,
+    SIZE,
+    STORAGE_INFO,
+    SavedBytes,
+    SavedIndex,
+    SavedTensor,
+)
+from shardsmith.formats.torch_files.pickle_machine import Made, Name, Ready, Run, read_pickle
 from shardsmith.tensors.tensors import Chunk, Shape
 
 MAX_INDEX_BYTES = 1 << 30
@@ -20,64 +32,26 @@ MAX_DIMS = 64
 DTYPES = {Name("torch", n): v for n, v in vars(torch).items() if isinstance(v, torch.dtype)}
 """Every ``torch.<dtype>`` by the name under which it is pickled."""
 
-_CHECKPOINT = "torch.distributed.checkpoint.metadata"
 _SHARD = "torch.distributed._shard.sharded_tensor.metadata"  # where torch < 2.2 had the tensor properties
-_METADATA = Name(_CHECKPOINT, "Metadata")
-_INDEX = Name(_CHECKPOINT, "MetadataIndex")
-_STORAGE_META = Name(_CHECKPOINT, "StorageMeta")
-_TENSOR = Name(_CHECKPOINT, "TensorStorageMetadata")
-_BYTES = Name(_CHECKPOINT, "BytesStorageMetadata")
-_CHUNK = Name(_CHECKPOINT, "ChunkStorageMetadata")
-_STORAGE_INFO = Name("torch.distributed.checkpoint.filesystem", "_StorageInfo")
-_PROPERTIES = {Name(_CHECKPOINT, "TensorProperties"), Name(_SHARD, "TensorProperties")}
-_MEMORY_FORMATS = {Name(_CHECKPOINT, "_MEM_FORMAT_ENCODING"), Name(_SHARD, "MEM_FORMAT_ENCODING")}
+_METADATA = Name(CHECKPOINT, "Metadata")
+_STORAGE_META = Name(CHECKPOINT, "StorageMeta")
+_TENSOR = Name(CHECKPOINT, "TensorStorageMetadata")
+_BYTES = Name(CHECKPOINT, "BytesStorageMetadata")
+_PROPERTIES = {Name(CHECKPOINT, "TensorProperties"), Name(_SHARD, "TensorProperties")}
+_MEMORY_FORMATS = {Name(CHECKPOINT, "_MEM_FORMAT_ENCODING"), Name(_SHARD, "MEM_FORMAT_ENCODING")}
 _GETATTR = Name("builtins", "getattr")  # how Python 3.11.0 to 3.11.3 pickled an enum
-_SIZE = Name("torch", "Size")
 _LAYOUT = Name("torch.serialization", "_get_layout")
 # Python 3.13 writes pathlib._local, which older ones cannot import.
 _PATHS = {Name(m, n) for m in ("pathlib", "pathlib._local") for n in ("PosixPath", "WindowsPath")}
 _PATHS |= {Name(m, "Pure" + n) for m, n in _PATHS}
 
 _INDEX_NAMES = frozenset(
-    {_METADATA, _INDEX, _STORAGE_META, _TENSOR, _BYTES, _CHUNK, _STORAGE_INFO, _SIZE, _LAYOUT, _GETATTR}
+    {_METADATA, INDEX, _STORAGE_META, _TENSOR, _BYTES, CHUNK, STORAGE_INFO, SIZE, _LAYOUT, _GETATTR}
     | _PROPERTIES
     | _MEMORY_FORMATS
     | _PATHS
     | set(DTYPES)
 )
-
-
-@dataclass(frozen=True, slots=True)
-class SavedTensor:
-    """A tensor and the boxes it was saved in: empty, repeated, overlapping or too few, as the index has them."""
-
-    shape: Shape
-    dtype: torch.dtype
-    chunks: tuple[Chunk, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class SavedBytes:
-    """Where something lies: a byte range of a file."""
-
-    file: str
-    """Whatever the index says: not yet known to be a plain name."""
-    offset: int
-    length: int
-    transforms: tuple[str, ...]
-    """Names of what the bytes went through, such as compression."""
-
-
-@dataclass(frozen=True, slots=True)
-class SavedIndex:
-    """What ``.metadata`` says, as far as it is needed to read the directory."""
-
-    entries: dict[str, SavedTensor | None]
-    """By key; None is a value that is no tensor."""
-    containers: dict[str, tuple[str | int, ...]]
-    """Where a key lay in the nested state dict; keys may be absent."""
-    places: dict[tuple[str, Shape | None], SavedBytes]
-    """By key and offsets of the chunk, None where the value is no tensor."""
 
 
 def load_dcp_index(data: bytes, path: Path, most_bytes: int = MAX_INDEX_BYTES) -> SavedIndex:
@@ -98,7 +72,18 @@ def load_dcp_index(data: bytes, path: Path, most_bytes: int = MAX_INDEX_BYTES) -
     """
     if len(data) > most_bytes:
         raise UnsupportedFormatError(path, f"has {len(data)} bytes; an index may have up to {most_bytes}")
-    return _IndexDecoder(path, len(data)).index(read_pickle(data, path, _INDEX_NAMES))
+
+    def read(runs: Mapping[Name, Run] | None = None) -> SavedIndex:
+        return _IndexDecoder(path, len(data)).index(read_pickle(data, path, _INDEX_NAMES, runs=runs))
+
+    # Millions of boxes at once; what they do not fit, and what is wrong, is found by one instruction after the other.
+    with contextlib.suppress(CheckpointError):
+        return read(IndexRuns().by_name)
+    return read()
+
+
+_PARTS_OF_A_BOX = 9
+"""The record, its two fields and sizes, and two numbers each: so much does a box cost that is not from a run."""
 
 
 class _IndexDecoder:
@@ -147,17 +132,25 @@ class _IndexDecoder:
         return DTYPES[dtype]
 
     def chunk(self, value: object) -> Chunk:
-        fields = self.fields(value, {_CHUNK})
+        if type(value) is Chunk:  # from a run
+            self.spend(_PARTS_OF_A_BOX)
+            return value
+        fields = self.fields(value, {CHUNK})
         return Chunk(offsets=self.size(fields.get("offsets")), sizes=self.size(fields.get("sizes")))
 
     def place(self, value: object) -> tuple[str, Shape | None]:
+        if type(value) is Ready:  # from a run
+            place: tuple[str, Shape | None] = value.value
+            return place
         # MetadataIndex has a third field, the position of the chunk: a hint for torch's planner that is not needed.
-        fields = self.fields(value, {_INDEX})
+        fields = self.fields(value, {INDEX})
         offsets = fields.get("offset")
         return self.text(fields.get("fqn")), None if offsets is None else self.size(offsets)
 
     def bytes(self, value: object) -> SavedBytes:
-        fields = self.fields(value, {_STORAGE_INFO})
+        if type(value) is SavedBytes:  # from a run
+            return value
+        fields = self.fields(value, {STORAGE_INFO})
         transforms = fields.get("transform_descriptors")
         return SavedBytes(
             self.text(fields.get("relative_path")),
@@ -175,7 +168,7 @@ class _IndexDecoder:
 
     def size(self, value: object) -> Shape:
         """Return a shape or a position. Some writers leave plain sequences in the place of ``torch.Size``."""
-        if type(value) is Made and value.of == _SIZE and len(value.args) == 1:
+        if type(value) is Made and value.of == SIZE and len(value.args) == 1:
             value = value.args[0]
         numbers = self.items(value, "a size")
         if len(numbers) > MAX_DIMS:

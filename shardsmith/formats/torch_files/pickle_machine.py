@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import pickle
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from shardsmith.errors import CorruptCheckpointError, UnsafeCheckpointError
 
@@ -40,6 +40,23 @@ class Made:
         self.state: object = None
 
 
+class Ready:
+    """A key of a dict that a ``Run`` has read. As ``Made``, each is another one, whatever it says."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+Run = Callable[[bytes, int, dict[int, object], int], tuple[list[object], int, int]]
+"""Reads many records at once that begin with one class, as far as they look alike.
+
+Takes the bytes, the position of the instruction that fetches the class, what is remembered, and the number that is next
+to be remembered. Returns what the instructions leave on the stack, and position and number after them; nothing and the
+same two, if it reads none. Of what they remember it puts down what others refer to, and nothing under later numbers.
+"""
+
 ORDERED_DICT = Name("collections", "OrderedDict")
 """The one kind of object into which items may be put."""
 
@@ -48,7 +65,14 @@ PERSISTENT = Name("", "persistent id")
 """What a persistent id is made of, where the caller expects some: its one argument is the id."""
 
 
-def read_pickle(data: bytes, path: Path, known: frozenset[Name], *, persistent_ids: bool = False) -> object:
+def read_pickle(
+    data: bytes,
+    path: Path,
+    known: frozenset[Name],
+    *,
+    persistent_ids: bool = False,
+    runs: Mapping[Name, Run] | None = None,
+) -> object:
     """Return the object that a pickle of protocol 2 to 5 describes.
 
     Values are None, bool, int, float, str, tuple, list, dict (with str, int and ``Made`` keys), ``Name`` and ``Made``.
@@ -59,12 +83,14 @@ def read_pickle(data: bytes, path: Path, known: frozenset[Name], *, persistent_i
         path: Where the bytes come from, for the errors.
         known: The globals that may be named. Compared as a whole: ``("torch", "os.system")`` is not in ``torch``.
         persistent_ids: Whether objects outside the pickle may be referred to.
+        runs: By the class that they begin with, what reads many records at once. Their values are among what is
+            returned. With them, errors need not be the first ones, and a sound pickle may be refused.
 
     Raises:
         UnsafeCheckpointError: when it names another global, or uses an instruction that exists to run code.
         CorruptCheckpointError: when it is no such pickle, is cut off, or has something behind its end.
     """
-    machine = _Machine(data, path, known, persistent_ids)
+    machine = _Machine(data, path, known, persistent_ids, runs)
     # Counted before anything is made: a pickle of 1 MB can ask for a million dicts, which take 64 MB and more. The
     # bytes may also be data, so that the count is an upper bound.
     containers, others = (sum(map(data.count, codes)) for codes in (_CONTAINERS, _OTHERS))
@@ -80,7 +106,14 @@ def read_pickle(data: bytes, path: Path, known: frozenset[Name], *, persistent_i
 class _Machine:
     """The state of one reading: position, stack, marks and memo, as the pickle protocol has them."""
 
-    def __init__(self, data: bytes, path: Path, known: frozenset[Name], persistent_ids: bool) -> None:
+    def __init__(
+        self,
+        data: bytes,
+        path: Path,
+        known: frozenset[Name],
+        persistent_ids: bool,
+        runs: Mapping[Name, Run] | None = None,
+    ) -> None:
         self.data = data
         self.path = path
         self.known = known
@@ -89,6 +122,8 @@ class _Machine:
         self.stack: list[object] = []
         self.outer: list[list[object]] = []  # the stacks below each open mark
         self.memo: dict[int, object] = {}  # not a list: a pickle may number an entry 2**32 - 1
+        self.remembered = 0  # so many numbers are taken, of which runs leave some out of the memo
+        self.runs = runs or {}
 
     def run(self) -> object:
         # PROTO is the first instruction from protocol 2 on; protocols 0 and 1 are text and have none.
@@ -112,18 +147,29 @@ class _Machine:
         """
         # Locals are faster than attributes, and this loop runs once for each instruction of a large index.
         data, stack, memo, position = self.data, self.stack, self.memo, self.position
+        runs, remembered = self.runs, self.remembered
         try:
             while True:
                 code = data[position]
                 position += 1
                 if code == _MEMOIZE:
-                    memo[len(memo)] = stack[-1]
-                elif code == _BINGET:
-                    stack.append(memo[data[position]])
-                    position += 1
-                elif code == _LONG_BINGET:
-                    stack.append(memo[_UINT32(data, position)[0]])
-                    position += 4
+                    memo[remembered] = stack[-1]
+                    remembered += 1
+                elif code in (_BINGET, _LONG_BINGET):
+                    begin = position - 1
+                    if code == _BINGET:
+                        found = memo[data[position]]
+                        position += 1
+                    else:
+                        found = memo[_UINT32(data, position)[0]]
+                        position += 4
+                    if type(found) is Name and (run := runs.get(found)):
+                        values, end, remembered = run(data, begin, memo, remembered)
+                        if values:
+                            stack += values
+                            position = end
+                            continue
+                    stack.append(found)
                 elif code == _BININT1:
                     stack.append(data[position])
                     position += 1
@@ -167,7 +213,7 @@ class _Machine:
                 else:
                     return code
         finally:
-            self.position = position
+            self.position, self.remembered = position, remembered
 
     def corrupt(self, reason: str) -> CorruptCheckpointError:
         return CorruptCheckpointError(self.path, f"is no readable pickle: at byte {self.position}, {reason}")
@@ -287,10 +333,14 @@ class _Machine:
         self.push(Made(PERSISTENT, (self.stack.pop(),)))
 
     def remember(self, index: int) -> None:
+        # One number may be given again, which a run cannot know; who writes so is not torch.
+        if self.runs:
+            raise self.corrupt("numbers are given by hand")
+        self.remembered += index not in self.memo
         self.memo[index] = self.stack[-1]
 
 
-_KEY_TYPES = (str, int, Made)
+_KEY_TYPES = (str, int, Made, Ready)
 _MAX_KEY = 1 << 31  # larger ones may be chosen so that all have one hash, and a dict of them takes quadratic time
 _CONTAINERS = (pickle.EMPTY_DICT, pickle.EMPTY_LIST)
 _OTHERS = (pickle.MARK, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3)
@@ -359,7 +409,7 @@ _INSTRUCTIONS: dict[bytes, Callable[[_Machine], None]] = {
     pickle.BUILD: _Machine.build,
     pickle.BINPERSID: _Machine.persistent_id,
     # sharing
-    pickle.MEMOIZE: lambda m: m.remember(len(m.memo)),
+    pickle.MEMOIZE: lambda m: m.remember(m.remembered),
     pickle.BINPUT: lambda m: m.remember(m.byte()),
     pickle.LONG_BINPUT: lambda m: m.remember(m.number(4)),
     pickle.BINGET: lambda m: m.push(m.memo[m.byte()]),
