@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from shardsmith.errors import UsageError
-from shardsmith.export.adapters import ADAPTER_WEIGHTS, without_adapter
+from shardsmith.export.adapters import ADAPTER_WEIGHTS, replaced_modules, without_adapter
 from shardsmith.ground.layout import MAIN_WEIGHTS
+from shardsmith.live.recognition import is_same_memory
 from shardsmith.tensors.fqn import clean_fqn, unwrapped
 
 from .ema import EMA
@@ -68,7 +69,6 @@ class MergedView(MergedWeights):
     def __init__(self, model: Any) -> None:
         """Raises UsageError where peft cannot merge, or we cannot under FSDP1."""
         from peft.tuners.tuners_utils import BaseTunerLayer
-        from peft.utils.other import AuxiliaryTrainingWrapper
 
         self._model = model
         self.inner: nn.Module | None = model.get_base_model()
@@ -76,7 +76,7 @@ class MergedView(MergedWeights):
         self._prefix = next(clean_fqn(path, model) for path, part in model.named_modules() if part is self.inner) + "."
         modules = {clean_fqn(path, model): part for path, part in model.named_modules()}
         self._tuned = {path: part for path, part in modules.items() if isinstance(part, BaseTunerLayer)}
-        self._replaced = [path for path, part in modules.items() if isinstance(part, AuxiliaryTrainingWrapper)]
+        self._replaced = replaced_modules(modules)
         self._values: dict[str, dict[str, Tensor]] = {}
         if (
             not all(hasattr(part, "merge") for part in self._tuned.values())
@@ -99,6 +99,7 @@ class MergedView(MergedWeights):
             weights = dict(layer.get_base_layer().named_parameters())
             # All parameters of the base layer: `merge` may change its bias, too.
             kept = {name: weight.detach().clone() for name, weight in weights.items()}
+            own = {name: weight.data for name, weight in weights.items()}
             try:
                 layer.merge()
                 merged |= {f"{path}.base_layer.{name}": weight.detach().clone() for name, weight in weights.items()}
@@ -106,6 +107,8 @@ class MergedView(MergedWeights):
                 if layer.merged:
                     layer.unmerge()
                 for name, weight in weights.items():
+                    if not is_same_memory(weight.data, own[name]):  # a layer of single rows puts another in its place
+                        weight.data = own[name]
                     weight.copy_(kept[name])  # adding and subtracting again is not exact
         return merged
 

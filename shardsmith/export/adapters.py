@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from shardsmith.errors import CheckpointNotFoundError, MismatchError, UsageError
 from shardsmith.formats.by_path import model_names, open_source
@@ -113,7 +113,6 @@ class MergedSource:
     def __init__(self, adapter: AdapterCheckpoint, base: TensorSource | None) -> None:
         """Raises as ``AdapterCheckpoint.merged``."""
         from peft.tuners.tuners_utils import BaseTunerLayer
-        from peft.utils.other import AuxiliaryTrainingWrapper
 
         self.path = adapter.source.path
         self._adapter = adapter
@@ -127,7 +126,7 @@ class MergedSource:
             path: part for path, part in modules.items() if isinstance(part, BaseTunerLayer)
         }
         # Modules that peft has replaced by trained copies: the copy is the model's, and the original is left out.
-        self._copies = [path for path, part in modules.items() if isinstance(part, AuxiliaryTrainingWrapper)]
+        self._copies = replaced_modules(modules)
         if adapter.model.active_peft_config.is_prompt_learning or not all(
             hasattr(p, "merge") for p in self._layers.values()
         ):
@@ -142,7 +141,7 @@ class MergedSource:
     @property
     def aliases(self) -> dict[str, str]:
         """Names that the class ties and no layer of the adapter changes -> the one that the base model's files have."""
-        groups = {frozenset((name, *others)) for name, others in _ties(self._adapter.model.get_base_model()).items()}
+        groups = {frozenset((name, *others)) for name, others in self._ties().items()}
         untouched = [[name for name in self._places if name in group] for group in groups]
         # A tie that the adapter has changed under one name is none any more: both are written.
         untouched = [names for names in untouched if not any(self._places[name][0] for name in names)]
@@ -178,7 +177,7 @@ class MergedSource:
                 layer = next((path for path in self._layers if fqn.startswith(f"{path}.base_layer.")), None)
                 places[plain.removeprefix(self._prefix)] = (layer, fqn)
         lacking = [name for name, (_, fqn) in places.items() if not self._has(fqn)]
-        alike = _ties(self._adapter.model.get_base_model())
+        alike = self._ties()
         # A tied tensor that is there under its other name is not missing.
         lacking = [
             name for name in lacking if not any(twin in places and twin not in lacking for twin in alike.get(name, ()))
@@ -188,6 +187,14 @@ class MergedSource:
             advice = "Name a base model with its weights, or export the adapter alone: --adapters adapter."
             raise MismatchError(self.path, f"{len(lines)} tensors of the model are not there", lines, advice)
         return {name: place for name, place in places.items() if self._has(place[1])}
+
+    def _ties(self) -> dict[str, tuple[str, ...]]:
+        """Name of each tensor that is tied -> the others of it."""
+        names: dict[int, list[str]] = {}
+        for fqn, parameter in self._adapter.model.named_parameters(remove_duplicate=False):
+            if (plain := self._plain_name(fqn)) is not None:
+                names.setdefault(id(parameter), []).append(plain.removeprefix(self._prefix))
+        return {name: tuple(other for other in group if other != name) for group in names.values() for name in group}
 
     def _plain_name(self, fqn: str) -> str | None:
         return without_adapter(fqn, self._layers, self._copies, self._adapter.name)
@@ -256,8 +263,19 @@ def without_adapter(fqn: str, tuned: Iterable[str], replaced: Iterable[str], ada
     for path in tuned:
         if fqn.startswith(f"{path}."):
             inside = fqn.removeprefix(f"{path}.")
-            return f"{path}.{inside.removeprefix('base_layer.')}" if inside.startswith("base_layer.") else None
+            # An embedding of which single rows are trained lies one module deeper.
+            module = path.removesuffix(".token_adapter")
+            return f"{module}.{inside.removeprefix('base_layer.')}" if inside.startswith("base_layer.") else None
     return fqn
+
+
+def replaced_modules(modules: Mapping[str, Any]) -> list[str]:
+    """Return the paths of the modules of which an adapter trains a copy, of modules by path."""
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    wrappers = {path: part for path, part in modules.items() if isinstance(part, AuxiliaryTrainingWrapper)}
+    # One of single rows holds a layer that is merged, and no copy.
+    return [path for path, part in wrappers.items() if not hasattr(part, "token_adapter")]
 
 
 def is_peft(source: ModelSource) -> bool:
@@ -337,11 +355,3 @@ def _peft_model(directory: Path, base: Path, name: str) -> Any:
             return get_peft_model(model_of_directory(base), config, adapter_name=name)
     except (ValueError, TypeError, RuntimeError) as error:
         raise UsageError(f"peft cannot put the adapter of {directory} into {base}: {error}") from error
-
-
-def _ties(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Name of each tensor that is tied -> the others of it."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return {name: tuple(other for other in group if other != name) for group in names.values() for name in group}

@@ -53,6 +53,11 @@ KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "with biases": (gpt2, {"target_modules": ["c_attn"], "fan_in_fan_out": True, "bias": "lora_only"}),
     "embeddings": (llama, {"target_modules": ["embed_tokens", "o_proj"]}),
     "tied": (lambda: llama(tie_word_embeddings=True), {"target_modules": ["q_proj", "up_proj"]}),
+    "single rows": (llama, {"target_modules": ["q_proj"], "trainable_token_indices": [1, 5]}),
+    "single rows, tied": (
+        lambda: llama(tie_word_embeddings=True),
+        {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [1, 5]}},
+    ),
     "encoder and decoder": (t5, {"target_modules": ["q", "wo"]}),
 }
 
@@ -65,6 +70,9 @@ def make_run(tmp_path: Path, kind: str, *, whole: bool = True) -> tuple[Any, Pat
     base, checkpoint = tmp_path / "base", tmp_path / "run" / "checkpoint-9"
     model.save_pretrained(base)
     tuned = get_peft_model(model, LoraConfig(r=4, init_lora_weights=False, **options)).eval()
+    for name, value in tuned.named_parameters():
+        if "trainable_tokens" in name:  # which begin as the rows that they stand for
+            value.data.normal_()
     state = {name: value for name, value in tuned.state_dict().items() if whole or is_trained(name)}
     save({"model": state}, checkpoint / "pytorch_model_fsdp_0")
     tuned.peft_config["default"].save_pretrained(str(checkpoint))
@@ -72,7 +80,7 @@ def make_run(tmp_path: Path, kind: str, *, whole: bool = True) -> tuple[Any, Pat
 
 
 def is_trained(name: str) -> bool:
-    return "lora_" in name or "modules_to_save" in name
+    return any(part in name for part in ("lora_", "modules_to_save", "trainable_tokens"))
 
 
 def logits(model: Any) -> Tensor:

@@ -145,6 +145,29 @@ def test_a_merge_that_fails_leaves_the_live_weights_as_they_were(monkeypatch: py
     assert not any(layer.merged for layer in layers)
 
 
+def test_single_rows_of_an_embedding_are_merged_as_peft_merges_them(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1, 5])
+    model: Any = get_peft_model(make_model("llama"), config)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.normal_()
+    places = {name: weight.data_ptr() for name, weight in model.named_parameters()}
+    export = HFExport(tmp_path / "hf", model=model, when=last(), adapters="merged", dtype="original")
+    export.export(1)
+    export.close()
+    # The optimizer and what shards the model know the weights by where they are.
+    assert {name: weight.data_ptr() for name, weight in model.named_parameters()} == places
+    merged_by_peft = model.merge_and_unload()
+    merged_by_peft.save_pretrained(tmp_path / "library")
+    assert_equal(
+        load_file(tmp_path / "hf" / "step-1" / "model.safetensors"),
+        load_file(tmp_path / "library" / "model.safetensors"),
+    )
+
+
 def test_a_base_model_beside_an_adapter_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="pass processor="):
         HFExport(tmp_path / "hf", model=make_model("lora"), when=last(), base_model=tmp_path)
