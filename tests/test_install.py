@@ -17,17 +17,28 @@ ROOT = Path(__file__).parent.parent
 PARTS = ("pyproject.toml", "setup.cfg", "README.md", "LICENSE", "shardsmith", "hooks", "integrations")
 
 
+@pytest.fixture(scope="module")
+def regular(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A copy of the source, and Python of an environment in which it is installed. Read only."""
+    return install(tmp_path_factory.mktemp("regular"), ".")
+
+
+@pytest.fixture(scope="module")
+def editable(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The same, installed in place."""
+    return install(tmp_path_factory.mktemp("editable"), "--editable", ".")
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("options", [["."], ["--editable", "."]], ids=["regular", "editable"])
-def test_the_package_installs_under_one_name(tmp_path: Path, options: list[str]) -> None:
-    source, python = copy_of_the_source(tmp_path), new_environment(tmp_path)
-    install(source, python, options)
+@pytest.mark.parametrize("kind", ["regular", "editable"])
+def test_the_package_installs_under_one_name(request: pytest.FixtureRequest, tmp_path: Path, kind: str) -> None:
+    source, python = request.getfixturevalue(kind)
     code = "import shardsmith.hooks as h, shardsmith.integrations as i; print(h.ShardedSave.__module__, h.__file__)"
     module, file = subprocess.check_output([python, "-c", code], text=True, cwd=tmp_path).split()
     assert module == "shardsmith.hooks.save"
-    expected = source / "hooks" if "--editable" in options else python.parent.parent / "lib"
+    expected = source / "hooks" if kind == "editable" else python.parent.parent / "lib"
     assert Path(file).resolve().is_relative_to(expected)
-    if "--editable" not in options:
+    if kind == "regular":
         assert python_files(Path(file).parent.parent) == python_files(ROOT / "shardsmith")
     # In a clone, the folder shardsmith/ hides the installed package: it must be complete by itself.
     module, file = subprocess.check_output([python, "-c", code], text=True, cwd=source).split()
@@ -36,11 +47,9 @@ def test_the_package_installs_under_one_name(tmp_path: Path, options: list[str])
 
 
 @pytest.mark.long
-def test_a_newcomer_gets_from_the_package_to_a_page_of_the_run(tmp_path: Path) -> None:
-    python = new_environment(tmp_path)
-    install(copy_of_the_source(tmp_path), python, ["."])
-    (tmp_path / "new").mkdir()
-    follow(ROOT / "docs" / "tutorial.md", tmp_path / "new", python)
+def test_a_newcomer_gets_from_the_package_to_a_page_of_the_run(regular: tuple[Path, Path], tmp_path: Path) -> None:
+    _, python = regular
+    follow(ROOT / "docs" / "tutorial.md", tmp_path, python)
 
 
 def test_a_clone_that_is_not_installed_saves(tmp_path: Path) -> None:
@@ -58,9 +67,11 @@ def test_a_clone_that_is_not_installed_saves(tmp_path: Path) -> None:
     assert (source / "saves" / "step-1" / "metadata.json").exists()
 
 
-def install(source: Path, python: Path, options: list[str]) -> None:
+def install(folder: Path, *options: str) -> tuple[Path, Path]:
+    source, python = copy_of_the_source(folder), new_environment(folder)
     pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet"]
     subprocess.run([*pip, "--no-deps", "--no-build-isolation", *options], check=True, cwd=source)
+    return source, python
 
 
 def python_files(folder: Path) -> set[str]:
