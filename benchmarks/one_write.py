@@ -21,11 +21,12 @@ from rich.table import Table
 
 from benchmarks.checkpoint import sharded_llama
 from benchmarks.rank_processes import spawn_ranks
-from shardsmith.hooks import EMA, HFExport, ShardedSave, at
+from shardsmith.hooks import EMA, HFExport, Hooks, ShardedSave, at, every
 
 _NEVER = at(10**9)
 SAVE = "ShardedSave alone"
 BOTH = "ShardedSave, and HFExport of weights and average beside it"
+SHARED = "the same at one step of Hooks: the export reads the copy of the save"
 ONE = 'ShardedSave(weights="huggingface")'
 RESUME = "resume of ShardedSave alone, verified"
 RESUME_ONE = "resume of one write, verified"
@@ -67,10 +68,12 @@ def _bench(rank: int, folder: Path, parameters: int, runs: int) -> dict[str, Any
     optimizer.step()
     optimizer.zero_grad()
     ema = EMA(model)
-    state: dict[str, Any] = {"model": model, "optimizer": optimizer, "ema": ema, "when": _NEVER}
-    save = ShardedSave(folder / "save", **state)
-    one = ShardedSave(folder / "one", weights="huggingface", **state)
-    export = HFExport(folder / "export", model=model, ema=ema, when=_NEVER, dtype="original", ema_as="directory")
+    ema.update()
+    state: dict[str, Any] = {"model": model, "optimizer": optimizer, "ema": ema}
+    save = ShardedSave(folder / "save", when=every(1), **state)
+    one = ShardedSave(folder / "one", when=_NEVER, weights="huggingface", **state)
+    export = HFExport(folder / "export", model=model, ema=ema, when=every(1), dtype="original", ema_as="directory")
+    hooks = Hooks(save, export)
 
     def save_one(hook: ShardedSave, step: int) -> float:
         began = time.perf_counter()
@@ -79,10 +82,18 @@ def _bench(rank: int, folder: Path, parameters: int, runs: int) -> dict[str, Any
         hook.saving(step).result()
         return stall
 
-    def save_both(step: int) -> float:
-        began = time.perf_counter()
+    def save_and_export(step: int) -> None:
+        save.step_copies = None
         save.save(step)
         export.export(step)
+
+    def save_and_share(step: int) -> None:
+        save.step_copies = export.step_copies
+        hooks.step(step)
+
+    def save_both(act: Callable[[int], None], step: int) -> float:
+        began = time.perf_counter()
+        act(step)
         stall = time.perf_counter() - began
         save.saving(step).result()
         export.wait()
@@ -95,7 +106,8 @@ def _bench(rank: int, folder: Path, parameters: int, runs: int) -> dict[str, Any
     ways: dict[str, Callable[[int], float]] = {
         SAVE: lambda step: save_one(save, step),
         RESUME: lambda step: resume(save, step),
-        BOTH: save_both,
+        BOTH: lambda step: save_both(save_and_export, step),
+        SHARED: lambda step: save_both(save_and_share, step),
         ONE: lambda step: save_one(one, step),
         RESUME_ONE: lambda step: resume(one, step),
     }
@@ -105,10 +117,10 @@ def _bench(rank: int, folder: Path, parameters: int, runs: int) -> dict[str, Any
         for name, body in ways.items():
             found[name].append(_measure(body, step, folder))
             # What was saved is resumed from before it is removed.
-            if name in (RESUME, BOTH, RESUME_ONE):
+            if name in (RESUME, BOTH, SHARED, RESUME_ONE):
                 _remove_files(folder)
-    for hook in (save, one, export):
-        hook.close()
+    one.close()
+    hooks.close(broken_off=True)
     return {
         name: {what: statistics.median(figures[what] for figures in rounds[1:]) for what in rounds[0]}
         for name, rounds in found.items()

@@ -78,13 +78,17 @@ class Background:
 
     def submit(self, job: Callable[[], T]) -> Future[T]:
         """Do a job when those before it have ended. Raises UsageError after ``close``."""
-        if self._is_closed:
-            raise UsageError("this hook was closed: make a new one, and new Hooks with it")
+        self.refuse_closed()
         number, self._begun = self._begun, self._begun + 1
         future = self._thread.submit(self._run, number, job)
         self._jobs[number] = future
         self._jobs.pop(number - _REMEMBERED, None)
         return future
+
+    def refuse_closed(self) -> None:
+        """Raise UsageError after ``close``."""
+        if self._is_closed:
+            raise UsageError("this hook was closed: make a new one, and new Hooks with it")
 
     def is_to_be_reported(self, future: Future[Any]) -> bool:
         """Return whether a job has ended and this rank may say so by itself, before it is told that all do."""

@@ -21,6 +21,7 @@ from shardsmith.ground.ranks import own_name, rank_and_size
 from shardsmith.ground.remote_path import as_path
 from shardsmith.ground.step_agreement import StepAgreement
 from shardsmith.manifest.retention import Retention
+from shardsmith.sharding.step_copies import StepCopies
 
 from .background import attempted, each_of, logged
 from .events import EventQueue, Listener, event_of
@@ -30,7 +31,7 @@ from .retention import add_metrics
 from .schedule import Schedule
 from .stop_signals import StopSignals
 from .undone import warn_of_undone
-from .wiring import Start
+from .wiring import Start, is_ours
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +89,7 @@ class Hooks:
         self._ended = False
         self._rank, self._size = rank_and_size()
         self._own_errors: list[Exception] = []  # raised by hooks that were told of a save; not yet passed on
+        self._step_copies = StepCopies()
         self._events = EventQueue([on_event] if callable(on_event) else on_event)
         self._signals = StopSignals([stop_on] if isinstance(stop_on, signal.Signals) else stop_on)
         self._agreement = StepAgreement() if stop_on or self._size == 1 else None  # else when a hook needs it
@@ -109,6 +111,7 @@ class Hooks:
             raise UsageError(f"this {type(hook).__name__} is attached already: name each hook once")
         hook.announce_saved = self._on_saved
         hook.request_stop = self.request_stop
+        hook.step_copies = self._step_copies
         if self._events.listeners and self._rank == 0:
             hook.emit = self._events.put
         if hook.background is not None or _may_stop(hook):
@@ -215,18 +218,28 @@ class Hooks:
             self._agreement.tell([_OCCASION, occasion])
         notices = self._agreement.due(step) if self._agreement is not None else []
         # Before a stop or a failure: what is due at this step is done even if the run ends here.
-        for hook in self.hooks:
-            hook.on_step_end(step)
+        self._each(lambda hook: hook.on_step_end(step))
         # Notices have gone through JSON, so an occasion is its text.
         if come := {notice[1] for notice in notices if notice[0] == _OCCASION}:
-            for hook in self.hooks:
-                if any(repr(occasion) in come for occasion in _occasions_of(hook)):
-                    hook.on_occasion(step)
+            self._each(
+                lambda hook: hook.on_occasion(step),
+                lambda hook: any(repr(occasion) in come for occasion in _occasions_of(hook)),
+            )
         if any(notice[0] == _STOP for notice in notices) and not self.should_stop:
             self._stop(step)
         self._events.deliver(step)
         self._raise_failures([notice for notice in notices if notice[0] == _FAILED])
         self._raise_errors({notice[1]: notice[2] for notice in notices if notice[0] == _RAISED})
+
+    def _each(self, act: Callable[[Hook], None], is_meant: Callable[[Hook], bool] = lambda _: True) -> None:
+        """Let hooks act in their order; what one has copied, those after it may read instead of copying it again."""
+        try:
+            for hook in filter(is_meant, self.hooks):
+                act(hook)
+                if not is_ours(hook):  # it may have changed what was copied
+                    self._step_copies.clear()
+        finally:
+            self._step_copies.clear()
 
     def _enter(self, method: str, step: int) -> int:
         """Return a step that is given to a method as a number, after the first one has begun the run."""
@@ -274,8 +287,7 @@ class Hooks:
         self._ended = True
         if self.hooks and self._start.step is None and step == 0:
             log.warning("no step was reported, although the training ends: call hooks.step(step) after each step")
-        for hook in self.hooks:
-            hook.on_train_end(step)
+        self._each(lambda hook: hook.on_train_end(step))
 
     def close(self, *, broken_off: bool = False) -> None:
         """End the training: what is due at the last step is done, background work is waited for. Raises what failed.
@@ -345,6 +357,8 @@ class Hooks:
         """What a hook raises fails no save: all ranks raise it after the same step, ``close`` on this rank."""
         for hook in self.hooks:
             _, error = attempted(partial(hook.on_saved, step, path))
+            if not is_ours(hook):
+                self._step_copies.clear()
             if error is not None:
                 what = f"{type(hook).__name__}.on_saved of step {step}"
                 log.error("%s failed; the step is saved", what, exc_info=error)

@@ -16,6 +16,7 @@ from shardsmith.ground.layout import step_name
 from shardsmith.ground.leases import hold
 from shardsmith.ground.ranks import Ranks
 from shardsmith.sharding.live_boxes import StagingBuffer
+from shardsmith.sharding.step_copies import StepCopies
 
 from .live_source import Begin, Target
 from .live_state import LiveState
@@ -92,7 +93,13 @@ class CheckpointSource:
         self._ranks = writer_ranks
         self._whole_files = whole_files
 
-    def begin(self, step: int, targets: Sequence[Target], buffers: Sequence[StagingBuffer]) -> Begin:  # noqa: ARG002
+    def begin(
+        self,
+        step: int,
+        targets: Sequence[Target],
+        buffers: Sequence[StagingBuffer],  # noqa: ARG002
+        step_copies: StepCopies | None,  # noqa: ARG002
+    ) -> Begin:
         """Decide that the directories are made of the step's checkpoint. All ranks, main thread; communicates.
 
         Raises:

@@ -55,7 +55,8 @@ class HFExport(Hook):
 
         HFExport("run/hf", model=model, ema=ema, base_model="assets/base", when=every(1000) | last())
 
-    The training waits while each rank copies its own shards, cast, into CPU memory. A background thread of each rank
+    The training waits while each rank copies its own shards, cast, into CPU memory; of what a ``ShardedSave`` before
+    this hook has copied at the same step, that copy is read instead. A background thread of each rank
     writes them to their final places in the final files and reads them back; then rank 0 adds the other files and
     renames the directory. Make it on all ranks at the same point, after ``fully_shard`` / FSDP / DDP.
 
@@ -301,6 +302,7 @@ class HFExport(Hook):
 
     def _export(self, step: int, when_busy: Literal["wait", "skip", "raise"], error: Exception | None = None) -> None:
         """``error``: of this rank, perhaps of it alone. Then all ranks raise instead of exporting."""
+        self._in_flight.background.refuse_closed()
         self._copy.settle()  # what the last export still copies beside the training
         wanted = self._make_room(step, when_busy, error)
         if not wanted:
@@ -309,7 +311,10 @@ class HFExport(Hook):
         try:
             targets = [self._folder.targets(step)[i] for i in wanted]
             checks = [self._ask(*target) for target in targets]
-            begin = self._source.begin(step, targets, [self._in_flight.next_buffers[i] for i in wanted])
+            buffers = [self._in_flight.next_buffers[i] for i in wanted]
+            # Behind another export it would keep the buffer of the save for long, and the next save would wait.
+            shared = None if self.in_flight else self.step_copies
+            begin = self._source.begin(step, targets, buffers, shared)
         except BaseException as failure:
             self.emit(event_of("export", step, self.directory / step_name(step), watch, self._ranks.size, failure))
             raise

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from shardsmith.sharding.step_copies import StepCopies
+
 from .background import Background
 from .events import Event
 from .schedule import Schedule
@@ -34,6 +36,9 @@ class Hook:
 
     request_stop: Callable[[], None] = staticmethod(_nothing)
     """Set by ``Hooks``. A hook calls it, on any rank and thread, when the run is to be saved and to end."""
+
+    step_copies: StepCopies | None = None
+    """Set by ``Hooks``. What hooks before this one have copied at this step, for those after them to read."""
 
     when: Schedule = Schedule()
     """Whose occasions ``Hooks`` watches for."""

@@ -15,6 +15,7 @@ from shardsmith.export.live_writers import WeightsWriter
 from shardsmith.ground.ranks import Ranks
 from shardsmith.run_state.alike import ReplicaCheck, compare_replicas
 from shardsmith.sharding.live_boxes import StagingBuffer
+from shardsmith.sharding.step_copies import StepCopies
 
 from .live_directory import LiveDirectory
 from .live_state import LiveState
@@ -55,8 +56,10 @@ class LiveSource:
         self._replicas = ReplicaCheck(ranks, compare_replicas)
         self._begun: list[JointExport] = []
 
-    def begin(self, step: int, targets: Sequence[Target], buffers: Sequence[StagingBuffer]) -> Begin:
-        """Copy what goes into these directories. All ranks, main thread; communicates.
+    def begin(
+        self, step: int, targets: Sequence[Target], buffers: Sequence[StagingBuffer], step_copies: StepCopies | None
+    ) -> Begin:
+        """Copy what goes into these directories and is not in ``step_copies``. All ranks, main thread; communicates.
 
         Raises:
             RankFailedError: on all ranks, if any could not stage its part.
@@ -64,11 +67,12 @@ class LiveSource:
         """
         is_to_compare = self._replicas.is_due()
         # Until all directories of the step are staged, nothing of ours changes weights or average.
-        with contextlib.ExitStack() as unchanged:
-            jobs = [
-                self._stage(step, target, buffer, unchanged, is_to_compare)
-                for target, buffer in zip(targets, buffers, strict=True)
-            ]
+        jobs: list[JointExport] = []
+        with contextlib.ExitStack() as unfinished, contextlib.ExitStack() as unchanged:
+            for target, buffer in zip(targets, buffers, strict=True):
+                jobs.append(self._stage(step, target, buffer, unchanged, is_to_compare, step_copies))
+                unfinished.callback(jobs[-1].stop)
+            unfinished.pop_all()
         self._copy.begin(*jobs)
         self._begun = jobs
         return partial(_opened, jobs)
@@ -102,6 +106,7 @@ class LiveSource:
         buffer: StagingBuffer,
         unchanged: contextlib.ExitStack,
         is_to_compare: bool,
+        step_copies: StepCopies | None,
     ) -> JointExport:
         directory, path = target
         models: list[LiveModel] = []
@@ -119,7 +124,7 @@ class LiveSource:
             compare_replicas(self._ranks, phase, lambda: self._state.replicated(models), "exported")
         job = JointExport(self._state.plan(path, step, directory, plans), self._writer_ranks, self._writer)
         later = self._state.changed_by_steps(models) if self._copy.is_wanted else None
-        job.stage(boxes, buffer, self._ranks, later)
+        job.stage(boxes, buffer, self._ranks, later, step_copies)
         return job
 
 

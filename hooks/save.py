@@ -13,6 +13,7 @@ from typing import TypeVar, Unpack
 
 from torch import nn
 from torch.distributed.checkpoint.stateful import Stateful
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 
 from shardsmith.checking.arguments import checked
@@ -163,6 +164,8 @@ class ShardedSave(Hook):
         self._share = Share(self._ranks.rank)
         most_bytes = parse_size(writing.max_host_memory) if writing.max_host_memory is not None else None
         self._buffer = StagingBuffer(most_bytes) if self.background else None
+        # FSDP1 makes new tensors for each state dict: no export has the same, and they are not to be kept for one.
+        self._is_shared = not any(isinstance(part, FullyShardedDataParallel) for part in model.modules())
         self._is_warm = not writing.prewarm
         self._in_flight = SavesInFlight(self.background, self._announce_save)
         self._saved_step: int | None = None
@@ -229,7 +232,8 @@ class ShardedSave(Hook):
     def save(self, step: StepNumber) -> None:
         """Save now, as ``step-<step>``. All ranks; communicates.
 
-        A save that is still in flight is waited for first. On return the live state may change again.
+        A save that is still in flight is waited for first, and an export that still reads what the last one has copied.
+        On return the live state may change again.
 
         Raises:
             RankFailedError: on all ranks, if any failed. Nothing was published, and a later save starts afresh. With
@@ -287,7 +291,8 @@ class ShardedSave(Hook):
                 phase = f"collecting {job.target.name}"
                 self._replicas.look(phase, lambda: self._state.replicated(collect().state_dict))
                 later = self._state.changed_by_steps() if self._copy.is_wanted else None
-                job.begin(collect, self._state.shared_keys, self._buffer, later)
+                shared = self.step_copies if self._is_shared else None
+                job.begin(collect, self._state.shared_keys, self._buffer, later, shared)
             except RankFailedError:
                 if error is not None:
                     raise error from None

@@ -45,6 +45,11 @@ def alike(**values: object) -> dict[str, str]:
     return {name: str(value) for name, value in values.items()}
 
 
+def is_ours(hook: Hook) -> bool:
+    """Return whether a hook is of this package, and not of the user's own."""
+    return type(hook).__module__.startswith("shardsmith.")
+
+
 class Start:
     """The beginning of a training, where everything that can be wrong with the hooks is found.
 
@@ -84,7 +89,7 @@ class Start:
             What the hook raises here. What a user's hook raises on another rank alone: RankFailedError. Our hooks see
             to that themselves.
         """
-        if self._ranks is None or type(by).__module__.startswith("shardsmith."):
+        if self._ranks is None or is_ours(by):
             return act()
         done: list[T] = []
         errors: list[Exception] = []

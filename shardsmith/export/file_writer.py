@@ -152,7 +152,7 @@ class _Delivery:
             for rank in self._peers.others:
                 # All sends are begun before anything is received: else two writers could wait for each other.
                 for box in self._boxes_for(tasks[rank]):
-                    self._peers.send(box.values, rank)
+                    self._peers.send(box.written(), rank)
             if (task := tasks[self._peers.rank]) is not None:
                 # One box at a time, the own ones first: at most one that was received is in memory.
                 for box in itertools.chain(self._boxes_for(task), self._receive(task, coming)):
@@ -197,7 +197,7 @@ class _Delivery:
         if self._open is None or self._open.plan is not file:
             self._open_next(file)
         assert self._open is not None
-        self._open.write_box(box.name, box.box, box.values, box.shape)
+        self._open.write_box(box.name, box.box, box.written(), box.shape)
 
     def _open_next(self, file: FilePlan) -> None:
         # Durable before the next is begun: tensors come file by file.

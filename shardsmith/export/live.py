@@ -21,8 +21,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from shardsmith.errors import RanksDisagreeError
-from shardsmith.export.live_share import OwnBoxes, deal_boxes
+from shardsmith.export.live_share import OwnBoxes, deal_boxes, refuse_differences
 from shardsmith.export.live_writers import WeightsWriter
 from shardsmith.export.place import begin_export, fetch_weights, place_of_files
 from shardsmith.export.syncs import cache_of, deal_syncs
@@ -35,14 +34,12 @@ from shardsmith.hf.directory_check import check_directory
 from shardsmith.name_maps.maps import Translation
 from shardsmith.sharding.live_boxes import LiveBox, StagingBuffer, address_of, held_boxes
 from shardsmith.sharding.staged_copy import StagedCopy
+from shardsmith.sharding.step_copies import Borrowed, StepCopies
 from shardsmith.tensors.tensors import Shape, TensorSpec, row_major_blocks
 
 Check = Callable[[Path, set[torch.dtype]], str]
 """Looks at a complete directory before it is published: its path, and the dtypes that floating-point weights have in
 it. On rank 0, in the background."""
-
-_SHOWN = 20
-"""So many differences are named in an error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +125,7 @@ class LiveExporter:
         are_known = self._ranks.agree(phase, look, _all_know)
         # None: the ranks would write different files. A second exchange names what differs; it may be long.
         if are_known is None:
-            self._ranks.agree(phase, lambda: _described(models), _refuse, large=True)
+            self._ranks.agree(phase, lambda: _described(models), refuse_differences, large=True)
         if not are_known:
             # All ranks come here or none: ``_settle`` is an exchange of its own for each model.
             mine = {model.plan.model: self._settle(phase, model, held[model.plan.model]) for model in models}
@@ -167,6 +164,8 @@ class JointExport:
         self._ranks = ranks
         self._staged: StagedCopy | None = None
         self._boxes: list[LiveBox] = []  # what it copies
+        self._borrowed: Borrowed | None = None
+        self._shared: list[LiveBox] = []  # with values that are borrowed
         self._attempt: Attempt | RemoteDirectory | None = None
         self._writer = writer
         self._receipts: list[list[Any]] = []  # of each rank, one a window
@@ -178,8 +177,11 @@ class JointExport:
         buffer: StagingBuffer,
         ranks: Ranks,
         later: Mapping[int, tuple[str, Tensor]] | None = None,
+        step_copies: StepCopies | None = None,
     ) -> None:
         """Copy this rank's boxes, cast, into the buffer. When it returns the weights may change, but for ``later``.
+
+        What is borrowed is given back by ``write``, or by ``stop``.
 
         Args:
             boxes: By model, the live boxes that this rank writes.
@@ -188,6 +190,8 @@ class JointExport:
             ranks: Serves the main thread, which is the one that calls this.
             later: By address of their memory, names and tensors that do not change before ``settle``: ``write`` copies
                 those.
+            step_copies: What a save of the same step has copied. Boxes that are among it are not copied, but cast when
+                they are written; not with ``later``, nor where the bound of the buffer is too small.
 
         Raises:
             RankFailedError: on all ranks, if copying failed on any, or a host has too little memory for the copies.
@@ -195,9 +199,14 @@ class JointExport:
         phase = f"staging {self.plan.output.name}"
         specs = {f"{model.model}/{spec.name}": spec for model in self.plan.models for spec in model.specs}
         flat = [replace(box, name=f"{model}/{box.name}") for model, held in boxes.items() for box in held]
+        # For all boxes, also those that are borrowed now: the next export may have to copy them.
         if not buffer.has_room:
             buffer.require_room(ranks, phase, lambda: _values_and_dtypes(flat, specs))
-        ranks.gather(phase, lambda: self._stage(flat, specs, buffer, later or {}))
+        try:
+            ranks.gather(phase, lambda: self._stage(flat, specs, buffer, later or {}, step_copies))
+        except BaseException:
+            self._give_back()
+            raise
 
     def feed(self) -> None:
         """Copy what ``write`` is writing in another thread, as there is room. Main thread; no communication."""
@@ -208,6 +217,7 @@ class JointExport:
         """Let ``feed`` return, since nothing is written any more. Any thread; a second call does nothing."""
         if self._staged is not None:
             self._staged.stop()
+        self._give_back()
 
     def settle(self) -> None:
         """Return when all is copied, after which the weights may change. Main thread; no communication."""
@@ -230,6 +240,8 @@ class JointExport:
             self._receipts = self._ranks.gather(f"reading {name} back", self._read_back, large=True)
         finally:
             self._writer.close()
+            # Before the directory is completed and checked, which may take long, and a save may wait for this.
+            self._give_back()
 
     def commit(self) -> Path:
         """Complete the directory and make it visible. Any thread, all ranks; communicates through the store.
@@ -246,20 +258,41 @@ class JointExport:
         specs: Mapping[str, TensorSpec],
         buffer: StagingBuffer,
         later: Mapping[int, tuple[str, Tensor]],
+        step_copies: StepCopies | None,
     ) -> None:
         """The boxes and specs are named ``<model>/<tensor>``."""
         nbytes = sum(box.box.numel * specs[box.name].dtype.itemsize for box in boxes)
         if buffer.most_bytes is not None and nbytes > buffer.most_bytes:
             boxes = [*_pieces(self.plan, boxes, specs, buffer.most_bytes // 2)]
+        elif step_copies is not None and not later:
+            boxes = self._borrow(boxes, specs, step_copies)
         self._boxes = [*boxes]
         self._staged = StagedCopy(*_values_and_dtypes(boxes, specs), buffer)
         self._staged.begin(lambda number: later.get(address_of(boxes[number].values)))
 
-    def _by_model(self, boxes: Iterable[LiveBox], copies: Iterable[Tensor]) -> dict[str, list[LiveBox]]:
+    def _borrow(
+        self, boxes: Sequence[LiveBox], specs: Mapping[str, TensorSpec], step_copies: StepCopies
+    ) -> Sequence[LiveBox]:
+        """Take what there are copies of; return the other boxes."""
+        self._borrowed = step_copies.borrow([box.values for box in boxes])
+        pairs = [*zip(boxes, self._borrowed.copies, strict=True)]
+        self._shared = [
+            replace(box, values=copy, dtype=None if copy.dtype == specs[box.name].dtype else specs[box.name].dtype)
+            for box, copy in pairs
+            if copy is not None
+        ]
+        return [box for box, copy in pairs if copy is None]
+
+    def _give_back(self) -> None:
+        self._shared = []
+        if self._borrowed is not None:
+            self._borrowed.give_back()
+
+    def _by_model(self, boxes: Iterable[LiveBox]) -> dict[str, list[LiveBox]]:
         staged: dict[str, list[LiveBox]] = {model.model: [] for model in self.plan.models}
-        for box, copy in zip(boxes, copies, strict=True):
+        for box in boxes:
             model, name = box.name.split("/", 1)
-            staged[model].append(replace(box, name=name, values=copy))
+            staged[model].append(replace(box, name=name))
         return staged
 
     def _write(self, directory: Path) -> tuple[str, list[int]]:
@@ -275,7 +308,11 @@ class JointExport:
         boxes, self._boxes = iter(self._boxes), []
         with staged.taken() as lists:
             for copies in lists:
-                self._writer.write(self.plan, self._by_model(islice(boxes, len(copies)), copies), directory)
+                window = [
+                    replace(box, values=copy) for box, copy in zip(islice(boxes, len(copies)), copies, strict=True)
+                ]
+                # Without windows there is one list; with them nothing is borrowed.
+                self._writer.write(self.plan, self._by_model([*window, *self._shared]), directory)
                 if not staged.is_whole:  # the values are gone after the window: so it is read back by itself
                     self._writer.sync(self._writer.unsynced())
                     self._own_receipts.append(self._writer.read_back())
@@ -361,24 +398,3 @@ def _described(models: Sequence[LiveModel]) -> list[list[str]]:
     plans = [model.plan for model in models]
     tensors = [[f"{plan.model} {spec.name}", f"{spec.shape} {spec.dtype}"] for plan in plans for spec in plan.specs]
     return [*tensors, *([f"{plan.model} {file.name}", "a file"] for plan in plans for file in plan.weights.files)]
-
-
-def _refuse(said: Sequence[Sequence[Sequence[str]]]) -> None:
-    """Raise RanksDisagreeError, naming what is not the same on all ranks."""
-    different = [rank for rank, one in enumerate(said) if one != said[0]]
-    lines = [line for rank in different for line in _differences(said[0], said[rank], rank)]
-    more = [f"and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
-    shown = "\n  ".join([*lines[:_SHOWN], *more])
-    raise RanksDisagreeError(
-        f"ranks {', '.join(map(str, different))} are about to export other names, shapes, dtypes or files than rank 0"
-        f"\n  {shown}\nNothing was written. All ranks must hold the same model and call the hooks at the same steps."
-    )
-
-
-def _differences(one: Sequence[Sequence[str]], another: Sequence[Sequence[str]], rank: int) -> list[str]:
-    first, other = ({entry[0]: entry[1] for entry in said} for said in (one, another))
-    return [
-        f"{name}: {first.get(name, 'not there')} on rank 0, {other.get(name, 'not there')} on rank {rank}"
-        for name in {**first, **other}
-        if first.get(name) != other.get(name)
-    ] or [f"the same in another order on rank {rank}"]

@@ -10,6 +10,7 @@ from itertools import chain, compress
 
 import numpy as np
 
+from shardsmith.errors import RanksDisagreeError
 from shardsmith.sharding.assignment import deal
 from shardsmith.sharding.holding import (
     Holding,
@@ -24,6 +25,9 @@ from shardsmith.sharding.holding import (
 )
 from shardsmith.sharding.live_boxes import LiveBox
 from shardsmith.tensors.tensors import Shape
+
+_SHOWN = 20
+"""So many differences are named in an error."""
 
 
 class OwnBoxes:
@@ -67,3 +71,27 @@ def deal_boxes(
     kinds = {text: Kind([*shapes], np.frombuffer(unpack(text), dtype=np.int32)) for text in texts}
     holdings = [Holding(kinds[text], unpack_lists(lists)) for text, lists in reports]
     return [pack_flags(flags) for flags in deal(holdings, shapes, itemsizes)]
+
+
+def refuse_differences(said: Sequence[Sequence[Sequence[str]]]) -> None:
+    """On rank 0: raise RanksDisagreeError, naming what is not the same on all ranks.
+
+    ``said``: of each rank, pairs of a name and what it is.
+    """
+    different = [rank for rank, one in enumerate(said) if one != said[0]]
+    lines = [line for rank in different for line in _differences(said[0], said[rank], rank)]
+    more = [f"and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
+    shown = "\n  ".join([*lines[:_SHOWN], *more])
+    raise RanksDisagreeError(
+        f"ranks {', '.join(map(str, different))} are about to export other names, shapes, dtypes or files than rank 0"
+        f"\n  {shown}\nNothing was written. All ranks must hold the same model and call the hooks at the same steps."
+    )
+
+
+def _differences(one: Sequence[Sequence[str]], another: Sequence[Sequence[str]], rank: int) -> list[str]:
+    first, other = ({entry[0]: entry[1] for entry in said} for said in (one, another))
+    return [
+        f"{name}: {first.get(name, 'not there')} on rank 0, {other.get(name, 'not there')} on rank {rank}"
+        for name in {**first, **other}
+        if first.get(name) != other.get(name)
+    ] or [f"the same in another order on rank {rank}"]

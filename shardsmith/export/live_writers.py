@@ -121,7 +121,7 @@ class SliceWriter(WeightsWriter):
                 self._written.append((model, number, mine))
                 with files.opened(number) as (writer, stays_open):
                     for box in mine:
-                        writer.write_box(box.name, box.box, box.values, box.shape)
+                        writer.write_box(box.name, box.box, box.written(), box.shape)
                     if stays_open:
                         self._unsynced.add(number)
                     else:
@@ -171,7 +171,7 @@ def shares(plan: DirectoryPlan, staged: Staged) -> Digests:
     """Return what this rank's boxes contribute to the digests of their tensors."""
     found: Digests = {}
     for model in plan.models:
-        digests = ((box.name, digest_box(box.values, box.box, box.shape)) for box in staged[model.model])
+        digests = ((box.name, digest_box(box.written(), box.box, box.shape)) for box in staged[model.model])
         _add_shares(found.setdefault(model.model, {}), digests)
     return found
 
@@ -208,7 +208,7 @@ def _compare_and_digest(writer: SafetensorsFileWriter, box: LiveBox) -> Digest:
         CorruptCheckpointError: that is something else.
         CheckpointError: it cannot be read.
     """
-    stored = writer.stored(box.name, box.shape)
+    stored, values = writer.stored(box.name, box.shape), box.written()
 
     def compare(found: Tensor, staged: Tensor) -> None:
         if not same_bits(found, staged):
@@ -217,11 +217,11 @@ def _compare_and_digest(writer: SafetensorsFileWriter, box: LiveBox) -> Digest:
     # None: the box is no run of consecutive bytes, so it is compared block by block.
     first = first_of_run(box.box, box.shape)
     if first is None:
-        for _, part in row_major_blocks(box.box.sizes, max(1, _READ_BYTES // box.values.element_size())):
-            compare(stored[part.moved(box.box.offsets).slices], box.values[part.slices])
-        return digest_box(box.values, box.box, box.shape)
+        for _, part in row_major_blocks(box.box.sizes, max(1, _READ_BYTES // values.element_size())):
+            compare(stored[part.moved(box.box.offsets).slices], values[part.slices])
+        return digest_box(values, box.box, box.shape)
     # In bytes: the box is one run in the file, read into a scratch buffer that stays in cache.
-    begin_of_run, staged = first * box.values.element_size(), box.values.view(-1).view(torch.uint8)
+    begin_of_run, staged = first * values.element_size(), values.view(-1).view(torch.uint8)
     scratch = torch.empty(min(_READ_BYTES, staged.numel()), dtype=torch.uint8, device="cpu")
 
     def look(begin: int, end: int) -> None:
@@ -231,4 +231,4 @@ def _compare_and_digest(writer: SafetensorsFileWriter, box: LiveBox) -> Digest:
             compare(part, staged[at : at + part.numel()])
 
     # ``look`` is called for each stretch just before or after it is summed up, while it is in cache.
-    return digest_run(box.values, first, look)
+    return digest_run(values, first, look)

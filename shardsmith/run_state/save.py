@@ -38,6 +38,7 @@ from shardsmith.run_state.share import Share, speakers_of
 from shardsmith.run_state.whole_directory import to_receipt
 from shardsmith.sharding.live_boxes import StagingBuffer
 from shardsmith.sharding.staged_copy import StagedCopy
+from shardsmith.sharding.step_copies import StepCopies
 from shardsmith.tensors.checkpoint_keys import KeyPath
 
 log = logging.getLogger(__name__)
@@ -78,6 +79,7 @@ class SaveInProgress:
         self._problems: list[str] = []
         self._buffer: StagingBuffer | None = None
         self._later: IsLater | None = None
+        self._step_copies: StepCopies | None = None
         self._staged: tuple[StagedCopy, list[bytes]] | None = None
 
     def begin(
@@ -86,6 +88,7 @@ class SaveInProgress:
         shared_keys: Collection[str] = (),
         buffer: StagingBuffer | None = None,
         later: IsLater | None = None,
+        step_copies: StepCopies | None = None,
     ) -> None:
         """Collect what is to be saved, agree on who writes what, make the directory, copy. Main thread; communicates.
 
@@ -95,6 +98,7 @@ class SaveInProgress:
             buffer: Where the copy goes; None if the live state does not change before ``write`` has ended.
             later: Returns whether what is at a path of the state does not change before ``settle``, so that ``write``
                 may copy it. None copies all at once.
+            step_copies: Where to offer what is copied at once to exports of the same step.
 
         Raises:
             RankFailedError: on all ranks, if collecting or copying failed on any, the ranks disagree, the target
@@ -102,7 +106,7 @@ class SaveInProgress:
             RanksDisagreeError: on all ranks, naming the values under ``shared_keys`` that are different.
         """
         phase = f"collecting {self.target.name}"
-        self._buffer, self._later = buffer, later
+        self._buffer, self._later, self._step_copies = buffer, later, step_copies
         answer = self._ranks.agree(phase, lambda: self._say(collect, shared_keys), self._decide)
         # The usual save ends with the round above: all ranks know what to write, and have copied it.
         if answer is None:  # not the same on all ranks; or not all of them have all
@@ -243,7 +247,7 @@ class SaveInProgress:
     def _stage(self, buffer: StagingBuffer) -> None:
         with without_collection():
             copy = StagedCopy(*self._tensors_and_dtypes(), buffer)
-            copy.begin(self._owner if self._later is not None else None)
+            copy.begin(self._owner if self._later is not None else None, self._step_copies)
             self._staged = copy, self._objects()
 
     def _owner(self, number: int) -> tuple[str, Tensor] | None:

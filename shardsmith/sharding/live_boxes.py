@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
@@ -32,6 +33,12 @@ class LiveBox:
     """In a tensor of this shape."""
     values: Tensor
     """Shape ``box.sizes``; live memory on the model's device, or staged on the CPU."""
+    dtype: torch.dtype | None = None
+    """Of what is to be written, where the values are still to be cast."""
+
+    def written(self) -> Tensor:
+        """Return the values as they are to be written: themselves, or a cast copy."""
+        return self.values if self.dtype is None else self.values.to(self.dtype)
 
 
 def held_boxes(tensors: Mapping[str, Tensor]) -> list[LiveBox]:
@@ -63,6 +70,19 @@ class StagingBuffer:
         self.has_room = False
         self._wanted: tuple[bool, list[torch.Size], list[torch.dtype]] | None = None  # of the last call, as the places
         self._places: list[Tensor] = []
+        self._readers = 0
+        self._given_back = threading.Condition()
+
+    def lend(self) -> None:
+        """Let somebody else read the copies: the buffer is not used again before ``give_back``. Any thread."""
+        with self._given_back:
+            self._readers += 1
+
+    def give_back(self) -> None:
+        """End what ``lend`` has begun. Any thread."""
+        with self._given_back:
+            self._readers -= 1
+            self._given_back.notify_all()
 
     def require_room(
         self, ranks: Ranks, phase: str, wanted: Callable[[], tuple[Sequence[Tensor], Sequence[torch.dtype]]]
@@ -115,7 +135,12 @@ class StagingBuffer:
             self._memory.fill_(0)
 
     def places(self, tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
-        """Return where the copies are to go, valid as those of ``copy``. Nothing is copied."""
+        """Return where the copies are to go, valid as those of ``copy``. Nothing is copied.
+
+        Waits while the buffer is lent.
+        """
+        with self._given_back:
+            self._given_back.wait_for(lambda: self._readers == 0)
         pinned = not all(map(_IS_CPU, tensors))
         wanted = pinned, [*map(_SHAPE, tensors)], [*dtypes]
         if wanted != self._wanted:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from shardsmith.sharding.later_copy import LaterCopy
 from shardsmith.sharding.live_boxes import StagingBuffer, copy_into
+from shardsmith.sharding.step_copies import StepCopies
 from shardsmith.sharding.windowed_copy import WindowedCopy
 
 SMALL_BYTES = 32 << 10
@@ -60,11 +61,12 @@ class StagedCopy:
         else:
             self._buffer.warm(self._tensors, self._dtypes)
 
-    def begin(self, find_owner: FindOwner | None = None) -> None:
+    def begin(self, find_owner: FindOwner | None = None, step_copies: StepCopies | None = None) -> None:
         """Copy all but what is left to the thread that writes. Main thread; no communication.
 
         Args:
             find_owner: Tells what may be left. None leaves nothing.
+            step_copies: Where to offer the copies to others, if all of them are made now.
         """
         if self._windows is not None:
             return
@@ -74,6 +76,8 @@ class StagedCopy:
         later = {i: owner for i in large if find_owner is not None and (owner := find_owner(i)) is not None}
         if not later:
             copy_into(tensors, copies)
+            if step_copies is not None:
+                step_copies.offer(tensors, copies, self._buffer)
         else:
             now = [i for i in range(len(tensors)) if i not in later]
             copy_into([tensors[i] for i in now], [copies[i] for i in now])
