@@ -18,7 +18,7 @@ from shardsmith.ground.layout import EMA_WEIGHTS, MAIN_WEIGHTS, PROVENANCE_FILE
 from shardsmith.hf.export_files import find_export_damage
 from shardsmith.hf.model_code import code_of_model
 from shardsmith.manifest.checkpoints import set_aside
-from shardsmith.manifest.metadata import read_json
+from shardsmith.manifest.model_settings import GENERATION_FILE, ModelSettings, write_generation
 from shardsmith.tensors.checkpoint_keys import EMA as AVERAGE
 from shardsmith.tensors.checkpoint_keys import MAIN
 
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_GENERATION = "generation_config.json"
-_OF_NO_GENERATION = ("_from_model_config", "transformers_version")
 _OF_TOKENIZERS = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "additional_chat_templates/*"),
     *("vocab.*", "merges.txt", "*.model", "tekken.json"),
@@ -122,18 +120,18 @@ class ModelFiles:
         """Return the Python files of a live model's own class, by name; of a base model they are among its files."""
         return code_of_model(model)[1] if self.base is None and model is not None else {}
 
-    def write(self, model: nn.Module | None, generation: Any, directory: Path) -> None:
+    def write(self, model: nn.Module | None, settings: ModelSettings, directory: Path) -> None:
         """Write what does not come from the base model. Rank 0, in the background; reads no weights.
 
         Args:
             model: The live model; None where there is none.
-            generation: Its ``generation_config`` as it was when the weights were copied; None if it has none.
+            settings: What it said when the weights were copied.
             directory: Where to write.
         """
         # A base model has one of its own, which is copied with its other files.
-        if generation is not None and (self.base is None or _was_changed(generation, model, self.base)):
-            with writing(directory / _GENERATION, "writing how to generate"):  # save_pretrained refuses odd settings
-                generation.to_json_file(directory / _GENERATION)
+        if (generation := settings.generation_beside(self.base)) is not None:
+            with writing(directory / GENERATION_FILE, "writing how to generate"):
+                write_generation(generation, directory)
         for name, path in self.code(model).items():
             with writing(directory / name, f"copying {path}"):
                 (directory / name).parent.mkdir(parents=True, exist_ok=True)
@@ -144,20 +142,6 @@ class ModelFiles:
             with writing(directory / name, f"copying {path}"):
                 (directory / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, directory / name)
-
-
-def _was_changed(generation: Any, model: Any, base: Path) -> bool:
-    """Whether a model generates neither as its base says nor as the library makes it of the model's config."""
-
-    def said(one: Any) -> dict[str, Any]:
-        content: dict[str, Any] = one.to_dict()
-        return {key: value for key, value in content.items() if key not in _OF_NO_GENERATION}
-
-    kind = type(generation)
-    known = [kind.from_model_config(model.config)]
-    if (base / _GENERATION).is_file():
-        known.append(kind.from_dict(read_json(base / _GENERATION)))
-    return said(generation) not in map(said, known)
 
 
 def is_sound(export: Path) -> bool:

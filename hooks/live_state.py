@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -28,11 +27,13 @@ from shardsmith.hf.base_files import choose_files
 from shardsmith.hf.directory import DirectoryPlan, Measure, ModelPlan, Origin, plan_model
 from shardsmith.hf.hf_directory import main_stem, read_config
 from shardsmith.hf.known_class import model_class_of
+from shardsmith.hf.live_config import full_config, saved_config, settings_of
 from shardsmith.hf.model_code import refuse_missing_code
 from shardsmith.hf.template import BaseTemplate, read_template
 from shardsmith.hf.ties import broken_ties, tied_groups
 from shardsmith.live.recognition import own_tensors
 from shardsmith.load.live_weights import model_state_dict
+from shardsmith.manifest.model_settings import ModelSettings, settings_of_step
 from shardsmith.name_maps.maps import NameMap, Translation, find_name_map
 from shardsmith.name_maps.matching import Alignment
 from shardsmith.name_maps.transformers import TransformersNames
@@ -56,7 +57,6 @@ from .ema import EMA
 from .held import HeldView
 from .known_plan import KnownPlan
 from .live_directory import LiveDirectory, ModelFiles
-from .model_config import full_config, saved_config
 from .stages import Stages
 from .view import View
 
@@ -217,7 +217,9 @@ class LiveState:
     def plan(self, output: Path, step: int, directory: LiveDirectory, models: Sequence[ModelPlan]) -> DirectoryPlan:
         """Return the directory of one step. All ranks, main thread; communicates where extra facts do."""
         facts = self._ema.facts() if self._ema is not None and AVERAGE in directory.stems else None
-        return self._plan(output, models, Origin(output.parent.name, step=step, ema=facts), self._files.ask())
+        origin = Origin(output.parent.name, step=step, ema=facts)
+        # Now: by the time that the files are written, the run may say otherwise.
+        return self._plan(output, models, origin, settings_of(self._inner), self._files.ask())
 
     def plan_checkpoint(
         self, checkpoint: Path, output: Path, directory: LiveDirectory, *, compare: bool
@@ -230,6 +232,7 @@ class LiveState:
         """
         with contextlib.ExitStack() as opened:
             known = known_checkpoint(checkpoint)
+            settings = settings_of_step(known.path) or settings_of(self._inner)
             sources: dict[str, ModelSource | TranslatedModel] = {}
             for name in directory.stems:
                 source = self._known_names(known.open(name))
@@ -241,12 +244,12 @@ class LiveState:
             ]
             if compare:
                 for model in models:
-                    self._fit(checkpoint, model, sources[model.model])
+                    self._fit(checkpoint, model, settings.config, sources[model.model])
             origin = origin_of(known)
             if AVERAGE not in directory.stems:
                 origin = replace(origin, ema=None)
             opened.pop_all()
-        return self._plan(output, models, origin), sources
+        return self._plan(output, models, origin, settings), sources
 
     def _known_names(self, source: ModelSource) -> ModelSource:
         """The tensors of a checkpoint of the run, under the names of the model that the module holds."""
@@ -280,15 +283,21 @@ class LiveState:
         plan = models[0].plan
         # Without dtypes: an average may have others than the main weights, under the same names.
         shapes = [(spec.name, spec.shape) for spec in plan.specs]
-        now = shapes, dict(plan.aliases), full_config(self._inner)
+        config = full_config(self._inner)
+        now = shapes, dict(plan.aliases), config
         if now != self._described:
             if self._files.base is None:
                 self._own_config = saved_config(self._inner)
-            self._compare(plan)
+            self._compare(plan, config)
             self._described = now
 
     def _plan(
-        self, output: Path, models: Sequence[ModelPlan], origin: Origin, facts: Mapping[str, str] | None = None
+        self,
+        output: Path,
+        models: Sequence[ModelPlan],
+        origin: Origin,
+        settings: ModelSettings,
+        facts: Mapping[str, str] | None = None,
     ) -> DirectoryPlan:
         return DirectoryPlan(
             output=output,
@@ -297,32 +306,30 @@ class LiveState:
             config=self._config,
             base=self._files.base,
             copies=self._copies,
-            # A copy: by the time that it is written, the run may generate otherwise.
-            companions=partial(
-                self._write_companions,
-                facts=dict(facts or {}),
-                generation=copy.deepcopy(getattr(self._inner, "generation_config", None)),
-            ),
+            companions=partial(self._write_companions, facts=dict(facts or {}), settings=settings),
             measure=self._measure,
             template=self._template.specs,
             allow=self._transient,
         )
 
-    def _compare(self, plan: ModelPlan) -> None:
+    def _compare(self, plan: ModelPlan, live: Mapping[str, Any]) -> None:
         """As ``_fit``, of the live weights; what is wrong is said of the model that trains."""
         place = self._files.base or Path(own_class(self._inner or self._model).__name__)
         try:
-            self._fit(place, plan, None)
+            self._fit(place, plan, live, None)
         except MismatchError as error:
             summary = f"{len(error.problems)} tensors of the model that trains are not as in the base model"
             raise MismatchError(place, summary, error.problems, advice_of_hooks(error, "STEP")) from None
 
-    def _fit(self, path: Path, plan: ModelPlan, source: ModelSource | TranslatedModel | None) -> None:
+    def _fit(
+        self, path: Path, plan: ModelPlan, live: Mapping[str, Any], source: ModelSource | TranslatedModel | None
+    ) -> None:
         """Adapt the config to the tensors, and compare them with the base model and with the class that it names.
 
         Args:
             path: Where the tensors are from, for the errors.
             plan: The planned tensors of one model.
+            live: What the config of the live model says, with every default.
             source: Of the tensors, where they are in a checkpoint; None for live weights, where what is tied is one
                 tensor in memory.
 
@@ -338,7 +345,7 @@ class LiveState:
             separate = {alias: kept for kept, *aliases in groups for alias in aliases}
             if source is not None and separate:
                 separate = {a: k for a, k in broken_ties(source, model_class).items() if {a, k} <= names}
-        found = fit(path, plan, config, self._template, separate, self._transient, full_config(self._inner))
+        found = fit(path, plan, config, self._template, separate, self._transient, live)
         refuse_missing_code(path, found, {*self._copies, *self._files.extra, *self._files.code(self._inner)})
         self._config, self._measure = found.config, measure_of(found, self._template)
         for change in [change for change in found.changes if change not in self._said]:
@@ -346,11 +353,11 @@ class LiveState:
             is_open = "tokenizer" in change and self._files.processor is None
             log.log(logging.WARNING if is_open else logging.INFO, "config.json is adapted: %s", change)
 
-    def _write_companions(self, directory: Path, facts: Mapping[str, str], generation: Any) -> None:
+    def _write_companions(self, directory: Path, facts: Mapping[str, str], settings: ModelSettings) -> None:
         for name, text in facts.items():
             with writing(directory / name, "writing an extra file"):
                 (directory / name).write_text(text, encoding="utf-8")
-        self._files.write(self._inner, generation, directory)
+        self._files.write(self._inner, settings, directory)
         if self._view is not None:
             self._view.write(directory)
 

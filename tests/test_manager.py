@@ -151,7 +151,7 @@ def test_tensors_of_every_form_come_back(backend: Literal["dcp", "per_rank"], tm
 
 def test_files_of_single_ranks_are_two_a_rank(saved: dict[str, Path]) -> None:
     kinds = [f"{kind}-rank-0000{rank}.safetensors" for kind in ("state", "weights") for rank in range(2)]
-    assert sorted(os.listdir(saved["per_rank"])) == ["metadata.json", *kinds]
+    assert sorted(os.listdir(saved["per_rank"])) == ["metadata.json", "model_config.json", *kinds]
 
 
 DAMAGE: dict[str, Callable[[Path], object]] = {

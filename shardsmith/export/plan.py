@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +31,7 @@ from shardsmith.hf.model_class import ModelClass
 from shardsmith.hf.model_code import refuse_missing_code
 from shardsmith.hf.template import BaseTemplate, read_template
 from shardsmith.hf.ties import broken_ties, find_ties
+from shardsmith.manifest.model_settings import GENERATION_FILE, settings_of_step, write_generation
 from shardsmith.name_maps.class_names import ClassNames
 from shardsmith.name_maps.maps import NameMap, find_name_map
 from shardsmith.name_maps.matching import match_names
@@ -87,6 +89,8 @@ class ExportPlan:
     """What was adapted in the config, and what its class says of the tensors."""
     files: BaseFiles | None = None
     """What of the base model is copied, and what is not."""
+    generates_otherwise: bool = False
+    """Whether ``generation_config.json`` is that of the model that trained, and not the base model's."""
 
     @property
     def checkpoint(self) -> Path:
@@ -119,6 +123,9 @@ def plan_directory(
     refuse_existing(output)
     known, config, template = known_checkpoint(checkpoint), read_config(base), read_template(base)
     specs = template.specs
+    # What the model said of itself when the step was saved goes before what the base says.
+    settings = settings_of_step(known.path) if known.is_ours else None
+    live = None if settings is None else settings.config
     layouts = LayoutRules(specs, options.rules)
     sources: dict[str, ModelSource | TranslatedModel] = {}
     models = []
@@ -145,19 +152,21 @@ def plan_directory(
             source = sources[model] = in_base_layout(TranslatedModel(opened, name_map), layouts)
         plan = _plan_model(source, model, stem, model_class, specs, base, chosen, name_map, sizes)
         separate = {} if model_class is None else _separate(source, plan, model_class)
-        fitted = fitted or fit(source.path, plan, config, template, separate, options.allow)
+        fitted = fitted or fit(source.path, plan, config, template, separate, options.allow, live)
         models.append(plan)
     assert fitted is not None
     tensors = {**{spec.name: spec for plan in models for spec in plan.specs}, **opened.specs}
     files = choose_files(base, tensors, trust_remote_code=options.trust_remote_code)
     refuse_missing_code(output, fitted, files.copies)
+    generation = None if settings is None else settings.generation_beside(base)
     directory = DirectoryPlan(
         output,
         tuple(models),
         origin_of(known),
         fitted.config,
         base,
-        files.copies,
+        tuple(name for name in files.copies if generation is None or name != GENERATION_FILE),
+        None if generation is None else partial(write_generation, generation),
         measure=measure_of(fitted, template),
         template=specs,
         allow=options.allow,
@@ -175,6 +184,7 @@ def plan_directory(
         tuple(dropped),
         fitted,
         files,
+        generation is not None,
     )
 
 

@@ -85,6 +85,8 @@ def _print_contents(console: Console, plan: ExportPlan) -> None:
     console.print(_files_table(plan))
     for change in plan.fitted.changes if plan.fitted else ():
         console.print(f"config.json: {change}")
+    if plan.generates_otherwise:
+        console.print("generation_config.json: as the live model had it at the step, and not the base model")
     # One for all of them: the list may be as long as the model.
     for ignored in (plan.fitted.ignored if plan.fitted else ())[:1]:
         count = len(plan.fitted.ignored) if plan.fitted else 0

@@ -22,6 +22,8 @@ from pathlib import Path
 
 METADATA_FILE = "metadata.json"
 """Our manifest of a sharded checkpoint directory."""
+MODEL_CONFIG_FILE = "model_config.json"
+"""Beside it: what the live model's config said, where the model has one."""
 MOST_MANIFEST_BYTES = 512 << 20
 """Of a manifest, which lists all tensors with their digests: a larger file is none."""
 PROVENANCE_FILE = "shardsmith.json"

@@ -18,7 +18,7 @@ from pathlib import Path
 from shardsmith.errors import CheckpointError, CheckpointNotFoundError, UnsafeCheckpointError
 from shardsmith.formats.safetensors_files.source import SafetensorsSource
 from shardsmith.formats.torch_files.files import read_torch_file
-from shardsmith.ground.layout import COMPANION, METADATA_FILE, PROVENANCE_FILE
+from shardsmith.ground.layout import COMPANION, METADATA_FILE, MODEL_CONFIG_FILE, PROVENANCE_FILE
 from shardsmith.ground.local_copy import first_bytes, names_below
 from shardsmith.hf.model_card import is_own_card
 from shardsmith.hf.model_code import code_beside
@@ -208,7 +208,7 @@ def _of_checkpoint(base: Path) -> set[str]:
     if not has_manifest(base):
         return set()
     weights = read_metadata(base).weights or {}
-    return {METADATA_FILE, *(record.folder for record in weights.values() if record.folder)}
+    return {METADATA_FILE, MODEL_CONFIG_FILE, *(record.folder for record in weights.values() if record.folder)}
 
 
 def _tensors_of(path: Path) -> Mapping[str, TensorSpec] | None:

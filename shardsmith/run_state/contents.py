@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from shardsmith.ground import layout
 from shardsmith.run_state.weight_files import WeightFiles
 
 RNG = "rng"
@@ -32,6 +33,13 @@ class Contents:
     """Where weights go that are not for DCP files."""
     names: dict[str, Any] | None = None
     """How the weights are called in Hugging Face files, as ``metadata.json`` has it. That of rank 0 counts."""
+    settings: bytes | None = None
+    """Content of ``model_config.json``; None for a model without a config. That of rank 0 counts."""
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        """What lies beside the tensors, by name: rank 0 writes it."""
+        return {} if self.settings is None else {layout.MODEL_CONFIG_FILE: self.settings}
 
 
 def facts_of(contents: Contents) -> dict[str, Any]:

@@ -122,6 +122,9 @@ class _Save:
         assert self._attempt is not None
         directory = self._attempt.directory
         measured = Measured.merge(receipts)
+        for name, content in self._contents.files.items():
+            size = self._attempt.write(name, content)
+            measured.files[name] = FileRecord(size=size, xxh3_128=xxhash.xxh3_128_hexdigest(content))
         metadata = describe(
             _index(directory, receipts),
             measured,

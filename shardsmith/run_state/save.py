@@ -325,7 +325,7 @@ class SaveInProgress:
         assert self._attempt is not None
         whole = self._share.whole
         measured = whole.measured(self._receipts)
-        beside = {**whole.indexes(self._receipts, self._attempt_id), **extra}
+        beside = {**whole.indexes(self._receipts, self._attempt_id), **self.contents.files, **extra}
         for name, content in beside.items():
             size = self._attempt.write(name, content)
             measured.files[name] = FileRecord(size=size, xxh3_128=xxhash.xxh3_128_hexdigest(content))

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from shardsmith.errors import UsageError
+from shardsmith.hf.live_config import recorded_settings
 from shardsmith.run_state.alike import tensors_of
 from shardsmith.run_state.average import Average
 from shardsmith.run_state.contents import RNG, Contents
@@ -168,7 +169,15 @@ class TrainState:
             state = self._as_saved(made_readable(state))
         facts = self.ema.facts() if self.ema is not None else None
         options = {} if to_load else self._options.now()
-        return Contents(step=step, state_dict=state, ema=facts, tied=found.tied, mesh=mesh_of(main), options=options)
+        return Contents(
+            step=step,
+            state_dict=state,
+            ema=facts,
+            tied=found.tied,
+            mesh=mesh_of(main),
+            options=options,
+            settings=recorded_settings(self._model) if with_main and not to_load and self._rank == 0 else None,
+        )
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Hand loaded state, in the form that ``collect`` gave, back to its owners. All ranks; communicates (FSDP1)."""

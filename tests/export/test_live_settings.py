@@ -78,6 +78,14 @@ def settings(directory: Path) -> dict[str, Any]:
     return {key: value for key, value in without(content).items() if value is not None}
 
 
+def saved_step(model: Any, folder: Path, **options: Any) -> Path:
+    """A step of a run, which records what the model's config says."""
+    hooks = Hooks(ShardedSave(folder, model=model, when=every(1), **options))
+    hooks.step(1)
+    hooks.close()
+    return folder / "step-1"
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_what_the_live_model_computes_with_is_in_its_config(name: str, tmp_path: Path) -> None:
     make, changes = CASES[name]
@@ -86,9 +94,49 @@ def test_what_the_live_model_computes_with_is_in_its_config(name: str, tmp_path:
     model.save_pretrained(tmp_path / "library")
     assert settings(tmp_path / "library") != settings(tmp_path / "base")
     assert settings(export_live(model, tmp_path / "base", tmp_path / "live")) == settings(tmp_path / "library")
+    to_hf(saved_step(model, tmp_path / "run"), tmp_path / "base", tmp_path / "later")
+    assert settings(tmp_path / "later") == settings(tmp_path / "library")
     # A model as its base has it leaves the base's config as it is, to the letter.
-    kept = config_of(export_live(make(), tmp_path / "base", tmp_path / "unchanged"))
-    assert kept == config_of(tmp_path / "base")
+    to_hf(saved_step(make(), tmp_path / "run-as-base"), tmp_path / "base", tmp_path / "later-unchanged")
+    for kept in (export_live(make(), tmp_path / "base", tmp_path / "unchanged"), tmp_path / "later-unchanged"):
+        assert config_of(kept) == config_of(tmp_path / "base")
+
+
+def test_a_step_says_what_the_model_said_when_it_was_saved(tmp_path: Path) -> None:
+    """Not what the base says, nor what the model says later."""
+    base = tmp_path / "base"
+    llama(eos_token_id=2).save_pretrained(base)
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(70)
+    model.config.rope_parameters = LINEAR
+    model.generation_config.eos_token_id = [2, 5]
+    model.save_pretrained(tmp_path / "library")
+    held = torch.nn.ModuleDict({"policy": model, "value": torch.nn.Linear(2, 1)})
+    steps = [saved_step(model, tmp_path / "run"), saved_step(model, tmp_path / "one", weights="huggingface")]
+    recorded = [(step / "model_config.json").read_bytes() for step in (*steps, saved_step(held, tmp_path / "held"))]
+    assert len(set(recorded)) == 1
+    model.config.rope_parameters = {"rope_type": "default", "rope_theta": 1.0}
+    model.generation_config.eos_token_id = 3
+    for number, step in enumerate(steps):
+        directory = tmp_path / f"out-{number}"
+        check = to_hf(step, base, directory)
+        assert any("rope_parameters" in change for change in check.config_changes)
+        assert settings(directory) == settings(tmp_path / "library")
+        loaded = type(model).from_pretrained(directory)
+        assert loaded.generation_config.eos_token_id == [2, 5]
+        assert all(torch.equal(loaded.state_dict()[name], value) for name, value in model.state_dict().items())
+    # A step may be a base, and what it recorded is no part of a model.
+    to_hf(steps[0], steps[1], tmp_path / "of-step")
+    assert not (tmp_path / "of-step" / "model_config.json").exists()
+
+
+def test_a_config_that_cannot_be_written_fails_no_save(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = llama()
+    model.config.to_json_string = lambda **_: 1 / 0
+    step = saved_step(model, tmp_path / "run")
+    assert (step / "metadata.json").is_file()
+    assert not (step / "model_config.json").exists()
+    assert "the config of LlamaForCausalLM is not recorded" in caplog.text
 
 
 @pytest.mark.parametrize("scaling", [None, {"type": "linear", "factor": 2.0}], ids=["none", "linear"])
