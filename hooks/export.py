@@ -312,9 +312,7 @@ class HFExport(Hook):
             targets = [self._folder.targets(step)[i] for i in wanted]
             checks = [self._ask(*target) for target in targets]
             buffers = [self._in_flight.next_buffers[i] for i in wanted]
-            # Behind another export it would keep the buffer of the save for long, and the next save would wait.
-            shared = None if self.in_flight else self.step_copies
-            begin = self._source.begin(step, targets, buffers, shared)
+            begin = self._source.begin(step, targets, buffers, self.step_copies)
         except BaseException as failure:
             self.emit(event_of("export", step, self.directory / step_name(step), watch, self._ranks.size, failure))
             raise

@@ -232,8 +232,7 @@ class ShardedSave(Hook):
     def save(self, step: StepNumber) -> None:
         """Save now, as ``step-<step>``. All ranks; communicates.
 
-        A save that is still in flight is waited for first, and an export that still reads what the last one has copied.
-        On return the live state may change again.
+        A save that is still in flight is waited for first. On return the live state may change again.
 
         Raises:
             RankFailedError: on all ranks, if any failed. Nothing was published, and a later save starts afresh. With

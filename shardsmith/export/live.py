@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Self
@@ -240,7 +241,7 @@ class JointExport:
             self._receipts = self._ranks.gather(f"reading {name} back", self._read_back, large=True)
         finally:
             self._writer.close()
-            # Before the directory is completed and checked, which may take long, and a save may wait for this.
+            # Before the directory is completed and checked, which may take long: a save would copy it all for nothing.
             self._give_back()
 
     def commit(self) -> Path:
@@ -274,11 +275,11 @@ class JointExport:
         self, boxes: Sequence[LiveBox], specs: Mapping[str, TensorSpec], step_copies: StepCopies
     ) -> Sequence[LiveBox]:
         """Take what there are copies of; return the other boxes."""
-        self._borrowed = step_copies.borrow([box.values for box in boxes])
-        pairs = [*zip(boxes, self._borrowed.copies, strict=True)]
+        borrowed = self._borrowed = step_copies.borrow(*_values_and_dtypes(boxes, specs))
+        pairs = [*zip(boxes, borrowed.copies, strict=True)]
         self._shared = [
-            replace(box, values=copy, dtype=None if copy.dtype == specs[box.name].dtype else specs[box.name].dtype)
-            for box, copy in pairs
+            replace(box, values=copy, read=partial(borrowed.read, number))
+            for number, (box, copy) in enumerate(pairs)
             if copy is not None
         ]
         return [box for box, copy in pairs if copy is None]

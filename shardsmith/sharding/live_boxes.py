@@ -33,12 +33,12 @@ class LiveBox:
     """In a tensor of this shape."""
     values: Tensor
     """Shape ``box.sizes``; live memory on the model's device, or staged on the CPU."""
-    dtype: torch.dtype | None = None
-    """Of what is to be written, where the values are still to be cast."""
+    read: Callable[[], Tensor] | None = None
+    """Returns the values as they are to be written, where ``values`` are somebody else's, who may need their memory."""
 
     def written(self) -> Tensor:
-        """Return the values as they are to be written: themselves, or a cast copy."""
-        return self.values if self.dtype is None else self.values.to(self.dtype)
+        """Return the values as they are to be written: themselves, or a copy for this call."""
+        return self.values if self.read is None else self.read()
 
 
 def held_boxes(tensors: Mapping[str, Tensor]) -> list[LiveBox]:
@@ -70,19 +70,23 @@ class StagingBuffer:
         self.has_room = False
         self._wanted: tuple[bool, list[torch.Size], list[torch.dtype]] | None = None  # of the last call, as the places
         self._places: list[Tensor] = []
-        self._readers = 0
-        self._given_back = threading.Condition()
+        self._readers: list[Callable[[], None]] = []
+        self._changing = threading.Lock()  # of the readers
 
-    def lend(self) -> None:
-        """Let somebody else read the copies: the buffer is not used again before ``give_back``. Any thread."""
-        with self._given_back:
-            self._readers += 1
+    def lend(self, move_out: Callable[[], None]) -> None:
+        """Let somebody else read the copies until ``give_back``.
 
-    def give_back(self) -> None:
+        Args:
+            move_out: Called before the buffer is used again, on that thread: copies what is still to be read, and
+                gives back.
+        """
+        with self._changing:
+            self._readers.append(move_out)
+
+    def give_back(self, move_out: Callable[[], None]) -> None:
         """End what ``lend`` has begun. Any thread."""
-        with self._given_back:
-            self._readers -= 1
-            self._given_back.notify_all()
+        with self._changing:
+            self._readers.remove(move_out)
 
     def require_room(
         self, ranks: Ranks, phase: str, wanted: Callable[[], tuple[Sequence[Tensor], Sequence[torch.dtype]]]
@@ -137,10 +141,12 @@ class StagingBuffer:
     def places(self, tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
         """Return where the copies are to go, valid as those of ``copy``. Nothing is copied.
 
-        Waits while the buffer is lent.
+        Whoever reads the last copies has them moved out first.
         """
-        with self._given_back:
-            self._given_back.wait_for(lambda: self._readers == 0)
+        with self._changing:
+            readers = [*self._readers]
+        for move_out in readers:
+            move_out()
         pinned = not all(map(_IS_CPU, tensors))
         wanted = pinned, [*map(_SHAPE, tensors)], [*dtypes]
         if wanted != self._wanted:

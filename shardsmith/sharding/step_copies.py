@@ -1,17 +1,20 @@
 """What saves of a step have copied, so that an export of the same step reads it instead of copying it once more.
 
 A copy is found by the memory that it was made of: whatever an export calls a tensor, however it cuts it up, and
-whichever object stands for it. The buffer of the save is not used again before all exports have given back.
+whichever object stands for it. Before the buffer of the save is used again, what is still to be read is copied out of
+it: a save never waits for an export.
 """
 
 from __future__ import annotations
 
 import contextlib
+import threading
 from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cached_property
 from operator import attrgetter
 
+import torch
 from torch import Tensor
 
 from shardsmith.sharding.live_boxes import StagingBuffer
@@ -31,7 +34,7 @@ class StepCopies:
         Args:
             tensors: Live tensors of this rank. They are kept until ``clear``, so that no other ones get their memory.
             copies: Of them, in the same dtypes, contiguous, and in ``buffer``.
-            buffer: Not used again while it is lent.
+            buffer: Of the copies.
         """
         with contextlib.suppress(RuntimeError):  # tensors that were made in inference mode count no versions
             # A later copy into the same buffer replaces what was there.
@@ -41,9 +44,14 @@ class StepCopies:
         """Forget all copies. What was borrowed stays valid until it is given back."""
         self._offers.clear()
 
-    def borrow(self, wanted: Sequence[Tensor]) -> Borrowed:
-        """Return the copies that there are of live tensors of this rank. To be given back, even if there are none."""
-        borrowed = Borrowed([None] * len(wanted))
+    def borrow(self, wanted: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> Borrowed:
+        """Return the copies that there are of live tensors of this rank. To be given back, even if there are none.
+
+        Args:
+            wanted: The live tensors.
+            dtypes: Into which their copies are to be cast.
+        """
+        borrowed = Borrowed(dtypes)
         for buffer, offer in self._offers.items():
             found = [
                 offer.find(tensor) if copy is None else None
@@ -58,25 +66,52 @@ class Borrowed:
     """Copies of somebody else, which can be read until they are given back.
 
     Attributes:
-        copies: In the order in which they were asked for: in the shape and dtype of the live tensor, contiguous; None
-            where there is none.
+        copies: In the order in which they were asked for: in the shape of the live tensor, contiguous; None where
+            there is none. To be read by ``read``: their memory may be used for something else at any time.
     """
 
-    def __init__(self, copies: list[Tensor | None]) -> None:
-        self.copies = copies
+    def __init__(self, dtypes: Sequence[torch.dtype]) -> None:
+        self.copies: list[Tensor | None] = [None] * len(dtypes)
+        self._dtypes = dtypes
         self._buffers: list[StagingBuffer] = []
+        self._reading = threading.Lock()  # what is copied out of the buffers
+        self._is_own = False
 
     def add(self, copies: Sequence[Tensor | None], buffer: StagingBuffer) -> None:
         """Borrow more from one buffer."""
-        buffer.lend()
+        buffer.lend(self.move_out)
         self._buffers.append(buffer)
         self.copies = [old if new is None else new for old, new in zip(self.copies, copies, strict=True)]
 
+    def read(self, number: int) -> Tensor:
+        """Return the values of a copy, cast; nothing changes them while they are used. Any thread."""
+        with self._reading:
+            copy = self.copies[number]
+            assert copy is not None, "there is none, or it was given back"
+            return copy if self._is_own else copy.to(self._dtypes[number], copy=True)
+
+    def move_out(self) -> None:
+        """Copy what is still borrowed, cast, to memory of its own, and give it back. Any thread."""
+        with self._reading:
+            if not self._is_own:
+                self.copies = [
+                    copy if copy is None else copy.to(dtype, copy=True)
+                    for copy, dtype in zip(self.copies, self._dtypes, strict=False)  # none are left if given back
+                ]
+                self._is_own = True
+        self._return()
+
     def give_back(self) -> None:
         """Read them no more. Any thread; a second call does nothing."""
-        self.copies = []
-        while self._buffers:
-            self._buffers.pop().give_back()
+        with self._reading:
+            self.copies = []
+        self._return()
+
+    def _return(self) -> None:
+        with self._reading:
+            buffers, self._buffers = self._buffers, []
+        for buffer in buffers:
+            buffer.give_back(self.move_out)
 
 
 class _Offer:

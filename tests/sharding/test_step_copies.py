@@ -1,4 +1,4 @@
-"""What a save has copied is found by its memory, as long as it has not changed, and is lent until it is given back."""
+"""What a save has copied is found by its memory while it is unchanged, and moved out when the buffer is used again."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ def test_a_copy_is_found_by_memory_and_version() -> None:
     StagedCopy(live, [tensor.dtype for tensor in live], memory).begin(None, found)
     buffer += 1
     others = [weight[2:4], weight.detach().view(-1)[7:9], weight.view(torch.int32), weight[:, 1:], weight.clone()]
-    whole, rows, run, *nothing = found.borrow([weight, *others, buffer, turned, torch.empty(0)]).copies
+    wanted = [weight, *others, buffer, turned, torch.empty(0)]
+    whole, rows, run, *nothing = found.borrow(wanted, [tensor.dtype for tensor in wanted]).copies
     assert whole is not None
     assert rows is not None
     assert run is not None
@@ -26,13 +27,21 @@ def test_a_copy_is_found_by_memory_and_version() -> None:
     assert nothing == [None] * 6
 
 
-def test_a_buffer_is_lent_until_the_last_one_gives_it_back() -> None:
-    live, memory, found = [torch.ones(3)], StagingBuffer(), StepCopies()
-    StagedCopy(live, [torch.float32], memory).begin(None, found)
-    one, other, none = found.borrow(live), found.borrow(live), found.borrow([torch.ones(3)])
+def test_a_copy_is_moved_out_of_a_buffer_that_is_used_again() -> None:
+    live, memory, found = [torch.ones(3), torch.full((2,), 2.0)], StagingBuffer(), StepCopies()
+    same, dtypes = [torch.float32] * 2, [torch.bfloat16, torch.float32]
+    StagedCopy(live, same, memory).begin(None, found)
+    one, other, none = found.borrow(live, dtypes), found.borrow(live, same), found.borrow([torch.ones(3)], same[:1])
     found.clear()
-    assert found.borrow(live).copies == [None]
-    for borrowed, readers in ((none, 2), (one, 1), (one, 1), (other, 0)):
-        borrowed.give_back()
-        assert memory._readers == readers
-    memory.places(live, [torch.float32])
+    assert found.borrow(live, same).copies == [None, None]
+    none.give_back()
+    other.give_back()
+    other.give_back()
+    assert len(memory._readers) == 1
+    held = one.read(1)
+    StagedCopy([tensor + 5 for tensor in live], same, memory).begin()
+    assert not memory._readers
+    assert torch.equal(held, live[1])
+    assert torch.equal(one.read(0), live[0].bfloat16())
+    assert torch.equal(one.read(1), live[1])
+    one.give_back()
