@@ -352,7 +352,7 @@ class HFExport(Hook):
         if busy and when_busy == "wait":
             # One more must end, and all ranks wait for the same number.
             ended += 1
-        in_flight.collect(ended)
+        in_flight.take_back(ended)
         if busy and when_busy == "raise":
             raise UsageError(f"step {step} cannot be exported: two exports are in flight. Export less often, or wait")
         if busy and when_busy == "skip":

@@ -21,7 +21,6 @@ class Running:
     """One export."""
 
     step: int
-    buffers: list[StagingBuffer]
     future: Future[list[Path]]
     """The directories that it has made."""
 
@@ -44,6 +43,7 @@ class InFlight:
         self._ended_count = 0
         bound = None if most_bytes is None else most_bytes // (SLOTS * directories)
         self._free = [[StagingBuffer(bound) for _ in range(directories)] for _ in range(SLOTS)]
+        self._lent: deque[list[StagingBuffer]] = deque()  # to exports that not all ranks know to have ended
         self._running: deque[Running] = deque()
         self._ended: list[Running] = []  # not yet taken
         self.background = Background("shardsmith-export")
@@ -55,7 +55,8 @@ class InFlight:
 
     def start(self, step: int, export: Callable[[], list[Path]]) -> None:
         """Run an export, when those before it have ended."""
-        self._running.append(Running(step, self._free.pop(), self.background.submit(export)))
+        self._running.append(Running(step, self.background.submit(export)))
+        self._lent.append(self._free.pop())
         self.started += 1
 
     def ended(self) -> int:
@@ -63,14 +64,22 @@ class InFlight:
         return self._ended_count + sum(running.future.done() for running in self._running)
 
     def collect(self, count: int) -> None:
-        """Wait until this many exports have ended since the start, and take their buffers back."""
+        """Wait until this many exports have ended since the start."""
         while self._ended_count < count:
             ended = self._running.popleft()
             # `wait` and not `result`: what failed is raised by whoever takes it.
             wait([ended.future])
             self._ended_count += 1
             self._ended.append(ended)
-            self._free.append(ended.buffers)
+
+    def take_back(self, count: int) -> None:
+        """As ``collect``, and take the buffers of so many exports back. The same number on all ranks.
+
+        Else ranks would stage the next export into different buffers, and only some would ask for memory for theirs.
+        """
+        self.collect(count)
+        while self.started - len(self._lent) < count:
+            self._free.append(self._lent.popleft())
 
     def take_ended(self) -> list[Running]:
         """Return what was collected and not yet taken."""
@@ -81,5 +90,6 @@ class InFlight:
         """Wait for all, and free the buffers. Nothing can be exported afterwards."""
         self.background.close()
         # The memory of the old buffers is freed with them.
-        self._free = [[StagingBuffer() for _ in buffers] for buffers in self._free]
+        self._free = [[StagingBuffer() for _ in buffers] for buffers in (*self._free, *self._lent)]
+        self._lent.clear()
         release_pinned()

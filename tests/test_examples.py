@@ -54,7 +54,7 @@ def test_the_benchmark_runs_every_tool(tmp_path: Path) -> None:
     broken = int(torch.__version__.startswith(("2.11.", "2.12.")))  # dcp.async_save with a stager raises there
     assert len(figures["save"]) == 10 - 2 * broken
     assert len(figures["save"]["pauses"]) == 3 - broken
-    assert len(figures["one-write"]) == 5
+    assert len(figures["one-write"]) == 6
     assert len(figures["offline"]) == 4
     assert len(figures["initial"]) == 7
     assert len(figures["bagel"]) == 5

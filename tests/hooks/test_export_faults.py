@@ -9,6 +9,8 @@ import re
 import resource
 import shutil
 import subprocess
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from torch.distributed.fsdp import fully_shard
 
 from shardsmith.errors import CorruptCheckpointError, RankFailedError, ShardsmithError, UsageError
 from shardsmith.formats.safetensors_files.writer import SafetensorsFileWriter
-from shardsmith.hooks import EMA, HFExport, every
+from shardsmith.hooks import EMA, HFExport, at, every
 from tests.ranks import error_of_all, run_on_ranks
 
 MiB = 1 << 20
@@ -304,6 +306,33 @@ def run_hearing_first(directory: Path) -> None:
     assert len(errors) == (1 if dist.get_rank() == 0 else 0)
     run.goes_on(1, 2, 3, 4, 5)
     run.export.close()
+
+
+def test_a_rank_that_sees_the_end_of_an_export_first_stays_in_step_with_the_others(tmp_path: Path) -> None:
+    run_on_ranks(run_seeing_first, 2, tmp_path, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} >= {"step-1", "step-3"}
+
+
+def run_seeing_first(directory: Path) -> None:
+    """On rank 0 the first export ends when the next one has begun; rank 1 sees its end at a step in between."""
+    run, goes_on = Run(directory), threading.Event()
+    run.export.when = at(1, 3)
+    finish = run.export._finish
+
+    def late(*args: Any) -> Any:
+        made = finish(*args)
+        assert goes_on.wait(60)
+        return made
+
+    if dist.get_rank() == 0:
+        run.export._finish = late  # type: ignore[method-assign]
+    run.export.on_step_end(1)
+    while dist.get_rank() == 1 and run.export.in_flight:
+        time.sleep(0.01)
+    run.export.on_step_end(2)
+    run.export.on_step_end(3)
+    goes_on.set()
+    run.export.wait()
 
 
 @pytest.mark.parametrize("at", [-1, -3 * MiB])  # in the bias, and in the middle of the weight
