@@ -103,7 +103,7 @@ def losses(job: Job) -> tuple[dict[str, Any], float]:
 def test_the_bias_is_all_that_an_export_lacks(jobs: dict[str, Job]) -> None:
     live, exported = losses(jobs["in a file"])
     assert live["largest"] > small_models.BALANCE
-    assert live["without"] == pytest.approx(exported, abs=2e-5)
+    assert live["without"] == pytest.approx(exported, abs=1e-4)
     assert abs(live["with"] - exported) > 2e-4
 
 
@@ -123,4 +123,4 @@ def test_an_export_that_answers_otherwise_than_the_run_is_refused_where_it_is_lo
 def test_0_2_does_not_move_the_bias_of_qwen3_so_its_export_is_the_model_that_trains(jobs: dict[str, Job]) -> None:
     live, exported = losses(jobs["as it comes"])
     assert live["largest"] == 0
-    assert live["with"] == pytest.approx(exported, abs=2e-5)
+    assert live["with"] == pytest.approx(exported, abs=1e-4)
