@@ -42,7 +42,7 @@ PARALLEL = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test: $(READY) $(if $(TEST_ARGS),,$(TITAN_READY))  ## every test; with TEST_ARGS only those of the main environment
 	$(if $(TEST_ARGS),,OMP_NUM_THREADS=1) $(BIN)/python -m pytest $(if $(TEST_ARGS),$(TEST_ARGS),$(PARALLEL))
-	$(if $(TEST_ARGS),,OMP_NUM_THREADS=1 $(MAKE) -j $(WORKERS) --output-sync test-titan)
+	$(if $(TEST_ARGS),,$(MAKE) test-titan)
 
 # Saves of both kinds, resumes, exports, the average, wiring, Trainer and accelerate: about two minutes.
 OLDEST_TESTS ?= tests/checking tests/run_state/test_readable.py tests/run_state/test_saved_structure.py \
