@@ -57,7 +57,7 @@ def noting_exports(run: Path) -> Iterator[None]:
 
     def close(in_flight: InFlight) -> None:
         in_flight.background.close()
-        in_flight.collect(in_flight.started)
+        in_flight.take_back(in_flight.started)
         found.append(sum(len(one._memory) + len(one.beside._memory) for slot in in_flight._free for one in slot))
         original(in_flight)
 
