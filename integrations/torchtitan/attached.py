@@ -35,6 +35,7 @@ from shardsmith.hooks.save_weights import HuggingFaceWeights
 from shardsmith.hooks.schedule import Schedule
 from shardsmith.hooks.stages import are_stages, names_on_all
 from shardsmith.name_maps.maps import NameMap
+from shardsmith.sharding.step_copies import StepCopies
 from shardsmith.tensors.fqn import clean_fqn
 
 from .adapters import complete_translation
@@ -134,6 +135,11 @@ class Attached:
         self._data = EndOfData(self._trainer, options.export_last)
         # Right after the optimizers' step; the checkpoint manager is called only later.
         optimizers.register_step_post_hook(self._on_optimizer_step)
+
+    @property
+    def step_copies(self) -> StepCopies | None:
+        """Where a save offers what it copies to the export of the same step; None without exports."""
+        return None if self._export is None else self._export.step_copies
 
     def train_begin(self) -> None:
         """Training begins: whatever was to be loaded is loaded. What a former run did not do at its end is done."""

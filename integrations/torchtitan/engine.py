@@ -25,6 +25,7 @@ from shardsmith.run_state.save import SaveInProgress
 from shardsmith.run_state.share import Share
 from shardsmith.run_state.train_state import mesh_of
 from shardsmith.sharding.live_boxes import StagingBuffer
+from shardsmith.sharding.step_copies import StepCopies
 from shardsmith.tensors.device_copy import release_pinned
 from shardsmith.tensors.fqn import tied_weights
 
@@ -73,7 +74,9 @@ class Engine:
         self._last: Future[None] | None = None
 
     @torch.no_grad()
-    def save(self, step: int, path: Path, state: Mapping[str, Any], mode: str) -> Any:
+    def save(
+        self, step: int, path: Path, state: Mapping[str, Any], mode: str, step_copies: StepCopies | None = None
+    ) -> Any:
         """Save a step; what is at ``path`` is replaced. All ranks; communicates. The folder appears when it is whole.
 
         Args:
@@ -81,6 +84,7 @@ class Engine:
             path: Its folder.
             state: Values, and things that have a state, by key.
             mode: The value of TorchTitan's ``AsyncMode``.
+            step_copies: Where to offer what is copied to an export of the same step.
 
         Returns:
             As TorchTitan expects of each mode: None; a future; or a response with one of the copy and one of the save.
@@ -93,7 +97,8 @@ class Engine:
         self._ranks.lead(f"preparing {path.name}", partial(_make_way, path))
         self._is_warm = True
         job = SaveInProgress(path, self._ranks, self._share)
-        job.begin(lambda: self._contents(step, path, state), buffer=None if mode == "disabled" else self._buffer)
+        buffer = None if mode == "disabled" else self._buffer
+        job.begin(lambda: self._contents(step, path, state), buffer=buffer, step_copies=step_copies)
         if mode == "disabled":
             _finish(job)
             gc.collect(1)  # as TorchTitan does, which has switched Python's own collections off

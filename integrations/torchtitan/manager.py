@@ -178,7 +178,10 @@ class HookedManager(CheckpointManager):
         state, engine = {**state_dict, **attached.states}, attached.engine
         # Some versions give the mode by name, others by position.
         if engine is not None:
-            result = engine.save(step, path, state, (kwargs["async_mode"] if "async_mode" in kwargs else args[0]).value)
+            mode = (kwargs["async_mode"] if "async_mode" in kwargs else args[0]).value
+            # After the save of step 0, and after that of a run that was asked to end, no export comes to read them.
+            is_shared = step > 0 and not self._stopping
+            result = engine.save(step, path, state, mode, attached.step_copies if is_shared else None)
         else:
             result = super().dcp_save(state, checkpoint_id, *args, **kwargs)
         if attached.recorder is not None:
