@@ -29,6 +29,7 @@ from shardsmith.hf.hf_directory import main_stem, read_config
 from shardsmith.hf.known_class import model_class_of
 from shardsmith.hf.live_config import full_config, saved_config, settings_of
 from shardsmith.hf.model_code import refuse_missing_code
+from shardsmith.hf.modules import Modules
 from shardsmith.hf.template import BaseTemplate, read_template
 from shardsmith.hf.ties import broken_ties, tied_groups
 from shardsmith.live.recognition import own_tensors
@@ -319,7 +320,20 @@ class LiveState:
             self._fit(place, plan, live, None)
         except MismatchError as error:
             summary = f"{len(error.problems)} tensors of the model that trains are not as in the base model"
-            raise MismatchError(place, summary, error.problems, advice_of_hooks(error, "STEP")) from None
+            advice = self._advice_of_modules(plan) or advice_of_hooks(error, "STEP")
+            raise MismatchError(place, summary, error.problems, advice) from None
+
+    def _advice_of_modules(self, plan: ModelPlan) -> str:
+        """What to do about a model of sentence-transformers whose modules have weights; empty for any other model."""
+        base = self._files.base
+        held = Modules(base).divide([spec.name for spec in plan.specs]) if base is not None else []
+        if not held:
+            return ""
+        return (
+            f"Nothing was written. The model has weights of {', '.join(module.folder for module, _ in held)}, which "
+            "HFExport does not write. Leave it out and export saved steps, with all modules:\n"
+            f"shardsmith to-hf --checkpoint STEP --base-model {base} --output-dir DIRECTORY"
+        )
 
     def _fit(
         self, path: Path, plan: ModelPlan, live: Mapping[str, Any], source: ModelSource | TranslatedModel | None

@@ -75,6 +75,8 @@ class ExportCheck:
     """Files of the base model that hold weights of other parts, and were copied -> size in bytes."""
     not_copied: dict[str, str]
     """Files of the base model that were left out for what they hold -> why."""
+    old_weights: list[str]
+    """Files among ``copied_weights`` of which the checkpoint has newer tensors, which were left out as asked for."""
     models: list[ModelCheck]
 
 
@@ -121,6 +123,7 @@ def check_export(
         config_changes=list(plan.fitted.changes) if plan.fitted else [],
         copied_weights=dict(plan.files.weights) if plan.files else {},
         not_copied=plan.files.not_copied if plan.files else {},
+        old_weights=list(plan.old_weights),
         models=[
             _check_model(plan, model, directory, digests[model.model], main, plans) for model in plan.directory.models
         ],
@@ -140,11 +143,12 @@ def _check_model(
     for spec in model.specs:
         dtypes[dtype_name(spec.dtype)] = dtypes.get(dtype_name(spec.dtype), 0) + spec.numel
     same = None if model.model != EMA or main is None else [n for n, text in digests.items() if main.get(n) == text]
+    template = plan.modules.get(model.model, plan.template.specs)
     # What the base lacks, or has in another shape, cannot have its dtype.
-    alike = [s for s in model.specs if (t := plan.template.specs.get(s.name)) is not None and t.shape == s.shape]
-    shapes = {s.name for s in model.specs if s.name in plan.template.specs and s not in alike}
+    alike = [s for s in model.specs if (t := template.get(s.name)) is not None and t.shape == s.shape]
+    shapes = {s.name for s in model.specs if s.name in template and s not in alike}
     # Without a template nothing differs: ``^`` would give all names.
-    differing = sorted(name for name in (names ^ plan.template.specs.keys()) | shapes if plan.template.specs)
+    differing = sorted(name for name in (names ^ template.keys()) | shapes if template)
     return ModelCheck(
         model=model.model,
         files=[file.name for file in model.weights.files],
@@ -153,7 +157,7 @@ def _check_model(
         dtypes=dtypes,
         read_back=plan.verify,
         compared=len(alike),
-        same_dtype=sum(spec.dtype == plan.template.specs[spec.name].dtype for spec in alike),
+        same_dtype=sum(spec.dtype == template[spec.name].dtype for spec in alike),
         allowed=[name for name in differing if any(fnmatchcase(name, pattern) for pattern in plan.allow)],
         rules={name: rule for name, rule in plan.rules.items() if name in names},
         orders={name: order for name, order in plan.orders.items() if name in names},

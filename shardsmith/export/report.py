@@ -58,6 +58,7 @@ def _plain(plan: ExportPlan) -> dict[str, object]:
         "compared": str(plan.directory.measure),
         "config_changes": list(plan.fitted.changes) if plan.fitted else [],
         "not_copied": plan.files.not_copied if plan.files else {},
+        "old_weights": list(plan.old_weights),
         "bytes": plan.directory.nbytes,
         "models": [
             {
@@ -99,6 +100,8 @@ def _print_contents(console: Console, plan: ExportPlan) -> None:
         console.print(line)
     if plan.dropped:
         console.print(f"left out, as asked for: {', '.join(plan.dropped)}")
+    for name in plan.old_weights:
+        console.print(f"{name} is the base model's own: what the checkpoint has of it was left out")
     for model in plan.directory.models:
         for alias, kept in model.aliases.items():
             console.print(f"{model.model}: {alias} is tied to {kept}, which alone is in the file")

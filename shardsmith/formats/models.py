@@ -78,6 +78,11 @@ class ModelSource:
         aliases = {alias: kept for alias, kept in self.aliases.items() if alias not in gone and kept not in gone}
         return self._of(keys, self.filled - gone, aliases)
 
+    def only(self, keys: Mapping[str, str]) -> ModelSource:
+        """Return some tensors alone: new name -> name here."""
+        own = {new: self.keys[name] for new, name in keys.items()}
+        return self._of(own, frozenset(new for new, name in keys.items() if name in self.filled), {})
+
     def tied(self, aliases: Mapping[str, str]) -> ModelSource:
         """Return the same with some names left out that are tied to others: alias -> kept name."""
         keys = {name: key for name, key in self.keys.items() if name not in aliases}

@@ -158,7 +158,7 @@ class _Judge:
         if "/" not in name and name.startswith(("model", "ema", "pytorch_model", "diffusion_pytorch_model")):
             return "weights of the base model, by its name"
         try:
-            specs = _tensors_of(self._base / name)
+            specs = tensors_of(self._base / name)
         except CheckpointError as error:
             return f"cannot be read as weights, so nobody knows of what ({type(error).__name__})"
         if specs is None:
@@ -211,8 +211,8 @@ def _of_checkpoint(base: Path) -> set[str]:
     return {METADATA_FILE, MODEL_CONFIG_FILE, *(record.folder for record in weights.values() if record.folder)}
 
 
-def _tensors_of(path: Path) -> Mapping[str, TensorSpec] | None:
-    """The tensors in a file; None if it is no file of tensors. Raises CheckpointError if it cannot be read."""
+def tensors_of(path: Path) -> Mapping[str, TensorSpec] | None:
+    """Return the tensors in a file; None if it is no file of tensors. Raises CheckpointError if it cannot be read."""
     if path.suffix != ".safetensors":
         # Suffixes such as .bin are used for other data, too; only files of torch begin so.
         if not first_bytes(path, 4).startswith(_TORCH_MAGIC):

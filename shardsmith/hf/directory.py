@@ -22,7 +22,7 @@ class ModelPlan:
     """One model on its way into one set of files."""
 
     model: str
-    """``main`` or ``ema``."""
+    """``main`` or ``ema``; of a module beside one of them, as ``Module.called`` has it."""
     specs: tuple[TensorSpec, ...]
     """As they will be written."""
     weights: WeightsPlan
@@ -32,6 +32,11 @@ class ModelPlan:
     """Tied names that are not written -> the name that is."""
     filled: frozenset[str] = frozenset()
     """What an average does not cover, and takes from main."""
+
+    @property
+    def is_module(self) -> bool:
+        """Whether it is a module of sentence-transformers in a folder of its own, and not a whole model."""
+        return "/" in self.stem
 
     @property
     def nbytes(self) -> int:

@@ -47,7 +47,7 @@ def check_directory(plan: DirectoryPlan, directory: Path) -> Measure:
     # What the base's class says of the base's files is excused, and not what an adapted config's says of them.
     of_base = read_config(plan.base) if plan.base is not None and plan.template else None
     # The same specs and the same config were judged for the plan, so the answer is remembered.
-    for model in plan.models:
+    for model in (model for model in plan.models if not model.is_module):
         found = fit_config(config, _specs(model), base=plan.template, of_base=of_base, allow=plan.allow)
         if found.changes or found.problems:
             raise MismatchError(directory, *refusal(found))

@@ -30,7 +30,7 @@ class LoadingProgram:
     def __init__(self, plan: DirectoryPlan, files: Collection[str]) -> None:
         """Write the program for the directory that a plan makes, and that holds these files."""
         config = plan.config or {}
-        first, *others = plan.models
+        first, *others = [model for model in plan.models if not model.is_module]
         loads_model = True
         self.library: str | None = None
         # The order is that of what would load it: peft, code of the author, a class of a library, tensors alone.

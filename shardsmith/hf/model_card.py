@@ -74,7 +74,7 @@ def digest_of_model(digests: Mapping[str, Digest]) -> str:
 
 
 def _rows(model: ModelPlan, plan: DirectoryPlan, digests: Mapping[str, Digest]) -> Iterator[str]:
-    what = "weights" if model.model == "main" else _average(plan.origin.ema)
+    what = model.model if model.is_module else "weights" if model.model == "main" else _average(plan.origin.ema)
     dtypes = ", ".join(sorted({dtype_name(spec.dtype) for spec in model.specs}))
     files = ", ".join(f"`{_plain(file.name)}`" for file in model.weights.files[:1])
     more = f" and {len(model.weights.files) - 1} more" if len(model.weights.files) > 1 else ""

@@ -1,0 +1,120 @@
+"""A sentence encoder with a trained layer after its pooling: the layer goes where its library looks for it.
+
+The layout is that of ``SentenceTransformer.save``, with whose files exports were compared bit for bit by hand.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from shardsmith.cli import main
+from shardsmith.errors import MismatchError
+from shardsmith.hooks import HFExport, every
+from tests.dcp_directories import save
+from tests.families.tiny import all_families, make_tiny
+
+ENCODER = next(family for family in all_families() if family.kind == "BertModel")
+DENSE = "2_Dense/model.safetensors"
+
+
+class Inner(nn.Module):
+    """The first module, which holds the transformer."""
+
+    def __init__(self, auto_model: nn.Module) -> None:
+        super().__init__()
+        self.auto_model = auto_model
+
+
+class Dense(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 4)
+
+
+def encoder() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(Inner(make_tiny(ENCODER)), nn.Identity(), Dense())
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    directory, model = tmp_path / "base", encoder()
+    transformer: Any = model[0].auto_model
+    transformer.save_pretrained(directory)
+    folders = {"0": "", "1": "1_Pooling", "2": "2_Dense"}
+    listed = [{"idx": int(name), "name": name, "path": path, "type": "..."} for name, path in folders.items()]
+    (directory / "modules.json").write_text(json.dumps(listed))
+    (directory / "2_Dense").mkdir()
+    save_file(model[2].state_dict(), directory / DENSE)
+    (directory / "2_Dense" / "config.json").write_text("{}")
+    return directory
+
+
+def trained() -> dict[str, Tensor]:
+    return {name: torch.randn_like(value) for name, value in encoder().named_parameters()}
+
+
+def to_hf(checkpoint: Path, base: Path, output: Path, *options: str) -> int:
+    paths = ["--checkpoint", str(checkpoint), "--base-model", str(base), "--output-dir", str(output)]
+    return main(["to-hf", *paths, *options])
+
+
+def part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> bool:
+    return all(torch.equal(value, wanted[name]) for name, value in found.items()) and found.keys() <= wanted.keys()
+
+
+@pytest.mark.parametrize("head", ["", "module.", "model._orig_mod."])
+def test_a_trained_module_is_written_into_its_folder(head: str, base: Path, tmp_path: Path) -> None:
+    state, average = trained(), trained()
+    models = {"model": state, "ema_model": average}
+    save({key: {head + n: v for n, v in values.items()} for key, values in models.items()}, tmp_path / "ck")
+    assert to_hf(tmp_path / "ck", base, tmp_path / "out", "--dtype", "original", "--ema-as", "directory") == 0
+    for output, wanted in ((tmp_path / "out", state), (tmp_path / "out-ema", average)):
+        assert load_file(output / DENSE).keys() == {"linear.weight", "linear.bias"}
+        assert same(load_file(output / DENSE), part(wanted, "2."))
+        assert same(load_file(output / "model.safetensors"), part(wanted, "0.auto_model."))
+        assert (output / "2_Dense" / "config.json").read_text() == "{}"
+        assert main(["verify", str(output)]) == 0
+
+
+def test_an_average_beside_the_model_has_its_own_module_beside_it(base: Path, tmp_path: Path) -> None:
+    state, average = trained(), trained()
+    save({"model": state, "ema_model": average}, tmp_path / "ck")
+    assert to_hf(tmp_path / "ck", base, tmp_path / "out") == 0
+    for name, values in (("model", state), ("ema", average)):
+        found = load_file(tmp_path / "out" / "2_Dense" / f"{name}.safetensors")
+        assert same(found, {n: value.bfloat16() for n, value in part(values, "2.").items()})
+
+
+def test_the_base_models_own_module_is_named_where_the_trained_one_is_dropped(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(trained(), tmp_path / "ck")
+    assert to_hf(tmp_path / "ck", base, tmp_path / "out", "--drop", "2.*", "--json") == 0
+    (written,) = json.loads(capsys.readouterr().out)["directories"]
+    assert written["old_weights"] == [DENSE]
+    assert (tmp_path / "out" / DENSE).read_bytes() == (base / DENSE).read_bytes()
+
+
+def test_a_module_of_another_size_is_refused(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save({**trained(), "2.linear.weight": torch.zeros(5, 8), "2.linear.bias": torch.zeros(5)}, tmp_path / "ck")
+    assert to_hf(tmp_path / "ck", base, tmp_path / "out") == 2
+    assert "2 tensors of 2_Dense are not as in the base model" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_live_export_of_such_a_model_says_what_writes_its_modules(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(MismatchError, match="2_Dense, which HFExport does not write") as error:
+        HFExport(tmp_path / "hf", model=encoder(), base_model=base, when=every(1))
+    assert "--drop" not in str(error.value)
