@@ -291,6 +291,8 @@ class LiveState:
                 self._own_config = saved_config(self._inner)
             self._compare(plan, config)
             self._described = now
+            if plan.float32_unknown:
+                log.warning("%s", plan.float32_unknown)
 
     def _plan(
         self,

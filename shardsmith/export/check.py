@@ -56,6 +56,8 @@ class ModelCheck:
     """Of an average: tensors with the same values as in main; None where main was not written."""
     remark: str | None
     """What is to be said about that."""
+    float32_unknown: str = ""
+    """As ``ModelPlan.float32_unknown``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -165,6 +167,7 @@ def _check_model(
         constant=_constant(model, directory, digests),
         same_as_main=None if same is None else len(same),
         remark=_remark(model, same, plans),
+        float32_unknown=model.float32_unknown,
     )
 
 

@@ -67,6 +67,7 @@ def _plain(plan: ExportPlan) -> dict[str, object]:
                 "tensors": len(model.specs),
                 "elements": sum(spec.numel for spec in model.specs),
                 "bytes": model.nbytes,
+                "float32_unknown": model.float32_unknown,
             }
             for model in plan.directory.models
         ],
@@ -105,6 +106,8 @@ def _print_contents(console: Console, plan: ExportPlan) -> None:
     for model in plan.directory.models:
         for alias, kept in model.aliases.items():
             console.print(f"{model.model}: {alias} is tied to {kept}, which alone is in the file")
+        if model.float32_unknown:
+            console.print(f"{model.model}: {model.float32_unknown}")
         if model.filled:
             console.print(f"{model.model}: {len(model.filled)} tensors that are not averaged are from main")
         averages = plan.sources[model.model].averages

@@ -12,8 +12,8 @@ import torch
 from shardsmith.formats.safetensors_files.plan import WeightsPlan, plan_files
 from shardsmith.ground.layout import index_file_name
 from shardsmith.ground.sizes import parse_size
-from shardsmith.hf.model_class import ModelClass
-from shardsmith.tensors.dtypes import DtypeChoice, cast_specs, general_dtype
+from shardsmith.hf.model_class import Kept, ModelClass
+from shardsmith.tensors.dtypes import DtypeChoice, cast_specs, dtype_name, general_dtype
 from shardsmith.tensors.tensors import TensorSpec
 
 
@@ -32,6 +32,8 @@ class ModelPlan:
     """Tied names that are not written -> the name that is."""
     filled: frozenset[str] = frozenset()
     """What an average does not cover, and takes from main."""
+    float32_unknown: str = ""
+    """Why tensors may be rounded that the class keeps in float32; empty if that is known of all."""
 
     @property
     def is_module(self) -> bool:
@@ -157,7 +159,13 @@ def plan_model(
     # By the names in the files, so that a pattern of a user means what is written.
     written = {spec.name: spec for spec in stored if spec.name not in aliases}
     general = general_dtype(dtype)
-    kept = model_class.kept_from(general, written) if model_class is not None and general is not None else frozenset()
-    specs = cast_specs([*written.values()], dtype, kept)
+    kept = model_class.kept_from(general, written) if model_class is not None and general is not None else Kept()
+    specs = cast_specs([*written.values()], dtype, kept.names)
     limit = parse_size(max_shard_size) if max_shard_size else None
-    return ModelPlan(model, specs, plan_files(specs, stem, limit), stem, dict(aliases), filled)
+    unknown = ""
+    if model_class is not None and general is not None and kept.unknown:
+        unknown = (
+            f"{model_class.name} may have tensors in float32 when it is loaded in {dtype_name(general)}, and some of "
+            f"them may have been rounded: {kept.unknown}"
+        )
+    return ModelPlan(model, specs, plan_files(specs, stem, limit), stem, dict(aliases), filled, unknown)

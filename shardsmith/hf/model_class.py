@@ -25,6 +25,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from shardsmith.errors import UnsupportedFormatError
 from shardsmith.ground.extras import install_line
 from shardsmith.tensors.tensors import Shape, TensorSpec
 
@@ -93,6 +94,16 @@ class Fit:
         yield from self.kinds.items()
 
 
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What a class has in float32 when it is loaded in a narrower dtype."""
+
+    names: Set[str] = frozenset()
+    """Of the tensors."""
+    unknown: str = ""
+    """Why it may be more than these; empty if these are all."""
+
+
 class ModelClass(Protocol):
     """A class of models, as a config describes it."""
 
@@ -123,7 +134,7 @@ class ModelClass(Protocol):
         """Return what its loader makes of a directory that holds these tensors. Raises nothing."""
         ...
 
-    def kept_from(self, dtype: torch.dtype, specs: Mapping[str, TensorSpec]) -> Set[str]:
+    def kept_from(self, dtype: torch.dtype, specs: Mapping[str, TensorSpec]) -> Kept:
         """Return those of a directory's tensors that its loader has in float32 if it is asked for a narrower dtype.
 
         Biases and routers of experts, for two. Its own save writes them in float32, so rounded they are not its own.
@@ -166,7 +177,7 @@ class TransformersClass:
         with quiet_transformers():
             self._model = _on_meta(self._kinds[0], self._config)
         self.name = self._full_name(self._kinds[0])
-        self._kept: dict[torch.dtype, Set[str]] = {}
+        self._kept: dict[torch.dtype, Kept] = {}
 
     @cached_property
     def effective_config(self) -> Mapping[str, Any]:
@@ -234,39 +245,60 @@ class TransformersClass:
             kinds=_other_kinds(specs, self.specs) if kind is self._kinds[0] else {},
         )
 
-    def kept_from(self, dtype: torch.dtype, specs: Mapping[str, TensorSpec]) -> Set[str]:
+    def kept_from(self, dtype: torch.dtype, specs: Mapping[str, TensorSpec]) -> Kept:
         """As ``ModelClass``."""
+        kept = self._in_float32(dtype)
+        if kept.unknown or kept.names <= specs.keys():
+            return kept
+        # Of a tie, and of what the class computes, files need not have a tensor of that name.
+        wanted = {name for name in kept.names if name not in self.tied and name not in self.unsaved}
+        try:
+            made = self._made_of(kept.names, specs)
+        except Exception as error:  # whatever a conversion that does not go with these tensors makes it raise
+            made, reason = {}, f"the names in the files cannot be found out ({type(error).__name__}: {error})"
+        else:
+            reason = "the files have them under names that are not known"
+        held = {name: target.sources for name, target in made.items() if name in specs}
+        moved = {source for target in made.values() for source in target.sources}
+        found = {*held, *((kept.names & specs.keys()) - moved)}
+        lost = sorted(wanted - found - {source for sources in held.values() for source in sources})
+        more = f" and {len(lost) - 1} more" if lost[1:] else ""
+        return Kept(found, f"{lost[0]}{more}: {reason}" if lost else "")
+
+    def _made_of(self, names: Collection[str], specs: Mapping[str, TensorSpec]) -> Mapping[str, Target]:
+        """What files with these tensors have of some tensors in memory."""
         from shardsmith.name_maps.transformers import TransformersNames
 
-        kept = self._in_float32(dtype)
-        if not kept:
-            return frozenset()
-        made: Mapping[str, Target] = {}
-        with contextlib.suppress(Exception), quiet_transformers():
-            made = TransformersNames.of_files(self.name, self._model, specs).targets(self.specs)
-        return {name for name in specs if not kept.isdisjoint(made[name].sources if name in made else (name,))}
+        with quiet_transformers():
+            name_map = TransformersNames.of_files(self.name, self._model, specs)
+            # A few alone, which takes a fraction of the time; parts of a joined tensor need the others.
+            with contextlib.suppress(UnsupportedFormatError):
+                return name_map.targets({name: self.specs[name] for name in names})
+            made = name_map.targets(self.specs)
+        return {name: target for name, target in made.items() if not {*names}.isdisjoint(target.sources)}
 
-    def _in_float32(self, dtype: torch.dtype) -> Set[str]:
-        """Names in memory of what the loader makes float32 although it is asked for a narrower dtype."""
+    def _in_float32(self, dtype: torch.dtype) -> Kept:
+        """In memory, what the loader makes float32 although it is asked for a narrower dtype."""
         if dtype not in (torch.float16, torch.bfloat16):
-            return frozenset()
+            return Kept()
         if dtype not in self._kept:
-            state = {n: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for n, spec in self.specs.items()}
-            loaded: Mapping[str, Tensor] = {}
-            with contextlib.suppress(Exception), quiet_transformers():
-                loaded = (
-                    self._kinds[0]
-                    .from_pretrained(
-                        None,
-                        config=copy.deepcopy(self._config),
-                        state_dict=state,
-                        dtype=dtype,
-                        device_map={"": "meta"},
-                    )
-                    .state_dict()
-                )
-            self._kept[dtype] = {name for name, tensor in loaded.items() if tensor.dtype == torch.float32}
+            self._kept[dtype] = self._load_in(dtype)
         return self._kept[dtype]
+
+    def _load_in(self, dtype: torch.dtype) -> Kept:
+        # Most classes keep nothing, and say so; what the others keep only their loader knows.
+        plan = getattr(self._model, "_get_dtype_plan", None)
+        if plan is not None and not plan(dtype):
+            return Kept()
+        state = {n: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for n, spec in self.specs.items()}
+        try:
+            with quiet_transformers():
+                loaded = self._kinds[0].from_pretrained(
+                    None, config=copy.deepcopy(self._config), state_dict=state, dtype=dtype, device_map={"": "meta"}
+                )
+        except Exception as error:  # whatever a class that is loaded in another way makes it raise
+            return Kept(unknown=f"its loader raises {type(error).__name__}: {error}")
+        return Kept({name for name, tensor in loaded.state_dict().items() if tensor.dtype == torch.float32})
 
     @cached_property
     def _file_names(self) -> Mapping[str, str]:
@@ -319,9 +351,9 @@ class DiffusersClass:
             kinds=_other_kinds(specs, self.specs),
         )
 
-    def kept_from(self, dtype: torch.dtype, specs: Mapping[str, TensorSpec]) -> Set[str]:  # noqa: ARG002
+    def kept_from(self, dtype: torch.dtype, specs: Mapping[str, TensorSpec]) -> Kept:  # noqa: ARG002
         """As ``ModelClass``: diffusers goes by the parts of a name, at any dtype."""
-        return {name for name in specs if not self._kept.isdisjoint(name.split("."))}
+        return Kept({name for name in specs if not self._kept.isdisjoint(name.split("."))})
 
 
 def _as_transformers_reads(config: Mapping[str, Any]) -> Any:

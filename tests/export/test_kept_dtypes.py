@@ -5,7 +5,9 @@ The measure is what the library writes after it has loaded the base in that dtyp
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from shardsmith.cli import main
+from shardsmith.hf.known_class import _find
+from shardsmith.hf.model_class import find_model_class
 from shardsmith.hooks import HFExport, Hooks, ShardedSave, every
+from shardsmith.tensors.tensors import TensorSpec
 from tests.export.test_components import wan
 from tests.hf.test_directory_check import saved
 
@@ -116,3 +121,44 @@ def test_a_model_of_no_library_is_rounded_as_a_whole(tmp_path: Path) -> None:
     hooks.step(1)
     hooks.close()
     assert {value.dtype for value in weights(tmp_path / "step-1").values()} == {torch.bfloat16}
+
+
+def test_an_export_says_where_it_is_not_known_what_the_library_keeps(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("loaded in another way")
+
+    model, load = glm(), transformers.Glm4MoeForCausalLM.from_pretrained
+    model.save_pretrained(tmp_path / "base")
+    saved(dict(model.state_dict()), tmp_path / "ck")
+    # As of a class that cannot be loaded without data; the comparison of names is another load, in the default dtype.
+    monkeypatch.setattr(
+        transformers.Glm4MoeForCausalLM,
+        "from_pretrained",
+        lambda *given, **options: (load if options["dtype"] == torch.float32 else fail)(*given, **options),
+    )
+    _find.cache_clear()
+    pair = ["--checkpoint", str(tmp_path / "ck"), "--base-model", str(tmp_path / "base")]
+    assert main(["to-hf", *pair, "--output-dir", str(tmp_path / "out"), "--json"]) == 0
+    ((written,),) = [one["models"] for one in json.loads(capsys.readouterr().out)["directories"]]
+    assert "may have been rounded: its loader raises RuntimeError: loaded in another way" in written["float32_unknown"]
+    hooks = Hooks(HFExport(tmp_path / "run", model=model, when=every(1)))
+    hooks.step(1)
+    hooks.close()
+    assert len([record for record in caplog.records if "may have been rounded" in record.message]) == 1
+
+
+def test_names_that_no_map_knows_are_said_to_be_rounded() -> None:
+    model = glm()
+    found, _ = find_model_class(model.config.to_dict() | {"architectures": ["Glm4MoeForCausalLM"]})
+    assert found is not None
+    names = {name: TensorSpec(name, tuple(value.shape), value.dtype) for name, value in model.state_dict().items()}
+    assert found.kept_from(torch.bfloat16, names).unknown == ""
+    other = {f"other.{name}": replace(spec, name=f"other.{name}") for name, spec in names.items()}
+    kept = found.kept_from(torch.bfloat16, other)
+    assert not kept.names
+    assert "e_score_correction_bias and 1 more: the files have them under names" in kept.unknown
