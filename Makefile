@@ -98,9 +98,10 @@ pictures: $(READY)  ## docs/images, as Chromium shows the pages of the commands
 bench: $(READY)  ## us and what a user would pick instead, side by side (BENCH_ARGS="--parameters 700M --shards 4")
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
-bench-scale: $(READY)  ## what ranks tell each other in saves of models too large for this machine, with made-up shards
+bench-scale: $(READY)  ## what ranks tell each other in saves and resumes of models too large for this machine, made-up shards
 	$(BIN)/python -m benchmarks.scale
 	$(BIN)/python -m benchmarks.resume_index
+	$(BIN)/python -m benchmarks.resume_digests
 
 bench-ranks: $(READY)  ## many real ranks with many tensors (RANKS_ARGS="--ranks 64 --tensors 12500"; some 200 MB a rank)
 	$(BIN)/python -m benchmarks.many_ranks $(RANKS_ARGS)

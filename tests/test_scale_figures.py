@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from benchmarks import resume_digests
 from benchmarks.resume_index import MODELS, box_of, measure, shapes_of
-from benchmarks.scale_models import Model
+from benchmarks.scale_models import LAYOUTS, Model
 
 SMALL: Model = {"embed.weight": ((16, 8), 0), "layers.0.wo.weight": ((8, 8), 1), "norm.weight": ((8,), None)}
 
@@ -23,3 +24,11 @@ def test_a_rank_reads_less_of_the_index_by_boxes() -> None:
     assert found[8]["count"] > found[2]["count"]
     for row in found.values():
         assert 0 < row["by .boxes"]["nbytes"] < row["by .metadata"]["nbytes"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_replicas_send_hashes_and_every_other_rank_its_digests(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(resume_digests.MODELS, "small", lambda: SMALL)
+    found = {ranks: resume_digests.measure("small", layout, ranks) for ranks in (8, 16)}
+    assert found[16]["hashes"] == pytest.approx(2 * found[8]["hashes"], rel=0.1)
+    assert found[16]["told"] > found[8]["told"]

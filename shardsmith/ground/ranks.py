@@ -12,7 +12,7 @@ import json
 import logging
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -38,6 +38,7 @@ _numbers = itertools.count()
 _PART_BYTES = 1 << 20  # of a value in the store; its server refuses 8 MiB
 _MAX_BYTES = 4 << 20
 _DELETED_AT_ONCE = 64
+_READ_AT_ONCE = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,8 +292,11 @@ class Ranks:
             self._read += names
         return whole
 
-    def _values(self, keys: Sequence[str]) -> list[tuple[str, bytes]]:
-        return list(zip(keys, self._store.multi_get(list(keys)), strict=True))
+    def _values(self, keys: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+        """Some at a time: of thousands of long values not all are there twice, as they came and decoded."""
+        for begin in range(0, len(keys), _READ_AT_ONCE):
+            some = [*keys[begin : begin + _READ_AT_ONCE]]
+            yield from zip(some, self._store.multi_get(some), strict=True)
 
     def _has(self, key: str) -> bool:
         try:

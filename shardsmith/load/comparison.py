@@ -15,7 +15,8 @@ from shardsmith.load.buffer_reference import BufferReference
 from shardsmith.load.faults import NOTHING, LoadFault, Look, classify
 from shardsmith.load.live_weights import LiveWeights
 from shardsmith.load.source import InitialSource
-from shardsmith.sharding.shares import add_up_boxes, add_up_ranks
+from shardsmith.sharding.digest_sums import DigestSums, sum_digests
+from shardsmith.sharding.shares import add_up_ranks
 from shardsmith.sharding.source_digests import digest_source
 from shardsmith.tensors.digest import Digest
 from shardsmith.tensors.dtypes import dtype_name
@@ -127,20 +128,23 @@ def verify_values(
     known = {name: digest for name, digest in recorded.items() if digest is not None}
     # Cast or not recorded: these are digested from the files, in the dtype that the model has.
     unknown = {name: (keys[name], dtypes[name]) for name in dtypes if name not in known}
+    labels = {name: _label(*wanted) for name, wanted in unknown.items()}
     found: dict[str, Any] = ranks.agree(
-        "digesting the model",
+        "digesting the source",
         lambda: {
-            "digests": _digested(live, dtypes),
             "read": _read_digests(source, set(unknown.values()), ranks),
             "tied": [alias for alias, kept in source.ties.items() if live.is_tied(alias, kept)],
             "buffers": [[fault.code, fault.name, fault.problem] for fault in reference.compare(live)],
             "transient": list(live.transient()),
             "repaired": list(repaired),
         },
-        lambda parts: _judged(parts, known, unknown),
+        lambda parts: _put_together(parts, set(labels.values())),
         large=True,
     )
-    wrong: dict[str, str] = found["wrong"]
+    expected = {**known, **{name: Digest.parse(found["read"][label]) for name, label in labels.items()}}
+    wrong: dict[str, str] = sum_digests(
+        ranks, "digesting the model", lambda: live.digests(dtypes), lambda sums: _wrong(sums, expected)
+    )
     pairs = {a: kept for a, kept in source.ties.items() if {a, kept} <= dtypes.keys() and not {a, kept} & wrong.keys()}
     verified = {key for name, key in keys.items() if name not in wrong}
     return LoadComparison(
@@ -157,15 +161,12 @@ def verify_values(
     )
 
 
-def _judged(
-    parts: list[dict[str, Any]], known: Mapping[str, Digest], unknown: Mapping[str, tuple[str, torch.dtype]]
-) -> dict[str, Any]:
+def _put_together(parts: list[dict[str, Any]], labels: Iterable[str]) -> dict[str, Any]:
     """On rank 0: what all ranks found, put together. As JSON."""
-    read = add_up_ranks([part["read"] for part in parts], parts[0]["read"])
-    expected = {**known, **{name: read[_label(*wanted)] for name, wanted in unknown.items()}}
+    read = add_up_ranks([part["read"] for part in parts], labels)
     buffers = {fault[1]: fault for part in reversed(parts) for fault in reversed(part["buffers"])}
     return {
-        "wrong": _wrong([part["digests"] for part in parts], expected),
+        "read": {label: str(digest) for label, digest in read.items()},
         "tied": sorted({alias for part in parts for alias in part["tied"]}),
         "buffers": [*buffers.values()][::-1],
         "transient": list(dict.fromkeys(name for part in parts for name in part["transient"])),
@@ -186,7 +187,8 @@ def _read_digests(source: InitialSource, wanted: set[tuple[str, torch.dtype]], r
     for dtype in sorted({dtype for _, dtype in wanted}, key=str):
         keys = {key: dtype for key, other in sorted(wanted, key=lambda pair: pair[0]) if other == dtype}
         shares = digest_source(source.tensors, keys, part=ranks.rank, parts=ranks.size)
-        found |= {_label(key, dtype): str(share) for key, share in shares.items()}
+        # Most ranks have read nothing of most tensors.
+        found |= {_label(key, dtype): str(share) for key, share in shares.items() if share != Digest()}
     return found
 
 
@@ -194,22 +196,10 @@ def _label(key: str, dtype: torch.dtype) -> str:
     return f"{dtype_name(dtype)} {key}"
 
 
-def _digested(live: LiveWeights, names: Iterable[str]) -> dict[str, list[list[Any]]]:
-    """This rank's boxes of each tensor, as JSON: where they are, and the share in the digest."""
-    return {
-        name: [[[*box.offsets, *box.sizes], str(share)] for box, share in boxes]
-        for name, boxes in live.digests(names).items()
-    }
-
-
-def _wrong(parts: list[dict[str, list[list[Any]]]], expected: Mapping[str, Digest]) -> dict[str, str]:
-    """Tensors that are not as expected, each with a code. A box that several ranks hold counts once."""
-    live = add_up_boxes(
-        (name, tuple(box), share) for part in parts for name, boxes in part.items() for box, share in boxes
-    )
-    sums = live.digests
+def _wrong(live: DigestSums, expected: Mapping[str, Digest]) -> dict[str, str]:
+    """Tensors that are not as expected, each with a code."""
     # Replicas that differ are wrong even if the first one adds up: the other ranks train with other values.
-    wrong = [n for n, digest in expected.items() if n in live.differing or sums.get(n, Digest()) != digest]
+    wrong = [n for n, digest in expected.items() if n in live.differing or live.digests.get(n, Digest()) != digest]
     # replicas that differ are the cause, a wrong sum is the effect
     return {name: "replicas-differ" if name in live.differing else "values-differ" for name in wrong}
 

@@ -20,9 +20,9 @@ from torch.distributed.tensor import DTensor
 from shardsmith.errors import UsageError
 from shardsmith.ground.threads import one_thread_per_operator
 from shardsmith.load.faults import NOTHING, Look
+from shardsmith.sharding.digest_sums import Digested, digest_boxes
 from shardsmith.sharding.gathered import forget_gathered
 from shardsmith.sharding.local_boxes import local_boxes
-from shardsmith.tensors.digest import Digest, digest_box
 from shardsmith.tensors.fqn import clean_fqn, inside_fabric, non_persistent_buffers, tied_weights
 from shardsmith.tensors.tensors import Chunk, TensorSource, TensorSpec, read_into, row_major_blocks
 
@@ -96,8 +96,8 @@ class LiveWeights:
                     module, _, attribute = path.rpartition(".")
                     part.get_submodule(module)._buffers[attribute] = buffer.to(dtype)
 
-    def digests(self, names: Iterable[str]) -> dict[str, list[tuple[Chunk, Digest]]]:
-        """This rank's boxes of tensors, each with its share in the digest. No communication.
+    def digests(self, names: Iterable[str]) -> dict[str, Digested]:
+        """What this rank holds of tensors, with digests. No communication.
 
         With as many threads as torch would use: several tensors at a time are faster than one with several threads. On
         an accelerator in this thread, behind what its stream has still to do: another thread has a stream of its own.
@@ -109,9 +109,8 @@ class LiveWeights:
         with one_thread_per_operator(), ThreadPoolExecutor(threads, "shardsmith-digest") as pool:
             return dict(zip(here, pool.map(self._digest, here), strict=True))
 
-    def _digest(self, name: str) -> list[tuple[Chunk, Digest]]:
-        shape = self.specs[name].shape
-        return [(box, digest_box(values, box, shape)) for box, values in local_boxes(self._tensors[name])]
+    def _digest(self, name: str) -> Digested:
+        return digest_boxes(self._tensors[name])
 
     @torch.no_grad()
     def fill(self, name: str, source: TensorSource, key: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,11 @@ from torch.distributed.checkpoint._traverse import set_element
 
 from shardsmith.errors import CorruptCheckpointError, MismatchError
 from shardsmith.formats.rank_shards import RankShards
-from shardsmith.ground.garbage import without_collection
 from shardsmith.ground.ranks import Ranks
 from shardsmith.manifest.metadata import CheckpointMetadata
 from shardsmith.run_state.contents import RNG
+from shardsmith.sharding.digest_sums import Digested, DigestSums, digest_boxes, sum_digests
 from shardsmith.sharding.local_boxes import local_boxes
-from shardsmith.sharding.shares import add_up_boxes
-from shardsmith.tensors.digest import Digest, digest_box
-from shardsmith.tensors.dtypes import dtype_name
 from shardsmith.tensors.tensors import read_into
 
 
@@ -55,10 +52,8 @@ def verify_state(ranks: Ranks, state: Mapping[str, Any], path: Path, metadata: C
     Raises:
         RankFailedError: on all ranks, naming every tensor that differs. With one rank, CorruptCheckpointError.
     """
-    with without_collection():
-        return ranks.agree(
-            f"verifying {path.name}", lambda: [*_shares(state)], lambda said: _compare(path, metadata, said), large=True
-        )
+    phase = f"verifying {path.name}"
+    return sum_digests(ranks, phase, lambda: _digested(state), lambda sums: _compare(path, metadata, sums))
 
 
 def _problem(key: str, value: Any, source: RankShards) -> str | None:
@@ -73,29 +68,23 @@ def _problem(key: str, value: Any, source: RankShards) -> str | None:
     return f"{key}: saved {spec.shape} {spec.dtype}, asked for {tuple(value.size())} {value.dtype}"
 
 
-def _shares(state: Mapping[str, Any]) -> Iterator[list[Any]]:
-    """Key, dtype, and this rank's boxes with their shares in the digest."""
+def _digested(state: Mapping[str, Any]) -> dict[str, Digested]:
+    """This rank's boxes of tensors that ranks hold together."""
     shared = {name: value for name, value in state.items() if name != RNG}
-    for key, value in flatten_state_dict(shared)[0].items():
-        if isinstance(value, Tensor):
-            shape = tuple(value.shape)
-            boxes = [[box.offsets, box.sizes, str(digest_box(v, box, shape))] for box, v in local_boxes(value)]
-            yield [key, dtype_name(value.dtype), boxes]
+    flat = flatten_state_dict(shared)[0]
+    return {key: digest_boxes(value) for key, value in flat.items() if isinstance(value, Tensor)}
 
 
-def _compare(path: Path, metadata: CheckpointMetadata, said: Sequence[Sequence[Any]]) -> int:
-    tensors = dict.fromkeys((key, dtype) for shares in said for key, dtype, _ in shares)
-    boxes_of = ((key, boxes) for shares in said for key, _, boxes in shares)
-    found = add_up_boxes((key, (tuple(at), tuple(sizes)), text) for key, boxes in boxes_of for at, sizes, text in boxes)
-    wrong = [f"{key}: ranks that hold the same part of it hold different values" for key in sorted(found.differing)]
-    # All ranks' parts together: a digest is a sum over boxes, whoever holds them.
-    for key, dtype in tensors:
+def _compare(path: Path, metadata: CheckpointMetadata, sums: DigestSums) -> int:
+    wrong = [f"{key}: ranks that hold the same part of it hold different values" for key in sorted(sums.differing)]
+    # Ranks may have one key in several dtypes.
+    for key, dtype in dict.fromkeys((spec.name, spec.dtype) for spec in sums.specs):
         record = metadata.tensors.get(key)
         if record is None or record.dtype != dtype:
             wrong.append(f"{key}: is {dtype}, in the checkpoint {record.dtype if record else 'not there'}")
-        elif str(found.digests.get(key, Digest())) != record.digest:
+        elif str(sums.digests[key]) != record.digest:
             wrong.append(f"{key}: its values are not those that were saved")
     if wrong:
         lines = "\n  ".join(dict.fromkeys([f"{len(wrong)} tensors are not what was saved", *wrong]))
         raise CorruptCheckpointError(path, f"{lines}\nThe run must not go on like this.")
-    return len({key for key, _ in tensors})
+    return len(sums.digests)

@@ -8,14 +8,13 @@ hold alike are one group, looked at once, however many they are.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from shardsmith.errors import RanksDisagreeError
-from shardsmith.sharding.boxes import find_overlap
+from shardsmith.sharding.boxes import why_not_whole
 from shardsmith.sharding.holding import Boxes, Holding, Kind, numbered
 from shardsmith.sharding.replicas import SharedBoxes
 from shardsmith.tensors.tensors import Chunk, Shape
@@ -234,22 +233,14 @@ def _check_coverage(groups: Sequence[_Group], shapes: Mapping[str, Shape]) -> No
     seen = set[str]()
     for group in groups:
         seen.update(group.names)
-        if problem := _problem([*group.holders], group.shape):
+        if problem := why_not_whole([*group.holders], group.shape):
             problems |= dict.fromkeys(group.names, problem)
     problems |= {
-        name: problem for name, shape in shapes.items() if name not in seen and (problem := _problem([], shape))
+        name: problem for name, shape in shapes.items() if name not in seen and (problem := why_not_whole([], shape))
     }
     if problems:
         lines = (f"{name}: {problems[name]}" for name in shapes if name in problems)
         raise RanksDisagreeError("\n  ".join(["the ranks do not hold whole tensors; nothing was written", *lines]))
-
-
-def _problem(boxes: Sequence[Chunk], shape: Shape) -> str | None:
-    # Overlaps are looked for first: with them a sum of elements says nothing about holes.
-    absent = math.prod(shape) - sum(box.numel for box in boxes)
-    if overlap := find_overlap(boxes):
-        return f"ranks hold {overlap[0]} and {overlap[1]}, which overlap"
-    return f"{absent} of {math.prod(shape)} elements are on no rank" if absent else None
 
 
 def _boxes_of(holding: Holding) -> Iterator[Held]:

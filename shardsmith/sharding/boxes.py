@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 
-from shardsmith.tensors.tensors import Chunk
+from shardsmith.tensors.tensors import Chunk, Shape
 
 _MAX_COMPARISONS = 128  # for each box, on average: enough for any sharding of a few thousand ranks
 
@@ -70,6 +71,19 @@ def find_overlap(boxes: Sequence[Chunk]) -> tuple[Chunk, Chunk] | None:
                 return other, box
         near.append(box)
     return None
+
+
+def why_not_whole(boxes: Sequence[Chunk], shape: Shape) -> str | None:
+    """What is wrong with boxes that different ranks hold, if they are not together a tensor; each box once.
+
+    Raises:
+        IrregularBoxesError: as ``find_overlap``.
+    """
+    # Overlaps are looked for first: with them a sum of elements says nothing about holes.
+    if overlap := find_overlap(boxes):
+        return f"ranks hold {overlap[0]} and {overlap[1]}, which overlap"
+    absent = math.prod(shape) - sum(box.numel for box in boxes)
+    return f"{absent} of {math.prod(shape)} elements are on no rank" if absent else None
 
 
 def _is_grid(boxes: Sequence[Chunk]) -> bool:

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
+from shardsmith.errors import RanksDisagreeError
 from shardsmith.ground.ranks import Ranks
 from shardsmith.manifest.metadata import TensorRecord
-from shardsmith.sharding.assignment import Held, assign_boxes
-from shardsmith.sharding.live_boxes import held_boxes
-from shardsmith.sharding.shares import add_up_boxes
-from shardsmith.tensors.digest import Digest, digest_box
-from shardsmith.tensors.dtypes import dtype_name
-from shardsmith.tensors.tensors import Chunk, Shape
+from shardsmith.sharding.digest_sums import Digested, DigestSums, Spec, digest_boxes, sum_digests
+from shardsmith.tensors.tensors import Shape
 
 OTHER_VALUES = "has other values"
-_Share = tuple[str, list[int], list[int], str]
-"""Name, offsets and sizes of a box, and its share of the tensor's digest."""
 
 
 def digest_live(ranks: Ranks, phase: str, collect: Callable[[], Mapping[str, Tensor]]) -> dict[str, TensorRecord]:
@@ -35,16 +30,10 @@ def digest_live(ranks: Ranks, phase: str, collect: Callable[[], Mapping[str, Ten
         RankFailedError: on all ranks, if ``collect`` raised on any, or if they do not hold whole tensors together.
     """
 
-    def look() -> tuple[dict[str, tuple[Shape, str]], list[_Share]]:
-        tensors = collect()
-        specs = {name: (tuple(tensor.shape), dtype_name(tensor.dtype)) for name, tensor in tensors.items()}
-        return specs, [
-            (held.name, [*held.box.offsets], [*held.box.sizes], str(digest_box(held.values, held.box, shape)))
-            for held in held_boxes(tensors)
-            for shape in [specs[held.name][0]]
-        ]
+    def look() -> dict[str, Digested]:
+        return {name: digest_boxes(tensor) for name, tensor in collect().items()}
 
-    found = ranks.agree(phase, look, _add_up, large=True)
+    found = sum_digests(ranks, phase, look, _records)
     return {
         name: TensorRecord(shape=tuple(shape), dtype=dtype, digest=digest)
         for name, (shape, dtype, digest) in found.items()
@@ -73,19 +62,13 @@ def _difference(live: TensorRecord, recorded: TensorRecord) -> str | None:
     return None if live.digest == recorded.digest else OTHER_VALUES
 
 
-def _add_up(
-    reports: Sequence[tuple[Mapping[str, tuple[Shape, str]], Sequence[_Share]]],
-) -> dict[str, tuple[Shape, str, str]]:
-    """Rank 0: the digests of whole tensors. Raises RanksDisagreeError where boxes overlap or leave holes."""
-    specs: dict[str, tuple[Shape, str]] = {}
-    shares: list[tuple[str, Chunk, str]] = []
-    held: list[list[Held]] = []
-    for said, boxes in reports:
-        # ``| specs`` last: of a tensor on several ranks the lowest rank's description counts.
-        specs = {name: (tuple(shape), dtype) for name, (shape, dtype) in said.items()} | specs
-        held.append([(name, Chunk(tuple(offsets), tuple(sizes))) for name, offsets, sizes, _ in boxes])
-        shares += [(*box, text) for box, (*_, text) in zip(held[-1], boxes, strict=True)]
-    # Only for its check that boxes do not overlap and leave no hole; who would write what is not used.
-    assign_boxes(held, {name: shape for name, (shape, _) in specs.items()}, dict.fromkeys(specs, 1))
-    totals = add_up_boxes(shares).digests
-    return {name: (shape, dtype, str(totals.get(name, Digest()))) for name, (shape, dtype) in specs.items()}
+def _records(sums: DigestSums) -> dict[str, tuple[Shape, str, str]]:
+    """On rank 0, as JSON."""
+    # Of a tensor on several ranks the lowest rank's description counts.
+    specs: dict[str, Spec] = {}
+    for spec in sums.specs:
+        specs.setdefault(spec.name, spec)
+    if problems := sums.not_whole():
+        lines = (f"{name}: {problems[name]}" for name in specs if name in problems)
+        raise RanksDisagreeError("\n  ".join(["the ranks do not hold whole tensors together", *lines]))
+    return {name: (spec.shape, spec.dtype, str(sums.digests[name])) for name, spec in specs.items()}

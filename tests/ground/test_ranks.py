@@ -5,6 +5,7 @@ import os
 import random
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -18,9 +19,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from shardsmith.errors import RankError, RankFailedError, RanksDisagreeError, RankTimeoutError
 from shardsmith.ground import liveness
+from shardsmith.ground import ranks as ground_ranks
 from shardsmith.ground.liveness import ANSWER_SECS, SilenceError, await_keys, find_dead
 from shardsmith.ground.process_end import meet
 from shardsmith.ground.ranks import _DELETED_AT_ONCE, Ranks
+from tests.ground.counted_stores import Counted
 from tests.ranks import run_on_ranks
 
 PROMPT_SECS = 5.0
@@ -373,6 +376,19 @@ def run_large_values() -> None:
     error = caught(lambda: ranks.gather("telling", lambda: long if ranks.rank else ""))
     assert "too many to tell the other ranks" in error.failures[1]
     assert_in_step(ranks)
+
+
+def test_rank_0_reads_a_few_values_at_a_time(tmp_path: Path) -> None:
+    run_on_ranks(run_read_in_turns, 6, tmp_path)
+
+
+def run_read_in_turns() -> None:
+    ranks = Ranks()
+    ground_ranks._READ_AT_ONCE = 2
+    counts = Counter[str]()
+    ranks._store = Counted(ranks._store, counts)
+    assert ranks.gather("telling", lambda: ranks.rank) == ([*range(6)] if ranks.is_leader else [])
+    assert (counts["multi_get"], counts["multi_get, most keys"]) == ((3, 2) if ranks.is_leader else (0, 0))
 
 
 def test_each_rank_is_dealt_its_own_and_told_nothing_of_the_others(tmp_path: Path) -> None:
