@@ -49,7 +49,7 @@ def run_on_ranks(
     ``preload`` are the modules that the server imports; it starts with the first ranks and then stays as it is.
     """
     store = tmp_path / f"store-{uuid.uuid4().hex}"
-    multiprocessing.set_forkserver_preload(list(preload))
+    multiprocessing.set_forkserver_preload([*preload, "tests.frozen"])
     mp.start_processes(
         _rank, (body, world_size, f"file://{store}", timeout_secs, args), world_size, start_method="forkserver"
     )

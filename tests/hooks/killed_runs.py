@@ -138,6 +138,8 @@ def serve(connection: Connection) -> None:
     import torch._dynamo  # the first fully_shard and the first optimizer want it, which would take each rank a second
     import torch.profiler  # noqa: F401
 
+    import tests.frozen  # noqa: F401
+
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     while (run := connection.recv()) is not None:
         connection.send(run_ranks(run))

@@ -119,3 +119,14 @@ def test_what_is_made_without_collection_is_not_looked_through_after_it() -> Non
         made = [[number] for number in range(50_000)]
     assert gc.isenabled()
     assert gc.get_count()[0] < 10_000 < len(made)
+
+
+def test_frozen_objects_are_not_counted_where_little_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    def count() -> int:
+        raise AssertionError("this walks through all that the program has frozen")
+
+    monkeypatch.setattr(gc, "get_freeze_count", count)
+    with without_collection():
+        made = [[number] for number in range(5_000)]
+    assert gc.isenabled()
+    assert len(made) == 5_000
