@@ -46,7 +46,8 @@ def to_dcp(
             (from the local cache, if it is there).
         output_dir: The directory to make, here or in an object store. It must not exist.
         trust_remote_code: Let transformers run the model's own Python files.
-        dtype: Of all floating-point tensors; "original" keeps what the files have.
+        dtype: Of floating-point tensors, but of those that the model's class keeps in float32; "original" keeps what
+            the files have.
         layout: "flat": keys as the model has them, which TorchTitan from 0.2 on reads.
             "nested": under "model.", for older TorchTitan and flame.
             "torchtitan": flat, as TorchTitan's own model has them; --titan-model and --titan-flavor say which one.

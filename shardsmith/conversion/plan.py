@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from shardsmith.formats.by_path import detect_checkpoint_format
 from shardsmith.formats.dcp.shard_files import Stream, plan_chunks
 from shardsmith.ground.commit import refuse_existing
 from shardsmith.hf.hf_directory import CONFIG_FILE, protect, read_config
+from shardsmith.hf.known_class import model_class_of
+from shardsmith.hf.model_class import Kept
 from shardsmith.manifest.initial import BufferRecord, InitialRecord, config_hash
 from shardsmith.tensors.checkpoint_keys import NOT_A_MODEL
 from shardsmith.tensors.dtypes import cast_specs, dtype_name
@@ -56,7 +58,11 @@ def plan_conversion(model: str, output: Path, options: ConversionOptions) -> Con
     # Before the model is opened, which may import transformers and take seconds.
     refuse_existing(output)
     found = open_conversion_model(directory, names=options.names, trust_remote_code=options.trust_remote_code)
-    specs = {spec.name: spec for spec in cast_specs([*found.specs.values()], options.dtype)}
+    kept = _kept(directory, found, options.dtype)
+    if kept.unknown:
+        unknown = f"the model's class may keep tensors in float32, and some of them may be rounded: {kept.unknown}"
+        found = replace(found, note=f"{found.note}; {unknown}" if found.note else unknown)
+    specs = {spec.name: spec for spec in cast_specs([*found.specs.values()], options.dtype, kept.names)}
     heads = _make_heads(directory, found, specs, options)
     # Before any stream is made: a second one of the same key would silently replace the first.
     _refuse_collisions([*specs, *found.tied], heads, options.layout)
@@ -81,6 +87,15 @@ def plan_conversion(model: str, output: Path, options: ConversionOptions) -> Con
         containers={prefix + name: (_NESTED, name) for name in names} if prefix else {},
         initial=_record(model, directory, found, heads, options),
     )
+
+
+def _kept(directory: Path, model: ConversionModel, dtype: torch.dtype | None) -> Kept:
+    """What ``from_pretrained`` in that dtype has in float32 all the same."""
+    if dtype not in (torch.float16, torch.bfloat16) or model.blueprint is None:
+        return Kept()
+    config = read_config(directory) if (directory / CONFIG_FILE).is_file() else {}
+    model_class, _ = model_class_of(config)
+    return Kept() if model_class is None else model_class.kept_from(dtype, model.specs)
 
 
 def _make_heads(

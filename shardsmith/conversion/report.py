@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 
+import torch
 from rich.table import Table
 
 from shardsmith.conversion.counts import Count
@@ -55,6 +56,7 @@ def _plain(plan: ConversionPlan, *, dry_run: bool) -> dict[str, object]:
         "bytes": plan.nbytes,
         "model_class": plan.initial.model_class,
         "tied": dict(plan.aliases),
+        "note": plan.model.note,
         "heads": [head.name for head in plan.heads],
     }
 
@@ -76,4 +78,12 @@ def _print_facts(plan: ConversionPlan) -> None:
     if plan.model.ignored:
         console.print(f"left out, as the model makes them itself: {', '.join(plan.model.ignored)}")
     if initial.cast_to:
-        console.print(f"floating-point tensors are cast to {initial.cast_to}")
+        console.print(f"floating-point tensors are cast to {initial.cast_to}{_kept(plan)}")
+
+
+def _kept(plan: ConversionPlan) -> str:
+    """What was not cast, as the model's class has it in float32."""
+    kept = [key for key, stream in plan.streams.items() if stream.spec.dtype == torch.float32]
+    if not kept or plan.initial.cast_to == "float32":
+        return ""
+    return f", but for {len(kept)} that the model's class keeps in float32, {kept[0]} for one"

@@ -87,8 +87,11 @@ def plan_on_ranks(ranks: Ranks, model: str, output: Path, options: ConversionOpt
         # None tells the other ranks to plan by themselves: their tensors are not those of the files.
         if plan.stored is None:
             return None
+        dtypes = {name: plan.streams[key].spec.dtype for key, name in plan.stored.items()}
         return {
             "stored": dict(plan.stored),
+            # As cast_specs takes them: rank 0 alone knows what the model's class keeps in float32.
+            "kept": [name for name, dtype in dtypes.items() if options.dtype is not None and dtype != options.dtype],
             "aliases": dict(plan.aliases),
             "containers": {key: list(path) for key, path in plan.containers.items()},
         }
@@ -115,7 +118,7 @@ def _planned(model: str, output: Path, options: ConversionOptions) -> WritePlan:
 def _followed(told: Mapping[str, Any], model: str, output: Path, options: ConversionOptions) -> WritePlan:
     directory = find_model(model)
     files = open_source(directory)
-    specs = {spec.name: spec for spec in cast_specs([*files.specs.values()], options.dtype)}
+    specs = {s.name: s for s in cast_specs([*files.specs.values()], options.dtype, frozenset(told["kept"]))}
     # With other files here than on rank 0, this rank would write other tensors than the index says.
     missing = sorted(set(told["stored"].values()) - specs.keys())
     if missing:

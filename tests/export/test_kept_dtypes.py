@@ -105,6 +105,25 @@ def test_a_run_exports_what_the_library_rounds(case: tuple[Any, str, dict[str, T
         assert_equal(weights(directory / "step-1"), expected)
 
 
+def test_to_dcp_and_weights_of_saves_round_what_the_library_rounds(
+    case: tuple[Any, str, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    model, dtype, expected = case
+    pair = ["--base-model", str(tmp_path / "base"), "--output-dir", str(tmp_path / "seed")]
+    if dtype == "bfloat16":
+        save = ShardedSave(tmp_path / "run", model=model, when=every(1), weights="huggingface", weights_dtype=dtype)
+        hooks = Hooks(save)
+        hooks.step(1)
+        hooks.close()
+        assert_equal(weights(tmp_path / "run" / "step-1"), expected)
+    if not isinstance(model, transformers.PreTrainedModel):
+        return  # of diffusers to-dcp knows no model
+    assert main(["to-dcp", *pair, "--dtype", dtype]) == 0
+    back = ["--checkpoint", str(tmp_path / "seed"), "--base-model", str(tmp_path / "base"), "--dtype", "original"]
+    assert main(["to-hf", *back, "--output-dir", str(tmp_path / "back")]) == 0
+    assert_equal(weights(tmp_path / "back"), expected)
+
+
 def test_a_pattern_that_names_it_rounds_it(tmp_path: Path) -> None:
     model = glm()
     dtypes = {"*.e_score_correction_bias": "bfloat16", "*": "bfloat16"}
