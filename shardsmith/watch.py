@@ -22,6 +22,7 @@ from shardsmith.checking.types import AnyPath
 from shardsmith.errors import ShardsmithError, StorageError, TargetExistsError, UsageError, WriteError
 from shardsmith.export.adapter_plan import plan_export
 from shardsmith.export.plan import ExportOptions, choose_stems
+from shardsmith.export.report import remarks
 from shardsmith.export.write import write_directories
 from shardsmith.formats.by_path import known_checkpoint
 from shardsmith.ground.commit import check_writable, remove, sweep
@@ -74,6 +75,8 @@ class Outcome:
     seconds: float = 0.0
     error: Exception | None = None
     """Why it failed."""
+    remarks: tuple[str, ...] = ()
+    """What ``to-hf`` would say of it, such as changes in config.json, but for what was said of a step before."""
 
 
 class Stop:
@@ -164,6 +167,7 @@ class Watcher:
         self.base = base
         self.options = options
         self.failed: dict[int, Exception] = {}
+        self._said: set[str] = set()
         # Read here, so that a base that cannot be used is reported now and not at the first step.
         choose_files(base)
         read_config(base)
@@ -221,7 +225,7 @@ class Watcher:
         try:
             # Retention of the run leaves a held step alone; False where there are no locks, as in a store.
             with hold(checkpoint) as held:
-                nbytes = self._write(checkpoint, output)
+                nbytes, said = self._write(checkpoint, output)
         except (ShardsmithError, OSError) as error:
             # Another watcher was faster: that is what was wanted.
             if isinstance(error, TargetExistsError) and _is_export(error.path):
@@ -230,10 +234,14 @@ class Watcher:
             if not held and not isinstance(error, StorageError) and not checkpoint.exists():
                 return Outcome(step=step, output=output, status="gone")
             return Outcome(step=step, output=output, status="failed", error=error)
-        return Outcome(step=step, output=output, status="exported", nbytes=nbytes, seconds=time.monotonic() - began)
+        # Each thing once: of a run most of it is the same at every step.
+        new = tuple(line for line in said if line not in self._said)
+        self._said.update(said)
+        seconds = time.monotonic() - began
+        return Outcome(step=step, output=output, status="exported", nbytes=nbytes, seconds=seconds, remarks=new)
 
-    def _write(self, checkpoint: Path, output: Path) -> int:
-        """Write the directories of a step that are not there yet; bytes of weights."""
+    def _write(self, checkpoint: Path, output: Path) -> tuple[int, list[str]]:
+        """Write the directories of a step that are not there yet; bytes of weights, and what is to be said of them."""
         known = known_checkpoint(checkpoint)
         stems = choose_stems(known, self.base, self.options.models, self.options.ema_as, self.options.export.average)
         outputs = [(as_path(f"{output}{suffix}"), names) for suffix, names in stems]
@@ -244,7 +252,8 @@ class Watcher:
             if path == output or not _is_export(path)  # a killed watcher may have made the others
         ]
         write_directories(plans)
-        return sum(plan.directory.nbytes for plan in plans)
+        said = list(dict.fromkeys(line for plan in plans for line in remarks(plan)))
+        return sum(plan.directory.nbytes for plan in plans), said
 
     def _remove_old(self) -> None:
         count = self.options.keep_latest

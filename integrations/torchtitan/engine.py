@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 from shardsmith.ground.commit import remove
 from shardsmith.ground.ranks import Ranks
 from shardsmith.ground.sizes import parse_size
+from shardsmith.hf.live_config import recorded_settings
 from shardsmith.hooks import EMA
 from shardsmith.hooks.save_weights import HuggingFaceWeights
 from shardsmith.run_state.contents import Contents
@@ -63,6 +64,7 @@ class Engine:
         """
         self._weights = weights
         self._names = names
+        self._model = model
         self._tied = tied_weights(model)
         self._ema = ema
         self._ranks = Ranks(timeout_secs)
@@ -138,7 +140,16 @@ class Engine:
         values = {key: value.state_dict() if isinstance(value, Stateful) else value for key, value in state.items()}
         facts = self._ema.facts() if self._ema is not None and AVERAGES in values else None
         mesh = mesh_of(values)
-        contents = Contents(step=step, state_dict=values, ema=facts, tied=self._tied, mesh=mesh, names=self._names)
+        contents = Contents(
+            step=step,
+            state_dict=values,
+            ema=facts,
+            tied=self._tied,
+            mesh=mesh,
+            names=self._names,
+            # Of a model of its transformers backend: its own ones have no config of Hugging Face.
+            settings=recorded_settings(self._model) if self._ranks.is_leader else None,
+        )
         return contents if self._weights is None else self._weights.added_to(contents, path)
 
 

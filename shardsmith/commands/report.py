@@ -53,7 +53,9 @@ def print_outcome(outcome: Outcome, *, quiet: bool, as_json: bool = False) -> No
             "elsewhere": f"{outcome.output} was written by another project",
             "gone": f"{outcome.output.name} was removed before it could be exported",
         }
-        new_console().print(text[outcome.status])
+        console = new_console()
+        for line in (text[outcome.status], *outcome.remarks):
+            console.print(line)
 
 
 def _plain_outcome(outcome: Outcome) -> dict[str, object]:
@@ -64,6 +66,7 @@ def _plain_outcome(outcome: Outcome) -> dict[str, object]:
         "bytes": outcome.nbytes,
         "seconds": round(outcome.seconds, 3),
         "error": None if outcome.error is None else f"{type(outcome.error).__name__}: {outcome.error}",
+        "remarks": list(outcome.remarks),
     }
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from rich.console import Console
 from rich.table import Table
 
 from shardsmith.export.check import ExportCheck, ModelCheck
@@ -30,7 +29,9 @@ def print_plans(plans: Sequence[ExportPlan], *, as_json: bool = False) -> None:
         paths = f"{plan.directory.output} from {plan.checkpoint} and {plan.base}"
         console.print(f"would write {paths}, {plan.directory.measure}")
         console.print(_template_line(plan.template.origin, bool(plan.template.specs)))
-        _print_contents(console, plan)
+        console.print(_files_table(plan))
+        for line in remarks(plan):
+            console.print(line)
     console.print("dry run: nothing was written")
 
 
@@ -42,7 +43,9 @@ def print_written(plans: Sequence[ExportPlan], checks: Sequence[ExportCheck], *,
     console = new_console()
     for plan, check in zip(plans, checks, strict=True):
         console.print(f"wrote {check.output} from {plan.checkpoint} and {plan.base}, {check.compared}")
-        _print_contents(console, plan)
+        console.print(_files_table(plan))
+        for line in remarks(plan):
+            console.print(line)
         console.print(_checks_table(check, bool(plan.template.specs)))
         for model in check.models:
             for line in _remarks(model):
@@ -83,42 +86,41 @@ def _template_line(origin: str, has_weights: bool) -> str:
     return f"names and shapes compared with the base model: {origin}"
 
 
-def _print_contents(console: Console, plan: ExportPlan) -> None:
-    console.print(_files_table(plan))
+def remarks(plan: ExportPlan) -> Iterator[str]:
+    """Yield what is to be said of a directory beside its files, a line each."""
     for change in plan.fitted.changes if plan.fitted else ():
-        console.print(f"config.json: {change}")
+        yield f"config.json: {change}"
     if plan.generates_otherwise:
-        console.print("generation_config.json: as the live model had it at the step, and not the base model")
+        yield "generation_config.json: as the live model had it at the step, and not the base model"
     # One for all of them: the list may be as long as the model.
     for ignored in (plan.fitted.ignored if plan.fitted else ())[:1]:
         count = len(plan.fitted.ignored) if plan.fitted else 0
-        console.print(f"{count} tensors, {ignored} for one, are written, and the class passes over them when it loads")
+        yield f"{count} tensors, {ignored} for one, are written, and the class passes over them when it loads"
     for name, reason in (plan.files.left_out if plan.files else {}).items():
         # Weights of the base model itself are replaced; what lies in folders or is named otherwise may be missed.
         if "/" in name or not name.startswith(_PLAIN_WEIGHTS):
-            console.print(f"{name} of the base model is not copied: {reason}")
-    for line in plan.files.unread_lines if plan.files else ():
-        console.print(line)
+            yield f"{name} of the base model is not copied: {reason}"
+    yield from plan.files.unread_lines if plan.files else ()
     if plan.dropped:
-        console.print(f"left out, as asked for: {', '.join(plan.dropped)}")
+        yield f"left out, as asked for: {', '.join(plan.dropped)}"
     for name in plan.old_weights:
-        console.print(f"{name} is the base model's own: what the checkpoint has of it was left out")
+        yield f"{name} is the base model's own: what the checkpoint has of it was left out"
     for model in plan.directory.models:
         for alias, kept in model.aliases.items():
-            console.print(f"{model.model}: {alias} is tied to {kept}, which alone is in the file")
+            yield f"{model.model}: {alias} is tied to {kept}, which alone is in the file"
         if model.float32_unknown:
-            console.print(f"{model.model}: {model.float32_unknown}")
+            yield f"{model.model}: {model.float32_unknown}"
         if model.filled:
-            console.print(f"{model.model}: {len(model.filled)} tensors that are not averaged are from main")
+            yield f"{model.model}: {len(model.filled)} tensors that are not averaged are from main"
         averages = plan.sources[model.model].averages
         if len(averages) > 1:
             others = ", ".join(averages[1:])
-            console.print(f"{model.model}: of several averages, {averages[0]}; --average takes another: {others}")
+            yield f"{model.model}: of several averages, {averages[0]}; --average takes another: {others}"
         for twin in plan.sources[model.model].twins:
-            console.print(f"left out: {twin}, which holds tensors under the model's names; --average {twin} takes it")
+            yield f"left out: {twin}, which holds tensors under the model's names; --average {twin} takes it"
         left_out = getattr(plan.sources[model.model], "left_out", {})
         for name, reason in left_out.items():
-            console.print(f"{model.model}: {name} is left out: {reason}")
+            yield f"{model.model}: {name} is left out: {reason}"
 
 
 def _files_table(plan: ExportPlan) -> Table:

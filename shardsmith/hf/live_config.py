@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from shardsmith.hf.blueprint import plain_config
+from shardsmith.hf.hf_directory import read_config
+from shardsmith.hf.known_class import model_class_of
 from shardsmith.hf.model_code import code_of_model
-from shardsmith.manifest.model_settings import ModelSettings, without_origin
+from shardsmith.manifest.metadata import read_json
+from shardsmith.manifest.model_settings import GENERATION_FILE, ModelSettings, without_origin
 from shardsmith.tensors.fqn import own_class, unwrapped
 
 log = logging.getLogger(__name__)
@@ -39,10 +42,24 @@ def recorded_settings(model: nn.Module) -> bytes | None:
     if len(held) != 1:
         return None
     try:
-        return (json.dumps(asdict(settings_of(held[0])), indent=1) + "\n").encode()
+        return settings_of(held[0]).to_json()
     except Exception as error:
         log.warning("the config of %s is not recorded: %s: %s", type(held[0]).__name__, type(error).__name__, error)
         return None
+
+
+def settings_of_directory(directory: Path) -> ModelSettings | None:
+    """Return what the model of a Hugging Face directory says; None where no library knows its class.
+
+    Raises CheckpointError if one of its two files cannot be read.
+    """
+    model_class, _ = model_class_of(read_config(directory))
+    if model_class is None:
+        return None
+    file = directory / GENERATION_FILE
+    generation = read_json(file) if file.is_file() else None
+    config = dict(model_class.effective_config)
+    return ModelSettings(config=config, generation_config=generation, generates_by_config=False)
 
 
 def _models_with_config(module: Any) -> Iterator[Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,10 @@ class ModelSettings:
     """How it generates, as its library saves it; None for a model that does not."""
     generates_by_config: bool
     """Whether it generates as the library makes it of the config alone."""
+
+    def to_json(self) -> bytes:
+        """Return the content of the file."""
+        return (json.dumps(asdict(self), indent=1) + "\n").encode()
 
     def generation_beside(self, base: Path | None) -> dict[str, Any] | None:
         """Return what ``generation_config.json`` must say; None if that of the base is right, or none is needed.

@@ -21,10 +21,12 @@ from shardsmith.formats.dcp.beside_weights import open_step, recorded_names
 from shardsmith.formats.dcp.rank_file import write_rank_file
 from shardsmith.formats.dcp.source import DcpSource
 from shardsmith.ground import layout
+from shardsmith.ground.bounded import read_bounded
 from shardsmith.ground.commit import AnyAttempt, Attempt, begin_attempt, refuse_existing, require_space
 from shardsmith.ground.mapped import MappedFile
 from shardsmith.ground.threads import useful_threads
-from shardsmith.hf.hf_directory import protect
+from shardsmith.hf.hf_directory import CONFIG_FILE, protect
+from shardsmith.hf.live_config import settings_of_directory
 from shardsmith.manifest.checkpoints import find_damage
 from shardsmith.manifest.metadata import CheckpointMetadata, FileRecord, now, read_metadata
 from shardsmith.run_state.described import NO_RANK, Description, RankHolds, describe
@@ -34,6 +36,7 @@ from shardsmith.sharding.holding import pack_flags
 from shardsmith.tensors.tensors import Chunk, read_into
 
 _BYTES_OF_A_FILE = 1 << 30
+_MOST_BYTES_OF_A_CONFIG = 32 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +106,7 @@ def _commit(source: DcpSource, metadata: CheckpointMetadata, attempt: AnyAttempt
     wrong = [key for key, record in metadata.tensors.items() if str(measured.digests.get(key)) != record.digest]
     if wrong:
         raise CorruptCheckpointError(source.path, f"other values than were saved: {', '.join(wrong)}; nothing written")
-    for name, content in whole.indexes(receipts, attempt.id).items():
+    for name, content in {**whole.indexes(receipts, attempt.id), **_settings(source.path)}.items():
         size = attempt.write(name, content)
         measured.files[name] = FileRecord(size=size, xxh3_128=xxhash.xxh3_128_hexdigest(content))
     names = recorded_names(source.path, metadata)
@@ -118,6 +121,14 @@ def _commit(source: DcpSource, metadata: CheckpointMetadata, attempt: AnyAttempt
     sizes = {name: record.size for name, record in measured.files.items()}
     sizes[layout.METADATA_FILE] = attempt.write(layout.METADATA_FILE, again.to_json())
     attempt.commit(sizes)
+
+
+def _settings(checkpoint: Path) -> dict[str, bytes]:
+    """``model_config.json``: as the step has it, or of an older one as the Hugging Face directory says that it is."""
+    if (file := checkpoint / layout.MODEL_CONFIG_FILE).is_file():
+        return {file.name: read_bounded(file, _MOST_BYTES_OF_A_CONFIG)}
+    settings = settings_of_directory(checkpoint) if (checkpoint / CONFIG_FILE).is_file() else None
+    return {} if settings is None else {file.name: settings.to_json()}
 
 
 def _entries(source: DcpSource) -> Iterator[Entry]:

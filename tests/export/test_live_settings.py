@@ -17,7 +17,10 @@ from diffusers import UNet2DModel
 from safetensors.torch import load_file
 from transformers import AutoConfig, GenerationConfig, GPT2Config, GPT2LMHeadModel
 
+from shardsmith.cli import main
+from shardsmith.ground.layout import METADATA_FILE, MODEL_CONFIG_FILE
 from shardsmith.hooks import HFExport, Hooks, ShardedSave, every
+from shardsmith.manifest.metadata import sealed_json
 from tests.hf.test_directory_check import config_of, export_live, saved, to_hf
 from tests.hooks.test_export_tokenizers import tokenizer
 
@@ -247,3 +250,39 @@ def test_a_grown_vocabulary_beside_the_tokenizer_of_the_base_is_said(
     assert ("WARNING" in said) is not given
     check = to_hf(saved(model.state_dict(), tmp_path / "ck"), base, tmp_path / "out", allow=("*embed*", "lm_head*"))
     assert any("tokens that were added are in no tokenizer" in change for change in check.config_changes)
+
+
+@pytest.mark.parametrize("is_old", [False, True], ids=["", "of an older step"])
+def test_the_way_back_from_one_write_keeps_what_the_model_said(is_old: bool, tmp_path: Path) -> None:
+    model = llama(rope_parameters=LINEAR, max_position_embeddings=8192)
+    model.generation_config = GenerationConfig(temperature=0.5, do_sample=True)
+    llama().save_pretrained(tmp_path / "base")
+    hooks = Hooks(ShardedSave(tmp_path / "run", model=model, when=every(1), weights="huggingface"))
+    hooks.step(1)
+    hooks.close()
+    step = tmp_path / "run" / "step-1"
+    if is_old:  # before steps recorded it
+        manifest = json.loads((step / METADATA_FILE).read_text())
+        del manifest["files"][MODEL_CONFIG_FILE], manifest["self_xxh3_128"]
+        (step / METADATA_FILE).write_bytes(sealed_json(manifest))
+        (step / MODEL_CONFIG_FILE).unlink()
+    assert main(["to-dcp", "--whole", "--base-model", str(step), "--output-dir", str(tmp_path / "plain")]) == 0
+    assert main(["inspect", str(tmp_path / "plain"), "--verify"]) == 0
+    to_hf(tmp_path / "plain", tmp_path / "base", tmp_path / "out")
+    model.save_pretrained(tmp_path / "library")
+    assert settings(tmp_path / "out") == settings(tmp_path / "library")
+    assert GenerationConfig.from_pretrained(tmp_path / "out").temperature == 0.5
+
+
+def test_watch_says_once_what_it_changes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = llama(rope_parameters=LINEAR)
+    llama().save_pretrained(tmp_path / "base")
+    hooks = Hooks(ShardedSave(tmp_path / "run", model=model, when=every(1)))
+    for step in (1, 2):
+        hooks.step(step)
+    hooks.close()
+    command = ["watch", str(tmp_path / "run"), "--output-dir", str(tmp_path / "out"), "--once"]
+    assert main([*command, "--base-model", str(tmp_path / "base")]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("step-") == 2
+    assert said.count("config.json: rope_parameters") == 1
