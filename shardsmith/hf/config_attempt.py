@@ -159,8 +159,10 @@ def _can_be_untied(attempt: Attempt) -> bool:
     if attempt.fit is None or not attempt.untied:
         return True
     changed = (with_values(attempt.config, dict.fromkeys(chosen, False)) for chosen in attempt.flags_off())
-    fits = (Attempt.of(config, attempt.specs, {}).fit for config in changed)
-    return any(fit is not None and fit.count <= attempt.fit.count for fit in fits)
+    others = [Attempt.of(config, attempt.specs, attempt.separate) for config in changed]
+    # Where some entries untie, the others, such as that of T5Gemma2's decoder, are looked at by nobody.
+    untying = [other for other in others if len(other.untied) < len(attempt.untied)] or others
+    return any(other.fit is not None and other.fit.count <= attempt.fit.count for other in untying)
 
 
 def _tied(model_class: ModelClass, names: Mapping[str, str]) -> dict[str, str]:

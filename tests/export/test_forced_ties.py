@@ -123,3 +123,19 @@ def test_a_class_that_ties_more_than_the_head_keeps_the_tie_and_takes_both(kind:
     for base in ("base", "tied", None):
         directory = export_live(model, tmp_path / base if base else None, tmp_path / f"live-{base}")
         assert_loads(directory, model)
+
+
+def test_a_head_that_cannot_be_said_to_be_untied_is_written_beside_the_tie(tmp_path: Path) -> None:
+    # T5Gemma2 ties decoder and encoder by the same entry as the head; that of its decoder is looked at by nobody.
+    model = make_tiny(FAMILIES["T5Gemma2ForConditionalGeneration"])
+    model.save_pretrained(tmp_path / "base")
+    state = dict(model.state_dict())
+    state["lm_head.out_proj.weight"] = torch.randn_like(state["lm_head.out_proj.weight"])
+    dcp.save(state, checkpoint_id=tmp_path / "ck", no_dist=True)
+    assert to_hf(tmp_path, tmp_path / "base", "out", "--allow", "lm_head.out_proj.weight") == 0
+    (tmp_path / "base" / "model.safetensors").unlink()
+    assert to_hf(tmp_path, tmp_path / "base", "by-config") == 0
+    for output in ("out", "by-config"):
+        loaded, info = type(model).from_pretrained(tmp_path / output, output_loading_info=True)
+        assert not info["missing_keys"] | info["unexpected_keys"] | info["mismatched_keys"]
+        assert all(torch.equal(value, state[name]) for name, value in loaded.state_dict().items())
