@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import torch
 import xxhash
 from torch import nn
 
 from shardsmith.errors import RanksDisagreeError
+from shardsmith.ground.distinct import agree_on_distinct
 from shardsmith.ground.ranks import Ranks
 from shardsmith.load.live_weights import model_state_dict
 from shardsmith.tensors.dtypes import dtype_name
 from shardsmith.tensors.tensors import TensorSpec
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +39,7 @@ class Stages:
         Raises:
             RankFailedError: on all ranks, if tensors of one name are not alike on all that have them.
         """
-        found = _united(ranks, "putting the stages of the model together", lambda: own()._plain(), _unite)
+        found = agree_on_distinct(ranks, "putting the stages of the model together", lambda: own()._plain(), _unite)
         return cls(
             specs={
                 n: TensorSpec(n, tuple(shape), getattr(torch, dtype)) for n, (shape, dtype) in found["specs"].items()
@@ -75,38 +73,12 @@ def are_stages(ranks: Ranks, model: nn.Module) -> bool:
 
 def names_on_all(ranks: Ranks, names: Iterable[str]) -> list[str]:
     """Return what any rank names. All ranks; communicates."""
-    return _united(
+    return agree_on_distinct(
         ranks,
         "putting names together",
         lambda: list(names),
         lambda parts: list(dict.fromkeys(name for part in parts for name in part)),
     )
-
-
-def _united(ranks: Ranks, phase: str, own: Callable[[], T], unite: Callable[[list[T]], T]) -> T:
-    """Return what ``unite`` makes, on rank 0, of the different values of ``own``: of equal ones it gets the first.
-
-    All ranks of a stage have the same names, and there may be a thousand of them: one of them sends its names, the
-    others a digest.
-    """
-    mine: list[T] = []
-
-    def digest() -> str:
-        mine.append(own())
-        return xxhash.xxh3_128_hexdigest(json.dumps(mine[0]).encode())
-
-    def first_of_each(digests: list[str]) -> list[bool]:
-        first = {each: rank for rank, each in reversed([*enumerate(digests)])}
-        return [first[each] == rank for rank, each in enumerate(digests)]
-
-    sends = ranks.deal(phase, digest, first_of_each)
-    united: T = ranks.agree(
-        f"{phase}, one rank of each kind",
-        lambda: mine[0] if sends else None,
-        lambda parts: unite([part for part in parts if part is not None]),
-        large=True,
-    )
-    return united
 
 
 def _unite(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:

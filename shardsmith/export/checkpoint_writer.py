@@ -18,7 +18,6 @@ from shardsmith.export.write import refuse_damage
 from shardsmith.formats.safetensors_files.writer import SafetensorsFileWriter
 from shardsmith.hf.directory import DirectoryPlan
 from shardsmith.manifest.checkpoints import find_damage
-from shardsmith.tensors.digest import Digest
 from shardsmith.tensors.tensors import TensorSource
 
 
@@ -49,8 +48,7 @@ class CheckpointWriter(WeightsWriter):
         refuse_damage(self._checkpoint, find_damage(self._checkpoint, part=self._rank, parts=self._size))
         copy = self._write_files if self._whole_files else self._write_blocks
         digests = copy(plan, directory)
-        # A zero digest is the default of a missing one; leaving those out keeps what is sent small.
-        self._found = encode({m: {n: d for n, d in found.items() if d != Digest()} for m, found in digests.items()})
+        self._found = encode(plan.models, digests)
 
     def read_back(self) -> Any:
         """Return what ``write`` has found."""

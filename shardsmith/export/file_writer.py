@@ -87,7 +87,7 @@ class FileWriter(WeightsWriter):
         for model, file in owned[self._rank]:
             # Read back by who wrote it: on NFS another host may still see older pages.
             found[model].update(_digests_of(directory / file.name))
-        self._found = {"staged": encode(shares(plan, staged)), "found": encode(found)}
+        self._found = {"staged": encode(plan.models, shares(plan, staged)), "found": encode(plan.models, found)}
 
     def read_back(self) -> Any:
         """Return what ``write`` has sent and read back."""

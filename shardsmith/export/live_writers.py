@@ -22,7 +22,7 @@ from shardsmith.ground.memory import same_bits
 from shardsmith.ground.ranks import Ranks
 from shardsmith.hf.directory import DirectoryPlan, ModelPlan
 from shardsmith.sharding.live_boxes import LiveBox
-from shardsmith.sharding.shares import add_up_ranks
+from shardsmith.sharding.shares import add_up_shares, pack_shares
 from shardsmith.tensors.digest import Digest, digest_box, digest_run, first_of_run
 from shardsmith.tensors.tensors import row_major_blocks
 
@@ -101,7 +101,7 @@ class SliceWriter(WeightsWriter):
         self._files: HostFiles | None = None
         self._unsynced: set[int] = set()
         self._written: list[tuple[str, int, list[LiveBox]]] = []
-        self._models: list[str] = []
+        self._models: Sequence[ModelPlan] = ()
 
     def make_files(self, plan: DirectoryPlan, directory: Path) -> None:
         """Make every file, at its full size; it is durable when all that is written to it is."""
@@ -115,7 +115,7 @@ class SliceWriter(WeightsWriter):
     def write(self, plan: DirectoryPlan, staged: Staged, directory: Path) -> None:
         """Write this rank's boxes."""
         files = self._in(plan, directory)
-        self._models, self._written = [model.model for model in plan.models], []
+        self._models, self._written = plan.models, []
         for number, (model, file) in enumerate(_files(plan)):
             if mine := [box for box in staged[model] if box.name in file.tensors]:
                 self._written.append((model, number, mine))
@@ -141,13 +141,13 @@ class SliceWriter(WeightsWriter):
 
     def read_back(self) -> Any:
         """Compare this rank's boxes with what the files hold."""
-        found: Digests = {model: {} for model in self._models}
+        found: Digests = {model.model: {} for model in self._models}
         if self._files is not None:
             for model, number, mine in self._written:
                 with self._files.opened(number) as (writer, _):
                     _add_shares(found[model], ((box.name, _compare_and_digest(writer, box)) for box in mine))
         self._written = []
-        return encode(found)
+        return encode(self._models, found)
 
     def _in(self, plan: DirectoryPlan, directory: Path) -> HostFiles:
         if self._files is None:
@@ -181,19 +181,21 @@ def _add_shares(digests: dict[str, Digest], shares: Iterable[tuple[str, Digest]]
         digests[name] = digests.get(name, Digest()) + share
 
 
-def encode(digests: Digests) -> dict[str, dict[str, str]]:
-    """As text, for JSON. ``add_up`` reads it."""
-    return {model: {name: str(digest) for name, digest in found.items()} for model, found in digests.items()}
+def encode(models: Iterable[ModelPlan], digests: Mapping[str, Mapping[str, Digest]]) -> dict[str, str]:
+    """As text by model, for JSON. ``add_up`` reads it."""
+    return {
+        model.model: pack_shares(digests.get(model.model, {}), [spec.name for spec in model.specs]) for model in models
+    }
 
 
-def add_up(plan: DirectoryPlan, encoded: Sequence[Mapping[str, Mapping[str, str]]]) -> Digests:
+def add_up(plan: DirectoryPlan, encoded: Sequence[Mapping[str, str]]) -> Digests:
     """Return the digests of whole tensors from every rank's shares."""
-
-    def of_model(model: ModelPlan) -> dict[str, Digest]:
-        parts = [found.get(model.model, {}) for found in encoded]
-        return add_up_ranks(parts, [spec.name for spec in model.specs])
-
-    return {model.model: of_model(model) for model in plan.models}
+    return {
+        model.model: add_up_shares(
+            (found[model.model] for found in encoded if model.model in found), [spec.name for spec in model.specs]
+        )
+        for model in plan.models
+    }
 
 
 def _files(plan: DirectoryPlan) -> Iterator[tuple[str, FilePlan]]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from shardsmith.errors import CorruptCheckpointError
 from shardsmith.export.block_copy import copy_blocks
 from shardsmith.export.check import ExportCheck, check_export, compare_read_back, read_back
+from shardsmith.export.live_writers import add_up, encode
 from shardsmith.export.place import begin_export, create_file, deal_files, place_of_files, weight_files
 from shardsmith.export.plan import ExportPlan
 from shardsmith.formats.by_path import KnownCheckpoint
@@ -23,11 +24,9 @@ from shardsmith.ground.commit import Attempt, sweep
 from shardsmith.ground.remote_export import ClaimedDirectory, RemoteDirectory
 from shardsmith.ground.torchrun.team import Alone, Team
 from shardsmith.hf.completion import complete_directory
-from shardsmith.hf.directory import DirectoryPlan
 from shardsmith.hf.directory_check import check_directory
 from shardsmith.manifest.checkpoints import find_damage
 from shardsmith.manifest.companion import find_folder_damage
-from shardsmith.sharding.shares import add_up_ranks
 from shardsmith.tensors.digest import Digest
 
 Texts = dict[str, dict[str, str]]
@@ -155,13 +154,13 @@ class _Job:
                 SafetensorsFileWriter.create(attempt.directory, file).close()
         return [attempt.id for attempt in self._attempts]
 
-    def _write(self) -> list[Texts]:
+    def _write(self) -> list[dict[str, str]]:
         checkpoints = {plan.checkpoint: plan.known for plan in self.plans if plan.verify}.values()
         # Hashing and copying read the same files at the same time: what one has read, the other finds in memory.
         with ThreadPoolExecutor(1, "shardsmith-verify") as pool:
             verified = [pool.submit(verify_source, known, self.team.rank, self.team.size) for known in checkpoints]
             written = [
-                {model: _texts(digests) for model, digests in self._copy(plan, directory)}
+                encode(plan.directory.models, dict(self._copy(plan, directory)))
                 for plan, directory in zip(self.plans, self._directories, strict=True)
             ]
             # After the copy: a damaged source is reported before anything becomes visible.
@@ -203,19 +202,23 @@ class _Job:
                 writer.sync()
         return digests
 
-    def _read_back(self) -> list[Texts]:
+    def _read_back(self) -> list[dict[str, str]]:
+        rank, size = self.team.rank, self.team.size
         return [
-            {
-                model.model: _texts(read_back(model, directory, self.team.rank, self.team.size))
-                for model in plan.directory.models
-                if plan.verify
-            }
+            encode(
+                plan.directory.models,
+                {m.model: read_back(m, directory, rank, size) for m in plan.directory.models if plan.verify},
+            )
             for plan, directory in zip(self.plans, self._directories, strict=True)
         ]
 
-    def _merged(self, shares: Sequence[list[Texts]]) -> list[Texts]:
+    def _merged(self, shares: Sequence[list[dict[str, str]]]) -> list[Texts]:
         """For each plan the sums over all ranks."""
-        return [_add_up(plan.directory, [share[i] for share in shares]) for i, plan in enumerate(self.plans) if shares]
+        return [
+            _texts(add_up(plan.directory, [share[i] for share in shares]))
+            for i, plan in enumerate(self.plans)
+            if shares
+        ]
 
     def _commit(self, written: list[Texts], read: list[Texts]) -> list[ExportCheck]:
         made = list(zip(self.plans, self._attempts, written, read, strict=True))
@@ -237,19 +240,9 @@ class _Job:
         return checks
 
 
-def _texts(digests: Mapping[str, Digest]) -> dict[str, str]:
-    # A share that is zero adds nothing; ``add_up_ranks`` fills it in.
-    return {name: str(digest) for name, digest in digests.items() if digest != Digest()}
+def _texts(digests: Mapping[str, Mapping[str, Digest]]) -> Texts:
+    return {model: {name: str(digest) for name, digest in found.items()} for model, found in digests.items()}
 
 
 def _digests(texts: Texts) -> dict[str, dict[str, Digest]]:
     return {model: {name: Digest.parse(text) for name, text in found.items()} for model, found in texts.items()}
-
-
-def _add_up(plan: DirectoryPlan, shares: Sequence[Texts]) -> Texts:
-    merged: Texts = {}
-    for model in plan.models:
-        parts = [share.get(model.model, {}) for share in shares]
-        digests = add_up_ranks(parts, [spec.name for spec in model.specs])
-        merged[model.model] = {name: str(digest) for name, digest in digests.items()}
-    return merged

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
+from shardsmith.ground.distinct import agree_on_distinct
 from shardsmith.ground.ranks import Ranks
 from shardsmith.load.buffer_reference import BufferReference
 from shardsmith.load.faults import NOTHING, LoadFault, Look, classify
 from shardsmith.load.live_weights import LiveWeights
 from shardsmith.load.source import InitialSource
 from shardsmith.sharding.digest_sums import DigestSums, sum_digests
-from shardsmith.sharding.shares import add_up_ranks
+from shardsmith.sharding.shares import add_up_shares, pack_shares
 from shardsmith.sharding.source_digests import digest_source
 from shardsmith.tensors.digest import Digest
 from shardsmith.tensors.dtypes import dtype_name
@@ -63,13 +64,15 @@ class LoadComparison:
 
 def specs_on_all(ranks: Ranks, live: LiveWeights) -> dict[str, TensorSpec]:
     """The tensors of the model on all ranks; these differ with pipeline stages. Raises what ``Ranks.agree`` raises."""
-    found: dict[str, list[Any]] = ranks.agree(
+    found: dict[str, list[Any]] | None = agree_on_distinct(
+        ranks,
         "comparing names",
-        lambda: {name: [list(spec.shape), dtype_name(spec.dtype)] for name, spec in live.specs.items()},
+        lambda: {name: [spec.shape, dtype_name(spec.dtype)] for name, spec in live.specs.items()},
         # reversed: the entry of the lowest rank is written last and stays.
-        lambda parts: {name: spec for part in reversed(parts) for name, spec in part.items()},
-        large=True,
+        lambda parts: {name: spec for part in reversed(parts) for name, spec in part.items()} if parts[1:] else None,
     )
+    if found is None:  # all ranks have the same
+        return live.specs
     return {name: TensorSpec(name, tuple(shape), getattr(torch, dtype)) for name, (shape, dtype) in found.items()}
 
 
@@ -128,17 +131,18 @@ def verify_values(
     known = {name: digest for name, digest in recorded.items() if digest is not None}
     # Cast or not recorded: these are digested from the files, in the dtype that the model has.
     unknown = {name: (keys[name], dtypes[name]) for name in dtypes if name not in known}
-    labels = {name: _label(*wanted) for name, wanted in unknown.items()}
+    labels = {name: _label(*one) for name, one in unknown.items()}
+    wanted = sorted({*labels.values()})
     found: dict[str, Any] = ranks.agree(
         "digesting the source",
         lambda: {
-            "read": _read_digests(source, set(unknown.values()), ranks),
+            "read": pack_shares(_read_digests(source, set(unknown.values()), ranks), wanted),
             "tied": [alias for alias, kept in source.ties.items() if live.is_tied(alias, kept)],
             "buffers": [[fault.code, fault.name, fault.problem] for fault in reference.compare(live)],
             "transient": list(live.transient()),
             "repaired": list(repaired),
         },
-        lambda parts: _put_together(parts, set(labels.values())),
+        lambda parts: _put_together(parts, wanted),
         large=True,
     )
     expected = {**known, **{name: Digest.parse(found["read"][label]) for name, label in labels.items()}}
@@ -161,9 +165,9 @@ def verify_values(
     )
 
 
-def _put_together(parts: list[dict[str, Any]], labels: Iterable[str]) -> dict[str, Any]:
+def _put_together(parts: list[dict[str, Any]], labels: Sequence[str]) -> dict[str, Any]:
     """On rank 0: what all ranks found, put together. As JSON."""
-    read = add_up_ranks([part["read"] for part in parts], labels)
+    read = add_up_shares((part["read"] for part in parts), labels)
     buffers = {fault[1]: fault for part in reversed(parts) for fault in reversed(part["buffers"])}
     return {
         "read": {label: str(digest) for label, digest in read.items()},
@@ -180,15 +184,14 @@ def _how_known(known: Mapping[str, Digest], unknown: Mapping[str, Any]) -> str:
     return "recorded, and read where it was cast" if known else "read from its files"
 
 
-def _read_digests(source: InitialSource, wanted: set[tuple[str, torch.dtype]], ranks: Ranks) -> dict[str, str]:
+def _read_digests(source: InitialSource, wanted: set[tuple[str, torch.dtype]], ranks: Ranks) -> dict[str, Digest]:
     """This rank's share of the digests of tensors in certain dtypes."""
-    found: dict[str, str] = {}
+    found: dict[str, Digest] = {}
     # Sorted, since a set has another order on each rank, and the shares are divided by position.
     for dtype in sorted({dtype for _, dtype in wanted}, key=str):
         keys = {key: dtype for key, other in sorted(wanted, key=lambda pair: pair[0]) if other == dtype}
         shares = digest_source(source.tensors, keys, part=ranks.rank, parts=ranks.size)
-        # Most ranks have read nothing of most tensors.
-        found |= {_label(key, dtype): str(share) for key, share in shares.items() if share != Digest()}
+        found |= {_label(key, dtype): share for key, share in shares.items()}
     return found
 
 

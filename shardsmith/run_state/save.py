@@ -276,7 +276,7 @@ class SaveInProgress:
             values = chain.from_iterable(lists)
             weights = self.contents.weights.write(self._own.weights, values, directory, self._ranks.rank)
             receipt = to_receipt(write_rank_file(self._own.file, values, objects, directory), weights.pieces)
-        return {**receipt, "stored": weights.to_plain(), "tied": self.contents.tied}
+        return {**receipt, "stored": self.contents.weights.pack(weights.stored), "tied": self.contents.tied}
 
     def _make_weight_files(self) -> None:
         assert self._attempt is not None

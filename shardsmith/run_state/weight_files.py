@@ -31,7 +31,7 @@ from shardsmith.manifest.weights import WeightsRecord
 from shardsmith.name_maps.maps import Translation
 from shardsmith.name_maps.recorded import slices_to_plain
 from shardsmith.name_maps.slices import Slice, Target
-from shardsmith.sharding.shares import add_up_ranks
+from shardsmith.sharding.shares import add_up_shares, pack_shares
 from shardsmith.tensors.digest import Digest, digest_box, digest_run, first_of_run
 from shardsmith.tensors.rounded import round_off
 from shardsmith.tensors.tensors import Chunk, Shape, TensorSpec, row_major_blocks
@@ -98,6 +98,11 @@ class WeightsDirectory:
         """The plan of its model."""
         return self.plan.models[0]
 
+    @property
+    def stored_names(self) -> list[str]:
+        """Names of the tensors in its files."""
+        return [spec.name for spec in self.model.specs]
+
     def place(self, checkpoint: Path) -> Path:
         """Return the directory in that of a checkpoint."""
         return checkpoint / self.folder if self.folder else checkpoint
@@ -127,10 +132,6 @@ class Written:
     """Its part in the digest of the tensor in memory, by piece."""
     stored: dict[str, dict[str, Digest]] = field(default_factory=dict)
     """Its part in the digests of the tensors in the files, by folder and name."""
-
-    def to_plain(self) -> dict[str, dict[str, str]]:
-        """Return ``stored`` as values that survive JSON."""
-        return {folder: {name: str(one) for name, one in found.items()} for folder, found in self.stored.items()}
 
 
 class WeightFiles:
@@ -204,12 +205,17 @@ class WeightFiles:
         mine = [*names[part::parts], *(name for name in own if (checkpoint / name).is_file())]
         return {name: _record(checkpoint, name) for name in mine}
 
-    def add_up(self, parts: Sequence[Mapping[str, Mapping[str, str]]]) -> dict[str, dict[str, Digest]]:
-        """Return the digests of the tensors in the files from what ``Written.to_plain`` gave on each rank."""
+    def pack(self, stored: Mapping[str, Mapping[str, Digest]]) -> dict[str, str]:
+        """Return what ``Written.stored`` is on this rank as values that survive JSON."""
         return {
-            directory.folder: add_up_ranks(
-                [part[directory.folder] for part in parts], [spec.name for spec in directory.model.specs]
-            )
+            directory.folder: pack_shares(stored[directory.folder], directory.stored_names)
+            for directory in self.directories
+        }
+
+    def add_up(self, parts: Sequence[Mapping[str, str]]) -> dict[str, dict[str, Digest]]:
+        """Return the digests of the tensors in the files from what ``pack`` gave on each rank."""
+        return {
+            directory.folder: add_up_shares((part[directory.folder] for part in parts), directory.stored_names)
             for directory in self.directories
         }
 
