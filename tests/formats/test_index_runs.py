@@ -47,6 +47,12 @@ def slowly(data: bytes, path: Path) -> SavedIndex:
     return index_pickle._IndexDecoder(path, len(data)).index(read_pickle(data, path, index_pickle._INDEX_NAMES))
 
 
+def in_runs(data: bytes, path: Path) -> SavedIndex:
+    """Read in runs alone: ``load_dcp_index`` reads again without them if that fails."""
+    decoder = index_pickle._IndexDecoder(path, len(data))
+    return decoder.index(read_pickle(data, path, index_pickle._INDEX_NAMES, runs=IndexRuns().by_name))
+
+
 def index(names: dict[str, tuple[int, ...]], ranks: int, step: int, *, shares: bool, whole: bool) -> Metadata:
     """Return an index as torch makes it, of tensors whose rows are cut, and of one value that is no tensor.
 
@@ -96,6 +102,14 @@ indexes = st.builds(
 def test_runs_say_what_single_instructions_say(made: Metadata, protocol: int) -> None:
     data = pickle.dumps(made, protocol)
     assert outcome(load_dcp_index, data) == outcome(slowly, data)
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (5, 2), (5, 2, 3)])
+@pytest.mark.parametrize("shares", [False, True])
+def test_what_follows_a_run_refers_to_the_right_objects(shape: tuple[int, ...], shares: bool) -> None:
+    # A shape of no dimensions takes one number less in the memo: all later references go by these numbers.
+    data = pickle.dumps(index({"a": (3, 4), "b": shape, "c": shape, "d": (2,)}, 3, 300, shares=shares, whole=False), 4)
+    assert outcome(in_runs, data) == outcome(slowly, data)
 
 
 PLAIN = pickle.dumps(index({"a": (3, 4), "b": (300, 2, 1)}, 4, 1 << 20, shares=False, whole=False), 4)
