@@ -6,6 +6,7 @@ cover it. torch itself loads a tensor with missing chunks without a word and lea
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 import stat
@@ -23,6 +24,7 @@ from shardsmith.errors import (
 )
 from shardsmith.formats.dcp.index_pickle import MAX_INDEX_BYTES, MAX_KNOWN_INDEX_BYTES, load_dcp_index
 from shardsmith.formats.dcp.saved_index import SavedBytes, SavedIndex, SavedTensor
+from shardsmith.formats.torch_files.archive import DEQUANTIZE, tensor_class
 from shardsmith.ground.garbage import without_collection
 from shardsmith.ground.layout import DCP_INDEX_FILE
 from shardsmith.ground.mapped import MappedFile
@@ -209,6 +211,10 @@ class _Checker:
             return None
         # At least: an archive has a head and a directory beside the values.
         if place.length < box.numel * spec.dtype.itemsize:
+            with contextlib.closing(MappedFile(self.directory / place.file, follow_links=self.follow_links)) as file:
+                kind = tensor_class(file, place.offset, place.length)
+            if kind is not None:
+                raise UnsupportedFormatError(self.directory, f"{spec.name} is {kind}; {DEQUANTIZE}")
             raise self.corrupt(f"tensor {spec.name!r}: {place.length} bytes cannot hold the chunk {box}")
         return StoredChunk(box, place.file, place.offset, place.length)
 

@@ -6,13 +6,14 @@ import copy
 import functools
 import io
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from shardsmith.errors import CheckpointError, CorruptCheckpointError, UnsafeCheckpointError
+from shardsmith.errors import CheckpointError, CorruptCheckpointError, UnsafeCheckpointError, UnsupportedFormatError
 from shardsmith.formats.torch_files.budget import require_budget
 from shardsmith.formats.torch_files.tensor_pickle import MAX_TENSOR_PICKLE_BYTES, read_tensor_pickle
 from shardsmith.formats.torch_files.zip import TorchZip, UnusualArchiveError
@@ -20,6 +21,12 @@ from shardsmith.ground.file_tensor import FileTensor
 from shardsmith.ground.mapped import MappedFile
 
 _MAX_ENTRIES = 64
+_HEAD_BYTES = 1 << 16
+_WRAPPED = re.compile(rb"_rebuild_wrapper_subclass\n.{0,16}?c([\w.]+)\n(\w+)\n", re.DOTALL)
+DEQUANTIZE = (
+    "such are not read. Save plain tensors: {n: v.dequantize() if hasattr(v, 'tensor_data_names') else v for n, v in "
+    "model.state_dict().items()}"
+)
 _SMALL_BYTES = 2048
 """Of an archive of a number or a short text."""
 
@@ -39,6 +46,7 @@ def read_archived_tensor(file: MappedFile, offset: int, length: int) -> FileTens
         IncompleteCheckpointError: when the file ends before the archive does.
         CorruptCheckpointError: when it is no archive of one tensor.
         UnsafeCheckpointError: when it asks for code to be run.
+        UnsupportedFormatError: when the tensor is made of others.
     """
     stored = _stored(file, offset, length)
     return _unpacked(file, offset, length) if stored is None else stored
@@ -54,6 +62,15 @@ def _stored(file: MappedFile, offset: int, length: int) -> FileTensor | None:
         return None
 
 
+def tensor_class(file: MappedFile, offset: int, length: int) -> str | None:
+    """Return the class of the tensor in an archive, if it is one that consists of others; None for any other.
+
+    Of such a class are the quantised weights of torchao. The index of DCP has the shape and dtype that it plays.
+    """
+    found = _WRAPPED.search(file.bytes(offset, min(length, _HEAD_BYTES)))
+    return None if found is None else f"a tensor of {found[1].decode()}.{found[2].decode()}, which is made of others"
+
+
 def read_archived_object(file: MappedFile, offset: int, length: int, *, allow_pickle: bool = False) -> Any:
     """Return the value in an archive, of any type that torch deems safe.
 
@@ -66,6 +83,7 @@ def read_archived_object(file: MappedFile, offset: int, length: int, *, allow_pi
     Raises:
         IncompleteCheckpointError: when the file ends before the archive does.
         UnsafeCheckpointError: when it is of a type that is not known to be safe, and ``allow_pickle`` is off.
+        UnsupportedFormatError: when it is a tensor that is made of others.
         CorruptCheckpointError: when it is no archive.
     """
     data = file.bytes(offset, length)
@@ -82,6 +100,8 @@ def read_archived_object(file: MappedFile, offset: int, length: int, *, allow_pi
     except CheckpointError:
         raise
     except pickle.UnpicklingError as error:
+        if (kind := tensor_class(file, offset, length)) is not None:
+            raise UnsupportedFormatError(file.path, f"{where} are {kind}; {DEQUANTIZE}") from error
         raise UnsafeCheckpointError(file.path, f"{where} are of a type that was not read: {error}") from error
     except Exception as error:  # a dozen types, RuntimeError and EOFError among them
         reason = f"{where} are no torch.save archive: {type(error).__name__}: {error}"
