@@ -1,7 +1,8 @@
 """Runs of two ranks of which one is killed at a chosen point of what it does to the disk.
 
 A server process imports torch once and forks the ranks, so that a run takes a fraction of a second. In the rank that
-is to die, an audit hook and a wrapper of ``os.fsync`` count everything that touches the run directory.
+is to die, an audit hook and a wrapper of ``os.fsync`` count everything that it does to the run directory. What it reads
+there is not counted: a kill before that leaves what a kill before the next point leaves.
 """
 
 from __future__ import annotations
@@ -71,6 +72,8 @@ def die_at(run: KilledRun) -> None:
 
     def audit(event: str, args: tuple[object, ...]) -> None:
         if event not in WATCHED or isinstance(args[0], int):
+            return
+        if event == "open" and args[2] & os.O_ACCMODE == os.O_RDONLY:  # type: ignore[operator]
             return
         path = os.fsdecode(os.fspath(args[0]))  # type: ignore[call-overload]
         folder = args[-1] if event != "open" and isinstance(args[-1], int) else -1
