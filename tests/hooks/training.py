@@ -56,6 +56,12 @@ def build(sharding: str) -> nn.Module:
     return model
 
 
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    """Return the fused one: DTensor works out the sharding of one operation, else of twelve for each shape, which was
+    a third of the time of a rank."""
+    return torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+
+
 def run_training(
     directory: Path,
     steps: int,
@@ -72,7 +78,7 @@ def run_training(
     Returns how many steps are done. ``stop_after``: then the last rank sends itself a SIGTERM.
     """
     model = build(sharding)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = adamw(model)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=100)
     ema = EMA(model, decay=0.9, warmup=True)
     when = every(5) | last() if when is None else when
@@ -99,7 +105,7 @@ def run_training(
 def run_resave(source: Path, target: Path, sharding: str = "fsdp2") -> None:
     """Resume from one folder and save what was loaded to another, at the same step."""
     model = build(sharding)
-    parts: dict[str, Any] = {"model": model, "optimizer": torch.optim.AdamW(model.parameters(), lr=1e-2)}
+    parts: dict[str, Any] = {"model": model, "optimizer": adamw(model)}
     parts["scheduler"] = torch.optim.lr_scheduler.OneCycleLR(parts["optimizer"], max_lr=1e-2, total_steps=100)
     parts["ema"] = EMA(model, decay=0.9, warmup=True)
     step = Hooks(parts["ema"], ShardedSave(source, when=last(), **parts)).resume()
