@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as dcp
 from shardsmith.formats.adopt import adopt
 from shardsmith.manifest.metadata import read_metadata
 from tests.titan.checkpoints import digests_of, steps_in, tensors_of, value_of
-from tests.titan.jobs import Assets, Job, error_of, log_of, run_jobs
+from tests.titan.jobs import BFLOAT16, Assets, Job, error_of, log_of, run_jobs
 
 EMA = {"ema_decay": 0.75}
 SCHEDULE = "--lr_scheduler.total_steps=6"
@@ -26,8 +26,8 @@ def runs(assets: Assets, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     every_step = ["--checkpoint.interval=1", "--training.global_batch_size=8"]
     jobs = {
         "averaged": Job(run=root / "averaged", hooks={**EMA, "ema_start_step": 1}, options=every_step),
-        "straight": Job(run=root / "straight", hooks=EMA, options=["--training.steps=6", SCHEDULE]),
-        "stopped": Job(run=root / "stopped", hooks=EMA, options=["--training.steps=3", SCHEDULE]),
+        "straight": Job(run=root / "straight", hooks=EMA, options=[*BFLOAT16, "--training.steps=6", SCHEDULE]),
+        "stopped": Job(run=root / "stopped", hooks=EMA, options=[*BFLOAT16, "--training.steps=3", SCHEDULE]),
         "plain": Job(run=root / "plain"),
         "idle": Job(run=root / "idle", hooks={}),
         "weights only": Job(run=root / "weights", hooks=EMA, options=["--checkpoint.last-save-model-only"]),
@@ -63,7 +63,7 @@ def test_metadata_says_what_is_in_a_step(runs: dict[str, Job]) -> None:
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(assets: Assets, runs: dict[str, Job], tmp_path: Path) -> None:
-    resumed = Job(run=runs["stopped"].run, hooks=EMA, options=["--training.steps=6", SCHEDULE])
+    resumed = Job(run=runs["stopped"].run, hooks=EMA, options=[*BFLOAT16, "--training.steps=6", SCHEDULE])
     run_jobs(assets, 2, tmp_path, resumed)
     assert error_of(resumed) == ""
     assert "Training starts at step 4" in log_of(resumed)
