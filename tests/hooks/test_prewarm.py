@@ -45,7 +45,9 @@ def train(directory: Path, sharding: str, steps: int, **options: Any) -> list[tu
 
     Ranks.deal = counted  # type: ignore[method-assign]
     hooks = Hooks(ema, save)
-    for step in range(hooks.resume() + 1, steps + 1):
+    done = hooks.resume()
+    dealt = 0  # the digests of what was loaded are dealt out, too
+    for step in range(done + 1, steps + 1):
         model(torch.randint(11, (3, 4))).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
