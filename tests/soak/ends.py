@@ -1,7 +1,7 @@
 """Many ends of a training script, interpreter teardown included: of each kind of process group, and of the examples.
 
-python -m tests.soak.ends COUNT [--bare] runs those of the groups; ``--bare`` ends without ``finish``, to show what it
-is for.
+python -m tests.soak.ends COUNT [KIND ...] [--bare] runs those of the groups, or of the kinds that are named; ``--bare``
+ends groups without ``finish``, to show what it is for.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from shardsmith.hooks import EMA, HFExport, Hooks, ShardedSave, every, finish, last
-from tests.hooks.training import build
+from tests.hooks.training import adamw, build
 from tests.soak.forked import start_ranks, wait_for
 
 GROUPS = ("ddp", "fsdp1", "fsdp2", "accelerate")
@@ -44,10 +44,10 @@ def run_script(kind: str, folder: Path, *, bare: bool) -> None:
         os.environ.update({name: str(value) for name, value in place.items()})  # as its launcher does
         accelerator = Accelerator(cpu=True)
         model = build("none")
-        model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
+        model, optimizer = accelerator.prepare(model, adamw(model))
     else:
         model = build(kind)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        optimizer = adamw(model)
     ema = EMA(model, decay=0.9)
     save = ShardedSave(folder / "steps", model=model, optimizer=optimizer, ema=ema, when=every(2))
     export = HFExport(folder / "hf", model=model, ema=ema, when=last(), write_mode="files")
@@ -107,11 +107,12 @@ def count_ends(kind: str, count: int, *, bare: bool) -> Counter[str]:
 
 def main() -> int:
     count, bare = int(sys.argv[1]), "--bare" in sys.argv
+    kinds = [word for word in sys.argv[2:] if word != "--bare"] or GROUPS
     import torch._dynamo  # the first fully_shard wants it, which would take each rank a second
     import torch.profiler  # noqa: F401
 
     gc.freeze()
-    found = {kind: count_ends(kind, count, bare=bare) for kind in GROUPS}
+    found = {kind: count_ends(kind, count, bare=bare) for kind in kinds}
     for kind, ends in found.items():
         print(f"{kind}: {dict(ends)}", flush=True)
     return any(set(ends) != {"0"} for ends in found.values())
