@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from shardsmith.cli import main
+from shardsmith.diagnose import structure
+from shardsmith.tensors.tensors import TensorSpec
 from tests import dcp_directories
 
 SIZES = (100, 200, 400)
@@ -91,3 +93,23 @@ def counts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[int]]:
 def test_calls_grow_with_the_number_of_tensors_and_not_faster(counts: dict[str, list[int]], command: str) -> None:
     small, middle, large = counts[command]
     assert large - middle <= 2.1 * (middle - small), counts[command]
+
+
+class Counted(dict[str, TensorSpec]):
+    """Counts how often all of it is gone through, which takes no call."""
+
+    times = 0
+
+    def __iter__(self) -> Iterator[str]:
+        self.times += 1
+        return super().__iter__()
+
+
+def test_diagnose_goes_through_all_names_a_few_times_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"layers.{i}.weight" for i in range(100)]
+    specs = Counted({name: TensorSpec(name, (2, 2), torch.float32) for name in names})
+    monkeypatch.setattr(structure, "tied_names", lambda *_: {})
+    subject: Any = SimpleNamespace(reference=SimpleNamespace(config={}), quantized={"main": {}}, metadata=None)
+    source: Any = SimpleNamespace(specs=specs, aliases={})
+    assert [*structure._compare_names("main", source, dict(specs), subject)] == []
+    assert specs.times < 10

@@ -129,7 +129,8 @@ def _compare_names(
         yield one("tied-weights", known, "one tensor under two names", pairs)
     # What is tied under another name is there.
     quantized = subject.quantized[model]
-    missing = [name for name in template if name not in {*source.specs, *source.aliases, *quantized}]
+    there = {*source.specs, *source.aliases, *quantized}
+    missing = [name for name in template if name not in there]
     # Tied names that only the checkpoint lists are a note above, and no surplus.
     extra = [name for name in source.specs if name not in template and name not in ties]
     transient = [name for name in extra if is_transient(name)]
