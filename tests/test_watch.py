@@ -130,7 +130,9 @@ def test_what_is_pending(given: dict[str, list[int]], expected: list[int]) -> No
 def test_every_step_is_exported_once_oldest_first(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     assert place.run() == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(",")[0] for line in lines] == [f"wrote {place.output}/step-{step}" for step in (1, 2, 3)]
+    assert len([line for line in lines if "ema_state is left out" in line]) == 1  # said of the first step alone
+    wrote = [line.split(",")[0] for line in lines if line.startswith("wrote")]
+    assert wrote == [f"wrote {place.output}/step-{step}" for step in (1, 2, 3)]
     for step in (1, 2, 3):
         assert_of_one_step(place.output / f"step-{step}")
     before = {path: path.stat().st_ino for path in place.output.rglob("*")}
@@ -322,7 +324,8 @@ def following(place: Place, *options: str) -> Iterator[subprocess.Popen[str]]:
 def test_a_signal_ends_a_watcher_that_waits(which: signal.Signals, place: Place) -> None:
     with following(place) as process:
         assert process.stdout is not None
-        assert [process.stdout.readline().split(",")[0][-6:] for _ in range(3)] == ["step-1", "step-2", "step-3"]
+        wrote = (line for line in process.stdout if line.startswith("wrote"))
+        assert [line.split(",")[0][-6:] for line in itertools.islice(wrote, 3)] == ["step-1", "step-2", "step-3"]
         process.send_signal(which)
         assert process.communicate() == ("", "")
         assert process.returncode == 0
