@@ -26,7 +26,7 @@ from shardsmith.sharding.later_copy import LaterCopy
 from tests.hooks.training import build
 from tests.ranks import run_on_ranks
 
-STEPS = 60
+STEPS = 200
 SAVED = sorted(random.Random(16).sample(range(1, STEPS), 24))
 
 
