@@ -63,7 +63,7 @@ _MOST_RANKS = {
     ("48 x 128 experts, separate", "TP 8 x FSDP"): 512,
 }
 """Where more would take minutes and gigabytes here."""
-_INDEX_RANKS = {"Llama 3.1 405B": (8, 64), "48 x 128 experts, stacked": (8, 64), "48 x 128 experts, separate": (2,)}
+_INDEX_RANKS = {"Llama 3.1 405B": (8,), "48 x 128 experts, stacked": (8, 64), "48 x 128 experts, separate": (2,)}
 _RANKS_OF_A_HOST = 8
 # Of the power of the number of ranks: linear, and a little for text that grows with the numbers.
 _MAX_EXPONENT = 1.1

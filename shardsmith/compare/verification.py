@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -26,6 +26,7 @@ from shardsmith.formats.opened import OpenedCheckpoint, open_checkpoint
 from shardsmith.ground import layout
 from shardsmith.hf.hf_directory import CONFIG_FILE
 from shardsmith.hf.layout_rules import DECLARED, LayoutRule
+from shardsmith.hf.modules import Modules
 from shardsmith.manifest.metadata import read_json
 from shardsmith.name_maps.matching import Alignment, is_transient
 from shardsmith.sharding.source_digests import digest_source
@@ -137,8 +138,10 @@ class OpenedPair:
         """Open both. Raises CheckpointError."""
         self.names = names
         self.rules = rules
-        self.left = open_checkpoint(left)
-        self.right = open_checkpoint(right)
+        one, other = open_checkpoint(left), open_checkpoint(right)
+        self.left, parts = _with_modules(one, other)
+        self.right, others = _with_modules(other, one)
+        self._owners = parts | others
 
     @property
     def base(self) -> Path | None:
@@ -155,7 +158,9 @@ class OpenedPair:
             if missing:
                 found = ", ".join(side.models)
                 raise CheckpointNotFoundError(side.path, f"has no {' and no '.join(missing)} weights; it holds {found}")
-        names = list(wanted or (name for name in self.left.models if name in self.right.models))
+        names = [name for name in self.left.models if name in self.right.models]
+        if wanted:
+            names = [name for name in names if self._owners.get(name, name) in wanted]
         if not names:
             found = f"{', '.join(self.left.models)} here, {', '.join(self.right.models)} in {self.right.path}"
             raise CheckpointNotFoundError(self.left.path, f"no model is in both: {found}")
@@ -192,6 +197,27 @@ class OpenedPair:
         """Close the files."""
         self.left.close()
         self.right.close()
+
+
+def _with_modules(side: OpenedCheckpoint, other: OpenedCheckpoint) -> tuple[OpenedCheckpoint, dict[str, str]]:
+    """Of a sentence encoder each module with weights is a model of its own, as in its Hugging Face directory.
+
+    Also returns of which model each is a part: what the module is called -> "main" or "ema".
+    """
+    found, owners = dict(side.models), dict[str, str]()
+    if is_huggingface(side):
+        for module in Modules(side.path).with_weights:
+            beside = open_checkpoint(side.path / module.folder).models
+            owners |= {module.called(model): model for model in beside}
+            found |= {module.called(model): source for model, source in beside.items()}
+    elif is_huggingface(other):
+        listed = Modules(other.path)
+        for model, source in side.models.items():
+            for module, names in listed.divide(source.specs):
+                owners[module.called(model)] = model
+                found[module.called(model)] = source.only(names)
+                found[model] = found[model].without(names.values())
+    return replace(side, models=found), owners
 
 
 def is_huggingface(side: OpenedCheckpoint) -> bool:

@@ -46,12 +46,13 @@ def look_at_structure(subject: Subject, wanted: Layout | None = None) -> Looked:
     """
     findings: list[Finding] = []
     facts: dict[str, Any] = {}
-    for name, (source, alignment) in subject.models.items():
-        # Aliases count once, as in the files.
-        template = _parameters_of(subject.reference, source)
-        findings += _renamings(name, alignment)
-        findings += _compare_names(name, source, template, subject)
-        facts[name] = _counts(source, template, subject.reference)
+    for part in (subject, *subject.modules):
+        for name, (source, alignment) in part.models.items():
+            # Aliases count once, as in the files.
+            template = _parameters_of(part.reference, source)
+            findings += _renamings(name, alignment)
+            findings += _compare_names(name, source, template, part)
+            facts[name] = _counts(source, template, part.reference)
     if beside := list(beside_models(subject.opened.models)):
         findings.append(one("not-compared", beside, ", ".join(subject.models), "; ".join(beside)))
     findings += _layout(subject, wanted)

@@ -18,6 +18,7 @@ from shardsmith.ground import layout
 from shardsmith.hf.hf_directory import is_component, read_config
 from shardsmith.hf.known_class import model_class_of
 from shardsmith.hf.layout_rules import DECLARED, LayoutRule
+from shardsmith.hf.modules import Module, Modules
 from shardsmith.manifest.metadata import CheckpointMetadata, read_json
 from shardsmith.name_maps.matching import Alignment
 from shardsmith.tensors.checkpoint_keys import MAIN
@@ -90,6 +91,8 @@ class Subject:
     """Model -> the reference's names of weights that are quantised here, with their scales, and plain there."""
     scales: Mapping[str, ModelSource]
     """Model -> what belongs to these weights and has no name in the reference."""
+    modules: tuple[Subject, ...] = ()
+    """Of a sentence encoder the modules beside the transformer, each next to that of the reference."""
 
     @classmethod
     def open(
@@ -118,7 +121,11 @@ class Subject:
         aligned: dict[str, tuple[ModelSource, Alignment]] = {}
         quantized: dict[str, frozenset[str]] = {}
         scales: dict[str, ModelSource] = {}
-        for name, found in opened.models.items():
+        modules: list[tuple[Module, str, ModelSource]] = []
+        for name, whole in opened.models.items():
+            divided = Modules(reference.path).divide(whole.specs)
+            modules += [(module, name, whole.only(own)) for module, own in divided]
+            found = whole.without(name for _, own in divided for name in own.values())
             source, alignment = aligned_source(found, reference.specs, reference.path, names, rules)
             held = find_quantized(source, reference.specs)
             # Scales and packed numbers belong to weights that the model has: they are not more tensors.
@@ -128,7 +135,21 @@ class Subject:
         step = opened.metadata.step if opened.metadata else _step(checkpoint)
         # Without a step, an optimizer's state tells that a training has written it.
         moved = bool(step) if step is not None else opened.has_optimizer
-        return cls(opened, reference, aligned, step, moved if trained is None else trained, rules, quantized, scales)
+        moved = moved if trained is None else trained
+        subject = cls(opened, reference, aligned, step, moved, rules, quantized, scales)
+        return replace(subject, modules=tuple(subject._of(*one) for one in modules))
+
+    def _of(self, module: Module, model: str, held: ModelSource) -> Subject:
+        """A module of one model as a subject of its own."""
+        name, path = module.called(model), self.reference.path / module.folder
+        source = open_source(path, MAIN)
+        return replace(
+            self,
+            reference=Reference(path, {}, source, source.specs),
+            models={name: (held, Alignment({one: one for one in held.specs}))},
+            quantized={name: frozenset()},
+            scales={name: held.only({})},
+        )
 
     @property
     def path(self) -> Path:
@@ -151,8 +172,9 @@ class Subject:
     def close(self) -> None:
         """Close the files."""
         self.opened.close()
-        if self.reference.source is not None:
-            self.reference.source.close()
+        for one in (self, *self.modules):
+            if one.reference.source is not None:
+                one.reference.source.close()
 
 
 def _step(checkpoint: Path) -> int | None:

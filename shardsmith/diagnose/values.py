@@ -51,13 +51,14 @@ def look_at_values(subject: Subject) -> Looked:
     findings: list[Finding] = []
     facts: dict[str, Any] = {}
     compared: dict[str, Comparisons] = {}
-    for name, (source, _) in subject.models.items():
-        scaled = subject.quantized[name]
-        found = compared[name] = _compare(source, subject.reference, scaled)
-        findings += _Sorted(name, source, subject, found).findings()
-        findings += _without_template(source, subject.reference, scaled)
-        findings += _bad_scales(subject.scales[name])
-        facts[name] = _facts(found) | ({"quantized, not compared": len(scaled)} if scaled else {})
+    for part in (subject, *subject.modules):
+        for name, (source, _) in part.models.items():
+            scaled = part.quantized[name]
+            found = compared[name] = _compare(source, part.reference, scaled)
+            findings += _Sorted(name, source, part, found).findings()
+            findings += _without_template(source, part.reference, scaled)
+            findings += _bad_scales(part.scales[name])
+            facts[name] = _facts(found) | ({"quantized, not compared": len(scaled)} if scaled else {})
     findings += _broken_ties(subject)
     if EMA in compared:
         findings += look_at_average(subject, compared)

@@ -6,6 +6,7 @@ The layout is that of ``SentenceTransformer.save``, with whose files exports wer
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,10 @@ def base(tmp_path: Path) -> Path:
     return directory
 
 
-def trained() -> dict[str, Tensor]:
-    return {name: torch.randn_like(value) for name, value in encoder().named_parameters()}
+def trained(seed: int = 1) -> dict[str, Tensor]:
+    parameters = dict(encoder().named_parameters())
+    torch.manual_seed(seed)
+    return {name: torch.randn_like(value) for name, value in parameters.items()}
 
 
 def to_hf(checkpoint: Path, base: Path, output: Path, *options: str) -> int:
@@ -76,7 +79,7 @@ def same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> bool:
 
 @pytest.mark.parametrize("head", ["", "module.", "model._orig_mod."])
 def test_a_trained_module_is_written_into_its_folder(head: str, base: Path, tmp_path: Path) -> None:
-    state, average = trained(), trained()
+    state, average = trained(), trained(2)
     models = {"model": state, "ema_model": average}
     save({key: {head + n: v for n, v in values.items()} for key, values in models.items()}, tmp_path / "ck")
     assert to_hf(tmp_path / "ck", base, tmp_path / "out", "--dtype", "original", "--ema-as", "directory") == 0
@@ -86,15 +89,31 @@ def test_a_trained_module_is_written_into_its_folder(head: str, base: Path, tmp_
         assert same(load_file(output / "model.safetensors"), part(wanted, "0.auto_model."))
         assert (output / "2_Dense" / "config.json").read_text() == "{}"
         assert main(["verify", str(output)]) == 0
+    for how in ([], ["--digests"]):
+        assert main(["verify", str(tmp_path / "ck"), str(tmp_path / "out"), "--models", "main", *how]) == 0
 
 
 def test_an_average_beside_the_model_has_its_own_module_beside_it(base: Path, tmp_path: Path) -> None:
-    state, average = trained(), trained()
+    state, average = trained(), trained(2)
     save({"model": state, "ema_model": average}, tmp_path / "ck")
     assert to_hf(tmp_path / "ck", base, tmp_path / "out") == 0
     for name, values in (("model", state), ("ema", average)):
         found = load_file(tmp_path / "out" / "2_Dense" / f"{name}.safetensors")
         assert same(found, {n: value.bfloat16() for n, value in part(values, "2.").items()})
+    assert main(["verify", str(tmp_path / "ck"), str(tmp_path / "out"), "--rounding"]) == 0
+    (tmp_path / "out" / "2_Dense" / "ema.safetensors").write_bytes((tmp_path / "out" / DENSE).read_bytes())
+    assert main(["verify", str(tmp_path / "ck"), str(tmp_path / "out"), "--rounding"]) == 1
+
+
+def test_verify_compares_the_modules_of_two_directories(base: Path, tmp_path: Path, capsys: Any) -> None:
+    save(trained(), tmp_path / "ck")
+    assert to_hf(tmp_path / "ck", base, tmp_path / "out", "--dtype", "original") == 0
+    other = shutil.copytree(tmp_path / "out", tmp_path / "other")
+    assert main(["verify", str(tmp_path / "out"), str(other)]) == 0
+    (other / DENSE).write_bytes((base / DENSE).read_bytes())
+    capsys.readouterr()
+    assert main(["verify", str(tmp_path / "out"), str(other)]) == 1
+    assert "linear.weight" in capsys.readouterr().out
 
 
 def test_the_base_models_own_module_is_named_where_the_trained_one_is_dropped(
