@@ -58,7 +58,8 @@ class SafetensorsFileWriter:
         """
         path = directory / plan.name
         with writing(path, f"making a file of {plan.size} bytes"), contextlib.ExitStack() as undo:
-            path.parent.mkdir(exist_ok=True)  # of a module with a folder of its own
+            if path.parent != directory:  # of a module with a folder of its own
+                path.parent.mkdir(exist_ok=True)
             descriptor = _open_new(path)
             undo.callback(os.close, descriptor)
             # At full size from the start: ranks write at any offset in any order, and open_existing compares the size.
