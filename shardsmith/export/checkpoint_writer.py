@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from shardsmith.export.block_copy import copy_blocks
-from shardsmith.export.live_writers import Digests, Staged, WeightsWriter, add_up, encode
+from shardsmith.export.digest_shares import add_up, encode
+from shardsmith.export.live_writers import Digests, Staged, WeightsWriter
 from shardsmith.export.place import create_file, deal_files
 from shardsmith.export.write import refuse_damage
 from shardsmith.formats.safetensors_files.writer import SafetensorsFileWriter

@@ -23,7 +23,8 @@ import torch
 import torch.distributed as dist
 
 from shardsmith.errors import CorruptCheckpointError, UsageError
-from shardsmith.export.live_writers import Digests, SliceWriter, Staged, WeightsWriter, add_up, encode, shares
+from shardsmith.export.digest_shares import add_up, encode
+from shardsmith.export.live_writers import Digests, SliceWriter, Staged, WeightsWriter, shares
 from shardsmith.export.peers import Peers
 from shardsmith.export.place import create_file, deal_files
 from shardsmith.formats.safetensors_files.plan import FilePlan

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from shardsmith.errors import CorruptCheckpointError
+from shardsmith.export.digest_shares import add_up, encode
 from shardsmith.export.host_files import HostFiles
 from shardsmith.formats.safetensors_files.plan import FilePlan
 from shardsmith.formats.safetensors_files.writer import SafetensorsFileWriter
@@ -22,7 +23,6 @@ from shardsmith.ground.memory import same_bits
 from shardsmith.ground.ranks import Ranks
 from shardsmith.hf.directory import DirectoryPlan, ModelPlan
 from shardsmith.sharding.live_boxes import LiveBox
-from shardsmith.sharding.shares import add_up_shares, pack_shares
 from shardsmith.tensors.digest import Digest, digest_box, digest_run, first_of_run
 from shardsmith.tensors.tensors import row_major_blocks
 
@@ -179,23 +179,6 @@ def shares(plan: DirectoryPlan, staged: Staged) -> Digests:
 def _add_shares(digests: dict[str, Digest], shares: Iterable[tuple[str, Digest]]) -> None:
     for name, share in shares:
         digests[name] = digests.get(name, Digest()) + share
-
-
-def encode(models: Iterable[ModelPlan], digests: Mapping[str, Mapping[str, Digest]]) -> dict[str, str]:
-    """As text by model, for JSON. ``add_up`` reads it."""
-    return {
-        model.model: pack_shares(digests.get(model.model, {}), [spec.name for spec in model.specs]) for model in models
-    }
-
-
-def add_up(plan: DirectoryPlan, encoded: Sequence[Mapping[str, str]]) -> Digests:
-    """Return the digests of whole tensors from every rank's shares."""
-    return {
-        model.model: add_up_shares(
-            (found[model.model] for found in encoded if model.model in found), [spec.name for spec in model.specs]
-        )
-        for model in plan.models
-    }
 
 
 def _files(plan: DirectoryPlan) -> Iterator[tuple[str, FilePlan]]:

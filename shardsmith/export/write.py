@@ -15,7 +15,7 @@ from pathlib import Path
 from shardsmith.errors import CorruptCheckpointError
 from shardsmith.export.block_copy import copy_blocks
 from shardsmith.export.check import ExportCheck, check_export, compare_read_back, read_back
-from shardsmith.export.live_writers import add_up, encode
+from shardsmith.export.digest_shares import add_up, encode
 from shardsmith.export.place import begin_export, create_file, deal_files, place_of_files, weight_files
 from shardsmith.export.plan import ExportPlan
 from shardsmith.formats.by_path import KnownCheckpoint
