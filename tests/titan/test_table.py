@@ -22,7 +22,7 @@ from tests.titan.checkpoints import digests_of, tensors_of
 from tests.titan.cpu import IS_0_3
 from tests.titan.evaluation import FLOAT32, evaluated, losses_of, transformers_loss
 from tests.titan.hf_models import MODELS, PREDICTS, TOLERANCES, make_model, make_with_mtp
-from tests.titan.jobs import Assets, Job, error_of, log_of, run_jobs
+from tests.titan.jobs import BFLOAT16, Assets, Job, error_of, log_of, run_jobs
 
 STEPS = 2
 SUFFIXES = {"main": "", "ema": "-ema"}
@@ -108,7 +108,7 @@ ROWS = [
     row(
         "gpt_oss",
         f"gpt_oss{SMALL}",
-        options=[] if IS_0_3 else FLOAT32,
+        options=BFLOAT16 if IS_0_3 else FLOAT32,
         unlike=BALANCED,
         refused={"files": "have no name in it" if IS_0_3 else "mlp.experts.gate_up_proj"},
     ),
