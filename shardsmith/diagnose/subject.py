@@ -123,7 +123,7 @@ class Subject:
         scales: dict[str, ModelSource] = {}
         modules: list[tuple[Module, str, ModelSource]] = []
         for name, whole in opened.models.items():
-            divided = Modules(reference.path).divide(whole.specs)
+            divided = Modules(reference.path).divide(whole.specs, absent=True)
             modules += [(module, name, whole.only(own)) for module, own in divided]
             found = whole.without(name for _, own in divided for name in own.values())
             source, alignment = aligned_source(found, reference.specs, reference.path, names, rules)

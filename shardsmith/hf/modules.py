@@ -62,11 +62,11 @@ class Modules:
             if folder and file is not None:
                 self.with_weights.append(Module(name, folder, tensors_of(file) or {}))
 
-    def divide(self, names: Collection[str]) -> list[tuple[Module, dict[str, str]]]:
+    def divide(self, names: Collection[str], *, absent: bool = False) -> list[tuple[Module, dict[str, str]]]:
         """Return the modules that have tensors in a model: for each, name in its file -> name in the model.
 
         Only where every name of the model begins as ``modules.json`` has it, perhaps behind what holds the whole:
-        a layer of the transformer may have the number of a module, too.
+        a layer of the transformer may have the number of a module, too. ``absent``: also those that have no tensor.
         """
         split = {name: [part for part in name.split(".") if part not in WRAPPERS_IN_FILES] for name in names}
         for depth in range(_DEEPEST if self.with_weights else 0):
@@ -76,6 +76,7 @@ class Modules:
                     (module, held)
                     for module in self.with_weights
                     if (held := {".".join(p[depth + 1 :]): n for n, p in split.items() if p[depth] == module.name})
+                    or absent
                 ]
         return []
 

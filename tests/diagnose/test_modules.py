@@ -31,7 +31,7 @@ def test_a_good_one_has_no_finding(base: Path, tmp_path: Path, level: str) -> No
     assert diagnose(tmp_path / "ck", base, level) == 0
 
 
-@pytest.mark.parametrize("fault", ["missing", "shape", "values"])
+@pytest.mark.parametrize("fault", ["missing", "no module", "shape", "values"])
 def test_a_fault_in_a_module_is_found(
     base: Path,
     tmp_path: Path,
@@ -40,7 +40,9 @@ def test_a_fault_in_a_module_is_found(
 ) -> None:
     state = loaded(base)
     weight = state.pop("2.linear.weight")
-    if fault != "missing":
+    if fault == "no module":
+        del state["2.linear.bias"]
+    elif fault != "missing":
         state["2.linear.weight"] = weight[:3] if fault == "shape" else torch.randn_like(weight)
     save(state, tmp_path / "ck")
     assert diagnose(tmp_path / "ck", base, "values" if fault == "values" else "structure") == 1
