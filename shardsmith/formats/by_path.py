@@ -9,7 +9,12 @@ from pathlib import Path
 
 from shardsmith.checking.arguments import checked
 from shardsmith.checking.types import AnyPath
-from shardsmith.errors import CheckpointNotFoundError, IncompleteCheckpointError, UnsupportedFormatError
+from shardsmith.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    IncompleteCheckpointError,
+    UnsupportedFormatError,
+)
 from shardsmith.formats.bagel import BAGEL_READER, FORK_READER
 from shardsmith.formats.dcp.index import read_index
 from shardsmith.formats.dcp_reader import ACCELERATE_READER, DCP_READER, OURS_READER
@@ -213,6 +218,8 @@ def _detect_remote(path: RemotePath) -> tuple[DetectedFormat, FormatReader | Non
     return DetectedFormat(UNKNOWN, reason), None
 
 
+_MOST_LOOKED_INTO = 50
+"""Names in a directory of no known format that may be a folder with a checkpoint in it."""
 _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -227,7 +234,17 @@ def _what_else(path: Path) -> str:
     if adapter := next((name for name in _ADAPTERS if name in names), None):
         cure = f"to-hf --checkpoint {path / adapter} --adapters merged --base-model BASE makes one of it"
         return f"an adapter of peft, which is no model by itself; {cure}"
+    folders = [path / name for name in sorted(names)[:_MOST_LOOKED_INTO] if (path / name).is_dir()]
+    if inside := [place for place in folders if _has_weights(place)]:
+        return f"no checkpoint itself, but the place of one or more; name one: {', '.join(map(str, inside))}"
     return f"none of its {len(names)} entries is a weights file or an index of a known format"
+
+
+def _has_weights(path: Path) -> bool:
+    try:
+        return bool(model_names(path))
+    except CheckpointError:
+        return False
 
 
 def _is_known(path: Path) -> bool:

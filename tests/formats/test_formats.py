@@ -10,7 +10,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from shardsmith.errors import CheckpointNotFoundError, IncompleteCheckpointError, UnsupportedFormatError
+from shardsmith.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    IncompleteCheckpointError,
+    UnsupportedFormatError,
+)
 from shardsmith.formats.by_path import detect_checkpoint_format, model_names, open_source
 from shardsmith.tensors.tensors import TensorSource, read_tensor
 from tests import dcp_directories
@@ -168,6 +173,15 @@ def test_a_run_directory_is_answered_with_its_newest_step(odd: Trained, tmp_path
     found = detect_checkpoint_format(tmp_path)
     newest = tmp_path / "step-10"
     assert (found.name, found.reason) == ("unknown", f"a folder of 2 checkpoints; name one of them, such as {newest}")
+
+
+def test_a_step_of_another_project_is_answered_with_the_folder_that_has_its_weights(tmp_path: Path) -> None:
+    dcp_directories.save(dict(WEIGHTS), tmp_path / "model_and_optim")  # as OLMo-core does
+    (tmp_path / "train").mkdir()
+    torch.save({"step": 3}, tmp_path / "train" / "rank0.pt")
+    (tmp_path / "config.json").write_text('{"dataset": {}}')
+    with pytest.raises(CheckpointError, match=rf"name one: {tmp_path / 'model_and_optim'}\)"):
+        open_source(tmp_path)
 
 
 @pytest.mark.parametrize("name", [".step-3.tmp-0123456789abcdef", ".step-3.trash-0123456789abcdef"])
