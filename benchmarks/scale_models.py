@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,8 +15,10 @@ COPIES = ("", "optimizer.state.", "optimizer.second.", "ema_model.")
 """The weights, two moments and an average."""
 REPLICAS = TENSOR_PARALLEL = 8
 
-Model = dict[str, tuple[Shape, int | None]]
-"""By name, the shape and the dimension that tensor parallelism cuts."""
+Kind = tuple[Shape, int | None]
+"""The shape of a tensor, and the dimension that tensor parallelism cuts."""
+Model = dict[str, Kind]
+"""By name."""
 
 
 def llama_405b() -> Model:
@@ -112,14 +114,14 @@ def entries_at(model: Model, spot: Spot) -> list[Entry]:
     return found
 
 
-def lists_at(model: Model, spot: Spot, expected: list[int]) -> list[Boxes]:
-    """Return the lists of boxes of a rank, without looking at each of its tensors.
+def lists_at(kinds: Sequence[Kind], spot: Spot, expected: list[int]) -> list[Boxes]:
+    """Return the lists of boxes of a rank, without looking at each of its tensors: ``kinds`` has each kind once.
 
     Raises:
         RuntimeError: it would not number them as ``expected``, which is by kind of tensor, so that it would be of
             another kind than the rank that was described.
     """
-    numbers, lists = numbered((shape, boxes_at(shape, dim, spot)) for shape, dim in dict.fromkeys(model.values()))
+    numbers, lists = numbered((shape, boxes_at(shape, dim, spot)) for shape, dim in kinds)
     if numbers != expected:
         raise RuntimeError(f"ranks are of different kinds: {numbers}, {expected}")
     return lists

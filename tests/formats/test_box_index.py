@@ -94,6 +94,9 @@ def pieces_of(seed: int) -> Iterator[Piece]:
         boxes = halves(shape, chance) if kind == "no grid" and shape else grid(shape, kind, chance)
         for box in filter(numel, boxes):  # a rank writes nothing of empty ones
             yield Piece(f"layers.{i}.w", shape, DTYPES[i % len(DTYPES)], box)
+            # What is cut up as another one is: the optimizer has tensors of the same boxes, perhaps of another dtype.
+            yield Piece(f"state.{i}.w", shape, DTYPES[i % len(DTYPES)], box)
+            yield Piece(f"other.{i}.w", shape, DTYPES[(i + 1) % len(DTYPES)], box)
 
 
 def write(directory: Path, files: Sequence[RankFile], containers: dict[str, tuple[str | int, ...]]) -> Path:
@@ -176,6 +179,36 @@ def test_any_boxes_are_read_as_torch_s_index_has_them(
     }
     files = rank_files([*pieces_of(seed)], ranks, [*paths], owners.__getitem__)
     assert_same_boxes(write(tmp_path / "step-5", files, paths))
+
+
+class Forgets(dict[Any, Any]):
+    """Has nothing that was put into it, but once."""
+
+    def __contains__(self, key: object) -> bool:
+        return False
+
+
+def test_tensors_cut_up_alike_are_written_as_if_each_had_been_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pieces = [replace(piece, key=f"{seed}.{piece.key}") for seed in range(10) for piece in pieces_of(seed)]
+    files, looks, layout = rank_files(pieces, 4, [], lambda i: i % 4), [0], box_index_writer._layout
+
+    def counted(*args: Any) -> Any:
+        looks[0] += 1
+        return layout(*args)
+
+    monkeypatch.setattr(box_index_writer, "_layout", counted)
+    remembered = (write(tmp_path / "step-5", files, {}) / BOX_INDEX_FILE).read_bytes()
+    few, init = looks[0], box_index_writer._Writer.__init__
+
+    def forgetful(writer: Any, names: Sequence[str]) -> None:
+        init(writer, names)
+        writer._layouts = Forgets()
+
+    monkeypatch.setattr(box_index_writer._Writer, "__init__", forgetful)
+    assert (write(tmp_path / "step-6", files, {}) / BOX_INDEX_FILE).read_bytes() == remembered
+    assert few < (looks[0] - few) * 0.7
 
 
 def fsdp(ranks: int) -> list[RankFile]:

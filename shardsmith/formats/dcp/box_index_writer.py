@@ -100,6 +100,7 @@ class _Writer:
         self._numbers = {name: i for i, name in enumerate(files)}
         self._blocks: dict[str, _Block] = {}
         self._of_ranks: dict[str, dict[int, _Block]] = {}
+        self._layouts: dict[tuple[Any, ...], tuple[str, Any]] = {}
         self._rows: list[bytes] = []
         self._rows_bytes = 0
 
@@ -107,25 +108,27 @@ class _Writer:
         self, key: str, path: KeyPath, spec: TensorSpec, found: Sequence[tuple[PlannedChunk, Place]]
     ) -> None:
         block = self._block(key, path)
-        ndim = len(spec.shape)
-        offsets = np.array([chunk.box.offsets for chunk, _ in found], dtype=np.int64).reshape(len(found), ndim)
-        sizes = np.array([chunk.box.sizes for chunk, _ in found], dtype=np.int64).reshape(len(found), ndim)
-        where = np.array([(self._numbers[p.file], p.offset, p.length) for _, p in found], dtype=np.int64).reshape(-1, 3)
-        # Chunks may come in any order: grid[1] is the cell of each, by which they are sorted below.
-        grid = _grid(spec, offsets, sizes, where) if len(found) else None
-        text = json.dumps([dtype_name(spec.dtype), spec.shape, grid and grid[0]], separators=(",", ":"))
+        boxes = tuple((*chunk.box.offsets, *chunk.box.sizes) for chunk, _ in found)
+        lengths = tuple(place.length for _, place in found)
+        # Most tensors of a model are cut up as others are.
+        kind = (spec.dtype, tuple(spec.shape), boxes, lengths)
+        if kind not in self._layouts:
+            self._layouts[kind] = _layout(spec, boxes, lengths)
+        text, order = self._layouts[kind]
         layout = block.layouts.setdefault(text, len(block.layouts))
-        if grid is None:
-            at = self._add_rows(np.concatenate([offsets, sizes, where], axis=1).astype("<i8").tobytes())
+        at_bytes = [(self._numbers[place.file], place.offset) for _, place in found]
+        if order is None:
+            rows = [(*box, *place, length) for box, place, length in zip(boxes, at_bytes, lengths, strict=True)]
+            at = self._add_rows(np.array(rows, dtype="<i8").tobytes())
             block.add(key, path, layout, at, len(found))
             return
-        where = where[np.argsort(grid[1])]
+        where = np.array(at_bytes, dtype=np.int64)[order]
         runs = _runs(where[:, 0], where[:, 1])
         if runs is None:
             # No lengths: _grid has checked that they follow from shape and dtype.
-            rows = np.empty(len(where), dtype=ROW)
-            rows["file"], rows["offset"] = where[:, 0], where[:, 1]
-            block.add(key, path, layout, self._add_rows(rows.tobytes()), 0)
+            places = np.empty(len(where), dtype=ROW)
+            places["file"], places["offset"] = where[:, 0], where[:, 1]
+            block.add(key, path, layout, self._add_rows(places.tobytes()), 0)
             return
         block.add(key, path, layout, len(block.runs), len(runs))
         block.runs += runs
@@ -194,7 +197,22 @@ def _are_of_ranks(files: Sequence[str]) -> bool:
     return all(name == rank_file_name(rank) for rank, name in enumerate(files))
 
 
-def _grid(spec: TensorSpec, offsets: Any, sizes: Any, where: Any) -> tuple[list[list[list[int]]], Any] | None:
+def _layout(spec: TensorSpec, boxes: Sequence[Sequence[int]], lengths: Sequence[int]) -> tuple[str, Any]:
+    """Dtype, shape and grid of a tensor as JSON; and the order of its boxes in the grid, None if they are none.
+
+    Args:
+        spec: Of the tensor.
+        boxes: Offsets and sizes of each, in any order.
+        lengths: Bytes of each in its file.
+    """
+    ndim = len(spec.shape)
+    numbers = np.array(boxes, dtype=np.int64).reshape(len(boxes), 2 * ndim)
+    grid = _grid(spec, numbers[:, :ndim], numbers[:, ndim:], np.array(lengths, dtype=np.int64)) if boxes else None
+    text = json.dumps([dtype_name(spec.dtype), spec.shape, grid and grid[0]], separators=(",", ":"))
+    return text, np.argsort(grid[1]) if grid else None
+
+
+def _grid(spec: TensorSpec, offsets: Any, sizes: Any, file_lengths: Any) -> tuple[list[list[list[int]]], Any] | None:
     """How often which size follows in each dimension, and the number of each box's cell; None if they are no grid."""
     cuts, cells, counts = [], np.zeros(len(offsets), dtype=np.int64), 1
     for dim, whole in enumerate(spec.shape):
@@ -212,7 +230,7 @@ def _grid(spec: TensorSpec, offsets: Any, sizes: Any, where: Any) -> tuple[list[
     # Each cell has exactly one box: as many boxes as cells, and no cell twice.
     if len(cells) != counts or len(np.unique(cells)) != counts:
         return None
-    return (cuts, cells) if _are_archives_of_ours(spec.dtype, sizes, where[:, 2]) else None
+    return (cuts, cells) if _are_archives_of_ours(spec.dtype, sizes, file_lengths) else None
 
 
 def _are_archives_of_ours(dtype: torch.dtype, sizes: Any, lengths: Any) -> bool:
@@ -234,17 +252,20 @@ def _repeats(lengths: Any) -> list[list[int]]:
 
 def _runs(files: Any, offsets: Any) -> list[tuple[int, int, int, int, int]] | None:
     """As boxes that follow each other with equal steps: count, file, step, offset, step. None if those are too many."""
-    by_file, by_offset = np.diff(files), np.diff(offsets)
-    changes = np.flatnonzero((np.diff(by_file) != 0) | (np.diff(by_offset) != 0)) + 1  # steps unlike the one before
+    if len(files) > 2:
+        # Steps unlike the one before.
+        changes = np.flatnonzero((np.diff(files, 2) != 0) | (np.diff(offsets, 2) != 0)) + 1
+    else:
+        changes = np.empty(0, dtype=np.int64)  # two follow each other with one step, whatever it is
     runs: list[tuple[int, int, int, int, int]] = []
     at = 0
     while at < len(files):
         if len(runs) == MAX_RUNS:
             return None
         # A change at i means that the step from box i to i + 1 is another one: box i is the last of its run.
-        later = changes[np.searchsorted(changes, at, side="right") :]
+        later = changes[changes.searchsorted(at, side="right") :]
         end = int(later[0]) if len(later) else len(files) - 1
-        steps = (int(by_file[at]), int(by_offset[at])) if at < end else (0, 0)
+        steps = (int(files[at + 1] - files[at]), int(offsets[at + 1] - offsets[at])) if at < end else (0, 0)
         runs.append((end - at + 1, int(files[at]), steps[0], int(offsets[at]), steps[1]))
         at = end + 1
     return runs
