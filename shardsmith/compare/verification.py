@@ -6,6 +6,7 @@ the models answer.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -138,9 +139,12 @@ class OpenedPair:
         """Open both. Raises CheckpointError."""
         self.names = names
         self.rules = rules
-        one, other = open_checkpoint(left), open_checkpoint(right)
-        self.left, parts = _with_modules(one, other)
-        self.right, others = _with_modules(other, one)
+        with contextlib.ExitStack() as opened:
+            one = _opened(left, opened)
+            other = _opened(right, opened)
+            self.left, parts = _with_modules(one, other, opened)
+            self.right, others = _with_modules(other, one, opened)
+            opened.pop_all()
         self._owners = parts | others
 
     @property
@@ -199,21 +203,35 @@ class OpenedPair:
         self.right.close()
 
 
-def _with_modules(side: OpenedCheckpoint, other: OpenedCheckpoint) -> tuple[OpenedCheckpoint, dict[str, str]]:
+def _opened(path: Path, opened: contextlib.ExitStack) -> OpenedCheckpoint:
+    """A checkpoint that the stack closes."""
+    checkpoint = open_checkpoint(path)
+    opened.callback(checkpoint.close)
+    return checkpoint
+
+
+def _with_modules(
+    side: OpenedCheckpoint, other: OpenedCheckpoint, opened: contextlib.ExitStack
+) -> tuple[OpenedCheckpoint, dict[str, str]]:
     """Of a sentence encoder each module with weights is a model of its own, as in its Hugging Face directory.
 
     Also returns of which model each is a part: what the module is called -> "main" or "ema".
     """
     found, owners = dict(side.models), dict[str, str]()
+    listed = Modules(other.path) if is_huggingface(other) else None
     if is_huggingface(side):
-        for module in Modules(side.path).with_weights:
-            beside = open_checkpoint(side.path / module.folder).models
+        own = Modules(side.path)
+        for module in own.with_weights:
+            beside = _opened(side.path / module.folder, opened).models
             owners |= {module.called(model): model for model in beside}
             found |= {module.called(model): source for model, source in beside.items()}
-    elif is_huggingface(other):
-        listed = Modules(other.path)
+        # One without its file has no tensor, which is not the same as any other.
+        lacking = [module for module in listed.with_weights if own.lists(module)] if listed is not None else []
         for model, source in side.models.items():
-            for module, names in listed.divide(source.specs):
+            found |= {name: source.only({}) for module in lacking if (name := module.called(model)) not in found}
+    elif listed is not None:
+        for model, source in side.models.items():
+            for module, names in listed.divide(source.specs, absent=True):
                 owners[module.called(model)] = model
                 found[module.called(model)] = source.only(names)
                 found[model] = found[model].without(names.values())

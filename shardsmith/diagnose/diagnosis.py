@@ -27,6 +27,7 @@ def diagnose(checkpoint: AsAnyPath, model: AsAnyPath, questions: Questions) -> D
     try:
         subject = Subject.open(checkpoint, reference, questions.trained, questions.names, questions.rules)
     except CheckpointError as error:
+        reference.close()
         # A checkpoint that cannot be read is itself what was looked for, if the checkpoint is to blame.
         finding = unreadable(error)
         if finding is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -39,6 +40,8 @@ class Reference:
     """Its weights, or None where the directory has a config only."""
     specs: Mapping[str, TensorSpec]
     """Its tensors as its files name them."""
+    modules: Modules
+    """Of a sentence encoder, those beside the transformer."""
     lacks: str = "has no weights"
     """Why there is no source, if there is none."""
 
@@ -53,10 +56,11 @@ class Reference:
         if not path.is_dir():
             raise CheckpointNotFoundError(path, "is no directory; give that of a Hugging Face model")
         config = read_config(path)
+        modules = Modules(path)
         models = model_names(path)
         # Main before an average: training starts from the weights, unless there is an average alone.
         source = open_source(path, MAIN if MAIN in models else models[0]) if models else None
-        return cls(path, config, source, source.specs if source else _specs_by_config(path))
+        return cls(path, config, source, source.specs if source else _specs_by_config(path), modules)
 
     def beside(self, models: Iterable[ModelSource]) -> Reference:
         """Return it without its values, as its class has it, where its files are quantised and the models are not.
@@ -69,9 +73,13 @@ class Reference:
             return self
         specs = _specs_by_config(self.path)
         # Its values cannot be compared with plain ones, so its files are not needed any more.
+        self.close()
+        return replace(self, source=None, specs=specs, lacks="has quantized weights, and the checkpoint plain ones")
+
+    def close(self) -> None:
+        """Close the files."""
         if self.source is not None:
             self.source.close()
-        return replace(self, source=None, specs=specs, lacks="has quantized weights, and the checkpoint plain ones")
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,28 +124,35 @@ class Subject:
             CheckpointError: it cannot be read, for whatever reason.
             UsageError: there is no such name map, or it does not fit.
         """
-        opened = open_checkpoint(checkpoint)
-        reference = reference.beside(opened.models.values())
-        aligned: dict[str, tuple[ModelSource, Alignment]] = {}
-        quantized: dict[str, frozenset[str]] = {}
-        scales: dict[str, ModelSource] = {}
-        modules: list[tuple[Module, str, ModelSource]] = []
-        for name, whole in opened.models.items():
-            divided = Modules(reference.path).divide(whole.specs, absent=True)
-            modules += [(module, name, whole.only(own)) for module, own in divided]
-            found = whole.without(name for _, own in divided for name in own.values())
-            source, alignment = aligned_source(found, reference.specs, reference.path, names, rules)
-            held = find_quantized(source, reference.specs)
-            # Scales and packed numbers belong to weights that the model has: they are not more tensors.
-            aligned[name] = (source.without(held.beside) if held.beside else source, alignment)
-            quantized[name] = held.weights
-            scales[name] = source.without([one for one in source.specs if one not in held.beside])
-        step = opened.metadata.step if opened.metadata else _step(checkpoint)
-        # Without a step, an optimizer's state tells that a training has written it.
-        moved = bool(step) if step is not None else opened.has_optimizer
-        moved = moved if trained is None else trained
-        subject = cls(opened, reference, aligned, step, moved, rules, quantized, scales)
-        return replace(subject, modules=tuple(subject._of(*one) for one in modules))
+        with contextlib.ExitStack() as stack:
+            opened = open_checkpoint(checkpoint)
+            stack.callback(opened.close)
+            reference = reference.beside(opened.models.values())
+            aligned: dict[str, tuple[ModelSource, Alignment]] = {}
+            quantized: dict[str, frozenset[str]] = {}
+            scales: dict[str, ModelSource] = {}
+            modules: list[tuple[Module, str, ModelSource]] = []
+            for name, whole in opened.models.items():
+                divided = reference.modules.divide(whole.specs, absent=True)
+                modules += [(module, name, whole.only(own)) for module, own in divided]
+                found = whole.without(name for _, own in divided for name in own.values())
+                source, alignment = aligned_source(found, reference.specs, reference.path, names, rules)
+                held = find_quantized(source, reference.specs)
+                # Scales and packed numbers belong to weights that the model has: they are not more tensors.
+                aligned[name] = (source.without(held.beside) if held.beside else source, alignment)
+                quantized[name] = held.weights
+                scales[name] = source.without([one for one in source.specs if one not in held.beside])
+            step = opened.metadata.step if opened.metadata else _step(checkpoint)
+            # Without a step, an optimizer's state tells that a training has written it.
+            moved = bool(step) if step is not None else opened.has_optimizer
+            moved = moved if trained is None else trained
+            subject = cls(opened, reference, aligned, step, moved, rules, quantized, scales)
+            parts = []
+            for one in modules:
+                parts.append(subject._of(*one))
+                stack.callback(parts[-1].reference.close)
+            stack.pop_all()
+        return replace(subject, modules=tuple(parts))
 
     def _of(self, module: Module, model: str, held: ModelSource) -> Subject:
         """A module of one model as a subject of its own."""
@@ -145,7 +160,7 @@ class Subject:
         source = open_source(path, MAIN)
         return replace(
             self,
-            reference=Reference(path, {}, source, source.specs),
+            reference=replace(self.reference, path=path, config={}, source=source, specs=source.specs),
             models={name: (held, Alignment({one: one for one in held.specs}))},
             quantized={name: frozenset()},
             scales={name: held.only({})},
@@ -173,8 +188,7 @@ class Subject:
         """Close the files."""
         self.opened.close()
         for one in (self, *self.modules):
-            if one.reference.source is not None:
-                one.reference.source.close()
+            one.reference.close()
 
 
 def _step(checkpoint: Path) -> int | None:

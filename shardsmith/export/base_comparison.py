@@ -158,8 +158,17 @@ def advice_of_hooks(error: MismatchError, checkpoint: str | Path) -> str:
     return f"{advice} If it is that one, leave HFExport out and export saved steps:\n{command}"
 
 
-def differences(plan: ModelPlan, template: Mapping[str, TensorSpec], allow: Sequence[str]) -> list[str]:
-    """Return a line for each tensor whose name, shape or kind of dtype is not as in the base model's weights."""
+def differences(
+    plan: ModelPlan, template: Mapping[str, TensorSpec], allow: Sequence[str], prefix: str = ""
+) -> list[str]:
+    """Return a line for each tensor whose name, shape or kind of dtype is not as in the base model's weights.
+
+    Args:
+        plan: The planned tensors.
+        template: Those of the base model's files.
+        allow: Patterns of names that may differ, with the prefix.
+        prefix: What the lines put before a name.
+    """
     ours = {spec.name: spec for spec in plan.specs}
     problems = {name: "in the base model, not in the checkpoint" for name in template if name not in ours}
     problems |= {name: "in the checkpoint, not in the base model" for name in ours if name not in template}
@@ -176,7 +185,7 @@ def differences(plan: ModelPlan, template: Mapping[str, TensorSpec], allow: Sequ
         and spec.dtype.is_floating_point != template[name].dtype.is_floating_point
     }
     return [
-        f"{name}: {problem}"
+        f"{prefix}{name}: {problem}"
         for name, problem in sorted(problems.items())
-        if name not in plan.aliases and not any(fnmatchcase(name, pattern) for pattern in allow)
+        if name not in plan.aliases and not any(fnmatchcase(prefix + name, pattern) for pattern in allow)
     ]

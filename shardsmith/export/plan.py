@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -15,13 +14,14 @@ import torch
 
 from shardsmith.errors import CheckpointNotFoundError, MismatchError, UnsupportedFormatError, UsageError
 from shardsmith.export.adapters import is_peft, open_merged
-from shardsmith.export.base_comparison import differences, fit, measure_of
+from shardsmith.export.base_comparison import fit, measure_of
+from shardsmith.export.module_plan import ModulePlans
 from shardsmith.formats.by_path import KnownCheckpoint, known_checkpoint, open_source
 from shardsmith.formats.matched import matched_source, names_of_the_run, renamed
 from shardsmith.formats.models import ModelSource, TranslatedModel
 from shardsmith.ground import layout
 from shardsmith.ground.commit import refuse_existing
-from shardsmith.hf.base_files import BaseFiles, choose_files, tensors_of
+from shardsmith.hf.base_files import BaseFiles, choose_files, files_of
 from shardsmith.hf.base_layout import in_base_layout, orders_of_patches
 from shardsmith.hf.config_fit import ConfigFit, vocabulary_sizes
 from shardsmith.hf.directory import DirectoryPlan, ModelPlan, Origin, plan_model
@@ -30,7 +30,6 @@ from shardsmith.hf.known_class import model_class_of
 from shardsmith.hf.layout_rules import DECLARED, LayoutRule, LayoutRules
 from shardsmith.hf.model_class import ModelClass
 from shardsmith.hf.model_code import refuse_missing_code
-from shardsmith.hf.modules import Module, Modules
 from shardsmith.hf.template import BaseTemplate, read_template
 from shardsmith.hf.ties import broken_ties, find_ties
 from shardsmith.manifest.model_settings import GENERATION_FILE, settings_of_step, write_generation
@@ -38,7 +37,7 @@ from shardsmith.name_maps.class_names import ClassNames
 from shardsmith.name_maps.maps import NameMap, find_name_map
 from shardsmith.name_maps.matching import match_names
 from shardsmith.tensors.checkpoint_keys import EMA, MAIN
-from shardsmith.tensors.dtypes import DtypeChoice, general_dtype
+from shardsmith.tensors.dtypes import DtypeChoice
 from shardsmith.tensors.tensors import TensorSpec
 
 
@@ -87,8 +86,8 @@ class ExportPlan:
     """Patterns of names that may differ from the template."""
     dropped: tuple[str, ...] = ()
     """Tensors of the checkpoint that were left out."""
-    old_weights: tuple[str, ...] = ()
-    """Files of the base model that are copied although the checkpoint has their tensors, which were left out."""
+    old_weights: Mapping[str, str] = field(default_factory=dict)
+    """Files of the base model that are copied although what they hold belongs to the checkpoint's model -> why."""
     modules: Mapping[str, Mapping[str, TensorSpec]] = field(default_factory=dict)
     """Of modules beside the model, as the directory calls them, the tensors of the base model's files."""
     fitted: ConfigFit | None = None
@@ -140,21 +139,18 @@ def plan_directory(
     sizes = vocabulary_sizes(config)
     name_map: NameMap | None = None
     dropped: dict[str, None] = {}
-    modules, beside = Modules(base), list[tuple[Module, ModelPlan]]()
+    modules = ModulePlans(base, dtype=options.dtype, allow=options.allow, drop=options.drop)
     for model, stem in stems.items():
         opened, gone = _open_model(known, model, base, specs, model_class, sizes, options)
         named = like(opened, options.drop)  # before names are matched: what stays may fit in one way only then
-        opened = opened.without(named)
-        for module, keys in modules.divide(opened.specs):
-            part = sources[module.called(model)] = opened.only(keys)
-            beside.append((module, _plan_module(part, module, model, stem, options)))
-            opened = opened.without(keys.values())
+        opened, of_modules = modules.take(opened.without(named), model, stem, named)
         recorded = names_of_the_run(opened, specs, lambda: known.manifest) if options.names == "auto" else None
         chosen = options if recorded is None else replace(options, names="identity")  # until the map is applied
         placed = under_base_names(opened, specs, base, chosen.names)
         unwanted = like(placed, options.drop)
-        _refuse_idle(known.path, options.drop, [*gone, *named, *unwanted])
-        dropped |= dict.fromkeys([*gone, *named, *unwanted])
+        left_out = [*gone, *named, *of_modules, *unwanted]
+        _refuse_idle(known.path, options.drop, left_out)
+        dropped |= dict.fromkeys(left_out)
         opened = placed.without([*unwanted, *_unsaved(placed, model_class, specs)])  # as now named, in whatever module
         source = sources[model] = in_base_layout(opened, layouts)
         as_stored = _plan_model(source, model, stem, model_class, specs, base, replace(chosen, dtype=None), None, sizes)
@@ -169,12 +165,12 @@ def plan_directory(
     tensors = {**{spec.name: spec for plan in models for spec in plan.specs}, **opened.specs}
     files = choose_files(base, tensors, trust_remote_code=options.trust_remote_code)
     refuse_missing_code(output, fitted, files.copies)
-    # A module's weights of the base would be old ones beside those that are written.
-    copies = [name for name in files.copies if not any(module.has_weights(name) for module, _ in beside)]
+    copies = [name for name in files.copies if not modules.are_written(name)]
+    sources |= modules.sources
     generation = None if settings is None else settings.generation_beside(base)
     directory = DirectoryPlan(
         output,
-        (*models, *(plan for _, plan in beside)),
+        (*models, *modules.plans),
         origin_of(known),
         fitted.config,
         base,
@@ -195,35 +191,21 @@ def plan_directory(
         orders_of_patches(sources, template, options.rules, options.allow),
         options.allow,
         tuple(dropped),
-        _old_weights(base, copies, files, dropped),
-        {plan.model: module.specs for module, plan in beside},
+        _old_weights(base, [name for name in files.weights if name in copies], dropped, modules),
+        modules.specs,
         fitted,
         files,
         generation is not None,
     )
 
 
-def _plan_module(source: ModelSource, module: Module, model: str, stem: str, options: ExportOptions) -> ModelPlan:
-    """Plan the file of a module. Raises MismatchError if it is another module than that of the base model."""
-    # Patterns are of the model's names; the library gives all modules one dtype.
-    dtype = general_dtype(options.dtype)
-    specs, stem = list(source.specs.values()), f"{module.folder}/{stem}"
-    plan = plan_model(module.called(model), specs, stem=stem, dtype=dtype, max_shard_size=None, aliases={})
-    if lines := differences(plan, module.specs, options.allow):
-        summary = f"{len(lines)} tensors of {module.folder} are not as in the base model"
-        advice = (
-            f"Nothing was written. Give a base model with this module. With --drop '{module.name}.*' the base model's "
-            "own is copied, which is not the trained one."
-        )
-        raise MismatchError(source.path, summary, lines, advice)
-    return plan
-
-
-def _old_weights(base: Path, copies: Collection[str], files: BaseFiles, dropped: Collection[str]) -> tuple[str, ...]:
-    """Files of weights that are copied, and all of whose tensors the checkpoint has, too, under names left out."""
-    ends = {name[at:] for name in dropped for at in [0, *(m.end() for m in re.finditer(r"\.", name))]}
-    held = {name: tensors_of(base / name) for name in files.weights if name in copies and dropped}
-    return tuple(name for name, specs in held.items() if specs and specs.keys() <= ends)
+def _old_weights(base: Path, weights: Sequence[str], dropped: Collection[str], modules: ModulePlans) -> dict[str, str]:
+    """As ``ExportPlan.old_weights``, of these files of the base model."""
+    left_out = files_of(base, weights, dropped) if dropped else []
+    return {
+        **dict.fromkeys(left_out, "what the checkpoint has of it was left out"),
+        **dict.fromkeys(filter(modules.lack, weights), "the checkpoint has nothing of it, as was allowed"),
+    }
 
 
 def _open_model(

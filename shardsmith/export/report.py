@@ -103,8 +103,8 @@ def remarks(plan: ExportPlan) -> Iterator[str]:
     yield from plan.files.unread_lines if plan.files else ()
     if plan.dropped:
         yield f"left out, as asked for: {', '.join(plan.dropped)}"
-    for name in plan.old_weights:
-        yield f"{name} is the base model's own: what the checkpoint has of it was left out"
+    for name, reason in plan.old_weights.items():
+        yield f"{name} is the base model's own: {reason}"
     for model in plan.directory.models:
         for alias, kept in model.aliases.items():
             yield f"{model.model}: {alias} is tied to {kept}, which alone is in the file"

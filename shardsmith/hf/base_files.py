@@ -224,6 +224,12 @@ def tensors_of(path: Path) -> Mapping[str, TensorSpec] | None:
     return source.specs
 
 
+def files_of(base: Path, files: Iterable[str], names: Iterable[str]) -> list[str]:
+    """Return the files of a base all of whose tensors are among these names, whatever a name begins with."""
+    ends = {name[at:] for name in names for at in [0, *(m.end() for m in re.finditer(r"\.", name))]}
+    return [file for file in files if (specs := tensors_of(base / file)) and specs.keys() <= ends]
+
+
 def _indexed(index: Path) -> set[str]:
     """The files that an index names."""
     try:

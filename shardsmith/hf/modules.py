@@ -40,6 +40,10 @@ class Module:
         """Return what it is called beside a model ("main", "ema") in a directory."""
         return self.folder if model == MAIN else f"{model} {self.folder}"
 
+    def in_whole(self, name: str) -> str:
+        """Return what the whole model calls a tensor of the module's file."""
+        return f"{self.name}.{name}"
+
     def has_weights(self, file: str) -> bool:
         """Return whether a file of the base model holds its weights, by the path in the base's directory."""
         path = PurePosixPath(file)
@@ -61,6 +65,10 @@ class Modules:
             file = next((base / folder / one for one in _WEIGHTS if (base / folder / one).is_file()), None)
             if folder and file is not None:
                 self.with_weights.append(Module(name, folder, tensors_of(file) or {}))
+
+    def lists(self, module: Module) -> bool:
+        """Return whether there is such a module, with weights or without."""
+        return self._folders.get(module.name) == module.folder
 
     def divide(self, names: Collection[str], *, absent: bool = False) -> list[tuple[Module, dict[str, str]]]:
         """Return the modules that have tensors in a model: for each, name in its file -> name in the model.

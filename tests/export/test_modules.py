@@ -6,6 +6,8 @@ The layout is that of ``SentenceTransformer.save``, with whose files exports wer
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from shardsmith.cli import main
-from shardsmith.errors import MismatchError
+from shardsmith.compare.verification import verify
+from shardsmith.diagnose import Questions, diagnose
+from shardsmith.errors import CheckpointError, MismatchError
 from shardsmith.hooks import HFExport, every
 from tests.dcp_directories import save
 from tests.families.tiny import all_families, make_tiny
@@ -116,14 +120,68 @@ def test_verify_compares_the_modules_of_two_directories(base: Path, tmp_path: Pa
     assert "linear.weight" in capsys.readouterr().out
 
 
+def test_verify_finds_a_module_that_a_directory_lists_and_does_not_have(base: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(base, tmp_path / "other")
+    assert main(["verify", str(other), str(base)]) == 0
+    (other / DENSE).unlink()
+    assert main(["verify", str(other), str(base)]) == 1
+    assert main(["verify", str(base), str(other)]) == 1
+
+
+@pytest.mark.parametrize("head", ["", "module.", "model._orig_mod."])
 def test_the_base_models_own_module_is_named_where_the_trained_one_is_dropped(
-    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    head: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    save(trained(), tmp_path / "ck")
+    save({"model": {head + name: value for name, value in trained().items()}}, tmp_path / "ck")
     assert to_hf(tmp_path / "ck", base, tmp_path / "out", "--drop", "2.*", "--json") == 0
     (written,) = json.loads(capsys.readouterr().out)["directories"]
     assert written["old_weights"] == [DENSE]
     assert (tmp_path / "out" / DENSE).read_bytes() == (base / DENSE).read_bytes()
+
+
+@pytest.mark.parametrize("head", ["", "module."])
+def test_a_checkpoint_of_the_whole_without_a_module_is_refused_until_that_is_allowed(
+    head: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = {head + name: value for name, value in trained().items() if not name.startswith("2.")}
+    save({"model": state}, tmp_path / "ck")
+    assert to_hf(tmp_path / "ck", base, tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert "2 tensors of 2_Dense are not as in the base model" in error
+    assert "2.linear.weight: in the base model, not in the checkpoint" in error
+    assert not (tmp_path / "out").exists()
+    cure = shlex.split(error[error.index("--allow") :].splitlines()[0])
+    assert to_hf(tmp_path / "ck", base, tmp_path / "out", "--dtype", "original", *cure) == 0
+    assert f"{DENSE} is the base model's own" in capsys.readouterr().out.replace("\n", "")
+    assert (tmp_path / "out" / DENSE).read_bytes() == (base / DENSE).read_bytes()
+    assert main(["verify", str(tmp_path / "ck"), str(tmp_path / "out")]) == 1
+    assert "linear.weight" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("head", ["", "module.", "auto_model."])
+def test_a_checkpoint_of_the_bare_transformer_keeps_the_base_models_modules(
+    head: str, base: Path, tmp_path: Path
+) -> None:
+    state = part(trained(), "0.auto_model.")
+    save({"model": {head + name: value for name, value in state.items()}}, tmp_path / "ck")
+    assert to_hf(tmp_path / "ck", base, tmp_path / "out", "--dtype", "original") == 0
+    assert (tmp_path / "out" / DENSE).read_bytes() == (base / DENSE).read_bytes()
+    assert main(["verify", str(tmp_path / "ck"), str(tmp_path / "out")]) == 0
+
+
+def test_files_are_closed_where_a_module_cannot_be_read(base: Path, tmp_path: Path) -> None:
+    state = {name: value.detach() for name, value in encoder().named_parameters()}
+    save(state, tmp_path / "ck")
+    broken = shutil.copytree(base, tmp_path / "broken")
+    (broken / DENSE).write_bytes((base / DENSE).read_bytes()[:-1])
+    questions, before = Questions(level="structure"), os.listdir("/proc/self/fd")
+    # While the errors hold what was open when they were raised.
+    with pytest.raises(CheckpointError, match="2_Dense") as compared:
+        verify(base, broken)
+    assert os.listdir("/proc/self/fd") == before, compared.tb
+    with pytest.raises(CheckpointError, match="2_Dense") as diagnosed:
+        diagnose(tmp_path / "ck", broken, questions)
+    assert os.listdir("/proc/self/fd") == before, diagnosed.tb
 
 
 def test_a_module_of_another_size_is_refused(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

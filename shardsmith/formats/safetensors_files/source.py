@@ -49,15 +49,17 @@ class SafetensorsSource:
             UnsafeCheckpointError: a file is not a regular file.
         """
         self.path = as_path(path)
-        if files is None:
-            self._files = {self.path.name: MappedFile(self.path, follow_links=True)}
-        else:
-            self._files = {name: MappedFile(file) for name, file in files.items()}
+        self._files: dict[str, MappedFile] = {}
         self.headers: dict[str, Header] = {}
         self.file_of: dict[str, str] = {}
         self.specs: dict[str, TensorSpec] = {}
-        for name, file in self._files.items():
-            self._add(name, read_header(file.path, file.size, file.bytes))
+        try:
+            for name, place in ({self.path.name: self.path} if files is None else files).items():
+                file = self._files[name] = MappedFile(place, follow_links=files is None)
+                self._add(name, read_header(file.path, file.size, file.bytes))
+        except BaseException:
+            self.close()
+            raise
 
     def pieces(self, name: str, box: Chunk) -> Iterator[tuple[Chunk, Tensor]]:
         """The box as one tensor, or nothing where the box is empty.
