@@ -21,6 +21,7 @@ from shardsmith.ground.commit import refuse_existing
 from shardsmith.hf.hf_directory import CONFIG_FILE, protect, read_config
 from shardsmith.hf.known_class import model_class_of
 from shardsmith.hf.model_class import Kept
+from shardsmith.hf.modules import Modules
 from shardsmith.manifest.initial import BufferRecord, InitialRecord, config_hash
 from shardsmith.tensors.checkpoint_keys import NOT_A_MODEL
 from shardsmith.tensors.dtypes import cast_specs, dtype_name
@@ -59,9 +60,8 @@ def plan_conversion(model: str, output: Path, options: ConversionOptions) -> Con
     refuse_existing(output)
     found = open_conversion_model(directory, names=options.names, trust_remote_code=options.trust_remote_code)
     kept = _kept(directory, found, options.dtype)
-    if kept.unknown:
-        unknown = f"the model's class may keep tensors in float32, and some of them may be rounded: {kept.unknown}"
-        found = replace(found, note=f"{found.note}; {unknown}" if found.note else unknown)
+    if notes := [note for note in (found.note, _rounded_note(kept), _modules_note(directory)) if note]:
+        found = replace(found, note="; ".join(notes))
     specs = {spec.name: spec for spec in cast_specs([*found.specs.values()], options.dtype, kept.names)}
     heads = _make_heads(directory, found, specs, options)
     # Before any stream is made: a second one of the same key would silently replace the first.
@@ -96,6 +96,25 @@ def _kept(directory: Path, model: ConversionModel, dtype: torch.dtype | None) ->
     config = read_config(directory) if (directory / CONFIG_FILE).is_file() else {}
     model_class, _ = model_class_of(config)
     return Kept() if model_class is None else model_class.kept_from(dtype, model.specs)
+
+
+def _rounded_note(kept: Kept) -> str:
+    if not kept.unknown:
+        return ""
+    return f"the model's class may keep tensors in float32, and some of them may be rounded: {kept.unknown}"
+
+
+def _modules_note(directory: Path) -> str:
+    """What to know of a sentence encoder: training starts from the model of config.json, which is its transformer."""
+    modules = Modules(directory).with_weights if directory.is_dir() else []
+    if not modules:
+        return ""
+    # The names of the whole depend on the library's version, so it is the library that has to give them.
+    return (
+        f"left out: {', '.join(module.folder for module in modules)}, with weights beside the transformer, which alone "
+        "is in the checkpoint. To start from the whole encoder, save it from its library: "
+        f"dcp.save(SentenceTransformer({str(directory)!r}).state_dict(), checkpoint_id=...)"
+    )
 
 
 def _make_heads(
