@@ -63,7 +63,7 @@ def main(
     offline: from a sharded checkpoint. live: from live sharded weights. initial: to a checkpoint to start from.
     device: one rank that trains on a GPU; part of all where there is one.
     diagnose: what a diagnosis costs. events: what hooks cost in a step at which they do nothing.
-    bagel: a model like BAGEL with its average, in one process, two and four.
+    bagel: a model like BAGEL with its average, in one process, in two and in as many as there are shards.
 
     Needs at the default sizes, at the peak of each section: save 3 GB of disk and 20 GB of memory, one-write 5 and
     17, offline 8 and 8,
@@ -109,7 +109,9 @@ def main(
         "events": Section(lambda work: measure_events(console, work, runs), 1e6, 1e9),
         "titan": Section(lambda work: compare_titan(console, work, size // 4, shards, runs), 4 * size, 60 * size // 4),
         "bagel": Section(
-            lambda work: compare_bagel(console, work, bagel, runs), disk_needed(bagel), memory_needed(bagel)
+            lambda work: compare_bagel(console, work, bagel, shards, runs),
+            disk_needed(bagel),
+            memory_needed(bagel, shards),
         ),
     }
     here = torch.accelerator.current_accelerator(check_available=True)

@@ -1,6 +1,6 @@
-"""What the comparison with BAGEL's way needs, under torchrun: the checkpoint, and the conversion that gathers.
+"""What the comparison with BAGEL's way needs: the checkpoint, and, under torchrun, the conversion that gathers.
 
-python -m torch.distributed.run --nproc_per_node=4 -m benchmarks.bagel_contender make|gather ...
+python -m torch.distributed.run --nproc_per_node=4 -m benchmarks.bagel_contender ...
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -55,23 +56,27 @@ def sharded(sizes: Sizes) -> nn.Module:
     return model.to_empty(device="cpu")
 
 
-def make(options: argparse.Namespace) -> None:
-    """Save random weights and an average, one after the other, and the configs of a base model."""
-    sizes = sizes_of(options.parameters)
+def make(rank: int, folder: Path, checkpoint: Path, base: Path, parameters: int) -> dict[str, Any]:  # noqa: ARG001
+    """Save random weights and an average, one after the other, and the configs of a base model.
+
+    A rank's body, which has nothing to return.
+    """
+    sizes = sizes_of(parameters)
     for seed, stem in enumerate(MODELS):
         # Another seed for each rank and model, so that no two shards are equal.
-        generator = torch.Generator().manual_seed(10 * dist.get_rank() + seed)
+        generator = torch.Generator().manual_seed(10 * rank + seed)
         model = sharded(sizes)
         for parameter in model.parameters():
             parameter.data.to_local().normal_(std=0.02, generator=generator)
-        dcp.save(get_model_state_dict(model), checkpoint_id=options.checkpoint_dir / f"{stem}_sharded")
+        dcp.save(get_model_state_dict(model), checkpoint_id=checkpoint / f"{stem}_sharded")
         del model
         # Before the next model is made: both at once would double the memory.
         gc.collect()
-    if dist.get_rank() == 0:
+    if rank == 0:
         facts = {"train_steps": 1, "world_size": dist.get_world_size(), "checkpoint_type": "sharded", "has_ema": True}
-        (options.checkpoint_dir / "metadata.json").write_text(json.dumps(facts))
-        write_configs(sizes, options.base_model_path)
+        (checkpoint / "metadata.json").write_text(json.dumps(facts))
+        write_configs(sizes, base)
+    return {}
 
 
 def gather(options: argparse.Namespace) -> None:
@@ -99,12 +104,10 @@ def gather(options: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("action", choices=("make", "gather"))
-    parser.add_argument("--parameters", type=int, default=0)
     for place in ("checkpoint_dir", "output_dir", "base_model_path"):
         parser.add_argument(f"--{place}", type=Path)
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    make(chosen) if chosen.action == "make" else gather(chosen)
+    gather(chosen)
     dist.destroy_process_group()

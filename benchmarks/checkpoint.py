@@ -1,25 +1,18 @@
-"""Make the checkpoint to be converted: a float32 Llama, sharded by FSDP2, saved by real ranks.
-
-python -m benchmarks.checkpoint CHECKPOINT BASE PARAMETERS SHARDS
-"""
+"""The checkpoint to be converted: a float32 Llama, sharded by FSDP2, saved by real ranks."""
 
 from __future__ import annotations
 
-import json
-import sys
-import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from shardsmith.ground.process_end import finish
 from shardsmith.ground.ranks import Ranks
 from shardsmith.run_state.contents import Contents
 from shardsmith.run_state.save import SaveInProgress
@@ -57,25 +50,15 @@ def sharded_llama(parameters: int) -> nn.Module:
     return model
 
 
-def _save(rank: int, checkpoint: str, parameters: int, shards: int, store: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=shards)
+def save_llama(rank: int, folder: Path, checkpoint: Path, base: Path, parameters: int) -> dict[str, Any]:  # noqa: ARG001
+    """Save the checkpoint to be converted, and the config beside it. A rank's body; the bytes of its largest tensor."""
     model = sharded_llama(parameters)
     # nested and without anything beside the model: the only form that every tool here can read
     contents = Contents(step=0, state_dict={"model": get_model_state_dict(model)})
-    save = SaveInProgress(Path(checkpoint), Ranks())
+    save = SaveInProgress(checkpoint, Ranks())
     save.begin(lambda: contents)
     save.write()
     save.commit()
-    finish()
-
-
-if __name__ == "__main__":
-    target, base, count, ranks = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-    config_of(count).save_pretrained(base)
-    with tempfile.TemporaryDirectory() as folder:
-        # Spawned, as CUDA and threads of torch do not survive a fork.
-        mp.start_processes(_save, (target, count, ranks, f"{folder}/store"), nprocs=ranks, start_method="spawn")
-    with torch.device("meta"):
-        largest = max(tensor.nbytes for tensor in AutoModelForCausalLM.from_config(config_of(count)).parameters())
-    print(json.dumps({"largest_tensor": largest}))
+    if rank == 0:
+        config_of(parameters).save_pretrained(base)
+    return {"largest_tensor": max(parameter.nbytes for parameter in model.parameters())}

@@ -18,7 +18,7 @@ from shardsmith.hooks.events import Listener
 
 # So many that the clock's resolution and the loop itself count for nothing.
 _STEPS = 20_000
-_WORK_STEPS = 20
+_WORK_STEPS = 5
 # A schedule that is asked in each step, and never says yes.
 _NEVER = every(10**9)
 

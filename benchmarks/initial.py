@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import shutil
 import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +18,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.initial_contender import make
 from benchmarks.measure import Measurement, measure
+from benchmarks.rank_processes import spawn_ranks
 
 OURS = "shardsmith to-dcp"
 COPY = "cp -r, the limit"
@@ -72,8 +73,7 @@ def compare_initial(console: Console, work: Path, parameters: int, ranks: int, r
 
 def _make(console: Console, model: Path, parameters: int) -> Path:
     console.print(f"saving a bfloat16 Llama of about {parameters / 1e6:.0f} M parameters in {model}")
-    command = [sys.executable, "-m", "benchmarks.initial_contender", "--make", str(model), str(parameters)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    spawn_ranks(make, 1, model.with_name("initial"), model, parameters)
     return model
 
 

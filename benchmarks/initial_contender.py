@@ -1,12 +1,14 @@
-"""What people use instead of ``to-dcp``: python -m benchmarks.initial_contender MODEL OUTPUT
+"""The model to be converted, and what people use instead of ``to-dcp``.
 
-python -m benchmarks.initial_contender --make MODEL PARAMETERS makes the model to be converted.
+python -m benchmarks.initial_contender MODEL OUTPUT
 """
 
 from __future__ import annotations
 
 import sys
 import warnings
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -16,8 +18,8 @@ from transformers import AutoModelForCausalLM
 from benchmarks.checkpoint import config_of
 
 
-def make(directory: str, parameters: int) -> None:
-    """Random weights, in files of 2 GB."""
+def make(rank: int, folder: Path, directory: Path, parameters: int) -> dict[str, Any]:  # noqa: ARG001
+    """Random weights, in files of 2 GB. The body of one rank, which has nothing to return."""
     config = config_of(parameters)
     config.dtype = torch.bfloat16
     with torch.device("meta"):
@@ -26,6 +28,7 @@ def make(directory: str, parameters: int) -> None:
     for parameter in model.parameters():
         parameter.data.normal_(std=0.02)
     model.save_pretrained(directory, max_shard_size="2GB")
+    return {}
 
 
 def convert(directory: str, output: str) -> None:
@@ -37,7 +40,4 @@ def convert(directory: str, output: str) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "--make":
-        make(sys.argv[2], int(sys.argv[3]))
-    else:
-        convert(*sys.argv[1:3])
+    convert(*sys.argv[1:3])

@@ -7,10 +7,8 @@ kernel can drop those), summed over its children.
 
 from __future__ import annotations
 
-import json
 import shutil
 import statistics
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +17,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.checkpoint import save_llama
 from benchmarks.measure import Measurement, measure
+from benchmarks.rank_processes import spawn_ranks
 
 OURS = "shardsmith to-hf"
 
@@ -49,9 +49,7 @@ def compare_offline(console: Console, work: Path, parameters: int, shards: int, 
     """Save a checkpoint, convert it with each tool in turn, print the table; the figures."""
     checkpoint, base = work / "checkpoint", work / "base"
     console.print(f"saving a Llama of about {parameters / 1e6:.0f} M float32 parameters from {shards} ranks in {work}")
-    make = [sys.executable, "-m", "benchmarks.checkpoint", str(checkpoint), str(base), str(parameters), str(shards)]
-    # The last thing that it prints; the models themselves were made in that process.
-    largest = json.loads(subprocess.run(make, check=True, stdout=subprocess.PIPE).stdout)["largest_tensor"]
+    largest = spawn_ranks(save_llama, shards, work / "offline", checkpoint, base, parameters)["largest_tensor"]
     nbytes = sum(file.stat().st_size for file in checkpoint.iterdir())
     results = _run_all(console, runs, checkpoint, base, work / "output")
     shutil.rmtree(checkpoint)

@@ -1,8 +1,13 @@
-"""Ranks of their own for a benchmark: processes that meet through a TCP store, as under torchrun."""
+"""Ranks of their own for a benchmark: processes that meet through a TCP store, as under torchrun.
+
+They are forked from a server that has imported what ranks need and done nothing else: an import for each of them would
+take longer than what a small benchmark measures.
+"""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import shutil
 import warnings
 from collections.abc import Callable
@@ -15,6 +20,15 @@ import torch.multiprocessing as mp
 
 from shardsmith.ground.process_end import finish
 
+_PRELOADED = [
+    "torch._dynamo",  # the first fully_shard wants it
+    "torch.distributed.checkpoint",
+    "transformers.models.llama.modeling_llama",
+    "shardsmith.hooks",
+    "benchmarks.checkpoint",
+    "benchmarks.rank_processes",
+]
+
 
 def spawn_ranks(
     body: Callable[..., dict[str, Any]], ranks: int, folder: Path, *arguments: Any, backend: str = "gloo"
@@ -25,8 +39,9 @@ def spawn_ranks(
     # A TCP store in this process, as torchrun has it; a file store would be slower than any export.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     given = (body, ranks, store.port, backend, folder, result, arguments)
-    # A spawned rank has imported nothing and has no threads of this process.
-    mp.start_processes(_rank, given, ranks, start_method="spawn")
+    # The server has no threads, no groups and no device of this process.
+    multiprocessing.set_forkserver_preload(_PRELOADED)
+    mp.start_processes(_rank, given, ranks, start_method="forkserver")
     shutil.rmtree(folder)
     content: dict[str, Any] = json.loads(result.read_text())
     return content

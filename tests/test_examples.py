@@ -9,29 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.mark.long
-@pytest.mark.timeout(600)
-def test_the_demo_passes_all_its_checks(tmp_path: Path) -> None:
-    command = [sys.executable, ROOT / "examples" / "demo.py", "--run", tmp_path / "run", "--steps", "60"]
-    found = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert found.returncode == 0, found.stdout + found.stderr
-    assert "15 of 15 checks passed" in found.stdout
-    exports = {path.name for path in (tmp_path / "run" / "hf").iterdir()}
-    assert exports - {".retention.json"} == {"step-60", "step-60-ema"}
-
-
-@pytest.mark.long
-@pytest.mark.timeout(600)
-def test_the_demo_in_an_object_store_passes_all_its_checks(tmp_path: Path) -> None:
-    command = [sys.executable, ROOT / "examples" / "demo_remote.py", "--run", tmp_path / "run", "--steps", "60"]
-    found = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert found.returncode == 0, found.stdout + found.stderr
-    assert "6 of 6 checks passed" in found.stdout
 
 
 @pytest.mark.long
@@ -41,25 +20,6 @@ def test_a_wrong_start_is_diagnosed_converted_and_proved(tmp_path: Path) -> None
     assert found.returncode == 0, found.stdout + found.stderr
     assert found.stdout.count("│ ok │") == 8
     assert "The weights are fine" in found.stdout
-
-
-@pytest.mark.long
-@pytest.mark.timeout(600)
-def test_the_benchmark_runs_every_tool(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks", "--parameters", "12M", "--shards", "2", "--runs", "1"]
-    options = ["--directory", tmp_path, "--json", tmp_path / "figures.json"]
-    found = subprocess.run([*command, *options], capture_output=True, text=True, cwd=ROOT)
-    assert found.returncode == 0, found.stdout + found.stderr
-    figures = json.loads((tmp_path / "figures.json").read_text())
-    broken = int(torch.__version__.startswith(("2.11.", "2.12.")))  # dcp.async_save with a stager raises there
-    assert len(figures["save"]) == 10 - 2 * broken
-    assert len(figures["save"]["pauses"]) == 3 - broken
-    assert len(figures["one-write"]) == 6
-    assert len(figures["offline"]) == 4
-    assert len(figures["initial"]) == 7
-    assert len(figures["bagel"]) == 5
-    assert {"shardsmith HFExport", "pauses"} < figures["live"].keys()
-    assert {"structure", "GB/s a core"} < figures["diagnose"].keys()
 
 
 @pytest.fixture(scope="session")
