@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.soak.forked import wait_for
-from tests.soak.job import Digests, Job, look, steps_in
+from tests.soak.job import EXPORT_EVERY, KEPT, SAVE_EVERY, Digests, Job, look, steps_in
 
 STEPS = 8
 KILLS_OF_A_RUN = 6
@@ -45,11 +45,13 @@ def kill_at_random(
 
 
 def _undisturbed(work: Path, ranks: int, expected: Digests, make: Callable[[Path, int, int], Job]) -> float:
-    """Train step by step, so that every step directory is seen before it is removed; how long a run takes."""
-    for steps in range(2, STEPS + 1):
+    """Train bit by bit, so that every step directory is seen before it is removed; how long a run takes."""
+    for steps in range(SAVE_EVERY * KEPT, STEPS + 1, SAVE_EVERY * KEPT):
         job = make(work / f"straight-{ranks}", ranks, steps)
         job.run()
         assert look(job, expected) == []
+    seen = [name for name in expected if name.startswith(f"{ranks}/")]
+    assert len(seen) == STEPS // SAVE_EVERY + STEPS // EXPORT_EVERY, seen
     whole = make(work / f"whole-{ranks}", ranks, STEPS)
     started = time.monotonic()
     whole.run()
