@@ -36,8 +36,9 @@ demo: $(READY)  ## two FSDP2 ranks train and export, are killed, come back and e
 demo-remote: $(READY)  ## the same in an object store of this machine, by ranks without a shared folder
 	$(BIN)/python examples/demo_remote.py $(DEMO_ARGS)
 
-# Processes, each with whole files: what the tests of a file share is made once. One thread of torch each.
-WORKERS ?= 2
+# Processes, each with whole files: what the tests of a file share is made once. One thread of torch each. Three for two
+# cores: two leave them idle for two fifths of the time, in which tests wait for disks, timeouts and each other's ranks.
+WORKERS ?= 3
 PARALLEL = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test: $(READY) $(if $(TEST_ARGS),,$(TITAN_READY))  ## every test; with TEST_ARGS only those of the main environment
