@@ -27,6 +27,7 @@ staged_copy.SMALL_BYTES = 0  # the tensors of tests are small, and are to be cop
 _HUNG_SECS = 250.0
 """Shortly before pytest ends a test: to read the frames of a rank that is not hung but slow can crash it."""
 _PRELOADED = [
+    "numpy.ma",  # np.unique imports it when it is called first
     "torch.distributed.checkpoint",
     "torch.distributed.fsdp",
     "transformers.trainer",
