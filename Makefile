@@ -61,11 +61,13 @@ OLDEST_TESTS ?= tests/checking tests/run_state/test_readable.py tests/run_state/
 test-oldest: .venv-oldest/.ready  ## saves and resumes with the lowest versions that pyproject.toml accepts
 	.venv-oldest/bin/python -m pytest -m "not long" $(OLDEST_TESTS)
 
-# Their checkpoints are some 20 GB, which go when all has passed.
+# Their checkpoints are some 20 GB, which go when all has passed. Ranks wait for each other: several files at a time
+# keep the cores busy.
 test-titan: $(TITANS:%=test-titan-%)  ## the tests with the real TorchTitan, in each of its environments
 
 test-titan-%: .venv-titan-%/.ready
-	.venv-titan-$*/bin/python -m pytest tests/titan -o tmp_path_retention_policy=failed $(TITAN_ARGS)
+	OMP_NUM_THREADS=1 .venv-titan-$*/bin/python -m pytest tests/titan -o tmp_path_retention_policy=failed \
+		$(if $(TITAN_ARGS),$(TITAN_ARGS),$(PARALLEL))
 
 families: $(READY)  ## every model class of transformers that can be made tiny; writes docs/families.md (FAMILIES="llama t5")
 	$(BIN)/python -m tests.families $(FAMILIES)

@@ -17,6 +17,8 @@ from tests.titan.cpu import IS_0_3
 from tests.titan.evaluation import FLOAT32, evaluated, losses_of, transformers_loss
 from tests.titan.jobs import Assets, Job, error_of, log_of, run_jobs
 
+pytestmark = pytest.mark.long
+
 DOCS = Path(__file__).parents[2] / "docs" / "torchtitan.md"
 HOOKS = {"ema_decay": 0.5, "export_last": True, "export_dtype": "float32"}
 TENSOR, STAGES = "--parallelism.tensor_parallel_degree=2", "--parallelism.pipeline_parallel_degree=2"
