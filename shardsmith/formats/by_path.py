@@ -18,6 +18,7 @@ from shardsmith.errors import (
 from shardsmith.formats.bagel import BAGEL_READER, FORK_READER
 from shardsmith.formats.dcp.index import read_index
 from shardsmith.formats.dcp_reader import ACCELERATE_READER, DCP_READER, OURS_READER
+from shardsmith.formats.deepspeed import why_no_weights
 from shardsmith.formats.detected import (
     ACCELERATE,
     BAGEL,
@@ -234,6 +235,8 @@ def _what_else(path: Path) -> str:
     if adapter := next((name for name in _ADAPTERS if name in names), None):
         cure = f"to-hf --checkpoint {path / adapter} --adapters merged --base-model BASE makes one of it"
         return f"an adapter of peft, which is no model by itself; {cure}"
+    if (reason := why_no_weights(path)) is not None:
+        return reason
     folders = [path / name for name in sorted(names)[:_MOST_LOOKED_INTO] if (path / name).is_dir()]
     if inside := [place for place in folders if _has_weights(place)]:
         return f"no checkpoint itself, but the place of one or more; name one: {', '.join(map(str, inside))}"

@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from shardsmith.errors import CheckpointError, CheckpointNotFoundError, UnsafeCheckpointError, UnsupportedFormatError
+from shardsmith.formats.deepspeed import why_no_weights
 from shardsmith.formats.detected import (
     HUGGINGFACE,
     INCOMPLETE,
@@ -129,6 +130,8 @@ def detect_file(path: Path) -> DetectedFormat:
             return DetectedFormat(INCOMPLETE, reason_of(error, path))
         source.close()
         return DetectedFormat(SAFETENSORS, f"a header of {len(source.specs)} tensors")
+    if (reason := why_no_weights(path)) is not None:
+        return DetectedFormat(UNKNOWN, reason)
     with path.open("rb") as file:
         magic = file.read(4)
     # Only zips can be looked into without reading all of the file, so of an older one only the kind is said here.

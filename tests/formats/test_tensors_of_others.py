@@ -39,3 +39,9 @@ def test_a_checkpoint_with_such_a_tensor_is_not_called_damaged(size: int, tmp_pa
     save({"plain": torch.ones(3), "weight": Bytes(torch.ones(size, size, dtype=torch.int8))}, tmp_path)
     with pytest.raises(UnsupportedFormatError, match=r"others\.Bytes, which is made of others; .* v\.dequantize\(\)"):
         read_tensor(open_source(tmp_path), "weight")
+
+
+def test_a_file_with_such_a_tensor_is_not_called_unsafe(tmp_path: Path) -> None:
+    torch.save({"model": {"weight": Bytes(torch.ones(2, 2, dtype=torch.int8))}}, tmp_path / "model.pt")
+    with pytest.raises(UnsupportedFormatError, match=r"others\.Bytes, which is made of others; .* v\.dequantize\(\)"):
+        open_source(tmp_path / "model.pt")

@@ -63,11 +63,16 @@ def _stored(file: MappedFile, offset: int, length: int) -> FileTensor | None:
 
 
 def tensor_class(file: MappedFile, offset: int, length: int) -> str | None:
-    """Return the class of the tensor in an archive, if it is one that consists of others; None for any other.
+    """Return the class of the tensor in an archive, as ``wrapped_class``."""
+    return wrapped_class(file.bytes(offset, min(length, _HEAD_BYTES)))
+
+
+def wrapped_class(pickled: bytes) -> str | None:
+    """Return the class of the first tensor in a pickle that consists of others; None if there is none.
 
     Of such a class are the quantised weights of torchao. The index of DCP has the shape and dtype that it plays.
     """
-    found = _WRAPPED.search(file.bytes(offset, min(length, _HEAD_BYTES)))
+    found = _WRAPPED.search(pickled)
     return None if found is None else f"a tensor of {found[1].decode()}.{found[2].decode()}, which is made of others"
 
 

@@ -21,6 +21,7 @@ from shardsmith.errors import (
     UnsafeCheckpointError,
     UnsupportedFormatError,
 )
+from shardsmith.formats.torch_files.archive import DEQUANTIZE, wrapped_class
 from shardsmith.formats.torch_files.budget import require_budget
 from shardsmith.formats.torch_files.state_pickle import MAX_DEPTH, MAX_STATE_PICKLE_BYTES, read_plain, read_state_pickle
 from shardsmith.formats.torch_files.tensor_pickle import UnusualPickleError
@@ -190,11 +191,21 @@ def _load(file: MappedFile) -> Any:
     try:
         return torch.load(file.path, map_location="cpu", weights_only=True, mmap=file.is_mapped and magic == _ZIP)
     except pickle.UnpicklingError as error:
+        if (kind := _wrapped_class(file)) is not None:
+            raise UnsupportedFormatError(file.path, f"holds {kind}; {DEQUANTIZE}") from error
         reason = str(error).split("\n")[0].split(". ", 1)[0]
         raise UnsafeCheckpointError(file.path, f"holds what is not read without running code: {reason}") from error
     except Exception as error:  # a dozen types, RuntimeError and EOFError among them
         fault = f"{type(error).__name__}: {error}".split("\n")[0]
         raise CorruptCheckpointError(file.path, f"is truncated, or no file of torch.save: {fault}") from error
+
+
+def _wrapped_class(file: MappedFile) -> str | None:
+    """As ``wrapped_class``; None for a file that is no plain zip."""
+    try:
+        return wrapped_class(TorchZip(file, 0, file.size, _MAX_ENTRIES).content("data.pkl", MAX_STATE_PICKLE_BYTES))
+    except UnusualArchiveError:
+        return None
 
 
 def _tensors_in(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, Tensor]]:
@@ -211,7 +222,9 @@ def _tensors_in(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, Tensor]]:
 def _plain(path: Path, keys: KeyPath, value: Tensor) -> HeldTensor:
     if type(value) not in (Tensor, torch.nn.Parameter) or value.layout != torch.strided or value.is_meta:
         kind = f"{type(value).__name__}, {value.layout}, on {value.device}"
-        raise UnsupportedFormatError(path, f"{_joined(keys)} is no plain tensor: {kind}")
+        # Of torchao, where the process has imported it, so that torch could read it.
+        cure = f"; {DEQUANTIZE}" if hasattr(value, "tensor_data_names") else ""
+        raise UnsupportedFormatError(path, f"{_joined(keys)} is no plain tensor: {kind}{cure}")
     shape = tuple(value.shape)
     parts = ((Chunk.whole(shape), value.detach()),) if value.numel() else ()
     return HeldTensor(shape, value.dtype, parts, is_sharded=False)
