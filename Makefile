@@ -15,7 +15,7 @@ TITANS = 0.2 0.3
 TITAN ?= torchtitan
 TITAN_READY = $(TITANS:%=.venv-titan-%/.ready)
 
-.PHONY: demo demo-remote test test-oldest test-titan canary families soak check coverage docs pictures bench bench-scale bench-ranks gpu gpu-wheels clean
+.PHONY: environments demo demo-remote test test-oldest test-titan canary families soak check coverage docs pictures bench bench-scale bench-ranks gpu gpu-wheels clean
 .DELETE_ON_ERROR:
 
 $(READY): pyproject.toml setup.cfg
@@ -29,6 +29,8 @@ $(READY): pyproject.toml setup.cfg
 	$(PYTHON) -m venv .venv-titan-$*
 	.venv-titan-$*/bin/python -m pip install --quiet "$(TORCH)" "$(TITAN_$*)" $(TITAN_MORE_$*) --editable ".[titan-tests]"
 	touch $@
+
+environments: $(READY) $(TITAN_READY) .venv-oldest/.ready  ## all that the tests run in
 
 demo: $(READY)  ## two FSDP2 ranks train and export, are killed, come back and end as Hugging Face directories
 	$(BIN)/python examples/demo.py $(DEMO_ARGS)
