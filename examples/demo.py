@@ -25,6 +25,8 @@ from rich.tree import Tree
 from torch.distributed import TCPStore
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from shardsmith.cli import main as command_line
+
 LOOP = Path(__file__).with_name("fsdp2_loop.py")
 RANKS = 2
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
@@ -165,9 +167,10 @@ def train(
 
 
 def shardsmith(*arguments: str) -> None:
-    """Run the command line, as a user would."""
+    """Run a command, in this process, which has imported torch already."""
     console.print(f"$ shardsmith {' '.join(arguments)}")
-    subprocess.run([sys.executable, "-m", "shardsmith", *arguments], check=True)
+    if code := command_line(arguments):
+        raise SystemExit(f"shardsmith {arguments[0]} failed with exit code {code}")
 
 
 def say(text: str) -> None:
