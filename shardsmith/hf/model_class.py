@@ -155,10 +155,16 @@ def find_model_class(config: Mapping[str, Any]) -> tuple[ModelClass | None, str]
     if absent := [name for name in needed if importlib.util.find_spec(name) is None]:
         return None, f"{' and '.join(absent)} {'are' if absent[1:] else 'is'} not installed ({install_line(*absent)})"
     try:
-        return (TransformersClass(config) if library == "transformers" else DiffusersClass(config)), ""
+        return (TransformersClass(config) if library == "transformers" else _of_diffusers(config)), ""
     except Exception as error:  # whatever a config that a library does not know makes it raise
         text = str(error).strip().splitlines() or [""]
         return None, f"{library} cannot make this model ({type(error).__name__}: {text[0][:200]})"
+
+
+def _of_diffusers(config: Mapping[str, Any]) -> ModelClass:
+    from shardsmith.hf.diffusers_class import DiffusersClass  # which imports this file
+
+    return DiffusersClass(config)
 
 
 class TransformersClass:
@@ -188,7 +194,7 @@ class TransformersClass:
     @cached_property
     def specs(self) -> Mapping[str, TensorSpec]:
         """As ``ModelClass``."""
-        return _specs_of(self._model.state_dict())
+        return specs_of(self._model.state_dict())
 
     @cached_property
     def tied(self) -> Mapping[str, str]:
@@ -242,7 +248,7 @@ class TransformersClass:
             ignored=tuple(sorted(unexpected - info["unexpected_keys"])),
             shapes={name: (tuple(given), tuple(wanted)) for name, given, wanted in info["mismatched_keys"]},
             # Names in memory are compared with those in files here: of the first class only, whose specs are known.
-            kinds=_other_kinds(specs, self.specs) if kind is self._kinds[0] else {},
+            kinds=other_kinds(specs, self.specs) if kind is self._kinds[0] else {},
         )
 
     def kept_from(self, dtype: torch.dtype, specs: Mapping[str, TensorSpec]) -> Kept:
@@ -315,47 +321,6 @@ class TransformersClass:
         return f"{kind.__name__} of transformers {self._version}"
 
 
-class DiffusersClass:
-    """A class of diffusers (a ``ModelClass``)."""
-
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        """Raises whatever diffusers does if it cannot make the model."""
-        import diffusers
-
-        from shardsmith.tensors.fqn import tied_weights
-
-        kind: Any = getattr(diffusers, str(config[DIFFUSERS_KEY]))
-        # diffusers has no initialisation apart from making the model, so the default device does it.
-        with torch.device("meta"), _undisturbed():
-            model = kind.from_config({k: v for k, v in config.items() if k != "quantization_config"})
-        self.name = f"{kind.__name__} of diffusers {diffusers.__version__}"
-        self.effective_config: Mapping[str, Any] = json.loads(model.to_json_string())
-        self.specs: Mapping[str, TensorSpec] = _specs_of(model.state_dict())
-        self.tied: Mapping[str, str] = tied_weights(model)
-        self.unsaved: Set[str] = frozenset()
-        self._kept = frozenset(getattr(kind, "_keep_in_fp32_modules", None) or ())
-
-    def fit(self, specs: Mapping[str, TensorSpec]) -> Fit:
-        """As ``ModelClass``: diffusers loads by name alone."""
-        # Of a tie one name is enough, and which one the files have is not said.
-        tied = {*self.tied, *self.tied.values()}
-        return Fit(
-            model_class=self.name,
-            missing=tuple(name for name in self.specs if name not in specs and name not in tied),
-            unexpected=tuple(name for name in specs if name not in self.specs),
-            shapes={
-                name: (spec.shape, self.specs[name].shape)
-                for name, spec in specs.items()
-                if name in self.specs and spec.shape != self.specs[name].shape
-            },
-            kinds=_other_kinds(specs, self.specs),
-        )
-
-    def kept_from(self, dtype: torch.dtype, specs: Mapping[str, TensorSpec]) -> Kept:  # noqa: ARG002
-        """As ``ModelClass``: diffusers goes by the parts of a name, at any dtype."""
-        return Kept({name for name in specs if not self._kept.isdisjoint(name.split("."))})
-
-
 def _as_transformers_reads(config: Mapping[str, Any]) -> Any:
     """The config object that ``from_pretrained`` makes of this config.json. Runs no code of a repository."""
     import transformers
@@ -425,13 +390,15 @@ def _with_file_names(
     return found
 
 
-def _specs_of(state: Mapping[str, Any]) -> dict[str, TensorSpec]:
+def specs_of(state: Mapping[str, Any]) -> dict[str, TensorSpec]:
+    """Return the tensors of a state dict."""
     return {n: TensorSpec(n, tuple(t.shape), t.dtype) for n, t in state.items() if isinstance(t, Tensor)}
 
 
-def _other_kinds(
+def other_kinds(
     given: Mapping[str, TensorSpec], wanted: Mapping[str, TensorSpec]
 ) -> dict[str, tuple[torch.dtype, torch.dtype]]:
+    """Return, as ``Fit.kinds``, the tensors of which one side alone is of floating-point numbers."""
     return {
         name: (spec.dtype, wanted[name].dtype)
         for name, spec in given.items()
@@ -448,7 +415,7 @@ def quiet_transformers() -> Iterator[None]:
     logging.set_verbosity(levels.CRITICAL)
     logging.disable_progress_bar()
     try:
-        with _undisturbed():
+        with undisturbed():
             yield
     finally:
         logging.set_verbosity(level)
@@ -457,7 +424,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
+def undisturbed() -> Iterator[None]:
     """Within it nothing is warned of, and random numbers are as they were afterwards.
 
     Both are of the whole process: a thread beside the training leaves them alone. Models without data draw none.
