@@ -411,6 +411,7 @@ def exits(place: Place, request: pytest.FixtureRequest) -> list[dict[str, object
     return json.loads(report.read_text())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("exits", [signal.SIGKILL], indirect=True)
 def test_killed_at_any_step_on_disk_it_leaves_whole_exports_and_the_next_run_makes_the_rest(
     exits: list[dict[str, object]],
@@ -423,6 +424,7 @@ def test_killed_at_any_step_on_disk_it_leaves_whole_exports_and_the_next_run_mak
     assert last["left"] == 0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("exits", [signal.SIGTERM], indirect=True)
 def test_stopped_at_any_step_on_disk_it_ends_between_exports(exits: list[dict[str, object]]) -> None:
     *stopped, last = exits

@@ -237,17 +237,21 @@ def _what_else(path: Path) -> str:
         return f"an adapter of peft, which is no model by itself; {cure}"
     if (reason := why_no_weights(path)) is not None:
         return reason
-    folders = [path / name for name in sorted(names)[:_MOST_LOOKED_INTO] if (path / name).is_dir()]
-    if inside := [place for place in folders if _has_weights(place)]:
+    if inside := [path / name for name in sorted(names)[:_MOST_LOOKED_INTO] if _has_weights(path / name)]:
         return f"no checkpoint itself, but the place of one or more; name one: {', '.join(map(str, inside))}"
     return f"none of its {len(names)} entries is a weights file or an index of a known format"
 
 
 def _has_weights(path: Path) -> bool:
+    """Whether a directory can be read and is itself, not further down, one with a model."""
     try:
-        return bool(model_names(path))
-    except CheckpointError:
-        return False
+        if path.is_dir() and why_unreadable(path) is None:
+            for reader in _DIRECTORIES:
+                if (found := reader.detect(path)) is not None:
+                    return bool(reader.models(path, found))
+    except (CheckpointError, OSError):  # what cannot be read is not what was meant
+        pass
+    return False
 
 
 def _is_known(path: Path) -> bool:

@@ -176,12 +176,15 @@ def test_a_run_directory_is_answered_with_its_newest_step(odd: Trained, tmp_path
 
 
 def test_a_step_of_another_project_is_answered_with_the_folder_that_has_its_weights(tmp_path: Path) -> None:
-    dcp_directories.save(dict(WEIGHTS), tmp_path / "model_and_optim")  # as OLMo-core does
-    (tmp_path / "train").mkdir()
-    torch.save({"step": 3}, tmp_path / "train" / "rank0.pt")
-    (tmp_path / "config.json").write_text('{"dataset": {}}')
-    with pytest.raises(CheckpointError, match=rf"name one: {tmp_path / 'model_and_optim'}\)"):
-        open_source(tmp_path)
+    step = tmp_path / "run" / "last"
+    dcp_directories.save(dict(WEIGHTS), step / "model_and_optim")  # as OLMo-core does
+    (step / "train").mkdir()
+    torch.save({"step": 3}, step / "train" / "rank0.pt")
+    (step / "config.json").write_text('{"dataset": {}}')
+    with pytest.raises(CheckpointError, match=rf"name one: {step / 'model_and_optim'}\)"):
+        open_source(step)
+    # Folders in folders are not searched: a path may have the whole disk below it.
+    assert "model_and_optim" not in detect_checkpoint_format(step.parent).reason
 
 
 @pytest.mark.parametrize("name", [".step-3.tmp-0123456789abcdef", ".step-3.trash-0123456789abcdef"])
