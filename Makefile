@@ -63,7 +63,7 @@ OLDEST_TESTS ?= tests/checking tests/run_state/test_readable.py tests/run_state/
 test-oldest: .venv-oldest/.ready  ## saves and resumes with the lowest versions that pyproject.toml accepts
 	.venv-oldest/bin/python -m pytest -m "not long" $(OLDEST_TESTS)
 
-# Their checkpoints are some 20 GB, which go when all has passed. Ranks wait for each other: several files at a time
+# Their checkpoints are up to 20 GB, which go when all has passed. Ranks wait for each other: several files at a time
 # keep the cores busy.
 test-titan: $(TITANS:%=test-titan-%)  ## the tests with the real TorchTitan, in each of its environments
 

@@ -33,4 +33,5 @@ def choice(directory: Path) -> list[str]:
     if IS_0_3:
         return ["--config=transformers_backend", f"--hf_model={directory}"]
     module = f"torchtitan.experiments.{NAME}.job_config"
-    return [f"--model.name={NAME}", f"--hf_transformers.model={directory}", f"--job.custom_config_module={module}"]
+    model = [f"--model.name={NAME}", "--model.flavor=debugmodel", f"--hf_transformers.model={directory}"]
+    return [*model, f"--job.custom_config_module={module}"]

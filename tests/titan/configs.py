@@ -26,51 +26,61 @@ def llama3_debugmodel() -> Trainer.Config:
     return _on_cpu(llama3.llama3_debugmodel())
 
 
+def llama3_small() -> Trainer.Config:
+    config = llama3.llama3_debugmodel()
+    config.model_spec = llama3_models.model_registry(small_models.DENSE)
+    return _on_cpu(config)
+
+
 def llama3_still() -> Trainer.Config:
     """The same, but it learns nothing."""
-    config = llama3_debugmodel()
+    config = llama3_small()
     config.optimizer = default_adamw(lr=0.0)
     return config
 
 
-def llama3_debugmodel_with_hooks() -> Trainer.Config:
-    config = llama3_debugmodel()
+def llama3_small_with_hooks() -> Trainer.Config:
+    config = llama3_small()
     config.checkpoint = checkpoint_hooks(config.checkpoint, metadata=True)
     return config
 
 
 def llama3_with_lora() -> Trainer.Config:
     """Fused queries, keys and values, and the output, with adapters."""
-    config = llama3_debugmodel()
+    config = llama3_small()
     adapters = LoRAConverter.Config(rank=4, alpha=16.0, target_modules=["wqkv", "wo", "w1"])
-    config.model_spec = llama3_models.model_registry("debugmodel", converters=[adapters])
+    config.model_spec = llama3_models.model_registry(small_models.DENSE, converters=[adapters])
     return _on_cpu(config)
 
 
 def llama3_recomputed() -> Trainer.Config:
     """Each block is computed again in the backward."""
-    config = llama3_debugmodel()
+    config = llama3_small()
     config.activation_checkpoint = FullAC.Config()
     return config
 
 
 def llama3_not_recomputed() -> Trainer.Config:
-    config = llama3_debugmodel()
+    config = llama3_small()
     config.activation_checkpoint = None
     return config
 
 
 def llama3_with_float8() -> Trainer.Config:
     """Layers that compute in float8, as it is emulated where there is none."""
-    config = llama3_debugmodel()
+    config = llama3_small()
     converter = Float8LinearConverter.Config(emulate=True, model_compile_enabled=False)
-    config.model_spec = llama3_models.model_registry("debugmodel", converters=[converter])
+    config.model_spec = llama3_models.model_registry(small_models.DENSE, converters=[converter])
     return _on_cpu(config)
 
 
 def llama3_with_float8_and_lora() -> Trainer.Config:
     """Adapters on layers that compute in float8, as it is emulated where there is none."""
-    return _on_cpu(llama3.llama3_debugmodel_float8_emulate_lora())
+    config = llama3_small()
+    float8 = Float8LinearConverter.Config(emulate=True, model_compile_enabled=False)
+    adapters = LoRAConverter.Config(rank=8, alpha=16.0, target_modules=["wq", "wkv", "wo"])
+    config.model_spec = llama3_models.model_registry(small_models.DENSE, converters=[float8, adapters])
+    return _on_cpu(config)
 
 
 def qwen3_small() -> Trainer.Config:
@@ -125,14 +135,14 @@ def gpt_oss_small() -> Trainer.Config:
 
 
 def llama3_of_another_theta() -> Trainer.Config:
-    config = llama3_debugmodel()
+    config = llama3_small()
     for layer in config.model_spec.model.layers:
         layer.attention.rope.theta = 10000.0
     return config
 
 
 def llama3_of_another_eps() -> Trainer.Config:
-    config = llama3_debugmodel()
+    config = llama3_small()
     model = config.model_spec.model
     for norm in [model.norm, *(n for layer in model.layers for n in (layer.attention_norm, layer.ffn_norm))]:
         norm.eps = 0.1

@@ -81,7 +81,7 @@ def _without_yarn(config: DeepseekV3Config) -> DeepseekV3Config:
 
 
 MODELS: dict[str, Callable[[], PreTrainedConfig]] = {
-    "llama3/debugmodel": lambda: LLAMA,
+    f"llama3/{small_models.DENSE}": lambda: LLAMA,
     f"qwen3/{small_models.DENSE}": lambda: Qwen3Config(**QWEN, tie_word_embeddings=False),
     f"qwen3/{small_models.TIED_DENSE}": lambda: Qwen3Config(**QWEN, tie_word_embeddings=True),
     f"deepseek_v3/{small_models.DENSE}": lambda: DEEPSEEK if IS_0_3 else _without_yarn(DEEPSEEK),

@@ -25,6 +25,7 @@ from transformers import GenerationConfig, LlamaConfig
 
 from tests.ranks import run_on_ranks
 from tests.titan.cpu import IS_0_3, train, trainer
+from tests.titan.small_models import DENSE, LLAMA_LAYERS
 
 WORDS = 2000
 OVERRIDE = "shardsmith.integrations.torchtitan.checkpoint_hooks"
@@ -32,6 +33,7 @@ PRELOADED = [
     "tests.titan.jobs",
     "tests.titan.small_models",
     "tests.titan.backend",
+    "transformers.models.llama.modeling_llama",  # each export asks it for its names
     "shardsmith.integrations.torchtitan.manager",
     *(["tests.titan.configs", "shardsmith.integrations.torchtitan.manager_0_3"] if IS_0_3 else []),
 ]
@@ -40,7 +42,7 @@ LLAMA = LlamaConfig(
     vocab_size=2048,
     hidden_size=256,
     intermediate_size=768,
-    num_hidden_layers=6,
+    num_hidden_layers=LLAMA_LAYERS,
     num_attention_heads=16,
     rms_norm_eps=1e-5,
     rope_parameters={
@@ -62,9 +64,9 @@ matrices take 7 to 20 times as long as those of float32, which was more than hal
 _STEPS = ["--training.steps=4", "--training.seq_len=32", "--training.local_batch_size=2", "--metrics.log_freq=1"]
 _STEPS += ["--training.mixed_precision_param=float32"]
 _MODEL = (
-    ["--module=tests.titan.configs", "--config=llama3_debugmodel", "--dataloader.dataset=c4_test"]
+    ["--module=tests.titan.configs", f"--config=llama3_{DENSE}", "--dataloader.dataset=c4_test"]
     if IS_0_3
-    else ["--model.name=llama3", "--model.flavor=debugmodel", "--training.dataset=c4_test"]
+    else ["--model.name=llama3", f"--model.flavor={DENSE}", "--training.dataset=c4_test"]
 )
 _CHECKPOINT = ["--checkpoint.enable", "--checkpoint.interval=2", "--checkpoint.no-last-save-model-only"]
 
@@ -98,7 +100,7 @@ class Assets:
         object.__setattr__(self, "data", self.root / "data")
 
     def make(self) -> Assets:
-        """A data set of JSON lines, a tokenizer, and the configs of the model, as TorchTitan's debugmodel is made."""
+        """A data set of JSON lines, a tokenizer, and the configs of the model that jobs train."""
         vocabulary = {f"w{i}": i for i in range(WORDS)} | {"<eos>": WORDS}
         tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
         tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -1,9 +1,10 @@
-"""Flavors of TorchTitan's Qwen3 in sizes for tests. Importing this registers them.
+"""Flavors of TorchTitan's models in sizes for tests. Importing this registers them.
 
-``small_moe`` has experts. ``small`` is the debugmodel with fewer layers and without its tie. ``small_tied`` has it,
-which FSDP2 of the torch that we test with refuses in 0.2. ``small_without_norms`` lacks the norms of queries and keys.
-DeepSeek's ``small`` has two layers and the router that transformers has, which the debugmodel has not; GPT-OSS and
-Llama 4 have a ``small``, too. ``of_another_theta`` and ``of_another_eps`` are Llama's debugmodel with one setting
+The debugmodels with fewer layers: nearly all that a step, a save or a load of models so narrow takes, it takes once a
+tensor. Llama's ``small`` is what jobs train that ask for no other model. Qwen3's is without its tie. ``small_tied`` has
+it, which FSDP2 of the torch that we test with refuses in 0.2. ``small_without_norms`` lacks the norms of queries and
+keys, ``small_moe`` has experts. DeepSeek's ``small`` has the router that transformers has, which the debugmodel has
+not; GPT-OSS and Llama 4 have a ``small``, too. ``of_another_theta`` and ``of_another_eps`` are Llama's with one setting
 changed; in 0.3 tests/titan/configs.py has them.
 """
 
@@ -21,6 +22,8 @@ from tests.titan.cpu import IS_0_3
 
 DENSE, MOE, TIED_DENSE, WITHOUT_NORMS = "small", "small_moe", "small_tied", "small_without_norms"
 LAYERS, EXPERTS, CHOSEN, WIDTH = 2, 8, 2, 64
+LLAMA_LAYERS = 4
+"""Of four pipeline stages some have several, some one, and the last none, unless TorchTitan is told otherwise."""
 SCALE = 2.5
 BALANCE = 0.02
 """How far a step moves the bias of a router. Twenty times TorchTitan's, so that a few steps tell."""
@@ -54,6 +57,13 @@ def _arguments() -> Any:
         full.moe_args, num_experts=EXPERTS, top_k=CHOSEN, use_grouped_mm=False, load_balance_coeff=BALANCE
     )
     return dataclasses.replace(full, n_layers=LAYERS, moe_inter_dim=WIDTH, moe_args=experts)
+
+
+def _llama_config(attn_backend: str, **more: Any) -> Any:
+    """0.3."""
+    config = llama3._debugmodel(attn_backend, **more)
+    config.layers = config.layers[:LLAMA_LAYERS]
+    return config
 
 
 def _tied_config(attn_backend: str) -> Any:
@@ -115,6 +125,7 @@ def _gpt_oss_arguments() -> Any:
 
 
 if IS_0_3:
+    llama3.llama3_configs[DENSE] = _llama_config
     deepseek.deepseekv3_configs[DENSE] = _deepseek_config
     gpt_oss.gptoss_configs[DENSE] = _gpt_oss_config
 else:
@@ -139,8 +150,9 @@ else:
         TIED_DENSE: full,
         WITHOUT_NORMS: dataclasses.replace(full, qk_norm=False),
     }
-    right = llama3.llama3_args["debugmodel"]
+    right = dataclasses.replace(llama3.llama3_args["debugmodel"], n_layers=LLAMA_LAYERS)
     llama3.llama3_args |= {
+        DENSE: right,
         "of_another_theta": dataclasses.replace(right, rope_theta=10000.0),
         "of_another_eps": dataclasses.replace(right, norm_eps=0.1),
     }

@@ -17,14 +17,14 @@ from tests.dcp_directories import save_sharded
 from tests.titan.test_to_hf import LLAMA, TITAN
 
 QUERY_KEY = re.compile(r"layers\.(\d+)\..*\.w([qk])\.weight")
-NAMES = "torchtitan:llama3/debugmodel"
+NAMES = "torchtitan:llama3/small"
 
 
 @pytest.fixture(scope="module")
 def state() -> dict[str, Tensor]:
     """Values for every tensor of the model that TorchTitan trains."""
     torch.manual_seed(0)
-    model = build_titan_model("llama3/debugmodel").model
+    model = build_titan_model("llama3/small").model
     return {name: torch.randn(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
@@ -32,7 +32,7 @@ def state() -> dict[str, Tensor]:
 def base(state: dict[str, Tensor], tmp_path: Path) -> Path:
     """The same as TorchTitan's adapter makes it."""
     LLAMA.save_pretrained(tmp_path / "base")
-    files = build_titan_model("llama3/debugmodel").adapter.to_hf(dict(state))
+    files = build_titan_model("llama3/small").adapter.to_hf(dict(state))
     save_file({name: tensor.contiguous() for name, tensor in files.items()}, tmp_path / "base" / "model.safetensors")
     return tmp_path / "base"
 
@@ -55,7 +55,7 @@ def test_a_checkpoint_of_torchtitans_own_model_is_the_model(
 def test_rows_that_were_copied_without_the_permutation_are_found(
     state: dict[str, Tensor], base: Path, tmp_path: Path
 ) -> None:
-    right = build_titan_model("llama3/debugmodel").adapter.to_hf(dict(state))
+    right = build_titan_model("llama3/small").adapter.to_hf(dict(state))
     plain = dict(state)
     for name in state:
         if match := QUERY_KEY.fullmatch(name):

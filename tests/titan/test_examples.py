@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -51,7 +52,9 @@ def test_the_example_starts_from_a_model_trains_exports_and_resumes(assets: Asse
     for path in assets.hf.iterdir():
         (model / path.name).parent.mkdir(exist_ok=True)
         (model / path.name).write_bytes(path.read_bytes())
-    LlamaForCausalLM(LLAMA).save_pretrained(model)
+    config = copy.deepcopy(LLAMA)
+    config.num_hidden_layers = 6  # as TorchTitan's debugmodel has them, which the example's commands know
+    LlamaForCausalLM(config).save_pretrained(model)
 
     said = run(assets, model, tmp_path / "run")
     assert "elements) equal those of" in said

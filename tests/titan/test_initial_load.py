@@ -52,8 +52,8 @@ FAULTS: dict[str, tuple[Callable[[nn.Module], None], list[str]]] = {
     "embedding random": (randomize("^tok_embeddings"), ["tok_embeddings.weight"]),
     "head random": (randomize("^(output|lm_head)"), ["output.weight" if not IS_0_3 else "lm_head.weight"]),
     "vocabulary shifted": (rolled("^tok_embeddings"), ["tok_embeddings.weight"]),
-    "query rows permuted": (rolled(r"layers\.3\..*wq"), ["layers.3.attention", "wq.weight"]),
-    "norms are one": (ones, ["layers.0.attention_norm.weight", "layers.5.ffn_norm.weight", "norm.weight"]),
+    "query rows permuted": (rolled(r"layers\.1\..*wq"), ["layers.1.attention", "wq.weight"]),
+    "norms are one": (ones, ["layers.0.attention_norm.weight", "layers.3.ffn_norm.weight", "norm.weight"]),
     "rope zero": (buffers(torch.zeros_like), ["buffer-zero", "rope.cache" if IS_0_3 else "freqs_cis"]),
     "rope of other positions": (buffers(lambda b: b.roll(1, 0)), ["buffer-differs"]),
 }
@@ -85,7 +85,7 @@ def without_a_layer() -> Iterator[None]:
     original = checkpoint.CheckpointManager.dcp_load
 
     def dcp_load(self: Any, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        kept = {name: value for name, value in state_dict.items() if not name.startswith("layers.4.")}
+        kept = {name: value for name, value in state_dict.items() if not name.startswith("layers.1.")}
         original(self, kept, *args, **kwargs)
 
     checkpoint.CheckpointManager.dcp_load = dcp_load
@@ -192,8 +192,8 @@ def test_a_planted_fault_is_named(jobs: dict[str, Job], name: str) -> None:
 
 
 def test_a_layer_that_was_not_loaded_is_named(jobs: dict[str, Job]) -> None:
-    assert "layers.4.feed_forward.w2.weight" in error_of(jobs["without a layer"])
-    assert "layers.3." not in error_of(jobs["without a layer"])
+    assert "layers.1.feed_forward.w2.weight" in error_of(jobs["without a layer"])
+    assert "layers.0." not in error_of(jobs["without a layer"])
 
 
 def test_a_nested_checkpoint_is_refused_with_advice(jobs: dict[str, Job]) -> None:
@@ -222,7 +222,7 @@ def test_what_an_adapter_drops_is_named(jobs: dict[str, Job]) -> None:
 def test_a_load_from_files_is_proved_value_by_value(jobs: dict[str, Job]) -> None:
     (line,) = [line for line in log_of(jobs["hf"]).splitlines() if PROVED in line]
     assert "(digests read from its files)" in line
-    assert "layers.3.attention" in error_of(jobs["hf permuted"])
+    assert "layers.1.attention" in error_of(jobs["hf permuted"])
     assert "[values-differ]" in error_of(jobs["hf permuted"])
 
 

@@ -36,12 +36,12 @@ from tests.titan.small_models import DENSE, TIED_DENSE
 
 EMA = {"ema_decay": 0.5}
 ONE_WRITE = {**EMA, "engine": True, "weights": "huggingface"}
-EXPORTED = {"export_interval": 10, "export_dtype": "original"}
+EXPORTED = {"export_interval": 4, "export_dtype": "original"}
 STEPS = [
     *FLOAT32,
-    "--training.steps=20",
-    "--checkpoint.interval=10",
-    "--lr_scheduler.total_steps=20",
+    "--training.steps=8",
+    "--checkpoint.interval=4",
+    "--lr_scheduler.total_steps=8",
     "--training.max_norm=1e9",  # else gradients are scaled by a norm, whose sum depends on the ranks
 ]
 STAGES = ["--parallelism.pipeline_parallel_degree=2", "--parallelism.pipeline_parallel_schedule=GPipe"]
@@ -112,13 +112,13 @@ def train(title: str, assets: Assets, root: Path) -> dict[str, Job]:
     run = root / "resumed"
     ours = {**ours, "weights_dtype": "bfloat16"} if title == "qwen3" else ours
     killed = Job(
-        run=run, hooks=ours, options=[*options, *stages], **during(functools.partial(signalled_in, 13, signal.SIGKILL))
+        run=run, hooks=ours, options=[*options, *stages], **during(functools.partial(signalled_in, 6, signal.SIGKILL))
     )
     run_jobs(assets, 1, root, start, straight)
     with pytest.raises(ProcessExitedException, match="SIGKILL"):
         run_jobs(assets, 2, root, killed)
     found = {"start": start, "straight": straight, "killed": copy_of(killed, root / "killed")}
-    found["resumed"] = Job(run=run, hooks=ours, options=options, **during(functools.partial(evaluated, 20)))
+    found["resumed"] = Job(run=run, hooks=ours, options=options, **during(functools.partial(evaluated, 8)))
     run_jobs(assets, 1, root, found["resumed"])
     assert {name: error_of(job) for name, job in found.items()} == dict.fromkeys(found, "")
     return found
@@ -138,9 +138,9 @@ def test_a_run_that_is_killed_goes_on_on_other_ranks_as_if_nothing_had_been(
     runs: dict[str, dict[str, Job]], title: str
 ) -> None:
     straight, resumed = runs[title]["straight"], runs[title]["resumed"]
-    assert "Training starts at step 11" in log_of(resumed)
-    assert [read_metadata(step(resumed, n)).world_size for n in (10, 20)] == [2, 1]
-    for number in (10, 20):
+    assert "Training starts at step 5" in log_of(resumed)
+    assert [read_metadata(step(resumed, n)).world_size for n in (4, 8)] == [2, 1]
+    for number in (4, 8):
         assert digests_of(step(resumed, number)) == digests_of(step(straight, number))
 
 
@@ -151,7 +151,7 @@ def test_its_files_are_those_of_an_export_of_the_same_step(
 ) -> None:
     exported = runs[title]["straight"].run / "hf"
     suffix = "" if model == "main" else "-ema"
-    for number in (10, 20):  # of two ranks, of one
+    for number in (4, 8):  # of two ranks, of one
         found = load_file(step(runs[title]["resumed"], number) / folder / "model.safetensors")
         wanted = load_file(exported / f"step-{number}{suffix}" / "model.safetensors")
         assert found.keys() == wanted.keys()
@@ -166,7 +166,7 @@ def test_from_pretrained_of_a_step_has_the_loss_of_the_run(
 ) -> None:
     job = runs[title]["resumed"]
     most = 0.05 if title == "qwen3" else 1e-4  # its files are rounded
-    assert transformers_loss(step(job, 20) / folder) == pytest.approx(losses_of(job.run)[model], abs=most)
+    assert transformers_loss(step(job, 8) / folder) == pytest.approx(losses_of(job.run)[model], abs=most)
 
 
 @pytest.mark.parametrize("title", TITLES)
@@ -184,28 +184,28 @@ def test_as_plain_dcp_torchtitan_goes_on_from_it_by_itself(
     plain = Job(run=tmp_path / "plain", options=STEPS, **during())
     plain.run.mkdir()
     (plain.run / "checkpoint").mkdir()
-    way_back = ["to-dcp", "--base-model", str(step(killed, 10)), "--output-dir", str(step(plain, 10)), "--whole"]
+    way_back = ["to-dcp", "--base-model", str(step(killed, 4)), "--output-dir", str(step(plain, 4)), "--whole"]
     assert main([*way_back, "--quiet"]) == 0
     as_it_is = copy_of(Job(run=killed.run, options=STEPS), tmp_path / "as it is")
     run_jobs(assets, 1, tmp_path, plain, as_it_is)
     assert "Missing key in checkpoint state_dict" in error_of(as_it_is)  # torch's words: it says no more
     assert error_of(plain) == ""
-    adopt(step(plain, 20), step=20)
-    wanted = digests_of(step(straight, 20))
-    assert digests_of(step(plain, 20)) == {key: one for key, one in wanted.items() if not key.startswith("ema_")}
+    adopt(step(plain, 8), step=8)
+    wanted = digests_of(step(straight, 8))
+    assert digests_of(step(plain, 8)) == {key: one for key, one in wanted.items() if not key.startswith("ema_")}
 
 
 def test_a_step_whose_weights_are_damaged_is_passed_over(
     assets: Assets, runs: dict[str, dict[str, Job]], tmp_path: Path
 ) -> None:
     damaged = copy_of(runs["llama3"]["resumed"], tmp_path / "damaged")
-    with (step(damaged, 20) / "ema" / "model.safetensors").open("r+b") as file:
+    with (step(damaged, 8) / "ema" / "model.safetensors").open("r+b") as file:
         file.seek(-1000, os.SEEK_END)
         file.write(bytes(64))
     run_jobs(assets, 1, tmp_path, damaged)
     assert error_of(damaged) == ""
-    assert "step-20 is damaged and passed over" in log_of(damaged)
-    assert digests_of(step(damaged, 20)) == digests_of(step(runs["llama3"]["straight"], 20))
+    assert "step-8 is damaged and passed over" in log_of(damaged)
+    assert digests_of(step(damaged, 8)) == digests_of(step(runs["llama3"]["straight"], 8))
 
 
 def test_what_the_files_cannot_hold_is_refused_at_the_start(assets: Assets, tmp_path: Path) -> None:

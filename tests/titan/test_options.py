@@ -87,14 +87,14 @@ def test_another_manager_is_refused_by_name() -> None:
     from torchtitan.components.checkpointer import BaseCheckpointManager
     from torchtitan.config.override import OverrideConfig, apply_overrides
 
-    from tests.titan.configs import llama3_debugmodel
+    from tests.titan.configs import llama3_small
 
     class Other(BaseCheckpointManager):
         @dataclass(kw_only=True, slots=True)
         class Config(BaseCheckpointManager.Config):
             pass
 
-    config = llama3_debugmodel()
+    config = llama3_small()
     config.checkpoint = Other.Config()
     with pytest.raises(UsageError, match=r"this run has .*Other\.Config"):
         apply_overrides(OverrideConfig(imports=[(OVERRIDE, {"metadata": True})]), config)

@@ -12,8 +12,9 @@ from shardsmith.integrations.torchtitan.models import build_titan_model
 from tests.titan.checkpoints import digests_of, tensors_of
 from tests.titan.evaluation import FLOAT32, transformers_loss
 from tests.titan.jobs import Assets, Job, error_of, log_of, run_jobs
+from tests.titan.small_models import DENSE, LLAMA_LAYERS
 
-TENSORS = 57
+TENSORS = 3 + 9 * LLAMA_LAYERS
 PROVE = {"prove_load": True}
 EXPORT = {"ema_decay": 0.5, "export_interval": 3, "export_last": True, "export_dtype": "float32"}
 PIPELINE = ["--parallelism.pipeline_parallel_degree=2", "--training.local_batch_size=4"]
@@ -50,7 +51,7 @@ def test_an_export_has_the_weights_of_all_stages(
 ) -> None:
     run = jobs[schedule, "trained"].run
     saved = tensors_of(run / "checkpoint" / "step-4", model)
-    expected = build_titan_model("llama3/debugmodel").adapter.to_hf(dict(saved))
+    expected = build_titan_model(f"llama3/{DENSE}").adapter.to_hf(dict(saved))
     found = load_file(run / "hf" / f"step-4{suffix}" / "model.safetensors")
     assert len(found) == TENSORS
     assert found.keys() == expected.keys()

@@ -21,10 +21,10 @@ from shardsmith.manifest.metadata import read_metadata
 from shardsmith.tensors.fqn import tied_weights
 from tests.ranks import run_on_ranks
 from tests.titan.jobs import PRELOADED
-from tests.titan.small_models import TIED_DENSE
+from tests.titan.small_models import DENSE, TIED_DENSE
 from tests.titan.test_names import names_of
 
-TITLES = ["llama3/debugmodel", f"qwen3/{TIED_DENSE}"]
+TITLES = [f"llama3/{DENSE}", f"qwen3/{TIED_DENSE}"]
 """Permuted rows of queries and keys; tied embeddings. In 0.3 both fuse their projections."""
 
 

@@ -24,7 +24,7 @@ from tests.titan.hf_models import DEEPSEEK, MODELS, QWEN, make_model
 from tests.titan.jobs import LLAMA, Assets, Job, error_of, log_of, run_jobs
 
 CONFIGS: dict[str, PreTrainedConfig] = {
-    "llama3/debugmodel": LLAMA,
+    f"llama3/{small_models.DENSE}": LLAMA,
     f"qwen3/{small_models.DENSE}": Qwen3Config(**QWEN, tie_word_embeddings=False),
     f"qwen3/{small_models.MOE}": Qwen3MoeConfig(
         **QWEN,
@@ -42,7 +42,7 @@ ROPE: dict[str, dict[str, Any]] = {
 }
 MSCALES = ("mscale", "mscale_all_dim")
 OTHERS: dict[str, list[tuple[str, dict[str, Any]]]] = {
-    "llama3/debugmodel": [
+    f"llama3/{small_models.DENSE}": [
         *(("rms_norm_eps", {"rms_norm_eps": eps}) for eps in (1e-6, 0.0)),
         ("num_attention_heads", {"num_attention_heads": 8, "num_key_value_heads": 8}),
         ("num_key_value_heads", {"num_key_value_heads": 4}),
@@ -112,7 +112,7 @@ def test_each_setting_that_differs_is_named_with_both_values(title: str, live: A
 @pytest.mark.parametrize("window", [None, 1 << 20])
 def test_another_class_that_computes_the_same_is_no_fault(window: int | None) -> None:
     """Mistral does, without a window or with one that is longer than any sequence of the run."""
-    made = build_titan_model("llama3/debugmodel")
+    made = build_titan_model(f"llama3/{small_models.DENSE}")
     mistral = {**LLAMA.to_dict(), "model_type": "mistral", "sliding_window": window}
     assert faults((LiveWeights(made.make()), TorchTitanNames(made.adapter, ())), mistral) == []
 
@@ -210,7 +210,7 @@ def jobs(assets: Assets, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     make_model(LLAMA, hf)
     for file in assets.hf.glob("tokenizer*"):
         (hf / file.name).write_bytes(file.read_bytes())
-    names = ["--layout", "torchtitan", "--titan_model", "llama3", "--titan_flavor", "debugmodel"]
+    names = ["--layout", "torchtitan", "--titan_model", "llama3", "--titan_flavor", small_models.DENSE]
     assert main(["to-dcp", "--model", str(hf), "--checkpoint", str(dcp), *names, "--quiet"]) == 0
     jobs = {}
     for flavor in ("of_another_theta", "of_another_eps"):

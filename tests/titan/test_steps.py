@@ -151,7 +151,7 @@ def test_incomplete_steps_never_drive_out_the_last_complete_one(assets: Assets, 
 if IS_0_3:
 
     def test_options_are_joined_or_refused(assets: Assets, tmp_path: Path) -> None:
-        config = "--config=llama3_debugmodel_with_hooks"
+        config = "--config=llama3_small_with_hooks"
         registry = Job(run=tmp_path / "registry", options=[config])
         joined = Job(run=tmp_path / "joined", options=[config], hooks={"ema_decay": 0.9})
         unknown = Job(run=tmp_path / "unknown", hooks={"ema_decya": 0.9})

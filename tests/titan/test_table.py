@@ -24,6 +24,8 @@ from tests.titan.evaluation import FLOAT32, evaluated, losses_of, transformers_l
 from tests.titan.hf_models import MODELS, PREDICTS, TOLERANCES, make_model, make_with_mtp
 from tests.titan.jobs import BFLOAT16, Assets, Job, error_of, log_of, run_jobs
 
+pytestmark = pytest.mark.long
+
 STEPS = 2
 SUFFIXES = {"main": "", "ema": "-ema"}
 SMALL = f"/{small_models.DENSE}"
@@ -100,7 +102,7 @@ def made(title: str, directory: Path) -> None:
 
 
 ROWS = [
-    row("llama3", "llama3/debugmodel"),
+    row("llama3", f"llama3{SMALL}"),
     row("qwen3", f"qwen3{SMALL}"),
     row("qwen3, tied", f"qwen3/{small_models.TIED_DENSE}", options=FLOAT32 if IS_0_3 else [*FLOAT32, *REPLICAS]),
     row("qwen3, experts", f"qwen3/{small_models.MOE}", unlike=BALANCED),
@@ -135,7 +137,7 @@ if IS_0_3:
         ),
         row(
             "llama3 with LoRA",
-            "llama3/debugmodel",
+            f"llama3{SMALL}",
             choice=lambda _: ["--config=llama3_with_lora", "--optimizer.implementation=foreach"],
             hooks={"allow_missing": ["*lora_*"]},
             trained="*lora_*",

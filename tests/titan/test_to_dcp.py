@@ -84,7 +84,7 @@ def test_a_directory_without_one_of_the_tensors_is_refused(tmp_path: Path, capsy
 
 
 def test_torchtitan_starts_from_it_and_it_comes_back_byte_for_byte(assets: Assets, tmp_path: Path) -> None:
-    titan = build_titan_model("llama3/debugmodel")
+    titan = build_titan_model("llama3/small")
     expected = save_directory(titan, tmp_path / "hf")
     assert convert(titan, tmp_path / "hf", tmp_path / "dcp", "--quiet") == 0
     start = [f"--checkpoint.initial_load_path={tmp_path / 'dcp'}", "--checkpoint.initial_load_model_only"]
