@@ -39,7 +39,7 @@ from shardsmith.tensors.tensors import Chunk, Shape, TensorSpec
 
 from .scale_models import Model, llama_405b, separate_experts
 
-MODELS = {"Llama 405B": (llama_405b, (8, 64)), "48 x 128 separate experts": (separate_experts, (2, 8))}
+MODELS = {"Llama 405B": (llama_405b, (8, 64)), "48 x 128 separate experts": (separate_experts, (2, 4))}
 """What makes the shapes of each, and the numbers of ranks; the weights alone, and a scalar for each."""
 # From the fewest ranks to the most: what a rank reads must hardly depend on their number.
 _MOST_GROWTH = 1.2

@@ -58,7 +58,7 @@ MODELS: dict[str, Callable[[], Model]] = {
 }
 RANKS = (8, 64, 512, 4096, 16384)
 _MOST_RANKS = {
-    ("48 x 128 experts, separate", "FSDP"): 4096,
+    ("48 x 128 experts, separate", "FSDP"): 512,
     ("48 x 128 experts, separate", "HSDP, 8 replicas"): 512,
     ("48 x 128 experts, separate", "TP 8 x FSDP"): 512,
 }
