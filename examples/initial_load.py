@@ -10,10 +10,11 @@ commands print, and a table of checks; exits with 1 if any check fails.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import inspect
+import io
 import logging
 import shutil
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -26,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Olmo2Config, Olmo2ForCausalLM
 
+from shardsmith.cli import main as command_line
 from shardsmith.errors import InitialLoadError
 from shardsmith.hooks import Hooks, InitialLoad, ShardedSave, last
 
@@ -180,12 +182,13 @@ def loss_of(model: Olmo2ForCausalLM) -> float:
 
 
 def shardsmith(*arguments: str | Path) -> tuple[int, str]:
-    """Run the command line, as a user would; its exit code and what it printed."""
-    console.print(f"$ shardsmith {' '.join(map(str, arguments))}")
-    command = [sys.executable, "-m", "shardsmith", *map(str, arguments)]
-    ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    console.print(ran.stdout, markup=False)
-    return ran.returncode, ran.stdout
+    """Run a command, in this process, which has imported torch already; its exit code and what it printed."""
+    words = [str(argument) for argument in arguments]
+    console.print(f"$ shardsmith {' '.join(words)}")
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        code = command_line(words)
+    console.print(printed.getvalue(), markup=False)
+    return code, printed.getvalue()
 
 
 def say(text: str) -> None:

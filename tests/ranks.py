@@ -22,17 +22,20 @@ import torch.multiprocessing as mp
 from shardsmith.errors import RankFailedError
 from shardsmith.sharding import staged_copy
 
+SMALL_BYTES = staged_copy.SMALL_BYTES
 staged_copy.SMALL_BYTES = 0  # the tensors of tests are small, and are to be copied as large ones are
 
 _HUNG_SECS = 250.0
 """Shortly before pytest ends a test: to read the frames of a rank that is not hung but slow can crash it."""
-_PRELOADED = [
+PRELOADED = [
+    "hypothesis",
     "numpy.ma",  # np.unique imports it when it is called first
     "torch.distributed.checkpoint",
     "torch.distributed.fsdp",
     "transformers.trainer",
     "shardsmith.hooks",
     "shardsmith.manager",
+    "tests.forked",
     "tests.ranks",
 ]
 
@@ -43,7 +46,7 @@ def run_on_ranks(
     tmp_path: Path,
     *args: Any,
     timeout_secs: int = 60,
-    preload: Sequence[str] = _PRELOADED,
+    preload: Sequence[str] = PRELOADED,
 ) -> None:
     """Call ``body(*args)`` on each of ``world_size`` ranks. ``body`` is a function of a module.
 

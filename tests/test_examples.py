@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.forked import run_torchrun
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -38,10 +40,10 @@ def run_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_an_example_goes_on_where_it_was_stopped(run_directory: Path, example: str, exports: set[str]) -> None:
+    script = [ROOT / "examples" / example, "--directory", run_directory, "--steps"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    for steps in (10, 12):
-        command = [*torchrun, ROOT / "examples" / example, "--directory", run_directory, "--steps", str(steps)]
-        found = subprocess.run(command, capture_output=True, text=True, cwd=run_directory)
+    first = subprocess.run([*torchrun, *script, "10"], capture_output=True, text=True, cwd=run_directory)
+    for found in (first, run_torchrun(2, *script, "12", cwd=run_directory)):
         assert found.returncode == 0, found.stdout + found.stderr
         assert "evaluation loss: main" in found.stdout
     assert all((run_directory / name / "tokenizer.json").is_file() for name in exports)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-import sys
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from shardsmith.load.load import load_initial, verify_loaded
 from shardsmith.manifest.metadata import read_metadata
 from tests.dcp_directories import load
 from tests.faulty_proxy import Proxy, Request, proxied
+from tests.forked import start_python
 from tests.hooks.initial_models import gathered, make_sources, options, started
 from tests.object_server import ObjectServer
 from tests.ranks import run_on_ranks
@@ -133,23 +133,24 @@ def test_what_a_killed_conversion_leaves_is_no_checkpoint_and_is_swept(
 ) -> None:
     place = f"killed-{name}"
     output = object_server.url(f"{place}/{name}")
-    command = [sys.executable, "-m", "shardsmith", "to-dcp", "--base-model", str(sources / "hf"), "--output-dir"]
+    command = ["-m", "shardsmith", "to-dcp", "--base-model", str(sources / "hf"), "--output-dir", output, "--quiet"]
     killed = 0
     while True:
         with proxied(object_server) as proxy:
-            process: list[subprocess.Popen[bytes]] = []
+            process: list[BaseProcess] = []
 
             def kill_after(
                 request: Request, proxy: Proxy = proxy, process: list[Any] = process, number: int = killed
             ) -> None:
                 writes = sum(one.method in ("PUT", "POST") for one in proxy.requests)
                 if writes > number and request.method in ("PUT", "POST"):
-                    process[0].send_signal(signal.SIGKILL)
+                    process[0].kill()
 
             proxy.done = kill_after
             proxy.server.use()
-            process.append(subprocess.Popen([*command, output, "--quiet"]))
-            code = process[0].wait()
+            process.append(start_python(*command))
+            process[0].join()
+            code = process[0].exitcode
         object_server.use()
         if code == 0:
             break

@@ -7,6 +7,7 @@ import pytest
 from benchmarks import resume_digests
 from benchmarks.resume_index import MODELS, box_of, measure, shapes_of
 from benchmarks.scale_models import LAYOUTS, Model
+from tests.forked import server
 
 SMALL: Model = {"embed.weight": ((16, 8), 0), "layers.0.wo.weight": ((8, 8), 1), "norm.weight": ((8,), None)}
 
@@ -19,7 +20,9 @@ def test_the_ranks_of_each_model_hold_all_of_each_tensor_together(name: str) -> 
         assert sum(box.sizes[0] for box in boxes) == shape[0]
 
 
-def test_a_rank_reads_less_of_the_index_by_boxes() -> None:
+def test_a_rank_reads_less_of_the_index_by_boxes(monkeypatch: pytest.MonkeyPatch) -> None:
+    forks = server()
+    monkeypatch.setattr("multiprocessing.get_context", lambda _: forks)  # six processes, each for one figure
     found = {ranks: measure(shapes_of(SMALL), ranks) for ranks in (2, 8)}
     assert found[8]["count"] > found[2]["count"]
     for row in found.values():

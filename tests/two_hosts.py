@@ -14,17 +14,18 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from tests.forked import start_python
 from tests.ports import free_ports
 
-ROOT = Path(__file__).parent.parent
-_CLONE_NEWNET = 0x40000000
+_CLONE_NEWNET, _CLONE_NEWNS = 0x40000000, 0x20000
 
 
 @dataclass
@@ -36,31 +37,39 @@ class Host:
     namespace: str | None
     port: int
     is_first: bool
-    process: subprocess.Popen[bytes] | None = field(default=None)
+    processes: list[BaseProcess] = field(default_factory=list)
+    """Of the last run, one a rank."""
 
-    def start(self, first: Host, script: Path, *arguments: str, disk: tuple[Path, Path] | None = None) -> None:
-        """Begin this host's half of a run with one rank on each host.
+    def start(
+        self, first: Host, script: Path, *arguments: str, disk: tuple[Path, Path] | None = None, ranks: int = 1
+    ) -> None:
+        """Begin this host's half of a run with one rank on each host, or with ``ranks=2`` all of a run.
 
         ``disk``: a folder, and where this host alone sees it. That needs namespaces.
         """
-        inside = ["ip", "netns", "exec", self.namespace] if self.namespace else []
-        if disk is not None:
-            assert self.namespace, "it would be mounted for all"
-            inside += ["sh", "-c", 'mount --bind "$0" "$1" && shift && exec "$@"', *map(str, disk)]
+        assert disk is None or self.namespace, "it would be mounted for all"
         # As srun starts them: torchrun ends its ranks when the other host is gone, at times before they have spoken.
         environment = {
             **os.environ,
-            "RANK": str(int(not self.is_first)),
             "WORLD_SIZE": "2",
-            "LOCAL_RANK": "0",
-            "LOCAL_WORLD_SIZE": "1",
+            "LOCAL_WORLD_SIZE": str(ranks),
             "MASTER_ADDR": first.address,
             "MASTER_PORT": str(first.port),
             "GLOO_SOCKET_IFNAME": self.interface,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(ROOT),
         }
-        self.process = subprocess.Popen([*inside, sys.executable, str(script), *arguments], env=environment)
+        self.processes = [
+            start_python(
+                script,
+                *arguments,
+                env={
+                    **environment,
+                    "RANK": str(rank if ranks == 2 else int(not self.is_first)),
+                    "LOCAL_RANK": str(rank),
+                },
+                before=partial(_enter, self.namespace, disk),
+            )
+            for rank in range(ranks)
+        ]
 
     def listen(self) -> socket.socket:
         """Return a socket of this process, wherever that is, to which both hosts can connect by this one's address."""
@@ -69,23 +78,23 @@ class Host:
 
     def _listen(self) -> socket.socket:
         if self.namespace:
-            with Path("/var/run/netns", self.namespace).open() as there:
-                if ctypes.CDLL(None, use_errno=True).setns(there.fileno(), _CLONE_NEWNET):
-                    raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), self.namespace)
+            _enter(self.namespace, None)
         return socket.create_server((self.address, 0))
 
     def kill(self) -> None:
         """End all its processes at once, as if the power had gone."""
-        assert self.process is not None
-        for pid in _family(self.process.pid):
+        for pid in [pid for process in self.processes if process.is_alive() for pid in _family(process.pid)]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        self.process.wait(60)
+        for process in self.processes:
+            process.join(60)
 
     def wait(self, timeout_secs: float) -> int:
-        """Wait for the end of its half; the exit status."""
-        assert self.process is not None
-        return self.process.wait(timeout_secs)
+        """Wait for the end of its half; the exit status, of several ranks the first that is not 0."""
+        for process in self.processes:
+            process.join(timeout_secs)
+            assert process.exitcode is not None, f"it has not ended within {timeout_secs} s"
+        return next((process.exitcode for process in self.processes if process.exitcode), 0)
 
     def unplug(self) -> None:
         """Cut the cable first, so that nobody is told that connections ended. Loopback has none to cut."""
@@ -102,8 +111,7 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
             yield hosts
         finally:
             for host in hosts:
-                if host.process is not None:
-                    host.kill()
+                host.kill()
 
 
 def _namespaces(undo: contextlib.ExitStack) -> tuple[Host, Host] | None:
@@ -141,8 +149,22 @@ def _ip(*arguments: str) -> None:
     subprocess.run([tool, *arguments], check=True, capture_output=True)
 
 
-def _family(pid: int) -> list[int]:
+def _enter(namespace: str | None, disk: tuple[Path, Path] | None) -> None:
+    """Move this thread to a network namespace, with a disk to a mount namespace of its own, too."""
+    if namespace is None:
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    with Path("/var/run/netns", namespace).open() as there:
+        if libc.setns(there.fileno(), _CLONE_NEWNET) or (disk is not None and libc.unshare(_CLONE_NEWNS)):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), namespace)
+    if disk is not None:
+        subprocess.run(["mount", "--make-rslave", "/"], check=True)  # so that no other process sees the next one
+        subprocess.run(["mount", "--bind", *disk], check=True)
+
+
+def _family(pid: int | None) -> list[int]:
     """A process and all its descendants."""
+    assert pid is not None
     children: list[int] = []
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
         with contextlib.suppress(OSError):
@@ -154,6 +176,6 @@ def wait_for(path: Path, hosts: tuple[Host, Host], timeout_secs: float = 120) ->
     """Return when there is such a file. Fails if a host ends before."""
     deadline = time.monotonic() + timeout_secs
     while not path.exists():
-        assert all(host.process is not None and host.process.poll() is None for host in hosts), "a host has ended"
+        assert all(process.is_alive() for host in hosts for process in host.processes), "a host has ended"
         assert time.monotonic() < deadline, f"{path} did not appear"
         time.sleep(0.02)

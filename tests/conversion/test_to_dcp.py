@@ -30,6 +30,7 @@ from shardsmith.manifest.initial import config_hash
 from shardsmith.manifest.metadata import read_metadata
 from shardsmith.tensors.digest import digest_tensor
 from tests.dcp_directories import load
+from tests.forked import run_python
 from tests.ranks import run_on_ranks
 from tests.tensor_cases import raw_bytes
 from tests.trained_runs import SIZES
@@ -530,7 +531,7 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(models: Path, output: Path) 
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))"
     arguments = ["to-dcp", "--model", str(models / "olmo2"), "--checkpoint", str(output)]
     program = f"{limit}\nimport sys\nfrom shardsmith.cli import main\nsys.exit(main({arguments!r}))"
-    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    ran = run_python("-c", program)
     assert ran.returncode == 2
     assert "WriteError" in ran.stderr
     assert "File too large" in ran.stderr

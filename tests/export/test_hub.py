@@ -1,4 +1,7 @@
-"""Exports pushed to the Hub by its real client, in processes of their own: it reads its address when it is imported."""
+"""Exports pushed to the Hub by its real client, in processes of their own: it reads its address when it is imported.
+
+They are forked; ``test_a_push_is_one_commit_on_the_branch_of_its_step`` is the one that starts a new interpreter.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ import pytest
 from shardsmith import UsageError
 from shardsmith.export.hub import branch_of, check_repository
 from shardsmith.overview import inspect_run, read_events
+from tests import forked
 from tests.hub_server import TOKEN, Hub, running_hub
 from tests.trained_runs import Trained
 
@@ -76,16 +80,28 @@ def export(trained: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-def run_python(hub: Hub, home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def forget_client() -> None:
+    """So that it is imported again, and reads its address in this process."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "huggingface_hub"]:
+        del sys.modules[name]
+
+
+def run_python(hub: Hub, home: Path, *arguments: str, is_new: bool = False) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "HF_HOME": str(home), "PYTHONPATH": os.pathsep.join(sys.path)}
     hub.use(environment)
-    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False)
+    if is_new:
+        command = [sys.executable, *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    else:
+        done = forked.run_python(*arguments, env=environment, before=forget_client)
     assert TOKEN not in done.stdout + done.stderr
     return done
 
 
-def push(hub: Hub, home: Path, directory: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    return run_python(hub, home, "-m", "shardsmith", "push", str(directory), "org/name", *options)
+def push(
+    hub: Hub, home: Path, directory: Path, *options: str, is_new: bool = False
+) -> subprocess.CompletedProcess[str]:
+    return run_python(hub, home, "-m", "shardsmith", "push", str(directory), "org/name", *options, is_new=is_new)
 
 
 def step_of(export: Path) -> Any:
@@ -98,7 +114,7 @@ def files_of(export: Path) -> dict[str, bytes]:
 
 def test_a_push_is_one_commit_on_the_branch_of_its_step(hub: Hub, export: Path, tmp_path: Path) -> None:
     branch = f"step-{step_of(export)}"
-    done = push(hub, tmp_path, export)
+    done = push(hub, tmp_path, export, is_new=True)
     assert (done.returncode, done.stdout.strip()) == (0, f"pushed {export} to {hub.endpoint}/org/name/tree/{branch}")
     found = hub.repositories["org/name"]
     attributes = found[branch].pop(".gitattributes")

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from shardsmith.ground.logs import VERBOSITY
+from tests.forked import run_python
 
 SCRIPT = """
 import sys
@@ -31,12 +30,7 @@ CONFIGURED = "import logging; logging.basicConfig(level=logging.INFO)"
 )
 def test_each_save_is_said_once(tmp_path: Path, before: str, after: str, verbosity: str, lines: int) -> None:
     script = SCRIPT.format(before=before, after=after)
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path / "run")],
-        env={**os.environ, VERBOSITY: verbosity},
-        check=True,
-        capture_output=True,
-        text=True,
-    )
+    done = run_python("-c", script, tmp_path / "run", env={**os.environ, VERBOSITY: verbosity})
+    assert done.returncode == 0, done.stderr
     assert done.stderr.count("step-1: ") == lines, done.stderr
     assert lines == 0 or ("of which the training waited" in done.stderr and " kB in " in done.stderr)

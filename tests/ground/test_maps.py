@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.forked import run_python
 from tests.trained_runs import Trained
 
 # The reader of a command cuts its own file off at the first look: no other process could do it at a chosen time.
@@ -47,7 +47,7 @@ def test_a_file_that_is_cut_off_under_a_command_is_named(
         (checkpoint / path.name).write_bytes(path.read_bytes())
     before = set(os.listdir(tmp_path))
     command = commands(checkpoint, run.base, tmp_path / "out")[name]
-    ran = subprocess.run([sys.executable, "-c", CUT_OFF, *command], capture_output=True, text=True, check=False)
+    ran = run_python("-c", CUT_OFF, *command)
     assert ran.returncode == 2, ran.stderr
     assert f"{checkpoint}/__0_0.distcp: cannot be read any more" in ran.stderr
     assert set(os.listdir(tmp_path)) == before

@@ -38,11 +38,12 @@ class Disks:
         for folder in (*self.own, self._seen):
             folder.mkdir()
 
-    def start(self, hosts: tuple[Host, Host], number: int, place: str, steps: int, *alone: str) -> None:
+    def start(self, hosts: tuple[Host, Host], number: int, place: str, steps: int, ranks: int = 1) -> None:
         host, own = hosts[number], self.own[number]
         seen = self._seen if host.namespace else own
         disk = (own, seen) if host.namespace else None
-        host.start(hosts[0], SCRIPT, place, str(seen), str(steps), *alone, disk=disk)
+        first = host if ranks == 2 else hosts[0]
+        host.start(first, SCRIPT, place, str(seen), str(steps), disk=disk, ranks=ranks)
 
 
 def files_in(folder: Path) -> dict[str, bytes]:
@@ -66,7 +67,7 @@ def test_two_hosts_without_a_shared_folder_and_then_one_of_them_alone(
             assert committed_steps(disk) == [5, 10]
             assert [path.name for path in (disk / "step-10").glob("*.distcp")] == [f"__{number}_0.distcp"]
         proxy.requests.clear()
-        disks.start(hosts, 1, place, STEPS[-1], "alone")
+        disks.start(hosts, 1, place, STEPS[-1], ranks=2)
         assert hosts[1].wait(120) == 0
     read = {one.key.rpartition("/")[2] for one in proxy.requests if one.method == "GET" and "/step-10/" in one.key}
     assert {"__0_0.distcp", "__1_0.distcp"} <= read, "its disk has one half of the step that it goes on from"
