@@ -8,13 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from shardsmith.errors import MismatchError
-from shardsmith.export.base_comparison import advice_of_hooks, fit, measure_of
 from shardsmith.export.live import LiveModel
 from shardsmith.export.plan import origin_of
 from shardsmith.formats.by_path import known_checkpoint
@@ -23,15 +20,9 @@ from shardsmith.formats.models import ModelSource, TranslatedModel
 from shardsmith.ground.commit import writing
 from shardsmith.ground.ranks import Ranks
 from shardsmith.ground.sizes import parse_size
-from shardsmith.hf.base_files import choose_files
-from shardsmith.hf.directory import DirectoryPlan, Measure, ModelPlan, Origin, plan_model
-from shardsmith.hf.hf_directory import main_stem, read_config
-from shardsmith.hf.known_class import model_class_of
-from shardsmith.hf.live_config import full_config, saved_config, settings_of
-from shardsmith.hf.model_code import refuse_missing_code
-from shardsmith.hf.modules import Modules
-from shardsmith.hf.template import BaseTemplate, read_template
-from shardsmith.hf.ties import broken_ties, tied_groups
+from shardsmith.hf.directory import DirectoryPlan, ModelPlan, Origin, plan_model
+from shardsmith.hf.hf_directory import main_stem
+from shardsmith.hf.live_config import settings_of
 from shardsmith.live.recognition import own_tensors
 from shardsmith.load.live_weights import model_state_dict
 from shardsmith.manifest.model_settings import ModelSettings, settings_of_step
@@ -45,8 +36,6 @@ from shardsmith.tensors.checkpoint_keys import MAIN
 from shardsmith.tensors.dtypes import parse_dtypes
 from shardsmith.tensors.fqn import (
     clean_fqn,
-    non_persistent_buffers,
-    own_class,
     refuse_without_values,
     tied_weights,
     unwrapped,
@@ -55,6 +44,7 @@ from shardsmith.tensors.tensors import Shape, TensorSpec
 
 from .adapters import HeldAdapter
 from .ema import EMA
+from .fitted_config import FittedConfig
 from .held import HeldView
 from .known_plan import KnownPlan
 from .live_directory import LiveDirectory, ModelFiles
@@ -89,17 +79,10 @@ class LiveState:
         self._max_shard_size = max_shard_size
         if max_shard_size is not None:
             parse_size(max_shard_size)
-        self._own_config: dict[str, Any] | None = None  # before it is adapted to tensors
-        self._config: dict[str, Any] | None = None
-        self._described: Any = None  # what the config was last fitted to
-        self._said: set[str] = set()
-        self._template, self._measure = BaseTemplate(Path(), None, {}, ""), Measure()
-        self._copies: tuple[str, ...] = ()
         self._names = names
         self._view = view
         self._inner = unwrapped(model) if view is None else view.inner
-        # a base model of an older transformers has some of them in its files: position_ids, for one
-        self._transient = () if self._inner is None else tuple(non_persistent_buffers(self._inner))
+        self._config = FittedConfig(model, self._inner, files)
         # what the class computes, and save_pretrained leaves out: sinusoidal positions, for one
         self._unsaved = frozenset(getattr(self._inner, "_keys_to_ignore_on_save", None) or ())
         self._name_map: NameMap | None = None
@@ -109,25 +92,16 @@ class LiveState:
 
     def read_files(self) -> None:
         """Read what lies beside the weights. First of all, on every rank; no communication. Raises CheckpointError."""
-        base = self._files.base
-        self._config = self._own_config = saved_config(self._inner) if base is None else read_config(base)
-        if base is not None:
-            self._template = read_template(base)
-            own = {clean_fqn(name, self._model): p for name, p in self._model.named_parameters()}
-            if self._view is not None:
-                own |= {new: own[fqn] for fqn, new in self._view.names(own).items()}
-            specs = {name: TensorSpec(name, tuple(p.shape), p.dtype) for name, p in own.items()}
-            files = choose_files(
-                base, {**specs, **self._template.specs}, trust_remote_code=self._files.trust_remote_code
-            )
-            self._copies = tuple(name for name in files.copies if not self._files.replaced(name))
-            files.log_what_is_unexpected(log)
+        own = {clean_fqn(name, self._model): p for name, p in self._model.named_parameters()}
+        if self._view is not None:
+            own |= {new: own[fqn] for fqn, new in self._view.names(own).items()}
+        self._config.read({name: TensorSpec(name, tuple(p.shape), p.dtype) for name, p in own.items()})
         self._name_map = self._find_name_map()
 
     @property
     def stem(self) -> str:
         """What the files of the main weights are called. After ``read_files``."""
-        return main_stem(self._config)
+        return main_stem(self._config.content)
 
     def unite(self, ranks: Ranks) -> Stages:
         """From now on the files hold what all ranks together have: each has a stage of a pipeline.
@@ -245,7 +219,7 @@ class LiveState:
             ]
             if compare:
                 for model in models:
-                    self._fit(checkpoint, model, settings.config, sources[model.model])
+                    self._config.fit(checkpoint, model, settings.config, sources[model.model])
             origin = origin_of(known)
             if AVERAGE not in directory.stems:
                 origin = replace(origin, ema=None)
@@ -267,32 +241,15 @@ class LiveState:
             MismatchError: with ``compare``, if names or shapes are not those of the base model's weights.
             UsageError: the name map or the patterns of dtypes do not fit the model.
         """
-        if self._config is not None or self._name_map is not None or isinstance(self._dtype, Mapping):
+        if self._config.content is not None or self._name_map is not None or isinstance(self._dtype, Mapping):
             with self.staging():
                 models = self.models(LiveDirectory("", {MAIN: self.stem}))
             if compare:
                 self.follow(models)
 
     def follow(self, models: Sequence[LiveModel]) -> None:
-        """Fit the config again if tensors, ties or the live model's config are not as they were. No communication.
-
-        On the rank that writes the config, before ``plan``.
-
-        Raises:
-            MismatchError: names or shapes are no longer those of the base model's weights, and no config has them.
-        """
-        plan = models[0].plan
-        # Without dtypes: an average may have others than the main weights, under the same names.
-        shapes = [(spec.name, spec.shape) for spec in plan.specs]
-        config = full_config(self._inner)
-        now = shapes, dict(plan.aliases), config
-        if now != self._described:
-            if self._files.base is None:
-                self._own_config = saved_config(self._inner)
-            self._compare(plan, config)
-            self._described = now
-            if plan.float32_unknown:
-                log.warning("%s", plan.float32_unknown)
+        """Fit the config, as ``FittedConfig.follow``: on the rank that writes it, before ``plan``."""
+        self._config.follow(models)
 
     def _plan(
         self,
@@ -306,68 +263,14 @@ class LiveState:
             output=output,
             models=tuple(models),
             origin=origin,
-            config=self._config,
+            config=self._config.content,
             base=self._files.base,
-            copies=self._copies,
+            copies=self._config.copies,
             companions=partial(self._write_companions, facts=dict(facts or {}), settings=settings),
-            measure=self._measure,
-            template=self._template.specs,
-            allow=self._transient,
+            measure=self._config.measure,
+            template=self._config.template.specs,
+            allow=self._config.transient,
         )
-
-    def _compare(self, plan: ModelPlan, live: Mapping[str, Any]) -> None:
-        """As ``_fit``, of the live weights; what is wrong is said of the model that trains."""
-        place = self._files.base or Path(own_class(self._inner or self._model).__name__)
-        try:
-            self._fit(place, plan, live, None)
-        except MismatchError as error:
-            summary = f"{len(error.problems)} tensors of the model that trains are not as in the base model"
-            advice = self._advice_of_modules(plan) or advice_of_hooks(error, "STEP")
-            raise MismatchError(place, summary, error.problems, advice) from None
-
-    def _advice_of_modules(self, plan: ModelPlan) -> str:
-        """What to do about a model of sentence-transformers whose modules have weights; empty for any other model."""
-        base = self._files.base
-        held = Modules(base).divide([spec.name for spec in plan.specs]) if base is not None else []
-        if not held:
-            return ""
-        return (
-            f"Nothing was written. The model has weights of {', '.join(module.folder for module, _ in held)}, which "
-            "HFExport does not write. Leave it out and export saved steps, with all modules:\n"
-            f"shardsmith to-hf --checkpoint STEP --base-model {base} --output-dir DIRECTORY"
-        )
-
-    def _fit(
-        self, path: Path, plan: ModelPlan, live: Mapping[str, Any], source: ModelSource | TranslatedModel | None
-    ) -> None:
-        """Adapt the config to the tensors, and compare them with the base model and with the class that it names.
-
-        Args:
-            path: Where the tensors are from, for the errors.
-            plan: The planned tensors of one model.
-            live: What the config of the live model says, with every default.
-            source: Of the tensors, where they are in a checkpoint; None for live weights, where what is tied is one
-                tensor in memory.
-
-        Raises:
-            MismatchError: as ``fit``.
-        """
-        if (config := self._own_config) is None:
-            return
-        model_class, separate = model_class_of(config)[0], dict[str, str]()
-        if model_class is not None:
-            names = {spec.name for spec in plan.specs}
-            groups = tied_groups(model_class.tied, names)
-            separate = {alias: kept for kept, *aliases in groups for alias in aliases}
-            if source is not None and separate:
-                separate = {a: k for a, k in broken_ties(source, model_class).items() if {a, k} <= names}
-        found = fit(path, plan, config, self._template, separate, self._transient, live)
-        refuse_missing_code(path, found, {*self._copies, *self._files.extra, *self._files.code(self._inner)})
-        self._config, self._measure = found.config, measure_of(found, self._template)
-        for change in [change for change in found.changes if change not in self._said]:
-            self._said.add(change)
-            is_open = "tokenizer" in change and self._files.processor is None
-            log.log(logging.WARNING if is_open else logging.INFO, "config.json is adapted: %s", change)
 
     def _write_companions(self, directory: Path, facts: Mapping[str, str], settings: ModelSettings) -> None:
         for name, text in facts.items():
@@ -402,7 +305,7 @@ class LiveState:
     ) -> tuple[dict[str, Tensor], frozenset[str], Mapping[str, str]]:
         """The tensors that are written, as the view names them, those that the average lacks, and the ties."""
         chosen = average or {}
-        unsaved = self._unsaved - self._template.specs.keys()
+        unsaved = self._unsaved - self._config.template.specs.keys()
         written = {fqn: tensor for fqn, tensor in main.items() if fqn not in aliases and fqn not in unsaved}
         tensors = {fqn: chosen.get(fqn, tensor) for fqn, tensor in written.items()}
         filled = frozenset(tensors.keys() - chosen.keys()) if average is not None else frozenset()
@@ -427,7 +330,7 @@ class LiveState:
             max_shard_size=self._max_shard_size,
             aliases=aliases,
             filled=filled,
-            model_class=None if self._own_config is None else model_class_of(self._own_config)[0],
+            model_class=self._config.model_class,
         )
 
     def _translation(self, specs: Mapping[str, TensorSpec]) -> Translation | None:
@@ -447,5 +350,5 @@ class LiveState:
         if self._names == "identity":
             return None
         if self._names == "auto":
-            return None if self._inner is None else TransformersNames.of_model(self._inner, self._template.specs)
-        return find_name_map(self._names, self._config) if isinstance(self._names, str) else self._names
+            return None if self._inner is None else TransformersNames.of_model(self._inner, self._config.template.specs)
+        return find_name_map(self._names, self._config.content) if isinstance(self._names, str) else self._names
