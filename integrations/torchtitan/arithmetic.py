@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shardsmith.hf.model_class import quiet_transformers
+from shardsmith.hf.transformers_class import quiet_transformers
 from shardsmith.load.faults import LoadFault
 from shardsmith.load.live_weights import LiveWeights
 

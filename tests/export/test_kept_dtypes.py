@@ -18,8 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from shardsmith.cli import main
-from shardsmith.hf.known_class import _find
-from shardsmith.hf.model_class import find_model_class
+from shardsmith.hf.known_class import _find, find_model_class
 from shardsmith.hooks import HFExport, Hooks, ShardedSave, every
 from shardsmith.tensors.tensors import TensorSpec
 from tests.export.test_components import wan
