@@ -10,15 +10,12 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from shardsmith.tensors.tensors import Shape, TensorSpec
-
-if TYPE_CHECKING:
-    pass
 
 DIFFUSERS_KEY = "_class_name"
 """In a config.json of diffusers: what ``architectures`` is in one of transformers."""
