@@ -69,7 +69,7 @@ class FittedConfig:
         """Read config and base model. On every rank; no communication.
 
         Args:
-            specs: Of the parameters, by their names in the files.
+            specs: Of the parameters, by their names in the files. Not needed without a base model.
 
         Raises:
             CheckpointError: a file of the base model cannot be read.

@@ -92,11 +92,16 @@ class LiveState:
 
     def read_files(self) -> None:
         """Read what lies beside the weights. First of all, on every rank; no communication. Raises CheckpointError."""
+        # Only for a base model: asking a view under FSDP1 may make a module inside a root of its own.
+        self._config.read(self._own_specs() if self._files.base is not None else {})
+        self._name_map = self._find_name_map()
+
+    def _own_specs(self) -> dict[str, TensorSpec]:
+        """The parameters, by their names in the files."""
         own = {clean_fqn(name, self._model): p for name, p in self._model.named_parameters()}
         if self._view is not None:
             own |= {new: own[fqn] for fqn, new in self._view.names(own).items()}
-        self._config.read({name: TensorSpec(name, tuple(p.shape), p.dtype) for name, p in own.items()})
-        self._name_map = self._find_name_map()
+        return {name: TensorSpec(name, tuple(p.shape), p.dtype) for name, p in own.items()}
 
     @property
     def stem(self) -> str:
