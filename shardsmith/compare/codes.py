@@ -224,6 +224,11 @@ CODES: dict[str, Code] = {
         "none: a load of the model does not read it",
         "to-hf --average NAME makes a model of it, to compare that",
     ),
+    "modules-not-there": Code(
+        "note",
+        "none, where they are the base model's",
+        "nothing, if only the transformer was trained: to-hf takes the modules from the base model",
+    ),
     "nested-layout": Code(
         "note",
         "none",

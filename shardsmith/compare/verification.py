@@ -18,14 +18,13 @@ from shardsmith.checking.arguments import checked
 from shardsmith.checking.types import AsAnyPath
 from shardsmith.compare.alignment import aligned_source
 from shardsmith.compare.class_ties import repeated_names
+from shardsmith.compare.modules import is_huggingface, with_modules
 from shardsmith.compare.quantized import require_plain
 from shardsmith.compare.values import TensorComparison, compare_sources, same_as
 from shardsmith.errors import CheckpointError, CheckpointNotFoundError
-from shardsmith.formats.by_path import HUGGINGFACE
 from shardsmith.formats.models import ModelSource, beside_models
 from shardsmith.formats.opened import OpenedCheckpoint, open_checkpoint
 from shardsmith.ground import layout
-from shardsmith.hf.hf_directory import CONFIG_FILE
 from shardsmith.hf.layout_rules import DECLARED, LayoutRule
 from shardsmith.hf.modules import Modules
 from shardsmith.manifest.metadata import read_json
@@ -217,30 +216,9 @@ def _with_modules(
 
     Also returns of which model each is a part: what the module is called -> "main" or "ema".
     """
-    found, owners = dict(side.models), dict[str, str]()
-    listed = Modules(other.path) if is_huggingface(other) else None
-    if is_huggingface(side):
-        own = Modules(side.path)
-        for module in own.with_weights:
-            beside = _opened(side.path / module.folder, opened).models
-            owners |= {module.called(model): model for model in beside}
-            found |= {module.called(model): source for model, source in beside.items()}
-        # One without its file has no tensor, which is not the same as any other.
-        lacking = [module for module in listed.with_weights if own.lists(module)] if listed is not None else []
-        for model, source in side.models.items():
-            found |= {name: source.only({}) for module in lacking if (name := module.called(model)) not in found}
-    elif listed is not None:
-        for model, source in side.models.items():
-            for module, names in listed.divide(source.specs, absent=True):
-                owners[module.called(model)] = model
-                found[module.called(model)] = source.only(names)
-                found[model] = found[model].without(names.values())
-    return replace(side, models=found), owners
-
-
-def is_huggingface(side: OpenedCheckpoint) -> bool:
-    """Return whether it says by itself what model it is."""
-    return side.format == HUGGINGFACE and (side.path / CONFIG_FILE).is_file()
+    models, held = with_modules(side, Modules(other.path) if is_huggingface(other) else None, opened)
+    beside = {one.name: one.source for one in held}
+    return replace(side, models=models | beside), {one.name: one.model for one in held}
 
 
 def _verify_model(model: str, pair: OpenedPair, options: VerifyOptions) -> ModelVerification:

@@ -8,8 +8,9 @@ from pathlib import Path
 from torch import Tensor
 
 from shardsmith.compare.alignment import aligned_source
+from shardsmith.compare.modules import is_huggingface
 from shardsmith.compare.quantized import require_plain
-from shardsmith.compare.verification import OpenedPair, VerifyOptions, is_huggingface
+from shardsmith.compare.verification import OpenedPair, VerifyOptions
 from shardsmith.diagnose.live_model import LiveModel
 from shardsmith.diagnose.probe import Probe
 from shardsmith.diagnose.start_loss import cross_entropy, divergence

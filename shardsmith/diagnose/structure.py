@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,18 +46,22 @@ def look_at_structure(subject: Subject, wanted: Layout | None = None) -> Looked:
         wanted: The layout that the trainer reads; None if that is not known.
     """
     findings: list[Finding] = []
-    facts: dict[str, Any] = {}
+    counted: dict[str, _Counted] = {}
     for part in (subject, *subject.modules):
         for name, (source, alignment) in part.models.items():
             # Aliases count once, as in the files.
             template = _parameters_of(part.reference, source)
             findings += _renamings(name, alignment)
             findings += _compare_names(name, source, template, part)
-            facts[name] = _counts(source, template, part.reference)
+            counts = counted.setdefault(part.model_of(name), _Counted())
+            counts.model += template.values()
+            counts.checkpoint += _without_ties(source, part.reference)
+    findings += _absent_modules(subject)
     if beside := list(beside_models(subject.opened.models)):
         findings.append(one("not-compared", beside, ", ".join(subject.models), "; ".join(beside)))
     findings += _layout(subject, wanted)
     findings += newer_steps(subject.path)
+    facts = {name: counts.facts() for name, counts in counted.items()}
     return Looked("structure", tuple(findings), facts)
 
 
@@ -212,21 +217,39 @@ def _is_quantized(mine: torch.dtype, other: torch.dtype) -> bool:
     return not mine.is_floating_point or mine.itemsize == 1 < other.itemsize
 
 
-def _counts(source: ModelSource, template: Mapping[str, TensorSpec], reference: Reference) -> dict[str, Any]:
-    """Tensors and elements on both sides; what is tied counts once."""
+def _without_ties(source: ModelSource, reference: Reference) -> list[TensorSpec]:
     ties = tied_names(reference, source.specs)
-    mine = [spec for name, spec in source.specs.items() if name not in ties]
-    # Of tensors that are only in one of them, too: the difference shows a missing layer at once.
-    expected, found = sum(spec.numel for spec in template.values()), sum(spec.numel for spec in mine)
-    return {
-        "tensors in the model": len(template),
-        "tensors in the checkpoint": len(mine),
-        "parameters in the model": expected,
-        "parameters in the checkpoint": found,
-        "difference": found - expected,
-        "difference in percent": round(100 * abs(found - expected) / expected, 4) if expected else 0.0,
-        "dtypes": sorted({dtype_name(spec.dtype) for spec in mine}),
-    }
+    return [spec for name, spec in source.specs.items() if name not in ties]
+
+
+@dataclass(slots=True)
+class _Counted:
+    """The tensors of both sides, those of modules included; what is tied counts once."""
+
+    model: list[TensorSpec] = field(default_factory=list)
+    checkpoint: list[TensorSpec] = field(default_factory=list)
+
+    def facts(self) -> dict[str, Any]:
+        # Of tensors that are only in one of them, too: the difference shows a missing layer at once.
+        expected, found = (sum(spec.numel for spec in specs) for specs in (self.model, self.checkpoint))
+        return {
+            "tensors in the model": len(self.model),
+            "tensors in the checkpoint": len(self.checkpoint),
+            "parameters in the model": expected,
+            "parameters in the checkpoint": found,
+            "difference": found - expected,
+            "difference in percent": round(100 * abs(found - expected) / expected, 4) if expected else 0.0,
+            "dtypes": sorted({dtype_name(spec.dtype) for spec in self.checkpoint}),
+        }
+
+
+def _absent_modules(subject: Subject) -> Iterator[Finding]:
+    """Modules of the reference of which a checkpoint of the bare transformer has nothing."""
+    held = {name for part in subject.modules for name in part.models}
+    known = subject.reference.modules.with_weights
+    absent = [name for module in known for model in subject.models if (name := module.called(model)) not in held]
+    if absent:
+        yield one("modules-not-there", absent, "the transformer and its modules", "the transformer alone")
 
 
 def _layout(subject: Subject, wanted: Layout | None) -> Iterator[Finding]:

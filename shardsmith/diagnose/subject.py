@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from shardsmith.compare.alignment import aligned_source
+from shardsmith.compare.modules import HeldModule, with_modules
 from shardsmith.compare.quantized import CURE, find_quantized
 from shardsmith.errors import CheckpointError, CheckpointNotFoundError, UnsupportedFormatError
 from shardsmith.formats.by_path import model_names, open_source
@@ -19,7 +20,7 @@ from shardsmith.ground import layout
 from shardsmith.hf.hf_directory import is_component, read_config
 from shardsmith.hf.known_class import model_class_of
 from shardsmith.hf.layout_rules import DECLARED, LayoutRule
-from shardsmith.hf.modules import Module, Modules
+from shardsmith.hf.modules import Modules
 from shardsmith.manifest.metadata import CheckpointMetadata, read_json
 from shardsmith.name_maps.matching import Alignment
 from shardsmith.tensors.checkpoint_keys import MAIN
@@ -44,6 +45,8 @@ class Reference:
     """Of a sentence encoder, those beside the transformer."""
     lacks: str = "has no weights"
     """Why there is no source, if there is none."""
+    is_module: bool = False
+    """Whether it is a module beside a transformer, which no class of transformers describes."""
 
     @classmethod
     def open(cls, path: Path) -> Reference:
@@ -101,6 +104,8 @@ class Subject:
     """Model -> what belongs to these weights and has no name in the reference."""
     modules: tuple[Subject, ...] = ()
     """Of a sentence encoder the modules beside the transformer, each next to that of the reference."""
+    part_of: str | None = None
+    """Of a module the model that it belongs to, such as ``main``."""
 
     @classmethod
     def open(
@@ -131,11 +136,8 @@ class Subject:
             aligned: dict[str, tuple[ModelSource, Alignment]] = {}
             quantized: dict[str, frozenset[str]] = {}
             scales: dict[str, ModelSource] = {}
-            modules: list[tuple[Module, str, ModelSource]] = []
-            for name, whole in opened.models.items():
-                divided = reference.modules.divide(whole.specs, absent=True)
-                modules += [(module, name, whole.only(own)) for module, own in divided]
-                found = whole.without(name for _, own in divided for name in own.values())
+            models, modules = with_modules(opened, reference.modules, stack)
+            for name, found in models.items():
                 source, alignment = aligned_source(found, reference.specs, reference.path, names, rules)
                 held = find_quantized(source, reference.specs)
                 # Scales and packed numbers belong to weights that the model has: they are not more tensors.
@@ -149,22 +151,34 @@ class Subject:
             subject = cls(opened, reference, aligned, step, moved, rules, quantized, scales)
             parts = []
             for one in modules:
-                parts.append(subject._of(*one))
+                parts.append(subject._of(one))
                 stack.callback(parts[-1].reference.close)
             stack.pop_all()
         return replace(subject, modules=tuple(parts))
 
-    def _of(self, module: Module, model: str, held: ModelSource) -> Subject:
-        """A module of one model as a subject of its own."""
-        name, path = module.called(model), self.reference.path / module.folder
-        source = open_source(path, MAIN)
+    def _of(self, held: HeldModule) -> Subject:
+        """A module as a subject of its own, under its names in the whole model."""
+
+        def in_whole(source: ModelSource) -> ModelSource:
+            return source.only({held.module.in_whole(name): name for name in source.specs})
+
+        path, known = self.reference.path / held.module.folder, self.reference.modules.with_weights
+        # The checkpoint may have a module that the reference has not.
+        theirs = in_whole(open_source(path, MAIN)) if held.module.folder in {one.folder for one in known} else None
+        source = in_whole(held.source)
+        specs = theirs.specs if theirs else {}
         return replace(
             self,
-            reference=replace(self.reference, path=path, config={}, source=source, specs=source.specs),
-            models={name: (held, Alignment({one: one for one in held.specs}))},
-            quantized={name: frozenset()},
-            scales={name: held.only({})},
+            reference=replace(self.reference, path=path, config={}, source=theirs, specs=specs, is_module=True),
+            models={held.name: (source, Alignment({one: one for one in source.specs}))},
+            quantized={held.name: frozenset()},
+            scales={held.name: source.only({})},
+            part_of=held.model,
         )
+
+    def model_of(self, name: str) -> str:
+        """Return the model that one of ``models`` is, or is a part of."""
+        return self.part_of or name
 
     @property
     def path(self) -> Path:
@@ -187,8 +201,10 @@ class Subject:
     def close(self) -> None:
         """Close the files."""
         self.opened.close()
-        for one in (self, *self.modules):
-            one.reference.close()
+        for part in (self, *self.modules):
+            part.reference.close()
+            for source, _ in part.models.values():  # of a module perhaps in a file of its own
+                source.close()
 
 
 def _step(checkpoint: Path) -> int | None:

@@ -40,6 +40,8 @@ def tied_names(reference: Reference, specs: Mapping[str, TensorSpec]) -> dict[st
     Where no class is known: output embedding -> input embedding, if the config ties them or is silent and the files
     lack the output embedding.
     """
+    if reference.is_module:
+        return {}
     guessed = _by_config(reference, specs)
     # The class is asked last: it may mean importing transformers.
     if not guessed and all(name in reference.specs for name in specs):

@@ -49,16 +49,18 @@ def look_at_values(subject: Subject) -> Looked:
     if subject.opened.format == SHARDED and (damage := find_damage(subject.path, manifest=subject.metadata)):
         return Looked("values", (one("damaged-values", damage, "the recorded hash of each file", "; ".join(damage)),))
     findings: list[Finding] = []
-    facts: dict[str, Any] = {}
     compared: dict[str, Comparisons] = {}
     for part in (subject, *subject.modules):
         for name, (source, _) in part.models.items():
             scaled = part.quantized[name]
-            found = compared[name] = _compare(source, part.reference, scaled)
+            found = _compare(source, part.reference, scaled)
             findings += _Sorted(name, source, part, found).findings()
             findings += _without_template(source, part.reference, scaled)
             findings += _bad_scales(part.scales[name])
-            facts[name] = _facts(found) | ({"quantized, not compared": len(scaled)} if scaled else {})
+            # What belongs to a model counts with it.
+            model = part.model_of(name)
+            compared[model] = {**compared.get(model, {}), **found}
+    facts = {model: _facts(found, subject.quantized.get(model, ())) for model, found in compared.items()}
     findings += _broken_ties(subject)
     if EMA in compared:
         findings += look_at_average(subject, compared)
@@ -82,7 +84,7 @@ class _Sorted:
     @property
     def trained(self) -> bool:
         """Whether the weights need not be the reference's. An average that is not has been trained."""
-        return self.subject.trained or self.model == EMA
+        return self.subject.trained or self.subject.model_of(self.model) == EMA
 
     def findings(self) -> Iterator[Finding]:
         # Infinities that the reference has, too, are meant, as those of a range without limits are; NaN never is.
@@ -332,12 +334,13 @@ def _stored_ties(subject: Subject) -> Iterator[tuple[str, dict[str, str], ModelS
         yield MAIN, subject.metadata.tied, ModelSource(stored, keys, filled=frozenset(), aliases={})
 
 
-def _facts(compared: Comparisons) -> dict[str, Any]:
+def _facts(compared: Comparisons, scaled: Collection[str]) -> dict[str, Any]:
     equal = sum(found.equal for found in compared.values())
     rounded = sum(found.rounded_alike and not found.same_values for found in compared.values())
     apart = [found.distance.largest for found in compared.values() if found.distance]
     largest = max(apart, default=0.0)
-    return {"tensors compared": len(compared), "equal": equal, "rounded": rounded, "largest difference": largest}
+    counts = {"tensors compared": len(compared), "equal": equal, "rounded": rounded, "largest difference": largest}
+    return counts | ({"quantized, not compared": len(scaled)} if scaled else {})
 
 
 def _relative(found: TensorComparison) -> float:

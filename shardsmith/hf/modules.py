@@ -55,20 +55,18 @@ class Modules:
 
     Attributes:
         with_weights: Those that have weights in folders of their own; none for any other model.
+        listed: Whether there is a ``modules.json``, with modules that have weights or none.
     """
 
     def __init__(self, base: Path) -> None:
         """Raises CheckpointError if ``modules.json``, or the weights of a module, cannot be read."""
         self._folders = _folders(base / MODULES_FILE)
+        self.listed = bool(self._folders)
         self.with_weights: list[Module] = []
         for name, folder in self._folders.items():
             file = next((base / folder / one for one in _WEIGHTS if (base / folder / one).is_file()), None)
             if folder and file is not None:
                 self.with_weights.append(Module(name, folder, tensors_of(file) or {}))
-
-    def lists(self, module: Module) -> bool:
-        """Return whether there is such a module, with weights or without."""
-        return self._folders.get(module.name) == module.folder
 
     def divide(self, names: Collection[str], *, absent: bool = False) -> list[tuple[Module, dict[str, str]]]:
         """Return the modules that have tensors in a model: for each, name in its file -> name in the model.

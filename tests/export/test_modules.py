@@ -9,6 +9,7 @@ import json
 import os
 import shlex
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +183,64 @@ def test_files_are_closed_where_a_module_cannot_be_read(base: Path, tmp_path: Pa
     with pytest.raises(CheckpointError, match="2_Dense") as diagnosed:
         diagnose(tmp_path / "ck", broken, questions)
     assert os.listdir("/proc/self/fd") == before, diagnosed.tb
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        (lambda held: held.pop("linear.bias"), "missing-tensors"),
+        (lambda held: held.update({"linear.more": torch.ones(3)}), "extra-tensors"),
+        (lambda held: held.update({"linear.bias": torch.ones(5)}), "shape-differs"),
+        (lambda held: held["linear.weight"].mul_(2), "values-scaled"),
+        (lambda held: held["linear.weight"][0].fill_(torch.nan), "not-finite"),
+    ],
+)
+def test_diagnose_finds_and_names_what_is_wrong_with_a_module_of_a_directory(
+    change: Callable[[dict[str, Tensor]], Any], code: str, base: Path, tmp_path: Path
+) -> None:
+    other, held = shutil.copytree(base, tmp_path / "other"), load_file(base / DENSE)
+    assert not diagnose(other, base, Questions(level="values")).faults
+    change(held)
+    save_file(held, other / DENSE)
+    (finding,) = diagnose(other, base, Questions(level="values")).faults
+    assert finding.code == code
+    assert all(name.startswith("2.linear.") for name in finding.where)
+
+
+def test_a_directory_without_a_module_of_the_base_model_is_found(base: Path, tmp_path: Path) -> None:
+    lost, dropped, bare = (shutil.copytree(base, tmp_path / name) for name in ("lost", "dropped", "bare"))
+    (lost / DENSE).unlink()
+    for other in (dropped, bare):
+        shutil.rmtree(other / "2_Dense")
+    (bare / "modules.json").unlink()
+    (dropped / "modules.json").write_text(json.dumps(json.loads((base / "modules.json").read_text())[:2]))
+    for other in (lost, dropped):  # the second computes something else by its own list, too
+        (finding,) = diagnose(other, base, Questions(level="structure")).faults
+        assert (finding.code, set(finding.where)) == ("missing-tensors", {"2.linear.weight", "2.linear.bias"})
+        (finding,) = diagnose(base, dropped, Questions(level="structure")).faults
+        assert finding.code == "extra-tensors"
+        assert main(["verify", str(other), str(base)]) == main(["verify", str(base), str(other)]) == 1
+    found = diagnose(bare, base, Questions(level="values"))
+    assert not found.faults
+    assert {note.code: note.where for note in found.notes} == {"modules-not-there": ("2_Dense",)}
+
+
+def test_the_tensors_of_modules_count_in_the_verdict(base: Path, tmp_path: Path) -> None:
+    tensors = len(load_file(base / "model.safetensors")) + 2
+    save({name: value.detach() for name, value in encoder().named_parameters()}, tmp_path / "ck")
+    for checkpoint in (base, tmp_path / "ck"):
+        found = diagnose(checkpoint, base, Questions(level="values"))
+        assert f"{tensors} of {tensors} tensors are the model's, bit for bit" in found.verdict
+        assert found.levels[0].facts["main"]["tensors in the model"] == tensors
+
+
+def test_the_trained_module_of_an_average_is_no_fault(base: Path, tmp_path: Path) -> None:
+    state = {name: value.detach() for name, value in encoder().named_parameters()}
+    average = {name: value + torch.randn_like(value) / 1000 for name, value in state.items()}
+    save({"model": state, "ema_model": average}, tmp_path / "step-0")
+    found = diagnose(tmp_path / "step-0", base, Questions(level="values"))
+    assert not found.faults
+    assert "2.linear.weight" in {name for note in found.notes for name in note.where}
 
 
 def test_a_module_of_another_size_is_refused(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
