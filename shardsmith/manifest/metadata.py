@@ -230,11 +230,11 @@ def _known_metadata(path: Path, data: bytes) -> CheckpointMetadata | None:
 
 def _metadata_of(path: Path, data: bytes) -> CheckpointMetadata | None:
     content = _object(path, data)
-    # The version comes before the seal: a newer version may seal in another way.
     if not _is_ours(content):
         return None
-    found = content["schema_version"]
-    if type(found) is not int or not 1 <= found <= SCHEMA_VERSION:
+    # The version comes before the seal: a newer version may seal in another way.
+    found = content.get("schema_version")
+    if "schema_version" in content and (type(found) is not int or not 1 <= found <= SCHEMA_VERSION):
         raise UnsupportedFormatError(path, f"has schema version {found!r}; this version reads 1 to {SCHEMA_VERSION}")
     is_sealed = require_seal(path, data, content)
     try:
@@ -244,7 +244,8 @@ def _metadata_of(path: Path, data: bytes) -> CheckpointMetadata | None:
 
 
 def _is_ours(content: Mapping[str, Any]) -> bool:
-    return content.get("checkpoint_type") == CHECKPOINT_TYPE and "schema_version" in content
+    # What says otherwise and is sealed as ours was damaged there.
+    return (content.get("checkpoint_type") == CHECKPOINT_TYPE and "schema_version" in content) or SEAL in content
 
 
 def read_json(path: Path, *, sealed: bool = False) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from shardsmith.manifest.metadata import (
     FileRecord,
     ModelRecord,
     TensorRecord,
+    has_manifest,
     now,
     read_json,
     read_metadata,
@@ -126,6 +127,17 @@ def test_every_flipped_bit_and_every_cut_is_found(tmp_path: Path) -> None:
     for length in range(len(data)):
         with pytest.raises(CorruptCheckpointError):
             read_metadata(put(tmp_path, data[:length]))
+
+
+def test_a_flip_in_what_says_whose_it_is_does_not_make_it_somebody_elses(tmp_path: Path) -> None:
+    data = FULL.to_json()
+    begin, end = data.index(b'"checkpoint_type"'), data.index(b'"schema_version"') + len(b'"schema_version"')
+    for at in range(begin, end):
+        broken = data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+        place = put(tmp_path, broken)
+        assert has_manifest(place), broken[begin:end]
+        with pytest.raises(CorruptCheckpointError):
+            read_metadata(place)
 
 
 @pytest.mark.parametrize("facts", [{"updates": 3}, {"decay": None}], ids=["without", "null"])
