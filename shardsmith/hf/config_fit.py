@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -164,8 +164,42 @@ def _suspects(state: Attempt) -> Iterator[str]:
         changed = Attempt.of(with_values(state.config, {path: new}), state.specs, state.separate)
         if changed.fit is not None and len(changed.problems(Excused())) < len(state.problems(Excused())):
             yield f"{'.'.join(path)}: {value}"
+    yield from _depths(state)
     if (state.fit.missing or state.fit.unexpected) and (kind := _kind_of_the_tensors(state)) is not None:
         yield f"architectures: {state.fit.class_name}, and these are the tensors of {kind}"
+
+
+def _depths(state: Attempt) -> Iterator[str]:
+    """The numbers of layers in the config with which, if the files are right, nothing would be wrong."""
+    assert state.fit is not None
+    held, extra = state.specs.keys(), set(state.fit.unexpected)
+    known, given = _lengths((held - extra) | set(state.fit.missing)), _lengths(held)
+    pairs = {(known[at], given[at]) for at in known.keys() & given.keys() if known[at] != given[at]}
+    said = dict(entries(state.effective))
+    for path, old in said.items():
+        for new in (new for count, new in sorted(pairs) if type(old) is int and count == old):
+            # What is said of each layer, such as ``layer_types``, is made anew by the class.
+            each = [at for at, value in said.items() if at[:-1] == path[:-1] and _is_of_length(value, old)]
+            config = with_values(state.config, {**dict.fromkeys(each, None), path: new})
+            changed = Attempt.of(config, state.specs, state.separate)
+            if changed.fit is not None and not changed.problems(Excused()):
+                yield f"{dotted([path])}: {old}, and these are the tensors of {new}"
+                stated = dict(entries(state.config))
+                yield from (f"{dotted([at])}: of {old} layers" for at in each if at in stated)
+
+
+def _lengths(names: Iterable[str]) -> dict[str, int]:
+    """What comes before a number in names -> the largest number there, counted from 1."""
+    found: dict[str, int] = {}
+    for parts in (name.split(".") for name in names):
+        for i in (i for i, part in enumerate(parts) if part.isdecimal()):
+            at = ".".join(parts[:i])
+            found[at] = max(found.get(at, 0), int(parts[i]) + 1)
+    return found
+
+
+def _is_of_length(value: Any, length: int) -> bool:
+    return isinstance(value, list) and len(value) == length
 
 
 def _kind_of_the_tensors(state: Attempt) -> str | None:

@@ -197,6 +197,32 @@ def test_a_head_that_is_no_longer_the_embedding_is_not_called_tied(tmp_path: Pat
         assert_loads(directory, state, type(model))
 
 
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("kind", ["Llama", "Qwen3"])  # the second's config has a word for each layer, too
+def test_another_number_of_layers_is_refused_by_its_key_and_no_layer_is_dropped(
+    kind: str, layers: int, tmp_path: Path
+) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config_class, model_class = (getattr(transformers, kind + end) for end in ("Config", "ForCausalLM"))
+    base, model = (
+        model_class(config_class(**sizes, head_dim=4, vocab_size=50, num_hidden_layers=n)) for n in (2, layers)
+    )
+    base.save_pretrained(tmp_path / "base")
+    state = changed(model)
+    checkpoint = saved(state, tmp_path / "ck")
+    said = f"config.json says num_hidden_layers: 2, and these are the tensors of {layers}"
+    with pytest.raises(MismatchError, match=said) as refusal:
+        to_hf(checkpoint, tmp_path / "base", tmp_path / "out")
+    assert "--drop" not in str(refusal.value)
+    assert "Or correct num_hidden_layers" in str(refusal.value)
+    cure: dict[str, Any] = {"num_hidden_layers": layers}
+    if "layer_types" in config_of(tmp_path / "base"):
+        assert "config.json says layer_types: of 2 layers" in str(refusal.value)
+        cure["layer_types"] = ["full_attention"] * layers
+    to_hf(checkpoint, weightless(tmp_path / "base", tmp_path / "bare", **cure), tmp_path / "out")
+    assert_loads(tmp_path / "out", state, model_class)
+
+
 def test_another_head_is_refused_by_the_key_of_the_config_and_taken_from_a_live_model(tmp_path: Path) -> None:
     llama().save_pretrained(tmp_path / "base")
     bare = weightless(tmp_path / "base", tmp_path / "bare")
