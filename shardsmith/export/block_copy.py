@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from shardsmith.errors import MismatchError
 from shardsmith.formats.safetensors_files.upload import SafetensorsUpload
 from shardsmith.formats.safetensors_files.writer import SafetensorsFileWriter
 from shardsmith.ground.threads import one_thread_per_operator, useful_threads
@@ -48,12 +49,13 @@ def copy_blocks(
     Raises:
         CheckpointError, WriteError: from reading or writing. The other threads stop at their next block; none is left
             running, also after a KeyboardInterrupt.
+        MismatchError: finite values are beyond the range of a planned dtype; all such tensors of this share by name.
     """
     copier = _Copier(source, writers, progress, part, parts)
     if threads == 1:
         # In the caller's thread: a pool would need torch's setting of threads, which is one of the whole process.
         copier.work()
-        return copier.digests
+        return copier.result()
     threads = threads or useful_threads(copier.nbytes, copier.count)
     with one_thread_per_operator(), ThreadPoolExecutor(threads, "shardsmith-copy") as pool:
         try:
@@ -64,7 +66,7 @@ def copy_blocks(
             # The block's end waits for the threads, which else would copy all blocks that are left.
             copier.stop()
             raise
-    return copier.digests
+    return copier.result()
 
 
 class _Copier:
@@ -78,7 +80,7 @@ class _Copier:
         part: int,
         parts: int,
     ) -> None:
-        self.digests = {name: Digest() for writer in writers for name in writer.plan.tensors}
+        self._digests = {name: Digest() for writer in writers for name in writer.plan.tensors}
         self._source = source
         blocks = [*_blocks(writers)]
         # Consecutive blocks for each part: a rank reads and writes one stretch of each file.
@@ -86,6 +88,7 @@ class _Copier:
         self.count = len(blocks)
         self.nbytes = sum(box.numel * spec.dtype.itemsize for _, spec, _, box in blocks)
         self._blocks = iter(blocks)
+        self._overflown: dict[str, float] = {}
         self._progress = progress
         self._lock = threading.Lock()
         self._stopped = False
@@ -104,6 +107,16 @@ class _Copier:
         """Hand out no more blocks."""
         self._stopped = True
 
+    def result(self) -> dict[str, Digest]:
+        """Return the digests, when all is copied. Raises MismatchError if a planned dtype has no room for a value."""
+        if self._overflown:
+            # In a thread each, blocks come in no order.
+            lines = [f"{name}: up to {most:.6g}" for name, most in sorted(self._overflown.items())]
+            summary = f"{len(lines)} tensors have finite values that would be infinite in the dtype that was asked for"
+            cure = 'bfloat16, float32 and "original" have room for what such a model has'
+            raise MismatchError(self._source.path, summary, lines, f"Nothing was written. Of dtypes, {cure}.")
+        return self._digests
+
     def _next(self) -> Block | None:
         # An iterator must not be advanced by two threads at a time.
         with self._lock:
@@ -111,13 +124,38 @@ class _Copier:
 
     def _copy(self, writer: BlockWriter, spec: TensorSpec, first: int, box: Chunk, scratch: Tensor) -> None:
         values = _read(self._source, spec, box, scratch)
+        if _is_narrower(spec.dtype, self._source.specs[spec.name].dtype):
+            self._look_for_overflow(spec, box, values)
         share = digest_run(values, first)
         writer.write_run(spec.name, first, values)
         with self._lock:
             # Two threads may have blocks of one tensor; adding up reads and writes the entry.
-            self.digests[spec.name] += share
+            self._digests[spec.name] += share
         if self._progress:
             self._progress(values.nbytes)
+
+    def _look_for_overflow(self, spec: TensorSpec, box: Chunk, values: Tensor) -> None:
+        if not (lost := ~_wide(values).isfinite()).any():
+            return
+        memory = torch.empty(box.sizes, dtype=self._source.specs[spec.name].dtype, device="cpu")
+        held = _wide(read_into(self._source, spec.name, box, memory))
+        finite = held[lost & held.isfinite()]  # what is infinite in the source, too, is meant
+        if finite.numel():
+            with self._lock:
+                most = float(finite.abs().max())
+                self._overflown[spec.name] = max(most, self._overflown.get(spec.name, 0.0))
+
+
+def _is_narrower(dtype: torch.dtype, stored: torch.dtype) -> bool:
+    """Whether numbers of one are far beyond the range of the other; bfloat16's is that of float32."""
+    if not (dtype.is_floating_point and stored.is_floating_point) or dtype == stored:
+        return False
+    return torch.finfo(dtype).max < torch.finfo(stored).max / 2
+
+
+def _wide(values: Tensor) -> Tensor:
+    """The same where torch has operators for it, which it lacks for a byte."""
+    return values.float() if values.element_size() == 1 else values
 
 
 def _blocks(writers: Sequence[BlockWriter]) -> Iterator[Block]:

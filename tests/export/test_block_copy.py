@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from shardsmith.errors import CheckpointError, WriteError
+from shardsmith.errors import CheckpointError, MismatchError, WriteError
 from shardsmith.export.block_copy import copy_blocks
 from shardsmith.formats.dcp.source import DcpSource
 from shardsmith.formats.safetensors_files.plan import plan_files
@@ -100,7 +100,28 @@ def test_any_sharding_is_cast_as_torch_casts(
 ) -> None:
     tensor = random_tensor(tuple(shape), stored, seed=data.draw(st.integers(0, 2**32))).nan_to_num(0.1)
     boxes = {"a": data.draw(partitions(tuple(shape)))}
-    assert_copied(copied_from_dcp({"a": tensor}, boxes, wanted), {"a": tensor.to(wanted)})
+    lost = tensor.isfinite() & ~tensor.to(wanted).isfinite()
+    if (stored, wanted) != (torch.float32, torch.bfloat16) and lost.any():
+        with pytest.raises(MismatchError, match="a: up to "):
+            copied_from_dcp({"a": tensor}, boxes, wanted)
+    else:
+        assert_copied(copied_from_dcp({"a": tensor}, boxes, wanted), {"a": tensor.to(wanted)})
+
+
+def test_all_tensors_with_values_beyond_the_range_of_the_dtype_are_named_and_infinities_stay() -> None:
+    named = {name: torch.zeros(3, 4) for name in ("a", "b", "c", "d")}
+    named["a"][1, 2], named["b"][0, 0], named["c"][2, 3], named["d"][0, 1] = 1e6, -7e4, torch.inf, torch.nan
+    boxes = {name: halves() for name in named}
+    with pytest.raises(MismatchError, match="2 tensors have finite values that would be infinite") as error:
+        copied_from_dcp(named, boxes, torch.float16)
+    assert error.value.problems == ["a: up to 1e+06", "b: up to 70000"]
+    meant = {name: named[name] for name in ("c", "d")}
+    assert_copied(copied_from_dcp(meant, boxes, torch.float16), {name: one.half() for name, one in meant.items()})
+    assert_copied(copied_from_dcp(named, boxes, torch.bfloat16), {name: one.bfloat16() for name, one in named.items()})
+
+
+def halves() -> list[Chunk]:
+    return [Chunk((0, 0), (3, 2)), Chunk((0, 2), (3, 2))]
 
 
 def grid(shape: tuple[int, ...], *parts: int) -> list[Chunk]:
