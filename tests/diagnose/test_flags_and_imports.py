@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from shardsmith.cli import main
 from shardsmith.diagnose.training_settings import TrainingSettings
 from shardsmith.errors import UsageError
 from tests import dcp_directories
+from tests.forked import run_python
 
 OWN = """
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -47,9 +47,8 @@ def model(tmp_path: Path) -> Path:
 
 
 def run(model: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own, beside whose working folder the package lies."""
-    command = [sys.executable, "-m", "shardsmith", *arguments]
-    return subprocess.run(command, cwd=model.parent, capture_output=True, text=True, check=False)
+    """The command in a process of its own, in whose working folder the package lies."""
+    return run_python("-m", "shardsmith", *arguments, cwd=model.parent)
 
 
 def test_a_class_of_another_package_is_run_once_it_is_imported(model: Path) -> None:

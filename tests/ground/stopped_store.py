@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import subprocess
-import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tests.forked import run_python, start_python
 
 _SERVER = """
 import time
@@ -30,10 +34,15 @@ def stop_store():
 
 def run_beside_stopped_store(script: str) -> subprocess.CompletedProcess[str]:
     """Run a script as rank 0 of 2; it calls ``stop_store()`` itself."""
-    with subprocess.Popen([sys.executable, "-c", _SERVER], stdout=subprocess.PIPE, text=True) as server:
-        assert server.stdout is not None
+    with tempfile.TemporaryDirectory() as folder:
+        told = Path(folder, "port")
+        told.touch()
+        server = start_python("-c", _SERVER, output=told)
         try:
-            command = [sys.executable, "-c", _RANK + script, server.stdout.readline().strip(), str(server.pid)]
-            return subprocess.run(command, capture_output=True, text=True, timeout=120)
+            while not (port := told.read_text()).endswith("\n"):
+                assert server.is_alive()
+                time.sleep(0.01)
+            return run_python("-c", _RANK + script, port.strip(), str(server.pid))
         finally:
             server.kill()
+            server.join()
