@@ -20,6 +20,9 @@ from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
+
+import torch.multiprocessing as mp
 
 from shardsmith.sharding import staged_copy
 from tests.ports import free_ports
@@ -30,6 +33,12 @@ def server() -> ForkServerContext:
     """Return what starts processes of ``multiprocessing`` from the server; it imports what it does when it starts."""
     multiprocessing.set_forkserver_preload([*PRELOADED, "tests.frozen"])
     return multiprocessing.get_context("forkserver")
+
+
+def run_forked(body: Callable[..., None], processes: int, *args: Any) -> None:
+    """Call ``body(number, *args)`` in so many processes; one that fails fails the test."""
+    server()
+    mp.start_processes(body, args, processes, start_method="forkserver")
 
 
 def start_python(

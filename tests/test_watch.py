@@ -32,6 +32,7 @@ from shardsmith.ground.commit import remove
 from shardsmith.hooks import EMA, Hooks, ShardedSave, every, latest
 from shardsmith.watch import Stop, Watcher, WatchOptions, pending_steps, stopped_by_signals
 from tests.export.test_to_hf_refusals import files_no_larger_than, signal_at, without_times
+from tests.forked import run_forked, server
 
 COMMAND = [sys.executable, "-m", "shardsmith.cli", "watch"]
 
@@ -253,7 +254,7 @@ def run_with_accident(_: int, place: Place, event: str, path: str, happens: Call
 def test_a_step_that_goes_is_a_failure_only_if_it_was_held(
     event: str, path: str, happens: Callable[[Path], object], expected: str, place: Place
 ) -> None:
-    mp.start_processes(run_with_accident, (place, event, path, happens), nprocs=1, start_method="spawn")
+    run_forked(run_with_accident, 1, place, event, path, happens)
     outcomes = json.loads((place.output / "outcomes.json").read_text())
     assert outcomes == {"1": "exported", "2": expected, "3": "exported"}
     assert (place.checkpoints / "step-2").exists() == (happens is remove)
@@ -361,8 +362,7 @@ def run_two(rank: int, place: Place, rounds: int, barrier: Barrier) -> None:
 
 def test_of_two_watchers_one_exports_each_step_and_the_other_goes_on(place: Place) -> None:
     place.output.mkdir()
-    barrier = mp.get_context("spawn").Barrier(2)
-    mp.start_processes(run_two, (place, 10, barrier), nprocs=2, start_method="spawn")
+    run_forked(run_two, 2, place, 10, server().Barrier(2))
     for folder in place.output.iterdir():
         outcomes = [
             tuple(outcome) for rank in range(2) for outcome in json.loads((folder / f"{rank}.json").read_text())
@@ -406,8 +406,7 @@ def exits(place: Place, request: pytest.FixtureRequest) -> list[dict[str, object
     complete = {name: without_times(place.output / name) for name in place.exports()}
     shutil.rmtree(place.output)
     report = place.base.parent / "report.json"
-    arguments = (place, request.param, complete, report)
-    mp.start_processes(run_with_signals, arguments, nprocs=1, start_method="spawn")
+    run_forked(run_with_signals, 1, place, request.param, complete, report)
     return json.loads(report.read_text())
 
 

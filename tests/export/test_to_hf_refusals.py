@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 
 from shardsmith import cli
@@ -36,6 +35,7 @@ from shardsmith.errors import (
     WriteError,
 )
 from shardsmith.manifest.seal import SEAL
+from tests.forked import run_forked
 from tests.tensor_cases import raw_bytes
 from tests.trained_runs import Trained
 
@@ -442,7 +442,7 @@ def exits(place: Place, request: pytest.FixtureRequest) -> list[dict[str, object
     assert cli.main(complete.arguments()) == 0
     before = {name: data for name, data in place.snapshot().items() if not name.startswith("exports")}
     report = place.root / "report.json"
-    mp.start_processes(run_with_signals, (place, request.param, report), nprocs=1, start_method="spawn")
+    run_forked(run_with_signals, 1, place, request.param, report)
     found = json.loads(report.read_text())
     report.unlink()
     after = {name: data for name, data in place.snapshot().items() if not name.startswith("exports")}

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from shardsmith.errors import RankError, RankFailedError, RanksDisagreeError, RankTimeoutError
@@ -23,6 +22,7 @@ from shardsmith.ground import ranks as ground_ranks
 from shardsmith.ground.liveness import ANSWER_SECS, SilenceError, await_keys, find_dead
 from shardsmith.ground.process_end import meet
 from shardsmith.ground.ranks import _DELETED_AT_ONCE, Ranks
+from tests.forked import run_forked
 from tests.ground.counted_stores import Counted
 from tests.ranks import run_on_ranks
 
@@ -277,7 +277,7 @@ def run_without_rank(dead: int) -> None:
 
 
 def test_a_rank_that_dies_with_the_store_it_holds_is_named_too(tmp_path: Path) -> None:
-    mp.start_processes(_run_with_tcp_store, (tmp_path / "port",), 2, start_method="spawn")
+    run_forked(_run_with_tcp_store, 2, tmp_path / "port")
 
 
 def _run_with_tcp_store(rank: int, port_file: Path) -> None:
