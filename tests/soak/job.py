@@ -20,7 +20,7 @@ from torch import nn
 
 from shardsmith.ground.layout import RETENTION_FILE
 from shardsmith.hooks import EMA, HFExport, Hooks, ShardedSave, every, finish, latest
-from tests.hooks.training import build
+from tests.hooks.training import adamw, build
 from tests.soak.forked import start_ranks, wait_for
 
 SAVE_EVERY, EXPORT_EVERY, KEPT = 2, 3, 2
@@ -97,7 +97,7 @@ class Attached:
 def attach(job: Job, *, timeout_secs: float = 30.0) -> Attached:
     """Model and hooks of one rank. All ranks; communicates."""
     model = build("fsdp2")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = adamw(model)
     ema = EMA(model, decay=0.9)
     options: dict[str, Any] = {"model": model, "ema": ema, "keep": latest(KEPT), "timeout_secs": timeout_secs}
     save = ShardedSave(job.checkpoints, optimizer=optimizer, when=every(SAVE_EVERY), **options, **job.save_options)
