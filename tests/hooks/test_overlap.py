@@ -26,9 +26,8 @@ from shardsmith.sharding.later_copy import LaterCopy
 from tests.hooks.training import build
 from tests.ranks import run_on_ranks
 
-STEPS = 100
-SAVED = sorted(random.Random(16).sample(range(1, STEPS), 12))
-"""Among them two pairs of steps in a row, the first step, and gaps in which all is long written."""
+STEPS = 200
+SAVED = sorted(random.Random(16).sample(range(1, STEPS), 24))
 
 
 def train(directory: Path, sharding: str, **options: Any) -> None:
