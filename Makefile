@@ -15,6 +15,9 @@ TITANS = 0.2 0.3
 TITAN ?= torchtitan
 TITAN_READY = $(TITANS:%=.venv-titan-%/.ready)
 
+# Where it is set, each of the hundreds of processes of the tests compiles all that it imports of this repository.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: environments demo demo-remote test test-oldest test-titan canary families soak check coverage docs pictures bench bench-scale bench-ranks gpu gpu-wheels clean
 .DELETE_ON_ERROR:
 

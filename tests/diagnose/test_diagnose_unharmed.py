@@ -38,9 +38,10 @@ sys.addaudithook(_hook)
 
 
 @pytest.fixture
-def watched() -> Iterator[list[str]]:
+def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """What was written, asked or started while the test ran."""
     global _seen
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # of what is imported meanwhile
     _seen = []
     yield _seen
     _seen = None
