@@ -131,7 +131,9 @@ def _advice(lines: Sequence[str], known: Collection[str], fitted: ConfigFit | No
             f"is meant: --allow {allowed}.{changes}"
         )
     if fitted.no_place and not fitted.keys:
-        return drop_advice(fitted)
+        # What the class passes over would be refused next, for the base does not have it.
+        differing = {line.split(": ", 1)[0] for line in lines}
+        return drop_advice(fitted, [name for name in fitted.ignored if name in differing])
     said = [f"config.json says {key}" for key in fitted.keys]
     return "\n".join(
         [

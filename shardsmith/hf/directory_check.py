@@ -6,7 +6,7 @@ It looks at what lies on disk, as a loader does: config.json, the headers of the
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from shardsmith.errors import CheckpointError, CorruptCheckpointError, MismatchError
@@ -72,9 +72,12 @@ def refusal(found: ConfigFit) -> tuple[str, list[str], str]:
     return summary, lines, advice
 
 
-def drop_advice(found: ConfigFit) -> str:
-    """Return what to do about tensors that a class has no place for, such as those of a critic's head."""
-    names = " ".join(f"'{name}'" for name in found.no_place)
+def drop_advice(found: ConfigFit, ignored: Sequence[str] = ()) -> str:
+    """Return what to do about tensors that a class has no place for, such as those of a critic's head.
+
+    ``ignored``: those that it passes over when it loads.
+    """
+    names = " ".join(f"'{name}'" for name in [*found.no_place, *ignored])
     return f"Nothing was written. {found.measured_by} has no place for these. To leave them out: --drop {names}"
 
 

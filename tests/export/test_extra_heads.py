@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from shardsmith.cli import main
@@ -52,6 +53,21 @@ def test_the_advice_for_tensors_without_a_place_leads_to_a_right_export(
     loaded, info = type(model).from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not info["missing_keys"] | info["unexpected_keys"] | info["mismatched_keys"]
     assert all(torch.equal(value, state[name]) for name, value in loaded.state_dict().items())
+
+
+def test_buffers_of_the_class_that_were_saved_by_mistake_are_dropped_by_one_advice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = make_tiny(FAMILIES["LlamaForCausalLM"])
+    model.save_pretrained(tmp_path / "base")
+    state: dict[str, Tensor] = dict(model.state_dict())
+    saved(state | dict(model.named_buffers()), tmp_path / "ck")  # one of them older models had in their files
+    given = ["--checkpoint", tmp_path / "ck", "--base-model", tmp_path / "base", "--dtype", "original"]
+    command = ["to-hf", *map(str, given), "--output-dir", str(tmp_path / "out")]
+    assert main(command) == 2
+    said = capsys.readouterr().err
+    assert main([*command, *shlex.split(said[said.index("--drop") :].splitlines()[0])]) == 0
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == state.keys()
 
 
 def test_the_class_that_has_just_these_tensors_is_named_and_taking_it_leads_to_a_right_export(
