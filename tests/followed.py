@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 from safetensors.torch import load_file
+
+from tests.forked import run_python
 
 
 def follow(document: Path, folder: Path, python: str | Path) -> None:
@@ -16,7 +19,7 @@ def follow(document: Path, folder: Path, python: str | Path) -> None:
     Args:
         document: The README or the tutorial.
         folder: An empty one.
-        python: Of an environment that has the package.
+        python: Of an environment that has the package. Commands of this one are forked.
     """
     text = document.read_text()
     (program,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
@@ -30,8 +33,12 @@ def follow(document: Path, folder: Path, python: str | Path) -> None:
     assert sorted(averages) == ["0.bias", "0.weight", "2.bias", "2.weight"]
     commands = re.findall(r"^shardsmith ((?:inspect|verify) run\b.*)$", text, re.MULTILINE)
     for command in commands:
-        done = subprocess.run([python, "-m", "shardsmith", *command.split()], cwd=folder, check=False)
-        assert done.returncode == 0, command
+        arguments = ["-m", "shardsmith", *command.split()]
+        if python == sys.executable:
+            done = run_python(*arguments, cwd=folder)
+        else:
+            done = subprocess.run([python, *arguments], cwd=folder, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{command}\n{done.stderr}"
     if any("--html report.html" in command for command in commands):
         report = (folder / "report.html").read_text()
         assert "Seconds that the training waited for each save" in report
