@@ -25,14 +25,14 @@ from rich.console import Console
 from rich.table import Table
 
 from shardsmith.formats.dcp.box_index import load_index
-from shardsmith.formats.dcp.box_index_writer import write_box_index
+from shardsmith.formats.dcp.cuts import cut_tensors
 from shardsmith.formats.dcp.index import read_index
-from shardsmith.formats.dcp.index_writer import write_index
+from shardsmith.formats.dcp.index_writer import write_indexes
 from shardsmith.formats.dcp.rank_file import Piece, RankFile
 from shardsmith.formats.dcp.shard_files import Place, PlannedChunk
 from shardsmith.formats.dcp.source import DcpSource
 from shardsmith.ground.garbage import without_collection
-from shardsmith.ground.layout import BOX_INDEX_FILE, DCP_INDEX_FILE, METADATA_FILE
+from shardsmith.ground.layout import BOX_INDEX_FILE, METADATA_FILE
 from shardsmith.ground.mapped import MappedFile
 from shardsmith.manifest.metadata import CheckpointMetadata, FileRecord
 from shardsmith.tensors.tensors import Chunk, Shape, TensorSpec
@@ -92,12 +92,13 @@ def write(directory: Path, shapes: dict[str, Shape], ranks: int) -> dict[str, in
             out.truncate(found[-1].offset + found[-1].length)
         files.append(file.name)
     paths = {key: ("optimizer", key.partition(".")[2]) if key.startswith("optimizer.") else (key,) for key in specs}
-    index = write_index(specs, chunks, places, aliases={}, containers=paths, attempt="0" * 16)
-    boxes_ = write_box_index(specs, chunks, places, files=files, aliases={}, containers=paths, objects={})
-    (directory / DCP_INDEX_FILE).write_bytes(index)
-    (directory / BOX_INDEX_FILE).write_bytes(boxes_)
-    (directory / METADATA_FILE).write_bytes(_manifest(boxes_))
-    return {"index": len(index), "boxes": len(boxes_), "count": len(chunks)}
+    tensors = cut_tensors(specs, chunks, places, files)
+    made = write_indexes(tensors, files=files, containers=paths, attempt="0" * 16)
+    indexes = {name: b"".join(parts) for name, parts in made.items()}
+    for name, content in indexes.items():
+        (directory / name).write_bytes(content)
+    (directory / METADATA_FILE).write_bytes(_manifest(indexes[BOX_INDEX_FILE]))
+    return {**{name: len(content) for name, content in indexes.items()}, "count": len(chunks)}
 
 
 def _manifest(boxes: bytes) -> bytes:

@@ -41,12 +41,13 @@ from shardsmith.formats.dcp.rank_file import MOST_BYTES, RankFileWritten
 from shardsmith.formats.safetensors_files.plan import plan_files
 from shardsmith.ground import ranks as ground_ranks
 from shardsmith.ground.garbage import without_collection
-from shardsmith.ground.layout import DCP_INDEX_FILE
+from shardsmith.ground.layout import BOX_INDEX_FILE, DCP_INDEX_FILE
 from shardsmith.ground.sizes import parse_size
 from shardsmith.manifest.metadata import FileRecord
+from shardsmith.run_state import whole_directory
 from shardsmith.run_state.held import Entry
 from shardsmith.run_state.share import Share
-from shardsmith.run_state.whole_directory import to_receipt
+from shardsmith.run_state.whole_directory import WholeDirectory, to_receipt
 from shardsmith.sharding.holding import Boxes, numbered, pack, pack_lists, unpack_flags
 from shardsmith.tensors.digest import Digest
 from shardsmith.tensors.tensors import TensorSpec
@@ -63,7 +64,12 @@ _MOST_RANKS = {
     ("48 x 128 experts, separate", "TP 8 x FSDP"): 512,
 }
 """Where more would take minutes and gigabytes here."""
-_INDEX_RANKS = {"Llama 3.1 405B": (8,), "48 x 128 experts, stacked": (8, 64), "48 x 128 experts, separate": (2,)}
+_INDEX_RANKS = {
+    "Llama 3.1 405B": (64, 256, 1024),
+    "48 x 128 experts, stacked": (8, 64, 512),
+    "48 x 128 experts, separate": (2, 8, 32),
+}
+INDEXES = (DCP_INDEX_FILE, BOX_INDEX_FILE)
 _RANKS_OF_A_HOST = 8
 # Of the power of the number of ranks: linear, and a little for text that grows with the numbers.
 _MAX_EXPONENT = 1.1
@@ -73,19 +79,25 @@ _GATES = {"first": "before the first save", "later": "in each later save", "open
 def measure(name: str, layout: str, ranks: int) -> dict[str, float]:
     """Let made-up ranks agree on a first save and report a later one, and agree on an export; bytes and seconds."""
     torch.set_num_threads(1)
+    model = MODELS[name]()
+    numbers, lists, lengths = _held(model, layout, ranks)
+    before = _memory()
+    entries = entries_at(model, LAYOUTS[layout](0, ranks))
+    found = _save(entries, lists, [int(own.sum()) * len(COPIES) for own in lengths])
+    found["memory"] = _memory() - before
+    return {**found, **_export(model, numbers, lists, lengths)}
+
+
+def _held(model: Model, layout: str, ranks: int) -> tuple[np.ndarray, list[list[Boxes]], list[np.ndarray]]:
+    """Of each tensor the number of its list of boxes; by rank those lists, and of each tensor how many boxes it has."""
     # Every rank's place; the boxes of most ranks look alike and are worked out by kind.
-    model, spots = MODELS[name](), [LAYOUTS[layout](rank, ranks) for rank in range(ranks)]
+    spots = [LAYOUTS[layout](rank, ranks) for rank in range(ranks)]
     kinds = [*dict.fromkeys(model.values())]
     expected, _ = numbered((shape, boxes_at(shape, dim, spots[0])) for shape, dim in kinds)
     number_of = dict(zip(kinds, expected, strict=True))
-    # A number for each tensor: which of the lists of boxes it has.
     numbers = np.array([number_of[tensor] for tensor in model.values()], dtype=np.int32)
     lists = [lists_at(kinds, spot, expected) for spot in spots]
-    lengths = [np.array([len(boxes) for boxes in own])[numbers] for own in lists]
-    before = _memory()
-    found = _save(entries_at(model, spots[0]), lists, [int(own.sum()) * len(COPIES) for own in lengths])
-    found["memory"] = _memory() - before
-    return {**found, **_export(model, numbers, lists, lengths)}
+    return numbers, lists, [np.array([len(boxes) for boxes in own])[numbers] for own in lists]
 
 
 def _save(entries: list[Entry], lists: Sequence[list[Boxes]], counts: Sequence[int]) -> dict[str, float]:
@@ -161,26 +173,29 @@ def _opens(said: Sequence[tuple[str, Sequence[int]]], files: int) -> int:
     return files + sum(lender != "0" for _, lender in lenders)
 
 
-def measure_index(name: str, ranks: int) -> dict[str, float]:
-    """The index of a first save and of a later one, under FSDP."""
-    model = MODELS[name]()
-    held = [entries_at(model, LAYOUTS["FSDP"](rank, ranks)) for rank in range(ranks)]
-    shares = [Share(rank) for rank in range(ranks)]
-    for share, entries in zip(shares, held, strict=True):
-        share.vote(entries)
-    reports = [share.report(entries, [0]) for share, entries in zip(shares, held, strict=True)]
-    for share, entries, answer in zip(shares, held, shares[0].settle(reports, []), strict=True):
-        share.accept(entries, answer)
-    receipts = [_receipt(len(share.own.pieces)) for share in shares]
-    began = time.process_time()
+def measure_index(name: str, ranks: int, layout: str = "FSDP") -> dict[str, float]:
+    """The index of a first save, as it is made if it is too large to be kept: its size, seconds and memory."""
+    torch.set_num_threads(1)
+    whole_directory._MOST_KEPT = 0
+    whole, receipts, boxes = to_index(MODELS[name](), ranks, layout)
+    before, began = _memory(), time.process_time()
     with without_collection():  # as in a save
-        # The first has everything to make; a later one only other digests and offsets.
-        index = shares[0].whole.indexes(receipts, "0" * 16)[DCP_INDEX_FILE]
-        first = time.process_time() - began
-        began = time.process_time()
-        shares[0].whole.indexes(receipts, "1" * 16)
-    boxes = sum(len(share.own.pieces) for share in shares)
-    return {"boxes": boxes, "index": len(index), "making": first, "patching": time.process_time() - began}
+        contents = whole.indexes(receipts, "0" * 16)
+        sizes = {name: sum(map(len, parts)) for name, parts in contents.items() if not isinstance(parts, bytes)}
+    seconds, memory = time.process_time() - began, max(_memory() - before, 1)
+    return {"boxes": boxes, "making": seconds, "memory": memory, **sizes}
+
+
+def to_index(model: Model, ranks: int, layout: str) -> tuple[WholeDirectory, list[dict[str, Any]], int]:
+    """What ranks agree on before a first save and report after it; and how many boxes they hold."""
+    _, lists, lengths = _held(model, layout, ranks)
+    entries = entries_at(model, LAYOUTS[layout](0, ranks))
+    share = Share(0)
+    share.vote(entries)
+    description, text, _ = share.report(entries, [0])
+    share.settle([[description, None if rank else text, pack_lists(own)] for rank, own in enumerate(lists)], [])
+    # An index does not depend on the digests, so they are left out.
+    return share.whole, [_receipt(0)] * ranks, sum(int(own.sum()) for own in lengths) * len(COPIES)
 
 
 def _receipt(pieces: int) -> dict[str, Any]:
@@ -275,13 +290,20 @@ def main(
                 exponent = _exponent(rows, key)
                 console.print(f"{layout}: {words}, ranks ** {exponent:.2f} (at most {_MAX_EXPONENT})")
                 failed += [f"{name}, {layout}: {words}"] if exponent > _MAX_EXPONENT else []
-    table = Table("model", "ranks", "boxes", "index", "making it", "patching it", title="index, FSDP")
+    table = Table("model", "ranks", "boxes", *INDEXES, "making both", "memory", title="index, FSDP")
     for (name, size), index in indexes.items():
         row = everything[name][f"index, {size} ranks"] = index.result()
-        words = f"{row['boxes'] / 1e6:.2f} M", f"{row['index'] / 1e6:.0f} MB"
-        table.add_row(name, f"{size}", *words, f"{row['making']:.2f} s", f"{row['patching']:.2f} s")
+        sizes = (f"{row[file] / 1e6:.2f} MB" for file in INDEXES)
+        seconds, memory = f"{row['making']:.2f} s", f"{row['memory'] / 1e6:.0f} MB"
+        table.add_row(name, f"{size:,}", f"{row['boxes'] / 1e6:.2f} M", *sizes, seconds, memory)
     pool.shutdown()
     console.print(table)
+    for name in models:
+        sized = [(size, index.result()) for (of, size), index in indexes.items() if of == name]
+        if len(sized) > 1:
+            exponent = _exponent(sized, "memory")
+            console.print(f"{name}: memory of the index, ranks ** {exponent:.2f} (at most {_MAX_EXPONENT})")
+            failed += [f"{name}: memory of the index"] if exponent > _MAX_EXPONENT else []
     if json_file is not None:
         json_file.write_text(json.dumps(everything, indent=1))
     if failed:

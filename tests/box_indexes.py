@@ -1,4 +1,4 @@
-"""The index that loads read, compared with the one of torch beside it."""
+"""The index that loads read, compared with the one of torch beside it; and what both are made of."""
 
 from __future__ import annotations
 
@@ -6,12 +6,44 @@ import contextlib
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from shardsmith.formats.dcp.box_grid import finder_of
 from shardsmith.formats.dcp.box_index import BoxIndex, load_index
+from shardsmith.formats.dcp.cuts import Cuts, CutTensor, cut_tensors
 from shardsmith.formats.dcp.index import DcpIndex, StoredChunk, read_index
+from shardsmith.formats.dcp.rank_file import RankFile
+from shardsmith.formats.dcp.shard_files import Place, PlannedChunk
 from shardsmith.sharding.boxes import BoxFinder
-from shardsmith.tensors.tensors import Chunk, Shape
+from shardsmith.tensors.tensors import Chunk, Shape, TensorSpec
+
+
+class Forgets(dict[Any, Any]):
+    """Has nothing that was put into it, but once."""
+
+    def __contains__(self, key: object) -> bool:
+        return False
+
+
+def forgetful(cuts: Cuts) -> None:
+    """Stands for ``Cuts.__init__``: each tensor is looked at, as if none were cut like it."""
+    cuts._boxes, cuts._numbers, cuts._known = [], {}, Forgets()
+
+
+def content_of(
+    files: Sequence[RankFile], object_lengths: Sequence[int]
+) -> tuple[dict[str, CutTensor], dict[str, Place]]:
+    """Tensors and objects of files, as an index has them; objects have these lengths in turn."""
+    chunks, places = list[PlannedChunk](), list[Place]()
+    objects, specs = dict[str, Place](), dict[str, TensorSpec]()
+    for file in files:
+        lengths = [object_lengths[i % len(object_lengths)] for i in range(len(file.objects))]
+        found = [*file.places(lengths)]
+        places += found[: len(file.pieces)]
+        objects |= dict(zip(file.objects, found[len(file.pieces) :], strict=True))
+        chunks += [PlannedChunk(p.key, 0, p.box, 0) for p in file.pieces]
+        specs |= {p.key: TensorSpec(p.key, p.shape, p.dtype) for p in file.pieces}
+    return cut_tensors(specs, chunks, dict(enumerate(places)), [file.name for file in files]), objects
 
 
 def assert_same_boxes(directory: Path) -> None:

@@ -15,6 +15,7 @@ from shardsmith.conversion.counts import Count, count_tensors
 from shardsmith.conversion.early_writing import EarlyWriting
 from shardsmith.conversion.write_plan import WritePlan
 from shardsmith.errors import RanksDisagreeError
+from shardsmith.formats.dcp.cuts import cut_tensors
 from shardsmith.formats.dcp.index_writer import write_indexes
 from shardsmith.formats.dcp.shard_files import Place, Written, divide, write_shard_files
 from shardsmith.formats.dcp.source import DcpSource
@@ -111,17 +112,17 @@ def _commit(plan: WritePlan, attempt: AnyAttempt, parts: list[dict[str, Any]], w
     # JSON has strings for keys.
     places = {int(i): Place(**place) for part in parts for i, place in part["places"].items()}
     specs = {key: stream.spec for key, stream in plan.streams.items()}
+    files = sorted(measured.files)
     indexes = write_indexes(
-        specs,
-        plan.chunks,
-        places,
-        files=sorted(measured.files),
+        cut_tensors(specs, plan.chunks, places, files),
+        files=files,
         containers=plan.containers,
         attempt=attempt.id,
         aliases=plan.aliases,
     )
     # After the shards, and metadata.json after all others: it records their sizes and hashes.
-    for name, content in indexes.items():
+    for name, made in indexes.items():
+        content = b"".join(made)
         size = attempt.write(name, content)
         measured.files[name] = FileRecord(size=size, xxh3_128=xxhash.xxh3_128_hexdigest(content))
     # A tied tensor is stored once; its other name has the same values, and so the same digest.

@@ -3,15 +3,46 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from shardsmith.formats.dcp import rank_file
+from shardsmith.formats.dcp.rank_file import moved
+from shardsmith.formats.torch_files.archive_writer import archive_layout
 from shardsmith.run_state.described import Description, RankHolds
 from shardsmith.run_state.weight_files import Placed
 from shardsmith.sharding.holding import unpack_flags
-from shardsmith.tensors.tensors import TensorSpec
+from shardsmith.tensors.tensors import Chunk, TensorSpec
+
+
+class FilePieces(NamedTuple):
+    """What is in a rank's own file, in its order: tensors first, then the values that are none."""
+
+    numbers: np.ndarray
+    """Number of the tensor of each piece."""
+    boxes: np.ndarray
+    """Number of its box."""
+    lengths: np.ndarray
+    """Bytes of its archive."""
+    objects: list[str]
+    """Keys."""
+
+
+class _Entries(NamedTuple):
+    """What is known of each entry of a description; arrays."""
+
+    tensors: np.ndarray
+    """Number of the tensor, -1 for what is written as none."""
+    is_weight: np.ndarray
+    """Whether it is in weight files."""
+    numels: np.ndarray
+    kinds: np.ndarray
+    """Number of its dtype in ``dtypes``."""
+    is_object: np.ndarray
+    dtypes: list[torch.dtype | None]
 
 
 class PieceNumbers:
@@ -21,48 +52,71 @@ class PieceNumbers:
         """Tensors are numbered in the order of ``specs``."""
         self._numbers = {spec.name: number for number, spec in enumerate(specs)}
         self._placed = placed
-        self._known: dict[Description, tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = {}
+        self._known: dict[Description, _Entries] = {}
 
     def of(self, held: RankHolds, writes: str) -> np.ndarray:
         """Return the number of the tensor of each piece; ``writes`` as ``pack_flags`` gave it."""
-        numbers, is_weight, itemsizes, numels = self._of_entries(held)
+        known, entries, positions, _ = self._chosen(held, writes)
+        kinds, kind = self._kinds(known, held, entries, positions)
+        # A large box is several pieces.
+        counts = np.array([sum(1 for _ in rank_file.split(*one)) for one in kinds], dtype=np.int64)
+        return np.repeat(known.tensors[entries], counts[kind])
+
+    def in_file(self, held: RankHolds, writes: str, number_of: Callable[[Chunk], int]) -> FilePieces:
+        """Return what of that is in the rank's own file. ``number_of`` numbers boxes."""
+        known, entries, positions, objects = self._chosen(held, writes)
+        mine = ~known.is_weight[entries]
+        entries, positions = entries[mine], positions[mine]
+        kinds, kind = self._kinds(known, held, entries, positions)
+        pieces = [[(moved(part, box), dtype) for part in rank_file.split(box, dtype)] for box, dtype in kinds]
+        counts = np.array([len(parts) for parts in pieces], dtype=np.int64)
+        flat = [(number_of(box), archive_layout(box.sizes, dtype).length) for parts in pieces for box, dtype in parts]
+        boxes, lengths = np.array(flat, dtype=np.int64).reshape(-1, 2).T
+        # Of each piece, where it is in `flat`: where its kind begins there, and which of the pieces of that it is.
+        ends = np.cumsum(counts[kind])
+        inside = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - counts[kind], counts[kind])
+        where = np.repeat((np.cumsum(counts) - counts)[kind], counts[kind]) + inside
+        keys = [held.entry(number).key for number in objects.tolist()]
+        return FilePieces(np.repeat(known.tensors[entries], counts[kind]), boxes[where], lengths[where], keys)
+
+    def _chosen(self, held: RankHolds, writes: str) -> tuple[_Entries, np.ndarray, np.ndarray, np.ndarray]:
+        """Of each box that the rank writes its entry, and which of the entry's boxes it is; entries of what is none."""
+        known = self._of_entries(held)
         counts = held.counts()
         # A row for each box that the rank holds: the number of its entry, and which of the entry's boxes it is.
         entries = np.repeat(np.arange(len(counts)), counts)
         positions = np.arange(len(entries)) - np.repeat(np.cumsum(counts) - counts, counts)
+        flags = unpack_flags(writes, len(entries))
+        objects = entries[flags & known.is_object[entries]]
         # Those that it writes, of what is a tensor.
-        mine = unpack_flags(writes, len(entries)) & (numbers[entries] >= 0)
+        mine = flags & (known.tensors[entries] >= 0)
         entries, positions = entries[mine], positions[mine]
         # Weights come before what is in the rank's file, and parts of tensors before whole ones.
-        is_whole = self._numels(held, entries, positions) == numels[entries]
+        is_whole = self._numels(held, entries, positions) == known.numels[entries]
         # 0 to 3: weights in parts, whole weights, others in parts, whole others. Stable, as the sort of `OwnFile.of`.
-        order = np.argsort(np.where(is_weight[entries], 0, 2) + is_whole, kind="stable")
-        entries, positions = entries[order], positions[order]
-        # A large box is several pieces.
-        return np.repeat(numbers[entries], self._parts(held, itemsizes, entries, positions))
+        order = np.argsort(np.where(known.is_weight[entries], 0, 2) + is_whole, kind="stable")
+        return known, entries[order], positions[order], objects
 
-    def _of_entries(self, held: RankHolds) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """By entry: the number of its tensor, -1 for what is written as none; whether it is in weight files; the bytes
-        of an element; the number of elements."""
+    def _of_entries(self, held: RankHolds) -> _Entries:
         if held.description not in self._known:
             entries = held.description.entries
-            sizes = [0 if entry.dtype is None else entry.dtype.itemsize for entry in entries]
-            numbers, weights = (
-                zip(*(self._of_key(entry.key) for entry in entries), strict=True) if entries else ((), ())
-            )
-            self._known[held.description] = (
-                np.array(numbers, dtype=np.int64),
-                np.array(weights, dtype=bool),
-                np.array(sizes, dtype=np.int64),
+            found = [self._of_key(entry.key) for entry in entries]
+            dtypes = [*dict.fromkeys(entry.dtype for entry in entries)]
+            self._known[held.description] = _Entries(
+                np.array([number for number, _ in found], dtype=np.int64),
+                np.array([is_weight for _, is_weight in found], dtype=bool),
                 np.array([math.prod(entry.shape or ()) for entry in entries], dtype=np.int64),
+                np.array([dtypes.index(entry.dtype) for entry in entries], dtype=np.int64),
+                np.array([entry.shape is None for entry in entries], dtype=bool),
+                dtypes,
             )
-        of_tensors, is_weight, itemsizes, numels = self._known[held.description]
+        known = self._known[held.description]
         if own := held.description.kind.own:
             # Keys of what is a rank's own are other ones on each rank.
-            of_tensors, is_weight = of_tensors.copy(), is_weight.copy()
+            known = known._replace(tensors=known.tensors.copy(), is_weight=known.is_weight.copy())
             for i in own:
-                of_tensors[i], is_weight[i] = self._of_key(held.entry(i).key)
-        return of_tensors, is_weight, itemsizes, numels
+                known.tensors[i], known.is_weight[i] = self._of_key(held.entry(i).key)
+        return known
 
     def _of_key(self, key: str) -> tuple[int, bool]:
         return -1 if key in self._placed.tied else self._numbers.get(key, -1), key in self._placed.written
@@ -78,17 +132,17 @@ class PieceNumbers:
         return found
 
     @staticmethod
-    def _parts(held: RankHolds, itemsizes: np.ndarray, entries: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """Of how many pieces each box is."""
-        lists = held.description.kind.numbers[entries]
-        numels = np.array([max((box.numel for box in boxes), default=0) for boxes in held.lists], dtype=np.int64)
-        parts = np.ones(len(entries), dtype=np.int64)
-        # Boxes above this size are cut into pieces. There are few, so these are looked at one by one.
-        for i in np.flatnonzero(numels[lists] * itemsizes[entries] > rank_file.MOST_BYTES).tolist():
-            box, dtype = held.lists[lists[i]][positions[i]], held.description.entries[entries[i]].dtype
-            assert dtype is not None
-            parts[i] = sum(1 for _ in rank_file.split(box, dtype))
-        return parts
+    def _kinds(
+        known: _Entries, held: RankHolds, entries: np.ndarray, positions: np.ndarray
+    ) -> tuple[list[tuple[Chunk, torch.dtype]], np.ndarray]:
+        """Return the different boxes, each with a dtype, and the number of each entry's: a rank has few of them."""
+        counts = np.array([len(boxes) for boxes in held.lists], dtype=np.int64)
+        flat = [box for boxes in held.lists for box in boxes]
+        number = (np.cumsum(counts) - counts)[held.description.kind.numbers[entries]] + positions
+        different, kind = np.unique(number * len(known.dtypes) + known.kinds[entries], return_inverse=True)
+        rows = [divmod(one, len(known.dtypes)) for one in different.tolist()]
+        found = [(flat[box], dtype) for box, number in rows if (dtype := known.dtypes[number]) is not None]
+        return found, kind
 
 
 def add_digests(sums: np.ndarray, numbers: np.ndarray, digests: np.ndarray) -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import xxhash
 from torch import Tensor
 
 from shardsmith.errors import CorruptCheckpointError, UsageError
@@ -28,10 +27,10 @@ from shardsmith.ground.threads import useful_threads
 from shardsmith.hf.hf_directory import CONFIG_FILE, protect
 from shardsmith.hf.live_config import settings_of_directory
 from shardsmith.manifest.checkpoints import find_damage
-from shardsmith.manifest.metadata import CheckpointMetadata, FileRecord, now, read_metadata
+from shardsmith.manifest.metadata import CheckpointMetadata, now, read_metadata
 from shardsmith.run_state.described import NO_RANK, Description, RankHolds, describe
 from shardsmith.run_state.held import Entry, items
-from shardsmith.run_state.whole_directory import OwnFile, WholeDirectory, to_receipt
+from shardsmith.run_state.whole_directory import OwnFile, WholeDirectory, to_receipt, write_content
 from shardsmith.sharding.holding import pack_flags
 from shardsmith.tensors.tensors import Chunk, read_into
 
@@ -107,8 +106,7 @@ def _commit(source: DcpSource, metadata: CheckpointMetadata, attempt: AnyAttempt
     if wrong:
         raise CorruptCheckpointError(source.path, f"other values than were saved: {', '.join(wrong)}; nothing written")
     for name, content in {**whole.indexes(receipts, attempt.id), **_settings(source.path)}.items():
-        size = attempt.write(name, content)
-        measured.files[name] = FileRecord(size=size, xxh3_128=xxhash.xxh3_128_hexdigest(content))
+        measured.files[name] = write_content(attempt, name, content)
     names = recorded_names(source.path, metadata)
     again = replace(
         metadata,

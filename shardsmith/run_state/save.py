@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from torch import Tensor
 
 from shardsmith.formats.dcp.rank_file import encode, write_rank_file
@@ -35,7 +34,7 @@ from shardsmith.run_state.alike import OPTIONS, are_equal, refuse_different_valu
 from shardsmith.run_state.contents import Contents, different_facts, facts_of
 from shardsmith.run_state.held import Held
 from shardsmith.run_state.share import Share, speakers_of
-from shardsmith.run_state.whole_directory import to_receipt
+from shardsmith.run_state.whole_directory import as_bytes, to_receipt, write_content
 from shardsmith.sharding.live_boxes import StagingBuffer
 from shardsmith.sharding.staged_copy import StagedCopy
 from shardsmith.sharding.step_copies import StepCopies
@@ -325,10 +324,12 @@ class SaveInProgress:
         assert self._attempt is not None
         whole = self._share.whole
         measured = whole.measured(self._receipts)
-        beside = {**whole.indexes(self._receipts, self._attempt_id), **self.contents.files, **extra}
-        for name, content in beside.items():
-            size = self._attempt.write(name, content)
-            measured.files[name] = FileRecord(size=size, xxh3_128=xxhash.xxh3_128_hexdigest(content))
+        indexes = whole.indexes(self._receipts, self._attempt_id)
+        if self._folder is not None:
+            # Other hosts are told them, which takes all of each.
+            indexes = {name: as_bytes(content) for name, content in indexes.items()}
+        beside = {**indexes, **self.contents.files, **extra}
+        measured.files.update({name: write_content(self._attempt, name, one) for name, one in beside.items()})
         weights = self._complete_weights(measured)
         metadata = describe(
             whole.contents(self._attempt.directory),
@@ -344,12 +345,13 @@ class SaveInProgress:
         )
         sizes = {name: record.size for name, record in measured.files.items()}
         # The manifest is written last: it has the hash of every other file, and marks the step as complete.
-        beside[layout.METADATA_FILE] = metadata.to_json()
-        sizes[layout.METADATA_FILE] = self._attempt.write(layout.METADATA_FILE, beside[layout.METADATA_FILE])
+        manifest = beside[layout.METADATA_FILE] = metadata.to_json()
+        sizes[layout.METADATA_FILE] = self._attempt.write(layout.METADATA_FILE, manifest)
         written_by = {name: rank for rank, name in enumerate(whole.file_names)}
         self._attempt.commit(self._on_this_host(sizes, written_by))
         if self._folder is None:
             return None
         # Told through the store, as text; level 1 is quick, and an index compresses well.
-        packed = {name: base64.b64encode(zlib.compress(content, 1)).decode() for name, content in beside.items()}
+        told = {name: as_bytes(content) for name, content in beside.items()}
+        packed = {name: base64.b64encode(zlib.compress(content, 1)).decode() for name, content in told.items()}
         return {"files": packed, "sizes": sizes, "ranks": written_by}

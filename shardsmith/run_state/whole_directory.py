@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import functools
 import itertools
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+import xxhash
 
 from shardsmith.formats.dcp.box_index_writer import rank_file_name
+from shardsmith.formats.dcp.cuts import Cuts, CutTensor
 from shardsmith.formats.dcp.index import DcpEntry, DcpIndex
 from shardsmith.formats.dcp.index_writer import write_indexes
-from shardsmith.formats.dcp.rank_file import Piece, RankFile, RankFileWritten, moved, split
-from shardsmith.formats.dcp.shard_files import Place, PlannedChunk
+from shardsmith.formats.dcp.rank_file import Piece, RankFile, RankFileWritten, begins, moved, split
+from shardsmith.formats.dcp.shard_files import Place
 from shardsmith.formats.describe import Measured
 from shardsmith.ground import layout
+from shardsmith.ground.commit import AnyAttempt, attempt_directory, writing
+from shardsmith.ground.new_file import new_file
 from shardsmith.manifest.metadata import FileRecord
 from shardsmith.run_state.described import RankHolds, entries_in_all
 from shardsmith.run_state.held import Entry, items
@@ -30,6 +35,12 @@ from shardsmith.tensors.digest import Digest
 from shardsmith.tensors.tensors import Chunk, Shape, TensorSpec
 
 NOWHERE = Placed()
+Content = bytes | Iterable[bytes]
+"""Of a file, as a whole or in parts that are made when they are asked for, once."""
+_MOST_KEPT = 1 << 21
+"""Boxes of an index that is kept from save to save: some 130 bytes each."""
+_BOX = np.dtype([("file", np.int32), ("offset", np.int64), ("box", np.int32), ("length", np.uint32)])
+"""Where the archive of a box lies, which box it is, and the length of the archive in bytes."""
 
 
 @dataclass(frozen=True)
@@ -131,10 +142,10 @@ class WholeDirectory:
             files[name] = FileRecord(**receipt["file"])
         return Measured(files, {key: Digest(*row) for key, row in zip(self.specs, sums.tolist(), strict=True)})
 
-    def indexes(self, receipts: Sequence[Mapping[str, Any]], attempt: str) -> dict[str, bytes]:
+    def indexes(self, receipts: Sequence[Mapping[str, Any]], attempt: str) -> dict[str, Content]:
         """Return the content of ``.metadata`` and ``.boxes``, by name.
 
-        It differs from save to save by little, so the last one is kept and patched.
+        It differs from save to save by little, so the last one is kept and patched, unless it is very large.
         """
         lengths = [receipt["object_lengths"] for receipt in receipts]
         if self._last is not None and self._last[:1] == (lengths,):
@@ -144,31 +155,56 @@ class WholeDirectory:
             # Only if nothing else in it looks like the id of the attempt.
             if content.count(before.encode()) == 1 and len(before) == len(attempt):
                 return {**contents, layout.DCP_INDEX_FILE: content.replace(before.encode(), attempt.encode())}
-        contents = self._encode_indexes(receipts, attempt)
-        self._last = lengths, attempt, contents
-        return contents
-
-    def _encode_indexes(self, receipts: Sequence[Mapping[str, Any]], attempt: str) -> dict[str, bytes]:
-        chunks: list[PlannedChunk] = []
-        places: list[Place] = []
-        objects: dict[str, Place] = {}
-        for rank, receipt in enumerate(receipts):
-            file = self.file(rank)
-            packed = base64.b64decode(receipt["object_lengths"])
-            lengths = np.frombuffer(zlib.decompress(packed), dtype=np.uint32).tolist()
-            found = [*file.places(lengths)]
-            chunks += [PlannedChunk(piece.key, 0, piece.box, 0) for piece in file.pieces]
-            places += found[: len(file.pieces)]
-            objects |= dict(zip(file.objects, found[len(file.pieces) :], strict=True))
-        return write_indexes(
-            {key: spec for key, spec in self.specs.items() if key not in self._placed},
-            chunks,
-            dict(enumerate(places)),
+        tensors, objects = self._placed_boxes(lengths)
+        parts = write_indexes(
+            tensors,
             files=self.file_names,
             containers={key: path for key, path in self._containers.items() if key not in self._placed},
             attempt=attempt,
             objects=objects,
         )
+        if sum(len(tensor.files) for tensor in tensors.values()) > _MOST_KEPT:
+            self._last = None
+            return {**parts}
+        contents = {name: as_bytes(one) for name, one in parts.items()}
+        self._last = lengths, attempt, contents
+        return {**contents}
+
+    def _placed_boxes(self, object_lengths: Sequence[str]) -> tuple[dict[str, CutTensor], dict[str, Place]]:
+        """Where each box lies, and each value that is no tensor, by key.
+
+        There are ranks times tensors of them: 20 bytes each, and no object.
+        """
+        cuts, specs, names = Cuts(), [*self.specs.values()], self.file_names
+        counts = np.zeros(len(specs), dtype=np.int64)
+        for held, writes in zip(self._held, self._writes, strict=True):
+            pieces = self._numbers.in_file(held, writes, cuts.number)
+            counts += np.bincount(pieces.numbers, minlength=len(specs))
+        ends = np.cumsum(counts)
+        rows = np.empty(int(counts.sum()), dtype=_BOX)
+        # Of each tensor the next row that is free. The boxes of a tensor are in the order of the ranks.
+        free = ends - counts
+        objects: dict[str, Place] = {}
+        for rank, (held, writes, packed) in enumerate(zip(self._held, self._writes, object_lengths, strict=True)):
+            numbers, boxes, lengths, keys = self._numbers.in_file(held, writes, cuts.number)
+            of_objects = np.frombuffer(zlib.decompress(base64.b64decode(packed)), dtype=np.uint32)
+            offsets = begins(np.concatenate([lengths, of_objects]))
+            order = np.argsort(numbers, kind="stable")
+            tensors = numbers[order]
+            # A rank may have several boxes of one tensor: behind the first of them, as many further.
+            at = free[tensors] + np.arange(len(tensors)) - np.searchsorted(tensors, tensors)
+            rows["file"][at], rows["offset"][at] = rank, offsets[: len(lengths)][order]
+            rows["box"][at], rows["length"][at] = boxes[order], lengths[order]
+            free += np.bincount(numbers, minlength=len(specs))
+            places = zip(offsets[len(lengths) :].tolist(), of_objects.tolist(), strict=True)
+            objects |= {key: Place(names[rank], *place) for key, place in zip(keys, places, strict=True)}
+        found = {}
+        for spec, end, count in zip(specs, ends.tolist(), counts.tolist(), strict=True):
+            if spec.name not in self._placed:
+                mine = rows[end - count : end]
+                cut = cuts.cut(spec.dtype, spec.shape, mine["box"], mine["length"])
+                found[spec.name] = CutTensor(cut, mine["file"], mine["offset"])
+        return found, objects
 
     def contents(self, directory: Path) -> DcpIndex:
         """Return what a reader of the index finds in it, but for where it lies."""
@@ -183,3 +219,26 @@ def _is_whole(entry: Entry, position: int) -> bool:
 
 def _text(data: bytes) -> str:
     return base64.b64encode(data).decode()
+
+
+def write_content(attempt: AnyAttempt, name: str, content: Content) -> FileRecord:
+    """Write a file beside those of the ranks, durable in itself, and each part of it before the next one is made.
+
+    Raises WriteError, StorageError.
+    """
+    if isinstance(content, bytes):
+        size = attempt.write(name, content)
+        return FileRecord(size=size, xxh3_128=xxhash.xxh3_128_hexdigest(content))
+    path, size, digest = attempt_directory(attempt.target, attempt.id) / name, 0, xxhash.xxh3_128()
+    with writing(path, "write"), contextlib.closing(new_file(path)) as file:
+        for part in content:
+            file.write(memoryview(part))
+            digest.update(part)
+            size += len(part)
+        file.finish()
+    return FileRecord(size=size, xxh3_128=digest.hexdigest())
+
+
+def as_bytes(content: Content) -> bytes:
+    """Return the whole content of a file."""
+    return content if isinstance(content, bytes) else b"".join(content)

@@ -9,6 +9,7 @@ import random
 import shutil
 import struct
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,19 +26,19 @@ from shardsmith.errors import (
     UnsafeCheckpointError,
     UnsupportedFormatError,
 )
-from shardsmith.formats.dcp import box_index, box_index_writer
+from shardsmith.formats.dcp import box_index, box_index_writer, index_pickle_writer
 from shardsmith.formats.dcp.box_grid import GridBoxes
 from shardsmith.formats.dcp.box_index import BoxIndex, load_index
 from shardsmith.formats.dcp.box_index_writer import PREFIX, rank_file_name
+from shardsmith.formats.dcp.cuts import Cuts
 from shardsmith.formats.dcp.index_writer import write_indexes
 from shardsmith.formats.dcp.rank_file import Piece, RankFile
-from shardsmith.formats.dcp.shard_files import PlannedChunk
 from shardsmith.formats.dcp.source import DcpSource
 from shardsmith.ground.layout import BOX_INDEX_FILE, DCP_INDEX_FILE, METADATA_FILE
 from shardsmith.ground.mapped import MappedFile
 from shardsmith.manifest.metadata import CheckpointMetadata, FileRecord, read_metadata
-from shardsmith.tensors.tensors import Chunk, TensorSpec, read_tensor
-from tests.box_indexes import assert_same_boxes
+from shardsmith.tensors.tensors import Chunk, read_tensor
+from tests.box_indexes import assert_same_boxes, content_of, forgetful
 from tests.golden_checkpoint import BOXES
 from tests.tensor_cases import raw_bytes
 
@@ -102,28 +103,21 @@ def pieces_of(seed: int) -> Iterator[Piece]:
 def write(directory: Path, files: Sequence[RankFile], containers: dict[str, tuple[str | int, ...]]) -> Path:
     """A step without values, and with objects of a certain size."""
     directory.mkdir(parents=True)
-    chunks, places, objects = [], [], {}
-    specs: dict[str, TensorSpec] = {}
     for file in files:
-        found = [*file.places([OBJECT_BYTES] * len(file.objects))]
-        places += found[: len(file.pieces)]
-        objects |= dict(zip(file.objects, found[len(file.pieces) :], strict=True))
-        chunks += [PlannedChunk(p.key, 0, p.box, 0) for p in file.pieces]
-        specs |= {p.key: TensorSpec(p.key, p.shape, p.dtype) for p in file.pieces}
+        places = file.places([OBJECT_BYTES] * len(file.objects))
         with (directory / file.name).open("wb") as out:
-            out.truncate(max((place.offset + place.length for place in found), default=0))
+            out.truncate(max((place.offset + place.length for place in places), default=0))
+    tensors, objects = content_of(files, [OBJECT_BYTES])
     indexes = write_indexes(
-        specs,
-        chunks,
-        dict(enumerate(places)),
+        tensors,
         files=[file.name for file in files],
         containers=containers,
         attempt="0" * 16,
         objects=objects,
-        aliases={"alias.of.w": chunks[-1].key},
+        aliases={"alias.of.w": [*tensors][-1]},
     )
-    for name, content in indexes.items():
-        (directory / name).write_bytes(content)
+    for name, parts in indexes.items():
+        (directory / name).write_bytes(b"".join(parts))
     write_manifest(directory)
     return directory
 
@@ -181,34 +175,33 @@ def test_any_boxes_are_read_as_torch_s_index_has_them(
     assert_same_boxes(write(tmp_path / "step-5", files, paths))
 
 
-class Forgets(dict[Any, Any]):
-    """Has nothing that was put into it, but once."""
-
-    def __contains__(self, key: object) -> bool:
-        return False
-
-
 def test_tensors_cut_up_alike_are_written_as_if_each_had_been_looked_at(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pieces = [replace(piece, key=f"{seed}.{piece.key}") for seed in range(10) for piece in pieces_of(seed)]
-    files, looks, layout = rank_files(pieces, 4, [], lambda i: i % 4), [0], box_index_writer._layout
+    files, looks = rank_files(pieces, 4, [], lambda i: i % 4), Counter[str]()
 
-    def counted(*args: Any) -> Any:
-        looks[0] += 1
-        return layout(*args)
+    def count(owner: Any, name: str) -> None:
+        real = getattr(owner, name)
 
-    monkeypatch.setattr(box_index_writer, "_layout", counted)
-    remembered = (write(tmp_path / "step-5", files, {}) / BOX_INDEX_FILE).read_bytes()
-    few, init = looks[0], box_index_writer._Writer.__init__
+        def counted(*args: Any) -> Any:
+            looks[name] += 1
+            return real(*args)
 
-    def forgetful(writer: Any, names: Sequence[str]) -> None:
-        init(writer, names)
-        writer._layouts = Forgets()
+        monkeypatch.setattr(owner, name, counted)
 
-    monkeypatch.setattr(box_index_writer._Writer, "__init__", forgetful)
-    assert (write(tmp_path / "step-6", files, {}) / BOX_INDEX_FILE).read_bytes() == remembered
-    assert few < (looks[0] - few) * 0.7
+    count(box_index_writer, "_layout")
+    count(index_pickle_writer._Writer, "_tensor")
+    count(index_pickle_writer._Writer, "_fixed_parts")
+    remembered = write(tmp_path / "step-5", files, {})
+    few = Counter(looks)
+    looks.clear()
+    monkeypatch.setattr(Cuts, "__init__", forgetful)
+    for name in (BOX_INDEX_FILE, DCP_INDEX_FILE):
+        forgotten = write(tmp_path / f"without {name}", files, {})
+        assert (forgotten / name).read_bytes() == (remembered / name).read_bytes()
+    for name, times in looks.items():
+        assert few[name] < times / 2 * 0.7, name
 
 
 def fsdp(ranks: int) -> list[RankFile]:

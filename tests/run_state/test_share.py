@@ -12,14 +12,18 @@ from hypothesis import strategies as st
 
 from shardsmith.errors import RanksDisagreeError
 from shardsmith.formats.dcp import rank_file
+from shardsmith.formats.dcp.cuts import CutTensor
+from shardsmith.formats.dcp.rank_file import RankFile, RankFileWritten
+from shardsmith.manifest.metadata import FileRecord
 from shardsmith.run_state.described import Description, RankHolds, describe
 from shardsmith.run_state.held import Entry, items
 from shardsmith.run_state.piece_numbers import PieceNumbers, add_digests
 from shardsmith.run_state.share import Share, speakers_of
 from shardsmith.run_state.weight_files import Placed
-from shardsmith.run_state.whole_directory import OwnFile
+from shardsmith.run_state.whole_directory import OwnFile, WholeDirectory, to_receipt
 from shardsmith.sharding.holding import pack_flags, pack_lists, unpack_flags, unpack_lists
 from shardsmith.tensors.tensors import Chunk
+from tests.box_indexes import content_of
 from tests.sharding.meshes import boxes_on, meshes, one_after_the_other, ranks_of, sharded
 
 
@@ -108,6 +112,7 @@ def test_shares_are_those_of_looking_at_each_thing_alone(held: list[list[Entry]]
     assert [shares[0].whole.file(rank) for rank in range(len(held))] == [own.file for own in expected]
     specs = [*shares[0].whole.specs]
     assert [*dict.fromkeys(e.key for entries in held for e in entries if e.shape is not None)] == specs
+    assert_placed_as_in_files(shares[0].whole, [own.file for own in expected])
     numbers = PieceNumbers([*shares[0].whole.specs.values()], placed)
     for rank, own in enumerate(expected):
         text, lists = describe(held[rank], rank)
@@ -118,6 +123,24 @@ def test_shares_are_those_of_looking_at_each_thing_alone(held: list[list[Entry]]
         assert [specs[number] for number in numbers.of(one, flags)] == [piece.key for piece in own.pieces]
 
 
+def assert_placed_as_in_files(whole: WholeDirectory, files: Sequence[RankFile]) -> None:
+    """The index says of each box where it is in the file of its rank, as that is written."""
+    lengths = [640, 65, 1]
+    record = FileRecord(size=1, xxh3_128="0" * 32)
+    of_objects = [[lengths[i % 3] for i in range(len(file.objects))] for file in files]
+    receipts = [to_receipt(RankFileWritten(record, [], one)) for one in of_objects]
+    found, objects = whole._placed_boxes([receipt["object_lengths"] for receipt in receipts])
+    expected, objects_expected = content_of(files, lengths)
+    assert objects == objects_expected
+    assert {key: told(tensor) for key, tensor in found.items()} == {key: told(one) for key, one in expected.items()}
+
+
+def told(tensor: CutTensor) -> list[object]:
+    cut, *where = tensor
+    numbers = [column.tolist() for column in (cut.lengths, *where)]
+    return [cut.dtype, cut.shape, [*cut.boxes], *numbers]
+
+
 def test_boxes_of_several_archives_count_for_their_tensor_as_often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rank_file, "MOST_BYTES", 32)
     held = [[Entry(f"t{i}", (f"t{i}",), (5, 4), torch.float32, (Chunk.whole((5, 4)),)) for i in range(3)]]
@@ -126,6 +149,7 @@ def test_boxes_of_several_archives_count_for_their_tensor_as_often(monkeypatch: 
     numbers = PieceNumbers([*share.whole.specs.values()], Placed(frozenset({"t1"})))
     found = numbers.of(RankHolds(0, Description(text), lists), pack_flags(np.ones(3, dtype=bool)))
     assert [f"t{number}" for number in found] == [piece.key for piece in share.own.pieces]
+    assert_placed_as_in_files(share.whole, [share.own.file])
     assert len(found) > 6
 
 

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 import xxhash
 
-from shardsmith.formats.dcp.shard_files import Place, PlannedChunk
+from shardsmith.formats.dcp.cuts import Cut, CutTensor
+from shardsmith.formats.dcp.shard_files import Place
 from shardsmith.formats.torch_files.archive_writer import MOST_BYTES, archive_layout
 from shardsmith.tensors.checkpoint_keys import KeyPath
 from shardsmith.tensors.dtypes import dtype_name
-from shardsmith.tensors.tensors import TensorSpec
 
 MAGIC = b"SHSBOX\r\n"
 VERSION = 1
@@ -38,27 +38,16 @@ OF_RANK = re.compile(r"rank-(0|[1-9][0-9]{0,8})")
 
 
 def write_box_index(
-    specs: Mapping[str, TensorSpec],
-    chunks: Sequence[PlannedChunk],
-    places: Mapping[int, Place],
+    tensors: Mapping[str, CutTensor],
     *,
     files: Sequence[str],
-    aliases: Mapping[str, str],
     containers: Mapping[str, KeyPath],
     objects: Mapping[str, Place],
 ) -> bytes:
-    """Return the content of ``.boxes``.
-
-    The arguments are those of ``write_index``, and ``files``, the names of the files in which the chunks lie.
-    """
-    numbers: dict[str, list[int]] = {}
-    for i, chunk in enumerate(chunks):
-        numbers.setdefault(chunk.key, []).append(i)
+    """Return the content of ``.boxes``. The arguments are those of ``write_index``."""
     writer = _Writer(files)
-    for key, kept in [*((key, key) for key in specs), *aliases.items()]:
-        # Boxes without elements are left out: a rank without rows has one, and no grid has a cell of size zero.
-        found = [(chunks[i], places[i]) for i in numbers.get(kept, ()) if chunks[i].box.numel]
-        writer.add_tensor(key, containers.get(key, (key,)), specs[kept], found)
+    for key, tensor in tensors.items():
+        writer.add_tensor(key, containers.get(key, (key,)), tensor)
     for key, place in objects.items():
         writer.add_object(key, containers.get(key, (key,)), place)
     return writer.content()
@@ -100,34 +89,27 @@ class _Writer:
         self._numbers = {name: i for i, name in enumerate(files)}
         self._blocks: dict[str, _Block] = {}
         self._of_ranks: dict[str, dict[int, _Block]] = {}
-        self._layouts: dict[tuple[Any, ...], tuple[str, Any]] = {}
+        self._layouts: dict[Cut, tuple[str, Any, Any]] = {}
         self._rows: list[bytes] = []
         self._rows_bytes = 0
 
-    def add_tensor(
-        self, key: str, path: KeyPath, spec: TensorSpec, found: Sequence[tuple[PlannedChunk, Place]]
-    ) -> None:
+    def add_tensor(self, key: str, path: KeyPath, tensor: CutTensor) -> None:
         block = self._block(key, path)
-        boxes = tuple((*chunk.box.offsets, *chunk.box.sizes) for chunk, _ in found)
-        lengths = tuple(place.length for _, place in found)
         # Most tensors of a model are cut up as others are.
-        kind = (spec.dtype, tuple(spec.shape), boxes, lengths)
-        if kind not in self._layouts:
-            self._layouts[kind] = _layout(spec, boxes, lengths)
-        text, order = self._layouts[kind]
+        if tensor.cut not in self._layouts:
+            self._layouts[tensor.cut] = _layout(tensor.cut)
+        text, order, boxes = self._layouts[tensor.cut]
         layout = block.layouts.setdefault(text, len(block.layouts))
-        at_bytes = [(self._numbers[place.file], place.offset) for _, place in found]
-        if order is None:
-            rows = [(*box, *place, length) for box, place, length in zip(boxes, at_bytes, lengths, strict=True)]
-            at = self._add_rows(np.array(rows, dtype="<i8").tobytes())
-            block.add(key, path, layout, at, len(found))
+        files, offsets = tensor.files[order], tensor.offsets[order]
+        if boxes is not None:
+            rows = np.column_stack([boxes, files, offsets, tensor.cut.lengths[order]])
+            block.add(key, path, layout, self._add_rows(rows.astype("<i8").tobytes()), len(order))
             return
-        where = np.array(at_bytes, dtype=np.int64)[order]
-        runs = _runs(where[:, 0], where[:, 1])
+        runs = _runs(files, offsets)
         if runs is None:
             # No lengths: _grid has checked that they follow from shape and dtype.
-            places = np.empty(len(where), dtype=ROW)
-            places["file"], places["offset"] = where[:, 0], where[:, 1]
+            places = np.empty(len(order), dtype=ROW)
+            places["file"], places["offset"] = files, offsets
             block.add(key, path, layout, self._add_rows(places.tobytes()), 0)
             return
         block.add(key, path, layout, len(block.runs), len(runs))
@@ -197,25 +179,25 @@ def _are_of_ranks(files: Sequence[str]) -> bool:
     return all(name == rank_file_name(rank) for rank, name in enumerate(files))
 
 
-def _layout(spec: TensorSpec, boxes: Sequence[Sequence[int]], lengths: Sequence[int]) -> tuple[str, Any]:
-    """Dtype, shape and grid of a tensor as JSON; and the order of its boxes in the grid, None if they are none.
+def _layout(cut: Cut) -> tuple[str, Any, Any]:
+    """Dtype, shape and grid of a cut as JSON; the numbers of its boxes, in the order of the grid; if they are no grid,
+    offsets and sizes of each, else None.
 
-    Args:
-        spec: Of the tensor.
-        boxes: Offsets and sizes of each, in any order.
-        lengths: Bytes of each in its file.
+    Boxes without elements are left out: a rank without rows has one, and no grid has a cell of size zero.
     """
-    ndim = len(spec.shape)
-    numbers = np.array(boxes, dtype=np.int64).reshape(len(boxes), 2 * ndim)
-    grid = _grid(spec, numbers[:, :ndim], numbers[:, ndim:], np.array(lengths, dtype=np.int64)) if boxes else None
-    text = json.dumps([dtype_name(spec.dtype), spec.shape, grid and grid[0]], separators=(",", ":"))
-    return text, np.argsort(grid[1]) if grid else None
+    order = np.array([i for i, box in enumerate(cut.boxes) if box.numel], dtype=np.int64)
+    rows = [(*cut.boxes[i].offsets, *cut.boxes[i].sizes) for i in order.tolist()]
+    ndim = len(cut.shape)
+    boxes = np.array(rows, dtype=np.int64).reshape(len(rows), 2 * ndim)
+    grid = _grid(cut, boxes[:, :ndim], boxes[:, ndim:], cut.lengths[order]) if rows else None
+    text = json.dumps([dtype_name(cut.dtype), cut.shape, grid and grid[0]], separators=(",", ":"))
+    return (text, order, boxes) if grid is None else (text, order[np.argsort(grid[1])], None)
 
 
-def _grid(spec: TensorSpec, offsets: Any, sizes: Any, file_lengths: Any) -> tuple[list[list[list[int]]], Any] | None:
+def _grid(cut: Cut, offsets: Any, sizes: Any, file_lengths: Any) -> tuple[list[list[list[int]]], Any] | None:
     """How often which size follows in each dimension, and the number of each box's cell; None if they are no grid."""
     cuts, cells, counts = [], np.zeros(len(offsets), dtype=np.int64), 1
-    for dim, whole in enumerate(spec.shape):
+    for dim, whole in enumerate(cut.shape):
         starts, first, cell = np.unique(offsets[:, dim], return_index=True, return_inverse=True)
         lengths = sizes[first, dim]
         # The cuts cover the dimension without a gap; every box between two cuts must be as long as the cell.
@@ -230,7 +212,7 @@ def _grid(spec: TensorSpec, offsets: Any, sizes: Any, file_lengths: Any) -> tupl
     # Each cell has exactly one box: as many boxes as cells, and no cell twice.
     if len(cells) != counts or len(np.unique(cells)) != counts:
         return None
-    return (cuts, cells) if _are_archives_of_ours(spec.dtype, sizes, file_lengths) else None
+    return (cuts, cells) if _are_archives_of_ours(cut.dtype, sizes, file_lengths) else None
 
 
 def _are_archives_of_ours(dtype: torch.dtype, sizes: Any, lengths: Any) -> bool:

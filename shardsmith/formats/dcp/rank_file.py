@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,13 +57,10 @@ class RankFile:
 
     def places(self, object_lengths: Sequence[int]) -> Iterator[Place]:
         """Yield where each archive lies, in that order. ``object_lengths``: sizes in bytes of those of ``objects``."""
-        end = 0
-        lengths = (archive_layout(piece.box.sizes, piece.dtype).length for piece in self.pieces)
-        for length in (*lengths, *object_lengths):
-            # Must be what ArchiveFile does: the index is made from these numbers, and not from what was written.
-            start = -(-end // ALIGNMENT) * ALIGNMENT
+        lengths = [archive_layout(piece.box.sizes, piece.dtype).length for piece in self.pieces]
+        lengths += object_lengths
+        for start, length in zip(begins(np.array(lengths, dtype=np.int64)).tolist(), lengths, strict=True):
             yield Place(self.name, start, length)
-            end = start + length
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +71,16 @@ class RankFileWritten:
     digests: list[Digest]
     """By piece."""
     object_lengths: list[int]
+
+
+def begins(lengths: np.ndarray) -> np.ndarray:
+    """Return where archives of these lengths lie one after the other, in bytes.
+
+    Must be what ArchiveFile does: the index is made from these numbers, and not from what was written.
+    """
+    aligned = -(-lengths // ALIGNMENT) * ALIGNMENT
+    found: np.ndarray = np.cumsum(aligned) - aligned
+    return found
 
 
 def split(box: Chunk, dtype: torch.dtype) -> Iterator[Chunk]:
