@@ -18,6 +18,7 @@ import threading
 import types
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.context import ForkServerContext
+from multiprocessing.forkserver import ensure_running
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,12 @@ from tests.ranks import PRELOADED, SMALL_BYTES
 
 
 def server() -> ForkServerContext:
-    """Return what starts processes of ``multiprocessing`` from the server; it imports what it does when it starts."""
+    """Return what starts processes of ``multiprocessing`` from the server, which runs from now on.
+
+    It imports what it is told when it starts, and there is one: who is first decides for all tests of this process.
+    """
     multiprocessing.set_forkserver_preload([*PRELOADED, "tests.frozen"])
+    ensure_running()
     return multiprocessing.get_context("forkserver")
 
 

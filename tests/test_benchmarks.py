@@ -15,7 +15,7 @@ import torch
 from benchmarks import __main__ as benchmark
 from benchmarks import bagel, initial, offline
 from benchmarks.measure import Measurement, measure
-from tests.forked import run_python, run_torchrun
+from tests.forked import run_python, run_torchrun, server
 
 ROOT = Path(__file__).parent.parent
 
@@ -43,6 +43,7 @@ def test_it_starts_as_a_program() -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.filterwarnings("ignore")
 def test_the_benchmark_runs_every_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server()  # before the benchmark starts one of its own, which ranks of later tests would be forked from
     monkeypatch.chdir(ROOT)
     for part in (offline, initial, bagel):
         monkeypatch.setattr(part, "measure", measure_forked)
