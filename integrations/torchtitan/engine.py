@@ -17,7 +17,6 @@ from torch.distributed.checkpoint.stateful import Stateful
 from shardsmith.ground.commit import remove
 from shardsmith.ground.ranks import Ranks
 from shardsmith.ground.sizes import parse_size
-from shardsmith.hf.live_config import recorded_settings
 from shardsmith.hooks import EMA
 from shardsmith.hooks.save_weights import HuggingFaceWeights
 from shardsmith.run_state.contents import Contents
@@ -64,7 +63,6 @@ class Engine:
         """
         self._weights = weights
         self._names = names
-        self._model = model
         self._tied = tied_weights(model)
         self._ema = ema
         self._ranks = Ranks(timeout_secs)
@@ -147,8 +145,9 @@ class Engine:
             tied=self._tied,
             mesh=mesh,
             names=self._names,
-            # Of a model of its transformers backend: its own ones have no config of Hugging Face.
-            settings=recorded_settings(self._model) if self._ranks.is_leader else None,
+            # TorchTitan's models have no config of Hugging Face. That of its backend for transformers has a class of
+            # TorchTitan's own, without a model_type, which must not get into an export.
+            settings=None,
         )
         return contents if self._weights is None else self._weights.added_to(contents, path)
 

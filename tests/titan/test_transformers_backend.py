@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from torch import nn
 
 from shardsmith.cli import main
+from shardsmith.ground.layout import MODEL_CONFIG_FILE
 from tests.titan.backend_models import choice, make
 from tests.titan.cpu import IS_0_3
 from tests.titan.evaluation import FLOAT32, transformers_loss
@@ -51,7 +53,7 @@ def jobs(assets: Assets, hf: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     export = {"ema_decay": 0.5, "export_last": True, "export_dtype": "float32", "export_base_model": str(hf)}
     jobs = {
         "trained": job("trained", dcp, hooks=export),
-        "again": job("again", root / "trained" / "checkpoint" / "step-2"),
+        "again": job("again", root / "trained" / "checkpoint" / "step-2", hooks={"engine": True}),
         "rope zero": job("rope", dcp, hooks={"repair_buffers": False}, within=partial(planted_by, forget_rope)),
     }
     if IS_0_3:
@@ -63,6 +65,19 @@ def jobs(assets: Assets, hf: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def test_a_step_of_its_own_is_a_checkpoint_to_start_from(jobs: dict[str, Job]) -> None:
     assert error_of(jobs["again"]) == ""
     assert PROVED in log_of(jobs["again"])
+
+
+def test_an_export_of_a_step_of_the_engine_has_the_config_of_the_base_model(
+    jobs: dict[str, Job], hf: Path, tmp_path: Path
+) -> None:
+    step = jobs["again"].run / "checkpoint" / "step-2"
+    # TorchTitan's own config of the model, with no model_type, is not recorded.
+    assert not (step / MODEL_CONFIG_FILE).exists()
+    command = ["to-hf", "--checkpoint", str(step), "--base-model", str(hf), "--dtype", "float32"]
+    assert main([*command, "--output-dir", str(tmp_path / "out")]) == 0
+    written, base = (json.loads((path / "config.json").read_text()) for path in (tmp_path / "out", hf))
+    assert written == base
+    assert transformers_loss(tmp_path / "out") > 0
 
 
 def test_rotary_buffers_that_nobody_computed_are_named(jobs: dict[str, Job]) -> None:
