@@ -57,10 +57,14 @@ class PieceNumbers:
     def of(self, held: RankHolds, writes: str) -> np.ndarray:
         """Return the number of the tensor of each piece; ``writes`` as ``pack_flags`` gave it."""
         known, entries, positions, _ = self._chosen(held, writes)
-        kinds, kind = self._kinds(known, held, entries, positions)
+        found: np.ndarray = known.tensors[entries]
+        largest = max((box.numel for boxes in held.lists for box in boxes), default=0)
+        if largest * max((dtype.itemsize for dtype in known.dtypes if dtype), default=0) <= rank_file.MOST_BYTES:
+            return found
         # A large box is several pieces.
+        kinds, kind = self._kinds(known, held, entries, positions)
         counts = np.array([sum(1 for _ in rank_file.split(*one)) for one in kinds], dtype=np.int64)
-        return np.repeat(known.tensors[entries], counts[kind])
+        return np.repeat(found, counts[kind])
 
     def in_file(self, held: RankHolds, writes: str, number_of: Callable[[Chunk], int]) -> FilePieces:
         """Return what of that is in the rank's own file. ``number_of`` numbers boxes."""
@@ -139,10 +143,13 @@ class PieceNumbers:
         counts = np.array([len(boxes) for boxes in held.lists], dtype=np.int64)
         flat = [box for boxes in held.lists for box in boxes]
         number = (np.cumsum(counts) - counts)[held.description.kind.numbers[entries]] + positions
-        different, kind = np.unique(number * len(known.dtypes) + known.kinds[entries], return_inverse=True)
-        rows = [divmod(one, len(known.dtypes)) for one in different.tolist()]
+        codes = number * len(known.dtypes) + known.kinds[entries]
+        # Instead of np.unique, which sorts as many numbers as the rank has boxes.
+        is_met = np.zeros(len(flat) * len(known.dtypes), dtype=bool)
+        is_met[codes] = True
+        rows = [divmod(one, len(known.dtypes)) for one in np.flatnonzero(is_met).tolist()]
         found = [(flat[box], dtype) for box, number in rows if (dtype := known.dtypes[number]) is not None]
-        return found, kind
+        return found, (np.cumsum(is_met) - 1)[codes]
 
 
 def add_digests(sums: np.ndarray, numbers: np.ndarray, digests: np.ndarray) -> None:
