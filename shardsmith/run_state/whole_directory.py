@@ -37,8 +37,8 @@ from shardsmith.tensors.tensors import Chunk, Shape, TensorSpec
 NOWHERE = Placed()
 Content = bytes | Iterable[bytes]
 """Of a file, as a whole or in parts that are made when they are asked for, once."""
-_MOST_KEPT = 1 << 21
-"""Boxes of an index that is kept from save to save: some 130 bytes each."""
+_MOST_KEPT = 1 << 23
+"""Boxes of an index that is kept from save to save: some 130 bytes each, and twice that while it is made."""
 _BOX = np.dtype([("file", np.int32), ("offset", np.int64), ("box", np.int32), ("length", np.uint32)])
 """Where the archive of a box lies, which box it is, and the length of the archive in bytes."""
 
