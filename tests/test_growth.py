@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from shardsmith.cli import main
 from shardsmith.diagnose import structure
@@ -42,12 +43,13 @@ class Calls:
 
 
 def checkpoint_of(place: Path, tensors: int) -> Path:
-    """A model of small tensors, sharded over as many files as it has tens of tensors; and a config beside it."""
+    """A model of small tensors, sharded over as many files as it has tens of tensors; and its base model beside it."""
     torch.manual_seed(0)
     state = {f"model.layers.{i // 8}.experts.{i % 8}.weight": torch.randn(10, 2).bfloat16() for i in range(tensors)}
     checkpoint = dcp_directories.save_sharded(state, place / "step-5", tensors // 10)
     (place / "base").mkdir()
     (place / "base" / "config.json").write_text(json.dumps({"model_type": "made-up", "hidden_size": 2}))
+    save_file({name: torch.zeros_like(values) for name, values in state.items()}, place / "base" / "model.safetensors")
     return checkpoint
 
 
@@ -92,7 +94,8 @@ def counts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[int]]:
 @pytest.mark.parametrize("command", [command.__name__ for command in COMMANDS])
 def test_calls_grow_with_the_number_of_tensors_and_not_faster(counts: dict[str, list[int]], command: str) -> None:
     small, middle, large = counts[command]
-    assert large - middle <= 2.1 * (middle - small), counts[command]
+    # Of what grows with the square, a call for each pair of tensors: 2.07 for one of them.
+    assert large - middle <= 2.04 * (middle - small), counts[command]
 
 
 class Counted(dict[str, TensorSpec]):

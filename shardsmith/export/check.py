@@ -149,7 +149,7 @@ def _check_model(
     template = plan.modules.get(model.model, plan.template.specs)
     # What the base lacks, or has in another shape, cannot have its dtype.
     alike = [s for s in model.specs if (t := template.get(s.name)) is not None and t.shape == s.shape]
-    shapes = {s.name for s in model.specs if s.name in template and s not in alike}
+    shapes = (names & template.keys()) - {spec.name for spec in alike}
     # Without a template nothing differs: ``^`` would give all names.
     differing = sorted(name for name in (names ^ template.keys()) | shapes if template)
     return ModelCheck(
