@@ -17,17 +17,16 @@ print(store.port, flush=True)
 time.sleep(1000)
 """
 _RANK = """
-import os, signal, sys, time
+import os, sys, time
 import torch.distributed as dist
 import torch.testing._internal.distributed.fake_pg  # ranks without connections among each other
+from tests.ground.stopped_process import stop_process
 port, server = map(int, sys.argv[1:])
 store = dist.TCPStore("127.0.0.1", port, is_master=False)
 dist.init_process_group("fake", store=store, rank=0, world_size=2)
 
 def stop_store():
-    os.kill(server, signal.SIGSTOP)
-    while open(f"/proc/{server}/stat").read().rpartition(")")[2].split()[0] != "T":
-        time.sleep(0.01)
+    stop_process(server)
 
 """
 

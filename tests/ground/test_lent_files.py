@@ -16,6 +16,7 @@ import pytest
 
 from shardsmith.ground import lent_files
 from shardsmith.ground.lent_files import Lender, borrow
+from tests.ground.stopped_process import stop_process
 
 _PROCESSES = multiprocessing.get_context("forkserver")
 
@@ -65,7 +66,7 @@ def test_a_lender_that_does_not_answer_is_given_up(
 ) -> None:
     process, address = other
     assert process.pid is not None
-    os.kill(process.pid, signal.SIGSTOP)
+    stop_process(process.pid)
     monkeypatch.setattr(lent_files, "_MOST_SECS", 0.05)
     assert borrow(address, 3) is None
 
