@@ -15,7 +15,7 @@ from torch._dynamo.eval_frame import OptimizedModule
 from torch.distributed.tensor import DTensor
 
 from shardsmith.errors import UsageError
-from shardsmith.export.live import Check
+from shardsmith.export.joint_export import Check
 from shardsmith.export.load_check import compare_answers, first_tensor
 from shardsmith.export.probe_images import takes_images
 from shardsmith.export.probe_inputs import made_up_inputs

@@ -11,7 +11,7 @@ from typing import Protocol
 from shardsmith.errors import CheckpointNotFoundError, MismatchError, UsageError
 from shardsmith.export.base_comparison import advice_of_hooks
 from shardsmith.export.checkpoint_writer import CheckpointWriter
-from shardsmith.export.live import JointExport
+from shardsmith.export.joint_export import JointExport
 from shardsmith.ground.layout import step_name
 from shardsmith.ground.leases import hold
 from shardsmith.ground.ranks import Ranks

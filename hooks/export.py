@@ -17,7 +17,7 @@ from shardsmith.conversion.model_directory import find_model
 from shardsmith.errors import UsageError
 from shardsmith.export.adapters import ADAPTER_WEIGHTS
 from shardsmith.export.file_writer import choose_writer
-from shardsmith.export.live import Check, JointExport
+from shardsmith.export.joint_export import Check, JointExport
 from shardsmith.ground.layout import step_name
 from shardsmith.ground.logs import Stopwatch
 from shardsmith.ground.meeting import made_together, meet

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Literal
 
 from shardsmith.errors import RankTimeoutError
-from shardsmith.export.live import JointExport, LiveExporter, LiveModel
+from shardsmith.export.joint_export import JointExport
+from shardsmith.export.live import LiveExporter, LiveModel
 from shardsmith.export.live_writers import WeightsWriter
 from shardsmith.ground.ranks import Ranks
 from shardsmith.run_state.alike import ReplicaCheck, compare_replicas

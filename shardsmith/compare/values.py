@@ -18,6 +18,7 @@ from torch import Tensor
 from shardsmith.ground.memory import same_bits
 from shardsmith.ground.progress import advance
 from shardsmith.ground.threads import one_thread_per_operator
+from shardsmith.tensors.narrowing import is_narrower, largest_lost
 from shardsmith.tensors.tensors import Chunk, TensorSource, TensorSpec, read_into, row_major_blocks
 
 _BLOCK_ELEMENTS = 1 << 17
@@ -248,7 +249,13 @@ def _possible_roundings(left: torch.dtype, right: torch.dtype) -> tuple[torch.dt
 
 
 def _equal_rounded(left: Tensor, right: Tensor, dtype: torch.dtype) -> bool:
-    return same_bits(left.to(dtype), right.to(dtype))
+    casts = left.to(dtype), right.to(dtype)
+    # An infinity in the place of a number is not that number, rounded.
+    return same_bits(*casts) and not (_loses(casts[0], left) or _loses(casts[1], right))
+
+
+def _loses(cast: Tensor, held: Tensor) -> bool:
+    return is_narrower(cast.dtype, held.dtype) and largest_lost(cast, lambda: held) > 0
 
 
 def _needs_double(values: Tensor) -> bool:

@@ -9,11 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from shardsmith.errors import MismatchError
 from shardsmith.formats.safetensors_files.upload import SafetensorsUpload
 from shardsmith.formats.safetensors_files.writer import SafetensorsFileWriter
 from shardsmith.ground.threads import one_thread_per_operator, useful_threads
 from shardsmith.tensors.digest import Digest, digest_run
+from shardsmith.tensors.narrowing import LostValues, is_narrower
 from shardsmith.tensors.tensors import Chunk, TensorSource, TensorSpec, read_into, row_major_blocks
 
 _BLOCK_BYTES = 2 << 20
@@ -88,7 +88,7 @@ class _Copier:
         self.count = len(blocks)
         self.nbytes = sum(box.numel * spec.dtype.itemsize for _, spec, _, box in blocks)
         self._blocks = iter(blocks)
-        self._overflown: dict[str, float] = {}
+        self._lost = LostValues()
         self._progress = progress
         self._lock = threading.Lock()
         self._stopped = False
@@ -109,12 +109,7 @@ class _Copier:
 
     def result(self) -> dict[str, Digest]:
         """Return the digests, when all is copied. Raises MismatchError if a planned dtype has no room for a value."""
-        if self._overflown:
-            # In a thread each, blocks come in no order.
-            lines = [f"{name}: up to {most:.6g}" for name, most in sorted(self._overflown.items())]
-            summary = f"{len(lines)} tensors have finite values that would be infinite in the dtype that was asked for"
-            cure = 'bfloat16, float32 and "original" have room for what such a model has'
-            raise MismatchError(self._source.path, summary, lines, f"Nothing was written. Of dtypes, {cure}.")
+        self._lost.refuse(self._source.path, "Nothing was written.")
         return self._digests
 
     def _next(self) -> Block | None:
@@ -124,8 +119,8 @@ class _Copier:
 
     def _copy(self, writer: BlockWriter, spec: TensorSpec, first: int, box: Chunk, scratch: Tensor) -> None:
         values = _read(self._source, spec, box, scratch)
-        if _is_narrower(spec.dtype, self._source.specs[spec.name].dtype):
-            self._look_for_overflow(spec, box, values)
+        if is_narrower(spec.dtype, self._source.specs[spec.name].dtype):
+            self._lost.add(spec.name, values, lambda: self._uncast(spec.name, box))
         share = digest_run(values, first)
         writer.write_run(spec.name, first, values)
         with self._lock:
@@ -134,28 +129,9 @@ class _Copier:
         if self._progress:
             self._progress(values.nbytes)
 
-    def _look_for_overflow(self, spec: TensorSpec, box: Chunk, values: Tensor) -> None:
-        if not (lost := ~_wide(values).isfinite()).any():
-            return
-        memory = torch.empty(box.sizes, dtype=self._source.specs[spec.name].dtype, device="cpu")
-        held = _wide(read_into(self._source, spec.name, box, memory))
-        finite = held[lost & held.isfinite()]  # what is infinite in the source, too, is meant
-        if finite.numel():
-            with self._lock:
-                most = float(finite.abs().max())
-                self._overflown[spec.name] = max(most, self._overflown.get(spec.name, 0.0))
-
-
-def _is_narrower(dtype: torch.dtype, stored: torch.dtype) -> bool:
-    """Whether numbers of one are far beyond the range of the other; bfloat16's is that of float32."""
-    if not (dtype.is_floating_point and stored.is_floating_point) or dtype == stored:
-        return False
-    return torch.finfo(dtype).max < torch.finfo(stored).max / 2
-
-
-def _wide(values: Tensor) -> Tensor:
-    """The same where torch has operators for it, which it lacks for a byte."""
-    return values.float() if values.element_size() == 1 else values
+    def _uncast(self, name: str, box: Chunk) -> Tensor:
+        memory = torch.empty(box.sizes, dtype=self._source.specs[name].dtype, device="cpu")
+        return read_into(self._source, name, box, memory)
 
 
 def _blocks(writers: Sequence[BlockWriter]) -> Iterator[Block]:

@@ -101,6 +101,19 @@ def test_a_tolerance_and_rounding_are_asked_for_by_name(olmo: Specimen, sharded:
     assert not verify(sharded, moved, VerifyOptions(rounding=True)).same
 
 
+def test_an_infinity_in_the_place_of_a_number_is_no_rounding(olmo: Specimen, tmp_path: Path) -> None:
+    state = {name: tensor.clone() for name, tensor in olmo.state.items()}
+    state["lm_head.weight"][5, 7], state["model.norm.weight"][0] = 1e6, torch.inf
+    wide = save_sharded(state, tmp_path / "wide", 2)
+    half = save_sharded({name: tensor.half() for name, tensor in state.items()}, tmp_path / "half", 2)
+    found = verify(wide, half, VerifyOptions(rounding=True))
+    assert named(found) == {"lm_head.weight": "values"}
+    state["lm_head.weight"][5, 7] = 6e4
+    wide = save_sharded(state, tmp_path / "fits", 2)
+    half = save_sharded({name: tensor.half() for name, tensor in state.items()}, tmp_path / "fits-half", 2)
+    assert verify(wide, half, VerifyOptions(rounding=True)).same
+
+
 def test_a_wider_dtype_with_the_same_values_is_the_same(olmo: Specimen, sharded: Path, tmp_path: Path) -> None:
     wide = save_sharded({name: tensor.double() for name, tensor in olmo.state.items()}, tmp_path / "wide", 2)
     (model,) = verify(sharded, wide).models

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from shardsmith.errors import CorruptCheckpointError, RankFailedError
-from shardsmith.export.live import JointExport
+from shardsmith.export.joint_export import JointExport
 from shardsmith.export.live_writers import SliceWriter
 from shardsmith.ground.layout import METADATA_FILE, PROVENANCE_FILE
 from shardsmith.hooks import EMA, HFExport, Hook, Hooks, ShardedSave, at, every
