@@ -266,10 +266,10 @@ def test_parts_shared_over_and_over_cost_no_time() -> None:
     chunks = chunk + b"r\x01\0\0\0" + pickle.EMPTY_LIST + pickle.MARK + b"h\x01" * 30_000 + pickle.APPENDS
     shared = tensor({"chunks": chunks}) + b"r\x02\0\0\0"
     tensors = mapping({text("w"): shared} | {text(f"w{i}"): b"h\x02" for i in range(3_000)})
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(CorruptCheckpointError):
         load_dcp_index(whole(index({"state_dict_metadata": tensors})), PATH)
-    assert time.perf_counter() - began < 5
+    assert time.process_time() - began < 15  # it takes less than one; chunk by chunk, minutes
 
 
 @pytest.mark.parametrize(

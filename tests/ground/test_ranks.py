@@ -26,7 +26,8 @@ from tests.forked import run_forked
 from tests.ground.counted_stores import Counted
 from tests.ranks import run_on_ranks
 
-PROMPT_SECS = 5.0
+PROMPT_SECS = 30.0
+"""Below any limit of time that is waited for here, and long enough for a busy machine."""
 
 
 def fail(error: BaseException) -> None:
@@ -273,7 +274,7 @@ def run_without_rank(dead: int) -> None:
     with pytest.raises(RankTimeoutError, match="writing step-3: rank ") as error:
         ranks.gather("writing step-3", lambda: 1)
     assert (error.value.phase, error.value.missing) == ("writing step-3", [dead])
-    assert time.monotonic() - started < 2.0 * 1.1 + 5 + 2
+    assert time.monotonic() - started < PROMPT_SECS
 
 
 def test_a_rank_that_dies_with_the_store_it_holds_is_named_too(tmp_path: Path) -> None:

@@ -486,7 +486,7 @@ RANKS: list[tuple[Callable[[Path], None], str, str]] = [
 ABSENT: dict[Callable[[Path], None], str] = {
     first_rank_only: "making ShardedSave: still waiting for rank 1 (no hook that saves or exports was made on rank 1",
     last_rank_only: "making HFExport: still waiting for rank 0 (no hook that saves or exports was made on rank 0",
-    first_rank_steps: "reporting the first step: still waiting for rank 1, for up to 1 s",
+    first_rank_steps: "reporting the first step: still waiting for rank 1, for up to 3 s",
 }
 """The mistakes that only time can tell, since the other rank might be slow, and the warning that comes first."""
 
@@ -503,7 +503,7 @@ class Said(logging.Handler):
 
 
 def run_mistake(body: Callable[[Path], None], messages: tuple[str, ...], directory: Path) -> None:
-    os.environ[START_SECS] = "1"
+    os.environ[START_SECS] = "3"
     said = Said()
     logging.getLogger("shardsmith").addHandler(said)
     with pytest.raises((RankError, UsageError)) as caught:

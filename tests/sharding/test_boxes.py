@@ -55,11 +55,11 @@ def grid(rows: int, columns: int) -> list[Chunk]:
 
 def test_thousands_of_boxes_are_checked_and_found_in_no_time() -> None:
     some = grid(200, 100)
-    began = time.perf_counter()
+    began = time.process_time()
     assert find_overlap(some) is None
     finder = BoxFinder(some)
     assert all(len(list(finder.meeting(box))) == 1 for box in some[::50])
-    assert time.perf_counter() - began < 5
+    assert time.process_time() - began < 15  # it takes less than one; each with each, minutes
 
 
 def test_one_overlap_among_thousands_is_found() -> None:
