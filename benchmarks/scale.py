@@ -34,15 +34,15 @@ from benchmarks.scale_models import (
     separate_experts,
     stacked_experts,
 )
-from shardsmith.export import host_files
 from shardsmith.export.live_share import deal_boxes
-from shardsmith.export.syncs import deal_addresses, deal_syncs, lender_of
 from shardsmith.formats.dcp.rank_file import MOST_BYTES, RankFileWritten
+from shardsmith.formats.safetensors_files import host_files
 from shardsmith.formats.safetensors_files.plan import plan_files
 from shardsmith.ground import ranks as ground_ranks
 from shardsmith.ground.garbage import without_collection
 from shardsmith.ground.layout import BOX_INDEX_FILE, DCP_INDEX_FILE
 from shardsmith.ground.sizes import parse_size
+from shardsmith.ground.syncs import deal_addresses, deal_syncs, lender_of
 from shardsmith.manifest.metadata import FileRecord
 from shardsmith.run_state import whole_directory
 from shardsmith.run_state.held import Entry
@@ -73,7 +73,13 @@ INDEXES = (DCP_INDEX_FILE, BOX_INDEX_FILE)
 _RANKS_OF_A_HOST = 8
 # Of the power of the number of ranks: linear, and a little for text that grows with the numbers.
 _MAX_EXPONENT = 1.1
-_GATES = {"first": "before the first save", "later": "in each later save", "opens": "files opened by an export"}
+_GATES = {
+    "first": "before the first save",
+    "later": "in each later save",
+    "opens": "files opened by an export",
+    "save_opens": "files opened by a save",
+    "save_fsyncs": "fsyncs by a save",
+}
 
 
 def measure(name: str, layout: str, ranks: int) -> dict[str, float]:
@@ -83,8 +89,14 @@ def measure(name: str, layout: str, ranks: int) -> dict[str, float]:
     numbers, lists, lengths = _held(model, layout, ranks)
     before = _memory()
     entries = entries_at(model, LAYOUTS[layout](0, ranks))
-    found = _save(entries, lists, [int(own.sum()) * len(COPIES) for own in lengths])
+    found, answers = _save(entries, lists, [int(own.sum()) * len(COPIES) for own in lengths])
     found["memory"] = _memory() - before
+    # Of all that a rank holds the weights come first.
+    chosen = [
+        unpack_flags(answer, int(own.sum()) * len(COPIES))[: int(own.sum())]
+        for answer, own in zip(answers, lengths, strict=True)
+    ]
+    found |= {f"save_{name}": number for name, number in _in_files(model, lengths, chosen).items()}
     return {**found, **_export(model, numbers, lists, lengths)}
 
 
@@ -100,8 +112,10 @@ def _held(model: Model, layout: str, ranks: int) -> tuple[np.ndarray, list[list[
     return numbers, lists, [np.array([len(boxes) for boxes in own])[numbers] for own in lists]
 
 
-def _save(entries: list[Entry], lists: Sequence[list[Boxes]], counts: Sequence[int]) -> dict[str, float]:
-    """``counts``: how many boxes each rank holds."""
+def _save(
+    entries: list[Entry], lists: Sequence[list[Boxes]], counts: Sequence[int]
+) -> tuple[dict[str, float], Sequence[str]]:
+    """Figures, and what each rank is answered. ``counts``: how many boxes each rank holds."""
     first = Share(0)
     first.vote(entries)
     description, text, _ = first.report(entries, [0])
@@ -122,7 +136,7 @@ def _save(entries: list[Entry], lists: Sequence[list[Boxes]], counts: Sequence[i
     summing = time.process_time() - began
     sizes = {count: _nbytes(receipt) for count, receipt in known.items()}
     said = [*map(_nbytes, reports)]
-    return {
+    found = {
         "boxes": sum(counts),
         "written": sum(pieces),
         "first": sum(said) + sum(map(_nbytes, answers)),
@@ -131,6 +145,7 @@ def _save(entries: list[Entry], lists: Sequence[list[Boxes]], counts: Sequence[i
         "deal": dealing,
         "sums": summing,
     }
+    return found, answers
 
 
 def _export(
@@ -144,21 +159,37 @@ def _export(
     with without_collection():
         answers = deal_boxes(shapes, dict.fromkeys(shapes, 2), reports)
     dealing = time.process_time() - began
+    chosen = [unpack_flags(answer, int(own.sum())) for answer, own in zip(answers, lengths, strict=True)]
+    return {
+        "export_first": sum(map(_nbytes, reports)) + sum(map(_nbytes, answers)),
+        "export_deal": dealing,
+        **_in_files(model, lengths, chosen),
+    }
+
+
+def _in_files(model: Model, lengths: Sequence[np.ndarray], chosen: Sequence[np.ndarray]) -> dict[str, float]:
+    """How often files of the weights in bfloat16 are opened and made durable.
+
+    Args:
+        model: What is written.
+        lengths: Of each rank, how many boxes of each tensor it holds.
+        chosen: Of each rank, for each of these boxes whether it writes it.
+    """
+    shapes = {name: shape for name, (shape, _) in model.items()}
     specs = [TensorSpec(name, shape, torch.bfloat16) for name, shape in shapes.items()]
     files = plan_files(specs, max_shard_bytes=parse_size("5GB")).files
     place = {name: i for i, file in enumerate(files) for name in file.tensors}
     where = np.array([place[name] for name in shapes])
     said = []
-    for rank, (answer, counts) in enumerate(zip(answers, lengths, strict=True)):
-        mine = np.unique(np.repeat(where, counts)[unpack_flags(answer, int(counts.sum()))]).tolist()
+    for rank, (flags, counts) in enumerate(zip(chosen, lengths, strict=True)):
+        mine = np.unique(np.repeat(where, counts)[flags]).tolist()
         # Rank 0 has made all files, and has them open. Each host has a cache of its own.
         said.append((str(rank // _RANKS_OF_A_HOST), mine if rank else [*range(len(files))]))
     return {
-        "export_first": sum(map(_nbytes, reports)) + sum(map(_nbytes, answers)),
-        "export_deal": dealing,
         "files": len(files),
         "opens": _opens(said, len(files)),
         "fsyncs": sum(map(len, deal_syncs(said))),
+        "pairs": sum(len(mine) for _, mine in said),
     }
 
 
@@ -242,7 +273,10 @@ def _started(
 def _table(name: str, found: dict[str, list[tuple[int, dict[str, float]]]]) -> Table:
     heads = ("sharding", "ranks", "boxes", "before the first save", "in each later save", "longest message")
     rank_0 = ("rank 0: who writes what", "memory", "sums", "the same of an export")
-    table = Table(*heads, *rank_0, "files", "opens", "fsyncs", title=name)
+    # A save whose weights are in these files, by rank and file as well, and an export of them.
+    counts = ("files", "save_pairs", "save_opens", "save_fsyncs", "opens", "fsyncs")
+    titles = ("files", "save: ranks x files", "opens", "fsyncs", "export: opens", "fsyncs")
+    table = Table(*heads, *rank_0, *titles, title=name)
     for layout, rows in found.items():
         for ranks, row in rows:
             table.add_row(
@@ -253,7 +287,7 @@ def _table(name: str, found: dict[str, list[tuple[int, dict[str, float]]]]) -> T
                 f"{row['deal']:.2f} s",
                 f"{row['memory'] / 1e6:.0f} MB",
                 *(f"{row[key]:.2f} s" for key in ("sums", "export_deal")),
-                *(f"{row[key]:,}" for key in ("files", "opens", "fsyncs")),
+                *(f"{row[key]:,}" for key in counts),
             )
     return table
 
@@ -272,7 +306,7 @@ def main(
         ranks: How many ranks.
         json_file: Also write the figures there.
     """
-    console, failed = Console(soft_wrap=True, width=190), []
+    console, failed = Console(soft_wrap=True, width=230), []
     everything: dict[str, Any] = {}
     multiprocessing.set_forkserver_preload(["benchmarks.scale"])
     # Two at a time: what is measured are bytes, and seconds of the processor that a row has for itself.

@@ -23,10 +23,10 @@ from torch import Tensor
 
 from shardsmith.export.live_writers import WeightsWriter
 from shardsmith.export.place import begin_export, fetch_weights, place_of_files
-from shardsmith.export.syncs import cache_of, deal_syncs
 from shardsmith.ground.commit import Attempt, sweep
 from shardsmith.ground.ranks import Ranks
 from shardsmith.ground.remote_export import RemoteDirectory
+from shardsmith.ground.syncs import cache_of, deal_syncs
 from shardsmith.hf.completion import complete_directory
 from shardsmith.hf.directory import DirectoryPlan, Measure
 from shardsmith.hf.directory_check import check_directory

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from shardsmith.errors import CorruptCheckpointError
 from shardsmith.export.digest_shares import add_up, encode
-from shardsmith.export.host_files import HostFiles
+from shardsmith.formats.safetensors_files.host_files import HostFiles
 from shardsmith.formats.safetensors_files.plan import FilePlan
 from shardsmith.formats.safetensors_files.writer import SafetensorsFileWriter
 from shardsmith.ground.memory import same_bits
@@ -99,14 +99,13 @@ class SliceWriter(WeightsWriter):
 
     def __init__(self) -> None:
         self._files: HostFiles | None = None
-        self._unsynced: set[int] = set()
         self._written: list[tuple[str, int, list[LiveBox]]] = []
         self._models: Sequence[ModelPlan] = ()
 
     def make_files(self, plan: DirectoryPlan, directory: Path) -> None:
         """Make every file, at its full size; it is durable when all that is written to it is."""
         # Rank 0 keeps them open; it writes to them as well.
-        self._unsynced.update(self._in(plan, directory).create())
+        self._in(plan, directory).create()
 
     def meet(self, plan: DirectoryPlan, directory: Path, ranks: Ranks) -> None:
         """Share open files within each host, if there are many in all."""
@@ -119,33 +118,27 @@ class SliceWriter(WeightsWriter):
         for number, (model, file) in enumerate(_files(plan)):
             if mine := [box for box in staged[model] if box.name in file.tensors]:
                 self._written.append((model, number, mine))
-                with files.opened(number) as (writer, stays_open):
-                    for box in mine:
-                        writer.write_box(box.name, box.box, box.written(), box.shape)
-                    if stays_open:
-                        self._unsynced.add(number)
-                    else:
-                        writer.sync()
+                writer = files.to_write(number)
+                for box in mine:
+                    writer.write_box(box.name, box.box, box.written(), box.shape)
 
     def unsynced(self) -> list[int]:
         """Return the numbers of the files that are open, and were changed since they were last made durable."""
-        return sorted(self._unsynced)
+        return [] if self._files is None else self._files.unsynced()
 
     def sync(self, files: Sequence[int]) -> None:
         """Make these files durable."""
         # Of those that it has written to: ``deal_syncs`` gives each file to one of the ranks of a host.
         if self._files is not None:
-            for number in files:
-                self._files.sync(number)
-        self._unsynced.clear()  # the others are for other ranks
+            self._files.sync(files)
 
     def read_back(self) -> Any:
         """Compare this rank's boxes with what the files hold."""
         found: Digests = {model.model: {} for model in self._models}
         if self._files is not None:
             for model, number, mine in self._written:
-                with self._files.opened(number) as (writer, _):
-                    _add_shares(found[model], ((box.name, _compare_and_digest(writer, box)) for box in mine))
+                writer = self._files.to_read(number)
+                _add_shares(found[model], ((box.name, _compare_and_digest(writer, box)) for box in mine))
         self._written = []
         return encode(self._models, found)
 
@@ -156,7 +149,6 @@ class SliceWriter(WeightsWriter):
 
     def close(self) -> None:
         """Close all files."""
-        self._unsynced.clear()
         self._written = []
         files, self._files = self._files, None
         if files is not None:

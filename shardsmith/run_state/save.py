@@ -13,7 +13,6 @@ import contextlib
 import logging
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from shardsmith.run_state.alike import OPTIONS, are_equal, refuse_different_valu
 from shardsmith.run_state.contents import Contents, different_facts, facts_of
 from shardsmith.run_state.held import Held
 from shardsmith.run_state.share import Share, speakers_of
+from shardsmith.run_state.weights_write import HostPart, WeightsWrite
 from shardsmith.run_state.whole_directory import as_bytes, to_receipt, write_content
 from shardsmith.sharding.live_boxes import StagingBuffer
 from shardsmith.sharding.staged_copy import StagedCopy
@@ -73,8 +73,9 @@ class SaveInProgress:
         self._ranks = ranks
         self._share = share or Share(ranks.rank)
         self._attempt: AnyAttempt | None = None
+        self._host: HostPart | None = None
         self._receipts: list[dict[str, Any]] = []
-        self._weight_records: dict[str, Any] = {}
+        self._weight_records: dict[str, FileRecord] = {}
         self._problems: list[str] = []
         self._buffer: StagingBuffer | None = None
         self._later: IsLater | None = None
@@ -111,7 +112,7 @@ class SaveInProgress:
         if answer is None:  # not the same on all ranks; or not all of them have all
             refuse_different_values(self._ranks, phase, self._shared)
             answer = self._ranks.agree(phase, lambda: ["", *self._says[1:]], self._decide)
-        is_staged = answer["is_staged"]
+        is_staged, knows_hosts = answer["is_staged"], answer["knows_hosts"]
         is_dealt_anew = answer["attempt"] is None
         if is_dealt_anew:
             entries, speakers = self._held.entries, answer["speakers"]
@@ -120,6 +121,7 @@ class SaveInProgress:
                 self._share.accept(entries, answer["share"])
         self._attempt_id = answer["attempt"]
         self._own = self._share.own
+        self._host = self._share.host if knows_hosts else None
         with self._abandoned_on_error():
             if self._folder is not None:
                 self._ranks.gather(phase, self._make_on_this_host)
@@ -144,16 +146,13 @@ class SaveInProgress:
         Raises:
             RankFailedError: on all ranks, if writing failed on any. The attempt is gone.
         """
-        with self._abandoned_on_error():
-            phase = f"writing {self.target.name}"
-            if self.contents.weights.directories:
-                # At their full size, so that each rank can write at its own places.
-                self._ranks.lead(phase, self._make_weight_files)
-            self._receipts = self._ranks.gather(phase, self._write, large=True)
-            if self.contents.weights.directories:
-                # Only now, when all ranks have written into these files.
-                records = self._ranks.gather(phase, self._hash_weights, large=True)
-                self._weight_records = dict(chain(*(of_rank.items() for of_rank in records)))
+        phase, directory = f"writing {self.target.name}", attempt_directory(self.target, self._attempt_id)
+        writes = WeightsWrite(self.contents.weights, self._ranks, directory, phase, self._host)
+        with self._abandoned_on_error(), writes:
+            writes.make(self._own.weights)
+            self._share.host = writes.part
+            self._receipts = self._ranks.gather(phase, lambda: self._write(writes), large=True)
+            self._weight_records = writes.finish()
 
     def commit(self, extra: Mapping[str, bytes] | None = None) -> Path:
         """Make the checkpoint visible and return its path. Any thread; communicates through the store.
@@ -189,7 +188,9 @@ class SaveInProgress:
         with without_collection():
             is_known, description = self._collect(collect, shared_keys)
             is_staged = is_known and self._buffer is not None and self._has_staged(self._buffer)
-        self._says = [signature(self._shared), facts_of(self.contents), [is_known, description], is_staged]
+        host = self._share.host
+        knows_host = is_known and host is not None and host.is_of(self.contents.weights)
+        self._says = [signature(self._shared), facts_of(self.contents), [is_known, description], is_staged, knows_host]
         return self._says
 
     def _collect(self, collect: Callable[[], Contents], shared_keys: Collection[str]) -> tuple[bool, str]:
@@ -204,14 +205,14 @@ class SaveInProgress:
 
         None if shared values are to be compared one by one before that.
         """
-        signatures, facts, votes, staged = zip(*said, strict=True)
+        signatures, facts, votes, staged, know_hosts = zip(*said, strict=True)
         if not are_equal(signatures):
             return None
         # Kept for ``_settle``, which reports them together with tensors that differ.
         self._problems = different_facts(facts)
         if not self._problems and all(is_known for is_known, _ in votes):
-            return {"attempt": self._make_directory(), "is_staged": all(staged)}
-        return {"attempt": None, "is_staged": False, "speakers": speakers_of(votes)}
+            return {"attempt": self._make_directory(), "is_staged": all(staged), "knows_hosts": all(know_hosts)}
+        return {"attempt": None, "is_staged": False, "knows_hosts": False, "speakers": speakers_of(votes)}
 
     def _settle(self, reports: Sequence[Any]) -> list[dict[str, Any]]:
         """Rank 0: what each rank is to know."""
@@ -268,23 +269,14 @@ class SaveInProgress:
         encoded = {key: encode(value) for key, value in dict(zip(map(id, values), values, strict=True)).items()}
         return [encoded[id(value)] for value in values]  # of an optimizer's groups most are the same objects
 
-    def _write(self) -> dict[str, Any]:
+    def _write(self, writes: WeightsWrite) -> dict[str, Any]:
         directory = attempt_directory(self.target, self._attempt_id)
         copy, objects = self._staged or (None, self._objects())
         with contextlib.nullcontext(iter([self._tensors()])) if copy is None else copy.taken() as lists:
             values = chain.from_iterable(lists)
-            weights = self.contents.weights.write(self._own.weights, values, directory, self._ranks.rank)
+            weights = writes.write(self._own.weights, values)
             receipt = to_receipt(write_rank_file(self._own.file, values, objects, directory), weights.pieces)
         return {**receipt, "stored": self.contents.weights.pack(weights.stored), "tied": self.contents.tied}
-
-    def _make_weight_files(self) -> None:
-        assert self._attempt is not None
-        self.contents.weights.make_files(self._attempt.directory)
-
-    def _hash_weights(self) -> dict[str, Any]:
-        directory = attempt_directory(self.target, self._attempt_id)
-        records = self.contents.weights.hash_files(directory, self._ranks.rank, self._ranks.size)
-        return {name: asdict(record) for name, record in records.items()}
 
     def _complete_weights(self, measured: Measured) -> dict[str, WeightsRecord] | None:
         """Rank 0: make the directories of the weights complete; what metadata.json says of them."""
@@ -294,9 +286,8 @@ class SaveInProgress:
             return None
         # A tied tensor has the digest of the one that was written.
         measured.digests.update({alias: measured.digests[kept] for alias, kept in weights.tied.items()})
-        records = {name: FileRecord(**record) for name, record in self._weight_records.items()}
         stored = weights.add_up([receipt["stored"] for receipt in self._receipts])
-        measured.files.update(weights.complete(self._attempt.directory, stored, records))
+        measured.files.update(weights.complete(self._attempt.directory, stored, self._weight_records))
         return weights.records(self._share.whole.specs)
 
     def _make_on_this_host(self) -> None:

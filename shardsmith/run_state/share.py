@@ -16,6 +16,7 @@ from shardsmith.errors import RanksDisagreeError
 from shardsmith.run_state.described import Description, RankHolds, describe, entries_in_all
 from shardsmith.run_state.held import Entry, KnownEntries, items
 from shardsmith.run_state.weight_files import Placed
+from shardsmith.run_state.weights_write import HostPart
 from shardsmith.run_state.whole_directory import NOWHERE, OwnFile, WholeDirectory
 from shardsmith.sharding.assignment import deal
 from shardsmith.sharding.holding import Boxes, pack, pack_flags, pack_lists, unpack, unpack_flags, unpack_lists
@@ -28,15 +29,18 @@ class Share:
     Attributes:
         known: What this rank holds of a state, which it finds faster from the second save on.
         own: What this rank writes.
+        host: What it does for its host in that; None until all ranks know.
         whole: Rank 0 only: what all ranks write together.
     """
 
     own: OwnFile
+    host: HostPart | None
     whole: WholeDirectory
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
         self.known = KnownEntries()
+        self.host = None
         self._entries: list[Entry] | None = None
         self._placed = NOWHERE
         self._description = ""
@@ -89,7 +93,7 @@ class Share:
         """Take this rank's part of what ``settle`` gave."""
         found = [*items(entries)]
         chosen = [*itertools.compress(found, unpack_flags(answer, len(found)))]
-        self.own = OwnFile.of(self._rank, entries, chosen, self._placed)
+        self.own, self.host = OwnFile.of(self._rank, entries, chosen, self._placed), None
         # From now on `vote` says that this rank knows its share.
         self._entries = entries
 

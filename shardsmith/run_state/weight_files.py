@@ -6,9 +6,8 @@ and layout are those of the model's library; the bytes are those that training h
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from shardsmith.formats.dcp.rank_file import Piece, moved
 from shardsmith.formats.rounded_files import Exceptions, exceptions_file
+from shardsmith.formats.safetensors_files.host_files import HostFiles
 from shardsmith.formats.safetensors_files.plan import FilePlan, plan_files
 from shardsmith.formats.safetensors_files.writer import SafetensorsFileWriter
 from shardsmith.ground import layout
@@ -143,41 +143,51 @@ class WeightFiles:
         written = frozenset(key for directory in directories for key in directory.names)
         self.tied = {alias: kept for alias, kept in tied.items() if kept in written and alias not in written}
         self.placed = Placed(written, frozenset(self.tied))
+        placed = [item for directory in self.directories for item in directory.files()]
+        self.files = tuple(replace(file, name=str(folder / file.name)) for folder, file in placed)
+        self._numbers = {(folder, name): i for i, (folder, file) in enumerate(placed) for name in file.tensors}
 
-    def make_files(self, checkpoint: Path) -> None:
-        """Make folders and files, each at its full size with its header. Rank 0. Raises WriteError."""
-        for directory in self.directories:
-            for folder, file in directory.files():
-                place = checkpoint / folder
-                with writing(place, "making the directory"):
-                    # The directory of the checkpoint itself is there already.
-                    place.mkdir(exist_ok=True)
-                with contextlib.closing(SafetensorsFileWriter.create(place, file)) as writer:
-                    writer.sync()
+    def numbers_of(self, pieces: Iterable[Piece]) -> set[int]:
+        """Return the numbers of the files that these pieces go to."""
+        found: set[int | None] = set()
+        for piece in pieces:
+            for directory in self.directories:
+                if (name := directory.names.get(piece.key)) is None:
+                    continue
+                place, targets = directory.place(Path()), {name}
+                if directory.translation is not None:
+                    targets = {link.name for link in directory.translation.links_from(name, piece.box)}
+                for folder in (place, place / layout.REST_FOLDER):
+                    found |= {self._numbers.get((folder, target)) for target in targets}
+        return {number for number in found if number is not None}
 
-    def write(self, pieces: Sequence[Piece], values: Iterator[Tensor], checkpoint: Path, rank: int) -> Written:
-        """Write and fsync this rank's pieces. Any thread; no communication.
+    def write(
+        self, pieces: Sequence[Piece], values: Iterator[Tensor], opened: HostFiles, checkpoint: Path, rank: int
+    ) -> Written:
+        """Write this rank's pieces. Any thread; no communication. What is ``opened`` is not durable afterwards.
 
         Args:
             pieces: What they are.
             values: Gives those of each piece first, on any device, and then what is not for these files.
-            checkpoint: The directory of the attempt.
+            opened: These files in the directory of the attempt, by their place in ``files``.
+            checkpoint: That directory.
             rank: Of this process.
 
         Raises:
             WriteError: it could not be written.
         """
         found = Written(stored={directory.folder: {} for directory in self.directories})
-        with _OpenFiles(checkpoint, self.directories, rank) as files:
-            for piece in pieces:
-                # What is written are bytes, in which a pending conjugation or negation would not be.
-                held = next(values).detach().resolve_conj().resolve_neg().cpu()
-                found.pieces.append(self._write_piece(files, piece, held, found.stored))
-            files.sync()
+        writers = _Writers(opened, self._numbers)
+        for piece in pieces:
+            # What is written are bytes, in which a pending conjugation or negation would not be.
+            held = next(values).detach().resolve_conj().resolve_neg().cpu()
+            found.pieces.append(self._write_piece(writers, piece, held, found.stored))
+        for folder, exceptions in writers.exceptions.items():
+            exceptions.write(checkpoint / folder, rank)
         return found
 
     def _write_piece(
-        self, files: _OpenFiles, piece: Piece, held: Tensor, stored: Mapping[str, dict[str, Digest]]
+        self, writers: _Writers, piece: Piece, held: Tensor, stored: Mapping[str, dict[str, Digest]]
     ) -> Digest:
         digest: Digest | None = None
         for directory in self.directories:
@@ -186,10 +196,10 @@ class WeightFiles:
                 continue
             found = stored[directory.folder]
             if name in directory.plain:
-                digest = files.write_whole(directory, name, piece, held)
+                digest = writers.write_whole(directory, name, piece, held)
                 found[name] = found.get(name, Digest()) + digest
                 continue
-            for target, share in files.write_parts(directory, name, piece, held):
+            for target, share in writers.write_parts(directory, name, piece, held):
                 found[target] = found.get(target, Digest()) + share
         # No file has it as it is in memory, so its digest is taken apart.
         return digest if digest is not None else digest_box(held, piece.box, piece.shape)
@@ -199,7 +209,7 @@ class WeightFiles:
 
         ``part`` is this rank, ``parts`` the number of ranks.
         """
-        names = [str(folder / file.name) for directory in self.directories for folder, file in directory.files()]
+        names = [file.name for file in self.files]
         own = [str(d.place(Path()) / layout.REST_FOLDER / exceptions_file(part)) for d in self.directories]
         # Every n-th file; and the file of its own exceptions, which no other rank has written.
         mine = [*names[part::parts], *(name for name in own if (checkpoint / name).is_file())]
@@ -249,21 +259,18 @@ class WeightFiles:
         return {directory.model.model: directory.record(own) for directory in self.directories}
 
 
-class _OpenFiles:
-    """The files that a rank writes to."""
+class _Writers:
+    """Writes what one rank has into the files.
 
-    def __init__(self, checkpoint: Path, directories: Iterable[WeightsDirectory], rank: int) -> None:
-        self._checkpoint = checkpoint
-        self._rank = rank
-        self._files = {
-            (folder, name): file
-            for directory in directories
-            for folder, file in directory.files()
-            for name in file.tensors
-        }
-        self._writers: dict[tuple[Path, str], SafetensorsFileWriter] = {}
-        self._exceptions: dict[Path, Exceptions] = {}
-        self._opened = contextlib.ExitStack()
+    Attributes:
+        exceptions: By folder.
+    """
+
+    def __init__(self, opened: HostFiles, numbers: Mapping[tuple[Path, str], int]) -> None:
+        """``numbers``: of the file that has a tensor, by the folder in the checkpoint and the name."""
+        self._opened = opened
+        self._numbers = numbers
+        self.exceptions: dict[Path, Exceptions] = {}
 
     def write_whole(self, directory: WeightsDirectory, name: str, piece: Piece, held: Tensor) -> Digest:
         """Write a piece of a tensor that is in the file as it is in memory; its share in the digest."""
@@ -291,7 +298,7 @@ class _OpenFiles:
 
     def _write_box(self, place: Path, name: str, box: Chunk, values: Tensor, shape: Shape) -> Digest:
         # A file for what is missing to it says that it is rounded.
-        if (place / layout.REST_FOLDER, name) in self._files:
+        if (place / layout.REST_FOLDER, name) in self._numbers:
             return self._write_rounded(place, name, box, values, shape)
         writer = self._writer(place, name)
         stored = values.to(writer.plan.tensors[name].spec.dtype)
@@ -301,37 +308,18 @@ class _OpenFiles:
     def _write_rounded(self, place: Path, name: str, box: Chunk, values: Tensor, shape: Shape) -> Digest:
         """Write both parts, block by block, since they take memory; the share in the digest of the bfloat16 one."""
         folder = place / layout.REST_FOLDER
-        writer, rest = self._writer(place, name), self._writer(folder, name)
-        exceptions = self._exceptions.setdefault(folder, Exceptions())
+        exceptions = self.exceptions.setdefault(folder, Exceptions())
         digest = Digest()
         for _, inner in row_major_blocks(box.sizes, _ROUNDED_ELEMENTS):
             block, parts = moved(inner, box), round_off(values[inner.within(Chunk.whole(box.sizes))])
-            writer.write_box(name, block, parts.values, shape)
-            rest.write_box(name, block, parts.rest, shape)
+            self._writer(place, name).write_box(name, block, parts.values, shape)
+            self._writer(folder, name).write_box(name, block, parts.rest, shape)
             exceptions.add(name, block, shape, parts)
             digest += digest_box(parts.values, block, shape)
         return digest
 
-    def sync(self) -> None:
-        """Return when all that was written is on the disk. Raises WriteError."""
-        for folder, exceptions in self._exceptions.items():
-            exceptions.write(self._checkpoint / folder, self._rank)
-        for writer in self._writers.values():
-            writer.sync()
-
     def _writer(self, folder: Path, name: str) -> SafetensorsFileWriter:
-        file = self._files[folder, name]
-        key = folder, file.name
-        if key not in self._writers:
-            writer = SafetensorsFileWriter.open_existing(self._checkpoint / folder, file)
-            self._writers[key] = self._opened.enter_context(contextlib.closing(writer))
-        return self._writers[key]
-
-    def __enter__(self) -> _OpenFiles:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._opened.close()
+        return self._opened.to_write(self._numbers[folder, name])
 
 
 def _fqn(key: str) -> str:

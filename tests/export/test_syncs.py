@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from shardsmith.export import host_files
-from shardsmith.export.syncs import cache_of, deal_syncs
+from shardsmith.formats.safetensors_files import host_files
+from shardsmith.ground.syncs import cache_of, deal_syncs
 from shardsmith.hooks import HFExport, Hooks, at
 from tests.hooks.live_models import STEP, Case, build, change, shard
 from tests.ranks import run_on_ranks
@@ -71,7 +71,7 @@ def run_export(sharding: str, most_open: int, many: int, directory: Path, lends:
         calls.append(("open", os.path.basename(os.fspath(path)), time.monotonic()))
         return call(path, *args, **kwargs)  # type: ignore[no-any-return]
 
-    host_files._MOST_OPEN, host_files._MANY_OPENS = most_open, many
+    host_files._most_open, host_files._MANY_OPENS = lambda: most_open, many
     if not lends:
         host_files.HostFiles._lend = lambda *_: None  # type: ignore[assignment,method-assign,return-value]
     model = shard(build(Case(kind="odd", sharding=sharding, ranks=4)), sharding)
