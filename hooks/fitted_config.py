@@ -22,7 +22,7 @@ from shardsmith.hf.model_class import ModelClass
 from shardsmith.hf.model_code import refuse_missing_code
 from shardsmith.hf.modules import Modules
 from shardsmith.hf.template import BaseTemplate, read_template
-from shardsmith.hf.ties import broken_ties, tied_groups
+from shardsmith.hf.ties import broken_ties, own_places, tied_groups
 from shardsmith.tensors.fqn import non_persistent_buffers, own_class
 from shardsmith.tensors.tensors import TensorSpec
 
@@ -64,6 +64,13 @@ class FittedConfig:
     def model_class(self) -> ModelClass | None:
         """The class that the config names, as far as it is known, before it is fitted. After ``read``."""
         return None if self._own is None else model_class_of(self._own)[0]
+
+    def own_places(self, aliases: Mapping[str, str]) -> dict[str, str]:
+        """As ``own_places`` of ``hf/ties.py``, for the model that trains. After ``read``."""
+        if not aliases:  # as of most models; making a class takes a moment
+            return {}
+        model_class = model_class_of(full_config(self._inner))[0] or self.model_class
+        return own_places(aliases, model_class, self.template.specs)
 
     def read(self, specs: Mapping[str, TensorSpec]) -> None:
         """Read config and base model. On every rank; no communication.

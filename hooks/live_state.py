@@ -131,6 +131,13 @@ class LiveState:
     def _aliases(self) -> dict[str, str]:
         return self._view.ties() if isinstance(self._view, HeldView | HeldAdapter) else tied_weights(self._model)
 
+    def own_places(self) -> dict[str, str]:
+        """Return what is one tensor in memory and two in the files, alias -> kept name. After ``read_files``."""
+        aliases = self._aliases()
+        names = {name: name for tie in aliases.items() for name in tie}
+        names = names if self._view is None else self._view.names(names)
+        return self._config.own_places({names[alias]: names[kept] for alias, kept in aliases.items() if alias in names})
+
     @contextlib.contextmanager
     def staging(self) -> Iterator[None]:
         """Within it nothing of ours changes weights or average."""
@@ -233,11 +240,11 @@ class LiveState:
 
     def _known_names(self, source: ModelSource) -> ModelSource:
         """The tensors of a checkpoint of the run, under the names of the model that the module holds."""
-        if self._view is None:
-            return source
-        names, aliases = self._view.names(source.specs), self._view.names(source.aliases)
-        found = Alignment({new: own for own, new in names.items()}, {new: own for own, new in aliases.items()})
-        return renamed(source, found)
+        if self._view is not None:
+            names, aliases = self._view.names(source.specs), self._view.names(source.aliases)
+            found = Alignment({new: own for own, new in names.items()}, {new: own for own, new in aliases.items()})
+            source = renamed(source, found)
+        return source.untied(self._config.own_places(source.aliases))
 
     def check(self, *, compare: bool) -> None:
         """Plan an export, if anything could speak against it. All ranks; communicates as ``models`` does.
@@ -315,14 +322,24 @@ class LiveState:
         tensors = {fqn: chosen.get(fqn, tensor) for fqn, tensor in written.items()}
         filled = frozenset(tensors.keys() - chosen.keys()) if average is not None else frozenset()
         if self._view is None:
-            return tensors, filled, aliases
+            return self._with_own_places(tensors, filled, aliases)
         names, values = self._view.names(main), self._view.values(name)
         filled = frozenset(names[fqn] for fqn in filled - values.keys() if fqn in names)
         tensors = {names[fqn]: values.get(fqn, tensor) for fqn, tensor in tensors.items() if fqn in names}
         copies = self._view.copies()
         tensors |= {copy: tensors[name] for copy, name in copies.items() if name in tensors}
         filled |= {copy for copy, name in copies.items() if name in filled}
-        return tensors, filled, {names[alias]: names[kept] for alias, kept in aliases.items() if alias in names}
+        aliases = {names[alias]: names[kept] for alias, kept in aliases.items() if alias in names}
+        return self._with_own_places(tensors, filled, aliases)
+
+    def _with_own_places(
+        self, tensors: dict[str, Tensor], filled: frozenset[str], aliases: Mapping[str, str]
+    ) -> tuple[dict[str, Tensor], frozenset[str], Mapping[str, str]]:
+        """The same with what is tied in memory and not in the class under each of its names."""
+        apart = self._config.own_places({alias: kept for alias, kept in aliases.items() if kept in tensors})
+        tensors = tensors | {alias: tensors[kept] for alias, kept in apart.items()}
+        filled = filled | {alias for alias, kept in apart.items() if kept in filled}
+        return tensors, filled, {alias: kept for alias, kept in aliases.items() if alias not in apart}
 
     def _plan_model(
         self, name: str, stem: str, specs: Mapping[str, TensorSpec], aliases: Mapping[str, str], filled: frozenset[str]

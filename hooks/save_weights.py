@@ -65,7 +65,7 @@ class HuggingFaceWeights:
             facts: As ``extra_facts`` of ``ExportFiles``.
 
         Raises:
-            UsageError: the model cannot be written so.
+            UsageError: the model, or its average, cannot be written so.
             RankFailedError, CheckpointError: the base model cannot be read, or does not fit.
         """
         _refuse_loss(model, options)
@@ -87,6 +87,12 @@ class HuggingFaceWeights:
             view=self._view,
         )
         ranks.gather("reading the base model", self._state.read_files)
+        if ema is not None and (apart := self._state.own_places()):
+            raise UsageError(
+                f'weights="huggingface": its files need both of {"; ".join(map(" and ".join, apart.items()))}, which '
+                "are one tensor in this model, and the average has one of them. Leave weights= out, and write these "
+                "files with HFExport or shardsmith to-hf"
+            )
         self._stages = self._state.unite(ranks) if stages else None
         stem = self._state.stem if self._view is None else self._view.stem
         self._directories = [LiveDirectory("", {MAIN: stem})]

@@ -12,6 +12,7 @@ from shardsmith.hf.base_layout import in_base_layout
 from shardsmith.hf.hf_directory import read_config
 from shardsmith.hf.known_class import model_class_of
 from shardsmith.hf.layout_rules import DECLARED, LayoutRule, LayoutRules
+from shardsmith.hf.ties import own_places
 from shardsmith.name_maps.class_names import ClassNames
 from shardsmith.name_maps.matching import Alignment, match_names
 from shardsmith.tensors.tensors import TensorSpec
@@ -40,10 +41,12 @@ def aligned_source(
     config = read_config(base) if base is not None else None
     # First the names, since a layout rule is looked up by the name of the model that is compared with.
     named, found = matched_source(source, template, classes, names, config)
-    if config is not None and named.specs.keys() - template.keys():
+    if config is not None and (named.aliases or named.specs.keys() - template.keys()):
         model_class, _ = model_class_of(config)  # what it computes itself is in a state dict, and in no files
         unsaved = model_class.unsaved if model_class is not None else ()
         named = named.without(name for name in unsaved if name in named.specs and name not in template)
+        apart = own_places(named.aliases, model_class, template)
+        named = named.untied({alias: kept for alias, kept in apart.items() if alias in template})
     layouts = LayoutRules(template, rules)
     laid_out = in_base_layout(named, layouts)
     # No rule was needed: the source is the same object.

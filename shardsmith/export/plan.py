@@ -31,7 +31,7 @@ from shardsmith.hf.layout_rules import DECLARED, LayoutRule, LayoutRules
 from shardsmith.hf.model_class import ModelClass
 from shardsmith.hf.model_code import refuse_missing_code
 from shardsmith.hf.template import BaseTemplate, read_template
-from shardsmith.hf.ties import broken_ties, find_ties
+from shardsmith.hf.ties import broken_ties, find_ties, own_places
 from shardsmith.manifest.model_settings import GENERATION_FILE, settings_of_step, write_generation
 from shardsmith.name_maps.class_names import ClassNames
 from shardsmith.name_maps.maps import NameMap, find_name_map
@@ -136,6 +136,7 @@ def plan_directory(
     models = []
     fitted: ConfigFit | None = None
     model_class, _ = model_class_of(config)
+    live_class = model_class if live is None else model_class_of(live)[0] or model_class
     sizes = vocabulary_sizes(config)
     name_map: NameMap | None = None
     dropped: dict[str, None] = {}
@@ -146,12 +147,14 @@ def plan_directory(
         opened, of_modules = modules.take(opened.without(named), model, stem, named)
         recorded = names_of_the_run(opened, specs, lambda: known.manifest) if options.names == "auto" else None
         chosen = options if recorded is None else replace(options, names="identity")  # until the map is applied
+        opened = opened.untied(own_places(opened.aliases, live_class, specs))
         placed = under_base_names(opened, specs, base, chosen.names)
+        placed = placed.untied(own_places(placed.aliases, live_class, specs))  # as now named, in whatever module
         unwanted = like(placed, options.drop)
         left_out = [*gone, *named, *of_modules, *unwanted]
         _refuse_idle(known.path, options.drop, left_out)
         dropped |= dict.fromkeys(left_out)
-        opened = placed.without([*unwanted, *_unsaved(placed, model_class, specs)])  # as now named, in whatever module
+        opened = placed.without([*unwanted, *_unsaved(placed, model_class, specs)])
         source = sources[model] = in_base_layout(opened, layouts)
         as_stored = _plan_model(source, model, stem, model_class, specs, base, replace(chosen, dtype=None), None, sizes)
         name_map = recorded or name_map or _choose_name_map(as_stored, base, config, specs, options)

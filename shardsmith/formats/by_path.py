@@ -222,6 +222,10 @@ def _detect_remote(path: RemotePath) -> tuple[DetectedFormat, FormatReader | Non
 _MOST_LOOKED_INTO = 50
 """Names in a directory of no known format that may be a folder with a checkpoint in it."""
 _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
+_OF_A_VARIANT = re.compile(
+    rf"({layout.MAIN_WEIGHTS}|{layout.COMPONENT_WEIGHTS}|pytorch_model)\.(?P<variant>[^.]+?)(-\d{{5}}-of-\d{{5}})?"
+    r"\.(safetensors|bin)"
+)
 
 
 def _what_else(path: Path) -> str:
@@ -237,6 +241,9 @@ def _what_else(path: Path) -> str:
         return f"an adapter of peft, which is no model by itself; {cure}"
     if (reason := why_no_weights(path)) is not None:
         return reason
+    if variant := next(filter(None, map(_OF_A_VARIANT.fullmatch, sorted(names))), None):
+        cure = f"from_pretrained({str(path)!r}, variant={variant['variant']!r}).save_pretrained(NEW)"
+        return f"weights of a variant alone, such as {variant[0]}; {cure} of its class makes a directory that is read"
     if inside := [path / name for name in sorted(names)[:_MOST_LOOKED_INTO] if _has_weights(path / name)]:
         return f"no checkpoint itself, but the place of one or more; name one: {', '.join(map(str, inside))}"
     return f"none of its {len(names)} entries is a weights file or an index of a known format"

@@ -88,6 +88,12 @@ class ModelSource:
         keys = {name: key for name, key in self.keys.items() if name not in aliases}
         return self._of(keys, self.filled - aliases.keys(), {**self.aliases, **aliases})
 
+    def untied(self, aliases: Mapping[str, str]) -> ModelSource:
+        """Return the same with some aliases as tensors of their own, of the same values."""
+        keys = {**self.keys, **{alias: self.keys[kept] for alias, kept in aliases.items()}}
+        filled = self.filled | {alias for alias, kept in aliases.items() if kept in self.filled}
+        return self._of(keys, filled, {alias: kept for alias, kept in self.aliases.items() if alias not in aliases})
+
     def _of(self, keys: Mapping[str, str], filled: frozenset[str], aliases: Mapping[str, str]) -> ModelSource:
         return ModelSource(
             self._source,

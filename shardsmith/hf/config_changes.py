@@ -16,7 +16,7 @@ from shardsmith.hf.config_entries import OF_THE_HEAD, QUANTIZATION, Config, Path
 
 AS_LIVE = "as in the config of the live model"
 OF_THE_LIVE_MODEL = "as the live model has it, and not the base model"
-_LABELS = "id2label"
+_KIND, _LABELS = "model_type", "id2label"
 _BY_TENSORS = NOT_OF_THE_MODEL | {TIE, "auto_map", "return_dict"}
 """Entries that the tensors decide, or that say nothing of what the model computes."""
 
@@ -113,6 +113,8 @@ def in_modern_spelling(state: Attempt) -> Config:
 
 
 def _differing(ours: Config, live: Config, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    if len({ours.get(_KIND), live.get(_KIND)} - {None}) > 1:  # of a model inside the one that this config describes
+        return
     for key, value in ours.items():
         # ``output_...`` is what a forward gives back beside its result.
         if key not in live or key in _BY_TENSORS or "vocab" in key or key.startswith(("_", "output_")):

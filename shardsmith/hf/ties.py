@@ -46,6 +46,26 @@ def find_ties(
     return aliases
 
 
+def own_places(
+    aliases: Mapping[str, str], model_class: ModelClass | None, template: Mapping[str, TensorSpec]
+) -> dict[str, str]:
+    """Those of alias -> kept name, as in memory, that are two tensors for a loader, so that its files need both.
+
+    Weights that were tied by hand: no config says so, and with one of them in the files the other one is random.
+
+    Args:
+        aliases: What is one tensor in the model that trained.
+        model_class: Says what is tied, and which tensors there are; None if no class is known.
+        template: As ``find_ties`` takes it. The base's files say which tensors there are, too.
+    """
+    if not aliases:
+        return {}
+    held: set[str] = set() if model_class is None else model_class.specs.keys() - model_class.unsaved
+    tied: Mapping[str, str] = {} if model_class is None else model_class.tied
+    apart = {a: k for a, k in aliases.items() if {a, k} <= held or {a, k} <= template.keys()}
+    return {alias: kept for alias, kept in apart.items() if not tied_groups(tied, {alias, kept})}
+
+
 def broken_ties(source: TensorSource, model_class: ModelClass) -> dict[str, str]:
     """Names that the class calls one tensor and that have different values: alias -> the name that the class keeps."""
     names = _Digests(source)

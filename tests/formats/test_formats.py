@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import diffusers
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -19,6 +22,7 @@ from shardsmith.errors import (
 from shardsmith.formats.by_path import detect_checkpoint_format, model_names, open_source
 from shardsmith.tensors.tensors import TensorSource, read_tensor
 from tests import dcp_directories
+from tests.hf.test_directory_check import llama
 from tests.trained_runs import Trained
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "sharded" / "step-3"
@@ -239,6 +243,23 @@ def test_weights_that_are_not_read_are_refused_with_what_they_are(tmp_path: Path
     with pytest.raises(UnsupportedFormatError, match=r"cannot read main weights from it: unknown \(a file that begins"):
         open_source(tmp_path / "x.gguf")
     assert model_names(tmp_path / "x.gguf") == []
+
+
+@pytest.mark.parametrize("size", ["5GB", "8KB"], ids=["one file", "shards"])
+@pytest.mark.parametrize("kind", ["transformers", "diffusers"])
+def test_the_cure_for_weights_of_a_variant_alone_gives_what_is_read(kind: str, size: str, tmp_path: Path) -> None:
+    if kind == "transformers":
+        model: Any = llama()
+    else:
+        model = diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)
+    model.save_pretrained(place := tmp_path / "variant", variant="fp16", max_shard_size=size)
+    reason = detect_checkpoint_format(place).reason
+    assert reason.startswith("weights of a variant alone, such as ")
+    (call,) = re.findall(r"; (from_pretrained\(.*\)) of its class", reason)
+    eval(f"type(model).{call}", {"model": model, "NEW": tmp_path / "new"})
+    source = open_source(tmp_path / "new")
+    assert source.specs.keys() == model.state_dict().keys()
+    assert all(torch.equal(read_tensor(source, name), tensor) for name, tensor in model.state_dict().items())
 
 
 def test_a_model_that_is_not_there_is_not_found(tmp_path: Path) -> None:
