@@ -115,12 +115,16 @@ class SliceWriter(WeightsWriter):
         """Write this rank's boxes."""
         files = self._in(plan, directory)
         self._models, self._written = plan.models, []
-        for number, (model, file) in enumerate(_files(plan)):
-            if mine := [box for box in staged[model] if box.name in file.tensors]:
-                self._written.append((model, number, mine))
-                writer = files.to_write(number)
-                for box in mine:
-                    writer.write_box(box.name, box.box, box.written(), box.shape)
+        numbers = {(model, name): number for number, (model, file) in enumerate(_files(plan)) for name in file.tensors}
+        by_file: dict[int, tuple[str, list[LiveBox]]] = {}
+        for model, boxes in staged.items():
+            for box in boxes:
+                by_file.setdefault(numbers[model, box.name], (model, []))[1].append(box)
+        for number, (model, mine) in sorted(by_file.items()):
+            self._written.append((model, number, mine))
+            writer = files.to_write(number)
+            for box in mine:
+                writer.write_box(box.name, box.box, box.written(), box.shape)
 
     def unsynced(self) -> list[int]:
         """Return the numbers of the files that are open, and were changed since they were last made durable."""
