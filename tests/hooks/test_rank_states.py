@@ -53,7 +53,11 @@ class Counter:
 def make_loader(workers: int, batch: int | None = None) -> StatefulDataLoader[int]:
     rank, size = dist.get_rank(), dist.get_world_size()
     sampler = StatefulDistributedSampler(Numbers(), num_replicas=size, rank=rank, shuffle=True, seed=4)
-    return StatefulDataLoader(Numbers(), batch_size=batch or BATCH // size, sampler=sampler, num_workers=workers)
+    # As torchrun's ranks do. Those of a fork server would start new interpreters, 5 s of a processor each.
+    how = "fork" if workers else None
+    return StatefulDataLoader(
+        Numbers(), batch_size=batch or BATCH // size, sampler=sampler, num_workers=workers, multiprocessing_context=how
+    )
 
 
 def run_training(directory: Path, log: Path, last: int, workers: int, options: dict[str, Any]) -> None:
