@@ -150,7 +150,7 @@ def _are_there(store: Any, keys: list[str], until: float) -> bool:
             if left <= 0:
                 return False
             time.sleep(min(pause, left))
-            pause = min(longest, pause * 1.04)
+            pause = min(longest, pause * 1.1)
     except RuntimeError as error:  # DistNetworkError is one
         raise SilenceError([], LOST) from error
     return True
