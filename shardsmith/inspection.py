@@ -15,7 +15,7 @@ from shardsmith.formats.dcp.index import read_index
 from shardsmith.ground import layout
 from shardsmith.ground.remote_path import as_path
 from shardsmith.hf.export_files import find_export_damage, records_files
-from shardsmith.manifest.checkpoints import find_damage, find_foreign_files
+from shardsmith.manifest.checkpoints import find_damage, find_foreign_files, find_lost_manifest
 from shardsmith.manifest.companion import companion_of, find_folder_damage, is_complete
 from shardsmith.manifest.compared import ComparedBytes, file_sizes
 from shardsmith.manifest.metadata import CheckpointMetadata, read_metadata
@@ -105,6 +105,7 @@ def inspect_checkpoint(path: AnyPath, *, verify: bool = False) -> Inspection:
         # Files that nobody recorded are found without reading any.
         damage += find_foreign_files(path, metadata)
     if metadata is None and path.is_dir():
+        damage += find_lost_manifest(path)
         damage += find_export_damage(path, contents=verify, compared=read)
     beside, more = _beside(path, metadata) if found.name in (SHARDED, DCP) else ({}, [])
     damage += [line for line in more if line not in damage]

@@ -22,7 +22,13 @@ from shardsmith.ground.commit import remove, sweep
 from shardsmith.ground.path_advice import reading
 from shardsmith.ground.remote_path import RemotePath, as_path
 from shardsmith.hf.export_files import find_export_damage
-from shardsmith.manifest.checkpoints import committed_steps, find_damage, unreadable_steps, why_unreadable
+from shardsmith.manifest.checkpoints import (
+    committed_steps,
+    find_damage,
+    find_lost_manifest,
+    unreadable_steps,
+    why_unreadable,
+)
 from shardsmith.manifest.companion import companion_of, find_folder_damage, is_complete
 from shardsmith.manifest.compared import ComparedBytes, file_sizes
 from shardsmith.manifest.metadata import read_metadata
@@ -284,8 +290,10 @@ def _summary(run: Path, step: int, folder: Path, events: Sequence[Mapping[str, A
     if metadata is not None:
         look = find_folder_damage if is_complete(folder) else find_damage
         problems += look(folder, contents=verify, compared=read)
-    elif is_export:
-        problems += find_export_damage(folder, contents=verify, compared=read)
+    else:
+        problems += find_lost_manifest(folder)
+        if is_export:
+            problems += find_export_damage(folder, contents=verify, compared=read)
     sizes = file_sizes(folder)
     return StepSummary(
         step=step,

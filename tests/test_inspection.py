@@ -94,7 +94,7 @@ def test_a_sound_checkpoint_is_said_to_be_sound(odd: Trained, capsys: pytest.Cap
 
 
 def test_verify_does_not_claim_what_it_cannot_know(odd: Trained, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["inspect", str(odd.plain["flat"]), "--verify"]) == 0
+    assert main(["inspect", str(odd.plain["flat"]), "--verify"]) == 2
     assert "no hashes of its files are recorded" in capsys.readouterr().out
     assert not inspect_checkpoint(odd.plain["flat"], verify=True).verified
 

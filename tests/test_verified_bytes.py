@@ -142,8 +142,37 @@ def test_what_records_no_hash_is_not_verified(kind: str, tmp_path: Path, capsys:
     found = inspect_checkpoint(path, verify=True)
     assert (found.verified, any(found.compared.values())) == (False, False)
     assert {*found.uncompared} == {*found.files}
-    assert main(["verify", str(path)]) == 2
-    assert "no problem" not in capsys.readouterr().err
+    assert main(["inspect", str(path)]) == 0
+    for command in (["verify", str(path)], ["inspect", str(path), "--verify"]):
+        capsys.readouterr()
+        assert main(command) == 2
+        told = " ".join(capsys.readouterr().err.split())
+        assert "was not verified, as it records no hashes of its files" in told
+
+
+LOST: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "checkpoint": (checkpoint, "metadata.json"),
+    "checkpoint of Hugging Face files": (checkpoint_of_hugging_face_files, "metadata.json"),
+    "trainer's folder": (trainers_folder, "shardsmith/metadata.json"),
+}
+
+
+@pytest.mark.parametrize("kind", LOST)
+def test_a_manifest_that_is_gone_is_damage(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make, manifest = LOST[kind]
+    path = make(tmp_path / "run")
+    (path / manifest).unlink()
+    for place in (path, tmp_path / "run"):
+        for command in (["verify", str(path)], ["inspect", str(place)], ["inspect", str(place), "--verify"]):
+            assert main(command) == 1
+            assert f"{manifest}: is missing" in " ".join(capsys.readouterr().out.split())
+
+
+def test_an_export_without_its_record_is_not_verified(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = export(tmp_path)
+    (path / "shardsmith.json").unlink()
+    assert main(["inspect", str(path), "--verify"]) == main(["verify", str(path)]) == 2
+    assert "shardsmith.json of an export" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_file_that_nobody_recorded_is_named_and_never_verified(
@@ -153,10 +182,13 @@ def test_a_file_that_nobody_recorded_is_named_and_never_verified(
     (folder / "logs/later").write_text("added after the save")
     found = inspect_checkpoint(folder, verify=True)
     assert (found.verified, found.uncompared, found.damage) == (False, ["logs/later"], ())
-    assert main(["verify", str(folder)]) == 2
-    told = capsys.readouterr()
-    assert "any byte" not in told.out
-    assert "as no hash of them is recorded: logs/later (1 of" in told.err
+    for command in (["verify", str(folder)], ["inspect", str(folder), "--verify"]):
+        assert main(command) == 2
+        told = capsys.readouterr()
+        assert "any byte" not in told.out
+        assert "as no hash of them is recorded: logs/later (1 of" in told.err
+    assert main(["inspect", str(tmp_path), "--verify"]) == 2
+    assert "checkpoint-5: verified in part" in capsys.readouterr().err
     (step,) = inspect_run(tmp_path, verify=True).steps
     assert (step.health, inspect_run(tmp_path, verify=True).verified) == ("verified in part", False)
 

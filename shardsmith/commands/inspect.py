@@ -20,7 +20,7 @@ def inspect(
 
     Of a checkpoint: its models, EMA, tensors, dtypes, sizes, world size and any damage. Of a run's folder: every step
     with its checkpoint, its exports, their sizes and health, and what may be deleted. Exits with 1 if anything is
-    wrong.
+    wrong, and with --verify with 2 if of some file no hash was recorded.
 
     Example: shardsmith inspect run
 
@@ -39,7 +39,7 @@ def inspect(
             times; the times come from its events.jsonl.
     """
     from shardsmith.commands import report
-    from shardsmith.commands.listing import print_overview, print_tensors
+    from shardsmith.commands.listing import print_overview, print_tensors, verified_run_code
     from shardsmith.errors import UsageError
     from shardsmith.ground import console
     from shardsmith.ground.remote_path import as_path
@@ -73,7 +73,7 @@ def inspect(
                 if html is not None:
                     html.write_text(run_page(overview, read_events(checkpoint), command), encoding="utf-8")
                 print_overview(overview, as_json=json)
-                return 1 if overview.problems else 0
+                return verified_run_code(overview) if verify else int(bool(overview.problems))
             checkpoint = newest_step(checkpoint, step)
         elif step is not None:
             raise UsageError(f"--step needs the folder of a run; {checkpoint} is a checkpoint")
@@ -89,4 +89,4 @@ def inspect(
             listed = list_tensors(checkpoint, statistics=statistics) if inspection.models else []
             html.write_text(checkpoint_page(inspection, listed, command), encoding="utf-8")
     report.print_inspection(inspection, as_json=json)
-    return 1 if inspection.damage else 0
+    return report.verified_code(inspection) if verify else int(bool(inspection.damage))

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
+from shardsmith.errors import UnsupportedFormatError
 from shardsmith.ground.console import new_console
 from shardsmith.ground.printable import printable
+from shardsmith.ground.remote_path import as_path
 from shardsmith.ground.sizes import size_text
 
 if TYPE_CHECKING:
@@ -48,6 +50,22 @@ def print_overview(overview: RunOverview, *, as_json: bool) -> None:
     if overview.leftovers:
         console.print(f"shardsmith clean {overview.path} shows what can be deleted")
     console.print(_sum(overview))
+
+
+def verified_run_code(overview: RunOverview) -> int:
+    """Return the exit code of a verification: 0 if every byte of every step is as recorded, 1 if there are problems.
+
+    Raises:
+        UnsupportedFormatError: nothing is known to be wrong, but not all of it could be verified.
+    """
+    if overview.problems or overview.verified:
+        return 1 if overview.problems else 0
+    steps = "\n  ".join(f"{one.path}: {one.health}" for one in overview.steps if one.compared != one.nbytes)
+    raise UnsupportedFormatError(
+        as_path(overview.path),
+        f"is not verified as a whole, as hashes of some files are not recorded\n  {steps}\n"
+        "Compare such a step with what it was made of: shardsmith verify STEP OTHER",
+    )
 
 
 def _outlook(overview: RunOverview) -> Iterator[str]:

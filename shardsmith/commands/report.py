@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
+from shardsmith.errors import UnsupportedFormatError
 from shardsmith.ground.console import bytes_bar, new_console
 from shardsmith.ground.printable import printable
+from shardsmith.ground.remote_path import as_path
 from shardsmith.ground.sizes import size_text
 
 if TYPE_CHECKING:
@@ -95,6 +97,26 @@ def _extent(inspection: Inspection) -> str:
         return f"in what was compared; {uncompared_text(inspection)}"
     more = "--verify reads every byte" if inspection.is_recorded else "no hashes of its files are recorded"
     return f"in names, sizes and indexes; {more}"
+
+
+def verified_code(inspection: Inspection) -> int:
+    """Return the exit code of a verification: 0 if every byte is as recorded, 1 if there is damage.
+
+    Raises:
+        UnsupportedFormatError: nothing is known to be wrong, but not all of it could be verified.
+    """
+    if inspection.damage or inspection.verified:
+        return 1 if inspection.damage else 0
+    if any(inspection.compared.values()):
+        raise UnsupportedFormatError(
+            as_path(inspection.path), f"is not verified as a whole: {uncompared_text(inspection)}"
+        )
+    raise UnsupportedFormatError(
+        as_path(inspection.path),
+        "was not verified, as it records no hashes of its files; Shardsmith does that in the metadata.json of a "
+        f"checkpoint and the shardsmith.json of an export. Compare it with what it was made of: "
+        f"shardsmith verify {inspection.path} OTHER",
+    )
 
 
 def uncompared_text(inspection: Inspection) -> str:

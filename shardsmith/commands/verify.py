@@ -96,20 +96,12 @@ def verify(
 
 
 def _verify_alone(path: Path, *, as_json: bool) -> int:
-    """Compare every byte with the recorded hashes. Raises UnsupportedFormatError if there are none."""
+    """Compare every byte with the recorded hashes. Raises UnsupportedFormatError if of some none is recorded."""
     from shardsmith.commands import report
-    from shardsmith.errors import UnsupportedFormatError
     from shardsmith.ground import console
     from shardsmith.inspection import inspect_checkpoint
 
     with console.reading_bar(path.name, quiet=as_json):
         inspection = inspect_checkpoint(path, verify=True)
     report.print_inspection(inspection, as_json=as_json)
-    # Undamaged as far as names and sizes tell, which must not pass for verified.
-    if not inspection.damage and any(inspection.compared.values()) and not inspection.verified:
-        raise UnsupportedFormatError(path, f"is not verified as a whole: {report.uncompared_text(inspection)}")
-    if not inspection.damage and not inspection.verified:
-        raise UnsupportedFormatError(
-            path, "records no hashes of its files, so it cannot be verified alone; compare it with what it was made of"
-        )
-    return 1 if inspection.damage else 0
+    return report.verified_code(inspection)

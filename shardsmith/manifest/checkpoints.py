@@ -22,7 +22,7 @@ from shardsmith.ground.progress import advance
 from shardsmith.ground.remote_export import is_claim
 from shardsmith.ground.remote_path import RemotePath
 from shardsmith.manifest.compared import ComparedBytes
-from shardsmith.manifest.metadata import CheckpointMetadata, FileRecord, read_metadata
+from shardsmith.manifest.metadata import CheckpointMetadata, FileRecord, has_manifest, read_metadata
 
 log = logging.getLogger(__name__)
 
@@ -166,6 +166,25 @@ def find_foreign_files(checkpoint: Path, manifest: CheckpointMetadata) -> list[s
     found = (str(path.relative_to(checkpoint)) for folder in folders for path in (checkpoint / folder).iterdir())
     known |= {*folders}
     return [f"{name!r}: is not one of its files" for name in sorted(found) if name not in known and not is_claim(name)]
+
+
+def find_lost_manifest(directory: Path) -> list[str]:
+    """Return a line for each manifest of ours that is gone although a file beside it shows that it was there.
+
+    Args:
+        directory: Any directory; a trainer's folder, too, with what is left of our directory in it.
+    """
+    # In a store a step exists once its manifest does: without one there may be the objects of an attempt.
+    if isinstance(directory, RemotePath):
+        return []
+    ours = directory / layout.COMPANION
+    marks = ((directory, layout.BOX_INDEX_FILE), (ours, layout.BOX_INDEX_FILE), (ours, layout.FOLDER_FILE))
+    lost = {place: mark for place, mark in marks if os.path.lexists(place / mark) and not has_manifest(place)}
+    return [
+        f"{(place / layout.METADATA_FILE).relative_to(directory)}: is missing, which Shardsmith wrote beside {mark}; "
+        "without it nothing here can be verified, and no run resumes from it"
+        for place, mark in lost.items()
+    ]
 
 
 def _is_in(checkpoint: Path, name: str) -> bool:

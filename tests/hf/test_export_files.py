@@ -87,7 +87,7 @@ def test_one_argument_verifies_an_export_or_a_checkpoint_alone(
 
 def test_what_recorded_no_hashes_is_not_called_sound(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_file({"w": torch.ones(3)}, tmp_path / "model.safetensors")
-    assert inspect(tmp_path, verify=True) == 0
+    assert main(["inspect", str(tmp_path), "--verify"]) == 2
     assert "no hashes of its files are recorded" in " ".join(capsys.readouterr().out.split())
     assert main(["verify", str(tmp_path)]) == 2
     assert "records no hashes of its files" in capsys.readouterr().err
