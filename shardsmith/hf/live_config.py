@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,19 +33,43 @@ def settings_of(model: nn.Module | None) -> ModelSettings:
     return ModelSettings(config=full_config(model), generation_config=content, generates_by_config=by_config)
 
 
-def recorded_settings(model: nn.Module) -> bytes | None:
-    """Return the content of ``model_config.json`` for a module that trains; None if it holds no model with a config.
+class RecordedSettings:
+    """The content of ``model_config.json`` for a module that trains, made again only where its configs have changed."""
 
-    Raises nothing: what cannot be written as JSON is in the log, and the step is saved without it.
-    """
-    held = list(_models_with_config(unwrapped(model)))
-    # Of several, such as a policy and its critic, nobody could tell which one is exported.
-    if len(held) != 1:
-        return None
+    def __init__(self) -> None:
+        self._seen: bytes | None = None
+        self._content: bytes | None = None
+
+    def of(self, model: nn.Module) -> bytes | None:
+        """Return it as it is now; None if the module holds no model with a config. No communication.
+
+        Raises nothing: what cannot be written as JSON is in the log, and the step is saved without it.
+        """
+        held = list(_models_with_config(unwrapped(model)))
+        # Of several, such as a policy and its critic, nobody could tell which one is exported.
+        if len(held) != 1:
+            return None
+        seen = _pickled(held[0])
+        if seen is None or seen != self._seen:
+            self._seen, self._content = seen, _content_of(held[0])
+        return self._content
+
+
+def _pickled(model: nn.Module) -> bytes | None:
+    """All that a model of a library says of itself follows from; None if it has a config that cannot be pickled."""
     try:
-        return settings_of(held[0]).to_json()
+        return pickle.dumps(
+            (own_class(model), getattr(model, "config", None), getattr(model, "generation_config", None))
+        )
+    except Exception:  # whatever a class of somebody raises there
+        return None
+
+
+def _content_of(model: nn.Module) -> bytes | None:
+    try:
+        return settings_of(model).to_json()
     except Exception as error:
-        log.warning("the config of %s is not recorded: %s: %s", type(held[0]).__name__, type(error).__name__, error)
+        log.warning("the config of %s is not recorded: %s: %s", type(model).__name__, type(error).__name__, error)
         return None
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Self
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +23,23 @@ class Recognition:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._parts = [_Part.of(module) for module in model.modules()]
+        modules = [*model.modules()]
+        self._modules = [weakref.ref(module) for module in modules]
+        self._parts, tensors = _looked_through(modules)
+        self._tensors = [weakref.ref(tensor) for tensor in tensors]
+        self._ids, self._forms = [*map(id, tensors)], _forms(tensors)
 
     def fits(self, model: nn.Module) -> bool:
         """Whether all is as it was: nothing replaced, added, removed, renamed, retyped, or sharded in another way."""
+        modules = [module for reference in self._modules if (module := reference()) is not None]
+        if len(modules) != len(self._modules) or modules[0] is not model:
+            return False
+        # It is made at every save, of thousands of modules: so two lists are compared, not one module after another.
         # What is in a module is known by ``id``, which stays unique as long as all that was there is alive.
-        return self._parts[0].module() is model and all(part.fits() for part in self._parts)
+        parts, tensors = _looked_through(modules)
+        alive = [reference() for reference in self._tensors]
+        is_same = parts == self._parts and [*map(id, tensors)] == self._ids == [*map(id, alive)]
+        return is_same and _forms(tensors) == self._forms
 
 
 def own_tensors(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
@@ -45,75 +55,36 @@ def own_tensors(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tens
     return found if len(found) == len(state) else None
 
 
-@dataclass(frozen=True, slots=True)
-class _TensorId:
-    """A tensor that is held weakly, and what can change of it in place."""
+def _looked_through(modules: Iterable[nn.Module]) -> tuple[list[Any], list[Tensor]]:
+    """What modules consist of, one after another: names and ``id`` of what is in them, numbers of hooks; the tensors.
 
-    tensor: weakref.ref[Tensor]
-    form: Any
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> Self:
-        return cls(weakref.ref(tensor), _form(tensor))
-
-    def fits(self, tensor: Tensor) -> bool:
-        return self.tensor() is tensor and self.form == _form(tensor)
-
-
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """A module without those in it."""
-
-    module: weakref.ref[nn.Module]
-    children: list[tuple[str, int]]
-    """Name and ``id``."""
-    hooks: tuple[int, ...]
-    transient: frozenset[str]
-    """Its buffers that no state dict holds."""
-    tensors: dict[str, _TensorId]
-
-    @classmethod
-    def of(cls, module: nn.Module) -> Self:
-        tensors = {key: _TensorId.of(tensor) for key, tensor in _tensors(module)}
-        transient = frozenset(module._non_persistent_buffers_set)
-        return cls(weakref.ref(module), _children(module), _hooks(module), transient, tensors)
-
-    def fits(self) -> bool:
-        module = self.module()
-        if module is None or self.children != _children(module) or self.hooks != _hooks(module):
-            return False
-        if self.transient != module._non_persistent_buffers_set:
-            return False
-        now = dict(_tensors(module))
-        return [*now] == [*self.tensors] and all(map(_TensorId.fits, self.tensors.values(), now.values()))
+    Numbers of hooks are given by torch, and never twice.
+    """
+    parts, tensors = list[Any](), list[Tensor]()
+    for module in modules:
+        inside, parameters, buffers = module._modules, module._parameters, module._buffers
+        hooks = (*module._state_dict_hooks, *module._state_dict_pre_hooks)
+        parts += (*inside, *map(id, inside.values()), hooks)
+        if parameters or buffers:
+            held = [*parameters.items(), *buffers.items()]
+            # copied, as the set changes in place
+            parts.append(([name for name, one in held if one is not None], {*module._non_persistent_buffers_set}))
+            tensors += [one for _, one in held if one is not None]
+    return parts, tensors
 
 
-def _children(module: nn.Module) -> list[tuple[str, int]]:
-    return [(name, id(child)) for name, child in module._modules.items()]
-
-
-def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for key, tensor in itertools.chain(module._parameters.items(), module._buffers.items()):
-        if tensor is not None:
-            yield key, tensor
-
-
-def _hooks(module: nn.Module) -> tuple[int, ...]:
-    """Numbers that torch gives to hooks, and never twice."""
-    return (*module._state_dict_hooks, *module._state_dict_pre_hooks)
+def _forms(tensors: Iterable[Tensor]) -> list[Any]:
+    """Of each shape and dtype; of a DTensor the spec, in which are shape, mesh and placements, and the dtype."""
+    return [
+        (tensor._spec, tensor._local_tensor.dtype) if isinstance(tensor, DTensor) else (tensor.shape, tensor.dtype)
+        for tensor in tensors
+    ]
 
 
 def _has_foreign_hooks(module: nn.Module) -> bool:
     """Whether state-dict hooks are there that are not those by which FSDP and wrappers of torch clean up."""
     hooks = (*module._state_dict_hooks.values(), *module._state_dict_pre_hooks.values())
     return any(not getattr(hook, "__module__", "").startswith("torch.distributed.") for hook in hooks)
-
-
-def _form(tensor: Tensor) -> Any:
-    """Shape, dtype and, of a DTensor, mesh and placements."""
-    if isinstance(tensor, DTensor):
-        return tensor._spec, tensor._local_tensor.dtype  # shape, mesh and placements are in the first
-    return tensor.shape, tensor.dtype
 
 
 def _sharding(tensor: Tensor) -> Any:

@@ -43,18 +43,16 @@ def made_readable(state: Mapping[str, Any]) -> dict[str, Any]:
 def _converted(value: Any, path: str, problems: list[str]) -> Any:
     """The value itself, unless a part of it had to be converted."""
     kind = type(value)
-    if kind in _PLAIN or isinstance(value, Tensor):
+    if _is_usual(value) or isinstance(value, Tensor):
         return value
     if isinstance(value, np.generic) and type(value.item()) in _PLAIN:
         return value.item()
     if isinstance(value, Mapping):
         prefix = f"{path}." if path else ""
-        rare = [name for name, one in value.items() if type(one) not in _USUAL]  # of an optimizer's entries hardly any
+        rare = [name for name, one in value.items() if not _is_usual(one)]  # of an optimizer's entries hardly any
         parts = {name: _converted(value[name], f"{prefix}{name}", problems) for name in rare}
         is_same = all(part is value[name] for name, part in parts.items())
         return value if is_same else _rebuilt(value, {**value, **parts})
-    if kind is tuple and _PLAIN.issuperset(map(type, value)):
-        return value  # such as betas, of which an optimizer has one for each parameter
     if kind in _SEQUENCES:
         items = [_converted(one, f"{path}.{i}", problems) for i, one in enumerate(value)]
         return kind(items) if any(a is not b for a, b in zip(items, value, strict=True)) else value
@@ -63,6 +61,12 @@ def _converted(value: Any, path: str, problems: list[str]) -> Any:
     elif (reason := _unreadable(value)) is not None:
         problems.append(f"{path}: a {kind.__name__} of {kind.__module__}, {reason}; {_OTHERS}")
     return value
+
+
+def _is_usual(value: Any) -> bool:
+    """Of tuples only betas and their like, of which an optimizer has one for each parameter."""
+    kind = type(value)
+    return kind in _USUAL or (kind is tuple and _PLAIN.issuperset(map(type, value)))
 
 
 def _rebuilt(mapping: Mapping[str, Any], parts: dict[str, Any]) -> Mapping[str, Any]:

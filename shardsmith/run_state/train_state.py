@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from shardsmith.errors import UsageError
-from shardsmith.hf.live_config import recorded_settings
+from shardsmith.hf.live_config import RecordedSettings
 from shardsmith.run_state.alike import tensors_of
 from shardsmith.run_state.average import Average
 from shardsmith.run_state.contents import RNG, Contents
@@ -62,6 +62,7 @@ class TrainState:
         self._stateful = dict(stateful or {})
         self._nested = nested
         self._known = KnownState(model, self._optimizers)
+        self._settings = RecordedSettings()
         self._options = GroupOptions(model, self._optimizers)
         self._rank = rank
         self._size = world_size
@@ -176,7 +177,7 @@ class TrainState:
             tied=found.tied,
             mesh=mesh_of(main),
             options=options,
-            settings=recorded_settings(self._model) if with_main and not to_load and self._rank == 0 else None,
+            settings=self._settings.of(self._model) if with_main and not to_load and self._rank == 0 else None,
         )
 
     def restore(self, state: Mapping[str, Any]) -> None:

@@ -133,6 +133,32 @@ def test_a_step_says_what_the_model_said_when_it_was_saved(tmp_path: Path) -> No
     assert not (tmp_path / "of-step" / "model_config.json").exists()
 
 
+@pytest.mark.parametrize("make", [llava, unet])
+def test_each_step_of_a_run_says_what_the_model_said_then(make: Callable[[], Any], tmp_path: Path) -> None:
+    """Compared with runs of one step, whose first save it is."""
+    model = make()
+    hooks = Hooks(ShardedSave(tmp_path / "run", model=model, when=every(1)))
+
+    def inside(_: Any) -> None:
+        if isinstance(model, UNet2DModel):
+            model.register_to_config(freq_shift=1)
+        else:
+            model.config.text_config.rope_parameters = LINEAR
+
+    def generation(_: Any) -> None:
+        if not isinstance(model, UNet2DModel):
+            model.generation_config = GenerationConfig(max_length=7)
+
+    alone = []
+    for step, change in enumerate((id, id, inside, generation), start=1):
+        change(model)
+        hooks.step(step)
+        alone.append((saved_step(model, tmp_path / f"alone-{step}") / MODEL_CONFIG_FILE).read_bytes())
+    hooks.close()
+    assert [(tmp_path / "run" / f"step-{step}" / MODEL_CONFIG_FILE).read_bytes() for step in range(1, 5)] == alone
+    assert alone[0] == alone[1] != alone[2]
+
+
 def test_a_config_that_cannot_be_written_fails_no_save(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = llama()
     model.config.to_json_string = lambda **_: 1 / 0
