@@ -30,6 +30,7 @@ from shardsmith.ground.commit import Attempt, refuse_existing, require_space, sw
 from shardsmith.ground.remote_path import RemotePath
 from shardsmith.hf.hf_directory import CONFIG_FILE, protect
 from shardsmith.tensors.dtypes import cast_specs
+from shardsmith.tensors.narrowing import is_narrower
 
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 """In files; in memory, transformers fuses them, so the names alone tell that this is no case for us."""
@@ -123,7 +124,7 @@ def early_writing(directory: Path, output: Path, dtype: torch.dtype | None) -> I
     """
     protect(output, directory)
     refuse_existing(output)
-    files = None if isinstance(output, RemotePath) else _files(directory)
+    files = None if isinstance(output, RemotePath) else _files(directory, dtype)
     if files is None:
         yield None
         return
@@ -158,7 +159,7 @@ def early_writing(directory: Path, output: Path, dtype: torch.dtype | None) -> I
             files.close()
 
 
-def _files(directory: Path) -> ModelSource | None:
+def _files(directory: Path, dtype: torch.dtype | None) -> ModelSource | None:
     """The files, if their tensors are most likely those of the model, and if this process can be forked safely."""
     # Ranks divide the writing among themselves, and a process with a process group must not be forked.
     ranks = int(os.environ.get("WORLD_SIZE", "1")) > 1 or torch.distributed.is_initialized()
@@ -171,8 +172,10 @@ def _files(directory: Path) -> ModelSource | None:
         files = open_source(directory)
     except CheckpointError:
         return None  # the plan says it, and better
-    # Here the files' tensors are not those of the model, so all of what a child writes would be thrown away.
-    if any(_EXPERT.search(name) for name in files.specs):
+    # Here the files' tensors are not those of the model, so all of what a child writes would be thrown away. And only
+    # the plan knows which tensors are cast, so that a dtype without room for their values can be refused.
+    is_narrowed = dtype is not None and any(is_narrower(dtype, spec.dtype) for spec in files.specs.values())
+    if is_narrowed or any(_EXPERT.search(name) for name in files.specs):
         files.close()
         return None
     return files

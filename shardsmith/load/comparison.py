@@ -22,6 +22,7 @@ from shardsmith.sharding.source_digests import digest_source
 from shardsmith.tensors.digest import Digest
 from shardsmith.tensors.dtypes import dtype_name
 from shardsmith.tensors.fqn import matches
+from shardsmith.tensors.narrowing import LostValues
 from shardsmith.tensors.tensors import TensorSpec
 
 _QK_NORM = re.compile(r"(^|[._])[qk]_(layer)?norm\b")
@@ -136,7 +137,7 @@ def verify_values(
     found: dict[str, Any] = ranks.agree(
         "digesting the source",
         lambda: {
-            "read": pack_shares(_read_digests(source, set(unknown.values()), ranks), wanted),
+            **_read_share(source, set(unknown.values()), ranks, wanted),
             "tied": [alias for alias, kept in source.ties.items() if live.is_tied(alias, kept)],
             "buffers": [[fault.code, fault.name, fault.problem] for fault in reference.compare(live)],
             "transient": list(live.transient()),
@@ -151,8 +152,9 @@ def verify_values(
     )
     pairs = {a: kept for a, kept in source.ties.items() if {a, kept} <= dtypes.keys() and not {a, kept} & wrong.keys()}
     verified = {key for name, key in keys.items() if name not in wrong}
+    lost = {name: found["lost"][label] for name, label in labels.items() if label in found["lost"]}
     return LoadComparison(
-        faults=_explain(ranks, live, source, dtypes, wrong) if wrong else [],
+        faults=[*_beyond(lost, dtypes), *(_explain(ranks, live, source, dtypes, wrong) if wrong else [])],
         buffer_faults=[LoadFault(*fault) for fault in found["buffers"]],
         buffers=tuple(found["transient"]),
         repaired=tuple(found["repaired"]),
@@ -171,6 +173,7 @@ def _put_together(parts: list[dict[str, Any]], labels: Sequence[str]) -> dict[st
     buffers = {fault[1]: fault for part in reversed(parts) for fault in reversed(part["buffers"])}
     return {
         "read": {label: str(digest) for label, digest in read.items()},
+        "lost": {label: max(p["lost"].get(label, 0.0) for p in parts) for part in parts for label in part["lost"]},
         "tied": sorted({alias for part in parts for alias in part["tied"]}),
         "buffers": [*buffers.values()][::-1],
         "transient": list(dict.fromkeys(name for part in parts for name in part["transient"])),
@@ -184,15 +187,33 @@ def _how_known(known: Mapping[str, Digest], unknown: Mapping[str, Any]) -> str:
     return "recorded, and read where it was cast" if known else "read from its files"
 
 
-def _read_digests(source: InitialSource, wanted: set[tuple[str, torch.dtype]], ranks: Ranks) -> dict[str, Digest]:
-    """This rank's share of the digests of tensors in certain dtypes."""
+def _read_share(
+    source: InitialSource, keys: set[tuple[str, torch.dtype]], ranks: Ranks, labels: Sequence[str]
+) -> dict[str, Any]:
+    """This rank's share of the digests of tensors in certain dtypes, and what of its blocks is beyond their range."""
     found: dict[str, Digest] = {}
+    beyond: dict[str, float] = {}
     # Sorted, since a set has another order on each rank, and the shares are divided by position.
-    for dtype in sorted({dtype for _, dtype in wanted}, key=str):
-        keys = {key: dtype for key, other in sorted(wanted, key=lambda pair: pair[0]) if other == dtype}
-        shares = digest_source(source.tensors, keys, part=ranks.rank, parts=ranks.size)
+    for dtype in sorted({dtype for _, dtype in keys}, key=str):
+        of_dtype = {key: dtype for key, other in sorted(keys, key=lambda pair: pair[0]) if other == dtype}
+        lost = LostValues()
+        shares = digest_source(source.tensors, of_dtype, part=ranks.rank, parts=ranks.size, lost=lost)
         found |= {_label(key, dtype): share for key, share in shares.items()}
-    return found
+        beyond |= {_label(key, dtype): most for key, most in lost.largest.items()}
+    return {"read": pack_shares(found, labels), "lost": beyond}
+
+
+def _beyond(lost: Mapping[str, float], dtypes: Mapping[str, torch.dtype]) -> list[LoadFault]:
+    """A fault for each tensor whose values the dtype of the model cannot hold: its digest is that of infinities."""
+    return [
+        LoadFault(
+            "beyond-range",
+            name,
+            f"values up to {most:.6g} in the checkpoint, and {dtype_name(dtypes[name])} in the model ends at "
+            f"{torch.finfo(dtypes[name]).max:.6g}",
+        )
+        for name, most in lost.items()
+    ]
 
 
 def _label(key: str, dtype: torch.dtype) -> str:

@@ -50,6 +50,7 @@ _OF_LIVE_MODELS = {
     "missing-in-source": "it starts from what the model happened to hold",
     "missing-in-model": "the model lacks a part of the source; the loss may hardly show it",
     "buffer-without-reference": "so it cannot be checked",
+    "beyond-range": "finite weights are infinite in the model; make it in bfloat16 or float32",
 }
 EFFECTS: Mapping[str, str] = {**{code: CODES[code].effect for code in _AS_DIAGNOSED}, **_OF_LIVE_MODELS}
 """By code: what it does to the loss. The codes are headings of docs/troubleshooting.md."""

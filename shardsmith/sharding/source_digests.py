@@ -13,6 +13,7 @@ from torch import Tensor
 from shardsmith.ground.progress import advance
 from shardsmith.ground.threads import one_thread_per_operator, useful_threads
 from shardsmith.tensors.digest import Digest, digest_run
+from shardsmith.tensors.narrowing import LostValues, is_narrower
 from shardsmith.tensors.tensors import Chunk, TensorSource, read_into, row_major_blocks
 
 _BLOCK_BYTES = 2 << 20
@@ -28,6 +29,7 @@ def digest_source(
     part: int = 0,
     parts: int = 1,
     read: dict[str, int] | None = None,
+    lost: LostValues | None = None,
 ) -> dict[str, Digest]:
     """Return the share of a part of all blocks in the digest of each tensor; over all parts, the shares add up to it.
 
@@ -39,6 +41,7 @@ def digest_source(
         part: Number of this share.
         parts: Number of shares.
         read: Where to count the bytes that were digested, by tensor.
+        lost: Where to note finite values that are infinite in the dtype that they are cast to.
 
     Raises:
         CheckpointError: from reading.
@@ -47,7 +50,7 @@ def digest_source(
     digests = {name: Digest() for name in dtypes}
     threads = useful_threads(sum(box.numel * dtypes[name].itemsize for name, _, box in mine), len(mine))
     with one_thread_per_operator(), ThreadPoolExecutor(threads, "shardsmith-digest") as pool:
-        digest = partial(_share, source, dtypes)
+        digest = partial(_share, source, dtypes, lost)
         # In the order of the blocks either way: each share is paired with its own block.
         shares = map(digest, mine) if threads == 1 else pool.map(digest, mine)
         for (name, _, box), share in zip(mine, shares, strict=True):
@@ -74,9 +77,12 @@ def _share_of_blocks(blocks: list[Block], part: int, parts: int) -> list[Block]:
     return [block for block, start in zip(blocks, starts, strict=False) if start * parts // starts[-1] == part]
 
 
-def _share(source: TensorSource, dtypes: Mapping[str, torch.dtype], block: Block) -> Digest:
+def _share(source: TensorSource, dtypes: Mapping[str, torch.dtype], lost: LostValues | None, block: Block) -> Digest:
     name, first, box = block
-    return digest_run(_values(source, name, box, dtypes[name]), first)
+    values, held = _values(source, name, box, dtypes[name]), source.specs[name].dtype
+    if lost is not None and is_narrower(dtypes[name], held):
+        lost.add(name, values, lambda: _values(source, name, box, held))
+    return digest_run(values, first)
 
 
 def _values(source: TensorSource, name: str, box: Chunk, dtype: torch.dtype) -> Tensor:

@@ -53,6 +53,11 @@ class LostValues:
             if most > self._largest.get(name, 0.0):
                 self._largest[name] = most
 
+    @property
+    def largest(self) -> dict[str, float]:
+        """Largest absolute value that was lost, by tensor; in no order."""
+        return dict(self._largest)
+
     def refuse(self, place: str | Path, truth: str) -> None:
         """Raise MismatchError that names all tensors, if there are any.
 

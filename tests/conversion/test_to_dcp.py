@@ -191,6 +191,23 @@ HEADS: dict[str, tuple[list[str], Callable[[int], nn.Module]]] = {
 }
 
 
+@pytest.mark.parametrize("kind", ["olmo2", "experts"])
+def test_a_dtype_without_room_for_the_values_is_refused(
+    kind: str, models: Path, output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wide = shutil.copytree(models / kind, tmp_path / "wide")
+    held = load_file(wide / "model.safetensors")
+    held["model.norm.weight"][3], held["lm_head.weight"][5, 1] = -1e6, 7e4
+    save_file(held, wide / "model.safetensors", {"format": "pt"})
+    command = ["to-dcp", "--base-model", str(wide), "--output-dir", str(output), "--quiet"]
+    assert main([*command, "--dtype", "float16"]) == 2
+    told = capsys.readouterr().err
+    assert "2 tensors have finite values that would be infinite" in told
+    assert "lm_head.weight: up to 70144\n  model.norm.weight: up to 999424\n" in told, "as bfloat16 has them"
+    assert os.listdir(output.parent) == []
+    assert main([*command, "--dtype", "original"]) == 0  # as it says
+
+
 @pytest.mark.parametrize("head", HEADS)
 def test_a_future_predictor_lies_beside_the_model_and_is_seeded(
     head: str, models: Path, output: Path, tmp_path: Path

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import fully_shard
 
 from shardsmith.cli import main
@@ -72,6 +74,42 @@ def test_a_cast_is_proved_and_reported(sources: Path) -> None:
     assert report.digests == "recorded, and read where it was cast"
     truth = torch.load(sources / "llama" / "truth.pt")
     assert torch.equal(model.lm_head.weight, truth["lm_head.weight"].bfloat16())
+
+
+def run_narrow(root: Path) -> None:
+    """Both tensors are named on both ranks: the rows with the large values are of one rank each."""
+    for source in ("hf", "plain"):
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).half()
+        for layer in model:
+            fully_shard(layer)
+        fully_shard(model)
+        # Of the hook and of what another loader has loaded: torch's own here.
+        for load in (lambda m, p: InitialLoad(p, model=m).on_train_begin(0), verify_loaded_by_torch):
+            with pytest.raises(InitialLoadError) as caught:
+                load(model, root / source)
+            told = str(caught.value)
+            assert "0.weight: values up to 1e+06 in the checkpoint, and float16 in the model ends at 65504" in told
+            assert "1.weight: values up to 70000" in told
+            assert caught.value.codes == ["beyond-range"] * 2
+            assert "make it in bfloat16 or float32" in told
+        wide = model.bfloat16() if source == "hf" else model.float()  # as it says
+        load_initial(root / source, model=wide)
+
+
+def verify_loaded_by_torch(model: nn.Module, path: Path) -> None:
+    set_model_state_dict(model, torch.load(path.parent / "truth.pt"), options=StateDictOptions(full_state_dict=True))
+    verify_loaded(model, path)
+
+
+def test_values_that_the_models_dtype_cannot_hold_are_refused_on_all_ranks(tmp_path: Path) -> None:
+    state = dict(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).state_dict())
+    state["0.weight"][0, 1], state["1.weight"][3, 2] = -1e6, 7e4
+    state["0.bias"][2] = torch.inf  # is meant
+    torch.save(state, tmp_path / "truth.pt")
+    save(state, tmp_path / "plain")
+    (tmp_path / "hf").mkdir()
+    save_file(state, tmp_path / "hf" / "model.safetensors")
+    run_on_ranks(run_narrow, 2, tmp_path, tmp_path)
 
 
 @pytest.mark.parametrize("source", ["bf16", "bf16-dcp"])

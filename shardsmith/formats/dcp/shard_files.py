@@ -28,6 +28,7 @@ from shardsmith.ground.maps import reads_by_maps
 from shardsmith.ground.memory import map_pages, memory_of
 from shardsmith.ground.threads import one_thread_per_operator, threads_per_process
 from shardsmith.tensors.digest import Digest, digest_run
+from shardsmith.tensors.narrowing import LostValues, is_narrower
 from shardsmith.tensors.tensors import Chunk, TensorSource, TensorSpec, read_into, row_major_blocks
 
 CHUNK_BYTES = 64 << 20
@@ -128,6 +129,7 @@ def write_shard_files(
 
     Raises:
         CheckpointError, WriteError: from reading or writing. No thread is left running.
+        MismatchError: finite values are beyond the range of a planned dtype; all such tensors of these chunks by name.
     """
     nbytes = sum(chunks[i].nbytes for i in mine)
     most = threads_per_process() or os.cpu_count() or 1
@@ -152,6 +154,8 @@ def write_shard_files(
             # The pool waits for its threads when it is left: they look at this after each block and stop soon.
             job.stopped = True
             raise
+    if mine:
+        job.lost.refuse(streams[chunks[mine.start].key].source.path, "Nothing was written.")
     return job.written
 
 
@@ -167,6 +171,7 @@ class _Job:
         progress: Callable[[int], None] | None,
     ) -> None:
         self.written = Written()
+        self.lost = LostValues()
         self.stopped = False
         self._streams = streams
         self._chunks = chunks
@@ -196,7 +201,10 @@ class _Job:
         offset = file.begin(archive)
         digest = Digest()
         first = chunk.first
-        for values in _runs(stream, chunk.box):
+        held = stream.source.specs[stream.name].dtype
+        for box, values in _runs(stream, chunk.box):
+            if is_narrower(stream.spec.dtype, held):
+                self.lost.add(stream.name, values, partial(_uncast, stream, box))
             digest += digest_run(values, first, partial(self._pass_on, file, memory_of(values)))
             first += values.numel()
             # Another thread has failed: the file is given up, so the archive need not be ended.
@@ -217,24 +225,30 @@ class _Job:
             self._progress(end - begin)
 
 
-def _runs(stream: Stream, chunk: Chunk) -> Iterator[Tensor]:
-    """The values of a chunk in the dtype that they are to have, run by run, in row-major order.
+def _uncast(stream: Stream, box: Chunk) -> Tensor:
+    dtype = stream.source.specs[stream.name].dtype
+    return read_into(stream.source, stream.name, box, torch.empty(box.sizes, dtype=dtype, device="cpu"))
 
-    Views on a mapped source that has them in one piece; else each lies where the one before it lay.
+
+def _runs(stream: Stream, chunk: Chunk) -> Iterator[tuple[Chunk, Tensor]]:
+    """The values of a chunk in the dtype that they are to have, run by run, in row-major order, with their box.
+
+    Views on a mapped source that has them in one piece, with the box of the chunk; else each lies where the one before
+    it lay.
     """
     dtype = stream.spec.dtype
     # Mapped and in the wanted dtype: views without a copy. Pages are mapped some MiB at a time, not one fault per page.
     if (values := _view(stream, chunk)) is not None:
         for part in values.split(_MAPPED_BYTES // dtype.itemsize):
             map_pages(part)
-            yield part
+            yield chunk, part
         return
     count = _CAST_BYTES // dtype.itemsize
     # One buffer for all runs: a run must be written before the next one is asked for.
     scratch = torch.empty(min(count, chunk.numel), dtype=dtype, device="cpu")
     for _, box in row_major_blocks(chunk.sizes, count):
-        out = scratch[: box.numel].view(box.sizes)
-        yield read_into(stream.source, stream.name, box.moved(chunk.offsets), out)
+        out, there = scratch[: box.numel].view(box.sizes), box.moved(chunk.offsets)
+        yield there, read_into(stream.source, stream.name, there, out)
 
 
 def _view(stream: Stream, box: Chunk) -> Tensor | None:
