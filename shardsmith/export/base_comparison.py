@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from shardsmith.hf.config_entries import QUANTIZATION
 from shardsmith.hf.config_fit import ConfigFit, fit_config
 from shardsmith.hf.directory import Measure, ModelPlan
 from shardsmith.hf.directory_check import drop_advice, refusal
+from shardsmith.hf.part_of_model import advice_for_part, part_by_itself
 from shardsmith.hf.template import BaseTemplate
 from shardsmith.tensors.dtypes import is_quantized
 from shardsmith.tensors.likeness import patterns_for
@@ -30,6 +31,7 @@ def fit(
     separate: Mapping[str, str],
     allow: Sequence[str] = (),
     live: Mapping[str, Any] | None = None,
+    own: Mapping[str, TensorSpec] | None = None,
 ) -> ConfigFit:
     """Return the config for these tensors, which are those of the base and of the class that the config names.
 
@@ -41,16 +43,26 @@ def fit(
         separate: As ``fit_config`` takes them.
         allow: Patterns of tensors that the files need not have.
         live: As ``fit_config`` takes them.
+        own: The tensors under the names that they have in the checkpoint, if these are others.
 
     Raises:
         MismatchError: they are not.
     """
     specs = {spec.name: spec for spec in plan.specs}
     fitted = fit_config(config, specs, base=template.specs, separate=separate, live=live, allow=allow)
+
+    def advise_part(lacking: Sequence[str]) -> str:
+        # Another number of layers, for one, is an entry of the config, and no part.
+        if not lacking or any(not key.startswith("architectures") for key in fitted.keys):
+            return ""
+        return advice_for_part(lacking, specs, own or specs, config, template.path, fitted)
+
     if not (fitted.is_exact and (_was_quantized(template.specs, fitted) or _has_grown(plan, template, fitted, live))):
-        compare_with_base(path, plan, template.specs, allow, fitted)
+        _compare_with_base(path, plan, template.specs, allow, fitted, advise_part)
     if fitted.problems:
-        raise MismatchError(path, *refusal(fitted))
+        summary, lines, advice = refusal(fitted)
+        part = advise_part(fitted.missing) or "\n".join([advice, *part_by_itself(own or specs, config, template.path)])
+        raise MismatchError(path, summary, lines, part)
     return fitted
 
 
@@ -72,12 +84,13 @@ def measure_of(fitted: ConfigFit, template: BaseTemplate) -> Measure:
     return Measure(fitted.measured_by, template.origin if template.specs else None, fitted.reason)
 
 
-def compare_with_base(
+def _compare_with_base(
     path: Path,
     plan: ModelPlan,
     template: Mapping[str, TensorSpec],
-    allow: Sequence[str] = (),
-    fitted: ConfigFit | None = None,
+    allow: Sequence[str],
+    fitted: ConfigFit,
+    advise_part: Callable[[Sequence[str]], str],
 ) -> None:
     """Raise MismatchError if names or shapes are not those of the base model's weights.
 
@@ -87,12 +100,16 @@ def compare_with_base(
         template: The tensors of the base model's files.
         allow: Patterns of tensors that the files need not have.
         fitted: Says which ways out lead to a right export, and which do not.
+        advise_part: Says what to do where tensors are missing and nothing else is wrong; empty where that is no part.
     """
     lines = differences(plan, template, allow) if template else []
     if lines:
         summary = f"{len(lines)} tensors are not as in the base model"
-        known = {spec.name for spec in plan.specs} | template.keys()
-        raise MismatchError(path, summary, lines, _rivals(plan, template) or _advice(lines, known, fitted))
+        held = {spec.name for spec in plan.specs}
+        names = [line.split(": ", 1)[0] for line in lines]
+        part = advise_part(names) if fitted.problems and held.isdisjoint(names) else ""
+        advice = _rivals(plan, template) or part or _advice(lines, held | template.keys(), fitted)
+        raise MismatchError(path, summary, lines, advice)
 
 
 def _rivals(plan: ModelPlan, template: Mapping[str, TensorSpec]) -> str | None:
@@ -109,7 +126,7 @@ def _rivals(plan: ModelPlan, template: Mapping[str, TensorSpec]) -> str | None:
     )
 
 
-def _advice(lines: Sequence[str], known: Collection[str], fitted: ConfigFit | None) -> str:
+def _advice(lines: Sequence[str], known: Collection[str], fitted: ConfigFit) -> str:
     """What to do about differences from the base. Only what gives an export that loads is offered.
 
     Args:
@@ -117,7 +134,7 @@ def _advice(lines: Sequence[str], known: Collection[str], fitted: ConfigFit | No
         known: All names on either side.
         fitted: Says what the class takes.
     """
-    if fitted is None or fitted.measured_by is None:
+    if fitted.measured_by is None:
         return (
             "Nothing was written. If a difference is meant, allow it by name: --allow 'PATTERN'. To leave tensors "
             "of the checkpoint out: --drop 'PATTERN'."

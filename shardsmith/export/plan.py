@@ -143,6 +143,7 @@ def plan_directory(
     modules = ModulePlans(base, dtype=options.dtype, allow=options.allow, drop=options.drop)
     for model, stem in stems.items():
         opened, gone = _open_model(known, model, base, specs, model_class, sizes, options)
+        own = opened.specs
         named = like(opened, options.drop)  # before names are matched: what stays may fit in one way only then
         opened, of_modules = modules.take(opened.without(named), model, stem, named)
         recorded = names_of_the_run(opened, specs, lambda: known.manifest) if options.names == "auto" else None
@@ -162,7 +163,7 @@ def plan_directory(
             source = sources[model] = in_base_layout(TranslatedModel(opened, name_map), layouts)
         plan = _plan_model(source, model, stem, model_class, specs, base, chosen, name_map, sizes)
         separate = {} if model_class is None else _separate(source, plan, model_class)
-        fitted = fitted or fit(source.path, plan, config, template, separate, options.allow, live)
+        fitted = fitted or fit(source.path, plan, config, template, separate, options.allow, live, own)
         models.append(plan)
     assert fitted is not None
     tensors = {**{spec.name: spec for plan in models for spec in plan.specs}, **opened.specs}

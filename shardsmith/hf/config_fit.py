@@ -48,6 +48,8 @@ class ConfigFit:
     """Why none could be made."""
     problems: tuple[str, ...] = ()
     """Where the tensors are not what the class wants. Empty without a class."""
+    missing: tuple[str, ...] = ()
+    """Tensors of the class that the files lack, if there is no other problem."""
     no_place: tuple[str, ...] = ()
     """Patterns of the tensors that the class has no place for, if there is no other problem."""
     as_base: tuple[str, ...] = ()
@@ -127,12 +129,14 @@ def _excused(
 def _result(state: Attempt, excused: Excused) -> ConfigFit:
     problems, fit = state.problems(excused), state.fit
     extra = _without_place(state, problems, excused)
+    named = {line.split(": ", 1)[0] for line in problems}
     return ConfigFit(
         config=copy.deepcopy(dict(state.config)),
         changes=state.changes,
         measured_by=fit.model_class if fit else None,
         reason=state.reason,
         problems=tuple(problems),
+        missing=tuple(sorted(named)) if fit and named <= set(fit.missing) else (),
         no_place=patterns_for(extra, state.specs.keys() - extra),
         as_base=tuple(line for _, line in fit.lines if line in excused.lines) if fit else (),
         keys=tuple(_suspects(state)) if problems else (),
