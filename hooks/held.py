@@ -46,8 +46,8 @@ def held_model(model: nn.Module) -> HeldView | None:
     the module are the model's.
     """
     here, path = unwrapped(model), ""
-    # What can be saved by itself is the model.
-    while not hasattr(here, "save_pretrained"):
+    # What can be saved by itself is the model; a sequence, such as a sentence encoder, saves each of its modules.
+    while not hasattr(here, "save_pretrained") or isinstance(here, nn.Sequential):
         # One child with tensors, and none outside it: then all tensors are that child's.
         children = [(name, child) for name, child in here.named_children() if _has_tensors(child)]
         if len(children) != 1 or any(True for _ in _own_tensors(here)):

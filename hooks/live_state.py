@@ -44,6 +44,7 @@ from shardsmith.tensors.tensors import Shape, TensorSpec
 
 from .adapters import HeldAdapter
 from .ema import EMA
+from .encoder_modules import EncoderModules
 from .fitted_config import FittedConfig
 from .held import HeldView
 from .known_plan import KnownPlan
@@ -94,6 +95,7 @@ class LiveState:
         """Read what lies beside the weights. First of all, on every rank; no communication. Raises CheckpointError."""
         # Only for a base model: asking a view under FSDP1 may make a module inside a root of its own.
         self._config.read(self._own_specs() if self._files.base is not None else {})
+        self._modules = EncoderModules(self._model, self._files.base)
         self._name_map = self._find_name_map()
 
     def _own_specs(self) -> dict[str, TensorSpec]:
@@ -271,6 +273,7 @@ class LiveState:
         settings: ModelSettings,
         facts: Mapping[str, str] | None = None,
     ) -> DirectoryPlan:
+        texts = {**self._modules.settings(), **(facts or {})}
         return DirectoryPlan(
             output=output,
             models=tuple(models),
@@ -278,15 +281,16 @@ class LiveState:
             config=self._config.content,
             base=self._files.base,
             copies=self._config.copies,
-            companions=partial(self._write_companions, facts=dict(facts or {}), settings=settings),
+            companions=partial(self._write_companions, texts=texts, settings=settings),
             measure=self._config.measure,
             template=self._config.template.specs,
             allow=self._config.transient,
         )
 
-    def _write_companions(self, directory: Path, facts: Mapping[str, str], settings: ModelSettings) -> None:
-        for name, text in facts.items():
+    def _write_companions(self, directory: Path, texts: Mapping[str, str], settings: ModelSettings) -> None:
+        for name, text in texts.items():
             with writing(directory / name, "writing an extra file"):
+                (directory / name).parent.mkdir(parents=True, exist_ok=True)
                 (directory / name).write_text(text, encoding="utf-8")
         self._files.write(self._inner, settings, directory)
         if self._view is not None:

@@ -64,7 +64,7 @@ def _in_folders(checkpoint: OpenedCheckpoint, other: Modules | None, opened: con
         held += [HeldModule(module, model, source) for model, source in beside.models.items()]
     # An encoder without one of the other's modules is another encoder; a bare transformer is a part of both.
     there = {one.name for one in held}
-    for module in other.with_weights if other is not None and own.listed else ():
+    for module in other.with_weights if other is not None and own.folders else ():
         empty = (HeldModule(module, model, source.only({})) for model, source in checkpoint.models.items())
         held += [one for one in empty if one.name not in there]
     return held

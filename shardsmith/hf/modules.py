@@ -55,15 +55,17 @@ class Modules:
 
     Attributes:
         with_weights: Those that have weights in folders of their own; none for any other model.
-        listed: Whether there is a ``modules.json``, with modules that have weights or none.
+        folders: Name of each module -> its folder, "" for the top one; empty without a ``modules.json``.
+        kinds: Name of each module -> the name of its class, where the file says it.
     """
 
     def __init__(self, base: Path) -> None:
         """Raises CheckpointError if ``modules.json``, or the weights of a module, cannot be read."""
-        self._folders = _folders(base / MODULES_FILE)
-        self.listed = bool(self._folders)
+        listed = _listed(base / MODULES_FILE)
+        self.folders = {name: folder for name, (folder, _) in listed.items()}
+        self.kinds = {name: kind for name, (_, kind) in listed.items() if kind}
         self.with_weights: list[Module] = []
-        for name, folder in self._folders.items():
+        for name, folder in self.folders.items():
             file = next((base / folder / one for one in _WEIGHTS if (base / folder / one).is_file()), None)
             if folder and file is not None:
                 self.with_weights.append(Module(name, folder, tensors_of(file) or {}))
@@ -77,7 +79,7 @@ class Modules:
         split = {name: [part for part in name.split(".") if part not in WRAPPERS_IN_FILES] for name in names}
         for depth in range(_DEEPEST if self.with_weights else 0):
             heads = {tuple(parts[:depth]) for parts in split.values()}
-            if len(heads) == 1 and all(len(p) > depth + 1 and p[depth] in self._folders for p in split.values()):
+            if len(heads) == 1 and all(len(p) > depth + 1 and p[depth] in self.folders for p in split.values()):
                 return [
                     (module, held)
                     for module in self.with_weights
@@ -87,16 +89,16 @@ class Modules:
         return []
 
 
-def _folders(file: Path) -> dict[str, str]:
-    """Name of each module -> its folder; "" for the one in the top folder. Empty without the file."""
+def _listed(file: Path) -> dict[str, tuple[str, str]]:
+    """Name of each module -> its folder, "" for the top one, and the name of its class. Empty without the file."""
     if not file.is_file():
         return {}
     try:
         listed = json.loads(read_bounded(file, _MOST_BYTES))
-        found = {str(module["name"]): str(module["path"]) for module in listed}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        found = {str(m["name"]): (str(m["path"]), str(m.get("type", "")).rpartition(".")[2]) for m in listed}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptCheckpointError(file, f"lists no modules: {type(error).__name__}: {error}") from error
     # What it says is text of somebody else: it must not lead out of the directory.
-    if outside := [folder for folder in found.values() if PurePosixPath(folder).is_absolute() or ".." in folder]:
+    if outside := [folder for folder, _ in found.values() if PurePosixPath(folder).is_absolute() or ".." in folder]:
         raise CorruptCheckpointError(file, f"names a folder outside of the directory: {outside[0]!r}")
     return found

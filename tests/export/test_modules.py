@@ -254,3 +254,54 @@ def test_a_live_export_of_such_a_model_says_what_writes_its_modules(base: Path, 
     with pytest.raises(MismatchError, match="2_Dense, which HFExport does not write") as error:
         HFExport(tmp_path / "hf", model=encoder(), base_model=base, when=every(1))
     assert "--drop" not in str(error.value)
+
+
+class Pooling(nn.Module):
+    """A module without weights, which says its settings as those of the library do."""
+
+    config_file_name = "config.json"
+
+    def __init__(self, mode: str) -> None:
+        super().__init__()
+        self.mode = mode
+
+    def get_config_dict(self) -> dict[str, str]:
+        return {"pooling_mode": self.mode}
+
+
+class Encoder(nn.Sequential):
+    """A whole encoder, which can save itself."""
+
+    def save_pretrained(self, directory: str) -> None:
+        raise NotImplementedError
+
+
+@pytest.fixture
+def pooled(base: Path) -> Path:
+    """The base model of an encoder that has no weights after its transformer."""
+    kinds = [("", "models.Inner"), ("1_Pooling", "models.Pooling")]
+    listed = [{"idx": idx, "name": str(idx), "path": path, "type": kind} for idx, (path, kind) in enumerate(kinds)]
+    (base / "modules.json").write_text(json.dumps(listed))
+    shutil.rmtree(base / "2_Dense")
+    (base / "1_Pooling").mkdir()
+    (base / "1_Pooling" / "config.json").write_text('{"pooling_mode": "mean"}')
+    return base
+
+
+@pytest.mark.parametrize("mode", ["mean", "cls"])
+def test_a_live_export_of_a_whole_encoder_pools_as_the_live_one(mode: str, pooled: Path, tmp_path: Path) -> None:
+    whole = Encoder(encoder()[0], Pooling(mode))
+    export = HFExport(tmp_path / "hf", model=nn.ModuleDict({"encoder": whole}), base_model=pooled, when=every(1))
+    export.export(1)
+    export.close()
+    written = tmp_path / "hf" / "step-1"
+    assert json.loads((written / "1_Pooling" / "config.json").read_text()) == {"pooling_mode": mode}
+    assert load_file(written / "model.safetensors").keys() == load_file(pooled / "model.safetensors").keys()
+    assert json.loads((pooled / "1_Pooling" / "config.json").read_text()) == {"pooling_mode": "mean"}
+    assert main(["verify", str(written)]) == 0
+
+
+def test_a_live_encoder_with_other_modules_than_the_base_model_is_refused(pooled: Path, tmp_path: Path) -> None:
+    for modules in ([], [nn.Identity()], [Pooling("mean"), nn.Identity()]):
+        with pytest.raises(MismatchError, match="1 modules of the model that trains are not as in the base model"):
+            HFExport(tmp_path / "hf", model=Encoder(encoder()[0], *modules), base_model=pooled, when=every(1))
