@@ -289,27 +289,33 @@ def _directory_of(checkpoint: Path, source: ModelSource) -> Path:
         if (place / ADAPTER_CONFIG_FILE).is_file():
             return place
     example = next(name for name in source.specs if _PEFT_NAMES.search(name))
+    adapter = next(iter(_adapter_names(source)), "default")
     raise UsageError(
         f"{checkpoint} holds a model with an adapter of peft ({example}), and there is no {ADAPTER_CONFIG_FILE} in "
         f"{' or '.join(map(str, places))}. Copy that of the run there: "
-        "model.peft_config['default'].save_pretrained(DIRECTORY) writes it"
+        f"model.peft_config[{adapter!r}].save_pretrained(DIRECTORY) writes it"
     )
 
 
-def _adapter_name(source: ModelSource) -> str:
+def _adapter_names(source: ModelSource) -> list[str]:
     # The pattern also fits files of peft, which leave the adapter's name out: what follows is the parameter then.
-    names = {match["name"] for name in source.specs if (match := _ADAPTER_NAME.search(name))} - {"weight", "bias"}
+    found = {match["name"] for name in source.specs if (match := _ADAPTER_NAME.search(name))}
+    return sorted(found - {"weight", "bias"})
+
+
+def _adapter_name(source: ModelSource) -> str:
+    names = _adapter_names(source)
     if len(names) > 1:
-        first, *others = sorted(names)
+        first, *others = names
         patterns = [pattern for other in others for pattern in (f"*.{other}", f"*.{other}.*")]
         raise UsageError(
-            f"{source.path} holds several adapters, {', '.join(sorted(names))}; one can be exported, which is that of "
+            f"{source.path} holds several adapters, {', '.join(names)}; one can be exported, which is that of "
             f"{ADAPTER_CONFIG_FILE}. Leave the others out; for {first}: --drop "
             + " ".join(
                 f"'{pattern}'" for pattern in patterns if any(fnmatchcase(name, pattern) for name in source.specs)
             )
         )
-    return names.pop() if names else "default"
+    return names[0] if names else "default"
 
 
 def _keys_by_fqn(source: ModelSource, adapter: str) -> dict[str, str]:

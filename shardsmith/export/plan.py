@@ -422,11 +422,20 @@ def _choose_name_map(
 
 def _refuse_titan_names(plan: ModelPlan, template: Mapping[str, TensorSpec]) -> None:
     """Raise UsageError for names that no Hugging Face model has, unless the base model has them."""
-    name = "tok_embeddings.weight"
-    if name not in template and any(spec.name == name for spec in plan.specs):
-        example = "--titan-model llama3 --titan-flavor 8B"
-        advice = f"say which one it is, as in {example}, or keep the names: --names identity"
-        raise UsageError(f"the checkpoint has {name}, as TorchTitan's own models: {advice}")
+    name, names = "tok_embeddings.weight", {spec.name for spec in plan.specs}
+    if name in template or name not in names:
+        return
+    # torchtune has the same name there, and others below it.
+    if norm := next((other for other in sorted(names) if other.endswith(".sa_norm.scale")), None):
+        raise UsageError(
+            f"the checkpoint has {name} and {norm}, as models of torchtune, whose query and key rows may be in another "
+            "order than the base model's. Let torchtune convert the state dict, with tune_to_hf of "
+            "torchtune.models.convert_weights (for Qwen2: qwen2_tune_to_hf of torchtune.models.qwen2), save the result "
+            "with torch.save, and export that file"
+        )
+    example = "--titan-model llama3 --titan-flavor 8B"
+    advice = f"say which one it is, as in {example}, or keep the names: --names identity"
+    raise UsageError(f"the checkpoint has {name}, as TorchTitan's own models: {advice}")
 
 
 def origin_of(checkpoint: KnownCheckpoint) -> Origin:

@@ -163,6 +163,22 @@ def test_a_checkpoint_without_its_adapter_config_says_what_to_do(
     assert re.search(r"adapter of peft.*save_pretrained\(DIRECTORY\)", capsys.readouterr().err)
 
 
+def test_the_advice_for_a_missing_adapter_config_names_the_runs_own_adapter(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, base, checkpoint = llama(), tmp_path / "base", tmp_path / "ck"
+    model.save_pretrained(base)
+    model = get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False), adapter_name="actor")
+    save(model.state_dict(), checkpoint)
+    assert to_hf(checkpoint, base, tmp_path / "out", "--dtype", "original") == 2
+    advice = re.search(r"(model\.peft_config.*)\(DIRECTORY\)", capsys.readouterr().err.replace("\n", " "))
+    assert advice is not None
+    eval(advice[1], {"model": model})(str(checkpoint))
+    assert to_hf(checkpoint, base, tmp_path / "out", "--dtype", "original") == 0
+    loaded = PeftModel.from_pretrained(type(model.get_base_model()).from_pretrained(base), tmp_path / "out")
+    assert torch.equal(logits(loaded), logits(model))
+
+
 def test_an_adapter_that_changed_its_base_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tuned, base, checkpoint = make_run(tmp_path, "lora")
     tuned.peft_config["default"].init_lora_weights = "pissa"

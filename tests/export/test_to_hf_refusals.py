@@ -35,6 +35,7 @@ from shardsmith.errors import (
     WriteError,
 )
 from shardsmith.manifest.seal import SEAL
+from tests.dcp_directories import save
 from tests.forked import run_forked
 from tests.tensor_cases import raw_bytes
 from tests.trained_runs import Trained
@@ -324,6 +325,21 @@ def test_every_difference_from_the_base_is_listed(
         "seen: () in the checkpoint, (2,) in the base model",
     )
     assert_refused(place, capsys, MismatchError, "4 tensors are not as in the base model", *lines, "--allow 'PATTERN'")
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("layers.0.sa_norm.scale", "as models of torchtune"),
+        ("layers.0.attention.wq.weight", "--titan-model llama3 --titan-flavor 8B"),
+    ],
+)
+def test_names_of_a_trainers_own_models_are_refused_with_what_converts_them(
+    name: str, advice: str, place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(place.checkpoint)
+    save({"tok_embeddings.weight": torch.zeros(2), name: torch.zeros(2)}, place.checkpoint)
+    assert_refused(place, capsys, UsageError, "tok_embeddings.weight", advice)
 
 
 def test_differences_from_the_base_that_are_allowed_by_name_pass(
