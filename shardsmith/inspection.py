@@ -19,7 +19,7 @@ from shardsmith.manifest.checkpoints import find_damage, find_foreign_files, fin
 from shardsmith.manifest.companion import companion_of, find_folder_damage, is_complete
 from shardsmith.manifest.compared import ComparedBytes, file_sizes
 from shardsmith.manifest.metadata import CheckpointMetadata, read_metadata
-from shardsmith.tensors.checkpoint_keys import KeyPath, find_models
+from shardsmith.tensors.checkpoint_keys import MAIN, KeyPath, find_models
 from shardsmith.tensors.dtypes import dtype_name
 from shardsmith.tensors.tensors import TensorSpec
 
@@ -42,6 +42,8 @@ class ModelSummary:
     """Tensors that the model does not have itself and takes from main (what an average does not cover)."""
     averages: list[str] = field(default_factory=list)
     """Names of the averages, where they have names; the first one is this."""
+    left_out: list[str] = field(default_factory=list)
+    """Of main: dicts beside it that are called an average and hold no tensor under its names; they are not read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +159,7 @@ def _summary(known: KnownCheckpoint, name: str) -> ModelSummary:
         tied=source.aliases,
         from_main=len(source.filled),
         averages=list(source.averages),
+        left_out=list(source.left_out) if name == MAIN else [],
     )
     source.close()
     return summary

@@ -153,6 +153,7 @@ def _models_table(inspection: Inspection) -> Table:
         notes = [f"{alias} = {kept}" for alias, kept in model.tied.items()]
         notes += [f"{model.from_main} tensors from main"] if model.from_main else []
         notes += [f"average {model.averages[0]}; also {', '.join(model.averages[1:])}"] if model.averages[1:] else []
+        notes += [f"not read, as an average without names: {', '.join(model.left_out)}"] if model.left_out else []
         table.add_row(
             model.name,
             str(model.tensors),

@@ -34,7 +34,12 @@ def print_verification(verification: Verification, *, as_json: bool) -> None:
     by = "by their digests" if verification.by == "digests" else "in every value"
     compared = ", ".join(model.model for model in verification.models)
     which = "" if compared == "main" and not verification.left_out else f" ({compared})"
-    console.print(_verdict(verification.same, f"the same model, {by}{which}"))
+    if verification.is_undecided:
+        # What both have is equal; a verdict on the rest would be a guess.
+        console.print(Text("not known to be the same model: each has names that the other lacks", "bold red"))
+        console.print("  --base-model DIRECTORY with the model's config.json says which names belong together")
+    else:
+        console.print(_verdict(verification.same, f"the same model, {by}{which}"))
     for line in verification.left_out:
         console.print(f"not compared: {printable(line)}")
 

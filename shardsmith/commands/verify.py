@@ -44,7 +44,8 @@ def verify(
         digests: Compare digests; those that a checkpoint has recorded are believed, and nothing of it is read.
         logits: Compare what the models answer to a fixed text, instead of their values.
         naming: How tensors correspond.
-        base_model: For logits, where neither is a Hugging Face directory: one of the same kind of model.
+        base_model: Where neither is a Hugging Face directory: one of the same kind of model. It says which names belong
+            together, for which its config.json alone will do; logits are computed by its class.
         trust_remote_code: For logits, run the Python files of the Hugging Face directory.
         json: Print JSON instead of tables.
         html: Of two checkpoints compared by their values: also write a page with a map and a table of all tensors.
@@ -73,6 +74,7 @@ def verify(
         # Logits are sums of many products, so they are never equal to the last bit.
         tolerance=tolerance if tolerance is not None else 1e-3 if logits else 0.0,
         rounding=rounding,
+        base_model=base_model,
     )
     if logits:
         from shardsmith.diagnose.logits import verify_logits

@@ -90,11 +90,19 @@ class Verification:
     models: tuple[ModelVerification, ...]
     left_out: tuple[str, ...] = ()
     """What was compared with nothing, a line each: a model that only one side has, a further average, a teacher."""
+    base: str | None = None
+    """Directory whose config says which names belong together; None where nothing says it."""
 
     @property
     def same(self) -> bool:
         """Whether nothing differs."""
         return not any(model.differences for model in self.models)
+
+    @property
+    def is_undecided(self) -> bool:
+        """Whether all that differs are names on both sides, and nothing says which of them belong together."""
+        problems = {found.problem for model in self.models for found in model.differences}
+        return self.base is None and problems == {"only in A", "only in B"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,6 +120,9 @@ class VerifyOptions:
     """Largest absolute difference of two values that is none."""
     rounding: bool = False
     """Whether the values of one may be those of the other, rounded to its dtype."""
+    base_model: Path | None = None
+    """Where neither is a Hugging Face directory: one of this kind of model, or its config.json alone in a directory. It
+    says which names belong together."""
 
 
 @checked
@@ -122,11 +133,12 @@ def verify(left: AsAnyPath, right: AsAnyPath, options: VerifyOptions | None = No
         CheckpointError: one cannot be read, or does not have a model that was asked for.
     """
     options = options or VerifyOptions()
-    with_both = OpenedPair(left, right, options.names, options.rules)
+    with_both = OpenedPair(left, right, options.names, options.rules, options.base_model)
     try:
         names = with_both.common(options.models)
         models = tuple(_verify_model(name, with_both, options) for name in names)
-        return Verification(str(left), str(right), options.by, models, tuple(with_both.left_out(names)))
+        left_out, base = tuple(with_both.left_out(names)), with_both.base
+        return Verification(str(left), str(right), options.by, models, left_out, None if base is None else str(base))
     finally:
         with_both.close()
 
@@ -134,8 +146,16 @@ def verify(left: AsAnyPath, right: AsAnyPath, options: VerifyOptions | None = No
 class OpenedPair:
     """Two checkpoints, the tensors of both under one set of names: those of Hugging Face files, if one has them."""
 
-    def __init__(self, left: Path, right: Path, names: str = "auto", rules: Sequence[LayoutRule] = DECLARED) -> None:
+    def __init__(
+        self,
+        left: Path,
+        right: Path,
+        names: str = "auto",
+        rules: Sequence[LayoutRule] = DECLARED,
+        base_model: Path | None = None,
+    ) -> None:
         """Open both. Raises CheckpointError."""
+        self._base_model = base_model
         self.names = names
         self.rules = rules
         with contextlib.ExitStack() as opened:
@@ -148,10 +168,10 @@ class OpenedPair:
 
     @property
     def base(self) -> Path | None:
-        """The directory whose config says what model it is; None if neither has one."""
+        """The directory whose config says what model it is; None if neither has one and none was given."""
         # B first: as usual it is the reference, under whose names A is brought.
         sides = (self.right, self.left)
-        return next((side.path for side in sides if is_huggingface(side)), None)
+        return next((side.path for side in sides if is_huggingface(side)), self._base_model)
 
     def common(self, wanted: Sequence[str] | None) -> list[str]:
         """Return the models to compare. Raises CheckpointNotFoundError for one that is not in both."""

@@ -85,7 +85,7 @@ def detect_accelerate(path: Path) -> DetectedFormat | None:
     inner = detect_dcp(path / ACCELERATE_MAIN)
     if inner is None:
         return DetectedFormat(INCOMPLETE, f"{ACCELERATE_MAIN} is no directory of torch.distributed.checkpoint")
-    others = f"; {', '.join(found[1:])} are other models and are not read" if len(found) > 1 else ""
+    others = f"; not read, as other models by their names: {', '.join(found[1:])}" if len(found) > 1 else ""
     name = ACCELERATE if inner.name == DCP else inner.name
     return DetectedFormat(name, f"{ACCELERATE_MAIN}: {inner.reason}{others}")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from shardsmith.formats.torch_files.source import (
     torch_directory_models,
 )
 from shardsmith.ground import layout
+from shardsmith.ground.remote_path import RemotePath
 from shardsmith.tensors.checkpoint_keys import EMA, MAIN, find_models
 from shardsmith.tensors.tensors import TensorSource
 
@@ -35,6 +38,8 @@ _TORCH_NAMES = {
     MAIN: ("pytorch_model.bin", "pytorch_model_fsdp.bin", "model.pt", f"{layout.COMPONENT_WEIGHTS}.bin"),
     EMA: ("ema.pt",),
 }
+_OF_ANOTHER_MODEL = re.compile(r"(model_[1-9][0-9]*\.safetensors|pytorch_model(_fsdp)?_[1-9][0-9]*\.bin)")
+"""Of the second model that accelerate prepared, and the next ones."""
 _TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80\x02"
 
@@ -65,7 +70,7 @@ def detect_huggingface(path: Path) -> DetectedFormat | None:
                 return DetectedFormat(INCOMPLETE, reason_of(error, path))
             found.append(f"{len(source.specs)} tensors in {', '.join(source.headers)}")
             source.close()
-    return DetectedFormat(HUGGINGFACE, "; ".join(found)) if found else None
+    return DetectedFormat(HUGGINGFACE, "; ".join([*found, *_other_models(path)])) if found else None
 
 
 def safetensors_models(path: Path) -> list[str]:
@@ -118,7 +123,15 @@ def detect_torch_directory(path: Path) -> DetectedFormat | None:
                 return DetectedFormat(INCOMPLETE, reason_of(error, path))
             found.append(f"{len(source.specs)} tensors in {name}")
             source.close()
-    return DetectedFormat(TORCH, "; ".join(found)) if found else None
+    return DetectedFormat(TORCH, "; ".join([*found, *_other_models(path)])) if found else None
+
+
+def _other_models(path: Path) -> list[str]:
+    """What to say of the further models that accelerate saves beside the first one, if there are any."""
+    # accelerate writes to disks, and in a store a listing is a request.
+    names = [] if isinstance(path, RemotePath) else sorted(os.listdir(path))
+    found = [name for name in names if _OF_ANOTHER_MODEL.fullmatch(name)]
+    return [f"not read, as other models by their names: {', '.join(found)}"] if found else []
 
 
 def detect_file(path: Path) -> DetectedFormat:

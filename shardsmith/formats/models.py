@@ -202,12 +202,18 @@ def choose_model(
     ordered = sorted(averages, key=lambda name: name != average) if model == EMA else []
     twins = [name for name in find_twins(source.specs, paths) if name != average] if model == MAIN else []
     lost = find_lost_averages(source.specs, paths) if model == MAIN else []
-    left_out = dict.fromkeys(lost, "it is called an average, and its tensors do not have the model's names")
+    left_out = dict.fromkeys(lost, _WITHOUT_NAMES)
     if model == EMA:
         strays = find_strays(source.specs, paths, average or None)
         held = [key for key in strays if source.specs[key].numel > 1]  # not a count of updates
         left_out = dict.fromkeys(held, "in the average, not in the model")
     return _choose(source, models, model, tied, averages=tuple(ordered), twins=tuple(twins), left_out=left_out)
+
+
+_WITHOUT_NAMES = (
+    "it is called an average, and its tensors do not have the model's names; if it is a list, as of diffusers' "
+    "EMAModel, its copy_to(model.parameters()) gives them names: save that model"
+)
 
 
 def _like(average: str, named: Sequence[str]) -> str:

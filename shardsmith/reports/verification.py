@@ -30,6 +30,8 @@ def verification_page(found: Verification, command: Sequence[str]) -> str:
     tensors = sum(len(_names(model)) for model in found.models)
     verdict = "the same model" if found.same else f"not the same model: {differing} of {tensors} tensors differ"
     sides = f"<p>A: <code>{safe(found.left)}</code><br>B: <code>{safe(found.right)}</code></p>"
+    if found.is_undecided:
+        verdict = f"not known to be the same model: {differing} of {tensors} tensors have names that the other lacks"
     parts = [sides, f'<p class="verdict{"" if found.same else " bad"}">{safe(verdict)}</p>']
     parts += [f"<p>Not compared: {safe(line)}</p>" for line in found.left_out]
     for number, model in enumerate(found.models):

@@ -8,12 +8,13 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from shardsmith.cli import main
 from shardsmith.compare.verification import Verification, VerifyOptions, verify
-from tests.dcp_directories import edit_index, save_sharded
+from tests.dcp_directories import edit_index, save, save_sharded
 from tests.diagnosed_models import FAMILIES, Specimen
-from tests.trained_runs import Trained
+from tests.trained_runs import SIZES, Trained
 
 Runs = dict[tuple[str, int], Trained]
 
@@ -197,3 +198,29 @@ def test_what_is_compared_with_nothing_is_named(tmp_path: Path, capsys: pytest.C
     assert all(f"not compared: {name}" in said for name in ("ema of A", "teacher", "ema_of_ours"))
     assert verify(tmp_path / "c", tmp_path / "c").left_out  # the teacher, on both sides
     assert not verify(tmp_path / "model.safetensors", tmp_path / "model.safetensors").left_out
+
+
+def test_stacked_experts_and_separate_ones_are_one_model_for_the_config_that_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4))
+    model.save_pretrained(tmp_path / "files")  # separate, as the library writes them
+    files = load_file(tmp_path / "files" / "model.safetensors")
+    (tmp_path / "config").mkdir()
+    shutil.copy(tmp_path / "files" / "config.json", tmp_path / "config")
+    stacked, separate = save(dict(model.state_dict()), tmp_path / "stacked"), save(files, tmp_path / "separate")
+    files["model.layers.1.block_sparse_moe.experts.2.w2.weight"][0, 0] += 1
+    other = save(files, tmp_path / "other")
+    base = ["--base-model", str(tmp_path / "config")]
+    for a, b in ((stacked, separate), (separate, stacked)):
+        assert main(["verify", str(a), str(b)]) == 1
+        told = capsys.readouterr().out
+        assert "not known to be the same model: each has names that the other lacks" in told
+        assert "--base-model DIRECTORY" in told
+        assert main(["verify", str(a), str(b), *base]) == 0  # as it says
+    for a, b in ((stacked, other), (other, stacked)):
+        assert main(["verify", str(a), str(b), *base]) == 1
+        told = capsys.readouterr().out
+        assert "not the same model" in told
+        assert "experts.2.w2.weight: values" in told or "layers.1.mlp.experts.down_proj: values" in told

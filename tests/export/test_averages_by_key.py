@@ -140,6 +140,12 @@ def test_what_is_left_out_is_named(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "left out: target, which holds tensors under the model's names; --average target takes it" in said
 
 
+def cells(table: str) -> str:
+    """The last column of a table of models with one row, whose words it has wrapped."""
+    lines = [line.split("│") for line in table.splitlines() if line.startswith("│")]
+    return "".join("".join(line[-2].split()) for line in lines)
+
+
 @pytest.mark.parametrize("form", ["dcp", "pt", "old pt"])
 @pytest.mark.parametrize(
     ("beside", "name"),
@@ -169,7 +175,11 @@ def test_an_average_without_names_is_left_out_by_name_in_any_format(
         torch.save(content, checkpoint, _use_new_zipfile_serialization=form == "pt")
     given = ["--checkpoint", str(checkpoint), "--base-model", str(tmp_path / "base")]
     assert main(["to-hf", *given, "--output-dir", str(tmp_path / "out"), "--dtype", "original"]) == 0
-    assert f"main: {name} is left out: it is called an average" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"main: {name} is left out: it is called an average" in said
+    assert "copy_to(model.parameters()) gives them names" in said
+    assert main(["inspect", str(checkpoint)]) == 0
+    assert "".join(f"not read, as an average without names: {name}".split()) in cells(capsys.readouterr().out)
     assert main(["verify", str(checkpoint), str(tmp_path / "base")]) == 0
     assert f"not compared: {name}: it is called an average" in capsys.readouterr().out
     assert main(["diagnose", *given, "--level", "values"]) == 0

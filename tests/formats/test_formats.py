@@ -11,8 +11,12 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from accelerate import PartialState
+from accelerate.checkpointing import save_accelerator_state
 from safetensors.torch import save_file
+from torch import nn
 
+from shardsmith.cli import main
 from shardsmith.errors import (
     CheckpointError,
     CheckpointNotFoundError,
@@ -277,3 +281,29 @@ def test_a_newer_manifest_is_not_taken_for_a_plain_dcp_directory(tmp_path: Path)
     found = detect_checkpoint_format(checkpoint)
     assert found.name == "unknown"
     assert "schema version 9" in found.reason
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin", "fsdp", "fsdp bin"])
+def test_the_further_models_that_accelerate_has_saved_are_named(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = [dict(nn.Linear(4, count).state_dict()) for count in (3, 2, 1)]
+    if kind.startswith("fsdp"):  # what save_fsdp_model writes needs a process group
+        for i, model in enumerate(models):
+            if kind == "fsdp":
+                dcp_directories.save(model, tmp_path / f"pytorch_model_fsdp_{i}")
+            else:
+                torch.save(model, tmp_path / f"pytorch_model_fsdp{f'_{i}' * (i > 0)}.bin")
+    else:
+        save_accelerator_state(str(tmp_path), models, [], [], [], 0, 0, safe_serialization=kind == "safetensors")
+        PartialState._reset_state()
+    first, second = {
+        "safetensors": ("model_1.safetensors", "model_2.safetensors"),
+        "bin": ("pytorch_model_1.bin", "pytorch_model_2.bin"),
+        "fsdp": ("pytorch_model_fsdp_1", "pytorch_model_fsdp_2"),
+        "fsdp bin": ("pytorch_model_fsdp_1.bin", "pytorch_model_fsdp_2.bin"),
+    }[kind]
+    for command in ("detect", "inspect"):
+        assert main([command, str(tmp_path)]) == 0
+        said = " ".join(capsys.readouterr().out.split())
+        assert f"not read, as other models by their names: {first}, {second}" in said
