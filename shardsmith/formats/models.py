@@ -20,6 +20,7 @@ from shardsmith.tensors.checkpoint_keys import (
     EMA,
     MAIN,
     KeyPath,
+    average_above,
     find_averages,
     find_lost_averages,
     find_models,
@@ -201,7 +202,9 @@ def choose_model(
         raise CheckpointNotFoundError(source.path, f"has no {model!r} weights; it holds {found}")
     ordered = sorted(averages, key=lambda name: name != average) if model == EMA else []
     twins = [name for name in find_twins(source.specs, paths) if name != average] if model == MAIN else []
-    lost = find_lost_averages(source.specs, paths) if model == MAIN else []
+    # Not of counts and decays alone, as in our own ``ema_state``.
+    values = {average_above(paths.get(key, ())) for key, spec in source.specs.items() if spec.numel > 1}
+    lost = [name for name in find_lost_averages(source.specs, paths) if name in values] if model == MAIN else []
     left_out = dict.fromkeys(lost, _WITHOUT_NAMES)
     if model == EMA:
         strays = find_strays(source.specs, paths, average or None)
