@@ -26,10 +26,18 @@ def llama3_debugmodel() -> Trainer.Config:
     return _on_cpu(llama3.llama3_debugmodel())
 
 
-def llama3_small() -> Trainer.Config:
+def llama3_small(flavor: str = small_models.DENSE) -> Trainer.Config:
+    """What jobs train that ask for no other model: nothing is computed twice, and the loss is that of two chunks."""
     config = llama3.llama3_debugmodel()
-    config.model_spec = llama3_models.model_registry(small_models.DENSE)
+    config.model_spec = llama3_models.model_registry(flavor)
+    config.activation_checkpoint = None
+    config.loss.num_chunks = 2
     return _on_cpu(config)
+
+
+def llama3_staged() -> Trainer.Config:
+    """The same with more layers, for several pipeline stages a rank."""
+    return llama3_small(small_models.STAGED)
 
 
 def llama3_still() -> Trainer.Config:
@@ -45,24 +53,22 @@ def llama3_small_with_hooks() -> Trainer.Config:
     return config
 
 
-def llama3_with_lora() -> Trainer.Config:
+def llama3_with_lora(flavor: str = small_models.DENSE) -> Trainer.Config:
     """Fused queries, keys and values, and the output, with adapters."""
     config = llama3_small()
     adapters = LoRAConverter.Config(rank=4, alpha=16.0, target_modules=["wqkv", "wo", "w1"])
-    config.model_spec = llama3_models.model_registry(small_models.DENSE, converters=[adapters])
+    config.model_spec = llama3_models.model_registry(flavor, converters=[adapters])
     return _on_cpu(config)
+
+
+def llama3_staged_with_lora() -> Trainer.Config:
+    return llama3_with_lora(small_models.STAGED)
 
 
 def llama3_recomputed() -> Trainer.Config:
     """Each block is computed again in the backward."""
     config = llama3_small()
     config.activation_checkpoint = FullAC.Config()
-    return config
-
-
-def llama3_not_recomputed() -> Trainer.Config:
-    config = llama3_small()
-    config.activation_checkpoint = None
     return config
 
 

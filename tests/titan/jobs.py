@@ -7,6 +7,7 @@ one group of ranks does several jobs one after the other.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import json
 import logging
@@ -25,7 +26,7 @@ from transformers import GenerationConfig, LlamaConfig
 
 from tests.ranks import run_on_ranks
 from tests.titan.cpu import IS_0_3, train, trainer
-from tests.titan.small_models import DENSE, LLAMA_LAYERS
+from tests.titan.small_models import DENSE, LAYERS, STAGED, STAGED_LAYERS
 
 WORDS = 2000
 OVERRIDE = "shardsmith.integrations.torchtitan.checkpoint_hooks"
@@ -42,7 +43,7 @@ LLAMA = LlamaConfig(
     vocab_size=2048,
     hidden_size=256,
     intermediate_size=768,
-    num_hidden_layers=LLAMA_LAYERS,
+    num_hidden_layers=LAYERS,
     num_attention_heads=16,
     rms_norm_eps=1e-5,
     rope_parameters={
@@ -64,10 +65,11 @@ matrices take 7 to 20 times as long as those of float32, which was more than hal
 _STEPS = ["--training.steps=4", "--training.seq_len=32", "--training.local_batch_size=2", "--metrics.log_freq=1"]
 _STEPS += ["--training.mixed_precision_param=float32"]
 _MODEL = (
-    ["--module=tests.titan.configs", f"--config=llama3_{DENSE}", "--dataloader.dataset=c4_test"]
+    ["--module=tests.titan.configs", "--dataloader.dataset=c4_test"]
     if IS_0_3
-    else ["--model.name=llama3", f"--model.flavor={DENSE}", "--training.dataset=c4_test"]
+    else ["--model.name=llama3", "--training.dataset=c4_test", "--activation_checkpoint.mode=none"]
 )
+_LAYERS = {DENSE: LAYERS, STAGED: STAGED_LAYERS}
 _CHECKPOINT = ["--checkpoint.enable", "--checkpoint.interval=2", "--checkpoint.no-last-save-model-only"]
 
 
@@ -92,6 +94,8 @@ class Assets:
     """What a user has before a run."""
 
     root: Path
+    flavor: str = DENSE
+    """Of the Llama that jobs train which choose no model."""
     hf: Path = field(init=False)
     data: Path = field(init=False)
 
@@ -107,7 +111,9 @@ class Assets:
         self.hf.mkdir(parents=True)
         tokenizer.save(str(self.hf / "tokenizer.json"))
         (self.hf / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<eos>"}))
-        LLAMA.save_pretrained(self.hf)
+        config = copy.deepcopy(LLAMA)
+        config.num_hidden_layers = _LAYERS[self.flavor]
+        config.save_pretrained(self.hf)
         GenerationConfig(max_new_tokens=7).save_pretrained(self.hf)
         self.data.mkdir()
         texts = (" ".join(f"w{(i * 31 + j * j * 7) % WORDS}" for j in range(80)) for i in range(64))
@@ -117,8 +123,10 @@ class Assets:
     def options(self, run: Path) -> list[str]:
         """The part of a command line that names all these, and where to write."""
         if IS_0_3:
-            return [f"--hf_assets_path={self.hf}", f"--dataloader.dataset_path={self.data}", f"--dump_folder={run}"]
+            data = [f"--dataloader.dataset_path={self.data}", f"--dump_folder={run}"]
+            return [f"--config=llama3_{self.flavor}", f"--hf_assets_path={self.hf}", *data]
         return [
+            f"--model.flavor={self.flavor}",
             f"--model.hf_assets_path={self.hf}",
             f"--training.dataset_path={self.data}",
             f"--job.dump_folder={run}",

@@ -1,16 +1,17 @@
 """Flavors of TorchTitan's models in sizes for tests. Importing this registers them.
 
 The debugmodels with fewer layers: nearly all that a step, a save or a load of models so narrow takes, it takes once a
-tensor. Llama's ``small`` is what jobs train that ask for no other model. Qwen3's is without its tie. ``small_tied`` has
-it, which FSDP2 of the torch that we test with refuses in 0.2. ``small_without_norms`` lacks the norms of queries and
-keys, ``small_moe`` has experts. DeepSeek's ``small`` has the router that transformers has, which the debugmodel has
-not; GPT-OSS and Llama 4 have a ``small``, too. ``of_another_theta`` and ``of_another_eps`` are Llama's with one setting
-changed; in 0.3 tests/titan/configs.py has them.
+tensor. Llama's ``small`` is what jobs train that ask for no other model; its ``staged`` has enough layers for several
+pipeline stages a rank. Qwen3's is without its tie. ``small_tied`` has it, which FSDP2 of the torch that we test with
+refuses in 0.2. ``small_without_norms`` lacks the norms of queries and keys, ``small_moe`` has experts. DeepSeek's
+``small`` has the router that transformers has, which the debugmodel has not; GPT-OSS and Llama 4 have a ``small``, too.
+``of_another_theta`` and ``of_another_eps`` are Llama's with one setting changed; in 0.3 configs.py has them.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import torchtitan.models.deepseek_v3 as deepseek
@@ -21,8 +22,9 @@ import torchtitan.models.qwen3 as qwen3
 from tests.titan.cpu import IS_0_3
 
 DENSE, MOE, TIED_DENSE, WITHOUT_NORMS = "small", "small_moe", "small_tied", "small_without_norms"
+STAGED = "staged"
 LAYERS, EXPERTS, CHOSEN, WIDTH = 2, 8, 2, 64
-LLAMA_LAYERS = 4
+STAGED_LAYERS = 4
 """Of four pipeline stages some have several, some one, and the last none, unless TorchTitan is told otherwise."""
 SCALE = 2.5
 BALANCE = 0.02
@@ -59,10 +61,10 @@ def _arguments() -> Any:
     return dataclasses.replace(full, n_layers=LAYERS, moe_inter_dim=WIDTH, moe_args=experts)
 
 
-def _llama_config(attn_backend: str, **more: Any) -> Any:
+def _llama_config(layers: int, attn_backend: str, **more: Any) -> Any:
     """0.3."""
     config = llama3._debugmodel(attn_backend, **more)
-    config.layers = config.layers[:LLAMA_LAYERS]
+    config.layers = config.layers[:layers]
     return config
 
 
@@ -125,7 +127,8 @@ def _gpt_oss_arguments() -> Any:
 
 
 if IS_0_3:
-    llama3.llama3_configs[DENSE] = _llama_config
+    llama3.llama3_configs[DENSE] = partial(_llama_config, LAYERS)
+    llama3.llama3_configs[STAGED] = partial(_llama_config, STAGED_LAYERS)
     deepseek.deepseekv3_configs[DENSE] = _deepseek_config
     gpt_oss.gptoss_configs[DENSE] = _gpt_oss_config
 else:
@@ -150,9 +153,10 @@ else:
         TIED_DENSE: full,
         WITHOUT_NORMS: dataclasses.replace(full, qk_norm=False),
     }
-    right = dataclasses.replace(llama3.llama3_args["debugmodel"], n_layers=LLAMA_LAYERS)
+    right = dataclasses.replace(llama3.llama3_args["debugmodel"], n_layers=LAYERS)
     llama3.llama3_args |= {
         DENSE: right,
+        STAGED: dataclasses.replace(right, n_layers=STAGED_LAYERS),
         "of_another_theta": dataclasses.replace(right, rope_theta=10000.0),
         "of_another_eps": dataclasses.replace(right, norm_eps=0.1),
     }

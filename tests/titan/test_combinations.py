@@ -16,6 +16,7 @@ from tests.titan.checkpoints import digests_of
 from tests.titan.cpu import IS_0_3
 from tests.titan.evaluation import FLOAT32, evaluated, losses_of, transformers_loss
 from tests.titan.jobs import Assets, Job, error_of, log_of, run_jobs
+from tests.titan.small_models import DENSE, STAGED
 
 pytestmark = pytest.mark.long
 
@@ -35,6 +36,7 @@ class Way:
     ranks: int
     options: list[str]
     has_stages: bool = False
+    flavor: str = DENSE
     elsewhere: list[str] = field(default_factory=list)
     """More options of a run on two ranks, of FSDP alone, that goes on from its step."""
     refused: str = ""
@@ -52,7 +54,9 @@ WAYS = {
     "pipeline, tensor parallel (2 x 2)": Way(
         4, [STAGES, TENSOR, MICROBATCHES], has_stages=True, elsewhere=OTHER_LOADERS
     ),
-    "interleaved pipeline, FSDP (2 x 2)": Way(4, [STAGES, SHARDED, INTERLEAVED, MICROBATCHES], has_stages=True),
+    "interleaved pipeline, FSDP (2 x 2)": Way(
+        4, [STAGES, SHARDED, INTERLEAVED, MICROBATCHES], has_stages=True, flavor=STAGED
+    ),
     "torch.compile, accumulated gradients": Way(2, ["--compile.enable", "--training.global_batch_size=8"]),
     "full activation checkpointing": Way(2, RECOMPUTED),
     "context parallel": Way(2, CONTEXT, refused="does not have a sharding strategy registered"),
@@ -62,8 +66,9 @@ if IS_0_3:
         "float8, emulated": Way(2, ["--config=llama3_with_float8"]),
         "pipeline with zero bubble": Way(
             2,
-            ["--config=llama3_not_recomputed", *ZERO_BUBBLE],
+            ZERO_BUBBLE,
             has_stages=True,
+            flavor=STAGED,
             elsewhere=OTHER_LOADERS,
             refused="optimizer.state.norm.weight",
             not_resumed=True,
@@ -72,7 +77,7 @@ if IS_0_3:
 else:
     WAYS |= {
         "float8, emulated": Way(2, FLOAT8_0_2, refused="torchao is not installed"),
-        "pipeline with zero bubble": Way(2, ZERO_BUBBLE, has_stages=True, elsewhere=OTHER_LOADERS),
+        "pipeline with zero bubble": Way(2, ZERO_BUBBLE, has_stages=True, flavor=STAGED, elsewhere=OTHER_LOADERS),
     }
 WORKS = [name for name, way in WAYS.items() if not way.refused or way.not_resumed]
 
@@ -82,6 +87,7 @@ class Ran:
     """What was done. Read only."""
 
     way: Way
+    assets: Assets
     whole: Job
     resumed: Job
     elsewhere: Job
@@ -92,8 +98,11 @@ class Ran:
 
 
 @pytest.fixture(scope="module", params=WORKS)
-def ran(request: pytest.FixtureRequest, assets: Assets, tmp_path_factory: pytest.TempPathFactory) -> Ran:
+def ran(
+    request: pytest.FixtureRequest, assets: Assets, staged_assets: Assets, tmp_path_factory: pytest.TempPathFactory
+) -> Ran:
     root, way = tmp_path_factory.mktemp("ways"), WAYS[request.param]
+    assets = staged_assets if way.flavor == STAGED else assets
     options = [*FLOAT32, "--debug.seed=1", *way.options]
     whole = Job(run=root / "whole", hooks=HOOKS, options=options)
     if not way.has_stages:
@@ -106,7 +115,7 @@ def ran(request: pytest.FixtureRequest, assets: Assets, tmp_path_factory: pytest
         shutil.copytree(whole.run / "checkpoint" / "step-2", job.run / "checkpoint" / "step-2")
     run_jobs(assets, way.ranks, root, resumed)
     run_jobs(assets, 2, root, elsewhere)
-    return Ran(way, whole, resumed, elsewhere)
+    return Ran(way, assets, whole, resumed, elsewhere)
 
 
 def test_a_resumed_run_goes_on_as_the_uninterrupted_one(ran: Ran) -> None:
@@ -135,13 +144,13 @@ def test_a_run_of_two_ranks_goes_on_from_its_step(ran: Ran) -> None:
 
 @pytest.mark.parametrize(("model", "suffix"), [("main", ""), ("ema", "-ema")])
 def test_the_export_has_the_loss_of_the_run_and_is_that_of_to_hf(
-    ran: Ran, model: str, suffix: str, assets: Assets, tmp_path: Path
+    ran: Ran, model: str, suffix: str, tmp_path: Path
 ) -> None:
     export = ran.whole.run / "hf" / f"step-4{suffix}"
     if not ran.way.has_stages:
         tolerance = 0.02 if ran.way is WAYS["float8, emulated"] else 1e-4  # float8 rounds
         assert transformers_loss(export) == pytest.approx(losses_of(ran.whole.run)[model], abs=tolerance)
-    places = ["--checkpoint", str(ran.step), "--output-dir", str(tmp_path / "out"), "--base-model", str(assets.hf)]
+    places = ["--checkpoint", str(ran.step), "--output-dir", str(tmp_path / "out"), "--base-model", str(ran.assets.hf)]
     assert main(["to-hf", *places, "--models", model, "--ema-as", "directory", "--dtype", "float32", "--quiet"]) == 0
     found, expected = (load_file(place / "model.safetensors") for place in (tmp_path / "out", export))
     assert found.keys() == expected.keys()

@@ -149,7 +149,7 @@ def test_prewarm_makes_the_memory_of_the_copies_at_the_first_step(runs: dict[str
 def test_copies_take_no_more_than_the_bound_that_is_set(runs: dict[str, Job]) -> None:
     for rank in range(2):
         found = json.loads((runs["windows"].run / f"memory-{rank}.json").read_text())
-        assert {0 < size <= 4_000_000 for _, size in found} == {True}  # there are two windows, and 36 MB of state
+        assert {0 < size <= 4_000_000 for _, size in found} == {True}  # there are two windows, and 22 MB of state
 
 
 def test_copies_for_exports_take_no_more_than_the_bound_either(runs: dict[str, Job]) -> None:

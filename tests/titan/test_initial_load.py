@@ -53,7 +53,7 @@ FAULTS: dict[str, tuple[Callable[[nn.Module], None], list[str]]] = {
     "head random": (randomize("^(output|lm_head)"), ["output.weight" if not IS_0_3 else "lm_head.weight"]),
     "vocabulary shifted": (rolled("^tok_embeddings"), ["tok_embeddings.weight"]),
     "query rows permuted": (rolled(r"layers\.1\..*wq"), ["layers.1.attention", "wq.weight"]),
-    "norms are one": (ones, ["layers.0.attention_norm.weight", "layers.3.ffn_norm.weight", "norm.weight"]),
+    "norms are one": (ones, ["layers.0.attention_norm.weight", "layers.1.ffn_norm.weight", "norm.weight"]),
     "rope zero": (buffers(torch.zeros_like), ["buffer-zero", "rope.cache" if IS_0_3 else "freqs_cis"]),
     "rope of other positions": (buffers(lambda b: b.roll(1, 0)), ["buffer-differs"]),
 }

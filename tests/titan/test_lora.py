@@ -18,7 +18,7 @@ from tests.titan.checkpoints import tensors_of
 from tests.titan.cpu import IS_0_3
 from tests.titan.evaluation import FLOAT32, evaluated, losses_of, transformers_loss
 from tests.titan.jobs import Assets, Job, error_of, run_jobs
-from tests.titan.small_models import DENSE, LLAMA_LAYERS
+from tests.titan.small_models import DENSE, LAYERS, STAGED, STAGED_LAYERS
 
 pytestmark = pytest.mark.skipif(not IS_0_3, reason="TorchTitan 0.2 has no LoRA")
 
@@ -35,7 +35,7 @@ MODULES = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_att
 
 
 @pytest.fixture(scope="module")
-def jobs(assets: Assets, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
+def jobs(assets: Assets, staged_assets: Assets, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
     """Runs on two ranks. Read only."""
     root = tmp_path_factory.mktemp("lora")
     options = [*FLOAT32, "--config=llama3_with_lora", "--optimizer.implementation=foreach", "--debug.seed=1"]
@@ -43,14 +43,19 @@ def jobs(assets: Assets, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     jobs = {
         "merged": Job(run=root / "merged", hooks=merged, options=options, within=partial(evaluated, 4)),
         "adapter": Job(run=root / "adapter", hooks={**HOOKS, "export_lora": "adapter"}, options=options),
-        "merged stages": Job(run=root / "merged stages", hooks=HOOKS, options=[*options, *STAGES]),
     }
     alone = {**HOOKS, "export_lora": "adapter"}
-    jobs["adapter stages"] = Job(run=root / "adapter stages", hooks=alone, options=[*options, *STAGES])
     float8 = ["--config=llama3_with_float8_and_lora", *options[:1], *options[2:]]
     jobs["float8"] = Job(run=root / "float8", hooks=HOOKS, options=float8, within=partial(evaluated, 4))
     wrong = Job(run=root / "none", hooks=alone)
+    stages = [*options, "--config=llama3_staged_with_lora", *STAGES]
+    staged = {
+        "merged stages": Job(run=root / "merged stages", hooks=HOOKS, options=stages),
+        "adapter stages": Job(run=root / "adapter stages", hooks=alone, options=stages),
+    }
     run_jobs(assets, 2, root, *jobs.values(), wrong)
+    run_jobs(staged_assets, 2, root, *staged.values())
+    jobs |= staged
     assert {name: error_of(job) for name, job in jobs.items()} == dict.fromkeys(jobs, "")
     return {**jobs, "no adapter": wrong}
 
@@ -76,13 +81,14 @@ def test_the_weights_that_train_stay_as_they_are(jobs: dict[str, Job]) -> None:
 @pytest.mark.parametrize("suffix", SUFFIXES.values())
 def test_the_adapter_alone_makes_the_merged_model(jobs: dict[str, Job], suffix: str, ranks: str) -> None:
     """As peft does it: W + alpha / r * B A, with W the frozen weight."""
+    flavor, layers = (STAGED, STAGED_LAYERS) if ranks else (DENSE, LAYERS)
     merged = load_file(jobs[f"merged{ranks}"].run / "hf" / f"step-4{suffix}" / "model.safetensors")
     directory = jobs[f"adapter{ranks}"].run / "hf" / f"step-4{suffix}"
     found = load_file(directory / "adapter_model.safetensors")
     config = json.loads((directory / "adapter_config.json").read_text())
     assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 4, 16.0)
-    assert len(found) == 2 * len(config["target_modules"]) == 2 * LLAMA_LAYERS * len(MODULES)
-    frozen = base_of(jobs[f"adapter{ranks}"].run / "checkpoint" / "step-4")
+    assert len(found) == 2 * len(config["target_modules"]) == 2 * layers * len(MODULES)
+    frozen = base_of(jobs[f"adapter{ranks}"].run / "checkpoint" / "step-4", flavor)
     for module in config["target_modules"]:
         assert module.split(".", 3)[-1] in MODULES
         a, b = (found[f"base_model.model.{module}.lora_{part}.weight"] for part in "AB")
@@ -97,9 +103,9 @@ def test_the_merged_model_of_all_stages_is_whole(jobs: dict[str, Job], suffix: s
     directory = jobs["merged stages"].run / "hf" / f"step-4{suffix}"
     assert transformers_loss(directory) > 0
     found = load_file(directory / "model.safetensors")
-    frozen = base_of(jobs["merged stages"].run / "checkpoint" / "step-4")
+    frozen = base_of(jobs["merged stages"].run / "checkpoint" / "step-4", STAGED)
     kept = [name for name in frozen if not any(module in name for module in MODULES)]
-    assert len(kept) == len(found) - LLAMA_LAYERS * len(MODULES)
+    assert len(kept) == len(found) - STAGED_LAYERS * len(MODULES)
     assert all(torch.equal(found[name], frozen[name]) for name in kept)
 
 
@@ -138,10 +144,10 @@ def test_an_average_that_cannot_be_merged_leaves_no_weights_to_the_next_export()
                 torch.testing.assert_close(found["ema"], model(torch.eye(6)).t())
 
 
-def base_of(step: Path) -> dict[str, Tensor]:
+def base_of(step: Path, flavor: str) -> dict[str, Tensor]:
     """The frozen weights of a step, under the names that they have in transformers."""
     from shardsmith.integrations.torchtitan.models import build_titan_model
 
     weights = {name: value for name, value in tensors_of(step).items() if "lora_" not in name}
-    found: dict[str, Tensor] = build_titan_model(f"llama3/{DENSE}").adapter.to_hf(weights)
+    found: dict[str, Tensor] = build_titan_model(f"llama3/{flavor}").adapter.to_hf(weights)
     return found

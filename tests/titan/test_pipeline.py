@@ -12,22 +12,21 @@ from shardsmith.integrations.torchtitan.models import build_titan_model
 from tests.titan.checkpoints import digests_of, tensors_of
 from tests.titan.evaluation import FLOAT32, transformers_loss
 from tests.titan.jobs import Assets, Job, error_of, log_of, run_jobs
-from tests.titan.small_models import DENSE, LLAMA_LAYERS
+from tests.titan.small_models import DENSE, LAYERS, STAGED, STAGED_LAYERS
 
-TENSORS = 3 + 9 * LLAMA_LAYERS
 PROVE = {"prove_load": True}
 EXPORT = {"ema_decay": 0.5, "export_interval": 3, "export_last": True, "export_dtype": "float32"}
 PIPELINE = ["--parallelism.pipeline_parallel_degree=2", "--training.local_batch_size=4"]
-SCHEDULES = ["1F1B", "Interleaved1F1B"]
+SCHEDULES = {"1F1B": (DENSE, LAYERS), "Interleaved1F1B": (STAGED, STAGED_LAYERS)}
 """With one stage a rank, and with two."""
 
 
 @pytest.fixture(scope="module")
-def jobs(assets: Assets, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Job]:
+def jobs(assets: Assets, staged_assets: Assets, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Job]:
     """Jobs by schedule and name, on two ranks a stage, two for interleaved stages. Read only."""
     root = tmp_path_factory.mktemp("stages")
     found: dict[tuple[str, str], Job] = {}
-    for schedule, ranks in zip(SCHEDULES, (4, 2), strict=True):
+    for schedule, ranks, base in zip(SCHEDULES, (4, 2), (assets, staged_assets), strict=True):
         (place := root / schedule).mkdir()
         options = [*FLOAT32, *PIPELINE, f"--parallelism.pipeline_parallel_schedule={schedule}"]
         start = f"--checkpoint.initial_load_path={place / 'trained' / 'checkpoint' / 'step-4'}"
@@ -36,12 +35,17 @@ def jobs(assets: Assets, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple
             "started": Job(run=place / "started", hooks=PROVE, options=[*options, start, "--training.steps=1"]),
             "resumed": Job(run=place / "resumed", hooks=EXPORT, options=options),
         }
-        run_jobs(assets, ranks, place, jobs["trained"])
+        run_jobs(base, ranks, place, jobs["trained"])
         assert error_of(jobs["trained"]) == ""
         shutil.copytree(place / "trained" / "checkpoint" / "step-2", place / "resumed" / "checkpoint" / "step-2")
-        run_jobs(assets, ranks, place, jobs["started"], jobs["resumed"])
+        run_jobs(base, ranks, place, jobs["started"], jobs["resumed"])
         found |= {(schedule, name): job for name, job in jobs.items()}
     return found
+
+
+def tensors(schedule: str) -> int:
+    """How many tensors the model has."""
+    return 3 + 9 * SCHEDULES[schedule][1]
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -51,9 +55,9 @@ def test_an_export_has_the_weights_of_all_stages(
 ) -> None:
     run = jobs[schedule, "trained"].run
     saved = tensors_of(run / "checkpoint" / "step-4", model)
-    expected = build_titan_model(f"llama3/{DENSE}").adapter.to_hf(dict(saved))
+    expected = build_titan_model(f"llama3/{SCHEDULES[schedule][0]}").adapter.to_hf(dict(saved))
     found = load_file(run / "hf" / f"step-4{suffix}" / "model.safetensors")
-    assert len(found) == TENSORS
+    assert len(found) == tensors(schedule)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], value) for name, value in expected.items())
     assert transformers_loss(run / "hf" / f"step-3{suffix}") > 0
@@ -62,14 +66,14 @@ def test_an_export_has_the_weights_of_all_stages(
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_step_is_recorded_with_the_average_of_all_stages(jobs: dict[tuple[str, str], Job], schedule: str) -> None:
     digests = digests_of(jobs[schedule, "trained"].run / "checkpoint" / "step-4", "ema_model.")
-    assert len(digests) == TENSORS
+    assert len(digests) == tensors(schedule)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_an_initial_load_of_all_stages_is_proved(jobs: dict[tuple[str, str], Job], schedule: str) -> None:
     job = jobs[schedule, "started"]
     assert error_of(job) == ""
-    assert f"{TENSORS} tensors" in log_of(job)
+    assert f"{tensors(schedule)} tensors" in log_of(job)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

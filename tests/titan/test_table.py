@@ -30,6 +30,8 @@ STEPS = 2
 SUFFIXES = {"main": "", "ema": "-ema"}
 SMALL = f"/{small_models.DENSE}"
 REPLICAS = ["--parallelism.data_parallel_replicate_degree=2", "--parallelism.data_parallel_shard_degree=1"]
+RECOMPUTED = [] if IS_0_3 else ["--activation_checkpoint.mode=selective"]
+"""As TorchTitan computes by default, which the configs of 0.3 say."""
 LOADED = {"export_interval": 1, "export_verify": "load"}
 """Each export is loaded and asked, and so is the live model: the next step must be as if nobody had."""
 BALANCED = 0.05
@@ -176,7 +178,7 @@ def prepare(one: Row, assets: Assets, root: Path) -> Ran:
     hooks, base = {**one.hooks, "ema_decay": 0.5}, {"export_base_model": str(hf)}
     export = {**hooks, **base, **one.export, "export_dtype": "float32"}
     one_write = {**hooks, **base, "engine": True, "weights": "huggingface"}
-    options = [*one.choice(hf), *one.options, f"--training.steps={STEPS}", "--checkpoint.interval=1"]
+    options = [*RECOMPUTED, *one.choice(hf), *one.options, f"--training.steps={STEPS}", "--checkpoint.interval=1"]
 
     def job(run: str, hooks: dict[str, Any], start: Path, *more: str, step: int = STEPS) -> Job:
         more = (*more, f"--checkpoint.initial_load_path={start}")

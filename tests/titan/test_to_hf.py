@@ -15,13 +15,13 @@ from shardsmith.formats.by_path import open_source
 from shardsmith.tensors.tensors import read_tensor
 from tests.dcp_directories import save
 from tests.titan.jobs import Assets, Job, run_jobs
-from tests.titan.small_models import DENSE, LLAMA_LAYERS
+from tests.titan.small_models import DENSE, LAYERS
 
 LLAMA = LlamaConfig(
     vocab_size=2048,
     hidden_size=256,
     intermediate_size=768,
-    num_hidden_layers=LLAMA_LAYERS,
+    num_hidden_layers=LAYERS,
     num_attention_heads=16,
     rope_theta=500000.0,
     architectures=["LlamaForCausalLM"],
