@@ -16,7 +16,7 @@ from threading import Barrier, Timer
 import pytest
 import torch
 import torch.multiprocessing as mp
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from shardsmith import cli
@@ -129,9 +129,10 @@ def test_what_is_pending(given: dict[str, list[int]], expected: list[int]) -> No
 
 
 def test_every_step_is_exported_once_oldest_first(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    save_file(nn.Linear(5, 3).state_dict(), place.base / "of_before.safetensors")
     assert place.run() == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len([line for line in lines if "ema_state is left out" in line]) == 1  # said of the first step alone
+    assert len([line for line in lines if "of_before.safetensors" in line]) == 1  # said of the first step alone
     wrote = [line.split(",")[0] for line in lines if line.startswith("wrote")]
     assert wrote == [f"wrote {place.output}/step-{step}" for step in (1, 2, 3)]
     for step in (1, 2, 3):
