@@ -58,7 +58,8 @@ def fit(
         return advice_for_part(lacking, specs, own or specs, config, template.path, fitted)
 
     if not (fitted.is_exact and (_was_quantized(template.specs, fitted) or _has_grown(plan, template, fitted, live))):
-        _compare_with_base(path, plan, template.specs, allow, fitted, advise_part)
+        heads = [name for name in fitted.head if _has_other_rows(name, specs, template.specs)]
+        _compare_with_base(path, plan, template.specs, [*allow, *heads], fitted, advise_part)
     if fitted.problems:
         summary, lines, advice = refusal(fitted)
         part = advise_part(fitted.missing) or "\n".join([advice, *part_by_itself(own or specs, config, template.path)])
@@ -71,6 +72,11 @@ def _has_grown(plan: ModelPlan, template: BaseTemplate, fitted: ConfigFit, live:
     has_other_head = any(change.startswith("architectures") for change in fitted.changes)
     kept = all(name in {spec.name for spec in plan.specs} | plan.aliases.keys() for name in template.specs)
     return bool(live) and not fitted.is_another_model and (kept or has_other_head)
+
+
+def _has_other_rows(name: str, specs: Mapping[str, TensorSpec], template: Mapping[str, TensorSpec]) -> bool:
+    """Whether a tensor is the base model's but for its rows, one a class."""
+    return name in template and specs[name].shape[1:] == template[name].shape[1:]
 
 
 def _was_quantized(template: Mapping[str, TensorSpec], fitted: ConfigFit) -> bool:

@@ -13,10 +13,12 @@ from typing import Any
 
 from shardsmith.hf.config_attempt import NOT_OF_THE_MODEL, TIE, Attempt, Excused, subsets
 from shardsmith.hf.config_entries import OF_THE_HEAD, QUANTIZATION, Config, Path, dotted, entries, part_at, with_values
+from shardsmith.tensors.tensors import TensorSpec
 
 AS_LIVE = "as in the config of the live model"
 OF_THE_LIVE_MODEL = "as the live model has it, and not the base model"
 _KIND, _LABELS = "model_type", "id2label"
+_CLASSES, _TIMM_DETAILS, _TIMM_LABELS = "num_classes", "pretrained_cfg", ("label_names", "label_descriptions")
 _BY_TENSORS = NOT_OF_THE_MODEL | {TIE, "auto_map", "return_dict"}
 """Entries that the tensors decide, or that say nothing of what the model computes."""
 
@@ -144,6 +146,35 @@ def relabelled(state: Attempt, excused: Excused) -> Iterator[tuple[Config, str]]
                 with_values(state.config, values),
                 f"{'.'.join((*place, _LABELS))}: {new} labels instead of {len(known)}",
             )
+
+
+def with_classes_of(config: Config, specs: Mapping[str, TensorSpec]) -> tuple[Config, str, frozenset[str]]:
+    """Number the classes of a config in timm's form as its head has them, which the config names.
+
+    timm's ``load_model_config_from_hf`` takes what is said at the top; its builder takes ``model_args``.
+
+    Returns:
+        The config; a note for people, empty without a change; the tensors of the head, if they explain the change.
+    """
+    known = config.get(_CLASSES)
+    details = config.get(_TIMM_DETAILS, config)  # all in one dict, as older versions wrote it
+    if not isinstance(config.get("architecture"), str) or type(known) is not int or not isinstance(details, Mapping):
+        return config, "", frozenset()
+    heads = details.get("classifier")
+    # Several where a model is distilled.
+    modules = [heads] if isinstance(heads, str) else [name for name in heads or () if isinstance(name, str)]
+    held = {name for module in modules for name in (f"{module}.weight", f"{module}.bias") if name in specs}
+    rows = {specs[name].shape[0] for name in held if specs[name].shape}
+    if len(rows) != 1 or (new := rows.pop()) == known:
+        return config, "", frozenset()
+    places: tuple[Path, ...] = ((), ("model_args",), (_TIMM_DETAILS,))
+    paths = [path for path, _ in entries(config) if path[-1] == _CLASSES and path[:-1] in places]
+    changed = with_values(config, dict.fromkeys(paths, new))
+    labels = [path for path, _ in entries(config) if path[-1] in _TIMM_LABELS and path[:-1] in places]
+    for path in labels:
+        del part_at(changed, path[:-1])[path[-1]]
+    note = f"{dotted(paths)}: {new} instead of {known}"
+    return changed, note + (f"; without {dotted(labels)}, which are of {known}" if labels else ""), frozenset(held)
 
 
 def changed_sizes(one: Sequence[int], other: Sequence[int]) -> dict[int, int]:

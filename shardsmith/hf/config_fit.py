@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from shardsmith.hf.config_attempt import TIE, Attempt, Excused, tellable
@@ -23,6 +23,7 @@ from shardsmith.hf.config_changes import (
     settings_of,
     unquantized,
     untied,
+    with_classes_of,
 )
 from shardsmith.hf.config_entries import Config, Path, dotted, entries, with_values
 from shardsmith.hf.known_class import fit_of, model_class_of
@@ -58,6 +59,8 @@ class ConfigFit:
     """The keys of the config that the problems speak against, with their values."""
     ignored: tuple[str, ...] = ()
     """Tensors that the class passes over when it loads."""
+    head: frozenset[str] = frozenset()
+    """Tensors of the head, if the config says their number of classes now and the base model had another one."""
     is_another_model: bool = False
     """Whether the config of the live model was taken in more than its vocabulary, its head and its ties."""
 
@@ -88,6 +91,9 @@ def fit_config(
         live: Of a live model: what its config says, with every default.
         allow: Patterns of names that may be missing or extra.
     """
+    config, note, head = with_classes_of(config, specs)
+    if note:  # of a library whose classes are not asked
+        return replace(fit_config(config, specs, allow=allow), changes=(note,), head=head)
     excused = _excused(config if of_base is None else of_base, base, specs, allow)
 
     def attempt(config: Config, changes: tuple[str, ...] = ()) -> Attempt:
