@@ -12,7 +12,7 @@ from shardsmith.errors import MismatchError
 from shardsmith.hf.config_entries import QUANTIZATION
 from shardsmith.hf.config_fit import ConfigFit, fit_config
 from shardsmith.hf.directory import Measure, ModelPlan
-from shardsmith.hf.directory_check import drop_advice, refusal
+from shardsmith.hf.directory_check import drop_advice, merge_advice, refusal
 from shardsmith.hf.part_of_model import advice_for_part, part_by_itself
 from shardsmith.hf.template import BaseTemplate
 from shardsmith.tensors.dtypes import is_quantized
@@ -153,6 +153,8 @@ def _advice(lines: Sequence[str], known: Collection[str], fitted: ConfigFit) -> 
             f"Nothing was written. {fitted.measured_by} takes the tensors as they are. If the difference from the base "
             f"is meant: --allow {allowed}.{changes}"
         )
+    if fitted.changed_modules:
+        return merge_advice(fitted)
     if fitted.no_place and not fitted.keys:
         # What the class passes over would be refused next, for the base does not have it.
         differing = {line.split(": ", 1)[0] for line in lines}

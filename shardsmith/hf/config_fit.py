@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from shardsmith.hf.config_attempt import TIE, Attempt, Excused, tellable
@@ -53,6 +53,8 @@ class ConfigFit:
     """Tensors of the class that the files lack, if there is no other problem."""
     no_place: tuple[str, ...] = ()
     """Patterns of the tensors that the class has no place for, if there is no other problem."""
+    changed_modules: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Modules of the class that compute with more tensors than it has: module -> these, without the module's name."""
     as_base: tuple[str, ...] = ()
     """Differences that the base model's own files have as well: no fault of the export."""
     keys: tuple[str, ...] = ()
@@ -144,6 +146,7 @@ def _result(state: Attempt, excused: Excused) -> ConfigFit:
         problems=tuple(problems),
         missing=tuple(sorted(named)) if fit and named <= set(fit.missing) else (),
         no_place=patterns_for(extra, state.specs.keys() - extra),
+        changed_modules=_changed_modules(state, problems),
         as_base=tuple(line for _, line in fit.lines if line in excused.lines) if fit else (),
         keys=tuple(_suspects(state)) if problems else (),
         ignored=fit.ignored if fit else (),
@@ -160,6 +163,21 @@ def _without_place(state: Attempt, problems: Sequence[str], excused: Excused) ->
     given = sorted({own for name in extra if (own := ending_alike(name, state.specs)) is not None})
     rest = {name: spec for name, spec in state.specs.items() if name not in given}
     return [] if Attempt.of(state.config, rest, state.separate).problems(excused) else given
+
+
+def _changed_modules(state: Attempt, problems: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """The modules with a weight to which the files add tensors: low-rank adapters, or what a weight is made from."""
+    if state.fit is None:
+        return {}
+    extra = set(state.fit.unexpected) & {line.split(": ", 1)[0] for line in problems}
+    known = (state.specs.keys() - extra) | set(state.fit.missing)
+    found: dict[str, list[str]] = {}
+    for name in sorted(name for name in extra if name in state.specs and state.specs[name].dtype.is_floating_point):
+        parts = name.split(".")
+        inside = (".".join(parts[:i]) for i in range(1, len(parts)))
+        if (module := next((module for module in inside if f"{module}.weight" in known), None)) is not None:
+            found.setdefault(module, []).append(name.removeprefix(f"{module}."))
+    return {module: tuple(names) for module, names in found.items()}
 
 
 def _suspects(state: Attempt) -> Iterator[str]:

@@ -62,6 +62,8 @@ def refusal(found: ConfigFit) -> tuple[str, list[str], str]:
     else:
         summary = f"config.json does not describe the tensors, which {found.measured_by} has with another one"
     lines = [*(found.problems or found.changes), *(f"config.json says {key}" for key in found.keys)]
+    if found.changed_modules:
+        return summary, lines, merge_advice(found)
     if found.no_place and not found.keys:
         return summary, lines, drop_advice(found)
     advice = (
@@ -79,6 +81,22 @@ def drop_advice(found: ConfigFit, ignored: Sequence[str] = ()) -> str:
     """
     names = " ".join(f"'{name}'" for name in [*found.no_place, *ignored])
     return f"Nothing was written. {found.measured_by} has no place for these. To leave them out: --drop {names}"
+
+
+def merge_advice(found: ConfigFit) -> str:
+    """Return what to do where modules of the model hold more than their class has, such as low-rank adapters.
+
+    Without these tensors it would be another model than the one that was trained, so ``--drop`` is not offered.
+    """
+    module, names = next(iter(found.changed_modules.items()))
+    more = f" (and {others} more like it)" if (others := len(found.changed_modules) - 1) else ""
+    return (
+        f"Nothing was written. {module} of the checkpoint{more} holds {', '.join(names)}, for which "
+        f"{found.measured_by} has no place. Without them it is another model than was trained. If they are LoRA "
+        "matrices or a parametrization such as weight_norm, merge them into the weight (a LoRA's library has a "
+        "command or method for it; torch.nn.utils.parametrize.remove_parametrizations), save the model, and export "
+        "that."
+    )
 
 
 def _check_headers(model: ModelPlan, directory: Path) -> None:
