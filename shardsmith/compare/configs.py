@@ -114,7 +114,7 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
             flat[f"{prefix}{name}"] = value
     # transformers 5 moves the old setting when it fills in
     # defaults; a config that it does not know is read as it stands.
-    if f"{prefix}rope_theta" in flat:
+    if f"{prefix}rope_theta" in flat and "rope_parameters." not in prefix:
         flat.setdefault(f"{prefix}rope_parameters.rope_theta", flat[f"{prefix}rope_theta"])
         del flat[f"{prefix}rope_theta"]
     return flat

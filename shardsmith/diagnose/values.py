@@ -50,6 +50,7 @@ def look_at_values(subject: Subject) -> Looked:
         return Looked("values", (one("damaged-values", damage, "the recorded hash of each file", "; ".join(damage)),))
     findings: list[Finding] = []
     compared: dict[str, Comparisons] = {}
+    unseen: list[str] = []
     for part in (subject, *subject.modules):
         for name, (source, _) in part.models.items():
             scaled = part.quantized[name]
@@ -60,12 +61,16 @@ def look_at_values(subject: Subject) -> Looked:
             # What belongs to a model counts with it.
             model = part.model_of(name)
             compared[model] = {**compared.get(model, {}), **found}
+            # Those that it has under this name in another shape, which are a finding of the structure.
+            others = (source.specs.keys() & part.reference.specs.keys()) - set(scaled) - found.keys()
+            if others and part.reference.source is not None:
+                unseen.append(f"{len(others)} tensors of {name} have another shape in the model: no values compared")
     facts = {model: _facts(found, subject.quantized.get(model, ())) for model, found in compared.items()}
     findings += _broken_ties(subject)
     if EMA in compared:
         findings += look_at_average(subject, compared)
     reference = subject.reference
-    unseen = [] if reference.source else [f"{reference.path} {reference.lacks}: no values can be compared"]
+    unseen += [] if reference.source else [f"{reference.path} {reference.lacks}: no values can be compared"]
     unseen += [subject.lacks_plain(model, "their values were not compared") for model in subject.models]
     relative = {model: {name: _relative(one) for name, one in found.items()} for model, found in compared.items()}
     # For the map of the HTML page, of every tensor that was compared.

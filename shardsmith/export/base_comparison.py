@@ -19,6 +19,7 @@ from shardsmith.tensors.dtypes import is_quantized
 from shardsmith.tensors.likeness import patterns_for
 from shardsmith.tensors.tensors import TensorSpec
 
+_FITS = "takes the tensors as they are"
 _NAMED = 5
 """How many names an advice lists."""
 
@@ -150,8 +151,8 @@ def _advice(lines: Sequence[str], known: Collection[str], fitted: ConfigFit) -> 
         changes = f" config.json will be adapted ({'; '.join(fitted.changes)})." if fitted.changes else ""
         allowed = " ".join(f"'{pattern}'" for pattern in patterns_for(names, set(known).difference(names)))
         return (
-            f"Nothing was written. {fitted.measured_by} takes the tensors as they are. If the difference from the base "
-            f"is meant: --allow {allowed}.{changes}"
+            f"Nothing was written. {fitted.measured_by} {_FITS}. If the difference from the base is meant: "
+            f"--allow {allowed}.{changes}"
         )
     if fitted.changed_modules:
         return merge_advice(fitted)
@@ -171,16 +172,18 @@ def _advice(lines: Sequence[str], known: Collection[str], fitted: ConfigFit) -> 
 
 
 def advice_of_hooks(error: MismatchError, checkpoint: str | Path) -> str:
-    """Return what to do where a hook exports, which leaves nothing out and allows nothing: the command does.
+    """Return what to do where a hook exports, which leaves nothing out and allows nothing: the command does that.
 
     Args:
         error: What the command would raise.
         checkpoint: The saved step, or a word for one.
     """
     options = re.findall(r"--(?:drop|allow)(?: '[^']+')+", error.advice)
-    advice = "Nothing was written. Give the base model that this one was made from."
     if not options:
-        return advice
+        return error.advice
+    advice = "Nothing was written. Give the base model that this one was made from."
+    if _FITS in error.advice:
+        advice += " If the difference is meant, give its directory without the files of weights: HFExport needs none."
     command = f"shardsmith to-hf --checkpoint {checkpoint} --base-model BASE --output-dir DIRECTORY {' '.join(options)}"
     return f"{advice} If it is that one, leave HFExport out and export saved steps:\n{command}"
 

@@ -12,6 +12,7 @@ import torch
 
 from shardsmith.ground.distinct import agree_on_distinct
 from shardsmith.ground.ranks import Ranks
+from shardsmith.hf.config_changes import changed_sizes
 from shardsmith.load.buffer_reference import BufferReference
 from shardsmith.load.faults import NOTHING, LoadFault, Look, classify
 from shardsmith.load.live_weights import LiveWeights
@@ -41,6 +42,8 @@ class Names:
     """Allowed."""
     reshaped: tuple[str, ...] = ()
     """Of another shape in the source, which is allowed."""
+    resized: frozenset[tuple[int, int]] = frozenset()
+    """The sizes in which these differ, in the source and in the model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +91,7 @@ def compare_names(
     """Compare names and shapes; with pipeline stages, of all ranks together. Raises what ``Ranks.agree`` raises."""
     specs = specs_on_all(ranks, live)
     faults, missing, reshaped, dtypes = [], [], [], {}
+    resized: set[tuple[int, int]] = set()
     for name, spec in specs.items():
         key = source.key_of(name)
         if key is None and matches(name, allow_missing):
@@ -96,6 +100,7 @@ def compare_names(
             faults.append(LoadFault("missing-in-source", name, f"in the model {spec.shape}, not in the checkpoint"))
         elif source.specs[key].shape != spec.shape and matches(name, allow_shape):
             reshaped.append(name)
+            resized.update(changed_sizes(source.specs[key].shape, spec.shape).items())
         elif source.specs[key].shape != spec.shape:
             shapes = f"{source.specs[key].shape} in the checkpoint, {spec.shape} in the model"
             faults.append(LoadFault("shape-differs", name, shapes))
@@ -106,7 +111,7 @@ def compare_names(
     unused = {name: spec for name, spec in source.specs.items() if name not in used} | source.unused
     extra = tuple(name for name in unused if matches(name, allow_extra))
     faults += [_extra(spec, source) for name, spec in unused.items() if name not in extra]
-    return Names(dtypes, faults, tuple(missing), extra, tuple(reshaped))
+    return Names(dtypes, faults, tuple(missing), extra, tuple(reshaped), frozenset(resized))
 
 
 def verify_values(

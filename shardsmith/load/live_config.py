@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from shardsmith.compare.configs import compare_configs
 from shardsmith.ground.remote_path import as_path
 from shardsmith.hf.blueprint import plain_config, transformers_parts
+from shardsmith.hf.config_entries import entries, with_values
 from shardsmith.hf.hf_directory import CONFIG_FILE, read_config
 from shardsmith.load.faults import LoadFault
 from shardsmith.load.live_weights import LiveWeights
@@ -18,10 +20,35 @@ from shardsmith.manifest.initial import InitialRecord
 LIVE_CONFIG = "the live model's own config"
 
 
-def compare_live_config(
-    live: LiveWeights, path: Path, record: InitialRecord | None, given: Any = None
-) -> list[LoadFault]:
-    """Settings that change what the model computes. Empty where the source has no config, or the model none.
+@dataclass(frozen=True, slots=True)
+class LiveConfig:
+    """The settings of a live model beside those of what it is loaded from; both empty where one has none."""
+
+    wanted: Mapping[str, Any]
+    found: Mapping[str, Any]
+
+    def faults(self, resized: Collection[tuple[int, int]] = ()) -> list[LoadFault]:
+        """Return what changes what the model computes.
+
+        Args:
+            resized: Sizes of tensors that may differ, in the source and in the model: settings that say just this may
+                differ, too, such as that of a vocabulary.
+        """
+        theirs = {at: value for at, value in entries(self.found) if type(value) is int}
+        same = {
+            at: theirs[at]
+            for at, value in entries(self.wanted)
+            if type(value) is int and (value, theirs.get(at)) in resized
+        }
+        return [
+            LoadFault(finding.code, ", ".join(finding.where), f"{finding.found}, expected {finding.expected}")
+            for finding in compare_configs(with_values(self.wanted, same), self.found, "the live model")
+            if finding.severity == "error"
+        ]
+
+
+def read_live_config(live: LiveWeights, path: Path, record: InitialRecord | None, given: Any = None) -> LiveConfig:
+    """Read the settings on both sides.
 
     Args:
         live: The live model's tensors.
@@ -35,18 +62,12 @@ def compare_live_config(
     whole = next((parts[""] for part in live.parts if "" in (parts := transformers_parts(part))), None)
     expected = None if whole is None else source_config(whole, path, record, given)[0]
     if whole is None or expected is None:
-        return []
+        return LiveConfig({}, {})
     wanted = _public(plain_config(expected))
     # Of the same class both print the same fields, so the plain dicts can be compared.
     is_own = isinstance(whole.config, type(expected))
     found = _public(plain_config(whole.config)) if is_own else _like(whole.config, wanted)
-    found = _as_far_as_stated(found, wanted)
-    findings = compare_configs(wanted, found, "the live model")
-    return [
-        LoadFault(finding.code, ", ".join(finding.where), f"{finding.found}, expected {finding.expected}")
-        for finding in findings
-        if finding.severity == "error"
-    ]
+    return LiveConfig(wanted, _as_far_as_stated(found, wanted))
 
 
 def _public(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from shardsmith.ground.remote_path import as_path
 from shardsmith.load.buffer_reference import BufferReference, Fresh, find_reference
 from shardsmith.load.comparison import Names, compare_names, specs_on_all, verify_values
 from shardsmith.load.faults import EFFECTS, LoadFault
-from shardsmith.load.live_config import compare_live_config
+from shardsmith.load.live_config import LiveConfig, read_live_config
 from shardsmith.load.live_weights import LiveWeights
 from shardsmith.load.report import InitialLoadReport
 from shardsmith.load.source import InitialSource, read_record
@@ -33,6 +33,11 @@ from shardsmith.tensors.checkpoint_keys import MAIN
 from shardsmith.tensors.fqn import matches
 
 log = logging.getLogger(__name__)
+
+_UNCHANGED = "Nothing was loaded; the model is unchanged."
+_ALLOWED_BY = {"missing-in-source": "allow_missing", "missing-in-model": "allow_extra", "shape-differs": "allow_shape"}
+_FEW = 8
+"""Differences that may be meant; with more it is rather another model."""
 
 
 @checked
@@ -82,7 +87,7 @@ def load_initial(
     with _opened(as_path(path), model, weights, ranks, config, fresh) as load:
         names = compare_names(ranks, load.live, load.source, *allowed)
         if names.faults:
-            raise _error(load.source.path, names.faults, "Nothing was loaded; the model is unchanged.")
+            raise _error(load.source.path, names.faults, f"{_UNCHANGED}{_allowing(names.faults)}")
         # Only now is the model changed: names and shapes have been compared on all ranks.
         load.fill([name for name in names.dtypes if name in load.live.specs], poison)
         return load.verify(names, repair_buffers, allowed[0], loaded=True)
@@ -143,7 +148,7 @@ def verify_names(
     with _opened(as_path(path), model, MAIN, ranks, None, fresh, names, allow_missing) as load:
         found = compare_names(ranks, load.live, load.source, tuple(allow_missing), tuple(allow_extra))
         if found.faults:
-            raise _error(load.source.path, found.faults, "Nothing was loaded; the model is unchanged.")
+            raise _error(load.source.path, found.faults, _UNCHANGED)
         return found
 
 
@@ -221,7 +226,7 @@ def _opened(
                 source.match(live, ties)
             else:
                 source.translate(names, specs, ties, allow_missing)
-            settings = compare_live_config(live, path, source.record, config)
+            settings = read_live_config(live, path, source.record, config)
             made.append(_Load(ranks, live, source, reference, settings))
 
         # Each rank opens for itself; what fails on one is an error on all before anything else is done together.
@@ -238,7 +243,7 @@ class _Load:
         live: LiveWeights,
         source: InitialSource,
         reference: BufferReference,
-        settings: list[LoadFault],
+        settings: LiveConfig,
     ) -> None:
         self.live = live
         self.source = source
@@ -268,7 +273,7 @@ class _Load:
         found = verify_values(self._ranks, self.live, self.source, names.dtypes, self._reference, repaired)
         allowed_faults = [fault.name for fault in found.buffer_faults if _is_allowed(fault, allow_missing)]
         buffers = [fault for fault in found.buffer_faults if fault.name not in allowed_faults]
-        faults = [*self._settings, *names.faults, *found.faults, *buffers]
+        faults = [*self._settings.faults(names.resized), *names.faults, *found.faults, *buffers]
         if faults:
             raise _error(self.source.path, faults, f"{_changes(found.repaired, loaded)}It must not train like this.")
         report = InitialLoadReport(
@@ -311,6 +316,18 @@ def _changes(repaired: Sequence[str], loaded: bool) -> str:
     if not repaired:
         return "Nothing was changed. "
     return f"Only {len(repaired)} buffers were changed ({repaired[0]}, ...); they equal the reference now. "
+
+
+def _allowing(faults: Sequence[LoadFault]) -> str:
+    """What to give where a difference of names and shapes is meant; empty if there is more, or much, at fault."""
+    names: dict[str, list[str]] = {}
+    for fault in faults:
+        names.setdefault(_ALLOWED_BY.get(fault.code, ""), []).append(fault.name)
+    if "" in names or len(faults) > _FEW:
+        return ""
+    given = ", ".join(f"{option}={given}" for option, given in names.items())
+    kept = "" if names.keys() == {"allow_extra"} else "; the model keeps its own values there"
+    return f" If that is meant, as with a new head: {given}{kept}."
 
 
 def _error(path: Path, faults: Sequence[LoadFault], state: str) -> InitialLoadError:

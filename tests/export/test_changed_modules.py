@@ -89,10 +89,7 @@ def test_what_a_module_computes_with_is_not_to_be_dropped_but_merged(
     command = list(map(str, ["to-hf", *given]))
     assert main(command) == 2
     said = " ".join(capsys.readouterr().err.split())
-    assert (
-        f"model.layers.0.self_attn.q_proj of the checkpoint (and 1 more like it) holds {held}, for which LlamaForCausalLM"
-        in said
-    )
+    assert f"model.layers.0.self_attn.q_proj of the checkpoint (and 1 more like it) holds {held}, for which" in said
     assert "--drop" not in said
     assert "--allow" not in said
     assert not out.exists()

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import fully_shard
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedModel
 
 from shardsmith.cli import main
 from shardsmith.errors import (
@@ -406,6 +407,49 @@ def test_what_is_allowed_to_miss_keeps_its_values_and_is_reported(tmp_path: Path
     assert torch.equal(model.head.weight, head)
     assert torch.equal(model.body.weight, source["body"].weight)
     assert (report.missing, report.extra) == (("head.weight", "head.bias"), ("other.weight", "other.bias"))
+
+
+def tiny_llama(kind: type[PreTrainedModel] = LlamaForCausalLM, **changes: Any) -> PreTrainedModel:
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    config = LlamaConfig(**{**sizes, "num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0, **changes})
+    return kind(config)
+
+
+STARTED: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, list[str]]]] = {
+    "a new head": (
+        lambda: tiny_llama(LlamaForSequenceClassification, num_labels=3),
+        {"allow_missing": ["score.weight"], "allow_extra": ["lm_head.weight"]},
+    ),
+    "another vocabulary": (
+        lambda: tiny_llama(vocab_size=70),
+        {"allow_shape": ["model.embed_tokens.weight", "lm_head.weight"]},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", STARTED)
+def test_the_advice_for_a_new_head_or_vocabulary_leads_to_a_load(case: str, tmp_path: Path) -> None:
+    make, allowed = STARTED[case]
+    base, model = tiny_llama(), make()
+    base.save_pretrained(tmp_path)
+    with pytest.raises(InitialLoadError, match="Nothing was loaded; the model is unchanged") as caught:
+        load_initial(tmp_path, model=model)
+    said = ", ".join(f"{option}={names}" for option, names in allowed.items())
+    assert f"If that is meant, as with a new head: {said}; the model keeps its own values there." in str(caught.value)
+    before, kept = copy.deepcopy(model.state_dict()), {name for names in allowed.values() for name in names}
+    report = load_initial(tmp_path, model=model, **allowed)  # type: ignore[arg-type]
+    assert {*report.missing, *report.extra, *report.reshaped} == kept
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, (before if name in kept else base.state_dict())[name]), name
+
+
+def test_a_size_that_may_differ_excuses_no_other_setting(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path)
+    model = tiny_llama(vocab_size=70, rms_norm_eps=1e-3, rope_theta=5e5)
+    with pytest.raises(InitialLoadError) as caught:
+        load_initial(tmp_path, model=model, allow_shape=["*"])
+    assert set(caught.value.codes) == {"norm-eps-differs", "rope-differs", "buffer-differs"}
+    assert "  rope_parameters.rope_theta: rope_parameters.rope_theta 500000.0 in the live model" in str(caught.value)
 
 
 @pytest.mark.parametrize("wrapper", ["module.", "_orig_mod."])
