@@ -78,6 +78,9 @@ def test_a_tensor_that_is_not_there_or_has_another_shape_is_named_on_every_level
         assert code in codes(found)
         assert found.exit_code == 1
         assert "fine" not in found.verdict
+        unseen = [line for looked in found.levels if looked.level == "values" for line in looked.unseen]
+        reshaped = ["1 tensors of main have another shape in the model: no values compared"]
+        assert unseen == (reshaped if code == "shape-differs" and level != "model" else [])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -12,6 +12,8 @@ from torch.nn.utils import parametrizations, parametrize
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from shardsmith.cli import main
+from shardsmith.errors import MismatchError
+from shardsmith.hooks import HFExport, Hooks, at
 
 
 class LowRank(nn.Module):
@@ -62,6 +64,12 @@ def remove(model: LlamaForCausalLM) -> None:
         parametrize.remove_parametrizations(layer.self_attn.q_proj, "weight")
 
 
+def tiny() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2))
+
+
 Change = Callable[[LlamaForCausalLM], None]
 CASES: dict[str, tuple[Change, Change, str]] = {
     "weight_norm": (normalize, remove, "parametrizations.weight.original0, parametrizations.weight.original1"),
@@ -76,9 +84,7 @@ def test_what_a_module_computes_with_is_not_to_be_dropped_but_merged(
     case: str, with_weights: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     change, merge, held = CASES[case]
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
-    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2))
+    model = tiny()
     base, trained, out = tmp_path / "base", tmp_path / "trained.pt", tmp_path / "out"
     model.save_pretrained(base)
     if not with_weights:
@@ -97,5 +103,32 @@ def test_what_a_module_computes_with_is_not_to_be_dropped_but_merged(
     torch.save(model.state_dict(), trained)
     assert main(command) == 0
     loaded = LlamaForCausalLM.from_pretrained(out)
+    tokens = torch.arange(8)[None]
+    assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+
+
+def test_a_live_export_says_so_too(tmp_path: Path) -> None:
+    model = tiny()
+    model.save_pretrained(tmp_path / "base")
+    normalize(model)
+    with pytest.raises(MismatchError, match="merge them into the weight") as caught:
+        HFExport(tmp_path / "out", model=model, when=at(1), base_model=tmp_path / "base")
+    assert "to-hf" not in str(caught.value)
+
+
+def test_a_live_model_of_fewer_layers_is_exported_beside_a_base_without_weights(tmp_path: Path) -> None:
+    model = tiny()
+    model.save_pretrained(tmp_path / "base")
+    model.model.layers = model.model.layers[:1]
+    model.config.num_hidden_layers = 1
+    model.config.layer_types = None
+    with pytest.raises(MismatchError, match="If the difference is meant, give its directory without the files of wei"):
+        HFExport(tmp_path / "out", model=model, when=at(1), base_model=tmp_path / "base")
+    (tmp_path / "base" / "model.safetensors").unlink()
+    export = HFExport(tmp_path / "out", model=model, when=at(1), base_model=tmp_path / "base", dtype="original")
+    with Hooks(export) as hooks:
+        hooks.step(1)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path / "out" / "step-1")
+    assert loaded.config.num_hidden_layers == 1
     tokens = torch.arange(8)[None]
     assert torch.equal(loaded(tokens).logits, model(tokens).logits)
