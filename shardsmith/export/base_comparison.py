@@ -20,6 +20,7 @@ from shardsmith.tensors.likeness import patterns_for
 from shardsmith.tensors.tensors import TensorSpec
 
 _FITS = "takes the tensors as they are"
+_OF_OPTIMIZERS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "sum", "master_param"}
 _NAMED = 5
 """How many names an advice lists."""
 
@@ -63,7 +64,11 @@ def fit(
         _compare_with_base(path, plan, template.specs, [*allow, *heads], fitted, advise_part)
     if fitted.problems:
         summary, lines, advice = refusal(fitted)
-        part = advise_part(fitted.missing) or "\n".join([advice, *part_by_itself(own or specs, config, template.path)])
+        part = (
+            _no_model(plan)
+            or advise_part(fitted.missing)
+            or "\n".join([advice, *part_by_itself(own or specs, config, template.path)])
+        )
         raise MismatchError(path, summary, lines, part)
     return fitted
 
@@ -115,7 +120,7 @@ def _compare_with_base(
         held = {spec.name for spec in plan.specs}
         names = [line.split(": ", 1)[0] for line in lines]
         part = advise_part(names) if fitted.problems and held.isdisjoint(names) else ""
-        advice = _rivals(plan, template) or part or _advice(lines, held | template.keys(), fitted)
+        advice = _rivals(plan, template) or _no_model(plan) or part or _advice(lines, held | template.keys(), fitted)
         raise MismatchError(path, summary, lines, advice)
 
 
@@ -131,6 +136,21 @@ def _rivals(plan: ModelPlan, template: Mapping[str, TensorSpec]) -> str | None:
         f"Nothing was written. Each of {', '.join(whole)} holds all tensors of the base model. Leave out all but the "
         f"one to export; for {whole[0]}: --drop {' '.join(rest)}"
     )
+
+
+def _no_model(plan: ModelPlan) -> str | None:
+    """What to do with tensors that have no names of a model: states of an optimizer, or an average that is a list."""
+    names = [spec.name for spec in plan.specs if spec.numel > 1]
+    ends = {name.rsplit(".", 1)[-1] for name in names}
+    if ends and ends <= _OF_OPTIMIZERS:
+        return "Nothing was written. These are states of an optimizer: give the file or folder with the model."
+    if names and all(end.isdecimal() for end in ends):
+        return (
+            "Nothing was written. This is a list of tensors without names, as diffusers' EMAModel and torch_ema save "
+            "an average. Load it there; its copy_to(model.parameters()) gives them names: save that model, and export "
+            "it."
+        )
+    return None
 
 
 def _advice(lines: Sequence[str], known: Collection[str], fitted: ConfigFit) -> str:

@@ -220,7 +220,10 @@ def _detect_remote(path: RemotePath) -> tuple[DetectedFormat, FormatReader | Non
 
 
 _MOST_LOOKED_INTO = 50
-"""Names in a directory of no known format that may be a folder with a checkpoint in it."""
+"""Names in a directory of no known format that may be a checkpoint, as a folder or a file."""
+_BESIDE_WEIGHTS = ("optimizer", "scheduler", "rng_state", "random_states", "scaler", "sampler", "training_args")
+"""How files with other states of a run begin, as Trainer and accelerate write them; they hold tensors, too."""
+_WEIGHT_FILES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 _OF_A_VARIANT = re.compile(
     rf"({layout.MAIN_WEIGHTS}|{layout.COMPONENT_WEIGHTS}|pytorch_model)\.(?P<variant>[^.]+?)(-\d{{5}}-of-\d{{5}})?"
@@ -250,8 +253,11 @@ def _what_else(path: Path) -> str:
 
 
 def _has_weights(path: Path) -> bool:
-    """Whether a directory can be read and is itself, not further down, one with a model."""
+    """Whether a file, or a directory itself and not further down, can be read and has a model."""
     try:
+        if path.suffix in _WEIGHT_FILES and path.is_file() and not path.name.startswith(_BESIDE_WEIGHTS):
+            found = FILE_READER.detect(path)
+            return found is not None and bool(FILE_READER.models(path, found))
         if path.is_dir() and why_unreadable(path) is None:
             for reader in _DIRECTORIES:
                 if (found := reader.detect(path)) is not None:

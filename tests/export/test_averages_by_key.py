@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 
 from shardsmith.cli import main
@@ -184,3 +185,60 @@ def test_an_average_without_names_is_left_out_by_name_in_any_format(
     assert f"not compared: {name}: it is called an average" in capsys.readouterr().out
     assert main(["diagnose", *given, "--level", "values"]) == 0
     assert "not-compared" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("with_weights", [True, False], ids=["base-weights", "config-only"])
+def test_an_average_that_is_a_list_and_stands_alone_is_called_so(
+    with_weights: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = make_tiny(FAMILIES["LlamaForCausalLM"])
+    model.save_pretrained(tmp_path / "base")
+    if not with_weights:
+        (tmp_path / "base" / "model.safetensors").unlink()
+    average = EMAModel(model.parameters(), decay=0.5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 1
+    average.step(model.parameters())
+    torch.save(average.state_dict(), tmp_path / "ema.pt")
+    given = ["--checkpoint", str(tmp_path / "ema.pt"), "--base-model", str(tmp_path / "base")]
+    command = ["to-hf", *given, "--output-dir", str(tmp_path / "out"), "--dtype", "original"]
+    assert main(command) == 2
+    assert "a list of tensors without names, as diffusers' EMAModel" in capsys.readouterr().err
+    loaded = EMAModel(model.parameters())
+    loaded.load_state_dict(torch.load(tmp_path / "ema.pt"))
+    loaded.copy_to(model.parameters())
+    torch.save(model.state_dict(), tmp_path / "ema.pt")
+    assert main(command) == 0
+    exported = type(model).from_pretrained(tmp_path / "out").parameters()
+    assert all(torch.equal(*pair) for pair in zip(exported, average.shadow_params, strict=True))
+
+
+def test_the_state_of_an_optimizer_is_called_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = make_tiny(FAMILIES["LlamaForCausalLM"])
+    model.save_pretrained(tmp_path / "base")
+    optimizer = torch.optim.AdamW(model.parameters())
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    given = ["--checkpoint", str(tmp_path / "optimizer.pt"), "--base-model", str(tmp_path / "base")]
+    assert main(["to-hf", *given, "--output-dir", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert said.rstrip().endswith("These are states of an optimizer: give the file or folder with the model.")
+
+
+def test_a_folder_of_files_names_those_with_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = make_tiny(FAMILIES["LlamaForCausalLM"])
+    model.save_pretrained(tmp_path / "base")
+    run = tmp_path / "run"
+    run.mkdir()
+    for epoch in (1, 2):
+        torch.save({"epoch": epoch, "model": model.state_dict()}, run / f"epoch{epoch}.pt")
+    torch.save({"cpu": torch.get_rng_state()}, run / "rng_state.pth")
+    (run / "notes.pt").write_text("no file of torch")
+    assert main(["detect", str(run)]) == 1
+    assert f"name one: {run / 'epoch1.pt'}, {run / 'epoch2.pt'}\n" in capsys.readouterr().out
+    given = ["--checkpoint", str(run / "epoch2.pt"), "--base-model", str(tmp_path / "base"), "--dtype", "original"]
+    assert main(["to-hf", *given, "--output-dir", str(tmp_path / "out")]) == 0
+    assert main(["verify", str(run / "epoch2.pt"), str(tmp_path / "out")]) == 0
