@@ -14,6 +14,7 @@ from shardsmith.export.base_comparison import advice_of_hooks, fit, measure_of
 from shardsmith.export.live import LiveModel
 from shardsmith.formats.models import ModelSource, TranslatedModel
 from shardsmith.hf.base_files import choose_files
+from shardsmith.hf.blueprint import transformers_parts
 from shardsmith.hf.directory import Measure, ModelPlan
 from shardsmith.hf.hf_directory import read_config
 from shardsmith.hf.known_class import model_class_of
@@ -151,7 +152,7 @@ class FittedConfig:
             self.fit(place, plan, live, None)
         except MismatchError as error:
             summary = f"{len(error.problems)} tensors of the model that trains are not as in the base model"
-            advice = self._advice_of_modules(plan) or advice_of_hooks(error, "STEP")
+            advice = self._advice_of_modules(plan) or self._advice_of_a_part(plan) or advice_of_hooks(error, "STEP")
             raise MismatchError(place, summary, error.problems, advice) from None
 
     def _advice_of_modules(self, plan: ModelPlan) -> str:
@@ -164,4 +165,16 @@ class FittedConfig:
             f"Nothing was written. The model has weights of {', '.join(module.folder for module, _ in held)}, which "
             "HFExport does not write. Leave it out and export saved steps, with all modules:\n"
             f"shardsmith to-hf --checkpoint STEP --base-model {base} --output-dir DIRECTORY"
+        )
+
+    def _advice_of_a_part(self, plan: ModelPlan) -> str:
+        """What to do if a part of the live model, beside which it has other tensors, is of the base model's kind."""
+        parts = transformers_parts(self._model)
+        kind = (self._own or {}).get("model_type")
+        alike = [name for name, part in parts.items() if name and part.config.model_type == kind]
+        if not alike or all(spec.name.startswith(tuple(f"{name}." for name in parts)) for spec in plan.specs):
+            return ""
+        return (
+            "Nothing was written. The base model is that of a part of this model, which has other tensors beside it. "
+            f"Give HFExport the part alone: {' or '.join(f'model=MODEL.{name}' for name in alike)}"
         )

@@ -132,3 +132,31 @@ def test_a_live_model_of_fewer_layers_is_exported_beside_a_base_without_weights(
     assert loaded.config.num_hidden_layers == 1
     tokens = torch.arange(8)[None]
     assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+
+
+class WithLoss(nn.Module):
+    """A module of a training loop, such as one of Lightning: the model and a loss with weights of its own."""
+
+    def __init__(self, *teacher: LlamaForCausalLM) -> None:
+        super().__init__()
+        self.net = tiny()
+        self.loss = nn.CrossEntropyLoss(weight=torch.ones(32))
+        if teacher:
+            self.teacher = teacher[0]
+
+
+@pytest.mark.parametrize("with_teacher", [False, True])
+def test_a_live_model_with_more_beside_the_one_of_the_base_is_to_be_given_as_that_part(
+    with_teacher: bool, tmp_path: Path
+) -> None:
+    model = WithLoss(*([tiny()] if with_teacher else []))
+    model.net.save_pretrained(tmp_path / "base")
+    advice = "Give HFExport the part alone: model=MODEL.net" + " or model=MODEL.teacher" * with_teacher
+    with pytest.raises(MismatchError) as caught:
+        HFExport(tmp_path / "out", model=model, when=at(1), base_model=tmp_path / "base")
+    assert str(caught.value).endswith(advice)
+    export = HFExport(tmp_path / "out", model=model.net, when=at(1), base_model=tmp_path / "base", dtype="original")
+    with Hooks(export) as hooks:
+        hooks.step(1)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path / "out" / "step-1")
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.net.state_dict().items())
