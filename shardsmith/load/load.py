@@ -335,6 +335,8 @@ def _error(path: Path, faults: Sequence[LoadFault], state: str) -> InitialLoadEr
     lines = [f"{code}: {effect}." for code, effect in effects.items()]
     if any(code.startswith("buffer-") and code != "buffer-without-reference" for code in effects):
         lines.append("repair_buffers=True overwrites the buffers with the reference, and says so.")
+    if any(code in effects for code in ("config-differs", "rope-differs", "norm-eps-differs")):
+        lines.append("config=MODEL.config lets the model's own settings count, if they are meant.")
     advice = "\n".join([state, *lines, "docs/troubleshooting.md says more under each of these names."])
     count = f"{len(faults)} fault{'s' if len(faults) > 1 else ''}"
     summary = f"the model is not the one in this checkpoint: {count}"

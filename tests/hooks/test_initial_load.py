@@ -450,6 +450,9 @@ def test_a_size_that_may_differ_excuses_no_other_setting(tmp_path: Path) -> None
         load_initial(tmp_path, model=model, allow_shape=["*"])
     assert set(caught.value.codes) == {"norm-eps-differs", "rope-differs", "buffer-differs"}
     assert "  rope_parameters.rope_theta: rope_parameters.rope_theta 500000.0 in the live model" in str(caught.value)
+    assert "config=MODEL.config lets the model's own settings count" in str(caught.value)
+    report = load_initial(tmp_path, model=model, allow_shape=["*"], config=model.config)
+    assert set(report.reshaped) == {"model.embed_tokens.weight", "lm_head.weight"}
 
 
 @pytest.mark.parametrize("wrapper", ["module.", "_orig_mod."])
