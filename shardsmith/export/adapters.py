@@ -31,6 +31,8 @@ ADAPTER_CONFIG_FILE = "adapter_config.json"
 _PEFT_NAMES = re.compile(
     r"(^|\.)(base_model\.model\.|base_layer\.|modules_to_save\.|lora_[AB](\.|$)|lora_embedding_[AB])"
 )
+_PEFT_ALONE = re.compile(r"(^|\.)(base_model\.model|base_layer|modules_to_save)\.")
+_LORA_MATRIX = re.compile(r"^(?P<module>.+)\.lora_[AB](\.weight)?$")
 _ADAPTER_NAME = re.compile(
     r"\.(?:lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|modules_to_save)\.(?P<name>[^.]+)(\.|$)"
 )
@@ -280,6 +282,12 @@ def replaced_modules(modules: Mapping[str, Any]) -> list[str]:
 
 def is_peft(source: ModelSource) -> bool:
     """Return whether the names of a model are those of a peft model."""
+    # loralib and layers made by hand keep the weight beside the matrices, where peft moves it into base_layer.
+    by_hand = (match["module"] for name in source.specs if (match := _LORA_MATRIX.search(name)))
+    if not any(_PEFT_ALONE.search(name) for name in source.specs) and any(
+        f"{module}.weight" in source.specs for module in by_hand
+    ):
+        return False
     return any(_PEFT_NAMES.search(name) for name in source.specs)
 
 

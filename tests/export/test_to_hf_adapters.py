@@ -163,6 +163,30 @@ def test_a_checkpoint_without_its_adapter_config_says_what_to_do(
     assert re.search(r"adapter of peft.*save_pretrained\(DIRECTORY\)", capsys.readouterr().err)
 
 
+@pytest.mark.parametrize("inside", ["", ".weight"])
+def test_lora_matrices_beside_their_weight_are_not_taken_for_those_of_peft(
+    inside: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # So loralib names them, and layers made by hand: such a model has no peft_config that could be saved.
+    model = llama()
+    model.save_pretrained(tmp_path / "base")
+    layer = "model.layers.0.self_attn.q_proj"
+    weights = {f"{layer}.lora_A{inside}": torch.ones(2, 16), f"{layer}.lora_B{inside}": torch.ones(16, 2)}
+    torch.save(model.state_dict() | weights, tmp_path / "model.pt")
+    assert to_hf(tmp_path / "model.pt", tmp_path / "base", tmp_path / "out") == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "merge them into the weight" in said, said
+    assert "peft" not in said, said
+    assert "--drop" not in said, said
+    # What it says works.
+    with torch.no_grad():
+        model.get_submodule(layer).weight += weights[f"{layer}.lora_B{inside}"] @ weights[f"{layer}.lora_A{inside}"]
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    assert to_hf(tmp_path / "model.pt", tmp_path / "base", tmp_path / "out") == 0
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(logits(loaded.eval()), logits(model.eval()))
+
+
 def test_the_advice_for_a_missing_adapter_config_names_the_runs_own_adapter(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
