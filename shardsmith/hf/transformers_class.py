@@ -84,15 +84,13 @@ class TransformersClass:
 
     def _fit(self, kind: Any, specs: Mapping[str, TensorSpec]) -> Fit:
         fit = Fit(model_class=self._full_name(kind))
-        # On the meta device: the loader compares names and shapes, and no memory is asked for.
-        state = {n: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for n, spec in specs.items()}
         try:
             with quiet_transformers(), _all_keys(kind) as (missing, unexpected):
                 _, info = kind.from_pretrained(
                     None,
                     # A copy: a load changes its config.
                     config=copy.deepcopy(self._config),
-                    state_dict=state,
+                    state_dict=_without_data(specs),
                     dtype=torch.get_default_dtype(),  # so that the default stays as it is, for all threads
                     device_map={"": "meta"},
                     # Shapes are reported like the rest instead of raising at the first.
@@ -153,16 +151,22 @@ class TransformersClass:
         return self._kept[dtype]
 
     def _load_in(self, dtype: torch.dtype) -> Kept:
-        # Most classes keep nothing, and say so; what the others keep only their loader knows.
         plan = getattr(self._model, "_get_dtype_plan", None)
-        if plan is not None and not plan(dtype):
-            return Kept()
-        state = {n: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for n, spec in self.specs.items()}
         try:
             with quiet_transformers():
-                loaded = self._kinds[0].from_pretrained(
-                    None, config=copy.deepcopy(self._config), state_dict=state, dtype=dtype, device_map={"": "meta"}
-                )
+                if plan is not None and not plan(dtype):
+                    # Most classes keep nothing by name. Some make tensors in float32 whatever they are asked for.
+                    loaded = _on_meta(self._kinds[0], self._config, dtype)
+                else:  # what these keep only their loader knows
+                    loaded = self._kinds[0].from_pretrained(
+                        None,
+                        config=copy.deepcopy(self._config),
+                        state_dict={
+                            n: torch.empty(s.shape, dtype=s.dtype, device="meta") for n, s in self.specs.items()
+                        },
+                        dtype=dtype,
+                        device_map={"": "meta"},
+                    )
         except Exception as error:  # whatever a class that is loaded in another way makes it raise
             return Kept(unknown=f"its loader raises {type(error).__name__}: {error}")
         return Kept({name for name, tensor in loaded.state_dict().items() if tensor.dtype == torch.float32})
@@ -211,9 +215,15 @@ def _classes_for(plain: Mapping[str, Any], config: Any) -> Sequence[Any]:
     return list(found)
 
 
-def _on_meta(kind: Any, config: Any) -> Any:
+def _without_data(specs: Mapping[str, TensorSpec]) -> dict[str, torch.Tensor]:
+    """What a loader can compare by names and shapes, and no memory is asked for."""
+    return {name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for name, spec in specs.items()}
+
+
+def _on_meta(kind: Any, config: Any, dtype: torch.dtype | None = None) -> Any:
+    """A model without data; in the default dtype, so that this stays as it is for all threads, unless one is given."""
     with torch.device("meta"):
-        return kind._from_config(copy.deepcopy(config), dtype=torch.get_default_dtype())
+        return kind._from_config(copy.deepcopy(config), dtype=dtype or torch.get_default_dtype())
 
 
 @contextlib.contextmanager

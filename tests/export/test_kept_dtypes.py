@@ -42,12 +42,20 @@ def blip() -> Any:
     return transformers.InstructBlipForConditionalGeneration(config)
 
 
+def xlnet() -> Any:
+    """Its attention has tensors that are made in float32, whatever dtype is asked for."""
+    config = transformers.XLNetConfig(vocab_size=64, d_model=32, n_layer=1, n_head=4, d_inner=48)
+    return transformers.XLNetForTokenClassification(config)
+
+
 CASES: list[tuple[Callable[[], Any], torch.dtype]] = [
     (glm, torch.bfloat16),
     (glm, torch.float16),
     (blip, torch.bfloat16),  # which keeps tensors in float32 beside float16 only
     (blip, torch.float16),
     (wan, torch.bfloat16),
+    (xlnet, torch.bfloat16),
+    (xlnet, torch.float16),
 ]
 
 
