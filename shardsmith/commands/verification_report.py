@@ -21,7 +21,8 @@ _LAYER = re.compile(r"(.*?\b[0-9]+)\.")
 def print_verification(verification: Verification, *, as_json: bool) -> None:
     """All that differs, and the verdict; or JSON on one line."""
     if as_json:
-        print(json.dumps({**dataclasses.asdict(verification), "same": verification.same}))
+        verdict = {"same": verification.same, "undecided": verification.is_undecided}
+        print(json.dumps({**dataclasses.asdict(verification), **verdict}))
         return
     console = new_console()
     console.print(f"A: {verification.left}\nB: {verification.right}")

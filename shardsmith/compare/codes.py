@@ -35,8 +35,9 @@ CODES: dict[str, Code] = {
     "missing-tensors": Code("error", f"what is missing stays random: {_RANDOM}", _CONVERT),
     "extra-tensors": Code(
         "warning",
-        "none: a load ignores them; but what they were meant for may be missing elsewhere",
-        "check that --base-model is the right model; a head of your own is loaded by your trainer, not by this model",
+        "a load ignores them: what they add, as LoRA does, is lost, or what they were meant for is missing elsewhere",
+        "check that --base-model is the right model; merge LoRA matrices; a head of your own is loaded by your "
+        "trainer, not by this model",
     ),
     "shape-differs": Code("error", "the load fails", "check that --base-model is the right model and size"),
     "kind-differs": Code(

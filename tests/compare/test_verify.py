@@ -218,8 +218,13 @@ def test_stacked_experts_and_separate_ones_are_one_model_for_the_config_that_say
         told = capsys.readouterr().out
         assert "not known to be the same model: each has names that the other lacks" in told
         assert "--base-model DIRECTORY" in told
+        assert main(["verify", str(a), str(b), "--json"]) == 1
+        found = json.loads(capsys.readouterr().out)
+        assert (found["same"], found["undecided"]) == (False, True)
         assert main(["verify", str(a), str(b), *base]) == 0  # as it says
     for a, b in ((stacked, other), (other, stacked)):
+        assert main(["verify", str(a), str(b), *base, "--json"]) == 1
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["undecided"] is False
         assert main(["verify", str(a), str(b), *base]) == 1
         told = capsys.readouterr().out
         assert "not the same model" in told
