@@ -11,6 +11,8 @@ from torch import Tensor
 
 from shardsmith.errors import MismatchError
 
+_OTHER_DTYPES = 'Of dtypes, bfloat16, float32 and "original" have room for what such a model has.'
+
 
 def is_narrower(dtype: torch.dtype, held: torch.dtype) -> bool:
     """Whether numbers of one are far beyond the range of the other; bfloat16's is that of float32.
@@ -58,19 +60,19 @@ class LostValues:
         """Largest absolute value that was lost, by tensor; in no order."""
         return dict(self._largest)
 
-    def refuse(self, place: str | Path, truth: str) -> None:
+    def refuse(self, place: str | Path, truth: str, cure: str = _OTHER_DTYPES) -> None:
         """Raise MismatchError that names all tensors, if there are any.
 
         Args:
             place: What is at fault.
-            truth: What is true on disk now.
+            truth: What is true now, on disk or in the tensors that were filled.
+            cure: What to do.
         """
         if self._largest:
             # Threads find them in no order.
             lines = [f"{name}: up to {most:.6g}" for name, most in sorted(self._largest.items())]
             summary = f"{len(lines)} tensors have finite values that would be infinite in the dtype that was asked for"
-            cure = 'bfloat16, float32 and "original" have room for what such a model has'
-            raise MismatchError(place, summary, lines, f"{truth} Of dtypes, {cure}.")
+            raise MismatchError(place, summary, lines, f"{truth} {cure}")
 
 
 def _wide(values: Tensor) -> Tensor:

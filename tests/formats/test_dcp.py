@@ -320,6 +320,29 @@ def test_a_cast_happens_only_on_request(one: Path) -> None:
     assert same(state["model"]["float"], plain_tensors()["float"].bfloat16())
 
 
+def run_too_narrow(directory: Path) -> None:
+    """Only the rank that holds the row sees the value, and both raise."""
+    mesh = init_device_mesh("cpu", (2,))
+    state = {"weight": distribute_tensor(torch.zeros(4, 3, dtype=torch.float16), mesh, [Shard(0)])}
+    with pytest.raises(CheckpointError, match="weight: up to 1e\\+06"):
+        load_into(state, directory, allow_cast=True)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+def test_a_cast_that_makes_finite_values_infinite_is_refused(tmp_path: Path) -> None:
+    saved = torch.randn(4, 3)
+    saved[3, 1], saved[0, 0] = -1e6, torch.inf  # the infinite one is meant
+    dcp.save({"weight": saved, "b": torch.full((2,), 7e4)}, checkpoint_id=tmp_path / "step", no_dist=True)
+    narrow = {"weight": torch.zeros(4, 3, dtype=torch.float16), "b": torch.zeros(2, dtype=torch.float16)}
+    with pytest.raises(MismatchError, match="load into tensors of bfloat16 or float32") as caught:
+        load_into(narrow, tmp_path / "step", allow_cast=True)
+    assert caught.value.problems == ["b: up to 70000", "weight: up to 1e+06"]
+    run_on_ranks(run_too_narrow, 2, tmp_path, tmp_path / "step")
+    state = {"weight": torch.zeros(4, 3, dtype=torch.bfloat16)}  # as it says
+    load_into(state, tmp_path / "step", allow_cast=True)
+    assert same(state["weight"], saved.bfloat16())
+
+
 def test_a_state_dict_on_the_wrong_level_is_told_where_to_go(one: Path) -> None:
     with pytest.raises(MismatchError, match="stored below 'model'"):
         load_into(blank(plain_tensors()), one)

@@ -27,10 +27,11 @@ from shardsmith import (
 from shardsmith.commands.options import ExportArguments
 from shardsmith.commands.to_dcp import to_dcp
 from shardsmith.commands.to_hf import to_hf
-from shardsmith.errors import TargetExistsError
+from shardsmith.errors import MismatchError, TargetExistsError
 from shardsmith.export.plan import ExportOptions
 from shardsmith.formats.by_path import open_source
 from shardsmith.formats.dcp.beside_weights import open_step
+from shardsmith.formats.dcp.load import load_into
 from shardsmith.formats.dcp.source import DcpSource
 from shardsmith.hooks import EMA, Hooks, ShardedSave, at, every, last, latest
 from shardsmith.manifest.checkpoints import find_damage, find_foreign_files
@@ -342,6 +343,20 @@ def test_a_model_that_a_module_holds_is_written_under_its_own_names(tmp_path: Pa
         torch.nn.init.zeros_(parameter)
     assert ShardedSave(tmp_path, model=other, ema=EMA(other, decay=0.5), when=at(1)).resume() == 1
     assert_same(other.state_dict(), holder.state_dict())
+
+
+def test_a_cast_of_its_weights_that_makes_finite_values_infinite_is_refused(tmp_path: Path) -> None:
+    model = build(Case(kind="qwen3_moe", sharding="none", ranks=0))
+    with torch.no_grad():
+        model.lm_head.weight[1, 2] = -7e4
+    ShardedSave(tmp_path, model=model, when=at(1), async_mode="disabled", weights="huggingface").save(1)
+    key = next(key for key in read_metadata(tmp_path / "step-1").tensors if key.endswith("lm_head.weight"))
+    with pytest.raises(MismatchError) as caught:
+        load_into({key: torch.zeros_like(model.lm_head.weight).half()}, tmp_path / "step-1", allow_cast=True)
+    assert caught.value.problems == [f"{key}: up to 70000"]
+    state = {key: torch.zeros_like(model.lm_head.weight).bfloat16()}  # as it says
+    load_into(state, tmp_path / "step-1", allow_cast=True)
+    assert torch.equal(state[key], model.lm_head.weight.bfloat16())
 
 
 def test_the_manager_and_the_commands_take_it(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from shardsmith.manifest.weights import WeightsRecord
 from shardsmith.name_maps.recorded import RecordedNames, RunNames, read_slices
 from shardsmith.name_maps.restored import RestoredModel
 from shardsmith.tensors.checkpoint_keys import EMA, MAIN
+from shardsmith.tensors.narrowing import LostValues, is_narrower
 from shardsmith.tensors.tensors import Chunk, TensorSource, TensorSpec, read_into
 
 Box = tuple[str, Chunk, Tensor]
@@ -82,8 +83,13 @@ class BesideWeights(DcpSource):
         """Return whether a tensor is in a Hugging Face file."""
         return name in self._places
 
-    def fill(self, boxes: Iterable[Box]) -> None:
-        """Fill boxes of tensors that are in Hugging Face files, several at a time. Raises CheckpointError."""
+    def fill(self, boxes: Iterable[Box], lost: LostValues) -> None:
+        """Fill boxes of tensors that are in Hugging Face files, several at a time. Raises CheckpointError.
+
+        Args:
+            boxes: What to fill.
+            lost: Where to note finite values that are infinite in the dtype of the tensor to fill.
+        """
         boxes = list(boxes)
         # Each thread reads boxes of its own: no two write to the same memory.
         threads = useful_threads(sum(out.nbytes for _, _, out in boxes), len(boxes)) or 1
@@ -92,6 +98,8 @@ class BesideWeights(DcpSource):
         def read(box: Box) -> None:
             key, place, out = box
             read_into(self, key, place, out)
+            if is_narrower(out.dtype, held := self.specs[key].dtype):
+                lost.add(key, out, lambda: read_into(self, key, place, torch.empty(place.sizes, dtype=held)))
 
         with ThreadPoolExecutor(threads, "shardsmith-weights") as pool:
             for _ in pool.map(read, boxes):

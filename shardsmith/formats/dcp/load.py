@@ -29,6 +29,7 @@ from shardsmith.formats.dcp.source import DcpSource
 from shardsmith.ground.garbage import without_collection
 from shardsmith.manifest.metadata import FileRecord
 from shardsmith.sharding.local_boxes import local_boxes
+from shardsmith.tensors.narrowing import LostValues
 
 
 def load_into(
@@ -52,11 +53,12 @@ def load_into(
         directory: A DCP directory.
         process_group: The ranks that call; None for all.
         allow_pickle: Read values of any type, **which runs whatever code they hold**. Only for authors you trust.
-        allow_cast: Convert tensors that were saved in another dtype.
+        allow_cast: Convert tensors that were saved in another dtype, if that has room for all finite values.
         follow_links: Accept files that are symbolic links, as in a Hugging Face cache.
 
     Raises:
-        MismatchError: naming all keys that are missing or have another kind, global shape or dtype. Nothing was loaded.
+        MismatchError: naming all keys that are missing or have another kind, global shape or dtype; nothing was
+            loaded. Or naming all that have finite values beyond the range of the dtype asked for: tensors were filled.
         CheckpointError: when the directory cannot be read; see ``read_index`` and ``DcpSource``. On a rank on which
             nothing failed, the errors of the others.
     """
@@ -91,6 +93,7 @@ class LocalLoad:
         self._allow_cast = allow_cast
         self._follow_links = follow_links
         self._source: DcpSource | None = None
+        self._lost = LostValues()
 
     @without_collection()
     def compare(self) -> None:
@@ -128,11 +131,18 @@ class LocalLoad:
 
         Returns:
             What is wrong with those, a line each. If anything is, what was filled must not be used.
+
+        Raises:
+            MismatchError, CheckpointError: as ``load_into``.
         """
         assert self._source is not None, "compare comes first"
         damage = read_files(self._source, self._wanted_chunks, verified, follow_links=self._follow_links)
         if isinstance(self._source, BesideWeights) and not damage:
-            self._source.fill(box for box in self._wanted_boxes if self._source.is_elsewhere(box[0]))
+            elsewhere = [box for box in self._wanted_boxes if self._source.is_elsewhere(box[0])]
+            self._source.fill(elsewhere, self._lost)
+        if not damage:
+            cure = "Do not use them: load into tensors of bfloat16 or float32."
+            self._lost.refuse(self.directory, "Tensors were filled with infinities.", cure)
         return damage
 
     def fill_objects(self) -> None:
@@ -143,7 +153,7 @@ class LocalLoad:
     def _wanted_chunks(self) -> dict[str, list[Wanted]]:
         source = self._source
         assert source is not None, "compare comes first"
-        return find_wanted(source, (box for box in self._wanted_boxes if not source.is_elsewhere(box[0])))
+        return find_wanted(source, (box for box in self._wanted_boxes if not source.is_elsewhere(box[0])), self._lost)
 
     @functools.cached_property
     def _wanted_boxes(self) -> list[Box]:

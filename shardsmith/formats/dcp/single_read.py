@@ -21,6 +21,7 @@ from shardsmith.formats.dcp.source import DcpSource
 from shardsmith.formats.torch_files.archive_writer import MOST_BYTES, archive_layout
 from shardsmith.ground.threads import useful_threads
 from shardsmith.manifest.metadata import FileRecord
+from shardsmith.tensors.narrowing import LostValues, is_narrower
 from shardsmith.tensors.tensors import Chunk, row_major_blocks
 
 
@@ -36,6 +37,8 @@ class Wanted:
     box: Chunk
     """That ``out`` holds."""
     out: Tensor
+    lost: LostValues | None = None
+    """Where to note finite values that are infinite in ``out``; None where its dtype has room for all."""
 
     def spans(self) -> Iterator[tuple[int, int]]:
         """Yield the bytes of the file that are read for it: the head of the archive, and the blocks between its ends.
@@ -54,9 +57,15 @@ class Wanted:
         """Take what is wanted of a block of the global tensor."""
         # The usual case, of a resume on the same ranks with boxes of at most a block: no slices are made.
         if block == self.box:
-            self.out.copy_(values)
+            self._take(self.out, values)
         elif (common := self.part.intersect(block)) is not None:
-            self.out[common.within(self.box)].copy_(values[common.within(block)])
+            self._take(self.out[common.within(self.box)], values[common.within(block)])
+
+    def _take(self, out: Tensor, values: Tensor) -> None:
+        out.copy_(values)
+        if self.lost is not None:
+            # Cast once more, as ``out`` may be on another device.
+            self.lost.add(self.key, values.to(out.dtype), lambda: values)
 
 
 def _position(part: Chunk, outer: Chunk, end: int) -> int:
@@ -68,12 +77,15 @@ def _position(part: Chunk, outer: Chunk, end: int) -> int:
     return position
 
 
-def find_wanted(source: DcpSource, tensors: Iterable[tuple[str, Chunk, Tensor]]) -> dict[str, list[Wanted]]:
+def find_wanted(
+    source: DcpSource, tensors: Iterable[tuple[str, Chunk, Tensor]], lost: LostValues
+) -> dict[str, list[Wanted]]:
     """Return where the values of boxes lie: by file, in the order in which they lie there.
 
     Args:
         source: The directory.
         tensors: Key, box and the tensor to fill, which has the shape of the box.
+        lost: Where a copy is to note finite values that are infinite in the dtype of the tensor to fill.
 
     Raises:
         CheckpointError: the directory does not cover a box.
@@ -81,8 +93,9 @@ def find_wanted(source: DcpSource, tensors: Iterable[tuple[str, Chunk, Tensor]])
     found: dict[str, list[Wanted]] = {}
     for key, box, out in tensors:
         dtype, filled = source.specs[key].dtype, 0
+        noted = lost if is_narrower(out.dtype, dtype) else None
         for _, stored, part in source.stored(key, box):
-            found.setdefault(stored.file, []).append(Wanted(key, stored, dtype, part, box, out))
+            found.setdefault(stored.file, []).append(Wanted(key, stored, dtype, part, box, out, noted))
             filled += part.numel
         if filled != box.numel:
             raise CheckpointError(source.path, f"{key}: only {filled} of {box.numel} elements of {box} are stored")
@@ -185,7 +198,7 @@ def _fill_foreign(source: DcpSource, wanted: Sequence[Wanted]) -> None:
     """Of archives that others wrote, torch among them, only their directories say where the values are."""
     for one in wanted:
         for part, values in source.pieces(one.key, one.part):
-            one.out[part.within(one.box)].copy_(values)
+            one.copy(values, part)
 
 
 def deal_files(wanted_bytes: Sequence[Mapping[str, int]], sizes: Mapping[str, int]) -> list[list[str]]:
