@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
@@ -154,6 +157,29 @@ def test_no_code_of_a_file_is_run(zipped: bool, tmp_path: Path) -> None:
     with pytest.raises(UnsafeCheckpointError, match="holds what is not read without running code"):
         read_torch_file(tmp_path / "x.pt")
     assert not (tmp_path / "ran").exists()
+
+
+BESIDE: dict[str, Any] = {
+    "argparse.Namespace": argparse.Namespace(lr=1e-3),
+    "multiarray.scalar": numpy.float64(0.5),
+    "pathlib.PosixPath": Path("x"),
+    "datetime.timedelta": timedelta(1),
+    "torch.nn.modules.linear.Linear": nn.Linear(2, 2),
+}
+
+
+@pytest.mark.parametrize("kind", BESIDE)
+def test_what_is_no_plain_value_beside_the_weights_is_named_and_the_advice_leads_to_a_file_that_is_read(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": WEIGHTS, "beside": BESIDE[kind]}, "x.pt")
+    reason = detect_checkpoint_format("x.pt").reason
+    assert kind in reason
+    advice = reason.split("save the weights alone: ")[1].split(", and of")[0]
+    names = {"torch": torch, "FILE": "x.pt", "KEY": "model", "NEW": "new.pt"}
+    exec(advice, names)
+    assert_holds(open_source("new.pt"))
 
 
 @pytest.mark.parametrize("size", [0, 1, 3, 100, 1000, -1])

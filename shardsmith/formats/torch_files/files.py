@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from shardsmith.errors import (
     CorruptCheckpointError,
@@ -28,11 +29,17 @@ from shardsmith.formats.torch_files.tensor_pickle import UnusualPickleError
 from shardsmith.formats.torch_files.zip import TorchZip, UnusualArchiveError
 from shardsmith.ground.file_tensor import FileTensor
 from shardsmith.ground.mapped import MappedFile
+from shardsmith.ground.printable import printable
 from shardsmith.tensors.checkpoint_keys import KeyPath, average_above
 from shardsmith.tensors.tensors import Chunk, Shape
 
 _MAX_ENTRIES = 1 << 20
 _ZIP, _PICKLE = b"PK\3\4", b"\x80\2"
+_SHOWN = 5
+_ALONE = (
+    "if its author is trusted, save the weights alone: torch.save(torch.load(FILE, weights_only=False)[KEY], NEW), "
+    "and of a whole module its state_dict()"
+)
 _FLAT = frozenset({"_flat_param", "flat_param"})
 
 
@@ -193,11 +200,23 @@ def _load(file: MappedFile) -> Any:
     except pickle.UnpicklingError as error:
         if (kind := _wrapped_class(file)) is not None:
             raise UnsupportedFormatError(file.path, f"holds {kind}; {DEQUANTIZE}") from error
-        reason = str(error).split("\n")[0].split(". ", 1)[0]
-        raise UnsafeCheckpointError(file.path, f"holds what is not read without running code: {reason}") from error
+        kinds = _classes_in(file.path)
+        raise UnsafeCheckpointError(
+            file.path, f"holds what is not read without running code{kinds}; {_ALONE}"
+        ) from error
     except Exception as error:  # a dozen types, RuntimeError and EOFError among them
         fault = f"{type(error).__name__}: {error}".split("\n")[0]
         raise CorruptCheckpointError(file.path, f"is truncated, or no file of torch.save: {fault}") from error
+
+
+def _classes_in(path: Path) -> str:
+    """What a file asks for and torch deems unsafe, as the end of a message; empty where that cannot be told."""
+    try:
+        names = sorted(map(printable, get_unsafe_globals_in_checkpoint(path)))
+    except Exception:  # of a file from before the zip format, or of a pickle that is none
+        return ""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f": {', '.join(names[:_SHOWN])}{more}" if names else ""
 
 
 def _wrapped_class(file: MappedFile) -> str | None:
