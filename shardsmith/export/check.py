@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -52,6 +53,8 @@ class ModelCheck:
     """Tensors that the average does not cover."""
     constant: list[str]
     """Tensors all of whose elements are equal: zeros, or ones, as after an initialisation."""
+    not_finite: list[str]
+    """Tensors whose first element is NaN or infinite: of a run that has diverged all of them."""
     same_as_main: int | None
     """Of an average: tensors with the same values as in main; None where main was not written."""
     remark: str | None
@@ -152,6 +155,7 @@ def _check_model(
     shapes = (names & template.keys()) - {spec.name for spec in alike}
     # Without a template nothing differs: ``^`` would give all names.
     differing = sorted(name for name in (names ^ template.keys()) | shapes if template)
+    equal, not_finite = _told_by_the_first(model, directory, digests)
     return ModelCheck(
         model=model.model,
         files=[file.name for file in model.weights.files],
@@ -166,7 +170,8 @@ def _check_model(
         rules={name: rule for name, rule in plan.rules.items() if name in names},
         orders={name: order for name, order in plan.orders.items() if name in names},
         from_main=len(model.filled),
-        constant=_constant(model, directory, digests),
+        constant=[name for name in equal if name not in not_finite],
+        not_finite=not_finite,
         same_as_main=None if same is None else len(same),
         remark=_remark(model, same, plans),
         float32_unknown=model.float32_unknown,
@@ -189,9 +194,9 @@ def _remark(model: ModelPlan, same: Sequence[str] | None, plans: Sequence[Export
     return "is equal to main once it is rounded; in the checkpoint it is not"
 
 
-def _constant(plan: ModelPlan, directory: Path, digests: Mapping[str, str]) -> list[str]:
-    """Tensors of which every element is the first one, told by their digests."""
-    found = []
+def _told_by_the_first(plan: ModelPlan, directory: Path, digests: Mapping[str, str]) -> tuple[list[str], list[str]]:
+    """Tensors of which every element is the first one, told by their digests; tensors whose first one is not finite."""
+    found, not_finite = [], []
     for file in plan.weights.files:
         source = SafetensorsSource(directory / file.name)
         for name, placement in file.tensors.items():
@@ -202,8 +207,10 @@ def _constant(plan: ModelPlan, directory: Path, digests: Mapping[str, str]) -> l
                 # The digest is known already: one element and a sum tell what else a second pass would.
                 if str(_digest_of_constant(first, spec.numel)) == digests[name]:
                     found.append(name)
+                if not math.isfinite(first.item()):
+                    not_finite.append(name)
         source.close()
-    return found
+    return found, not_finite
 
 
 def _digest_of_constant(first: Tensor, count: int) -> Digest:

@@ -177,5 +177,9 @@ def _remarks(model: ModelCheck) -> list[str]:
         lines.append(
             f"all elements are equal in {', '.join(model.constant[:_SHOWN])}{more}, as after an initialisation"
         )
+    if model.not_finite:
+        more = f" and {len(model.not_finite) - _SHOWN} more" if len(model.not_finite) > _SHOWN else ""
+        names = f"{', '.join(model.not_finite[:_SHOWN])}{more}"
+        lines.append(f"NaN or infinite: {names}, to begin with; take a step from before the run diverged")
     lines += [f"{name} differs from the base model, as was allowed" for name in model.allowed[:_SHOWN]]
     return lines

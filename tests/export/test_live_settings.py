@@ -278,6 +278,21 @@ def test_a_grown_vocabulary_beside_the_tokenizer_of_the_base_is_said(
     assert any("tokens that were added are in no tokenizer" in change for change in check.config_changes)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_not_finite_are_said_and_not_taken_for_initial_ones(
+    value: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = llama()
+    model.save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        model.model.norm.weight.fill_(value)
+    checkpoint = saved(model.state_dict(), tmp_path / "ck")
+    command = ["to-hf", "--checkpoint", str(checkpoint), "--base-model", str(tmp_path / "base")]
+    assert main([*command, "--output-dir", str(tmp_path / "out")]) == 0
+    said = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines() if "model.norm.weight" in line]
+    assert said == ["main: NaN or infinite: model.norm.weight, to begin with; take a step from before the run diverged"]
+
+
 @pytest.mark.parametrize("is_old", [False, True], ids=["", "of an older step"])
 def test_the_way_back_from_one_write_keeps_what_the_model_said(is_old: bool, tmp_path: Path) -> None:
     model = llama(rope_parameters=LINEAR, max_position_embeddings=8192)
