@@ -14,6 +14,7 @@ import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -99,7 +100,8 @@ class BesideWeights(DcpSource):
             key, place, out = box
             read_into(self, key, place, out)
             if is_narrower(out.dtype, held := self.specs[key].dtype):
-                lost.add(key, out, lambda: read_into(self, key, place, torch.empty(place.sizes, dtype=held)))
+                empty = partial(torch.empty, place.sizes, dtype=held, device="cpu")
+                lost.add(key, out, lambda: read_into(self, key, place, empty()))
 
         with ThreadPoolExecutor(threads, "shardsmith-weights") as pool:
             for _ in pool.map(read, boxes):
