@@ -32,15 +32,14 @@ def print_verification(verification: Verification, *, as_json: bool) -> None:
             console.print(_difference(difference))
         for line in (*layers_of(model), *hint_of(model)):
             console.print(line)
-    by = "by their digests" if verification.by == "digests" else "in every value"
-    compared = ", ".join(model.model for model in verification.models)
-    which = "" if compared == "main" and not verification.left_out else f" ({compared})"
+    for name, (left, right) in verification.settings.items():
+        console.print(f"  {printable(name)}: settings (A {printable(left)}, B {printable(right)})")
     if verification.is_undecided:
         # What both have is equal; a verdict on the rest would be a guess.
         console.print(Text("not known to be the same model: each has names that the other lacks", "bold red"))
         console.print("  --base-model DIRECTORY with the model's config.json says which names belong together")
     else:
-        console.print(_verdict(verification.same, f"the same model, {by}{which}"))
+        console.print(_verdict(verification.same, _what(verification)))
     for line in verification.left_out:
         console.print(f"not compared: {printable(line)}")
 
@@ -60,6 +59,16 @@ def print_logits(found: Sequence[LogitsVerification], *, as_json: bool) -> None:
             )
         console.print(line)
     console.print(_verdict(same, "the same model, by its logits"))
+
+
+def _what(verification: Verification) -> str:
+    """Return what two checkpoints are, or are not."""
+    by = "by their digests" if verification.by == "digests" else "in every value"
+    compared = ", ".join(model.model for model in verification.models)
+    which = "" if compared == "main" and not verification.left_out else f" ({compared})"
+    if verification.settings and not any(model.differences for model in verification.models):
+        return f"the same model: the tensors are the same, {by}{which}, but not what the settings make of them"
+    return f"the same model, {by}{which}"
 
 
 def _counts(model: ModelVerification) -> str:

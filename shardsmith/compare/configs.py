@@ -9,13 +9,23 @@ from typing import Any
 from shardsmith.compare.effective import config_of
 from shardsmith.compare.findings import Finding, one
 from shardsmith.errors import UnsupportedFormatError
-from shardsmith.hf.hf_directory import CONFIG_FILE
+from shardsmith.hf.hf_directory import CONFIG_FILE, is_component
+from shardsmith.hf.known_class import model_class_of
 from shardsmith.manifest.metadata import read_json
 
 # None is a value that a setting may have, so it cannot stand for one that is not there.
 _ABSENT = object()
 _NOT_THE_MODEL = frozenset(
-    {"_name_or_path", "transformers_version", "architectures", "auto_map", "id2label", "label2id"}
+    {
+        "_name_or_path",
+        "transformers_version",
+        "_diffusers_version",
+        "_use_default_values",
+        "architectures",
+        "auto_map",
+        "id2label",
+        "label2id",
+    }
 )
 _HARMLESS = frozenset(
     {
@@ -23,11 +33,11 @@ _HARMLESS = frozenset(
         "torch_dtype",
         "use_cache",
         "initializer_range",
-        "attention_dropout",
+        "initializer_factor",
+        "init_std",
         "embd_pdrop",
         "resid_pdrop",
         "attn_pdrop",
-        "hidden_dropout",
         "max_position_embeddings",
         "output_router_logits",
         "router_aux_loss_coef",
@@ -45,17 +55,23 @@ _HARMLESS = frozenset(
     }
 )
 """Settings that change no logit of the first step."""
+_OF_TRAINING = ("dropout", "layerdrop", "drop_path")
+"""Of the name of a setting, such as ``classifier_dropout``: it counts for nothing but while a model is trained."""
 _EPSILONS = ("rms_norm_eps", "layer_norm_eps", "norm_eps", "layer_norm_epsilon", "layernorm_epsilon", "norm_epsilon")
 
 
 def effective_config(place: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
-    """A config.json, or that of a directory, with every default that transformers fills in; as it stands if it cannot.
+    """A config.json, or that of a directory, with every default that its library fills in; as it stands if it cannot.
 
     Raises:
         CheckpointError: there is none, or it is no JSON object.
     """
     file = place / CONFIG_FILE if place.is_dir() else place
     written = read_json(file)
+    if is_component(written):
+        # The class fills in the defaults, and it takes a moment only: its model has no data.
+        model_class, _ = model_class_of(written)
+        return written if model_class is None else dict(model_class.effective_config)
     try:
         config: dict[str, Any] = config_of(file, trust_remote_code=trust_remote_code).to_dict()
     except UnsupportedFormatError:
@@ -72,13 +88,24 @@ def compare_configs(model: Mapping[str, Any], other: Mapping[str, Any], origin: 
         origin: Whose config the other one is, for people.
     """
     mine, theirs = _flat(model), _flat(other)
-    names = [name for name in dict.fromkeys([*mine, *theirs]) if _differs(name, mine, theirs)]
+    names = _apart(mine, theirs)
     groups: dict[str, list[str]] = {}
     # One finding for each cause, with all of its settings.
     for name in names:
         groups.setdefault(_code(name), []).append(name)
     for code, settings in groups.items():
         yield one(code, settings, _listed(settings, mine), f"{_listed(settings, theirs)} in {origin}")
+
+
+def settings_apart(model: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Return the settings that change what is computed, by their path with dots -> what each of the two says."""
+    mine, theirs = _flat(model), _flat(other)
+    names = [name for name in _apart(mine, theirs) if _code(name) != "harmless-settings"]
+    return {name: (str(mine.get(name, "unset")), str(theirs.get(name, "unset"))) for name in names}
+
+
+def _apart(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    return [name for name in dict.fromkeys([*mine, *theirs]) if _differs(name, mine, theirs)]
 
 
 def _differs(name: str, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
@@ -97,7 +124,7 @@ def _differs(name: str, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> b
 # The last segment: a part's config, such as "text_config", has the settings of a whole one.
 def _code(name: str) -> str:
     last = name.rsplit(".", 1)[-1]
-    if last in _HARMLESS:
+    if last in _HARMLESS or any(word in last for word in _OF_TRAINING):
         return "harmless-settings"
     if "rope" in name or last == "partial_rotary_factor":
         return "rope-differs"

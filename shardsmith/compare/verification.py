@@ -12,12 +12,13 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from shardsmith.checking.arguments import checked
 from shardsmith.checking.types import AsAnyPath
 from shardsmith.compare.alignment import aligned_source
 from shardsmith.compare.class_ties import repeated_names
+from shardsmith.compare.configs import effective_config, settings_apart
 from shardsmith.compare.modules import is_huggingface, with_modules
 from shardsmith.compare.quantized import require_plain
 from shardsmith.compare.values import TensorComparison, compare_sources, same_as
@@ -25,9 +26,11 @@ from shardsmith.errors import CheckpointError, CheckpointNotFoundError
 from shardsmith.formats.models import ModelSource, beside_models
 from shardsmith.formats.opened import OpenedCheckpoint, open_checkpoint
 from shardsmith.ground import layout
+from shardsmith.hf.hf_directory import CONFIG_FILE
 from shardsmith.hf.layout_rules import DECLARED, LayoutRule
 from shardsmith.hf.modules import Modules
 from shardsmith.manifest.metadata import read_json
+from shardsmith.manifest.model_settings import settings_of_step
 from shardsmith.name_maps.matching import Alignment, is_transient
 from shardsmith.sharding.source_digests import digest_source
 from shardsmith.tensors.digest import Digest
@@ -92,17 +95,19 @@ class Verification:
     """What was compared with nothing, a line each: a model that only one side has, a further average, a teacher."""
     base: str | None = None
     """Directory whose config says which names belong together; None where nothing says it."""
+    settings: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    """Settings that change what is computed, where both say them: path in config.json -> what A says, and B."""
 
     @property
     def same(self) -> bool:
-        """Whether nothing differs."""
-        return not any(model.differences for model in self.models)
+        """Whether nothing differs: no tensor, and no setting that changes what is computed."""
+        return not self.settings and not any(model.differences for model in self.models)
 
     @property
     def is_undecided(self) -> bool:
         """Whether all that differs are names on both sides, and nothing says which of them belong together."""
         problems = {found.problem for model in self.models for found in model.differences}
-        return self.base is None and problems == {"only in A", "only in B"}
+        return self.base is None and not self.settings and problems == {"only in A", "only in B"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,8 +142,9 @@ def verify(left: AsAnyPath, right: AsAnyPath, options: VerifyOptions | None = No
     try:
         names = with_both.common(options.models)
         models = tuple(_verify_model(name, with_both, options) for name in names)
-        left_out, base = tuple(with_both.left_out(names)), with_both.base
-        return Verification(str(left), str(right), options.by, models, left_out, None if base is None else str(base))
+        base = None if with_both.base is None else str(with_both.base)
+        left_out, settings = tuple(with_both.left_out(names)), with_both.settings()
+        return Verification(str(left), str(right), options.by, models, left_out, base, settings)
     finally:
         with_both.close()
 
@@ -165,6 +171,7 @@ class OpenedPair:
             self.right, others = _with_modules(other, one, opened)
             opened.pop_all()
         self._owners = parts | others
+        self._configs = settings_of(self.left), settings_of(self.right)
 
     @property
     def base(self) -> Path | None:
@@ -194,6 +201,15 @@ class OpenedPair:
         for letter, side in (("A", self.left), ("B", self.right)):
             yield from (f"{name} of {letter}" for name in side.models if name not in names)
             yield from (f"{line} ({letter})" for line in beside_models(side.models))
+        left, right = self._configs
+        if (left is None) != (right is None):
+            has, lacks = ("A", "B") if right is None else ("B", "A")
+            yield f"the settings of {has}: {lacks} has no {CONFIG_FILE} and records no config"
+
+    def settings(self) -> dict[str, tuple[str, str]]:
+        """Return the settings in which the two differ, as ``Verification.settings`` has them."""
+        left, right = self._configs
+        return {} if left is None or right is None else settings_apart(left, right)
 
     def sources(self, model: str) -> tuple[ModelSource, ModelSource]:
         """One model of both."""
@@ -220,6 +236,23 @@ class OpenedPair:
         """Close the files."""
         self.left.close()
         self.right.close()
+
+
+def settings_of(side: OpenedCheckpoint) -> dict[str, Any] | None:
+    """Return the config of a checkpoint, and those of a sentence encoder's further modules; None if it has none.
+
+    That of a sharded step is the one that the live model had.
+
+    Raises CheckpointError if one of these files is no JSON.
+    """
+    if not is_huggingface(side):
+        recorded = None if side.metadata is None else settings_of_step(side.path)
+        return None if recorded is None else recorded.config
+    modules = Modules(side.path)
+    files = {folder: side.path / folder / CONFIG_FILE for folder in modules.folders.values() if folder}
+    beside = {folder: read_json(file) for folder, file in files.items() if file.is_file()}
+    kinds = {"modules.json": list(modules.kinds.values())} if modules.kinds else {}
+    return {**effective_config(side.path), **beside, **kinds}
 
 
 def _opened(path: Path, opened: contextlib.ExitStack) -> OpenedCheckpoint:

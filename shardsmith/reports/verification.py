@@ -29,10 +29,15 @@ def verification_page(found: Verification, command: Sequence[str]) -> str:
     differing = sum(len(model.differences) for model in found.models)
     tensors = sum(len(_names(model)) for model in found.models)
     verdict = "the same model" if found.same else f"not the same model: {differing} of {tensors} tensors differ"
+    if found.settings and not differing:
+        verdict = "not the same model: all tensors are the same, but not what the settings make of them"
     sides = f"<p>A: <code>{safe(found.left)}</code><br>B: <code>{safe(found.right)}</code></p>"
     if found.is_undecided:
         verdict = f"not known to be the same model: {differing} of {tensors} tensors have names that the other lacks"
     parts = [sides, f'<p class="verdict{"" if found.same else " bad"}">{safe(verdict)}</p>']
+    parts += [
+        f"<p>{safe(name)}: A says {safe(left)}, B {safe(right)}</p>" for name, (left, right) in found.settings.items()
+    ]
     parts += [f"<p>Not compared: {safe(line)}</p>" for line in found.left_out]
     for number, model in enumerate(found.models):
         parts += section(f"Model {model.model}", list(_model(number, model)))

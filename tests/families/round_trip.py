@@ -152,9 +152,10 @@ def _answer(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
 
 
 def _verified(folder: Path) -> None:
-    for other in ("out-flat", "out-bare", "base"):
-        found = verify(folder / "flat", folder / other, VerifyOptions())
-        assert found.same, f"{other}: not the same model"
+    # Two directories also have to say the same settings: what was exported says those of its base.
+    for one, other in (("flat", "out-flat"), ("flat", "out-bare"), ("flat", "base"), ("base", "out-bare")):
+        found = verify(folder / one, folder / other, VerifyOptions())
+        assert found.same, f"{one} and {other}: not the same model {dict(found.settings)}"
 
 
 def _diagnosed(folder: Path) -> str | None:
