@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import queue
+import shlex
 import signal
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -19,7 +20,15 @@ from typing import Literal
 
 from shardsmith.checking.arguments import check_value
 from shardsmith.checking.types import AnyPath
-from shardsmith.errors import ShardsmithError, StorageError, TargetExistsError, UsageError, WriteError
+from shardsmith.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    ShardsmithError,
+    StorageError,
+    TargetExistsError,
+    UsageError,
+    WriteError,
+)
 from shardsmith.export.adapter_plan import plan_export
 from shardsmith.export.plan import ExportOptions, choose_stems
 from shardsmith.export.report import remarks
@@ -35,6 +44,7 @@ from shardsmith.hf.base_files import choose_files
 from shardsmith.hf.hf_directory import protect, read_config
 from shardsmith.manifest.checkpoints import committed_steps
 from shardsmith.manifest.metadata import has_manifest
+from shardsmith.overview import step_folders
 
 log = logging.getLogger(__name__)
 
@@ -168,6 +178,7 @@ class Watcher:
         self.options = options
         self.failed: dict[int, Exception] = {}
         self._said: set[str] = set()
+        self._seen: set[Path] = set()
         # Read here, so that a base that cannot be used is reported now and not at the first step.
         choose_files(base)
         read_config(base)
@@ -175,6 +186,11 @@ class Watcher:
         check_writable(output)
         # Of watchers that died; one that is alive holds a lock on what it writes.
         sweep(output)
+
+    @property
+    def has_steps(self) -> bool:
+        """Whether there is a committed checkpoint, exported or not."""
+        return bool(committed_steps(self.checkpoints))
 
     def follow(self, stop: Stop, interval_secs: float) -> Iterator[Outcome]:
         """Export what is there and what comes, until ``stop`` is set; a look that fails is logged, and made again."""
@@ -189,8 +205,10 @@ class Watcher:
     def catch_up(self, stop: Stop, *, wait_for_folder: bool = False) -> Iterator[Outcome]:
         """Export what is there, oldest first, unless ``stop`` is set; what failed before in the same way goes unsaid.
 
+        Folders of steps that no save of ours has completed are logged, once each.
+
         Raises:
-            CheckpointNotFoundError: there is no run folder, and ``wait_for_folder`` is off.
+            CheckpointNotFoundError: there is no run folder, or none but such steps, and ``wait_for_folder`` is off.
             StorageError, OSError: the steps cannot be listed.
         """
         if not wait_for_folder and not self.checkpoints.is_dir():
@@ -206,6 +224,40 @@ class Watcher:
             if outcome.error is None or type(known.get(outcome.step)) is not type(outcome.error):
                 yield outcome
             self._remove_old()
+        if not stop.is_set() and (passed_over := self._passed_over()):
+            advice = self._advice(passed_over)
+            if not wait_for_folder and not self.has_steps:
+                raise CheckpointNotFoundError(self.checkpoints, advice)
+            log.warning("%s: %s", self.checkpoints, advice)
+
+    def _passed_over(self) -> dict[Path, str]:
+        """Folders of steps that are not to be exported, each once, with its format: of others, or in a folder below."""
+        found = sorted(step_folders(self.checkpoints))
+        # Afterwards, so that one that is committed meanwhile is not among them.
+        committed = {self.checkpoints / step_name(step) for step in committed_steps(self.checkpoints)}
+        formats: dict[Path, str] = {}
+        for step, path in found:
+            is_elsewhere = bool(committed) and path.parent != self.checkpoints
+            is_wanted = not is_elsewhere and step % (self.options.every or 1) == 0
+            if not is_wanted or path in committed | self._seen or _is_export(path):
+                continue
+            with contextlib.suppress(CheckpointError):  # the run may have removed it
+                formats[path] = known_checkpoint(path).format.name
+        self._seen.update(formats)
+        return formats
+
+    def _advice(self, passed_over: Mapping[Path, str]) -> str:
+        """What to do to export them all the same."""
+        if below := dict.fromkeys(str(path.parent) for path in passed_over if has_manifest(path)):
+            return f"the steps that Shardsmith saved are in a folder below; give {' or '.join(below)}"
+        names = [f"{path.relative_to(self.checkpoints)} ({name})" for path, name in passed_over.items()]
+        last = [*passed_over][-1]
+        where = {"--checkpoint": last, "--base-model": self.base, "--output-dir": self.output / last.name}
+        command = shlex.join(["shardsmith", "to-hf", *(str(word) for pair in where.items() for word in pair)])
+        return (
+            f"no save of Shardsmith has completed {', '.join(names)}; such a folder is left alone, since nothing in it "
+            f"says that it is complete. When it is, export it: {command}"
+        )
 
     def _pending(self) -> list[int]:
         every, keep_latest = self.options.every, self.options.keep_latest

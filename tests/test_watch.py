@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Barrier, Timer
 
@@ -31,6 +31,7 @@ from shardsmith.errors import (
 from shardsmith.ground.commit import remove
 from shardsmith.hooks import EMA, Hooks, ShardedSave, every, latest
 from shardsmith.watch import Stop, Watcher, WatchOptions, pending_steps, stopped_by_signals
+from tests.dcp_directories import save
 from tests.export.test_to_hf_refusals import files_no_larger_than, signal_at, without_times
 from tests.forked import run_forked, server
 
@@ -151,12 +152,64 @@ def test_an_export_is_what_to_hf_makes(place: Place, tmp_path: Path) -> None:
     assert without_times(place.output / "step-2") == without_times(tmp_path / "one")
 
 
-def test_only_committed_checkpoints_of_ours_count(place: Place) -> None:
+def test_only_committed_checkpoints_of_ours_count(place: Place, caplog: pytest.LogCaptureFixture) -> None:
     (place.checkpoints / "step-1").rename(place.checkpoints / f".step-1.tmp-{'0' * 16}")
     (place.checkpoints / "step-2" / "metadata.json").unlink()
     shutil.copytree(place.checkpoints / "step-3", place.checkpoints / "old-step-4")
-    assert place.run() == 0
+    watcher = place.watcher()
+    assert [outcome.step for outcome in watcher.catch_up(Stop())] == [3]
     assert place.exports() == ["step-3"]
+    assert "no save of Shardsmith has completed step-2 (dcp)" in caplog.text
+    assert "step-1" not in caplog.text
+    assert "step-4" not in caplog.text
+    caplog.clear()
+    assert [*watcher.catch_up(Stop())] == []
+    assert caplog.text == ""  # once is enough
+
+
+def test_steps_of_others_alone_are_refused_with_what_exports_them(
+    place: Place, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    state = nn.Linear(5, 3).state_dict()
+    plain = replace(place, checkpoints=tmp_path / "plain")
+    for step in (10, 20):
+        save(dict(state), plain.checkpoints / f"step-{step}")
+    assert plain.run() == 2
+    said = capsys.readouterr().err
+    assert "no save of Shardsmith has completed step-10 (dcp), step-20 (dcp)" in said
+    assert not place.output.exists() or place.exports() == []
+    command = said.partition("export it: shardsmith ")[2].split()
+    assert cli.main(command) == 0
+    exported = load_file(place.output / "step-20" / "model.safetensors")
+    assert all(torch.equal(value.float(), state[name].bfloat16().float()) for name, value in exported.items())
+    assert exported.keys() == state.keys()
+
+
+@pytest.mark.parametrize("name", ["checkpoint-500", "global_step_10", "epoch_3", "step_7"])
+def test_folders_of_other_trainers_are_named(name: str, empty: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    save(dict(nn.Linear(5, 3).state_dict()), empty.checkpoints / name)
+    assert empty.run() == 2
+    assert f"has completed {name} (dcp)" in capsys.readouterr().err
+
+
+def test_of_a_folder_above_the_steps_the_one_to_give_is_named(
+    place: Place, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.move(place.checkpoints, run / "checkpoints")
+    above = replace(place, checkpoints=run)
+    assert above.run() == 2
+    folder = capsys.readouterr().err.partition("in a folder below; give ")[2].strip()
+    assert replace(place, checkpoints=Path(folder)).run() == 0
+    assert place.exports() == ["step-1", "step-2", "step-3"]
+
+
+def test_a_run_without_a_step_is_said_to_have_none(empty: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    empty.checkpoints.mkdir()
+    assert empty.run() == 0
+    assert capsys.readouterr().out == f"{empty.checkpoints} has no step yet: nothing was exported\n"
+    assert empty.run("--quiet") == 0
+    assert capsys.readouterr() == ("", "")
 
 
 def test_only_multiples_and_the_latest_are_kept(place: Place) -> None:

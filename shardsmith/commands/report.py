@@ -40,6 +40,11 @@ def print_watching(checkpoints: Path, output: Path) -> None:
     new_console().print(f"exporting from {checkpoints} to {output}; Ctrl-C ends it")
 
 
+def print_no_steps(checkpoints: Path) -> None:
+    """That there was nothing to export."""
+    new_console().print(f"{checkpoints} has no step yet: nothing was exported")
+
+
 def print_outcome(outcome: Outcome, *, quiet: bool, as_json: bool = False) -> None:
     """Print a line about the export of a step, as soon as it is known; the whole text of a failure."""
     if as_json:

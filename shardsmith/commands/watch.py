@@ -26,7 +26,8 @@ def watch(
     Runs beside the run or on another machine. Makes OUTPUT_DIR/step-N of each committed step, oldest first, as to-hf
     does, and then waits for more. No step is exported twice: it can be stopped and started again, also after a kill.
     Retention does not remove the step that it reads. SIGINT or SIGTERM ends it after the current export, a second one
-    at once. Exits with 1 if a step could not be exported.
+    at once. Exits with 1 if a step could not be exported, and with 2 if --once finds none of Shardsmith's steps, but
+    others, which it names.
 
     Example: shardsmith watch run/checkpoints --output-dir run/hf --base-model base
 
@@ -59,6 +60,8 @@ def watch(
         # Both are generators: each line is printed when its export is done.
         for outcome in watcher.catch_up(stop) if once else watcher.follow(stop, interval_secs):
             report.print_outcome(outcome, quiet=quiet, as_json=json)
+        if once and not quiet and not json and not watcher.has_steps:
+            report.print_no_steps(checkpoints)
     # 130, as a shell reports an interrupted command: not all that exists was exported.
     if once and stop.is_set():
         return 130
