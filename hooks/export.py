@@ -157,6 +157,7 @@ class HFExport(Hook):
         live, saved = self._make_sources(weights, write_mode, compare_replicas=verification.compare_replicas)
         self._exported_step: int | None = None
         self._has_said_copied = False
+        self._has_said_of_tokens = ""
         self._prepare(lambda: LiveDirectory.choose(chosen, weights.ema_as, view, self._state.stem))
         if weights.stages:
             self._state.unite(self._ranks)
@@ -387,6 +388,9 @@ class HFExport(Hook):
         for job in jobs:
             event = event_of("export", step, job.plan.output, watch, self._ranks.size)
             log.info("exported %s; %s", event.line, job.measure)
+            if job.measure is not None and (said := job.measure.tokenizer) not in {"", self._has_said_of_tokens}:
+                self._has_said_of_tokens = said
+                log.warning("%s: %s", job.plan.output, said)
             self.emit(event)
         copied = [name for job in jobs for name in job.plan.not_averaged]
         if copied and not self._has_said_copied:

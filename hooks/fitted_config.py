@@ -142,8 +142,7 @@ class FittedConfig:
         self.content, self.measure = found.config, measure_of(found, self.template)
         for change in [change for change in found.changes if change not in self._said]:
             self._said.add(change)
-            is_open = "tokenizer" in change and self._files.processor is None
-            log.log(logging.WARNING if is_open else logging.INFO, "config.json is adapted: %s", change)
+            log.info("config.json is adapted: %s", change)
 
     def _compare(self, plan: ModelPlan, live: Mapping[str, Any]) -> None:
         """As ``fit``, of the live weights; what is wrong is said of the model that trains."""

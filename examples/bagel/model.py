@@ -429,8 +429,9 @@ def write_configs(sizes: Sizes, directory: Path) -> None:
     (directory / "llm_config.json").write_text(json.dumps(llm))
     vit = {"num_hidden_layers": sizes.vit_layers, "hidden_size": sizes.vit_hidden, "patch_size": sizes.patch}
     (directory / "vit_config.json").write_text(json.dumps(vit))
-    for name in ("generation_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"):
+    for name in ("generation_config.json", "preprocessor_config.json", "tokenizer_config.json"):
         (directory / name).write_text("{}")
+    (directory / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE", "vocab": {}, "merges": []}}))
     (directory / "vocab.json").write_text("{}")
     (directory / "merges.txt").write_text("")
 

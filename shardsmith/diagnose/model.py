@@ -25,7 +25,6 @@ from shardsmith.diagnose.probe import Probe
 from shardsmith.diagnose.questions import Questions
 from shardsmith.diagnose.start_loss import cross_entropy, divergence, explain, labelled_padding, possible_causes
 from shardsmith.diagnose.subject import Subject
-from shardsmith.diagnose.ties import embedding_of
 from shardsmith.diagnose.tokenizers import (
     compare_hashes,
     compare_special_ids,
@@ -37,6 +36,7 @@ from shardsmith.diagnose.training_settings import TrainingSettings
 from shardsmith.errors import CheckpointError, UsageError
 from shardsmith.export.load_check import apart
 from shardsmith.hf.blueprint import describe, model_of_directory
+from shardsmith.hf.vocabulary import embedding_of
 from shardsmith.manifest.initial import InitialRecord
 from shardsmith.tensors.checkpoint_keys import MAIN
 from shardsmith.tensors.tensors import TensorSource
@@ -109,8 +109,10 @@ class _Look:
         for place in dict.fromkeys(place for place in places if place is not None):
             yield from compare_tokenizers(model, place)
             yield from compare_special_ids(model, place)
-            if rows is not None:
+            if rows is not None and place != model:
                 yield from tokenizer_too_large(place, rows)
+        if rows is not None:
+            yield from tokenizer_too_large(model, rows)
 
     def buffers(self) -> Iterator[Finding]:
         """The recorded ones and those of the trainer's live model, against those of a model made anew."""

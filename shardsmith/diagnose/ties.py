@@ -8,24 +8,12 @@ from collections.abc import Mapping
 from shardsmith.compare.class_ties import aliases_of, tied_in_class
 from shardsmith.diagnose.subject import Reference
 from shardsmith.hf.hf_directory import ties_word_embeddings
+from shardsmith.hf.vocabulary import embedding_of
 from shardsmith.tensors.tensors import TensorSpec
 
 _HEADS = (".lm_head.weight", ".embed_out.weight", ".output.weight")
 # The head of a layer, such as a multi-token predictor's, is not the output embedding.
 _IN_LAYER = re.compile(r"\.[0-9]+\.")
-_EMBEDDINGS = (
-    "embed_tokens.weight",
-    "wte.weight",
-    "embed_in.weight",
-    "word_embeddings.weight",
-    "tok_embeddings.weight",
-    ".embeddings.weight",
-)
-
-
-def embedding_of(specs: Mapping[str, TensorSpec]) -> str | None:
-    """Return the input embedding, if there is one that is called like one."""
-    return next((name for name in specs if name.endswith(_EMBEDDINGS)), None)
 
 
 def head_of(specs: Mapping[str, TensorSpec]) -> str | None:

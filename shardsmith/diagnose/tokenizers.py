@@ -10,15 +10,13 @@ from shardsmith.compare.findings import Finding, one
 from shardsmith.conversion.model_directory import hash_tokenizer
 from shardsmith.errors import CheckpointError, CheckpointNotFoundError, UnsupportedFormatError
 from shardsmith.ground.bounded import read_bounded
+from shardsmith.hf.vocabulary import MOST_BYTES, TOKENIZER_FILE, last_token
 from shardsmith.manifest.metadata import read_json
 
-TOKENIZER_FILE = "tokenizer.json"
 _MODEL_FILES = (TOKENIZER_FILE, "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model")
 # What tokenizers treat differently: digits, spaces, tabs, accents, and characters of several bytes.
 _TEXT = "The capital of France is Paris. def f(x):\n\treturn x ** 2  # naïve café, 12345, 你好"
 _SHOWN = 5
-# Large vocabularies take tens of MB; what is beyond this is no tokenizer, and is not read into memory.
-_MOST_BYTES = 1 << 28
 _SETTINGS_FILE = "tokenizer_config.json"
 _SPECIAL = ("pad_token", "bos_token", "eos_token")
 
@@ -66,9 +64,7 @@ def compare_hashes(recorded: Mapping[str, str], present: Mapping[str, str], orig
 
 def tokenizer_too_large(directory: Path, rows: int) -> Iterator[Finding]:
     """Whether a tokenizer has ids that the embedding has no row for."""
-    if not (directory / TOKENIZER_FILE).is_file():
-        return
-    highest = max(_open(directory).get_vocab(True).values(), default=-1)
+    _, highest = last_token(directory)
     if highest >= rows:
         yield one(
             "tokenizer-too-large", [str(directory)], f"ids below {rows}, the rows of the embedding", f"an id {highest}"
@@ -119,7 +115,7 @@ def _open(directory: Path) -> Any:
     try:
         from tokenizers import Tokenizer
 
-        text = read_bounded(directory / TOKENIZER_FILE, _MOST_BYTES)
+        text = read_bounded(directory / TOKENIZER_FILE, MOST_BYTES)
         return Tokenizer.from_str(text.decode())
     except Exception as error:  # the library raises its own, and has none for a file that is none
         raise UnsupportedFormatError(

@@ -20,11 +20,12 @@ from shardsmith.diagnose.averages import look_at_average
 from shardsmith.diagnose.signatures import QK_NORM, QUERY_KEY, find_reordering, is_all, unrelated
 from shardsmith.diagnose.subject import Reference, Subject
 from shardsmith.diagnose.swapped import describe_swapped, find_swapped, is_string_order
-from shardsmith.diagnose.ties import embedding_of, head_of, tied_names
+from shardsmith.diagnose.ties import head_of, tied_names
 from shardsmith.formats.by_path import SHARDED
 from shardsmith.formats.models import ModelSource
 from shardsmith.hf.base_layout import patch_embeddings
 from shardsmith.hf.layout_rules import order_of_patches
+from shardsmith.hf.vocabulary import embedding_of
 from shardsmith.manifest.checkpoints import find_damage
 from shardsmith.tensors.checkpoint_keys import EMA, MAIN, find_models
 from shardsmith.tensors.dtypes import dtype_name

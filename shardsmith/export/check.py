@@ -76,6 +76,8 @@ class ExportCheck:
     """With what names and shapes were compared: the class that config.json names, the base's weights, or nothing."""
     config_changes: list[str]
     """What config.json says otherwise than the base model's, so that it describes these tensors."""
+    tokenizer: str
+    """What is wrong between the base model's ``tokenizer.json`` and the embedding; empty if nothing is known to be."""
     copied_weights: dict[str, int]
     """Files of the base model that hold weights of other parts, and were copied -> size in bytes."""
     not_copied: dict[str, str]
@@ -127,6 +129,7 @@ def check_export(
         template=plan.template.origin,
         compared=str(plan.directory.measure),
         config_changes=list(plan.fitted.changes) if plan.fitted else [],
+        tokenizer=plan.directory.measure.tokenizer,
         copied_weights=dict(plan.files.weights) if plan.files else {},
         not_copied=plan.files.not_copied if plan.files else {},
         old_weights=list(plan.old_weights),

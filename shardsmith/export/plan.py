@@ -23,7 +23,7 @@ from shardsmith.ground import layout
 from shardsmith.ground.commit import refuse_existing
 from shardsmith.hf.base_files import BaseFiles, choose_files, files_of
 from shardsmith.hf.base_layout import in_base_layout, orders_of_patches
-from shardsmith.hf.config_fit import ConfigFit, vocabulary_sizes
+from shardsmith.hf.config_fit import ConfigFit
 from shardsmith.hf.directory import DirectoryPlan, ModelPlan, Origin, plan_model
 from shardsmith.hf.hf_directory import is_component, main_stem, protect, read_config
 from shardsmith.hf.known_class import model_class_of
@@ -32,6 +32,7 @@ from shardsmith.hf.model_class import ModelClass
 from shardsmith.hf.model_code import refuse_missing_code
 from shardsmith.hf.template import BaseTemplate, read_template
 from shardsmith.hf.ties import broken_ties, find_ties, own_places
+from shardsmith.hf.vocabulary import say_of_tokenizer, vocabulary_sizes
 from shardsmith.manifest.model_settings import GENERATION_FILE, settings_of_step, write_generation
 from shardsmith.name_maps.class_names import ClassNames
 from shardsmith.name_maps.maps import NameMap, find_name_map
@@ -180,7 +181,7 @@ def plan_directory(
         base,
         tuple(name for name in copies if generation is None or name != GENERATION_FILE),
         None if generation is None else partial(write_generation, generation),
-        measure=measure_of(fitted, template),
+        measure=replace(measure_of(fitted, template), tokenizer=say_of_tokenizer(base, tensors, config, fitted.config)),
         template=specs,
         allow=options.allow,
     )

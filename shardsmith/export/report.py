@@ -60,6 +60,7 @@ def _plain(plan: ExportPlan) -> dict[str, object]:
         "template": plan.template.origin,
         "compared": str(plan.directory.measure),
         "config_changes": list(plan.fitted.changes) if plan.fitted else [],
+        "tokenizer": plan.directory.measure.tokenizer,
         "not_copied": plan.files.not_copied if plan.files else {},
         "old_weights": list(plan.old_weights),
         "bytes": plan.directory.nbytes,
@@ -90,6 +91,8 @@ def remarks(plan: ExportPlan) -> Iterator[str]:
     """Yield what is to be said of a directory beside its files, a line each."""
     for change in plan.fitted.changes if plan.fitted else ():
         yield f"config.json: {change}"
+    if plan.directory.measure.tokenizer:
+        yield plan.directory.measure.tokenizer
     if plan.generates_otherwise:
         yield "generation_config.json: as the live model had it at the step, and not the base model"
     # One for all of them: the list may be as long as the model.

@@ -54,10 +54,7 @@ def resized(state: Attempt, excused: Excused) -> Iterator[tuple[Config, str]]:
         said = entries(state.model_class.effective_config)
         paths = [path for path, value in said if "vocab" in path[-1] and value == old and value is not True]
         for chosen in map(functools.partial(_with_its_twins, state, excused, new, paths), subsets(paths)):
-            note = f"{dotted(chosen)}: {new} instead of {old}"
-            # Rows may be added as padding, so this is no fault; nothing in the tensors tells.
-            note += "; tokens that were added are in no tokenizer of the base model" if new > old else ""
-            yield with_values(state.config, dict.fromkeys(chosen, new)), note
+            yield with_values(state.config, dict.fromkeys(chosen, new)), f"{dotted(chosen)}: {new} instead of {old}"
 
 
 def _with_its_twins(

@@ -118,11 +118,6 @@ def fit_config(
     return _result(state, excused)
 
 
-def vocabulary_sizes(config: Config) -> set[int]:
-    """Return what a config says of the size of a vocabulary, at any depth."""
-    return {value for path, value in entries(config) if "vocab" in path[-1] and type(value) is int}
-
-
 def _excused(
     config: Config, base: Mapping[str, TensorSpec] | None, specs: Mapping[str, TensorSpec], allow: Sequence[str]
 ) -> Excused:

@@ -75,6 +75,8 @@ class Measure:
     """The base model's weights, by their file."""
     reason: str = ""
     """Why there is no class."""
+    tokenizer: str = ""
+    """What is wrong between ``tokenizer.json`` and the embedding; empty if nothing is known to be."""
     answers: str = ""
     """To what a loaded model answered as the live model; empty where none was loaded."""
 

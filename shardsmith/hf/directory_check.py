@@ -17,6 +17,7 @@ from shardsmith.hf.config_fit import ConfigFit, fit_config
 from shardsmith.hf.directory import DirectoryPlan, Measure, ModelPlan
 from shardsmith.hf.hf_directory import CONFIG_FILE, main_stem, read_config
 from shardsmith.hf.model_code import refuse_missing_code
+from shardsmith.hf.vocabulary import say_of_tokenizer
 from shardsmith.tensors.tensors import TensorSpec
 
 
@@ -47,12 +48,15 @@ def check_directory(plan: DirectoryPlan, directory: Path) -> Measure:
     # What the base's class says of the base's files is excused, and not what an adapted config's says of them.
     of_base = read_config(plan.base) if plan.base is not None and plan.template else None
     # The same specs and the same config were judged for the plan, so the answer is remembered.
+    tokenizer = ""
     for model in (model for model in plan.models if not model.is_module):
         found = fit_config(config, _specs(model), base=plan.template, of_base=of_base, allow=plan.allow)
         if found.changes or found.problems:
             raise MismatchError(directory, *refusal(found))
+        before = read_config(plan.base) if plan.base is not None else config
+        tokenizer = tokenizer or say_of_tokenizer(directory, _specs(model), before, config)
     refuse_missing_code(plan.output, found, {str(path.relative_to(directory)) for path in directory.rglob("*.py")})
-    return Measure(found.measured_by, plan.measure.base, found.reason)
+    return Measure(found.measured_by, plan.measure.base, found.reason, tokenizer)
 
 
 def refusal(found: ConfigFit) -> tuple[str, list[str], str]:

@@ -22,7 +22,6 @@ from shardsmith.ground.layout import METADATA_FILE, MODEL_CONFIG_FILE
 from shardsmith.hooks import HFExport, Hooks, ShardedSave, every
 from shardsmith.manifest.metadata import sealed_json
 from tests.hf.test_directory_check import config_of, export_live, saved, to_hf
-from tests.hooks.test_export_tokenizers import tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
@@ -261,21 +260,6 @@ def test_a_later_export_says_what_the_library_would_save_then(source: str, tmp_p
     model.resize_token_embeddings(70)
     is_as_the_library_saves(4)
     hooks.close()
-
-
-@pytest.mark.parametrize("given", [False, True], ids=["base's tokenizer", "the run's tokenizer"])
-def test_a_grown_vocabulary_beside_the_tokenizer_of_the_base_is_said(
-    given: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    model, base = llama(), tmp_path / "base"
-    model.save_pretrained(base)
-    tokenizer().save_pretrained(base)
-    model.resize_token_embeddings(70)
-    export_live(model, base, tmp_path / "live", **({"processor": tokenizer()} if given else {}))
-    said = [one.levelname for one in caplog.records if "tokens that were added are in no tokenizer" in one.message]
-    assert ("WARNING" in said) is not given
-    check = to_hf(saved(model.state_dict(), tmp_path / "ck"), base, tmp_path / "out", allow=("*embed*", "lm_head*"))
-    assert any("tokens that were added are in no tokenizer" in change for change in check.config_changes)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
