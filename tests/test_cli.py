@@ -95,6 +95,15 @@ def test_a_base_model_that_is_not_there_says_how_to_get_it(
     assert capsys.readouterr().err.rstrip().endswith(advice)
 
 
+def test_the_config_of_a_base_model_is_answered_with_its_directory(
+    odd: Trained, output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["to-hf", "--checkpoint", str(odd.checkpoint), "--output-dir", str(output), "--base-model"]
+    assert main([*words, str(odd.base / "config.json")]) == 2
+    directory = capsys.readouterr().err.rstrip().rpartition("the directory that it is in, ")[2]
+    assert main([*words, directory]) == 0
+
+
 @pytest.mark.parametrize("words", [["detect"], ["inspect"], ["verify"], ["clean"]], ids=" ".join)
 def test_what_may_not_be_read_is_named_with_what_to_do(
     words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

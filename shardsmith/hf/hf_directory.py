@@ -60,6 +60,8 @@ def read_config(base: Path) -> dict[str, Any]:
         if isinstance(base, RemotePath):
             raise CheckpointNotFoundError(base, f"there is nothing of that name; {advice}")
         raise not_there(base, advice=advice)
+    if base.name == CONFIG_FILE and base.is_file():
+        raise CheckpointNotFoundError(base, f"is a file; give the directory that it is in, {base.parent}")
     if not (base / CONFIG_FILE).is_file() and (base / "model_index.json").is_file():
         raise CheckpointNotFoundError(base, "is a pipeline of diffusers; give the folder of one model in it, as unet/")
     if not (base / CONFIG_FILE).is_file():
