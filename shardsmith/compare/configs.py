@@ -25,6 +25,9 @@ _NOT_THE_MODEL = frozenset(
         "auto_map",
         "id2label",
         "label2id",
+        "finetuning_task",
+        "task_specific_params",
+        "tokenizer_class",
     }
 )
 _HARMLESS = frozenset(
@@ -44,6 +47,8 @@ _HARMLESS = frozenset(
         "bos_token_id",
         "eos_token_id",
         "pad_token_id",
+        "sep_token_id",
+        "gradient_checkpointing",
         "problem_type",
         "return_dict",
         "output_hidden_states",

@@ -100,6 +100,14 @@ def test_settings_that_compute_the_same_are_no_difference(case: str, tmp_path: P
     assert verify(a, b).same
 
 
+def test_notes_that_change_nothing_may_differ(tmp_path: Path) -> None:
+    for name, task in (("a", "sst2"), ("b", "mrpc")):
+        torch.manual_seed(0)
+        notes = {"finetuning_task": task, "task_specific_params": {"a": {"task": task}}, "tokenizer_class": task}
+        bert(**notes, name_or_path=task).save_pretrained(tmp_path / name)
+    assert verify(tmp_path / "a", tmp_path / "b").same
+
+
 def test_defaults_that_only_one_side_writes_down_are_no_difference(tmp_path: Path) -> None:
     for build in (llama, bert, unet):
         model = build()
