@@ -32,6 +32,7 @@ from shardsmith.manifest.companion import companion_of, is_complete, is_deserted
 from shardsmith.manifest.metadata import TensorRecord, read_metadata
 from shardsmith.run_state.average import refuse_other_decay
 from shardsmith.run_state.contents import Contents
+from shardsmith.run_state.left_behind import LeftBehind, refuse_left_behind
 from shardsmith.run_state.rehearsal import Rehearsal, refuse_without_copies
 from shardsmith.run_state.resume import fill
 from shardsmith.run_state.resume_parts import OnMissing
@@ -312,14 +313,19 @@ class FolderSave(Hook):
 
     def _load_average(self, directory: Path, on_missing: OnMissing) -> None:
         assert self._ema is not None
-        saved = read_metadata(directory).ema
+        metadata = read_metadata(directory)
+        saved = metadata.ema
         if saved is None and on_missing == "start":
             log.warning("%s holds no average: it starts from the weights as they are", directory)
             return
         if saved is None:
             raise CheckpointNotFoundError(directory, f"holds no average: the run that wrote it had none. {_START}")
         refuse_other_decay(directory, saved.get("decay", self._ema.decay), self._ema)
-        state = self._collect(0).state_dict
+        contents = self._collect(0)
+        state = contents.state_dict
+        refuse_left_behind(
+            self._ranks, directory, lambda: LeftBehind.of(state, contents.tied, metadata.tensors, beside=())
+        )
         fill(state, directory, self._ranks)
         self._ema.load_state_dict({**state["ema_state"], "model": state["ema_model"]})
         log.info("the average goes on from %s", directory)

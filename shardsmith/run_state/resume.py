@@ -24,6 +24,7 @@ from shardsmith.ground import layout
 from shardsmith.ground.ranks import Ranks
 from shardsmith.manifest.metadata import CheckpointMetadata, FileRecord, read_metadata
 from shardsmith.run_state.average import Average, refuse_other_decay
+from shardsmith.run_state.left_behind import refuse_left_behind
 from shardsmith.run_state.saved_structure import with_number_keys, with_saved_structure
 from shardsmith.run_state.train_state import TrainState
 from shardsmith.run_state.verification import fill_state, verify_state
@@ -68,18 +69,20 @@ def load_ours(path: Path, state: TrainState, wanted: Wanted, ranks: Ranks) -> tu
         _compare_averages(path, state.ema, metadata)
     # For ranks that the saving run did not have, there are none.
     with_rng = wanted.rng and ranks.rank < metadata.world_size
-    contents = state.collect(metadata.step, with_rng=with_rng, with_main=wanted.model, to_load=True)
-    refuse_separate(path, contents.tied, metadata)
-    target, numbered = with_saved_structure(contents.state_dict, path, state.growing_keys)
-    unused = state.without_unused(target, path)
-    fill(target, path, ranks)
-    refuse_other_step(path, metadata.step, target)
-    for key in state.growing_keys:
-        with_number_keys(target[key], key, numbered)
-    status = _read_status(path, ranks.rank) if wanted.data_status else None
-    unused.put_back(target)
-    state.restore(target)
-    unused.forget()
+    with state.saved_states_made(metadata.tensors):
+        contents = state.collect(metadata.step, with_rng=with_rng, with_main=wanted.model, to_load=True)
+        refuse_separate(path, contents.tied, metadata)
+        target, numbered = with_saved_structure(contents.state_dict, path, state.growing_keys)
+        unused = state.without_unused(target, path)
+        refuse_left_behind(ranks, path, lambda: state.left_behind(target, contents.tied, metadata.tensors))
+        fill(target, path, ranks)
+        refuse_other_step(path, metadata.step, target)
+        for key in state.growing_keys:
+            with_number_keys(target[key], key, numbered)
+        status = _read_status(path, ranks.rank) if wanted.data_status else None
+        unused.put_back(target)
+        state.restore(target)
+        unused.forget()
     # Collected anew: what model, optimizer and so on hold now, not what was handed to them.
     live = state.collect(metadata.step, with_rng=False, with_main=wanted.model).state_dict
     return metadata.step, verify_state(ranks, live, path, metadata), status

@@ -15,8 +15,9 @@ from shardsmith.ground import layout
 from shardsmith.ground.garbage import without_collection
 from shardsmith.ground.printable import shown
 from shardsmith.ground.ranks import Ranks
-from shardsmith.manifest.metadata import FileRecord, read_metadata
+from shardsmith.manifest.metadata import CheckpointMetadata, FileRecord, read_metadata
 from shardsmith.run_state.average import refuse_other_decay
+from shardsmith.run_state.left_behind import refuse_left_behind
 from shardsmith.run_state.resume import fill, refuse_other_step, refuse_separate
 from shardsmith.run_state.saved_structure import with_number_keys, with_saved_structure
 from shardsmith.run_state.train_state import TrainState
@@ -62,8 +63,9 @@ def load_parts(
     if unknown := sorted(set(parts or ()) - set(state.parts)):
         raise UsageError(f"parts: this run has no {', '.join(unknown)}; it has {', '.join(state.parts)}")
     wanted = [part for part in state.parts if parts is None or part in parts]
+    held = _held(checkpoint)
     # Without saved generators a run goes on with its own; that is no reason to stop.
-    missing = [part for part in _missing(checkpoint, wanted) if part != "rng"]
+    missing = [part for part in wanted if part not in ("model", "rng") and _KEYS.get(part, part) not in held]
     if missing and on_missing == "raise":
         raise _missing_error(checkpoint, missing, wanted)
     chosen = [part for part in wanted if part not in missing]
@@ -72,14 +74,43 @@ def load_parts(
         refuse_other_decay(checkpoint, metadata.ema.get("decay", state.ema.decay), state.ema)
     reduced = state.reduced(chosen)
     ranks.gather(f"reading {checkpoint.name}", lambda: reduced.read_rank_states(checkpoint))
+    with reduced.saved_states_made(metadata.tensors):
+        if damage := _load(checkpoint, reduced, ranks, chosen, wanted, metadata, verified):
+            return damage
+    if ranks.is_leader:
+        left = [part for part in state.parts if part not in chosen]
+        rest = f", without {', '.join(left)}" if left else ""
+        others = [part for part in ("optimizer", "scheduler") if _KEYS[part] in held and part not in state.parts]
+        for part in others if parts is None else ():
+            log.warning(
+                "%s holds a state of the %s, and ShardedSave(%s=...) was not given: it is not loaded",
+                shown(checkpoint),
+                part,
+                part,
+            )
+        log.info("resumed from %s: %s%s", shown(checkpoint), ", ".join(chosen) or "nothing", rest)
+    return []
+
+
+def _load(
+    checkpoint: Path,
+    state: TrainState,
+    ranks: Ranks,
+    chosen: Collection[str],
+    wanted: Sequence[str],
+    metadata: CheckpointMetadata,
+    verified: Mapping[str, FileRecord] | None,
+) -> list[str]:
+    """``state`` has the chosen parts, ``wanted`` are those that were asked for. Else as ``load_parts``."""
     with_rng = "rng" in chosen and ranks.rank < metadata.world_size
     with without_collection():
-        contents = reduced.collect(metadata.step, with_rng=with_rng, with_main="model" in chosen, to_load=True)
+        contents = state.collect(metadata.step, with_rng=with_rng, with_main="model" in chosen, to_load=True)
         if "model" in chosen or "ema" in chosen:
             refuse_separate(checkpoint, contents.tied, metadata)
-        target, numbered = with_saved_structure(contents.state_dict, checkpoint, reduced.growing_keys)
-        unused = reduced.without_unused(target, checkpoint)
+        target, numbered = with_saved_structure(contents.state_dict, checkpoint, state.growing_keys)
+        unused = state.without_unused(target, checkpoint)
     try:
+        refuse_left_behind(ranks, checkpoint, lambda: state.left_behind(target, contents.tied, metadata.tensors))
         # Tensors are filled here, before it is known whether the files are sound: see `Resumption`.
         damage = fill(target, checkpoint, ranks, verified)
     except MismatchError as error:
@@ -88,26 +119,22 @@ def load_parts(
         return damage
     refuse_other_step(checkpoint, metadata.step, target)
     verify_state(ranks, target, checkpoint, metadata)
-    for key in reduced.growing_keys:
+    for key in state.growing_keys:
         with_number_keys(target[key], key, numbered)
     # From here on only sound values; all that is no tensor is handed back now.
     unused.put_back(target)
-    ranks.gather(f"handing back {checkpoint.name}", lambda: _restore(reduced, target, ranks.is_leader))
+    ranks.gather(f"handing back {checkpoint.name}", lambda: _restore(state, target, ranks.is_leader))
     unused.forget()
-    if ranks.is_leader:
-        left = [part for part in state.parts if part not in chosen]
-        rest = f", without {', '.join(left)}" if left else ""
-        log.info("resumed from %s: %s%s", shown(checkpoint), ", ".join(chosen) or "nothing", rest)
     return []
 
 
-def _missing(checkpoint: Path, wanted: Sequence[str]) -> list[str]:
+def _held(checkpoint: Path) -> set[str]:
+    """The first parts of all keys."""
     is_dcp = (checkpoint / layout.DCP_INDEX_FILE).exists()
     with contextlib.closing(DcpSource(checkpoint, to_load=True) if is_dcp else RankShards(checkpoint)) as source:
         # The manifest lists tensors only: a part that consists of objects is in the index alone.
         own = source.index.top_keys() if isinstance(source, DcpSource) else {*source.specs, *source.objects}
-        held = {key.split(".", 1)[0] for key in (*read_metadata(checkpoint).tensors, *own)}
-    return [part for part in wanted if part != "model" and _KEYS.get(part, part) not in held]
+        return {key.split(".", 1)[0] for key in (*read_metadata(checkpoint).tensors, *own)}
 
 
 def _restore(state: TrainState, target: Mapping[str, Any], is_leader: bool) -> None:

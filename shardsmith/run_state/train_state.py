@@ -21,6 +21,7 @@ from shardsmith.run_state.average import Average
 from shardsmith.run_state.contents import RNG, Contents
 from shardsmith.run_state.fsdp1_hybrid import hybrid_groups_have_a_source
 from shardsmith.run_state.known_state import FLAT_OPTIMIZER, KnownState, StateDicts, ask_torch
+from shardsmith.run_state.left_behind import LeftBehind, parameter_of
 from shardsmith.run_state.optimizers import GroupOptions, check_optimizers, finding_parameters_fast
 from shardsmith.run_state.rank_states import PerRank
 from shardsmith.run_state.readable import made_readable
@@ -28,7 +29,7 @@ from shardsmith.run_state.renamed_model import write_model
 from shardsmith.run_state.replaced_settings import replacements_told
 from shardsmith.run_state.rng import rng_state, set_rng_state
 from shardsmith.run_state.saved_structure import INT_KEYS, with_text_keys
-from shardsmith.run_state.unused_parameters import UnusedParameters
+from shardsmith.run_state.unused_parameters import UnusedParameters, saved_states_made
 from shardsmith.tensors.checkpoint_keys import NOT_A_MODEL, KeyPath
 from shardsmith.tensors.fqn import clean_fqn, inside_fabric
 
@@ -207,6 +208,25 @@ class TrainState:
     def replacements_told(self) -> AbstractContextManager[None]:
         """Within it the state is restored; what becomes of settings of this run is logged. No communication."""
         return replacements_told(self._optimizers, self._scheduler)
+
+    def saved_states_made(self, saved: Collection[str]) -> AbstractContextManager[None]:
+        """Within it ``collect`` and ``restore`` know a state of each parameter of which a checkpoint has one.
+
+        ``saved`` are the keys of its tensors. No communication.
+        """
+        names = {name for key in saved if (name := parameter_of(key))} if self._optimizers else set()
+        return saved_states_made(self._model, self._optimizers, names)
+
+    def left_behind(self, state: Mapping[str, Any], tied: Mapping[str, str], saved: Collection[str]) -> LeftBehind:
+        """Return what a checkpoint has, and this rank does not load, of the parts in a state that is to be filled.
+
+        ``saved`` are the keys of its tensors. No communication.
+        """
+        held = {
+            id(parameter) for one in self._optimizers for group in one.param_groups for parameter in group["params"]
+        }
+        names = {clean_fqn(name, self._model) for name, one in self._model.named_parameters() if id(one) in held}
+        return LeftBehind.of(state, tied, saved, beside={*self._stateful}, nested=self._nested, held=names)
 
     def without_unused(self, state: dict[str, Any], checkpoint: Path) -> UnusedParameters:
         """Remove what a checkpoint need not have from a state that is to be filled. No communication."""

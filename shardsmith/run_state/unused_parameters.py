@@ -1,7 +1,8 @@
 """Parameters of which an optimizer has no state, for they never had a gradient: a head without a loss, a pooler.
 
 torch makes a state of every parameter before it loads. What a checkpoint does not have of it must not be asked for, and
-is taken away again afterwards: the run goes on as if it had not stopped.
+is taken away again afterwards: the run goes on as if it had not stopped. The other way round, torch makes no state of a
+parameter that is frozen, nor of any once there is a gradient or a state: what a checkpoint has of them is asked for.
 """
 
 from __future__ import annotations
@@ -67,6 +68,43 @@ class UnusedParameters:
         """Take what torch made from the optimizers, when all is restored."""
         for optimizer, parameter in self.held:
             optimizer.state.pop(parameter, None)
+
+
+@contextlib.contextmanager
+def saved_states_made(model: nn.Module, optimizers: Sequence[Optimizer], saved: Collection[str]) -> Iterator[None]:
+    """Within it torch makes, and restores, a state of each parameter of which a checkpoint has one.
+
+    After an error the optimizers have the states that they had. No communication.
+
+    Args:
+        model: Whose parameters they are.
+        optimizers: Those that are to be loaded into.
+        saved: FQNs of the parameters of which the checkpoint has a state.
+    """
+    named = [(one, parameter) for one, parameter, name in _named(model, optimizers) if name in saved]
+    lacking = dict.fromkeys(one for one, parameter in named if not one.state.get(parameter))
+    states = {optimizer: dict(optimizer.state) for optimizer in lacking}
+    held = [parameter for one in lacking for group in one.param_groups for parameter in group["params"]]
+    gradients = [(parameter, parameter.grad) for parameter in held if parameter.grad is not None]
+    frozen = [p for _, p in named if not p.requires_grad and (p.is_floating_point() or p.is_complex())]
+    try:
+        for optimizer in lacking:
+            optimizer.state.clear()
+        for parameter, _ in gradients:
+            parameter.grad = None
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        yield
+    except BaseException:
+        for optimizer, state in states.items():
+            optimizer.state.clear()
+            optimizer.state.update(state)
+        raise
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
 
 
 def _named(model: nn.Module, optimizers: Sequence[Optimizer]) -> Iterator[tuple[Optimizer, Tensor, str]]:

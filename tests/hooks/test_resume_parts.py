@@ -243,3 +243,94 @@ def test_weights_that_were_apart_and_equal_are_taken_as_tied(tmp_path: Path) -> 
     with Hooks(ShardedSave(tmp_path, model=model, when=every(1))) as hooks:
         assert hooks.resume() == 1
     assert torch.equal(model.embed.weight, apart.embed.weight)
+
+
+class Layers:
+    """A training of two layers and a BatchNorm, of which parts can be left out."""
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        head: bool = True,
+        frozen: bool = False,
+        held: bool = True,
+        buffers: bool = True,
+        momentum: float = 0.9,
+        scheduler: bool = True,
+    ) -> None:
+        torch.manual_seed(3)
+        self.model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), *([nn.Linear(3, 3)] if head else []))
+        self.model[0].requires_grad_(not frozen)
+        self.ema = EMA(self.model, decay=0.9, buffers=buffers)
+        self.optimizer = torch.optim.SGD(self.model[0 if held else 1 :].parameters(), lr=0.1, momentum=momentum)
+        self.scheduler = torch.optim.lr_scheduler.ExponentialLR(self.optimizer, 0.9) if scheduler else None
+        self.save = ShardedSave(
+            directory,
+            model=self.model,
+            ema=self.ema,
+            optimizer=self.optimizer,
+            scheduler=self.scheduler,
+            when=every(1),
+            async_mode="disabled",
+        )
+        self.hooks = Hooks(self.ema, self.save)
+
+    def train(self, first: int, last: int) -> list[torch.Tensor]:
+        for step in range(first, last + 1):
+            self.model(torch.arange(6.0).reshape(2, 3) * step).square().mean().backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            if self.scheduler is not None:
+                self.scheduler.step()
+            self.hooks.step(step)
+        return [*self.ema.model_state_dict().values(), *self.model.state_dict().values()]
+
+
+@pytest.mark.parametrize(
+    ("changed", "problems"),
+    [
+        ({"head": False}, {"2.weight", "ema_model.2.bias"}),
+        ({"frozen": True}, {"ema_model.0.weight", "ema_model.0.bias"}),
+        ({"buffers": False}, {"ema_model.1.running_mean", "ema_model.1.running_var"}),
+        ({"momentum": 0.0}, {"optimizer.state.0.weight.momentum_buffer"}),
+    ],
+    ids=lambda case: next(iter(case)) if isinstance(case, dict) else "",
+)
+def test_what_a_checkpoint_has_and_the_run_has_not_is_refused(
+    tmp_path: Path, changed: dict[str, Any], problems: set[str]
+) -> None:
+    Layers(tmp_path).train(1, 2)
+    run = Layers(tmp_path, **changed)
+    before = [value.clone() for value in run.model.state_dict().values()]
+    with pytest.raises(MismatchError, match=r"(?s)is not the one that was saved.*Nothing was loaded") as caught:
+        run.hooks.resume()
+    named = {line.split(":")[0] for line in caught.value.problems}
+    assert problems <= named
+    assert all(" in the checkpoint, not " in line for line in caught.value.problems)
+    assert all(torch.equal(one, other) for one, other in zip(before, run.model.state_dict().values(), strict=True))
+    again = Layers(tmp_path)
+    assert again.hooks.resume() == 2
+    straight = Layers(tmp_path / "straight").train(1, 4)
+    assert all(torch.equal(one, other) for one, other in zip(straight, again.train(3, 4), strict=True))
+
+
+def test_the_state_of_parameters_that_no_optimizer_holds_now_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Layers(tmp_path).train(1, 2)
+    with caplog.at_level(logging.WARNING):
+        assert Layers(tmp_path, held=False).hooks.resume() == 2
+    assert "the optimizer's state of 0.weight, 0.bias, which no optimizer of this run holds" in caplog.text
+
+
+def test_a_part_of_the_checkpoint_that_the_run_has_not_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Layers(tmp_path).train(1, 2)
+    with caplog.at_level(logging.WARNING):
+        assert Layers(tmp_path, scheduler=False).hooks.resume() == 2
+    assert (
+        "step-2 holds a state of the scheduler, and ShardedSave(scheduler=...) was not given: it is not loaded"
+        in caplog.text
+    )

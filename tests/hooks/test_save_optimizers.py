@@ -125,3 +125,54 @@ def test_a_parameter_without_a_gradient_has_no_state_after_a_resume_either(tmp_p
 @pytest.mark.parametrize("sharding", ["fsdp2", "fsdp1", "ddp"])
 def test_so_it_is_on_several_ranks(sharding: str, tmp_path: Path) -> None:
     run_on_ranks(run_partly, 2, tmp_path, tmp_path, sharding)
+
+
+def train_thawed(run: Path, until: int, sharding: str, *, backward_first: bool = False) -> tuple[list[Tensor], int]:
+    """A layer trains at steps 2 and 3, and again from step 6 on; in between, as at a resume after 4, it is frozen."""
+    torch.manual_seed(0)
+    model: nn.Module = nn.Sequential(nn.Linear(6, 6), nn.GELU(), nn.Linear(6, 4))
+    if sharding == "fsdp2":
+        fully_shard(model)
+    elif sharding == "fsdp1":
+        model = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    elif sharding == "ddp":
+        model = DistributedDataParallel(model, find_unused_parameters=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+    layer = [parameter for name, parameter in model.named_parameters() if ("0." in name.rpartition("module.")[2])]
+    if backward_first:  # as a run that measures its memory before it resumes
+        model(torch.ones(5, 6)).sum().backward()
+    else:
+        for parameter in layer:
+            parameter.requires_grad_(False)
+    with Hooks(ShardedSave(run, model=model, optimizer=optimizer, when=last())) as hooks:
+        step = hooks.resume()
+        optimizer.zero_grad()
+        while step < until:
+            step += 1
+            for parameter in layer:
+                parameter.requires_grad_(step in (2, 3) or step >= 6)
+            model(torch.randn(5, 6, generator=torch.Generator().manual_seed(step))).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            hooks.step(step)
+    states = sum(bool(optimizer.state.get(parameter)) for parameter in model.parameters())
+    return [local(parameter).detach().clone() for parameter in model.parameters()], states
+
+
+def run_thawed(directory: Path, sharding: str) -> None:
+    for backward_first in (False, True):
+        place = directory / str(backward_first)
+        expected = train_thawed(place / "straight", 8, sharding)
+        train_thawed(place / "parts", 4, sharding)
+        found = train_thawed(place / "parts", 8, sharding, backward_first=backward_first)
+        assert found[1] == expected[1]
+        assert all(torch.equal(one, other) for one, other in zip(expected[0], found[0], strict=True))
+
+
+def test_the_state_of_a_parameter_that_is_frozen_or_has_a_gradient_comes_back(tmp_path: Path) -> None:
+    run_thawed(tmp_path, "none")
+
+
+@pytest.mark.parametrize("sharding", ["fsdp2", "fsdp1", "ddp"])
+def test_so_it_does_on_several_ranks(sharding: str, tmp_path: Path) -> None:
+    run_on_ranks(run_thawed, 2, tmp_path, tmp_path, sharding)
