@@ -30,6 +30,35 @@ def replacements_told(optimizers: Sequence[Optimizer], scheduler: Any) -> Iterat
         log.info("settings of the checkpoint replace those of this run: %s%s", ", ".join(changes[:_SHOWN]), more)
 
 
+def tell_mixed(optimizers: Sequence[Optimizer], names: Mapping[int, str], saved: Mapping[str, Any]) -> None:
+    """Log which options the parameters of one group of this run were saved with several values of. No communication.
+
+    A group has one value of each, so some parameters go on with that of others.
+
+    Args:
+        optimizers: After the load.
+        names: FQN of each parameter, by ``id``.
+        saved: ``param_groups.<fqn>.<option>`` -> value, and whatever else.
+    """
+    lines = []
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            own = [names[id(parameter)] for parameter in group["params"] if id(parameter) in names]
+            for option in group.keys() - {"params"}:
+                keys = [key for name in own if (key := f"param_groups.{name}.{option}") in saved]
+                values = dict.fromkeys(str(saved[key]) for key in keys)
+                if len(values) > 1:
+                    lines.append(f"{option} {' and '.join(values)} (now {group[option]}), from {own[0]} on")
+    if lines:
+        more = f" and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
+        log.warning(
+            "parameters that are in one group of the optimizer here were saved with several settings: %s%s. To go on "
+            "as before, make the groups that were saved, before resume()",
+            ", ".join(sorted(lines)[:_SHOWN]),
+            more,
+        )
+
+
 def _settings(optimizers: Sequence[Optimizer], scheduler: Any) -> dict[str, str]:
     found: dict[str, str] = {}
     for number, optimizer in enumerate(optimizers):

@@ -139,7 +139,7 @@ def _held(checkpoint: Path) -> set[str]:
 
 def _restore(state: TrainState, target: Mapping[str, Any], is_leader: bool) -> None:
     try:
-        with state.replacements_told() if is_leader else contextlib.nullcontext():
+        with state.replacements_told(target) if is_leader else contextlib.nullcontext():
             state.restore(target)
     except Exception as error:  # of a user's load_state_dict, on this rank perhaps alone
         error.add_note(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from shardsmith.run_state.optimizers import GroupOptions, check_optimizers, find
 from shardsmith.run_state.rank_states import PerRank
 from shardsmith.run_state.readable import made_readable
 from shardsmith.run_state.renamed_model import write_model
-from shardsmith.run_state.replaced_settings import replacements_told
+from shardsmith.run_state.replaced_settings import replacements_told, tell_mixed
 from shardsmith.run_state.rng import rng_state, set_rng_state
 from shardsmith.run_state.saved_structure import INT_KEYS, with_text_keys
 from shardsmith.run_state.unused_parameters import UnusedParameters, saved_states_made
@@ -205,9 +205,14 @@ class TrainState:
         if RNG in state:
             set_rng_state(state[RNG][self._rng_key])
 
-    def replacements_told(self) -> AbstractContextManager[None]:
-        """Within it the state is restored; what becomes of settings of this run is logged. No communication."""
-        return replacements_told(self._optimizers, self._scheduler)
+    @contextmanager
+    def replacements_told(self, state: Mapping[str, Any]) -> Iterator[None]:
+        """Within it ``state`` is restored; what becomes of settings of this run is logged. No communication."""
+        with replacements_told(self._optimizers, self._scheduler):
+            yield
+        if self._optimizers:
+            names = {id(parameter): clean_fqn(name, self._model) for name, parameter in self._model.named_parameters()}
+            tell_mixed(self._optimizers, names, state["optimizer"])
 
     def saved_states_made(self, saved: Collection[str]) -> AbstractContextManager[None]:
         """Within it ``collect`` and ``restore`` know a state of each parameter of which a checkpoint has one.

@@ -334,3 +334,20 @@ def test_a_part_of_the_checkpoint_that_the_run_has_not_is_named(
         "step-2 holds a state of the scheduler, and ShardedSave(scheduler=...) was not given: it is not loaded"
         in caplog.text
     )
+
+
+def test_parameters_of_one_group_that_were_saved_with_several_settings_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def hooks(*, apart: bool) -> Hooks:
+        model = nn.Linear(3, 3)
+        groups = [{"params": [model.weight]}, {"params": [model.bias], "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups if apart else model.parameters(), lr=0.1, weight_decay=0.1)
+        return Hooks(ShardedSave(tmp_path, model=model, optimizer=optimizer, when=every(1)))
+
+    with hooks(apart=True) as saving:
+        saving.step(1)
+    assert hooks(apart=True).resume() == 1
+    assert "several settings" not in caplog.text
+    assert hooks(apart=False).resume() == 1
+    assert "with several settings: weight_decay 0.1 and 0.0 (now 0.1), from weight on. To go on" in caplog.text
