@@ -40,6 +40,8 @@ def print_verification(verification: Verification, *, as_json: bool) -> None:
         console.print("  --base-model DIRECTORY with the model's config.json says which names belong together")
     else:
         console.print(_verdict(verification.same, _what(verification)))
+        if verification.settings and not any(model.differences for model in verification.models):
+            console.print("  of a model of transformers, --logits tells how far apart what they compute is")
     for line in verification.left_out:
         console.print(f"not compared: {printable(line)}")
 
@@ -67,7 +69,7 @@ def _what(verification: Verification) -> str:
     compared = ", ".join(model.model for model in verification.models)
     which = "" if compared == "main" and not verification.left_out else f" ({compared})"
     if verification.settings and not any(model.differences for model in verification.models):
-        return f"the same model: the tensors are the same, {by}{which}, but not what the settings make of them"
+        return f"the same model: the tensors are the same, {by}{which}, and the settings above are not"
     return f"the same model, {by}{which}"
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from shardsmith.compare.effective import config_of
 from shardsmith.compare.findings import Finding, one
 from shardsmith.errors import UnsupportedFormatError
+from shardsmith.hf.config_entries import QUANTIZATION
 from shardsmith.hf.hf_directory import CONFIG_FILE, is_component
 from shardsmith.hf.known_class import model_class_of
 from shardsmith.manifest.metadata import read_json
@@ -102,10 +103,18 @@ def compare_configs(model: Mapping[str, Any], other: Mapping[str, Any], origin: 
         yield one(code, settings, _listed(settings, mine), f"{_listed(settings, theirs)} in {origin}")
 
 
-def settings_apart(model: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """Return the settings that change what is computed, by their path with dots -> what each of the two says."""
+def settings_apart(
+    model: Mapping[str, Any], other: Mapping[str, Any], *, as_loaded: bool = False
+) -> dict[str, tuple[str, str]]:
+    """Return the settings that may change what is computed, by their path with dots -> what each of the two says.
+
+    ``as_loaded``: both lie beside the tensors that are loaded with them, so that a quantisation counts.
+    """
     mine, theirs = _flat(model), _flat(other)
     names = [name for name in _apart(mine, theirs) if _code(name) != "harmless-settings"]
+    if as_loaded and (QUANTIZATION in model) != (QUANTIZATION in other):
+        mine, theirs = {**mine, QUANTIZATION: QUANTIZATION in model}, {**theirs, QUANTIZATION: QUANTIZATION in other}
+        names.append(QUANTIZATION)
     return {name: (str(mine.get(name, "unset")), str(theirs.get(name, "unset"))) for name in names}
 
 

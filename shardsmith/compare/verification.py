@@ -96,11 +96,11 @@ class Verification:
     base: str | None = None
     """Directory whose config says which names belong together; None where nothing says it."""
     settings: Mapping[str, tuple[str, str]] = field(default_factory=dict)
-    """Settings that change what is computed, where both say them: path in config.json -> what A says, and B."""
+    """Settings that may change what is computed, where both say them: path in config.json -> what A says, and B."""
 
     @property
     def same(self) -> bool:
-        """Whether nothing differs: no tensor, and no setting that changes what is computed."""
+        """Whether nothing differs: no tensor, and no setting that may change what is computed."""
         return not self.settings and not any(model.differences for model in self.models)
 
     @property
@@ -209,7 +209,9 @@ class OpenedPair:
     def settings(self) -> dict[str, tuple[str, str]]:
         """Return the settings in which the two differ, as ``Verification.settings`` has them."""
         left, right = self._configs
-        return {} if left is None or right is None else settings_apart(left, right)
+        if left is None or right is None:
+            return {}
+        return settings_apart(left, right, as_loaded=is_huggingface(self.left) and is_huggingface(self.right))
 
     def sources(self, model: str) -> tuple[ModelSource, ModelSource]:
         """One model of both."""

@@ -51,12 +51,13 @@ class LiveModel:
         config: Any = None,
         rounded: Mapping[str, torch.dtype] = MappingProxyType({}),
     ) -> LiveModel:
-        """Return a second model of the same class with these tensors of a source, named as in files.
+        """Return a second model with these tensors of a source, named as in files.
 
         Args:
             source: The tensors to read.
             names: Names of the tensors to load.
-            config: Config of the model.
+            config: Config of the model: that of this one, unless given. If it is of another kind of model, the class
+                is the one that it names.
             rounded: Name -> the dtype that its values are rounded to on the way to float32.
 
         Raises:
@@ -66,8 +67,10 @@ class LiveModel:
         state = {name: _wide(read_tensor(source, name), rounded.get(name)) for name in names}
         try:
             with _quiet():
-                # The class of the first one: both then compute alike, whatever the checkpoint's own config says.
-                module, info = type(self.module).from_pretrained(
+                # The class of the first one: an architecture is a name, and says nothing of what is computed.
+                is_alike = config is None or isinstance(config, type(self.module.config))
+                kind = type(self.module) if is_alike else _class_for(config)
+                module, info = kind.from_pretrained(
                     None, config=config or self.module.config, state_dict=state, output_loading_info=True
                 )
         except Exception as error:
@@ -208,9 +211,15 @@ def _class_of(directory: Path, *, trust_remote_code: bool) -> tuple[Any, dict[st
     own = [name for name in getattr(config, "auto_map", None) or {} if name.startswith("AutoModel")]
     if trust_remote_code and own:
         return getattr(transformers, own[0]), {"trust_remote_code": True}
+    return _class_for(config), {}
+
+
+def _class_for(config: Any) -> Any:
+    import transformers
+
     # A list, of which the first is the model that was saved.
     named = (config.architectures or [""])[0]
-    return getattr(transformers, named, transformers.AutoModelForCausalLM), {}
+    return getattr(transformers, named, transformers.AutoModelForCausalLM)
 
 
 def _language_models() -> set[str]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from shardsmith.compare.alignment import aligned_source
+from shardsmith.compare.effective import config_of
 from shardsmith.compare.modules import is_huggingface
 from shardsmith.compare.quantized import require_plain
-from shardsmith.compare.verification import OpenedPair, VerifyOptions
+from shardsmith.compare.verification import OpenedPair, VerifyOptions, settings_of
 from shardsmith.diagnose.live_model import LiveModel
 from shardsmith.diagnose.probe import Probe
 from shardsmith.diagnose.start_loss import cross_entropy, divergence
@@ -71,7 +73,7 @@ def verify_logits(
             raise UsageError("neither is a Hugging Face directory: give one of the same kind of model as --model")
         pair.common([model])
         reference = Reference.open(base)
-        # Made once: each side only fills its weights into a second model of that class.
+        # Made once: each side only fills its weights into a second model, made by its own config if it has one.
         made = LiveModel.of_directory(base, trust_remote_code=trust_remote_code)
         probe, image = Probe.for_model(made, base), Probe.of_image(made)
         answers: list[list[Tensor]] = []
@@ -81,7 +83,7 @@ def verify_logits(
             require_plain(source, reference.specs, base)
             # The model's own tensors only: a head of the trainer's has no place in its class.
             loaded = [name for name in source.specs if name in reference.specs]
-            filled = made.with_weights(source, loaded)
+            filled = made.with_weights(source, loaded, _config_of(side, made, trust_remote_code))
             answers.append([one.ask(filled) for one in (probe, image) if one is not None])
         largest = max(float(apart(one, other).abs().max()) for one, other in zip(*answers, strict=True))
         asked = probe.with_image(image, made)
@@ -92,6 +94,14 @@ def verify_logits(
         return LogitsVerification(model, asked, largest, divergence(*texts)[1], losses, options.tolerance)
     finally:
         pair.close()
+
+
+def _config_of(side: OpenedCheckpoint, made: LiveModel, trust_remote_code: bool) -> Any:
+    """What a side says of itself; None where it says nothing, or nothing about such a model."""
+    if is_huggingface(side):
+        return config_of(side.path, trust_remote_code=trust_remote_code)
+    said, config = settings_of(side) or {}, made.module.config
+    return config.from_dict(said) if said.get("model_type") == config.model_type else None
 
 
 # A Hugging Face directory has its class's names already; the map is for the other side.

@@ -30,7 +30,7 @@ def verification_page(found: Verification, command: Sequence[str]) -> str:
     tensors = sum(len(_names(model)) for model in found.models)
     verdict = "the same model" if found.same else f"not the same model: {differing} of {tensors} tensors differ"
     if found.settings and not differing:
-        verdict = "not the same model: all tensors are the same, but not what the settings make of them"
+        verdict = "not the same model: all tensors are the same, and settings that may change what they compute are not"
     sides = f"<p>A: <code>{safe(found.left)}</code><br>B: <code>{safe(found.right)}</code></p>"
     if found.is_undecided:
         verdict = f"not known to be the same model: {differing} of {tensors} tensors have names that the other lacks"

@@ -76,7 +76,8 @@ def answer(directory: Path) -> Tensor:
 def test_equal_tensors_that_compute_something_else_are_not_the_same_model(
     case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    a, b = saved_pair(*OTHER[case], tmp_path)
+    build, changes = OTHER[case]
+    a, b = saved_pair(build, changes, tmp_path)
     assert not torch.allclose(answer(a), answer(b), atol=1e-6)
     found = verify(a, b)
     assert not found.same
@@ -87,6 +88,12 @@ def test_equal_tensors_that_compute_something_else_are_not_the_same_model(
     for name, (left, right) in found.settings.items():
         assert f"  {name}: settings (A {left}, B {right})" in said
         assert f"{name}: A says {left}, B {right}" in page.replace("&#x27;", "'")
+    if build is not unet:
+        # By logits it is what the library answers, or each side would be asked with the config of one.
+        assert main(["verify", str(a), str(b), "--logits", "--tolerance", "1e-6"]) == 1
+        assert main(["verify", str(b), str(a), "--logits", "--tolerance", "1e-6"]) == 1
+        assert main(["verify", str(a), str(a), "--logits", "--tolerance", "1e-6"]) == 0
+        capsys.readouterr()
     assert main(["verify", str(a), str(b), "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["settings"].keys() == found.settings.keys()
 
@@ -98,6 +105,16 @@ def test_settings_that_compute_the_same_are_no_difference(case: str, tmp_path: P
     assert torch.equal(answer(a), answer(b))
     assert json.loads((a / "config.json").read_text()) != json.loads((b / "config.json").read_text())
     assert verify(a, b).same
+
+
+def test_a_quantisation_that_one_side_alone_states_is_a_difference(tmp_path: Path) -> None:
+    """The library would quantise the one when it is loaded, and takes the other as it is."""
+    a, b = saved_pair(llama, {}, tmp_path)
+    assert verify(a, b).same
+    content = json.loads((b / "config.json").read_text())
+    content["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (b / "config.json").write_text(json.dumps(content))
+    assert verify(a, b).settings == {"quantization_config": ("False", "True")}
 
 
 def test_notes_that_change_nothing_may_differ(tmp_path: Path) -> None:
@@ -140,6 +157,8 @@ def test_a_step_is_compared_by_the_settings_of_its_live_model(tmp_path: Path) ->
     changed = of_step(other, tmp_path / "other")
     assert verify(changed, tmp_path / "base").settings == {"rms_norm_eps": ("0.01", "1e-06")}
     assert verify(step, changed).settings == {"rms_norm_eps": ("1e-06", "0.01")}
+    assert main(["verify", str(changed), str(tmp_path / "base"), "--logits"]) == 1
+    assert main(["verify", str(step), str(tmp_path / "base"), "--logits"]) == 0
     # The export of each is the same as the step, since it says what the live model says.
     assert to_hf(changed, tmp_path / "base", tmp_path / "out", "--dtype", "original") == 0
     assert verify(changed, tmp_path / "out").same
