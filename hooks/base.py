@@ -31,7 +31,7 @@ from .retention import add_metrics
 from .schedule import Schedule
 from .stop_signals import StopSignals
 from .undone import warn_of_undone
-from .wiring import Start, is_ours
+from .wiring import Start, ahead_of_all, is_ours
 
 log = logging.getLogger(__name__)
 
@@ -146,7 +146,8 @@ class Hooks:
             on_missing: ``"start"`` lets what the checkpoint does not have begin anew, ``"raise"`` stops.
 
         Raises:
-            UsageError: a step was reported already, or the hooks do not fit together, or none takes such arguments.
+            UsageError: a step was reported already, or the hooks do not fit together, or none takes such arguments; or
+                hooks that save have loaded different things of different steps.
             RanksDisagreeError, RankTimeoutError: other ranks have other hooks or arguments, or none.
             RankFailedError: a hook of the user's own has failed on another rank.
         """
@@ -160,8 +161,10 @@ class Hooks:
         try:
             # Before any hook loads something: ranks with other arguments would load other steps.
             self._start.compare_options(given)
-            steps = [self._resume(hook, options) for hook in self.hooks]
-            self._step = max((step for step in steps if step is not None), default=0)
+            found = [(hook, self._resume(hook, options)) for hook in self.hooks]
+            for hook in ahead_of_all([(hook, step) for hook, step in found if hook.parts.resumes]):
+                self._resume(hook, options)
+            self._step = max((step for _, step in found if step is not None), default=0)
             # What loads weights comes first: an average, for one, starts from the weights as they are then.
             for hook in sorted(self.hooks, key=lambda hook: not hook.loads_weights):
                 name = f"{type(hook).__name__}.on_train_begin"

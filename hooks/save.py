@@ -136,7 +136,9 @@ class ShardedSave(Hook):
             stateful=sorted(stateful or {}),
             local_cache=writing.local_cache is not None,
         )
-        self.parts = Parts(model=model, average=ema, directory=self.directory, resumes=True, facts=facts)
+        beside = [thing.thing if isinstance(thing, PerRank) else thing for thing in (stateful or {}).values()]
+        loads = [thing for thing in (model, *optimizers, scheduler, ema, *beside) if thing is not None]
+        self.parts = Parts(model=model, average=ema, directory=self.directory, resumes=True, loads=loads, facts=facts)
         self._ranks = Ranks(writing.timeout_secs)
         meet(self._ranks, "making ShardedSave", facts)
         check_optimizers("ShardedSave", model, optimizers, scheduler)

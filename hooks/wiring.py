@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Parts:
@@ -34,6 +37,8 @@ class Parts:
     """Where it publishes step directories."""
     resumes: bool = False
     """Whether ``resume`` finds the run's state in that directory."""
+    loads: Sequence[object] = ()
+    """What ``resume`` loads into."""
     find_problems: Callable[[], list[str]] = list
     """What has become wrong with the hook itself since it was made, looked at before the first step."""
     facts: Mapping[str, str] = field(default_factory=dict)
@@ -173,6 +178,48 @@ def refuse_forgotten_resume(hooks: Sequence[Hook], step: int) -> None:
                 "and resume() was not called: this run would start anew and fail when it saves that step again. "
                 "Call step = hooks.resume() before the loop, or give another directory"
             )
+
+
+def ahead_of_all(found: Sequence[tuple[Hook, int | None]]) -> list[Hook]:
+    """Return the hooks that have to load again, because one that came later has loaded an older step over theirs.
+
+    Args:
+        found: Hooks that resume, in order, and the step of each. The same on all ranks.
+
+    Raises:
+        UsageError: what one has loaded is of another step than the rest of the run, and no other hook loads it.
+    """
+    steps = {step for _, step in found if step is not None}
+    if len({step for _, step in found}) < 2:
+        return []
+    newest = [hook for hook, step in found if step == max(steps)]
+    newer = {id(thing) for hook in newest for thing in hook.parts.loads}
+    apart = [(hook, step) for hook, step in found if not newer.issuperset(map(id, hook.parts.loads))]
+    for hook, step in apart:
+        if step is None:
+            log.warning("%s holds no step: what it saves goes on as it is, from step %d", _named(hook), max(steps))
+    if older := [f"{_named(hook)} is at step {step}" for hook, step in apart if step is not None]:
+        places = [hook.parts.directory for hook, step in found if step is not None and hook.parts.directory is not None]
+        common = set[int].intersection(*(set(committed_steps(place)) for place in places))
+        go_on = f"resume(step={max(common)}) goes back to the newest step of all" if common else "No step is in all"
+        raise UsageError(
+            "\n  ".join(
+                [
+                    "the parts of this run are not of one step",
+                    *(f"{_named(hook)} is at step {max(steps)}" for hook in newest),
+                    *older,
+                ]
+            )
+            + f"\nDo not train on it: start again. {go_on}. One ShardedSave of all models, "
+            "model=torch.nn.ModuleDict(...) and optimizer=[...], saves them together."
+        )
+    # Those after which an older step was loaded.
+    last = max((i for i, (_, step) in enumerate(found) if step is not None and step < max(steps)), default=0)
+    return [hook for hook, step in found[:last] if step == max(steps)]
+
+
+def _named(hook: Hook) -> str:
+    return f"{type(hook).__name__}({str(hook.parts.directory)!r})"
 
 
 def _shared_directories(hooks: Sequence[Hook]) -> list[str]:

@@ -351,3 +351,68 @@ def test_parameters_of_one_group_that_were_saved_with_several_settings_are_named
     assert "several settings" not in caplog.text
     assert hooks(apart=False).resume() == 1
     assert "with several settings: weight_decay 0.1 and 0.0 (now 0.1), from weight on. To go on" in caplog.text
+
+
+def of_linear(seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(seed)
+    model = nn.Linear(3, 3)
+    return model, torch.optim.AdamW(model.parameters(), lr=0.1)
+
+
+def train_all(hooks: Hooks, trained: list[tuple[nn.Module, torch.optim.Optimizer]], first: int, last: int) -> None:
+    for step in range(first, last + 1):
+        for model, optimizer in trained:
+            model(torch.full((2, 3), float(step))).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        hooks.step(step)
+
+
+@pytest.mark.parametrize("often_first", [True, False])
+def test_of_two_places_of_one_run_the_newest_step_is_taken(tmp_path: Path, often_first: bool) -> None:
+    """Frequent steps on one disk, rare ones on another."""
+
+    def hooks(trained: tuple[nn.Module, torch.optim.Optimizer]) -> Hooks:
+        model, optimizer = trained
+        saves = [
+            ShardedSave(tmp_path / name, model=model, optimizer=optimizer, when=every(steps))
+            for name, steps in (("often", 1), ("rare", 2))
+        ]
+        return Hooks(*(saves if often_first else reversed(saves)))
+
+    trained = of_linear()
+    with hooks(trained) as saving:
+        train_all(saving, [trained], 1, 3)
+    again = of_linear(seed=1)
+    with hooks(again) as resumed:
+        assert resumed.resume() == 3
+        assert torch.equal(again[0].weight, trained[0].weight)
+        train_all(resumed, [again], 4, 4)
+    straight = of_linear()
+    train_all(Hooks(), [straight], 1, 4)
+    assert torch.equal(again[0].weight, straight[0].weight)
+
+
+def test_two_models_of_different_steps_are_refused_with_the_step_of_both(tmp_path: Path) -> None:
+    """As after a crash between the saves of two models."""
+
+    def hooks(trained: list[tuple[nn.Module, torch.optim.Optimizer]]) -> Hooks:
+        return Hooks(
+            *[
+                ShardedSave(tmp_path / f"{i}", model=model, optimizer=optimizer, when=every(i))
+                for i, (model, optimizer) in enumerate(trained, 1)
+            ]
+        )
+
+    trained = [of_linear(), of_linear(seed=1)]
+    with hooks(trained) as saving:
+        train_all(saving, trained, 1, 3)
+    pattern = r"(?s)1'\) is at step 3.*2'\) is at step 2\n.*resume\(step=2\) goes back to the newest step of all"
+    with pytest.raises(UsageError, match=pattern):
+        hooks([of_linear(), of_linear(seed=1)]).resume()
+    again = [of_linear(seed=2), of_linear(seed=3)]
+    with hooks(again) as resumed:
+        assert resumed.resume(step=2) == 2
+        train_all(resumed, again, 3, 3)
+    for (model, _), (other, _) in zip(trained, again, strict=True):
+        assert torch.equal(model.weight, other.weight)
