@@ -16,6 +16,7 @@ from shardsmith.diagnose.ties import tied_names
 from shardsmith.errors import CheckpointError, CorruptCheckpointError, IncompleteCheckpointError, UnsafeCheckpointError
 from shardsmith.formats.models import ModelSource, beside_models
 from shardsmith.formats.opened import Layout
+from shardsmith.name_maps.foreign import advice_for_names, rival_models
 from shardsmith.name_maps.matching import Alignment, is_transient
 from shardsmith.tensors.checkpoint_keys import MAIN
 from shardsmith.tensors.dtypes import dtype_name
@@ -28,8 +29,6 @@ _HEADS = {
     "gated": frozenset({"gate.weight", "gate.bias", "ffn.0.weight", "ffn.0.bias", "ffn.3.weight", "ffn.3.bias"}),
 }
 _HEAD_NORM = frozenset({"ln.weight", "ln.bias"})
-_TITAN_NAME = re.compile(r"(^|\.)(tok_embeddings|attention\.wq|attention\.qkv_linear|feed_forward\.w1)\.")
-_TITAN_HINT = ". The names are those of TorchTitan's own models: say which, with --titan-model and --titan-flavor"
 _SIBLING = re.compile(r"(?P<word>step|checkpoint)-(?P<step>[0-9]+)")
 # TorchTitan searches names for the pattern, so that hf-export-step-500 counts as step 500; Trainer wants a whole name.
 _NEWER = {
@@ -151,17 +150,28 @@ def _compare_names(
     known_extra = {*transient, *(key for keys in heads.values() for key in keys)}
     yield from _extra({name: source.specs[name] for name in extra if name not in known_extra}, model, template)
     if missing:
-        hint = _TITAN_HINT if any(map(_TITAN_NAME.search, extra)) else ""
+        hint = _advice(extra, template)
         elements = sum(template[name].numel for name in missing)
         yield one(
             "missing-tensors",
             missing,
             f"{len(template)} tensors in {model}",
-            f"{_many(missing)} not there, {elements:,} elements{hint}",
+            f"{_many(missing)} not there, {elements:,} elements{hint and f'. {hint}'}",
         )
     # Scales beside whole numbers make them weights, here or, as the config says, in the model.
     named = frozenset(source.specs if "quantization_config" in subject.reference.config else quantized)
     yield from _compare_specs(source, template, named)
+
+
+def _advice(extra: Collection[str], template: Collection[str]) -> str:
+    """What to do about names that are none of the model's; empty if they do not say what they are."""
+    whole, rest = rival_models(extra, template)
+    if not whole:
+        return advice_for_names(extra) or ""
+    return (
+        f"Each of {', '.join(whole)} holds all tensors of the model. Write one alone, and diagnose that; {whole[0]}, "
+        f"with shardsmith to-hf --drop {' '.join(rest)}"
+    )
 
 
 def _extra(extra: Mapping[str, TensorSpec], model: str, template: Collection[str]) -> Iterator[Finding]:

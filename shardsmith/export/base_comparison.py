@@ -15,6 +15,7 @@ from shardsmith.hf.directory import Measure, ModelPlan
 from shardsmith.hf.directory_check import drop_advice, merge_advice, refusal
 from shardsmith.hf.part_of_model import advice_for_part, part_by_itself
 from shardsmith.hf.template import BaseTemplate
+from shardsmith.name_maps.foreign import rival_models
 from shardsmith.tensors.dtypes import is_quantized
 from shardsmith.tensors.likeness import patterns_for
 from shardsmith.tensors.tensors import TensorSpec
@@ -126,12 +127,9 @@ def _compare_with_base(
 
 def _rivals(plan: ModelPlan, template: Mapping[str, TensorSpec]) -> str | None:
     """What to do where several dicts of the checkpoint hold the whole model, such as a student and its teacher."""
-    names = [spec.name for spec in plan.specs]
-    roots = dict.fromkeys(name.split(".", 1)[0] for name in names)
-    whole = [root for root in roots if all(f"{root}.{name}" in names for name in template)]
-    if len(whole) < 2:
+    whole, rest = rival_models([spec.name for spec in plan.specs], template)
+    if not whole:
         return None
-    rest = [f"'{root}.*'" if root not in names else f"'{root}'" for root in roots if root != whole[0]]
     return (
         f"Nothing was written. Each of {', '.join(whole)} holds all tensors of the base model. Leave out all but the "
         f"one to export; for {whole[0]}: --drop {' '.join(rest)}"

@@ -35,6 +35,7 @@ from shardsmith.hf.ties import broken_ties, find_ties, own_places
 from shardsmith.hf.vocabulary import say_of_tokenizer, vocabulary_sizes
 from shardsmith.manifest.model_settings import GENERATION_FILE, settings_of_step, write_generation
 from shardsmith.name_maps.class_names import ClassNames
+from shardsmith.name_maps.foreign import advice_for_names
 from shardsmith.name_maps.maps import NameMap, find_name_map
 from shardsmith.name_maps.matching import match_names
 from shardsmith.tensors.checkpoint_keys import EMA, MAIN
@@ -404,7 +405,7 @@ def _choose_name_map(
     if options.names not in ("auto", "transformers"):
         return find_name_map(options.names, config)
     if options.names == "auto":
-        _refuse_titan_names(plan, template)
+        _refuse_foreign_names(plan, template)
         names = {spec.name for spec in plan.specs}
         fused = any(len(spec.shape) > 2 and "experts" in spec.name for spec in plan.specs)
         # Only where both sides have names without a partner can other names bring them together. Another shape is for
@@ -421,22 +422,11 @@ def _choose_name_map(
         raise
 
 
-def _refuse_titan_names(plan: ModelPlan, template: Mapping[str, TensorSpec]) -> None:
+def _refuse_foreign_names(plan: ModelPlan, template: Mapping[str, TensorSpec]) -> None:
     """Raise UsageError for names that no Hugging Face model has, unless the base model has them."""
     name, names = "tok_embeddings.weight", {spec.name for spec in plan.specs}
-    if name in template or name not in names:
-        return
-    # torchtune has the same name there, and others below it.
-    if norm := next((other for other in sorted(names) if other.endswith(".sa_norm.scale")), None):
-        raise UsageError(
-            f"the checkpoint has {name} and {norm}, as models of torchtune, whose query and key rows may be in another "
-            "order than the base model's. Let torchtune convert the state dict, with tune_to_hf of "
-            "torchtune.models.convert_weights (for Qwen2: qwen2_tune_to_hf of torchtune.models.qwen2), save the result "
-            "with torch.save, and export that file"
-        )
-    example = "--titan-model llama3 --titan-flavor 8B"
-    advice = f"say which one it is, as in {example}, or keep the names: --names identity"
-    raise UsageError(f"the checkpoint has {name}, as TorchTitan's own models: {advice}")
+    if name not in template and name in names and (advice := advice_for_names(names)):
+        raise UsageError(advice)
 
 
 def origin_of(checkpoint: KnownCheckpoint) -> Origin:

@@ -294,6 +294,22 @@ def test_names_of_torchtitans_own_models_are_told(olmo: Specimen, tmp_path: Path
     missing = structure(save_sharded(own, tmp_path / "c", 2), olmo).faults[0]
     assert missing.code == "missing-tensors"
     assert "--titan-model" in missing.found
+    tune = {name.replace("input_layernorm.weight", "sa_norm.scale"): tensor for name, tensor in own.items()}
+    tune |= {"tok_embeddings.weight": tune.pop("model.embed_tokens.weight"), "layers.0.sa_norm.scale": torch.ones(64)}
+    missing = structure(save_sharded(tune, tmp_path / "tune", 2), olmo).faults[0]
+    assert "as models of torchtune" in missing.found
+    assert "--titan-model" not in missing.found
+
+
+def test_of_two_whole_models_each_is_named_with_what_leaves_one(olmo: Specimen, tmp_path: Path) -> None:
+    two = {f"{root}.{name}": tensor for root in ("policy", "reference") for name, tensor in olmo.state.items()}
+    checkpoint = save_sharded(two, tmp_path / "c", 2)
+    (missing,) = (fault for fault in structure(checkpoint, olmo).faults if fault.code == "missing-tensors")
+    assert "Each of policy, reference holds all tensors of the model" in missing.found
+    cure = missing.found.rpartition("shardsmith to-hf ")[2].replace("'", "").split()
+    where = ["--checkpoint", str(checkpoint), "--base-model", str(olmo.base), "--output-dir", str(tmp_path / "out")]
+    assert main(["to-hf", *where, *cure, "--dtype", "original"]) == 0
+    assert diagnose(tmp_path / "out", olmo.base, Questions(level="values")).exit_code == 0
 
 
 def test_what_looks_wrong_and_is_not_is_explained(specimens: dict[str, Specimen], tmp_path: Path) -> None:
