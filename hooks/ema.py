@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,10 +16,13 @@ from torch.distributed.tensor import DTensor
 from shardsmith.checking.arguments import checked
 from shardsmith.checking.types import Count, Decay, StepNumber
 from shardsmith.errors import UsageError
+from shardsmith.ground.ranks import rank_and_size
 
 from .hook import Hook
 from .local_weights import LocalWeights, local
 from .wiring import Parts
+
+log = logging.getLogger(__name__)
 
 _SAMPLED = 65_536
 """So many elements of a tensor are enough to say how far its average is."""
@@ -79,6 +83,7 @@ class EMA(Hook):
             device = torch.device("cpu") if offload else weight.device
             # A copy even where dtype and device are the same, or the average would be the weight itself.
             self._average[name] = weight.detach().to(device, torch.float32, copy=True)
+        self._trained = sum(parameter.requires_grad for parameter in model.parameters())
         self._was_loaded = False
         self._swapped_in = False
         self._stagings = 0
@@ -242,18 +247,27 @@ class EMA(Hook):
         """
         if self._swapped_in:
             raise UsageError("cannot copy the model's state while the average is swapped in: leave swapped_in() first")
+        self._warn_of_changes()
         self._stagings += 1
         try:
             yield
         finally:
             self._stagings -= 1
 
+    def _warn_of_changes(self) -> None:
+        """Say once what trains by now and has no average: a save or an export has its weights as they are."""
+        trained = sum(parameter.requires_grad for parameter in self._model.parameters())
+        if trained > self._trained and (changes := self._find_changes()) and rank_and_size()[0] == 0:
+            log.warning("%s. A save or an export of the average has the weights of it as they are", changes[0])
+        self._trained = max(trained, self._trained)
+
     def _find_changes(self) -> list[str]:
         changes = self._weights.find_changes()
         if not changes:
             return []
         more = f", and {len(changes) - 3} more" if len(changes) > 3 else ""
-        return [f"{'; '.join(changes[:3])}{more}. Make EMA when the model is complete, and after what changes it"]
+        advice = "Make EMA when the model is complete: after what changes it, and before what freezes a part of it"
+        return [f"{'; '.join(changes[:3])}{more}. {advice}"]
 
     @property
     def _has_started(self) -> bool:

@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardsmith.errors import UsageError
+from shardsmith.hooks import Hooks, ShardedSave, every
 from shardsmith.hooks.ema import EMA
 from tests.ranks import run_on_ranks
 
@@ -395,3 +396,19 @@ def run_shards_and_collect() -> None:
 
 def test_sharded_like_the_weights_with_ties_kept_and_wrong_wraps_refused(tmp_path: Path) -> None:
     run_on_ranks(run_shards_and_collect, 2, tmp_path)
+
+
+def test_what_trains_later_and_has_no_average_is_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[0].requires_grad_(False)
+    ema = EMA(model, decay=0.5)
+    with Hooks(ema, ShardedSave(tmp_path, model=model, ema=ema, when=every(1))) as hooks:
+        hooks.step(1)
+        assert "after EMA was made" not in caplog.text
+        model[0].requires_grad_(True)
+        for step in (2, 3):
+            hooks.step(step)
+    told = [message for message in caplog.messages if "after EMA was made" in message]
+    assert len(told) == 1
+    assert told[0].startswith("0.weight was added, or unfrozen, after EMA was made; 0.bias was added, or unfrozen")
+    assert told[0].endswith("A save or an export of the average has the weights of it as they are")
