@@ -35,7 +35,7 @@ from shardsmith.hf.ties import broken_ties, find_ties, own_places
 from shardsmith.hf.vocabulary import say_of_tokenizer, vocabulary_sizes
 from shardsmith.manifest.model_settings import GENERATION_FILE, settings_of_step, write_generation
 from shardsmith.name_maps.class_names import ClassNames
-from shardsmith.name_maps.foreign import advice_for_names
+from shardsmith.name_maps.foreign import advice_for_names, are_foreign
 from shardsmith.name_maps.maps import NameMap, find_name_map
 from shardsmith.name_maps.matching import match_names
 from shardsmith.tensors.checkpoint_keys import EMA, MAIN
@@ -424,8 +424,8 @@ def _choose_name_map(
 
 def _refuse_foreign_names(plan: ModelPlan, template: Mapping[str, TensorSpec]) -> None:
     """Raise UsageError for names that no Hugging Face model has, unless the base model has them."""
-    name, names = "tok_embeddings.weight", {spec.name for spec in plan.specs}
-    if name not in template and name in names and (advice := advice_for_names(names)):
+    unknown = {spec.name for spec in plan.specs} - template.keys()
+    if are_foreign(unknown) and (advice := advice_for_names(unknown)):
         raise UsageError(advice)
 
 

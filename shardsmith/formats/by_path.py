@@ -244,6 +244,11 @@ def _what_else(path: Path) -> str:
         return f"an adapter of peft, which is no model by itself; {cure}"
     if (reason := why_no_weights(path)) is not None:
         return reason
+    if ranks := [name for name in sorted(names) if name.startswith("mp_rank_")]:
+        return (
+            f"the {len(ranks)} rank folders of a checkpoint of Megatron, such as {ranks[0]}, which are not read; "
+            "export_ckpt of AutoBridge in Megatron Bridge writes a Hugging Face directory"
+        )
     if variant := next(filter(None, map(_OF_A_VARIANT.fullmatch, sorted(names))), None):
         cure = f"from_pretrained({str(path)!r}, variant={variant['variant']!r}).save_pretrained(NEW)"
         return f"weights of a variant alone, such as {variant[0]}; {cure} of its class makes a directory that is read"

@@ -7,10 +7,16 @@ from collections.abc import Collection
 
 _TITAN = re.compile(r"(^|\.)(tok_embeddings|attention\.wq|attention\.qkv_linear|feed_forward\.w1)\.")
 _OF_TORCHTUNE = ".sa_norm.scale"
+_OF_MEGATRON = ".self_attention.linear_qkv.weight"
 
 
 def advice_for_names(names: Collection[str]) -> str | None:
     """Return whose names these are, and what brings the tensors under the base model's; None if they say nothing."""
+    if fused := next((name for name in sorted(names) if name.endswith(_OF_MEGATRON)), None):
+        return (
+            f"the checkpoint has {fused}, as models of Megatron, whose query, key and value rows are interleaved. Let "
+            "export_ckpt of AutoBridge in Megatron Bridge write a Hugging Face directory"
+        )
     found = sorted(filter(_TITAN.search, names), key=lambda name: ("tok_embeddings" not in name, name))
     if not found:
         return None
@@ -27,6 +33,11 @@ def advice_for_names(names: Collection[str]) -> str | None:
         f"the checkpoint has {named}, as TorchTitan's own models: say which one it is, as in --titan-model llama3 "
         "--titan-flavor 8B, or keep the names: --names identity"
     )
+
+
+def are_foreign(names: Collection[str]) -> bool:
+    """Return whether some of these names are in no Hugging Face model, so that no base model need be asked."""
+    return "tok_embeddings.weight" in names or any(name.endswith(_OF_MEGATRON) for name in names)
 
 
 def rival_models(names: Collection[str], model: Collection[str]) -> tuple[list[str], list[str]]:

@@ -332,14 +332,16 @@ def test_every_difference_from_the_base_is_listed(
     [
         ("layers.0.sa_norm.scale", "as models of torchtune"),
         ("layers.0.attention.wq.weight", "--titan-model llama3 --titan-flavor 8B"),
+        ("decoder.layers.self_attention.linear_qkv.weight", "export_ckpt of AutoBridge in Megatron Bridge"),
     ],
 )
 def test_names_of_a_trainers_own_models_are_refused_with_what_converts_them(
     name: str, advice: str, place: Place, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.rmtree(place.checkpoint)
-    save({"tok_embeddings.weight": torch.zeros(2), name: torch.zeros(2)}, place.checkpoint)
-    assert_refused(place, capsys, UsageError, "tok_embeddings.weight", advice)
+    embedding = "embedding.word_embeddings.weight" if "qkv" in name else "tok_embeddings.weight"
+    save({embedding: torch.zeros(2), name: torch.zeros(2)}, place.checkpoint)
+    assert_refused(place, capsys, UsageError, name if "qkv" in name else embedding, advice)
 
 
 def test_differences_from_the_base_that_are_allowed_by_name_pass(

@@ -307,3 +307,14 @@ def test_the_further_models_that_accelerate_has_saved_are_named(
         assert main([command, str(tmp_path)]) == 0
         said = " ".join(capsys.readouterr().out.split())
         assert f"not read, as other models by their names: {first}, {second}" in said
+
+
+def test_rank_folders_of_megatron_are_named_with_what_converts_them(tmp_path: Path) -> None:
+    for rank in ("mp_rank_00", "mp_rank_01"):
+        (tmp_path / "iter_0000010" / rank).mkdir(parents=True)
+        torch.save({"model": {"a": torch.ones(2)}}, tmp_path / "iter_0000010" / rank / "model_optim_rng.pt")
+    found = detect_checkpoint_format(tmp_path / "iter_0000010")
+    assert found.name == "unknown"
+    assert "the 2 rank folders of a checkpoint of Megatron" in found.reason
+    with pytest.raises(UnsupportedFormatError, match="Megatron Bridge"):
+        open_source(tmp_path / "iter_0000010", "main")
