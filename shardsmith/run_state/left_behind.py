@@ -24,7 +24,10 @@ from shardsmith.tensors.checkpoint_keys import NOT_A_MODEL
 log = logging.getLogger(__name__)
 
 _STATE = "optimizer.state."
-_ADVICE = "Nothing was loaded. A resume needs the model, the average and the optimizer that were saved."
+_ADVICE = (
+    "Nothing was loaded. A resume needs the model, the average and the optimizer that were saved; resume(parts=[...]) "
+    "takes only those parts that are as they were."
+)
 _REASONS = {
     "optimizer": "in the checkpoint, not kept by this run's optimizer: make it with the options that it had",
     "ema_model": "in the checkpoint, not averaged here: make EMA before freezing, with the buffers= that it had",

@@ -309,6 +309,10 @@ def test_what_a_checkpoint_has_and_the_run_has_not_is_refused(
     assert problems <= named
     assert all(" in the checkpoint, not " in line for line in caught.value.problems)
     assert all(torch.equal(one, other) for one, other in zip(before, run.model.state_dict().values(), strict=True))
+    parts = {name.partition(".")[0] for name in named} & {"optimizer", "ema_model"}
+    if {name.partition(".")[0] for name in named} == parts:  # what the advice says, where the model is the same
+        left = [part for part in ("model", "ema", "optimizer") if part not in {one.split("_")[0] for one in parts}]
+        assert Layers(tmp_path, **changed).hooks.resume(parts=left) == 2
     again = Layers(tmp_path)
     assert again.hooks.resume() == 2
     straight = Layers(tmp_path / "straight").train(1, 4)
