@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Collection, Sequence
+import re
+import textwrap
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -34,6 +36,10 @@ class Result:
     @property
     def is_right(self) -> bool:
         return not self.left_out and not self.wrong
+
+    @property
+    def unasked(self) -> bool:
+        return any(said.startswith(NOT_ASKED) for said in self.outcomes.values())
 
     @property
     def wrong(self) -> dict[str, str]:
@@ -83,27 +89,34 @@ def table(results: Sequence[Result], classes: int, types: Collection[str], day: 
         "",
         f"{day}, {versions}: {summary(results)}.",
         f"The library lists {classes} classes of {len(types)} model types; {len(results)} classes of",
-        f"{len(seen)} types were taken, one of each type first.",
+        f"{len(seen)} types were taken.",
         "",
         *_counts(tried),
         "",
-        f"| class | {' | '.join(COLUMNS)} |",
-        f"|---|{'---|' * len(COLUMNS)}",
-    ]
-    lines += [f"| {r.family.kind} | {' | '.join(_cell(r.outcomes.get(c, '')) for c in COLUMNS)} |" for r in tried]
-    lines += [
+        "## Right in all",
         "",
-        "## Not asked",
+        *_names(r for r in tried if r.is_right and not r.unasked),
         "",
-        "No inputs are known that the class takes, or it needs a package that is not there.",
+        "## Right in all that was asked",
+        "",
+        "No inputs are known that the class takes, or it needs a package that is not there, so no logits were",
+        "compared. Its files are compared all the same.",
+        "",
+        *_names(r for r in tried if r.is_right and r.unasked),
+        "",
+        "## Not right",
+        "",
+        "| class | columns | what was said |",
+        "|---|---|---|",
     ]
-    lines += ["Its files are compared all the same.", "", "| class | column | why |", "|---|---|---|"]
-    for r in tried:
-        asked = {c: said for c, said in r.outcomes.items() if said.startswith(NOT_ASKED)}
-        lines += [f"| {r.family.kind} | {c} | {_escaped(said.removeprefix(NOT_ASKED))} |" for c, said in asked.items()]
+    lines += [_row(r, "all" if len(r.wrong) == len(COLUMNS) else ", ".join(r.wrong)) for r in tried if r.wrong]
     lines += ["", "## Left out", "", "| class | why |", "|---|---|"]
-    lines += [f"| {r.family.kind} | {_escaped(r.left_out)} |" for r in results if r.left_out]
+    lines += [_row(r) for r in results if r.left_out]
     return "\n".join(lines) + "\n"
+
+
+def _names(results: Iterable[Result]) -> list[str]:
+    return textwrap.wrap(", ".join(sorted(result.family.kind for result in results)), 120)
 
 
 def _counts(tried: Sequence[Result]) -> list[str]:
@@ -116,9 +129,9 @@ def _counts(tried: Sequence[Result]) -> list[str]:
     return lines
 
 
-def _cell(said: str) -> str:
-    return "yes" if said == RIGHT else "not asked" if said.startswith(NOT_ASKED) else _escaped(said)
-
-
-def _escaped(text: str) -> str:
-    return text.replace("|", "/").replace("<", "&lt;")[:140]
+def _row(result: Result, *cells: str) -> str:
+    """What was said of a class, short, and without the names of folders that were made for it."""
+    said = result.left_out or next(iter(result.wrong.values()))
+    plain = re.sub(r"\S*/(?=(base|bare):)", "", said).replace("|", "/").replace("<", "&lt;")
+    begun = "".join(f"| {cell} " for cell in (result.family.kind, *cells))
+    return f"{begun}| {textwrap.shorten(plain, 116 - len(begun), placeholder=' ...')} |"
