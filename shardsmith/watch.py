@@ -38,7 +38,7 @@ from shardsmith.ground.commit import check_writable, remove, sweep
 from shardsmith.ground.layout import PROVENANCE_FILE, parse_step, step_name
 from shardsmith.ground.leases import hold
 from shardsmith.ground.path_advice import not_there
-from shardsmith.ground.remote_path import as_path
+from shardsmith.ground.remote_path import RemotePath, as_path
 from shardsmith.ground.sizes import parse_size
 from shardsmith.hf.base_files import choose_files
 from shardsmith.hf.hf_directory import protect, read_config
@@ -224,6 +224,9 @@ class Watcher:
             if outcome.error is None or type(known.get(outcome.step)) is not type(outcome.error):
                 yield outcome
             self._remove_old()
+        # In a store each look at a folder is a request, so nobody who waits there looks at all of them again and again.
+        if wait_for_folder and isinstance(self.checkpoints, RemotePath):
+            return
         if not stop.is_set() and (passed_over := self._passed_over()):
             advice = self._advice(passed_over)
             if not wait_for_folder and not self.has_steps:

@@ -72,17 +72,21 @@ def effective_config(place: Path, *, trust_remote_code: bool = False) -> dict[st
     Raises:
         CheckpointError: there is none, or it is no JSON object.
     """
+    return filled_config(place, trust_remote_code=trust_remote_code)[0]
+
+
+def filled_config(place: Path, *, trust_remote_code: bool = False) -> tuple[dict[str, Any], bool]:
+    """As ``effective_config``; and whether the defaults are in it."""
     file = place / CONFIG_FILE if place.is_dir() else place
     written = read_json(file)
     if is_component(written):
         # The class fills in the defaults, and it takes a moment only: its model has no data.
         model_class, _ = model_class_of(written)
-        return written if model_class is None else dict(model_class.effective_config)
+        return (written, False) if model_class is None else (dict(model_class.effective_config), True)
     try:
-        config: dict[str, Any] = config_of(file, trust_remote_code=trust_remote_code).to_dict()
+        return config_of(file, trust_remote_code=trust_remote_code).to_dict(), True
     except UnsupportedFormatError:
-        return written
-    return config
+        return written, False
 
 
 def compare_configs(model: Mapping[str, Any], other: Mapping[str, Any], origin: str) -> Iterator[Finding]:
@@ -104,14 +108,19 @@ def compare_configs(model: Mapping[str, Any], other: Mapping[str, Any], origin: 
 
 
 def settings_apart(
-    model: Mapping[str, Any], other: Mapping[str, Any], *, as_loaded: bool = False
+    model: Mapping[str, Any], other: Mapping[str, Any], *, as_loaded: bool = False, are_alike: bool = True
 ) -> dict[str, tuple[str, str]]:
     """Return the settings that may change what is computed, by their path with dots -> what each of the two says.
 
-    ``as_loaded``: both lie beside the tensors that are loaded with them, so that a quantisation counts.
+    Args:
+        model: A config.
+        other: Another.
+        as_loaded: Both lie beside the tensors that are loaded with them, so that a quantisation counts.
+        are_alike: The defaults are in both or in neither. Else a setting of the one alone may be the other's default.
     """
     mine, theirs = _flat(model), _flat(other)
     names = [name for name in _apart(mine, theirs) if _code(name) != "harmless-settings"]
+    names = [name for name in names if are_alike or (name in mine and name in theirs)]
     if as_loaded and (QUANTIZATION in model) != (QUANTIZATION in other):
         mine, theirs = {**mine, QUANTIZATION: QUANTIZATION in model}, {**theirs, QUANTIZATION: QUANTIZATION in other}
         names.append(QUANTIZATION)

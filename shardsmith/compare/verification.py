@@ -18,7 +18,7 @@ from shardsmith.checking.arguments import checked
 from shardsmith.checking.types import AsAnyPath
 from shardsmith.compare.alignment import aligned_source
 from shardsmith.compare.class_ties import repeated_names
-from shardsmith.compare.configs import effective_config, settings_apart
+from shardsmith.compare.configs import filled_config, settings_apart
 from shardsmith.compare.modules import is_huggingface, with_modules
 from shardsmith.compare.quantized import require_plain
 from shardsmith.compare.values import TensorComparison, compare_sources, same_as
@@ -211,7 +211,8 @@ class OpenedPair:
         left, right = self._configs
         if left is None or right is None:
             return {}
-        return settings_apart(left, right, as_loaded=is_huggingface(self.left) and is_huggingface(self.right))
+        as_loaded = is_huggingface(self.left) and is_huggingface(self.right)
+        return settings_apart(left.config, right.config, as_loaded=as_loaded, are_alike=left.is_full == right.is_full)
 
     def sources(self, model: str) -> tuple[ModelSource, ModelSource]:
         """One model of both."""
@@ -240,21 +241,30 @@ class OpenedPair:
         self.right.close()
 
 
-def settings_of(side: OpenedCheckpoint) -> dict[str, Any] | None:
-    """Return the config of a checkpoint, and those of a sentence encoder's further modules; None if it has none.
+@dataclass(frozen=True, slots=True)
+class OwnSettings:
+    """What a checkpoint says of its model."""
 
-    That of a sharded step is the one that the live model had.
+    config: Mapping[str, Any]
+    """The config, and those of a sentence encoder's further modules; of a sharded step that of the live model."""
+    is_full: bool
+    """Whether the defaults are in it."""
+
+
+def settings_of(side: OpenedCheckpoint) -> OwnSettings | None:
+    """Return what a checkpoint says of its model; None if it says nothing.
 
     Raises CheckpointError if one of these files is no JSON.
     """
     if not is_huggingface(side):
         recorded = None if side.metadata is None else settings_of_step(side.path)
-        return None if recorded is None else recorded.config
+        return None if recorded is None else OwnSettings(recorded.config, is_full=True)
     modules = Modules(side.path)
     files = {folder: side.path / folder / CONFIG_FILE for folder in modules.folders.values() if folder}
     beside = {folder: read_json(file) for folder, file in files.items() if file.is_file()}
     kinds = {"modules.json": list(modules.kinds.values())} if modules.kinds else {}
-    return {**effective_config(side.path), **beside, **kinds}
+    config, is_full = filled_config(side.path)
+    return OwnSettings({**config, **beside, **kinds}, is_full)
 
 
 def _opened(path: Path, opened: contextlib.ExitStack) -> OpenedCheckpoint:

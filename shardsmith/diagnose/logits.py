@@ -100,8 +100,9 @@ def _config_of(side: OpenedCheckpoint, made: LiveModel, trust_remote_code: bool)
     """What a side says of itself; None where it says nothing, or nothing about such a model."""
     if is_huggingface(side):
         return config_of(side.path, trust_remote_code=trust_remote_code)
-    said, config = settings_of(side) or {}, made.module.config
-    return config.from_dict(said) if said.get("model_type") == config.model_type else None
+    own, config = settings_of(side), made.module.config
+    is_alike = own is not None and own.config.get("model_type") == config.model_type
+    return config.from_dict(dict(own.config)) if own is not None and is_alike else None
 
 
 # A Hugging Face directory has its class's names already; the map is for the other side.

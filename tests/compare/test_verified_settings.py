@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +139,27 @@ def test_defaults_that_only_one_side_writes_down_are_no_difference(tmp_path: Pat
         assert verify(tmp_path / "a", tmp_path / "b").same
         shutil.rmtree(tmp_path / "b")
         shutil.rmtree(tmp_path / "a")
+
+
+def test_without_the_library_a_default_is_not_taken_for_a_difference(tmp_path: Path) -> None:
+    model = llama()
+    model.save_pretrained(tmp_path / "base")
+    step = of_step(model, tmp_path / "run")
+    short = json.loads((tmp_path / "base" / "config.json").read_text())
+    for name in ("rms_norm_eps", "rope_parameters", "hidden_act"):
+        short.pop(name, None)
+    (tmp_path / "base" / "config.json").write_text(json.dumps(short))
+    hide = (
+        "import sys; sys.modules['transformers'] = None; from shardsmith.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+
+    def code() -> int:
+        command = [sys.executable, "-c", hide, "verify", step, tmp_path / "base"]
+        return subprocess.run(command, check=False).returncode
+
+    assert code() == 0
+    (tmp_path / "base" / "config.json").write_text(json.dumps(short | {"hidden_size": 17}))
+    assert code() == 1
 
 
 def of_step(model: Any, directory: Path) -> Path:
