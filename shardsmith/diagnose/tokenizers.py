@@ -9,8 +9,7 @@ from typing import Any
 from shardsmith.compare.findings import Finding, one
 from shardsmith.conversion.model_directory import hash_tokenizer
 from shardsmith.errors import CheckpointError, CheckpointNotFoundError, UnsupportedFormatError
-from shardsmith.ground.bounded import read_bounded
-from shardsmith.hf.vocabulary import MOST_BYTES, TOKENIZER_FILE, last_token
+from shardsmith.hf.vocabulary import TOKENIZER_FILE, last_token, open_tokenizer
 from shardsmith.manifest.metadata import read_json
 
 _MODEL_FILES = (TOKENIZER_FILE, "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model")
@@ -112,15 +111,7 @@ def _files(directory: Path) -> dict[str, str]:
 
 
 def _open(directory: Path) -> Any:
-    try:
-        from tokenizers import Tokenizer
-
-        text = read_bounded(directory / TOKENIZER_FILE, MOST_BYTES)
-        return Tokenizer.from_str(text.decode())
-    except Exception as error:  # the library raises its own, and has none for a file that is none
-        raise UnsupportedFormatError(
-            directory / TOKENIZER_FILE, f"is no tokenizer that can be read: {error}"
-        ) from error
+    return open_tokenizer(directory / TOKENIZER_FILE)
 
 
 def _moved_tokens(mine: Mapping[str, int], theirs: Mapping[str, int]) -> list[tuple[str, int, object]]:

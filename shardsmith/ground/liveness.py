@@ -8,11 +8,12 @@ died, hangs with the interpreter's lock (GIL) held, or is stopped.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -134,6 +135,15 @@ def await_keys(
     _silent.difference_update(ranks)
 
 
+@contextlib.contextmanager
+def asking_the_store() -> Iterator[None]:
+    """Raise SilenceError if the store is gone while it is asked: between two requests whoever holds it may end."""
+    try:
+        yield
+    except RuntimeError as error:  # DistNetworkError is one
+        raise SilenceError([], LOST) from error
+
+
 def _are_there(store: Any, keys: list[str], until: float) -> bool:
     """Return whether the keys have come by a point in time of ``time.monotonic``.
 
@@ -144,26 +154,22 @@ def _are_there(store: Any, keys: list[str], until: float) -> bool:
     """
     crowd = max(1.0, dist.get_world_size() / _RANKS_PER_PAUSE) if dist.is_initialized() else 1.0
     pause, longest = _FIRST_PAUSE_SECS * crowd, _LONGEST_PAUSE_SECS * crowd
-    try:
+    with asking_the_store():
         while not store.check(keys):
             left = until - time.monotonic()
             if left <= 0:
                 return False
             time.sleep(min(pause, left))
             pause = min(longest, pause * 1.1)
-    except RuntimeError as error:  # DistNetworkError is one
-        raise SilenceError([], LOST) from error
     return True
 
 
 def _require_life(store: Any, pending: list[str], rank_of: Mapping[str, int], limit_secs: float) -> None:
     """Raise SilenceError if one of the ranks that are missing has died, or if the store is gone."""
-    try:
+    with asking_the_store():
         # A sample: to ask all of thousands of ranks would take too long, and the next look takes others.
         asked = _chance.sample(pending, min(len(pending), _ASKED_AT_ONCE))
         dead = find_dead([rank_of[key] for key in asked if not store.check([key])], store, limit_secs)
-    except RuntimeError as lost:
-        raise SilenceError([], LOST) from lost
     if dead:
         raise SilenceError(sorted(dead), "no heartbeat; it crashed, hung or was stopped")
 

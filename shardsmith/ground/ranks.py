@@ -23,6 +23,7 @@ from shardsmith.ground.liveness import (
     LOST,
     SilenceError,
     answer_from_now_on,
+    asking_the_store,
     await_keys,
     remember_silent,
     shared_connection,
@@ -227,7 +228,8 @@ class Ranks:
         keys = self._keys(key)
         try:
             await_keys(self._store, keys, range(1, self.size), self.timeout_secs)
-            heard = [_Outcome.decode(self._whole(name, data)) for name, data in self._values(keys)]
+            with asking_the_store():
+                heard = [_Outcome.decode(self._whole(name, data)) for name, data in self._values(keys)]
         except SilenceError as silence:
             missing = [rank for rank, key_of_rank in enumerate(keys, 1) if not self._has(key_of_rank)]
             # What is known to be dead says more than what has not come yet.
@@ -316,7 +318,9 @@ class Ranks:
         """What rank 0 says under a key."""
         try:
             await_keys(self._store, [key], [0], limit_secs)
-            return _Outcome.decode(self._whole(key, self._store.get(key)))
+            with asking_the_store():
+                whole = self._whole(key, self._store.get(key))
+            return _Outcome.decode(whole)
         except SilenceError as silence:
             raise RankTimeoutError(phase, [0], self.timeout_secs, silence.reason) from silence.__cause__
 

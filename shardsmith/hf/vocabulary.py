@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from operator import itemgetter
 from pathlib import Path
@@ -18,6 +17,7 @@ from shardsmith.tensors.tensors import TensorSpec
 TOKENIZER_FILE = "tokenizer.json"
 MOST_BYTES = 1 << 28
 """Large vocabularies take tens of MB; what is beyond this is no tokenizer, and is not read into memory."""
+_UNREADABLE = "is no tokenizer that can be read"
 _EMBEDDINGS = (
     "embed_tokens.weight",
     "wte.weight",
@@ -41,7 +41,7 @@ def vocabulary_sizes(config: Config) -> set[int]:
 def last_token(directory: Path) -> tuple[str, int]:
     """Return the token of ``tokenizer.json`` with the highest id, and that id; "" and -1 without the file.
 
-    Raises UnsupportedFormatError if the file is none that can be read.
+    Raises UnsupportedFormatError if tokenizers cannot read the file, or is not installed.
     """
     file = directory / TOKENIZER_FILE
     if not file.is_file():
@@ -49,25 +49,27 @@ def last_token(directory: Path) -> tuple[str, int]:
     try:
         data = read_bounded(file, MOST_BYTES)
         key = xxhash.xxh3_128_digest(data)
-        # Of a run each export has the same file; reading it as JSON keeps other threads waiting.
+        # Of a run each export has the same file, and reading it takes a moment.
         if key not in _LAST:
             _LAST.clear()
-            _LAST[key] = _last_of(json.loads(data))
+            _LAST[key] = max(open_tokenizer(file, data).get_vocab(True).items(), key=itemgetter(1), default=("", -1))
         return _LAST[key]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise UnsupportedFormatError(file, f"is no tokenizer that can be read: {type(error).__name__}") from error
+    except (OSError, ValueError) as error:
+        raise UnsupportedFormatError(file, f"{_UNREADABLE}: {error}") from error
 
 
 _LAST: dict[bytes, tuple[str, int]] = {}
 
 
-def _last_of(content: Any) -> tuple[str, int]:
-    listed = content["model"]["vocab"]
-    # Unigram lists its tokens with their scores, in the order of the ids.
-    tokens = listed.items() if isinstance(listed, dict) else ((pair[0], i) for i, pair in enumerate(listed))
-    added = ((token["content"], token["id"]) for token in content.get("added_tokens") or ())
-    token, number = max((*tokens, *added), key=itemgetter(1), default=("", -1))
-    return str(token), int(number)
+def open_tokenizer(file: Path, data: bytes | None = None) -> Any:
+    """Return the tokenizer in a ``tokenizer.json``, of which ``data`` is the content. Raises UnsupportedFormatError."""
+    try:
+        # Not by ``json``: of a text of nothing but brackets that makes gigabytes.
+        from tokenizers import Tokenizer
+
+        return Tokenizer.from_str((read_bounded(file, MOST_BYTES) if data is None else data).decode())
+    except Exception as error:  # the library raises its own, and has none for a file that is none
+        raise UnsupportedFormatError(file, f"{_UNREADABLE}: {error}") from error
 
 
 def say_of_tokenizer(directory: Path, specs: Mapping[str, TensorSpec], before: Config, after: Config) -> str:

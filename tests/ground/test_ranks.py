@@ -277,11 +277,29 @@ def run_without_rank(dead: int) -> None:
     assert time.monotonic() - started < PROMPT_SECS
 
 
-def test_a_rank_that_dies_with_the_store_it_holds_is_named_too(tmp_path: Path) -> None:
-    run_forked(_run_with_tcp_store, 2, tmp_path / "port")
+@pytest.mark.parametrize("late", [False, True], ids=["at any time", "between two requests"])
+def test_a_rank_that_dies_with_the_store_it_holds_is_named_too(late: bool, tmp_path: Path) -> None:
+    run_forked(_run_with_tcp_store, 2, tmp_path / "port", late)
 
 
-def _run_with_tcp_store(rank: int, port_file: Path) -> None:
+class ReadsWhenTheStoreHasGone:
+    """A connection whose answer is asked for when whoever held the store has ended, though the key was there."""
+
+    def __init__(self, store: Any, asked: Path) -> None:
+        self.store = store
+        self.asked = asked
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.store, name)
+
+    def get(self, key: str) -> bytes:
+        self.asked.touch()
+        while True:
+            self.store.check([key])
+            time.sleep(0.01)
+
+
+def _run_with_tcp_store(rank: int, port_file: Path, late: bool) -> None:
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if rank == 0 else None
     if store is not None:
         port_file.with_suffix(".tmp").write_text(str(store.port))
@@ -293,7 +311,11 @@ def _run_with_tcp_store(rank: int, port_file: Path) -> None:
     ranks = Ranks(timeout_secs=30)
     if rank == 0:
         ranks.gather("meeting", lambda: 1)
+        while late and not port_file.with_suffix(".asked").exists():
+            time.sleep(0.01)
         os._exit(0)
+    if late:
+        ranks._store = ReadsWhenTheStoreHasGone(ranks._store, port_file.with_suffix(".asked"))
     error = caught(lambda: [ranks.gather("meeting", lambda: 1), ranks.lead("committing", lambda: 1)], RankTimeoutError)
     assert error.missing == [0]
     os._exit(0)  # without the store the group cannot be taken down in good order
